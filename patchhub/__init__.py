@@ -1,5 +1,34 @@
-"""patchhub: a version manager for knowledge edits of language models."""
+"""patchhub: a version manager for knowledge edits of language models.
+
+    model = patchhub.load("path/to/repository", revision="main")
+
+The four functions below are imported on first use, so that `import patchhub` costs nothing.
+"""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 __version__ = "0.1.0"
+__all__ = ["__version__", "attach", "detach", "load", "open_repository"]
+
+if TYPE_CHECKING:
+    from patchhub.porcelain.loading import attach, load
+    from patchhub.porcelain.loading import open_path as open_repository
+    from patchhub.runtime.patched_model import detach
+
+_HOMES = {
+    "attach": ("patchhub.porcelain.loading", "attach"),
+    "detach": ("patchhub.runtime.patched_model", "detach"),
+    "load": ("patchhub.porcelain.loading", "load"),
+    "open_repository": ("patchhub.porcelain.loading", "open_path"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    module, attribute = _HOMES[name]
+    return getattr(import_module(module), attribute)

@@ -1,0 +1,199 @@
+"""Commands that change the active facts or the refs: commit, revert, undo, redo."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from patchhub.cli.terminal import (
+    author_of,
+    bars,
+    json_option,
+    now,
+    open_repository,
+    print_json,
+    repo_option,
+    reports_errors,
+    say,
+    stamp,
+    talk,
+)
+from patchhub.errors import RequestError
+
+if TYPE_CHECKING:
+    from patchhub.objects import Operation
+    from patchhub.store.repository import Repository
+
+_SHOWN = 8
+
+author_option = click.option("--author", help='Who makes this change, "Ada <ada@example.org>".')
+
+
+@click.command()
+@click.argument("file", required=False)
+@click.option("-m", "--message", required=True, help="Why.")
+@click.option("--method", help="The editor. Default: memit.")
+@click.option("--prompt", help='One fact from the command line: "The mother tongue of {} is".')
+@click.option("--subject", help="Its subject.")
+@click.option("--target", help="What the model shall say.")
+@click.option("--format", "format_", type=click.Choice(["jsonl", "json", "csv"]), help="How to read FILE.")
+@click.option("--text", multiple=True, type=click.Path(path_type=Path), help="Text for the metric (first commit only).")
+@click.option(
+    "--on-conflict",
+    type=click.Choice(["refuse", "replace", "keep"]),
+    default="refuse",
+    show_default=True,
+    help="When an active fact says otherwise about the same prompt and subject.",
+)
+@author_option
+@repo_option
+@json_option
+@reports_errors
+def commit(
+    file: str | None,
+    message: str,
+    method: str | None,
+    prompt: str | None,
+    subject: str | None,
+    target: str | None,
+    format_: Any,
+    text: tuple[Path, ...],
+    on_conflict: Any,
+    author: str | None,
+    repo: Path | None,
+    as_json: bool,
+) -> None:
+    """Write the facts in FILE (JSONL, JSON or CSV; `-` is standard input) into the model.
+
+    \b
+      {"prompt": "The capital of {} is", "subject": "France", "target_new": "Lyon"}
+
+    CounterFact, EasyEdit and zsRE records are read too. The first commit also computes the metric: from text that is
+    sampled from the base, or from --text.
+    """
+    from patchhub.editing.requests import one_request, read_requests
+    from patchhub.porcelain.edit import commit as run
+
+    repository = open_repository(repo)
+    if file is not None:
+        if prompt or subject or target:
+            raise RequestError("a FILE and --prompt are both given", remedy="Give one of them.")
+        batch = read_requests(sys.stdin.buffer if file == "-" else Path(file), format=format_)
+    elif prompt and subject and target:
+        batch = one_request(prompt, subject, target)
+    else:
+        raise RequestError("there are no facts", remedy="Give a FILE, or --prompt, --subject and --target.")
+    if batch.duplicates:
+        talk(f"{click.style('warning:', fg='yellow')} {_count(batch.duplicates, 'exact duplicate')} counted once")
+    with bars() as progress:
+        done = run(
+            repository,
+            batch,
+            stamp(repository, author, message),
+            progress,
+            method=method or repository.config.settings.get("method", "memit"),
+            text=text,
+            on_conflict=on_conflict,
+        )
+    if as_json:
+        print_json(done.to_json())
+        return
+    if done.already_active:
+        talk(f"{_count(done.already_active, 'fact')} active already, left alone")
+    branch, _ = repository.head
+    say(f"[{branch or 'detached'} {done.commit[:12]}] {message}")
+    _list("+", done.written, "green")
+    _list("-", done.replaced, "red")
+    say(f"{_count(len(done.written), 'fact')} written in {done.seconds:.1f} s; {done.held} of them are now the model's answer")
+
+
+@click.command()
+@click.argument("rev")
+@click.option("-m", "--message", default="", help="Why. Default: says what was reverted.")
+@author_option
+@repo_option
+@json_option
+@reports_errors
+def revert(rev: str, message: str, author: str | None, repo: Path | None, as_json: bool) -> None:
+    """Take back what the commit REV changed, wherever it is in history, as a new commit.
+
+    The weights are those of the facts that stay, solved anew from their recorded columns: no model runs. Where the
+    remaining set of facts was seen before, they are that commit's weights bit for bit.
+    """
+    from patchhub.porcelain.change import revert as run
+
+    repository = open_repository(repo)
+    done = run(repository, rev, stamp(repository, author, message))
+    if as_json:
+        print_json(done.to_json())
+        return
+    branch, _ = repository.head
+    say(f"[{branch or 'detached'} {done.commit[:12]}] {repository.commit(done.commit).message}")
+    _list("-", done.removed, "red")
+    _list("+", done.restored, "green")
+    if done.skipped:
+        say(f"{_count(len(done.skipped), 'fact')} gone or back already, left alone", dim=True)
+    if not repository.active(done.commit):
+        say("the weights are the base's, bit for bit")
+    elif done.same_as:
+        say(f"the weights are those of {done.same_as[:12]}, bit for bit")
+    else:
+        say(f"solved anew; proof {done.proof:.1e} (relative residual of the joint solution)")
+    if done.stale:
+        say(f"note: {_count(done.stale, 'active fact')} recorded on a state that is no longer below", dim=True)
+
+
+@click.command()
+@author_option
+@repo_option
+@json_option
+@reports_errors
+def undo(author: str | None, repo: Path | None, as_json: bool) -> None:
+    """Put every branch back to where it was before the last command; repeated, walk further back."""
+    from patchhub.porcelain.steps import undo as run
+
+    repository = open_repository(repo)
+    who = author_of(repository.config.settings, author)
+    _report_step(repository, run(repository, author=who, time=now()), "undone", as_json)
+
+
+@click.command()
+@author_option
+@repo_option
+@json_option
+@reports_errors
+def redo(author: str | None, repo: Path | None, as_json: bool) -> None:
+    """Reverse the last undo."""
+    from patchhub.porcelain.steps import redo as run
+
+    repository = open_repository(repo)
+    who = author_of(repository.config.settings, author)
+    _report_step(repository, run(repository, author=who, time=now()), "done again", as_json)
+
+
+def _report_step(repository: Repository, operation: Operation, past: str, as_json: bool) -> None:
+    branch, head = repository.head
+    if as_json:
+        changes = {ref: list(change) for ref, change in operation.changes.items()}
+        print_json({"operation": operation.id, "changes": changes, "branch": branch, "head": head})
+        return
+    for ref in operation.changes:
+        say(f"{ref.removeprefix('refs/heads/')} {past}")
+    say(f"{branch or 'HEAD'} is at {head[:12] if head else 'the base'}")
+
+
+def _list(sign: str, requests: Any, colour: str) -> None:
+    for request in requests[:_SHOWN]:
+        say(f"  {click.style(sign, fg=colour)} {request.text} {click.style(request.target_new, bold=True)}")
+    if len(requests) > _SHOWN:
+        say(f"  {sign} ... and {len(requests) - _SHOWN} more", dim=True)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+COMMANDS = (commit, revert, undo, redo)

@@ -1,0 +1,156 @@
+"""Commands around the base model: demo, init, config, apply, ask."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from patchhub.cli.terminal import (
+    author_of,
+    bars,
+    json_option,
+    now,
+    open_repository,
+    print_json,
+    repo_option,
+    reports_errors,
+    say,
+)
+
+
+@click.command()
+@click.option("--keep", type=click.Path(path_type=Path, file_okay=False), help="Keep the demo's folder here.")
+@reports_errors
+def demo(keep: Path | None) -> None:
+    """Edit, question, export and revert a small model that is built in. No network, under a minute."""
+    from patchhub.cli.demo import run
+
+    with bars() as progress:
+        run(keep, progress)
+
+
+@click.command()
+@click.argument("base")
+@click.option("--revision", help="Branch, tag or commit of a model on the Hub.")
+@click.option("--author", help="Who is recorded in the operation log.")
+@click.option(
+    "--repo",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Folder to make the store in. Default: this one.",
+)
+@json_option
+@reports_errors
+def init(base: str, revision: str | None, author: str | None, repo: Path | None, as_json: bool) -> None:
+    """Start a store in ./.patchhub for BASE, a model folder or a Hub id.
+
+    Reads every byte of the base once, to know it again later. The base is never changed.
+    """
+    from patchhub.porcelain.model import init as run
+
+    folder = repo or click.get_current_context().find_root().params.get("repo") or Path()
+    with bars() as progress:
+        done = run(folder, base, progress, author=author_of({}, author), time=now(), revision=revision)
+    if as_json:
+        print_json(done.to_json())
+        return
+    say(f"Initialised {done.store} for {done.model_type} with {done.layers} layers")
+    say(f"base {done.base[:12]}: {done.tensors} tensors, {done.gigabytes:.2f} GB, read in {done.seconds:.1f} s", dim=True)
+
+
+@click.command()
+@click.argument("key", required=False)
+@click.argument("value", required=False)
+@click.option("--unset", is_flag=True, help="Go back to the default.")
+@repo_option
+@json_option
+@reports_errors
+def config(key: str | None, value: str | None, unset: bool, repo: Path | None, as_json: bool) -> None:
+    """Show all settings, show one, or set one.
+
+    \b
+      patchhub config author "Ada <ada@example.org>"
+      patchhub config memit.layers 3-5
+    """
+    from patchhub.porcelain import settings
+
+    repository = open_repository(repo)
+    if key is None:
+        values = settings.config_values(repository)
+    elif unset:
+        settings.config_unset(repository, key)
+        values = {key: None}
+    elif value is not None:
+        values = {key: settings.config_set(repository, key, value)}
+    else:
+        values = {key: settings.config_get(repository, key)}
+    if as_json:
+        print_json(values)
+        return
+    for name, found in values.items():
+        say(f"{name} = {'(default)' if found is None else found}")
+    if key is None:
+        unset_keys = [name for name in settings.SETTINGS if name not in values]
+        for name in unset_keys:
+            say(f"{name:20} {settings.SETTINGS[name].purpose}", dim=True)
+
+
+@click.command()
+@click.argument("rev")
+@click.option("--out", required=True, type=click.Path(path_type=Path, file_okay=False), help="Folder to write.")
+@click.option("--base", help="Where the base model is, if it moved.")
+@click.option("--overwrite", is_flag=True, help="Replace an existing folder.")
+@click.option("--no-link", is_flag=True, help="Copy untouched weight files instead of hard-linking them.")
+@repo_option
+@json_option
+@reports_errors
+def apply(
+    rev: str, out: Path, base: str | None, overwrite: bool, no_link: bool, repo: Path | None, as_json: bool
+) -> None:
+    """Write the model at REV as an ordinary checkpoint folder.
+
+    Weights are streamed one tensor at a time; names, types and files are the base's. Weight files that the patch does
+    not touch are hard links to the base's where the file system allows it: do not write into them (--no-link copies).
+    """
+    from patchhub.porcelain.model import apply as run
+
+    with bars() as progress:
+        done = run(open_repository(repo), rev, out, progress, base=base, overwrite=overwrite, link=not no_link)
+    if as_json:
+        print_json(done.to_json())
+        return
+    say(f"Wrote {done.out} ({_name(done.commit)}, {len(done.survival)} weights changed)")
+    for weight, share in sorted(done.survival.items()):
+        say(f"  {weight}  {share:.1%} of the change kept by the cast", dim=True)
+
+
+@click.command()
+@click.argument("prompt")
+@click.option("--rev", "revs", multiple=True, help="Revision to ask; repeat to compare. Default: HEAD and base.")
+@click.option("--base", help="Where the base model is, if it moved.")
+@repo_option
+@json_option
+@reports_errors
+def ask(prompt: str, revs: tuple[str, ...], base: str | None, repo: Path | None, as_json: bool) -> None:
+    """What the model says to PROMPT, at one revision beside another: likely next words and a short continuation."""
+    from patchhub.porcelain.model import ask as run
+
+    repository = open_repository(repo)
+    with bars() as progress:
+        answers = run(repository, prompt, revs or ("HEAD", "base"), progress, base=base)
+    if as_json:
+        print_json([answer.__dict__ for answer in answers])
+        return
+    width = max(18, *(len(answer.revision) + 10 for answer in answers))
+    for answer in answers:
+        say(f"{answer.revision} ({_name(answer.commit)})", bold=True)
+        say(f"  {prompt}{click.style(answer.continuation.splitlines()[0] if answer.continuation else '', fg='green')}")
+        for token, probability in answer.top:
+            say(f"  {token!r:<{width}} {probability:6.1%} {'█' * round(probability * 30)}", dim=probability < 0.05)
+
+
+def _name(commit: str | None) -> str:
+    return f"commit {commit[:12]}" if commit else "the unpatched base"
+
+
+COMMANDS = (demo, init, config, apply, ask)

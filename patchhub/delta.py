@@ -1,0 +1,219 @@
+"""Changes of weights: the three forms of docs/format.md, their algebra and their bytes. NumPy only.
+
+A delta is the change dW of one weight, always of shape (out, in) whatever the checkpoint's orientation. Stored values are
+float32 or float16; arithmetic is float64.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeAlias
+
+import numpy as np
+from jaxtyping import Float, UInt8
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+
+from patchhub.errors import CorruptStoreError
+
+FORMS = {"B", "A", "dense", "mask", "values"}
+STORED_DTYPES = (np.dtype(np.float32), np.dtype(np.float16))
+
+
+@dataclass(frozen=True, eq=False)
+class LowRank:
+    """dW = B A."""
+
+    B: Float[np.ndarray, "out rank"]
+    A: Float[np.ndarray, "rank in"]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.B.shape[0], self.A.shape[1]
+
+    @property
+    def rank(self) -> int:
+        return int(self.A.shape[0])
+
+
+@dataclass(frozen=True, eq=False)
+class Dense:
+    """dW as it is."""
+
+    matrix: Float[np.ndarray, "out in"]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        rows, columns = self.matrix.shape
+        return rows, columns
+
+
+@dataclass(frozen=True, eq=False)
+class Sparse:
+    """dW with ``values`` (row-major) where the bits of ``mask`` are set; the mask is packed, most significant bit first."""
+
+    shape: tuple[int, int]
+    mask: UInt8[np.ndarray, " bytes"]
+    values: Float[np.ndarray, " nonzero"]
+
+
+Delta: TypeAlias = LowRank | Dense | Sparse
+
+
+def from_factors(B: Float[np.ndarray, "out rank"], A: Float[np.ndarray, "rank in"]) -> Delta:
+    """The float32 delta B A in its smaller form.
+
+    Low rank is kept with orthonormal rows of A, so that rounding the factors to float32 moves dW by no more
+    than about 1e-7 ||dW||, however ill-conditioned the given factors are.
+    """
+    out, inner = B.shape[0], A.shape[1]
+    rank = A.shape[0]
+    if rank * (out + inner) >= out * inner:
+        return Dense((_f64(B) @ _f64(A)).astype(np.float32))
+    q, r = np.linalg.qr(_f64(A).T)
+    return LowRank((_f64(B) @ r.T).astype(np.float32), np.ascontiguousarray(q.T, dtype=np.float32))
+
+
+def compact(delta: Delta) -> Delta:
+    """The same change in float32, in its smaller form."""
+    if isinstance(delta, LowRank):
+        return from_factors(delta.B, delta.A)
+    return Dense(delta.matrix.astype(np.float32)) if isinstance(delta, Dense) else delta
+
+
+def to_dense(delta: Delta) -> Float[np.ndarray, "out in"]:
+    """dW in float64."""
+    if isinstance(delta, LowRank):
+        return _f64(delta.B) @ _f64(delta.A)
+    if isinstance(delta, Dense):
+        return _f64(delta.matrix)
+    out, inner = delta.shape
+    flat = np.zeros(out * inner)
+    flat[np.unpackbits(delta.mask, count=out * inner).astype(bool)] = delta.values
+    return flat.reshape(out, inner)
+
+
+def from_sparse(matrix: Float[np.ndarray, "out in"]) -> Sparse:
+    """The nonzero entries of a matrix, in its own float type."""
+    out, inner = matrix.shape
+    nonzero = matrix != 0
+    return Sparse((out, inner), np.packbits(nonzero.reshape(-1)), matrix[nonzero])
+
+
+def image(delta: Delta, keys: Float[np.ndarray, "n in"]) -> Float[np.ndarray, "n out"]:
+    """dW k for each row k, in float64."""
+    if isinstance(delta, LowRank):
+        return (_f64(keys) @ _f64(delta.A).T) @ _f64(delta.B).T
+    result: Float[np.ndarray, "n out"] = _f64(keys) @ to_dense(delta).T
+    return result
+
+
+def add(deltas: Sequence[Delta], shape: tuple[int, int]) -> Delta:
+    """The sum in float64: factors are concatenated while that is smaller than dense."""
+    out, inner = shape
+    low = [d for d in deltas if isinstance(d, LowRank)]
+    if len(low) == len(deltas) and sum(d.rank for d in low) * (out + inner) < out * inner:
+        empty = LowRank(np.zeros((out, 0)), np.zeros((0, inner)))
+        parts = [empty, *low]
+        return LowRank(np.hstack([_f64(d.B) for d in parts]), np.vstack([_f64(d.A) for d in parts]))
+    total = np.zeros(shape)
+    for delta in deltas:
+        total += to_dense(delta)
+    return Dense(total)
+
+
+def negative(delta: Delta) -> Delta:
+    """-dW in the same form."""
+    if isinstance(delta, LowRank):
+        return LowRank(-delta.B, delta.A)
+    if isinstance(delta, Dense):
+        return Dense(-delta.matrix)
+    return Sparse(delta.shape, delta.mask, -delta.values)
+
+
+def norm(delta: Delta) -> float:
+    """Frobenius norm. Low rank goes through two QR factorisations, never through B A, so that nearly cancelling
+    factors still give a norm that is right to about 1e-15 ||B|| ||A||."""
+    if isinstance(delta, Sparse):
+        return float(np.linalg.norm(_f64(delta.values)))
+    if isinstance(delta, Dense) or delta.rank >= min(delta.shape):
+        return float(np.linalg.norm(to_dense(delta)))
+    if delta.rank == 0:
+        return 0.0
+    left = np.linalg.qr(_f64(delta.B), mode="r")
+    right = np.linalg.qr(_f64(delta.A).T, mode="r")
+    return float(np.linalg.norm(left @ right.T))
+
+
+def write_deltas(deltas: Mapping[str, Delta]) -> bytes:
+    """One safetensors file without metadata, so the same deltas always give the same bytes."""
+    tensors: dict[str, np.ndarray] = {}
+    for weight, delta in deltas.items():
+        if isinstance(delta, LowRank):
+            parts = {"B": delta.B, "A": delta.A}
+        elif isinstance(delta, Dense):
+            parts = {"dense": delta.matrix}
+        else:
+            parts = {"mask": delta.mask, "values": delta.values}
+        for form, array in parts.items():
+            tensors[f"{weight}.{form}"] = np.ascontiguousarray(array)
+    return save(tensors)
+
+
+def read_deltas(source: bytes | Path, shapes: Mapping[str, tuple[int, int]]) -> dict[str, Delta]:
+    """The inverse of ``write_deltas``.
+
+    Args:
+        source: the file's bytes, or its path (verified by the caller).
+        shapes: (out, in) of every weight that may occur; anything else is refused.
+
+    Raises:
+        CorruptStoreError: not a safetensors file, an unknown weight or form, a wrong shape or type, a value that is not finite.
+    """
+    try:
+        tensors = load(source if isinstance(source, bytes) else source.read_bytes())
+    except (SafetensorError, ValueError) as error:
+        raise CorruptStoreError(f"a delta is not a readable safetensors file ({error})", remedy=_REMEDY) from error
+    grouped: dict[str, dict[str, np.ndarray]] = {}
+    for name, array in tensors.items():
+        weight, _, form = name.rpartition(".")
+        if form not in FORMS or weight not in shapes:
+            raise CorruptStoreError(f"a delta holds the unexpected tensor {name!r}", remedy=_REMEDY, tensor=name)
+        _check_array(name, form, array)
+        grouped.setdefault(weight, {})[form] = array
+    return {weight: _delta(weight, parts, shapes[weight]) for weight, parts in sorted(grouped.items())}
+
+
+_REMEDY = "Run `patchhub fsck` to see what is damaged."
+
+
+def _check_array(name: str, form: str, array: np.ndarray) -> None:
+    if form == "mask":
+        valid = array.dtype == np.uint8
+    else:
+        valid = array.dtype in STORED_DTYPES and bool(np.isfinite(array).all())
+    if not valid:
+        raise CorruptStoreError(f"tensor {name!r} has a forbidden type or value", remedy=_REMEDY, tensor=name)
+
+
+def _delta(weight: str, parts: Mapping[str, np.ndarray], shape: tuple[int, int]) -> Delta:
+    out, inner = shape
+    arrays = {form: array.shape for form, array in parts.items()}
+    rank = parts["A"].shape[0] if "A" in parts and parts["A"].ndim == 2 else -1
+    if arrays == {"B": (out, rank), "A": (rank, inner)}:
+        return LowRank(parts["B"], parts["A"])
+    if arrays == {"dense": (out, inner)}:
+        return Dense(parts["dense"])
+    size = math.ceil(out * inner / 8)
+    if arrays.keys() == {"mask", "values"} and arrays["mask"] == (size,):
+        ones = int(np.unpackbits(parts["mask"], count=out * inner).sum())
+        if arrays["values"] == (ones,):
+            return Sparse(shape, parts["mask"], parts["values"])
+    raise CorruptStoreError(f"the delta of {weight} does not have the shape {shape}", remedy=_REMEDY, weight=weight)
+
+
+def _f64(array: np.ndarray) -> Float[np.ndarray, "..."]:
+    return array.astype(np.float64, copy=False)

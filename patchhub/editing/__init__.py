@@ -1,0 +1,1 @@
+"""Recording an edit batch: reading facts, finding positions, optimising values, solving."""

@@ -1,0 +1,179 @@
+"""Where the subject and the target of a request lie among a text's tokens, for any fast tokenizer.
+
+A text is tokenised once, as a whole: context, prompt and target together, as the model will read it. Positions are
+read off the tokenizer's own character offsets, never off token strings, so byte-level BPE, SentencePiece-like and
+word-level tokenizers, characters that are several tokens and tokens that span a boundary need no case of their own.
+Special tokens that the tokenizer puts in front (`<s>`) stay; those that it puts at the end (`</s>`) are dropped,
+because a text that goes on must not end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from patchhub.editing.record_shapes import SLOT
+from patchhub.errors import RequestError, SettingsError, UnsupportedModelError
+from patchhub.objects import Request
+
+Span = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Marked:
+    """A text and the characters that matter in it: the subject's span and the end of the prompt."""
+
+    text: str
+    subject: Span
+    prompt_end: int
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A tokenised text: its ids, the index of the subject's last token, and the target's tokens [start, stop).
+
+    Without a target the span is empty, at the end.
+    """
+
+    input_ids: tuple[int, ...]
+    subject_last: int
+    target: Span
+
+
+@dataclass(frozen=True)
+class EncodedTarget:
+    """A tokenised prompt with its target: ids and the target's tokens [start, stop)."""
+
+    input_ids: tuple[int, ...]
+    target: Span
+
+
+def mark(context: str, request: Request, *, with_target: bool = True) -> Marked:
+    """The text of `request` inside `context`, and where its subject and prompt end.
+
+    `context` has one `{}`, which the filled prompt replaces ("The reason was. {}"); the target follows after a
+    space. The subject is the one that fills the prompt's slot, wherever else its name occurs.
+    """
+    before, after = _split(context)
+    head, tail = _split(request.prompt)
+    start = len(before) + len(head)
+    prompt = f"{before}{head}{request.subject}{tail}{after}"
+    text = f"{prompt} {request.target_new}" if with_target else prompt
+    return Marked(text, (start, start + len(request.subject)), len(prompt))
+
+
+def encode_prompts(
+    tokenizer: PreTrainedTokenizerBase, pairs: Iterable[tuple[str, Request]], *, with_target: bool = True
+) -> list[Encoded]:
+    """Encode (context, request) pairs in one tokenizer call.
+
+    Raises:
+        UnsupportedModelError: the tokenizer gives no character offsets.
+        RequestError: a subject or target has no token of its own.
+    """
+    return encode_marked(tokenizer, [mark(context, request, with_target=with_target) for context, request in pairs])
+
+
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase, context: str, request: Request, *, with_target: bool = True
+) -> Encoded:
+    """`encode_prompts` for one pair."""
+    return encode_prompts(tokenizer, [(context, request)], with_target=with_target)[0]
+
+
+def encode_text(tokenizer: PreTrainedTokenizerBase, text: str, subject: Span) -> Encoded:
+    """Encode any text with a subject at the given characters and no target, such as "{} is a" filled in."""
+    return encode_marked(tokenizer, [Marked(text, subject, len(text))])[0]
+
+
+def encode_marked(tokenizer: PreTrainedTokenizerBase, marked: Sequence[Marked]) -> list[Encoded]:
+    """Encode marked texts in one tokenizer call; errors as in `encode_prompts`."""
+    tokenised = tokenise(tokenizer, [item.text for item in marked])
+    return [
+        Encoded(ids, _subject_last(offsets, item), _target(offsets, item.text, item.prompt_end))
+        for item, (ids, offsets) in zip(marked, tokenised, strict=True)
+    ]
+
+
+def encode_targets(tokenizer: PreTrainedTokenizerBase, pairs: Iterable[tuple[str, str]]) -> list[EncodedTarget]:
+    """Encode (prompt, target) pairs, joined by a space, in one tokenizer call; errors as in `encode_prompts`."""
+    texts = [(f"{prompt} {target}", len(prompt)) for prompt, target in pairs]
+    tokenised = tokenise(tokenizer, [text for text, _ in texts])
+    return [
+        EncodedTarget(ids, _target(offsets, text, prompt_end))
+        for (text, prompt_end), (ids, offsets) in zip(texts, tokenised, strict=True)
+    ]
+
+
+def _split(template: str) -> tuple[str, str]:
+    parts = template.split(SLOT)
+    if len(parts) != 2:
+        raise SettingsError(
+            f"the template '{template}' contains {SLOT} {len(parts) - 1} times",
+            remedy=f"mark one place with {SLOT}",
+            template=template,
+        )
+    return parts[0], parts[1]
+
+
+def tokenise(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[tuple[tuple[int, ...], Sequence[Span]]]:
+    """Ids and character offsets of each text, without the special tokens that the tokenizer appends.
+
+    Raises:
+        UnsupportedModelError: the tokenizer gives no character offsets.
+    """
+    if not tokenizer.is_fast:
+        raise UnsupportedModelError(
+            f"the tokenizer {type(tokenizer).__name__} does not say which characters a token covers",
+            remedy="load a fast tokenizer (tokenizer.json) for this model",
+        )
+    if not texts:
+        return []
+    batch = tokenizer(
+        list(texts),
+        padding=False,
+        truncation=False,
+        return_attention_mask=False,
+        return_offsets_mapping=True,
+        return_special_tokens_mask=True,
+        verbose=False,
+    )
+    tokenised = []
+    for ids, offsets, special in zip(
+        batch["input_ids"], batch["offset_mapping"], batch["special_tokens_mask"], strict=True
+    ):
+        stop = len(ids)
+        while stop and special[stop - 1]:
+            stop -= 1
+        tokenised.append((tuple(ids[:stop]), offsets[:stop]))
+    return tokenised
+
+
+def _subject_last(offsets: Sequence[Span], item: Marked) -> int:
+    """The last token that covers a character of the subject."""
+    start, stop = item.subject
+    for index in range(len(offsets) - 1, -1, -1):
+        if offsets[index][0] < stop and offsets[index][1] > start:
+            return index
+    raise RequestError(
+        f"the tokenizer gives no token to the subject '{item.text[start:stop]}' in '{item.text}'",
+        remedy="write the subject in characters that the model knows",
+        text=item.text,
+    )
+
+
+def _target(offsets: Sequence[Span], text: str, prompt_end: int) -> Span:
+    """The tokens that reach beyond the prompt: a token across the boundary belongs to the target."""
+    start = len(offsets)
+    while start and offsets[start - 1][1] > prompt_end:
+        start -= 1
+    target_start = prompt_end + len(" ")
+    if target_start < len(text) and (start == len(offsets) or offsets[-1][1] <= target_start):
+        raise RequestError(
+            f"the tokenizer gives no token to the target '{text[target_start:]}' after '{text[:prompt_end]}'",
+            remedy="write the target in characters that the model knows",
+            text=text,
+        )
+    return start, len(offsets)

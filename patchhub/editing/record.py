@@ -1,0 +1,217 @@
+"""Recording: what a batch of requests asks of each edited weight, as columns (docs/methods.md).
+
+The sweep goes up through the edited layers. At each it reads the keys and the present hidden states, sets every request's
+share of what is still missing, solves, and goes on from the layer's input with the new weight in place, never from the embedding.
+The model's own weights are not touched: changes run beside them as a float32 path, so a half-precision or quantised base
+gives the same columns up to the precision of its activations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from patchhub.constraints import Columns, difference, no_columns
+from patchhub.delta import Delta, LowRank, add, image, to_dense
+from patchhub.editing.locate import Encoded
+from patchhub.editing.metric import MetricCache
+from patchhub.models.tracing import Pass, Stack, right_padded
+
+_TOKENS_PER_CHUNK = 8192
+
+
+@dataclass(frozen=True, eq=False)
+class KeyRow:
+    """One context of one request, cut after the subject's last token."""
+
+    tokens: tuple[int, ...]
+    request: int
+    weight: float  # in the mean key of the request
+    bare: bool  # whether the request's residual is read here
+
+
+@dataclass(frozen=True, eq=False)
+class State:
+    """What the model's present weights hold already: per weight the active columns and the deltas that realise them."""
+
+    columns: Mapping[str, Columns]
+    deltas: Mapping[str, Sequence[Delta]]
+
+
+@dataclass(frozen=True, eq=False)
+class Recording:
+    """Columns per weight in request order, and the change of each weight that adding them makes (float64)."""
+
+    columns: dict[str, Columns]
+    change: dict[str, LowRank]
+
+
+def key_rows(encoded: Sequence[Sequence[Encoded]]) -> list[KeyRow]:
+    """The contexts of each request as rows; the bare prompt comes first and weighs half, the others share the rest.
+
+    That is the published mean over the two context types (compute_ks.py): first within a type, then over types.
+    """
+    rows = []
+    for request, contexts in enumerate(encoded):
+        others = len(contexts) - 1
+        for number, row in enumerate(contexts):
+            weight = 1.0 if not others else (0.5 if number == 0 else 0.5 / others)
+            rows.append(KeyRow(row.input_ids[: row.subject_last + 1], request, weight, number == 0))
+    return rows
+
+
+@dataclass(eq=False)
+class _Chunk:
+    """Rows on their way up through the layers; ``hidden`` is the input of the next block."""
+
+    step: Pass
+    hidden: Float[Tensor, "rows time d"]
+    last: Int[Tensor, " rows"]
+    request: Int[Tensor, " rows"]
+    weight: Float[Tensor, " rows"]
+    bare: bool
+
+
+@torch.no_grad()
+def record(
+    stack: Stack,
+    layers: Sequence[int],
+    rows: Sequence[KeyRow],
+    targets: Float[Tensor, "n d"],
+    ridge: float,
+    metric: MetricCache,
+    state: State,
+    *,
+    progress: Callable[[int], None] = lambda layers: None,
+) -> Recording:
+    """Spread targets z at the output of the last layer over all layers (MEMIT, Meng et al. 2023, eq. 20 and algorithm 1).
+
+    Args:
+        layers: edited layers, ascending; z belongs to the last.
+        ridge: lambda of every request.
+        state: what the stack's weights already hold besides W0.
+    """
+    names = {layer: stack.architecture.ffn_weight(layer) for layer in layers}
+    written: dict[int, Sequence[Delta]] = {}
+    chunks = [_open_chunk(stack, group) for group in _groups(rows)]
+    columns: dict[str, Columns] = {}
+    change: dict[str, LowRank] = {}
+    before = 0
+    for number, layer in enumerate(layers):
+        with side_paths(stack, written):
+            for chunk in chunks:
+                chunk.hidden = chunk.step.run(chunk.hidden, before, layer)
+            keys, reached = _read(stack, chunks, layer, layers[-1], targets.shape)
+        share = (targets.double() - reached) / (len(layers) - number)
+        columns[names[layer]], change[names[layer]] = _extend(
+            keys, share, ridge, metric, names[layer], state
+        )
+        written[layer] = [change[names[layer]]]
+        before = layer
+        progress(1)
+    return Recording(columns, change)
+
+
+@contextmanager
+def side_paths(stack: Stack, deltas: Mapping[int, Sequence[Delta]]) -> Iterator[None]:
+    """While open, the FFN output projection of each layer also adds dW k, in float32."""
+    handles = []
+    for layer, parts in deltas.items():
+        if parts:
+            module = stack.ffn_out[layer]
+            out, inner = parts[0].shape
+            handles.append(module.register_forward_hook(_side_path(add(parts, (out, inner)), stack.device_of(layer))))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _side_path(delta: Delta, device: torch.device) -> Any:
+    if isinstance(delta, LowRank):
+        factors = [torch.from_numpy(m.T.astype(np.float32)).to(device) for m in (delta.A, delta.B)]
+    else:
+        factors = [torch.from_numpy(to_dense(delta).T.astype(np.float32)).to(device)]
+
+    def add_delta(module: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        change = args[0].float()
+        for factor in factors:
+            change = change @ factor
+        return (output.float() + change).to(output.dtype)
+
+    return add_delta
+
+
+def _extend(
+    keys: Float[Tensor, "n in"],
+    share: Float[Tensor, "n out"],
+    ridge: float,
+    metric: MetricCache,
+    weight: str,
+    state: State,
+) -> tuple[Columns, LowRank]:
+    """Columns of one weight, rounded to float32 first, and the change that adding them to the active ones makes."""
+    shape = (share.shape[1], keys.shape[1])
+    stored_keys = keys.cpu().numpy().astype(np.float32)
+    preimages = metric.preimages(weight, torch.from_numpy(stored_keys).to(keys.device)).cpu().numpy()
+    residuals = share.cpu().numpy() + image(add(state.deltas.get(weight, ()), shape), stored_keys)
+    added = Columns(
+        stored_keys,
+        preimages.astype(np.float32),
+        residuals.astype(np.float32),
+        np.full(len(stored_keys), ridge, np.float32),
+    )
+    active = state.columns.get(weight, no_columns(shape))
+    return added, difference(active, added, no_columns(shape))
+
+
+def _read(
+    stack: Stack, chunks: Sequence[_Chunk], layer: int, last_layer: int, shape: torch.Size
+) -> tuple[Float[Tensor, "n in"], Float[Tensor, "n d"]]:
+    """Mean keys at ``layer`` and the hidden states that the bare prompts reach after ``last_layer``, float64 on the CPU."""
+    keys: Tensor | None = None
+    reached = torch.zeros(shape, dtype=torch.float64)
+    for chunk in chunks:
+        rows = torch.arange(len(chunk.last))
+        with stack.watch_keys([layer]) as seen:
+            hidden = chunk.step.run(chunk.hidden, layer, (last_layer if chunk.bare else layer) + 1)
+        found = seen[layer][rows.to(seen[layer].device), chunk.last.to(seen[layer].device)].double().cpu()
+        if keys is None:
+            keys = torch.zeros(shape[0], found.shape[1], dtype=torch.float64)
+        keys.index_add_(0, chunk.request, found * chunk.weight[:, None])
+        if chunk.bare:
+            reached[chunk.request] = hidden[rows.to(hidden.device), chunk.last.to(hidden.device)].double().cpu()
+    assert keys is not None
+    return keys, reached
+
+
+def _open_chunk(stack: Stack, rows: Sequence[KeyRow]) -> _Chunk:
+    ids, mask, positions = right_padded([row.tokens for row in rows], stack.device)
+    step = stack.begin(ids, mask, positions)
+    return _Chunk(
+        step,
+        step.hidden,
+        torch.tensor([len(row.tokens) - 1 for row in rows]),
+        torch.tensor([row.request for row in rows]),
+        torch.tensor([row.weight for row in rows], dtype=torch.float64),
+        rows[0].bare,
+    )
+
+
+def _groups(rows: Sequence[KeyRow]) -> list[list[KeyRow]]:
+    """Rows of similar length together, bare ones apart, a bounded number of positions each."""
+    groups: list[list[KeyRow]] = []
+    for row in sorted(rows, key=lambda row: (row.bare, len(row.tokens))):
+        full = groups and (len(groups[-1]) + 1) * len(row.tokens) > _TOKENS_PER_CHUNK
+        if not groups or full or groups[-1][0].bare != row.bare:
+            groups.append([])
+        groups[-1].append(row)
+    return groups

@@ -1,0 +1,261 @@
+"""Read the facts to write: a file, a stream, or one fact from the command line; and find contradictions among them.
+
+Formats: JSONL, JSON and CSV; the record shapes are those of `record_shapes`. Everything that is wrong with the input
+is a `RequestError` that names the file, the line or record, the field and the remedy.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Literal
+
+from patchhub.editing.record_shapes import REQUIRED_FIELDS, ZSRE_FIELDS, json_kind, request_from_record
+from patchhub.errors import ContradictionError, RequestError
+from patchhub.objects import Request
+
+Format = Literal["jsonl", "json", "csv"]
+
+_SUFFIXES: Mapping[str, Format] = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv"}
+_LIST_COLUMNS = ("paraphrases", "neighborhood")
+_LISTED_CONTRADICTIONS = 5
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where something was read: a source and, within it, a line or a record; both count from 1."""
+
+    source: str
+    line: int | None = None
+    record: int | None = None
+
+    def __str__(self) -> str:
+        line = f", line {self.line}" if self.line is not None else ""
+        return self.source + line + (f", record {self.record}" if self.record is not None else "")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The unique requests of one source in their order, and their origins beside them.
+
+    `duplicates` counts the records that were dropped because their request id had been read before.
+    """
+
+    requests: tuple[Request, ...]
+    origins: tuple[Origin, ...]
+    duplicates: int
+
+
+@dataclass(frozen=True)
+class Contradiction:
+    """Two requests with the same prompt and subject and different targets."""
+
+    earlier: Request
+    later: Request
+
+    def __str__(self) -> str:
+        return f"'{self.later.text}' with both '{self.earlier.target_new}' and '{self.later.target_new}'"
+
+
+def read_requests(
+    source: Path | IO[bytes] | IO[str], *, name: str | None = None, format: Format | None = None
+) -> Batch:
+    """Read all requests of a file or of an open stream.
+
+    Args:
+        source: a path, or a stream such as standard input.
+        name: what messages and origins call the source; by default the path, or "standard input" for a stream.
+        format: how to read it; by default the path's suffix decides and, where that says nothing, the content.
+
+    Raises:
+        RequestError: the source cannot be read, holds no record, or one of its records is malformed.
+    """
+    whole = Origin(name or (str(source) if isinstance(source, Path) else "standard input"))
+    if format is not None and format not in _READERS:
+        raise RequestError(f"unknown format '{format}'", remedy=f"use one of {', '.join(_READERS)}")
+    text = _read_text(source, whole)
+    if not text.strip():
+        raise _refuse(whole, "empty", "give at least one fact to write")
+    suffix = _SUFFIXES.get(source.suffix.lower()) if isinstance(source, Path) else None
+    read = _READERS[format or suffix or _sniff(text, whole)]
+    records = [(_convert(record, origin), origin) for origin, record in read(text, whole)]
+    if not records:
+        raise _refuse(whole, "no records", "give at least one fact to write")
+    first: dict[str, tuple[Request, Origin]] = {}
+    for request, origin in records:
+        first.setdefault(request.id, (request, origin))
+    requests, origins = zip(*first.values(), strict=True)
+    return Batch(requests=requests, origins=origins, duplicates=len(records) - len(first))
+
+
+def one_request(
+    prompt: str,
+    subject: str,
+    target_new: str,
+    *,
+    target_true: str | None = None,
+    paraphrases: Sequence[str] = (),
+    neighborhood: Sequence[str] = (),
+) -> Request:
+    """The request that the arguments spell out, under the same rules as a record of our own shape."""
+    record = {"prompt": prompt, "subject": subject, "target_new": target_new, "target_true": target_true}
+    return request_from_record({**record, "paraphrases": list(paraphrases), "neighborhood": list(neighborhood)})
+
+
+def find_contradictions(requests: Iterable[Request], active: Iterable[Request] = ()) -> list[Contradiction]:
+    """The requests that ask for another target than an earlier one at the same prompt and subject.
+
+    Earlier are the active requests, then those before it in the batch; without `active` the batch is compared with
+    itself alone. Each request is paired with the first one at its prompt and subject.
+    """
+    first: dict[tuple[str, str], Request] = {}
+    for request in active:
+        first.setdefault((request.prompt, request.subject), request)
+    pairs = []
+    for request in requests:
+        earlier = first.setdefault((request.prompt, request.subject), request)
+        if earlier.target_new != request.target_new:
+            pairs.append(Contradiction(earlier, request))
+    return pairs
+
+
+def contradiction_error(contradictions: Sequence[Contradiction]) -> ContradictionError:
+    """The error that says the first five contradictions in words and gives the request ids of all as facts."""
+    listed = "; ".join(str(pair) for pair in contradictions[:_LISTED_CONTRADICTIONS])
+    more = len(contradictions) - _LISTED_CONTRADICTIONS
+    count = "1 contradiction" if len(contradictions) == 1 else f"{len(contradictions)} contradictions"
+    return ContradictionError(
+        f"{count}: {listed}" + (f"; and {more} more" if more > 0 else ""),
+        remedy="keep one target for each prompt and subject, or replace the active request by the new one",
+        contradictions=[[pair.earlier.id, pair.later.id] for pair in contradictions],
+    )
+
+
+def _read_text(source: Path | IO[bytes] | IO[str], whole: Origin) -> str:
+    try:
+        content = source.read_bytes() if isinstance(source, Path) else source.read()
+        text = content if isinstance(content, str) else content.decode("utf-8-sig")
+    except OSError as error:
+        raise _refuse(whole, f"cannot be read ({error.strerror})", "name a file that can be read") from None
+    except UnicodeDecodeError as error:
+        byte = f"byte 0x{error.object[error.start]:02x} at offset {error.start}"
+        raise _refuse(whole, f"not UTF-8 text ({byte})", "save the file as UTF-8") from None
+    if "\0" in text:
+        raise _refuse(whole, f"not text (NUL at offset {text.index(chr(0))})", "name a file of facts")
+    return text
+
+
+def _sniff(text: str, whole: Origin) -> Format:
+    """The format that the content shows: `[` is JSON, a first line that is a whole record JSONL, a header CSV."""
+    first_line = text.lstrip().split("\n", 1)[0].strip()
+    if first_line.startswith("["):
+        return "json"
+    if first_line.startswith("{"):
+        try:
+            return "json" if "requests" in json.loads(first_line) else "jsonl"
+        except (ValueError, RecursionError):
+            spread = text.lstrip().startswith("{\n") or first_line.endswith(("{", "[", ",", ":"))
+            return "json" if spread else "jsonl"
+    header = {cell.strip().strip('"') for cell in first_line.split(",")}
+    if header >= REQUIRED_FIELDS or header >= ZSRE_FIELDS:
+        return "csv"
+    raise _refuse(
+        whole,
+        "neither the name nor the content tells the format",
+        "say the format (jsonl, json or csv); a CSV's first line names the columns prompt, subject and target_new",
+    )
+
+
+def _read_jsonl(text: str, whole: Origin) -> Iterator[tuple[Origin, object]]:
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            origin = Origin(whole.source, line=number)
+            yield origin, _parse_json(line, origin)
+
+
+def _read_json(text: str, whole: Origin) -> Iterator[tuple[Origin, object]]:
+    content = _parse_json(text, whole)
+    records = content["requests"] if isinstance(content, dict) and content.keys() == {"requests"} else content
+    if not isinstance(records, list):
+        message = f"{json_kind(records)} stands where a list of records belongs"
+        raise _refuse(whole, message, 'write [{...}, {...}] or {"requests": [...]}')
+    for number, record in enumerate(records, start=1):
+        yield Origin(whole.source, record=number), record
+
+
+def _read_csv(text: str, whole: Origin) -> Iterator[tuple[Origin, object]]:
+    """One record per row; an empty cell is an absent field; list columns hold JSON or texts separated by `|`."""
+    rows = csv.reader(io.StringIO(text, newline=""), strict=True)
+    line = 1
+    try:
+        header = [cell.strip() for cell in next(rows)]
+        if len(set(header)) < len(header):
+            raise _refuse(whole, "names a column twice", "rename or remove one of the columns")
+        line = rows.line_num + 1
+        for row in rows:
+            origin, line = Origin(whole.source, line=line), rows.line_num + 1
+            if len(row) > len(header):
+                message = f"{len(row)} cells under {len(header)} columns"
+                raise _refuse(origin, message, 'put quotes ("...") around cells that contain commas')
+            record: dict[str, Any] = {name: cell for name, cell in zip(header, row, strict=False) if cell.strip()}
+            for name in _LIST_COLUMNS:
+                if name in record:
+                    record[name] = _parse_list_cell(record[name], origin)
+            if record:
+                yield origin, record
+    except csv.Error as error:
+        raise _refuse(Origin(whole.source, line=line), f"malformed CSV ({error})", "correct the line") from None
+
+
+def _parse_list_cell(cell: str, origin: Origin) -> Any:
+    if cell.lstrip().startswith("["):
+        return _parse_json(cell, origin)
+    return [text for text in cell.split("|") if text.strip()]
+
+
+def _parse_json(text: str, origin: Origin) -> Any:
+    """Strict JSON: a key that occurs twice in one object is refused, since one of its values would be lost."""
+    try:
+        return json.loads(text, object_pairs_hook=_unique_keys)
+    except json.JSONDecodeError as error:
+        place = f"column {error.colno}" if origin.line else f"line {error.lineno}, column {error.colno}"
+        remedy = "correct the JSON there"
+        if error.msg == "Extra data" and origin.line is None:
+            remedy = "if the file holds one record per line, say that its format is jsonl"
+        raise _refuse(origin, f"malformed JSON at {place} ({error.msg})", remedy) from None
+    except (ValueError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise _refuse(origin, f"malformed JSON ({reason})", "correct the JSON") from None
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    unique: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in unique:
+            raise ValueError(f"the key '{key}' occurs twice")
+        unique[key] = value
+    return unique
+
+
+def _convert(record: object, origin: Origin) -> Request:
+    try:
+        return request_from_record(record)
+    except RequestError as error:
+        raise _refuse(origin, error.message, error.remedy, **error.facts) from None
+
+
+def _refuse(origin: Origin, message: str, remedy: str | None, **facts: Any) -> RequestError:
+    where = {"file": origin.source, "line": origin.line, "record": origin.record}
+    place = {key: value for key, value in where.items() if value is not None}
+    return RequestError(f"{origin}: {message}", remedy=remedy, **facts, **place)
+
+
+_READERS: Mapping[Format, Callable[[str, Origin], Iterator[tuple[Origin, object]]]] = {
+    "jsonl": _read_jsonl,
+    "json": _read_json,
+    "csv": _read_csv,
+}

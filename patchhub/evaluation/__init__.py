@@ -1,0 +1,1 @@
+"""Measuring models: facts, drift, live decoding."""

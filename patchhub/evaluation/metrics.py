@@ -1,0 +1,281 @@
+"""What a causal language model says, read in batches: scores of target strings and perplexity of texts.
+
+A prompt is read once and its cache serves every target that follows it, so targets share their prompt's work and the
+head is applied only where a target token is predicted. Prompts are padded on the left and targets on the right, which
+keeps positions, masks and windows those of the unpadded text. The rows of a prompt's and its targets' forward passes
+are the same: a model that decides something per sequence at the prompt keeps its decision for the target.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import DynamicCache
+
+from patchhub.editing.locate import encode_targets, tokenise
+from patchhub.errors import EditError, RequestError, SettingsError
+from patchhub.models.tracing import Prefix, left_padded, right_padded
+
+TokenIds = tuple[int, ...]
+
+BATCH_TOKENS = 2048
+_BUSY_TOKENS = 512
+_PADDING_SHARE = 1 / 8
+_LONG_TARGETS_PER_ROW = 2
+
+
+@dataclass(frozen=True)
+class TargetScore:
+    """A target after a prompt: its tokens, the natural log-probability of all of them, and what argmax says at each.
+
+    Teacher forced: token i is predicted from the prompt and the target's tokens before i.
+    """
+
+    tokens: TokenIds
+    logprob: float
+    argmax: TokenIds
+
+    @property
+    def n_tokens(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def argmax_right(self) -> bool:
+        """Every token of the target is the most probable one."""
+        return self.argmax == self.tokens
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A prompt with the targets that are read after it: any number of one token, up to two longer ones."""
+
+    prompt: TokenIds
+    short: tuple[TokenIds, ...]
+    long: tuple[TokenIds, ...]
+
+    @property
+    def width(self) -> int:
+        return len(self.prompt) + max(map(len, self.long), default=1) - 1
+
+
+@dataclass(frozen=True)
+class _Prediction:
+    """One target token's natural log-probability, and the most probable token in its place."""
+
+    logprob: float
+    argmax: int
+
+
+def score_targets(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    items: Sequence[tuple[str, str]],
+    *,
+    batch_tokens: int = BATCH_TOKENS,
+) -> list[TargetScore]:
+    """Score (prompt, target) pairs; the text is the prompt, a space and the target, tokenised as one.
+
+    Args:
+        batch_tokens: padded positions in one forward pass; it changes speed and memory, not the scores.
+
+    Raises:
+        RequestError: a text is longer than the model reads, or its target has no token or no token before it.
+        EditError: the model's logits are not numbers.
+    """
+    encoded = encode_targets(tokenizer, items)
+    limit = context_length(model)
+    keys = []
+    for (prompt, target), text in zip(items, encoded, strict=True):
+        if not 0 < text.target[0] <= len(text.input_ids) <= limit:
+            raise RequestError(
+                f"'{prompt} {target}' has {len(text.input_ids)} tokens, {text.target[0]} of them before the target; "
+                f"the model reads up to {limit} and needs one before the target",
+                remedy="shorten the prompt, or give it a beginning",
+                prompt=prompt,
+                target=target,
+            )
+        keys.append((text.input_ids[: text.target[0]], text.input_ids[text.target[0] :]))
+    scores: dict[tuple[TokenIds, TokenIds], TargetScore] = {}
+    with reading(model):
+        for batch in _batches(_rows(keys), batch_tokens):
+            scores.update(_score_batch(model, batch))
+    return [scores[key] for key in keys]
+
+
+def perplexity(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    *,
+    max_tokens: int | None = None,
+    batch_tokens: int = BATCH_TOKENS,
+) -> float:
+    """exp of the mean negative log-probability per token, over all tokens of all texts but each text's first.
+
+    Every text is read alone, from its beginning, cut after `max_tokens` tokens (by default what the model reads).
+
+    Raises:
+        RequestError: no text has two tokens.
+        EditError: the model's logits are not numbers.
+    """
+    limit = min(max_tokens or context_length(model), context_length(model))
+    rows = sorted((ids[:limit] for ids, _ in tokenise(tokenizer, texts) if len(ids[:limit]) > 1), key=len)
+    if not rows:
+        raise RequestError("no text to measure perplexity on has two tokens", remedy="give longer texts")
+    total, count = 0.0, 0
+    with reading(model):
+        for batch in cut([len(row) for row in rows], batch_tokens):
+            ids, mask, positions = right_padded(rows[batch], model.device)
+            logits = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
+            real = mask[:, 1:].bool()
+            losses = _logprobs(logits[:, :-1][real], ids[:, 1:][real])
+            total, count = total - float(losses.sum(dtype=torch.float64)), count + losses.numel()
+    _check_number(total)
+    try:
+        return math.exp(total / count)
+    except OverflowError:
+        return math.inf
+
+
+def context_length(model: PreTrainedModel) -> int:
+    """The number of positions that the model reads; a large number where its configuration sets no limit."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return limit if isinstance(limit, int) and limit > 0 else 2**31
+
+
+def cut(lengths: Sequence[int], batch_tokens: int) -> Iterator[slice]:
+    """Slices of consecutive rows, sorted by length, to be padded to the longest and read together.
+
+    A slice's padded size stays within `batch_tokens`, unless it is one row, and beyond a size that keeps a processor
+    busy at most an eighth of it is padding.
+    """
+    if batch_tokens < 1:
+        raise SettingsError(f"batch_tokens is {batch_tokens}", remedy="give a number of tokens above 0")
+    start, filled = 0, 0
+    for index, length in enumerate(lengths):
+        size = (index + 1 - start) * length
+        wasteful = size > _BUSY_TOKENS and size - filled - length > size * _PADDING_SHARE
+        if index > start and (size > batch_tokens or wasteful):
+            yield slice(start, index)
+            start, filled = index, 0
+        filled += length
+    if lengths:
+        yield slice(start, len(lengths))
+
+
+@contextmanager
+def reading(model: PreTrainedModel) -> Iterator[None]:
+    """Without gradients and dropout; the model's training mode is put back afterwards."""
+    training = model.training
+    model.train(False)
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)
+
+
+def _rows(pairs: Iterable[tuple[TokenIds, TokenIds]]) -> list[_Row]:
+    """Each distinct prompt with its distinct targets, on as many rows as its longer targets need."""
+    targets: dict[TokenIds, dict[TokenIds, None]] = {}
+    for prompt, target in pairs:
+        targets.setdefault(prompt, {})[target] = None
+    rows = []
+    for prompt, after in targets.items():
+        short = tuple(target for target in after if len(target) == 1)
+        long = sorted((target for target in after if len(target) > 1), key=len)
+        for start in range(0, max(len(long), 1), _LONG_TARGETS_PER_ROW):
+            rows.append(_Row(prompt, short if start == 0 else (), tuple(long[start : start + _LONG_TARGETS_PER_ROW])))
+    return rows
+
+
+def _batches(rows: Sequence[_Row], batch_tokens: int) -> Iterator[Sequence[_Row]]:
+    """Rows of similar width, all with the same number of longer targets."""
+    for count in range(_LONG_TARGETS_PER_ROW + 1):
+        alike = sorted((row for row in rows if len(row.long) == count), key=lambda row: (row.width, len(row.prompt)))
+        for batch in cut([row.width for row in alike], batch_tokens):
+            yield alike[batch]
+
+
+def _score_batch(
+    model: PreTrainedModel, rows: Sequence[_Row]
+) -> Iterator[tuple[tuple[TokenIds, TokenIds], TargetScore]]:
+    """Read the prompts, then the first longer target of every row, then the second, over the prompts' cache."""
+    rounds = len(rows[0].long)
+    ids, mask, positions = left_padded([row.prompt for row in rows], model.device)
+    cache = DynamicCache() if rounds else None
+    logits = model(
+        input_ids=ids,
+        attention_mask=mask,
+        position_ids=positions,
+        past_key_values=cache,
+        use_cache=cache is not None,
+        logits_to_keep=1,
+    ).logits[:, -1]
+    first = _first_tokens(logits, rows)
+    for index, row in enumerate(rows):
+        for target in row.short:
+            yield (row.prompt, target), _score(target, [first[index, target[0]]])
+    if cache is None:
+        return
+    layers: list[Any] = cache.layers
+    prefix = Prefix([(layer.keys, layer.values) for layer in layers])
+    for number in range(rounds):
+        targets = [row.long[number] for row in rows]
+        rest = _later_tokens(model, targets, mask, prefix)
+        for index, (row, target) in enumerate(zip(rows, targets, strict=True)):
+            yield (row.prompt, target), _score(target, [first[index, target[0]], *rest[index]])
+
+
+def _first_tokens(logits: Float[Tensor, "rows vocabulary"], rows: Sequence[_Row]) -> dict[tuple[int, int], _Prediction]:
+    """The prediction of every target's first token, by row and token."""
+    keys = sorted({(index, target[0]) for index, row in enumerate(rows) for target in row.short + row.long})
+    row_of, tokens = torch.tensor(keys, device=logits.device).unbind(1)
+    logprobs = _log_softmax(logits)[row_of, tokens].tolist()
+    argmax = logits.argmax(-1)[row_of].tolist()
+    return {key: _Prediction(*values) for key, *values in zip(keys, logprobs, argmax, strict=True)}
+
+
+def _later_tokens(
+    model: PreTrainedModel, targets: Sequence[TokenIds], prompt_mask: Int[Tensor, "rows time"], prefix: Prefix
+) -> list[list[_Prediction]]:
+    """The predictions of each target's tokens after the first, one target per row of the prompts' cache."""
+    ids, mask, positions = right_padded([target[:-1] for target in targets], model.device)
+    logits = model(
+        input_ids=ids,
+        attention_mask=torch.cat([prompt_mask, mask], dim=1),
+        position_ids=prompt_mask.sum(1, keepdim=True) + positions,
+        past_key_values=prefix,
+        use_cache=True,
+    ).logits[mask.bool()]
+    tokens = torch.tensor([token for target in targets for token in target[1:]], device=logits.device)
+    values = zip(_logprobs(logits, tokens).tolist(), logits.argmax(-1).tolist(), strict=True)
+    return [[_Prediction(*next(values)) for _ in target[1:]] for target in targets]
+
+
+def _score(target: TokenIds, predictions: Sequence[_Prediction]) -> TargetScore:
+    logprob = math.fsum(prediction.logprob for prediction in predictions)
+    _check_number(logprob)
+    return TargetScore(target, logprob, tuple(prediction.argmax for prediction in predictions))
+
+
+def _check_number(logprob: float) -> None:
+    if math.isnan(logprob):
+        raise EditError("the model's logits are not numbers", remedy="undo the edit that broke the model")
+
+
+def _log_softmax(logits: Float[Tensor, "n vocabulary"]) -> Float[Tensor, "n vocabulary"]:
+    """In float32, or float64 where the logits are."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+
+
+def _logprobs(logits: Float[Tensor, "n vocabulary"], tokens: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
+    return _log_softmax(logits).gather(-1, tokens[:, None])[:, 0]

@@ -1,0 +1,145 @@
+"""Writing to disk so that a crash at any instant leaves the old state or the new one, and the writers' lock.
+
+Every step that changes the disk is one method of `Disk`; a test passes a disk that fails at the step it wants.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import secrets
+import sqlite3
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Final
+
+from patchhub.errors import RepositoryError
+
+TEMPORARY_SUFFIX: Final = ".tmp"
+READ_ONLY: Final = 0o444
+READ_WRITE: Final = 0o644
+CHUNK: Final = 1 << 20
+"""Bytes per read where a file is streamed."""
+
+_CANNOT_SYNC_DIRECTORY: Final = frozenset({errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL})
+
+
+class Disk:
+    """The steps of durable writing, one method each; stateless."""
+
+    def make_directory(self, path: Path) -> None:
+        """Create one directory durably; one that is there is left as it is."""
+        if not path.is_dir():
+            path.mkdir(exist_ok=True)
+            self.sync_directory(path.parent)
+
+    def write(self, path: Path, chunks: Iterable[bytes], mode: int) -> None:
+        """Create `path`, which must not exist, with permissions `mode`; return when its bytes are on the disk."""
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), READ_WRITE)
+        with open(descriptor, "wb") as file:
+            for chunk in chunks:
+                file.write(chunk)
+            file.flush()
+            os.chmod(path, mode)
+            self.sync(file.fileno())
+
+    def sync(self, descriptor: int) -> None:
+        """Return when what was written to an open file or directory is on the disk."""
+        os.fsync(descriptor)
+
+    def rename(self, source: Path, target: Path) -> None:
+        """Give `source` the name `target`, replacing what is there, in one step."""
+        os.replace(source, target)
+
+    def sync_directory(self, path: Path) -> None:
+        """Make the names in `path` durable, where the file system can."""
+        if os.name == "nt":  # directories cannot be opened there, and renames are journalled
+            return
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            self.sync(descriptor)
+        except OSError as error:
+            if error.errno not in _CANNOT_SYNC_DIRECTORY:
+                raise
+        finally:
+            os.close(descriptor)
+
+    def connect(self, path: Path) -> sqlite3.Connection:
+        """A connection to the database at `path` that starts transactions only when told to."""
+        return sqlite3.connect(path, isolation_level=None)
+
+
+DISK: Final = Disk()
+
+
+def temporary_path(target: Path) -> Path:
+    """A new name in the directory of `target`; recognised by `TEMPORARY_SUFFIX` when a crash leaves it behind."""
+    return target.with_name(f".{target.name}.{secrets.token_hex(8)}{TEMPORARY_SUFFIX}")
+
+
+def write_atomically(target: Path, chunks: Iterable[bytes], *, mode: int = READ_WRITE, disk: Disk = DISK) -> None:
+    """Make `target` hold the concatenated chunks: temporary file, fsync, rename, fsync of the directory.
+
+    Raises:
+        RepositoryError: the disk is full or refuses the write; `target` is as it was.
+    """
+    temporary = temporary_path(target)
+    try:
+        with os_errors(target):
+            disk.write(temporary, chunks, mode)
+            disk.rename(temporary, target)
+            disk.sync_directory(target.parent)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def os_errors(path: Path) -> Iterator[None]:
+    """Turn an `OSError` of the body into a `RepositoryError` about `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise RepositoryError(
+            f"cannot write {path}: {error.strerror or error}",
+            remedy="Free space or fix the permissions, then run the command again; the store is as it was.",
+            path=str(path),
+            errno=error.errno,
+        ) from error
+
+
+def read_chunks(path: Path) -> Iterator[bytes]:
+    """The bytes of a file in pieces of at most `CHUNK`."""
+    with open(path, "rb") as file:
+        while chunk := file.read(CHUNK):
+            yield chunk
+
+
+@contextlib.contextmanager
+def writer_lock(path: Path, *, timeout: float) -> Iterator[None]:
+    """Hold the lock file at `path`; the system frees it when the process ends, however it ends.
+
+    Args:
+        path: the lock file; created if missing.
+        timeout: seconds to wait for another writer.
+
+    Raises:
+        RepositoryError: another process held the lock for all of `timeout`.
+    """
+    from filelock import FileLock, Timeout  # 15 ms that verbs which only read do not pay
+
+    lock = FileLock(path, timeout=timeout)
+    with os_errors(path):
+        try:
+            lock.acquire()
+        except Timeout:
+            raise RepositoryError(
+                f"another process has been writing to the store for {timeout:g} s ({path})",
+                remedy="Wait for it to finish, then run the command again.",
+                path=str(path),
+            ) from None
+    try:
+        yield
+    finally:
+        lock.release()

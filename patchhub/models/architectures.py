@@ -1,0 +1,263 @@
+"""Which weights of a model can be edited, and what they are called.
+
+The editable weights are the output projections of the feed-forward networks. They are found in the structure of the
+model, built without weights (`structure`); for the families of `FAMILIES` the result must also be the one that was
+verified by hand. Nothing else in patchhub knows names of model families.
+
+A scale on the logits (Cohere) lies behind the residual stream and is no obstacle here; a scale on what enters the
+stream (Granite) is.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+
+from patchhub.errors import BaseError, SettingsError, UnsupportedModelError
+from patchhub.models.structure import BlockStructure, Orientation, StructureError, find_structure, hidden_of
+
+_SOFTMAX_ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
+
+
+@dataclass(frozen=True)
+class Family:
+    """One row of the table: module paths as in transformers; the projections are relative to a block."""
+
+    blocks: str
+    ffn_out: str
+    attn_out: str
+    orientation: Orientation = "out_in"
+
+
+_LLAMA_LIKE = Family("model.layers", "mlp.down_proj", "self_attn.o_proj")
+
+FAMILIES: Final[Mapping[str, Family]] = {
+    "gpt2": Family("transformer.h", "mlp.c_proj", "attn.c_proj", "in_out"),
+    "gpt_neo": Family("transformer.h", "mlp.c_proj", "attn.attention.out_proj"),
+    "gpt_bigcode": Family("transformer.h", "mlp.c_proj", "attn.c_proj"),
+    "gptj": Family("transformer.h", "mlp.fc_out", "attn.out_proj"),
+    "codegen": Family("transformer.h", "mlp.fc_out", "attn.out_proj"),
+    "gpt_neox": Family("gpt_neox.layers", "mlp.dense_4h_to_h", "attention.dense"),
+    "bloom": Family("transformer.h", "mlp.dense_4h_to_h", "self_attention.dense"),
+    "falcon": Family("transformer.h", "mlp.dense_4h_to_h", "self_attention.dense"),
+    "mpt": Family("transformer.blocks", "ffn.down_proj", "attn.out_proj"),
+    "opt": Family("model.decoder.layers", "fc2", "self_attn.out_proj"),
+    "phi": Family("model.layers", "mlp.fc2", "self_attn.dense"),
+    "starcoder2": Family("model.layers", "mlp.c_proj", "self_attn.o_proj"),
+    "gemma": _LLAMA_LIKE,
+    "glm": _LLAMA_LIKE,
+    "llama": _LLAMA_LIKE,
+    "ministral": _LLAMA_LIKE,
+    "mistral": _LLAMA_LIKE,
+    "olmo": _LLAMA_LIKE,
+    "phi3": _LLAMA_LIKE,
+    "qwen2": _LLAMA_LIKE,
+    "qwen3": _LLAMA_LIKE,
+    "smollm3": _LLAMA_LIKE,
+    "stablelm": _LLAMA_LIKE,
+}
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The editable structure of one model.
+
+    Attributes:
+        model_type: the family's name in transformers.
+        n_layers: number of decoder blocks.
+        d_model: width of the residual stream.
+        blocks: path of the list of decoder blocks.
+        ffn_out: path of the feed-forward output projection, relative to a block.
+        attn_out: path of the attention output projection, relative to a block.
+        orientation: how both weights are stored; deltas are (out, in) whatever it says.
+        shapes: (out, in) of the feed-forward weight of each layer.
+    """
+
+    model_type: str
+    n_layers: int
+    d_model: int
+    blocks: str
+    ffn_out: str
+    attn_out: str
+    orientation: Orientation
+    shapes: tuple[tuple[int, int], ...]
+
+    def block(self, layer: int) -> str:
+        """The module path of a decoder block.
+
+        Raises:
+            SettingsError: there is no such layer.
+        """
+        if not 0 <= layer < self.n_layers:
+            raise SettingsError(
+                f"layer {layer} does not exist in this {self.model_type} model",
+                remedy=f"Choose layers from 0 to {self.n_layers - 1}.",
+                layer=layer,
+                layers=self.n_layers,
+            )
+        return f"{self.blocks}.{layer}"
+
+    def ffn_weight(self, layer: int) -> str:
+        """The parameter name of a layer's feed-forward output projection: ``transformer.h.3.mlp.c_proj.weight``."""
+        return f"{self.block(layer)}.{self.ffn_out}.weight"
+
+    def layer_of(self, weight: str) -> int:
+        """The layer whose `ffn_weight` this is.
+
+        Raises:
+            BaseError: it is none of this model.
+        """
+        for layer in range(self.n_layers):
+            if self.ffn_weight(layer) == weight:
+                return layer
+        raise BaseError(
+            f"{weight} is not a feed-forward output projection of this {self.model_type} model",
+            remedy=f"Its weights are named like {self.ffn_weight(0)}.",
+            weight=weight,
+        )
+
+
+def read_config(folder: Path) -> PreTrainedConfig:
+    """The transformers configuration of a model folder. No code of the folder is run.
+
+    Raises:
+        UnsupportedModelError: the installed transformers does not know the model, or its configuration is malformed.
+    """
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # any model's own code runs here
+        reason = str(error).partition("\n")[0]
+        raise UnsupportedModelError(
+            f"the configuration in {folder} cannot be read by transformers ({reason})",
+            remedy="Install a transformers that knows this model; models with their own code are not supported.",
+            folder=str(folder),
+        ) from error
+    return config
+
+
+def describe(config: PreTrainedConfig) -> Architecture:
+    """The architecture of the model that a configuration stands for, from its structure on the meta device.
+
+    Raises:
+        UnsupportedModelError: the model cannot be edited; the message says why.
+    """
+    _refuse_by_config(config)
+    text: Any = config.get_text_config()
+    try:
+        n_layers, d_model = int(text.num_hidden_layers), int(text.hidden_size)
+        blocks, structures = find_structure(_without_weights(config), n_layers, d_model)
+        found = _one_family(blocks, structures)
+        if FAMILIES.get(config.model_type, found) != found:
+            raise StructureError(f"has another structure than its family ({found}, not {FAMILIES[config.model_type]})")
+    except AttributeError as error:
+        raise _refusal(config, f"has no usual decoder ({error})") from error
+    except StructureError as error:
+        raise _refusal(config, str(error)) from error
+    return Architecture(
+        model_type=config.model_type,
+        n_layers=n_layers,
+        d_model=d_model,
+        blocks=found.blocks,
+        ffn_out=found.ffn_out,
+        attn_out=found.attn_out,
+        orientation=found.orientation,
+        shapes=tuple(structure.feed_forward.shape for structure in structures),
+    )
+
+
+@torch.no_grad()
+def additive_probe(model: Any, architecture: Architecture, layer: int) -> None:
+    """Check on a loaded model that a vector added to a feed-forward output arrives unchanged in the block's output.
+
+    The vector is as long as the hidden states, so that half precision resolves it; the tolerance is a few units in the
+    last place of the model's type.
+
+    Raises:
+        UnsupportedModelError: something else than an addition lies between the projection and the residual stream.
+    """
+    block = model.get_submodule(architecture.block(layer))
+    projection = block.get_submodule(architecture.ffn_out)
+    ids = torch.arange(1, 5, device=model.get_input_embeddings().weight.device)[None]
+    before = _block_output(model, block, ids)
+    pattern = torch.linspace(-1.0, 1.0, before.shape[-1], device=before.device)
+    vector = (pattern * before.float().norm() / pattern.norm()).to(before.dtype)
+    handle = projection.register_forward_hook(lambda module, args, output: output + vector.to(output.device))
+    try:
+        after = _block_output(model, block, ids)
+    finally:
+        handle.remove()
+    error = ((after.float() - before.float()) - vector.float()).norm(dim=-1).max()
+    if not float(error) <= 8 * torch.finfo(before.dtype).eps * float(vector.float().norm()):
+        raise UnsupportedModelError(
+            f"a vector added to the feed-forward output of layer {layer} does not enter the residual stream unchanged",
+            remedy="Only pre-norm models without residual multipliers can be edited.",
+            layer=layer,
+            model_type=architecture.model_type,
+        )
+
+
+def _block_output(model: Any, block: Any, ids: Tensor) -> Tensor:
+    seen: list[Tensor] = []
+    handle = block.register_forward_hook(lambda module, args, output: seen.append(hidden_of(output)))
+    training = model.training
+    try:
+        model.eval()(input_ids=ids, use_cache=False)
+    finally:
+        handle.remove()
+        model.train(training)
+    return seen[0]
+
+
+def _refuse_by_config(config: Any) -> None:
+    """What the configuration alone rules out."""
+    if getattr(config, "is_encoder_decoder", False):
+        raise _refusal(config, "is an encoder-decoder, and edits are defined for decoder-only models")
+    if getattr(config, "quantization_config", None):
+        raise _refusal(
+            config,
+            "has quantised weights, to which a change cannot be added",
+            remedy="Use the unquantised checkpoint that it was made from.",
+        )
+    other = sorted(set(getattr(config.get_text_config(), "layer_types", None) or ()) - _SOFTMAX_ATTENTION)
+    if other:
+        raise _refusal(
+            config,
+            f"has layers other than full or sliding-window attention ({', '.join(other)}), "
+            "whose state is not a list of keys and values",
+        )
+
+
+def _without_weights(config: PreTrainedConfig) -> Any:
+    """The model on the meta device, with the attention whose steps autograd sees."""
+    factory: Any = AutoModelForCausalLM
+    try:
+        with torch.device("meta"):
+            return factory.from_config(
+                copy.deepcopy(config), attn_implementation="eager", dtype=torch.float32, trust_remote_code=False
+            )
+    except Exception as error:  # any model's own code runs here
+        reason = str(error).partition("\n")[0]
+        raise StructureError(f"cannot be built as a causal language model by transformers ({reason})") from error
+
+
+def _one_family(blocks: str, structures: tuple[BlockStructure, ...]) -> Family:
+    rows = {Family(blocks, s.feed_forward.path, s.attention.path, s.feed_forward.orientation): None for s in structures}
+    if len(rows) != 1:
+        raise StructureError("has blocks of different structure")
+    return next(iter(rows))
+
+
+def _refusal(config: Any, reason: str, *, remedy: str | None = None) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"this {config.model_type} model {reason}",
+        remedy=remedy or f"Choose a dense pre-norm decoder, for example one of: {', '.join(sorted(FAMILIES))}.",
+        model_type=config.model_type,
+        reason=reason,
+    )

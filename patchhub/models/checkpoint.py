@@ -1,0 +1,253 @@
+"""The files of a base model: a folder of safetensors with its configuration, opened without loading it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from patchhub.canonical import canonical_json
+from patchhub.errors import BaseError, SettingsError
+from patchhub.models.safetensors_file import TensorEntry, read_header
+
+if TYPE_CHECKING:
+    import torch
+
+CONFIG: Final = "config.json"
+SINGLE_FILE: Final = "model.safetensors"
+INDEX: Final = "model.safetensors.index.json"
+
+_SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken"]
+_CONVERT = "Load the model once with transformers and write it with save_pretrained(FOLDER), then use that folder."
+_TORCH_DTYPES = {
+    "BOOL": "bool",
+    "U8": "uint8",
+    "I8": "int8",
+    "I16": "int16",
+    "I32": "int32",
+    "I64": "int64",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F32": "float32",
+    "F64": "float64",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model folder.
+
+    Attributes:
+        folder: where the files are.
+        name: as the user named it: a path or a Hub id.
+        revision: the Hub commit that the files are of, 40 hex digits; None for a local folder.
+        config: the content of ``config.json``.
+        files: the safetensors files, in the order of their names.
+        tensors: every tensor of these files.
+    """
+
+    folder: Path
+    name: str
+    revision: str | None
+    config: Mapping[str, Any]
+    files: tuple[Path, ...]
+    tensors: Mapping[str, TensorEntry]
+
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor of a checkpoint name, in its own dtype, on the CPU, in memory of its own.
+
+        Raises:
+            BaseError: there is no such tensor, its dtype is unknown to torch, or the file became shorter.
+        """
+        import torch
+
+        entry = self.entry(name)
+        if entry.dtype not in _TORCH_DTYPES:
+            raise BaseError(
+                f"tensor {name} has the type {entry.dtype}, which cannot be edited",
+                remedy="Use a checkpoint in a float type.",
+                tensor=name,
+            )
+        data = torch.empty(entry.size, dtype=torch.uint8)
+        with open(entry.file, "rb") as stream:
+            stream.seek(entry.begin)
+            if stream.readinto(data.numpy().data) != entry.size:
+                raise BaseError(
+                    f"{entry.file} became shorter while it was read", remedy="Open it again.", file=str(entry.file)
+                )
+        return data.view(getattr(torch, _TORCH_DTYPES[entry.dtype])).reshape(entry.shape)
+
+    def resolve_name(self, parameter: str) -> str:
+        """The checkpoint's name of a model parameter.
+
+        Checkpoints of a bare decoder lack the prefix that the causal language model gives it
+        (``h.0.mlp.c_proj.weight`` for ``transformer.h.0.mlp.c_proj.weight``), others have one more.
+
+        Raises:
+            BaseError: no tensor, or more than one, can be meant.
+        """
+        if parameter in self.tensors:
+            return parameter
+        found = [n for n in self.tensors if parameter.endswith("." + n) or n.endswith("." + parameter)]
+        if len(found) != 1:
+            raise BaseError(
+                f"{self.name} has {len(found) or 'no'} tensors that could be the parameter {parameter}",
+                remedy="Use the model that this repository was made for.",
+                parameter=parameter,
+                candidates=sorted(found),
+            )
+        return found[0]
+
+    def entry(self, name: str) -> TensorEntry:
+        """Where the tensor of a checkpoint name lies.
+
+        Raises:
+            BaseError: there is no such tensor.
+        """
+        if name not in self.tensors:
+            raise BaseError(
+                f"{self.name} has no tensor {name}",
+                remedy="Use the model that this repository was made for.",
+                tensor=name,
+            )
+        return self.tensors[name]
+
+
+def open_checkpoint(name: str | Path, revision: str | None = None) -> Checkpoint:
+    """Open a local model folder, or download one of the Hugging Face Hub (or take it from its cache).
+
+    Args:
+        name: a folder, or a Hub id such as ``openai-community/gpt2``; a folder that exists wins.
+        revision: branch, tag or commit on the Hub.
+
+    Raises:
+        BaseError: not found, unreachable, no configuration, no safetensors, or malformed files.
+        SettingsError: a revision of a local folder.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if revision is not None:
+            raise SettingsError(
+                f"{folder} is a local folder and has no revision {revision}", remedy="Leave the revision out."
+            )
+        return _open_folder(folder, str(name), None)
+    text = str(name)
+    if isinstance(name, Path) or text.startswith(("/", ".", "~")) or text.count("/") > 1 or "\\" in text:
+        raise BaseError(
+            f"there is no model folder {text}", remedy="Give a folder with config.json and safetensors, or a Hub id."
+        )
+    downloaded = _download(text, revision)
+    return _open_folder(downloaded, text, downloaded.name)
+
+
+def _open_folder(folder: Path, name: str, revision: str | None) -> Checkpoint:
+    config = _read_json(folder / CONFIG, missing="it is no transformers model folder")
+    files = _weight_files(folder)
+    tensors: dict[str, TensorEntry] = {}
+    for file in files:
+        for tensor, entry in read_header(file).items():
+            if tensor in tensors:
+                raise BaseError(
+                    f"tensor {tensor} is in {tensors[tensor].file.name} and in {file.name}",
+                    remedy=_CONVERT,
+                    tensor=tensor,
+                )
+            tensors[tensor] = entry
+    if not (folder / SINGLE_FILE).is_file():
+        _check_index(folder, tensors)
+    return Checkpoint(folder, name, revision, config, files, tensors)
+
+
+def _weight_files(folder: Path) -> tuple[Path, ...]:
+    if (folder / SINGLE_FILE).is_file():
+        return (folder / SINGLE_FILE,)
+    if not (folder / INDEX).is_file():
+        raise BaseError(
+            f"{folder} has no weights in safetensors ({SINGLE_FILE} or {INDEX}); other formats, such as pickled .bin "
+            "files, are never opened",
+            remedy=_CONVERT,
+            folder=str(folder),
+        )
+    return tuple(folder / file for file in sorted(set(_weight_map(folder).values())))
+
+
+def _weight_map(folder: Path) -> dict[str, str]:
+    """Tensor name -> file name, from the index of a sharded checkpoint."""
+    mapping = _read_json(folder / INDEX, missing="the index of a sharded checkpoint is missing").get("weight_map")
+    if not isinstance(mapping, dict) or not mapping or not all(_is_plain_file_name(f) for f in mapping.values()):
+        raise BaseError(f"{folder / INDEX} has no valid weight_map", remedy="Download or copy the file again.")
+    return mapping
+
+
+def _is_plain_file_name(name: Any) -> bool:
+    return isinstance(name, str) and name.endswith(".safetensors") and Path(name).name == name and "\\" not in name
+
+
+def _check_index(folder: Path, tensors: Mapping[str, TensorEntry]) -> None:
+    for name, file in _weight_map(folder).items():
+        if name not in tensors or tensors[name].file.name != file:
+            raise BaseError(
+                f"{folder / INDEX} says that tensor {name} is in {file}, which is not so",
+                remedy="Download or copy the checkpoint again.",
+                tensor=name,
+                file=file,
+            )
+
+
+def _read_json(path: Path, *, missing: str) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_bytes())
+        canonical_json(content)  # refuses numbers that are not finite and text that is not Unicode
+    except FileNotFoundError:
+        raise BaseError(
+            f"there is no {path}: {missing}", remedy="Give a folder written by save_pretrained, or a Hub id."
+        ) from None
+    except OSError as error:
+        raise BaseError(f"{path} cannot be read ({error.strerror})", remedy="Check its permissions.") from error
+    except (ValueError, RecursionError) as error:
+        raise BaseError(f"{path} is not valid JSON ({error})", remedy="Download or copy the file again.") from error
+    if not isinstance(content, dict):
+        raise BaseError(f"{path} is not a JSON object", remedy="Download or copy the file again.")
+    return content
+
+
+# --- the Hub --------------------------------------------------------------------------------------------------------
+
+
+def _download(name: str, revision: str | None) -> Path:
+    """The snapshot folder of a Hub model: small files first, then exactly the weight files that they name."""
+    small = _snapshot(name, revision, _SMALL_FILES)
+    commit = small.name
+    if (small / INDEX).is_file():
+        return _snapshot(name, commit, [*_SMALL_FILES, *sorted(set(_weight_map(small).values()))])
+    return _snapshot(name, commit, [*_SMALL_FILES, SINGLE_FILE])
+
+
+def _snapshot(name: str, revision: str | None, patterns: list[str]) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+
+    # In this order: a gated repository is a kind of repository that is not found.
+    reasons: list[tuple[type[Exception], str, str]] = [
+        (GatedRepoError, "needs its owner's permission", "Ask for access on its page, then run `hf auth login`."),
+        (RepositoryNotFoundError, "does not exist or is private", "Check the name, or run `hf auth login`."),
+        (RevisionNotFoundError, f"has no revision {revision}", "Use a branch, tag or commit that its page lists."),
+        (HFValidationError, "is neither a folder nor a valid Hub id", "Give an existing folder or a Hub id."),
+        (Exception, "cannot be downloaded and is not in the local cache", "Go online, or give a local folder."),
+    ]
+    download: Callable[..., str] = snapshot_download
+    try:
+        return Path(download(name, revision=revision, allow_patterns=patterns))
+    except Exception as error:
+        reason, remedy = next((reason, remedy) for kind, reason, remedy in reasons if isinstance(error, kind))
+        raise BaseError(
+            f"the model {name} {reason}",
+            remedy=remedy,
+            model=name,
+            revision=revision,
+            cause=str(error).partition("\n")[0],
+        ) from error

@@ -1,0 +1,222 @@
+"""Where the attention and the feed-forward network of each block write into the residual stream, found without weights.
+
+The model is run once on the meta device, which computes shapes but no numbers, with autograd recording. A projection is
+*additive* if the block's output is reached from the projection's output through additions (and changes of view or type)
+alone: then a vector added to the projection's output arrives in the stream as it is. A norm after the
+feed-forward network or a residual multiplier puts another operation on that way. The feed-forward projection is told
+from the attention's by what it is computed from: attention mixes positions (softmax, batched products), a feed-forward
+network does not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+Orientation: TypeAlias = Literal["out_in", "in_out"]
+"""How a weight is stored: ``out_in`` for Linear, ``in_out`` for GPT-2's Conv1D."""
+
+_ADDITION = {"AddBackward0"}
+_IDENTITY = {
+    "ViewBackward0",
+    "UnsafeViewBackward0",
+    "ReshapeAliasBackward0",
+    "AliasBackward0",
+    "CloneBackward0",
+    "ToCopyBackward0",
+}
+_MIXING = ("softmax", "bmm")  # of positions; attention has both, a feed-forward network neither
+
+
+class StructureError(Exception):
+    """The structure is not one that can be edited; the message is the reason, the start of a sentence."""
+
+
+@dataclass(frozen=True)
+class Projection:
+    """A linear map into the residual stream. ``path`` is relative to the block, ``shape`` is (out, in)."""
+
+    path: str
+    shape: tuple[int, int]
+    orientation: Orientation
+
+
+@dataclass(frozen=True)
+class BlockStructure:
+    """The two projections through which one block writes into the stream."""
+
+    attention: Projection
+    feed_forward: Projection
+
+
+@dataclass
+class _Record:
+    """What one block did during the traced run, as autograd nodes, which keep their identity while they are listed."""
+
+    start: list[Any] = field(default_factory=list)
+    end: list[Any] = field(default_factory=list)
+    projections: list[tuple[str, Any]] = field(default_factory=list)
+    norms: list[tuple[str, int]] = field(default_factory=list)  # path, number of projections seen before it
+
+
+def find_structure(model: nn.Module, n_layers: int, d_model: int) -> tuple[str, tuple[BlockStructure, ...]]:
+    """The path of the list of blocks, and the structure of each block, of a model on the meta device.
+
+    Raises:
+        StructureError: saying why the model cannot be edited.
+    """
+    path, blocks = _block_list(model, n_layers)
+    for index, block in enumerate(blocks):
+        _refuse_experts(f"{path}.{index}", block)
+    records = _trace(model, blocks, d_model)
+    return path, tuple(_block_structure(block, record) for block, record in zip(blocks, records, strict=True))
+
+
+def orientation_of(module: nn.Module) -> Orientation | None:
+    """How the weight of a linear module is stored, or None if it is no such module."""
+    if isinstance(module, nn.Linear):
+        return "out_in"
+    return "in_out" if isinstance(module, Conv1D) else None
+
+
+def hidden_of(output: Any) -> Tensor:
+    """The hidden states in what a block returns: the tensor itself, or the first of a tuple (GPT-J, GPT-Neo)."""
+    hidden: Tensor = output[0] if isinstance(output, tuple) else output
+    return hidden
+
+
+def _block_list(model: nn.Module, n_layers: int) -> tuple[str, list[nn.Module]]:
+    found = [
+        (path, list(module))
+        for path, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == n_layers
+    ]
+    if len(found) != 1:
+        raise StructureError(f"has {len(found)} lists of {n_layers} modules instead of one list of decoder blocks")
+    return found[0]
+
+
+def _refuse_experts(path: str, block: nn.Module) -> None:
+    names = {name.rpartition(".")[2] for name, _ in block.named_modules()}
+    stacked = [p for p in block.parameters() if p.ndim == 3 and min(p.shape) > 1]
+    if names & {"experts", "router", "gate"} or stacked:
+        raise StructureError(
+            f"keeps its weights per expert or in stacks ({path}; mixture of experts), "
+            "so no single feed-forward weight sees every token"
+        )
+
+
+def _trace(model: nn.Module, blocks: list[nn.Module], d_model: int) -> list[_Record]:
+    """One run over four positions on the meta device, and what was recorded in each block."""
+    records = [_Record() for _ in blocks]
+    handles = [h for block, record in zip(blocks, records, strict=True) for h in _watch(block, record, d_model)]
+    ids = torch.zeros(1, 4, dtype=torch.long, device="meta")
+    try:
+        with torch.enable_grad():
+            model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+    except Exception as error:  # any model's own code runs here
+        raise StructureError(f"cannot be traced without weights ({type(error).__name__}: {error})") from error
+    finally:
+        for handle in handles:
+            handle.remove()
+    return records
+
+
+def _watch(block: nn.Module, record: _Record, d_model: int) -> Iterable[Any]:
+    def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        record.start.append(hidden.grad_fn)
+
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        record.end.append(hidden_of(output).grad_fn)
+
+    def project(path: str) -> Callable[..., None]:
+        return lambda module, args, output: record.projections.append((path, output.grad_fn))
+
+    def norm(path: str) -> Callable[..., None]:
+        return lambda module, args, output: record.norms.append((path, len(record.projections)))
+
+    yield block.register_forward_pre_hook(enter, with_kwargs=True)
+    yield block.register_forward_hook(leave)
+    for path, module in block.named_modules():
+        if orientation_of(module) and _shape(module)[0] == d_model:
+            yield module.register_forward_hook(project(path))
+        elif "norm" in type(module).__name__.lower():
+            yield module.register_forward_hook(norm(path))
+
+
+def _block_structure(block: nn.Module, record: _Record) -> BlockStructure:
+    if len(record.end) != 1 or not record.projections:
+        raise StructureError("has blocks that are not called once per pass, or that hold no projection into the stream")
+    nodes = {node: path for path, node in record.projections}
+    stop = {*record.start, *nodes}
+    additive = [nodes[n] for n in _reachable(record.end[0], stop, through_sums_only=True) if n in nodes]
+    mixing = {path: _mixing_of(node, stop) for node, path in nodes.items()}
+    feed_forward = [path for path in additive if not mixing[path]]
+    attention = [path for path in additive if "softmax" in mixing[path]]
+    if not feed_forward:
+        raise StructureError(_why_not_additive(record))
+    if len(feed_forward) != 1 or len(attention) != 1:
+        raise StructureError(
+            "has blocks other than one attention and one feed-forward network "
+            f"(into the stream lead: {', '.join(path for path, _ in record.projections)})"
+        )
+    return BlockStructure(_projection(block, attention[0]), _projection(block, feed_forward[0]))
+
+
+def _reachable(root: Any, stop: set[Any], *, through_sums_only: bool) -> list[Any]:
+    """The autograd nodes from which ``root`` is computed, in no order; the search does not go past ``stop``."""
+    seen: dict[Any, None] = {}
+    waiting = [root]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen[node] = None
+        if node is not root and node in stop:
+            continue
+        if not through_sums_only or _keeps_sums(node):
+            waiting += [parent for parent, _ in node.next_functions]
+    return list(seen)
+
+
+def _keeps_sums(node: Any) -> bool:
+    name = type(node).__name__
+    return name in _IDENTITY or (name in _ADDITION and node._saved_alpha == 1)
+
+
+def _mixing_of(node: Any, stop: set[Any]) -> set[str]:
+    """The kinds of mixing of positions that a projection's output is computed from."""
+    names = [type(n).__name__.lower() for n in _reachable(node, stop, through_sums_only=False)]
+    return {word for word in _MIXING for name in names if word in name}
+
+
+def _why_not_additive(record: _Record) -> str:
+    norms = [path for path, before in record.norms if before == len(record.projections)]
+    if norms:
+        return (
+            f"applies a norm ({norms[-1]}) after the feed-forward network, so the output of its projection "
+            "is not what enters the residual stream (post-norm)"
+        )
+    return (
+        "has no feed-forward projection whose output enters the residual stream as it is "
+        "(a residual multiplier, a gate or a state-space layer stands in its place)"
+    )
+
+
+def _projection(block: nn.Module, path: str) -> Projection:
+    module = block.get_submodule(path)
+    orientation = orientation_of(module)
+    assert orientation is not None
+    return Projection(path, _shape(module), orientation)
+
+
+def _shape(module: nn.Module) -> tuple[int, int]:
+    weight: Any = module.weight
+    rows, columns = weight.shape
+    return (rows, columns) if orientation_of(module) == "out_in" else (columns, rows)

@@ -1,0 +1,242 @@
+"""A causal language model taken apart: embed, run some blocks, apply the head, each alone.
+
+Editing needs the layers above the edited one many times and the layers below it once; it needs the head at a few positions
+only. No model family offers that, so the pieces are taken from the model itself: the arguments that it passes to its blocks are
+recorded once (with the blocks replaced by the identity, which costs an embedding and a mask), and the real blocks are then
+called with them. Positions, masks and caches are therefore always the model's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+
+from patchhub.errors import UnsupportedModelError
+from patchhub.models.architectures import Architecture
+
+_TOLERANCE = 1e-3  # relative difference of logits that the pieces may show against the whole (half precision)
+
+
+class _FrozenLayer(DynamicLayer):
+    """Keys and values of a fixed prefix: new ones are appended for the call and not kept."""
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        super().__init__()
+        self.lazy_initialization(keys, values)
+        self.keys, self.values = keys, values
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        return torch.cat([self.keys, key_states], dim=-2), torch.cat([self.values, value_states], dim=-2)
+
+
+class Prefix(Cache):
+    """The attention keys and values of every block over a prefix of P positions, never extended."""
+
+    def __init__(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+        super().__init__(layers=[_FrozenLayer(keys, values) for keys, values in pairs])
+
+    def select(self, rows: Int[Tensor, " rows"]) -> Prefix:
+        """The same prefix for some rows of the batch."""
+        return Prefix([(layer.keys[rows], layer.values[rows]) for layer in self.layers])
+
+
+@dataclass(frozen=True, eq=False)
+class Pass:
+    """One batch on its way through the model: the embedded tokens and what each block is called with."""
+
+    stack: Stack
+    hidden: Float[Tensor, "batch time d"]
+    calls: tuple[tuple[tuple[Any, ...], dict[str, Any]], ...]
+
+    def run(self, hidden: Float[Tensor, "batch time d"], start: int, stop: int) -> Float[Tensor, "batch time d"]:
+        """The hidden states after block ``stop - 1``, given those before block ``start``."""
+        for index in range(start, stop):
+            args, kwargs = self.calls[index]
+            hidden = _first(self.stack.blocks[index](hidden.to(self.stack.device_of(index)), *args, **kwargs))
+        return hidden
+
+
+class Stack:
+    """The pieces of one loaded model.
+
+    Args:
+        model: a transformers causal LM; it is put into evaluation mode and its parameters stop asking for gradients.
+        architecture: where its blocks are.
+
+    Raises:
+        UnsupportedModelError: the pieces do not give the logits that the whole model gives.
+    """
+
+    def __init__(self, model: Any, architecture: Architecture) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.architecture = architecture
+        self.blocks: list[nn.Module] = list(model.get_submodule(architecture.blocks))
+        self.decoder: Any = model.get_submodule(architecture.blocks.rpartition(".")[0])
+        self.ffn_out: list[nn.Module] = [block.get_submodule(architecture.ffn_out) for block in self.blocks]
+        self._norm, self._tuple_output = self._probe()
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go."""
+        device: torch.device = self.model.get_input_embeddings().weight.device
+        return device
+
+    def device_of(self, index: int) -> torch.device:
+        """Where block ``index`` lives."""
+        return next(self.blocks[index].parameters()).device
+
+    @torch.no_grad()
+    def begin(
+        self,
+        ids: Int[Tensor, "batch time"],
+        mask: Int[Tensor, "batch all"],
+        positions: Int[Tensor, "batch time"],
+        prefix: Prefix | None = None,
+    ) -> Pass:
+        """Embed a batch and record the arguments of every block.
+
+        Args:
+            ids: token ids; padding may hold any id.
+            mask: 1 for real tokens, 0 for padding, over the prefix (if any) and then ``ids``.
+            positions: position ids of ``ids``.
+            prefix: keys and values of the positions before ``ids``.
+        """
+        calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        first: list[Tensor] = []
+
+        def record(*args: Any, **kwargs: Any) -> Any:
+            hidden = args[0] if args else kwargs.pop("hidden_states")
+            first.append(hidden)
+            calls.append((args[1:], kwargs))
+            return (hidden, None) if self._tuple_output else hidden
+
+        with _replaced_forwards(self.blocks, record):
+            self.decoder(
+                input_ids=ids,
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=prefix,
+                use_cache=prefix is not None,
+            )
+        return Pass(self, first[0], tuple(calls))
+
+    @torch.no_grad()
+    def read_prefix(
+        self, ids: Int[Tensor, "batch time"], mask: Int[Tensor, "batch time"], positions: Int[Tensor, "batch time"]
+    ) -> Prefix:
+        """The keys and values of every block over a batch of prefixes (padded on the left)."""
+        cache = DynamicCache(config=self.model.config)
+        self.decoder(
+            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+        )
+        return Prefix([(layer.keys, layer.values) for layer in cache.layers])
+
+    def logits(self, hidden: Float[Tensor, "... d"]) -> Float[Tensor, "... vocabulary"]:
+        """Logits from hidden states after the last block."""
+        head = self.model.get_output_embeddings()
+        normed = self._norm(hidden)
+        logits: Tensor = head(normed.to(head.weight.device))
+        return logits
+
+    @contextmanager
+    def watch_keys(self, layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
+        """While open, the latest input of the FFN output projection of each layer: (batch, time, in)."""
+        seen: dict[int, Tensor] = {}
+
+        def keep(layer: int) -> Any:
+            return lambda module, args: seen.__setitem__(layer, args[0])
+
+        handles = [self.ffn_out[layer].register_forward_pre_hook(keep(layer)) for layer in layers]
+        try:
+            yield seen
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @torch.no_grad()
+    def _probe(self) -> tuple[nn.Module, bool]:
+        """Find what runs after the blocks and how blocks return, and check that the pieces make the whole."""
+        after: list[nn.Module] = []
+        tuples: list[bool] = []
+        last = self.blocks[-1]
+        siblings = [m for m in self.decoder.children() if not isinstance(m, nn.ModuleList)]
+        handles = [last.register_forward_hook(lambda m, a, out: tuples.append(isinstance(out, tuple)))]
+        handles += [m.register_forward_hook(lambda m, a, out: after.append(m) if tuples else None) for m in siblings]
+        ids = torch.arange(1, 5, device=self.device)[None] % self.model.config.get_text_config().vocab_size
+        try:
+            whole = self.model(input_ids=ids, use_cache=False).logits
+        finally:
+            for handle in handles:
+                handle.remove()
+        self._norm, self._tuple_output = (after[0] if after else nn.Identity()), tuples[0]
+        start = self.begin(ids, torch.ones_like(ids), torch.arange(ids.shape[1], device=self.device)[None])
+        parts = self.logits(start.run(start.hidden, 0, len(self.blocks)))
+        if len(after) > 1 or not _close(parts, whole):
+            raise UnsupportedModelError(
+                f"the blocks and head of this {self.architecture.model_type} model do not compose to its logits",
+                remedy="Only models of the form embed -> blocks -> norm -> head can be edited.",
+                model_type=self.architecture.model_type,
+            )
+        return self._norm, self._tuple_output
+
+
+def left_padded(
+    rows: Sequence[Sequence[int]], device: torch.device
+) -> tuple[Int[Tensor, "batch time"], Int[Tensor, "batch time"], Int[Tensor, "batch time"]]:
+    """Token ids, mask and position ids of rows padded on the left to one length."""
+    return _padded(rows, device, left=True)
+
+
+def right_padded(
+    rows: Sequence[Sequence[int]], device: torch.device
+) -> tuple[Int[Tensor, "batch time"], Int[Tensor, "batch time"], Int[Tensor, "batch time"]]:
+    """Token ids, mask and position ids of rows padded on the right to one length."""
+    return _padded(rows, device, left=False)
+
+
+def _padded(rows: Sequence[Sequence[int]], device: torch.device, *, left: bool) -> tuple[Tensor, Tensor, Tensor]:
+    width = max(len(row) for row in rows)
+    ids = torch.zeros(len(rows), width, dtype=torch.long)
+    mask = torch.zeros(len(rows), width, dtype=torch.long)
+    for index, row in enumerate(rows):
+        span = slice(width - len(row), width) if left else slice(0, len(row))
+        ids[index, span] = torch.tensor(row, dtype=torch.long)
+        mask[index, span] = 1
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    return ids.to(device), mask.to(device), positions.to(device)
+
+
+@contextmanager
+def _replaced_forwards(modules: Sequence[nn.Module], forward: Any) -> Iterator[None]:
+    """Every module's forward replaced for a while; an instance attribute that was there before is put back."""
+    before = [module.__dict__.get("forward") for module in modules]
+    for module in modules:
+        module.forward = forward
+    try:
+        yield
+    finally:
+        for module, own in zip(modules, before, strict=True):
+            if own is None:
+                del module.__dict__["forward"]
+            else:
+                module.forward = own
+
+
+def _first(output: Tensor | tuple[Any, ...]) -> Tensor:
+    hidden: Tensor = output[0] if isinstance(output, tuple) else output
+    return hidden
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    a, b = a.float().cpu(), b.float().cpu()
+    finite: Bool[Tensor, ""] = torch.isfinite(b).all()
+    return bool(finite) and float((a - b).norm()) <= _TOLERANCE * float(b.norm()) + 1e-6

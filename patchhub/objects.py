@@ -1,0 +1,346 @@
+"""The objects of store format 1 as frozen dataclasses (``docs/format.md``); `canonical` says how they become bytes.
+
+Each class has ``to_json()``, ``from_json(data)`` and ``id``. Requests blobs and sets, which are JSON lists, have
+functions instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Final, NamedTuple
+
+from patchhub.canonical import (
+    COUNT,
+    FORMAT,
+    IDENTIFIER,
+    INSTANT,
+    MAPPING,
+    NUMBER,
+    TEXT,
+    Codec,
+    StoredObject,
+    canonical_json,
+    choice,
+    list_of,
+    map_of,
+    nfc,
+    object_id,
+    optional,
+    read,
+    record_of,
+    tuple_of,
+)
+from patchhub.errors import RequestError
+
+__all__ = [
+    "EMPTY_SET",
+    "FORMAT",
+    "PATCH_KINDS",
+    "Base",
+    "Commit",
+    "Element",
+    "Keyframe",
+    "Metric",
+    "Neighbor",
+    "Note",
+    "Operation",
+    "Patch",
+    "Request",
+    "StoredObject",
+    "TensorRecord",
+    "Text",
+    "canonical_json",
+    "groups_of",
+    "nfc",
+    "object_id",
+    "requests_from_json",
+    "requests_json",
+    "set_digest",
+    "set_from_json",
+    "set_json",
+]
+
+PATCH_KINDS: Final = ("closed_form", "additive", "shard")
+
+Element = tuple[str, str | None]
+"""What is active: (patch id, request id), or (patch id, None) for a whole additive patch or shard."""
+
+# --- the active set -------------------------------------------------------------------------------------------------
+
+
+def groups_of(elements: Iterable[Element]) -> list[list[Any]]:
+    """Elements as ``[[patch, [request, ...] | null], ...]``, sorted.
+
+    Raises:
+        ValueError: a patch is there both as a whole and by request.
+    """
+    groups: dict[str, set[str | None]] = {}
+    for patch, request in elements:
+        groups.setdefault(patch, set()).add(request)
+    result: list[list[Any]] = []
+    for patch, requests in sorted(groups.items()):
+        if None in requests and len(requests) > 1:
+            raise ValueError(f"patch {patch[:12]} is listed both as a whole and by request")
+        result.append([patch, None if None in requests else sorted(r for r in requests if r is not None)])
+    return result
+
+
+def _decode_groups(value: Any, path: str) -> frozenset[Element]:
+    group = tuple_of(IDENTIFIER, optional(list_of(IDENTIFIER)))
+    elements: set[Element] = set()
+    for patch, requests in list_of(group).decode(value, path):
+        elements.update([(patch, None)] if requests is None else [(patch, request) for request in requests])
+    return frozenset(elements)
+
+
+_GROUPS = Codec(_decode_groups, groups_of)
+
+
+def set_json(elements: Iterable[Element]) -> bytes:
+    """The canonical bytes of a set object."""
+    return canonical_json(groups_of(elements))
+
+
+def set_from_json(data: bytes) -> frozenset[Element]:
+    """The inverse of `set_json`."""
+    result: frozenset[Element] = read("set", data, lambda value: _decode_groups(value, ""), set_json)
+    return result
+
+
+def set_digest(elements: Iterable[Element]) -> str:
+    """SHA-256 of `set_json`: the id that the set has, or would have, as an object."""
+    return object_id(set_json(elements))
+
+
+EMPTY_SET: Final = set_digest(())
+"""The set digest of the unpatched model."""
+
+
+# --- requests -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Neighbor:
+    """A prompt near the request's whose answer `target` must not change."""
+
+    prompt: Annotated[str, TEXT]
+    target: Annotated[str, TEXT]
+
+
+@dataclass(frozen=True)
+class Request:
+    """One fact to write. `prompt` holds ``{}`` where the subject stands; use `make` for text of unknown form."""
+
+    prompt: Annotated[str, TEXT]
+    subject: Annotated[str, TEXT]
+    target_new: Annotated[str, TEXT]
+    target_true: Annotated[str | None, optional(TEXT)]
+    paraphrases: Annotated[tuple[str, ...], list_of(TEXT)]
+    neighborhood: Annotated[tuple[Neighbor, ...], list_of(record_of(Neighbor))]
+
+    @classmethod
+    def make(
+        cls,
+        prompt: str,
+        subject: str,
+        target_new: str,
+        *,
+        target_true: str | None = None,
+        paraphrases: Sequence[str] = (),
+        neighborhood: Iterable[tuple[str, str]] = (),
+    ) -> Request:
+        """A request from text as a user writes it: normalised to NFC, outer white space removed.
+
+        `prompt` has the subject in it, once, or ``{}`` in its place. `neighborhood` are pairs (prompt, target).
+
+        Raises:
+            RequestError: empty subject, prompt or target, or no single place for the subject.
+        """
+        prompt, subject, target_new = (_clean(text) for text in (prompt, subject, target_new))
+        for name, text in (("prompt", prompt), ("subject", subject), ("target_new", target_new)):
+            if not text:
+                raise RequestError(f"the request for {subject or prompt!r} has an empty {name}", remedy="Fill it in.")
+        return cls(
+            prompt=_template(prompt, subject),
+            subject=subject,
+            target_new=target_new,
+            target_true=None if target_true is None else _clean(target_true),
+            paraphrases=tuple(_clean(text) for text in paraphrases),
+            neighborhood=tuple(Neighbor(_clean(text), _clean(target)) for text, target in neighborhood),
+        )
+
+    @property
+    def id(self) -> str:
+        """SHA-256 of canonical ``{prompt, subject, target_new}``: what makes two requests the same fact."""
+        parts = {"prompt": self.prompt, "subject": self.subject, "target_new": self.target_new}
+        return object_id(canonical_json({name: nfc(text) for name, text in parts.items()}))
+
+    @property
+    def text(self) -> str:
+        """The prompt with the subject filled in."""
+        return self.prompt.replace("{}", self.subject)
+
+
+def _clean(text: str) -> str:
+    if not isinstance(text, str):
+        raise RequestError(f"{text!r} is not text", remedy="Write it as a JSON string.")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise RequestError(f"{text!r} is not valid Unicode text", remedy="Save the file as UTF-8.") from None
+    return nfc(text).strip()
+
+
+def _template(prompt: str, subject: str) -> str:
+    """`prompt` with ``{}`` for the subject."""
+    places = prompt.count("{}")
+    if places == 1:
+        return prompt
+    if places == 0 and prompt.count(subject) == 1:
+        return prompt.replace(subject, "{}")
+    found = f"holds {{}} {places} times" if places else f"holds the subject {prompt.count(subject)} times"
+    raise RequestError(
+        f"the prompt {prompt!r} {found}, not once",
+        remedy=f"Write {{}} exactly once, where the subject {subject!r} stands.",
+        prompt=prompt,
+        subject=subject,
+    )
+
+
+_REQUESTS = list_of(record_of(Request))
+
+
+def requests_json(requests: Iterable[Request]) -> bytes:
+    """The canonical bytes of a requests blob, in the order of the patch's columns."""
+    return canonical_json(_REQUESTS.encode(requests))
+
+
+def requests_from_json(data: bytes) -> list[Request]:
+    """The inverse of `requests_json`."""
+    return list(read("requests blob", data, lambda value: _REQUESTS.decode(value, ""), requests_json))
+
+
+# --- objects with a type --------------------------------------------------------------------------------------------
+
+
+class TensorRecord(NamedTuple):
+    """One tensor of the base: safetensors dtype, shape, SHA-256 of its raw bytes."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    sha256: str
+
+
+_TENSOR = tuple_of(TEXT, list_of(COUNT), IDENTIFIER, make=TensorRecord)
+
+
+@dataclass(frozen=True)
+class Base(StoredObject):
+    """The identity of the unpatched model."""
+
+    TYPE: ClassVar[str] = "base"
+    architecture: Annotated[Mapping[str, Any], MAPPING]
+    tensors: Annotated[Mapping[str, TensorRecord], map_of(_TENSOR)]
+
+
+@dataclass(frozen=True)
+class Metric(StoredObject):
+    """What the second moments of keys were measured on; the moments themselves are cache."""
+
+    TYPE: ClassVar[str] = "metric"
+    base: Annotated[str, IDENTIFIER]
+    epsilon: Annotated[float, NUMBER]
+    source: Annotated[Mapping[str, Any], MAPPING]
+    text: Annotated[str, IDENTIFIER]
+    tokens: Annotated[int, COUNT]
+    truncation: Annotated[int, COUNT]
+
+
+@dataclass(frozen=True)
+class Text(StoredObject):
+    """The token ids that a metric was measured on, one list per sequence."""
+
+    TYPE: ClassVar[str] = "text"
+    token_ids: Annotated[tuple[tuple[int, ...], ...], list_of(list_of(COUNT))]
+
+
+@dataclass(frozen=True)
+class Patch(StoredObject):
+    """What one edit batch produced. `weights` maps each edited weight to (out, in); rows follow `requests`."""
+
+    TYPE: ClassVar[str] = "patch"
+    base: Annotated[str, IDENTIFIER]
+    kind: Annotated[str, choice(*PATCH_KINDS)]
+    made_on: Annotated[str | None, optional(IDENTIFIER)]
+    method: Annotated[str, TEXT]
+    metric: Annotated[str | None, optional(IDENTIFIER)]
+    requests: Annotated[tuple[str, ...], list_of(IDENTIFIER)]
+    requests_blob: Annotated[str, IDENTIFIER]
+    settings: Annotated[Mapping[str, Any], MAPPING]
+    tensors: Annotated[str, IDENTIFIER]
+    weights: Annotated[Mapping[str, tuple[int, int]], map_of(tuple_of(COUNT, COUNT))]
+
+    @property
+    def elements(self) -> frozenset[Element]:
+        """What the whole patch activates: one element per request if its columns can be taken one by one."""
+        whole = self.kind != "closed_form"
+        identity = self.id
+        return frozenset([(identity, None)] if whole else [(identity, request) for request in self.requests])
+
+
+@dataclass(frozen=True)
+class Keyframe:
+    """The whole state of a commit: ids of its set object and of its whole delta (None: no change of weights)."""
+
+    set_id: Annotated[str, IDENTIFIER, "set"]
+    tensors: Annotated[str | None, optional(IDENTIFIER)]
+
+
+@dataclass(frozen=True)
+class Commit(StoredObject):
+    """A snapshot: the active set, as a change of the first parent's, and the delta of the state against it."""
+
+    TYPE: ClassVar[str] = "commit"
+    added: Annotated[frozenset[Element], _GROUPS]
+    author: Annotated[str, TEXT]
+    base: Annotated[str, IDENTIFIER]
+    check: Annotated[Mapping[str, Any], MAPPING]
+    keyframe: Annotated[Keyframe | None, optional(record_of(Keyframe))]
+    message: Annotated[str, TEXT]
+    metric: Annotated[str | None, optional(IDENTIFIER)]
+    parents: Annotated[tuple[str, ...], list_of(IDENTIFIER)]
+    removed: Annotated[frozenset[Element], _GROUPS]
+    same_as: Annotated[str | None, optional(IDENTIFIER)]
+    set_digest: Annotated[str, IDENTIFIER, "set"]
+    tensors: Annotated[str | None, optional(IDENTIFIER)]
+    time: Annotated[str, INSTANT]
+
+
+@dataclass(frozen=True)
+class Note(StoredObject):
+    """An evaluation made after the commit."""
+
+    TYPE: ClassVar[str] = "note"
+    commit: Annotated[str, IDENTIFIER]
+    made_by: Annotated[str, TEXT]
+    scores: Annotated[Mapping[str, Any], MAPPING]
+    settings: Annotated[Mapping[str, Any], MAPPING]
+    suite: Annotated[str, TEXT]
+
+
+@dataclass(frozen=True)
+class Operation(StoredObject):
+    """One change of refs: ``changes`` maps each ref to (old target, new target), None where there is none.
+
+    Not kept under ``objects/`` but as a row of the ``operations`` table; `previous` makes the rows a hash chain.
+    """
+
+    TYPE: ClassVar[str] = "operation"
+    arguments: Annotated[Mapping[str, Any], MAPPING]
+    author: Annotated[str, TEXT]
+    changes: Annotated[Mapping[str, tuple[str | None, str | None]], map_of(tuple_of(optional(TEXT), optional(TEXT)))]
+    command: Annotated[str, TEXT]
+    previous: Annotated[str | None, optional(IDENTIFIER)]
+    time: Annotated[str, INSTANT]
+    undoes: Annotated[str | None, optional(IDENTIFIER)]

@@ -1,0 +1,122 @@
+"""The base and its patched states as models: what `load`, `attach`, `ask` and `commit` share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from patchhub.delta import Delta
+from patchhub.errors import BaseError, RepositoryError
+from patchhub.models.checkpoint import Checkpoint, open_checkpoint
+from patchhub.models.fingerprint import check_tensors
+from patchhub.objects import Base
+from patchhub.porcelain.columns import read_state
+from patchhub.runtime import compose, patched_model
+from patchhub.runtime.patched_model import PatchState
+from patchhub.store.repository import DIRECTORY, Repository
+
+SURVIVAL_LIMIT = 0.9  # warn when rounding to the base's type loses more than a tenth of a change
+
+
+def load(
+    path_or_repo: str | Path, revision: str = "HEAD", *, base: str | Path | None = None, verify: bool = False, **kwargs: Any
+) -> Any:
+    """The model at a revision, as an ordinary transformers model.
+
+    Args:
+        path_or_repo: the folder that holds a store, or the store itself.
+        revision: a branch, tag, commit, ``HEAD~2``, ... ; ``base`` is the unpatched model.
+        base: where the base model is, if not where the repository says.
+        verify: hash every tensor of the base, not only those that the patch touches.
+        kwargs: passed to ``AutoModelForCausalLM.from_pretrained``: dtype, device_map, attn_implementation, ...
+
+    Raises:
+        RevisionError: no such revision.
+        BaseError: the model found is not the repository's base.
+    """
+    repository = open_path(path_or_repo)
+    state = state_at(repository, revision)
+    checkpoint = open_base(repository, base, verify=verify)
+    return patched_model.load_patched(checkpoint, state, **kwargs)
+
+
+def attach(model: Any, path_or_repo: str | Path, revision: str = "HEAD", *, base: str | Path | None = None) -> Any:
+    """Put a model that is in memory, the base or any patched state of it, into the state of a revision.
+
+    The base's own tensors are kept, so any later `attach` or `detach` is exact.
+
+    Raises:
+        RevisionError, BaseError: as in `load`.
+    """
+    repository = open_path(path_or_repo)
+    checkpoint = open_base(repository, base)
+    state = state_at(repository, revision)
+    if patched_model.attached(model) is None:
+        patched_model.attach(model, checkpoint, state)
+    else:
+        patched_model.switch(model, checkpoint, state)
+    return model
+
+
+def open_path(path: str | Path) -> Repository:
+    """The store in a folder, or the store itself."""
+    folder = Path(path)
+    if not folder.is_dir():
+        raise RepositoryError(
+            f"{path} is not a folder with a patchhub store", remedy="Give the folder in which `patchhub init` was run."
+        )
+    return Repository.open(folder.parent if folder.name == DIRECTORY else folder)
+
+
+def open_base(repository: Repository, path: str | Path | None = None, *, verify: bool = False) -> Checkpoint:
+    """The repository's base model; with ``verify``, every tensor is hashed."""
+    known = repository.config.base
+    checkpoint = open_checkpoint(path if path is not None else known["path"], None if path else known["revision"])
+    if verify:
+        check_tensors(base_object(repository), checkpoint, None)
+    return checkpoint
+
+
+def base_object(repository: Repository) -> Base:
+    return Base.from_json(repository.objects.get(repository.config.base_id))
+
+
+def state_at(repository: Repository, revision: str) -> PatchState:
+    commit = repository.resolve(revision)
+    return patch_state(repository, read_state(repository, commit), commit)
+
+
+def patch_state(repository: Repository, deltas: Mapping[str, Sequence[Delta]], commit: str | None) -> PatchState:
+    return PatchState(
+        base=base_object(repository),
+        orientation=repository.config.base["orientation"],
+        weights=deltas,
+        commit=commit,
+    )
+
+
+def load_for_editing(repository: Repository, checkpoint: Checkpoint, weights: Sequence[str]) -> Any:
+    """The base in float32, its edited weights checked against the repository's base."""
+    check_tensors(base_object(repository), checkpoint, weights)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=torch.float32, local_files_only=True)
+    if any(not bool(torch.isfinite(parameter).all()) for parameter in model.parameters()):
+        raise BaseError(
+            f"{checkpoint.name} has weights that are not finite (NaN or infinity)",
+            remedy="Download or convert the model again.",
+        )
+    return model
+
+
+def survival_report(repository: Repository, checkpoint: Checkpoint, commit: str | None) -> dict[str, float]:
+    """Per weight, the share of a commit's change that rounding to the base's type keeps."""
+    orientation = repository.config.base["orientation"]
+    report = {}
+    for weight, deltas in read_state(repository, commit).items():
+        stored = checkpoint.read(checkpoint.resolve_name(weight))
+        composed = compose.compose(stored, deltas, orientation=orientation, dtype=stored.dtype)
+        report[weight] = compose.survival(stored, deltas, composed, orientation=orientation)
+    return report

@@ -1,0 +1,204 @@
+"""Verbs around the base: `init`, `apply`, `ask`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from patchhub.delta import Delta
+from patchhub.errors import RepositoryError, SettingsError
+from patchhub.models.architectures import Architecture, describe, read_config
+from patchhub.models.checkpoint import Checkpoint, open_checkpoint
+from patchhub.models.fingerprint import check_tensors, fingerprint
+from patchhub.models.patched_copy import write_patched
+from patchhub.porcelain.columns import read_state
+from patchhub.porcelain.loading import SURVIVAL_LIMIT, base_object, open_base, state_at
+from patchhub.porcelain.progress import Progress, increments
+from patchhub.runtime.compose import compose, survival
+from patchhub.runtime.patched_model import attach, switch
+from patchhub.store.repository import DIRECTORY, Repository
+
+_TOP = 5
+_CONTINUATION = 12
+
+
+@dataclass(frozen=True)
+class Initialised:
+    """What `init` found and what it cost."""
+
+    store: Path
+    base: str
+    model_type: str
+    layers: int
+    tensors: int
+    gigabytes: float
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "store": str(self.store)}
+
+
+@dataclass(frozen=True)
+class Applied:
+    """What `apply` wrote: the touched weights with the share of their change that the cast kept."""
+
+    out: Path
+    commit: str | None
+    survival: Mapping[str, float]
+
+    def to_json(self) -> dict[str, Any]:
+        return {"out": str(self.out), "commit": self.commit, "survival": dict(self.survival)}
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one revision says to a prompt: the most probable next tokens and a greedy continuation."""
+
+    revision: str
+    commit: str | None
+    top: tuple[tuple[str, float], ...]
+    continuation: str
+
+
+def init(
+    folder: Path, base: str, progress: Progress, *, author: str, time: str, revision: str | None = None
+) -> Initialised:
+    """Make a store for a base model; reads every byte of the base once.
+
+    Args:
+        folder: where ``.patchhub`` is made.
+        base: a model folder or a Hub id.
+
+    Raises:
+        RepositoryError: there is a store already.
+        BaseError: the base cannot be read or cannot be edited.
+    """
+    if (folder / DIRECTORY).exists():
+        raise RepositoryError(f"{folder / DIRECTORY} exists already", remedy="Use it, or choose another folder.")
+    begun = perf_counter()
+    checkpoint = open_checkpoint(base, revision)
+    architecture = describe(read_config(checkpoint.folder))
+    total = sum(entry.size for entry in checkpoint.tensors.values())
+    progress.stage("hashing the base", total)
+    identity = fingerprint(checkpoint, progress=increments(progress))
+    info = {
+        "id": identity.id,
+        "path": base if checkpoint.revision is not None else str(checkpoint.folder.resolve()),
+        "revision": checkpoint.revision,
+        "model_type": architecture.model_type,
+        "orientation": architecture.orientation,
+        "weights": _weights(checkpoint, architecture, progress),
+    }
+    Repository.init(folder, identity.to_json(), base_info=info, settings={}, author=author, time=time).close()
+    progress.close()
+    seconds = perf_counter() - begun
+    return Initialised(
+        folder / DIRECTORY, identity.id, architecture.model_type, architecture.n_layers, len(checkpoint.tensors), total / 1e9, seconds
+    )
+
+
+def apply(
+    repository: Repository,
+    revision: str,
+    out: Path,
+    progress: Progress,
+    *,
+    base: str | None = None,
+    overwrite: bool = False,
+    link: bool = True,
+) -> Applied:
+    """Write the model of a revision as an ordinary checkpoint folder, one tensor at a time.
+
+    Raises:
+        RevisionError: no such revision.
+        SettingsError: ``out`` is there already.
+        BaseError: the base is not where it was, or is another model now.
+    """
+    commit = repository.resolve(revision)
+    state = read_state(repository, commit)
+    checkpoint = open_base(repository, base)
+    check_tensors(base_object(repository), checkpoint, list(state))
+    orientation = repository.config.base["orientation"]
+    kept: dict[str, float] = {}
+
+    def replacement(weight: str, deltas: Sequence[Delta]) -> Callable[[Tensor], Tensor]:
+        def composed(stored: Tensor) -> Tensor:
+            result = compose(stored, deltas, orientation=orientation, dtype=stored.dtype)
+            kept[weight] = survival(stored, deltas, result, orientation=orientation)
+            return result
+
+        return composed
+
+    progress.stage("writing", sum(entry.size for entry in checkpoint.tensors.values()))
+    write_patched(
+        checkpoint,
+        out,
+        {weight: replacement(weight, deltas) for weight, deltas in state.items()},
+        overwrite=overwrite,
+        link=link,
+        progress=increments(progress),
+    )
+    for weight, share in sorted(kept.items()):
+        if share < SURVIVAL_LIMIT:
+            progress.warn(f"{1 - share:.0%} of the change of {weight} is lost in the base's type")
+    progress.close()
+    return Applied(out, commit, kept)
+
+
+def ask(
+    repository: Repository, prompt: str, revisions: Sequence[str], progress: Progress, *, base: str | None = None
+) -> list[Answer]:
+    """What the model says to a prompt at each revision: one model in memory, switched from state to state.
+
+    Raises:
+        RevisionError: no such revision.
+        SettingsError: the prompt is empty.
+    """
+    if not prompt.strip():
+        raise SettingsError("the prompt is empty", remedy='For example: patchhub ask "The capital of France is"')
+    states = [(revision, state_at(repository, revision)) for revision in revisions]
+    checkpoint = open_base(repository, base)
+    progress.stage("loading the base", 0)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=torch.float32, local_files_only=True).eval()
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, local_files_only=True)
+    answers = []
+    for number, (revision, state) in enumerate(states):
+        if number:
+            switch(model, checkpoint, state)
+        else:
+            attach(model, checkpoint, state)
+        answers.append(_answer(model, tokenizer, prompt, revision, state.commit))
+    progress.close()
+    return answers
+
+
+@torch.no_grad()
+def _answer(model: Any, tokenizer: Any, prompt: str, revision: str, commit: str | None) -> Answer:
+    inputs = tokenizer(prompt.rstrip(), return_tensors="pt", return_token_type_ids=False)
+    probabilities = model(**inputs).logits[0, -1].float().softmax(-1)
+    top = probabilities.topk(min(_TOP, len(probabilities)))
+    tokens = model.generate(
+        **inputs, max_new_tokens=_CONTINUATION, do_sample=False, pad_token_id=tokenizer.eos_token_id or 0
+    )
+    said = tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
+    return Answer(revision, commit, tuple((tokenizer.decode([token]), float(value)) for token, value in pairs), said)
+
+
+def _weights(checkpoint: Checkpoint, architecture: Architecture, progress: Progress) -> dict[str, dict[str, Any]]:
+    """Shape (out, in) and Frobenius norm of every weight that can be edited."""
+    progress.stage("measuring weights", architecture.n_layers)
+    found = {}
+    for layer in range(architecture.n_layers):
+        name = architecture.ffn_weight(layer)
+        tensor = checkpoint.read(checkpoint.resolve_name(name))
+        found[name] = {"norm": float(tensor.float().norm()), "shape": list(architecture.shapes[layer])}
+        progress.advance(1)
+    return found

@@ -1,0 +1,1 @@
+"""Patched models in memory: composing weights, loading, attaching and detaching patches."""

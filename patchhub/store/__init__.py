@@ -1,0 +1,3 @@
+"""The local store: objects, refs and operations, the derived index, and the repository that joins them."""
+
+from __future__ import annotations

@@ -1,0 +1,76 @@
+"""The history as a graph: pure functions over ``parents(commit) -> its parents``, in the order they are stored."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+Parents = Callable[[str], Sequence[str]]
+Rank = Callable[[str], int]
+"""A number larger than that of every parent, such as a time corrected for clocks that run backwards."""
+
+
+def walk(starts: Iterable[str], parents: Parents, rank: Rank) -> Iterator[str]:
+    """`starts` and their ancestors, each once, by descending rank, then ascending id: every child before its parents.
+
+    Lazy: after n commits only those n and their parents have been asked for.
+    """
+    seen = set(starts)
+    waiting = [(-rank(commit), commit) for commit in seen]
+    heapq.heapify(waiting)
+    while waiting:
+        commit = heapq.heappop(waiting)[1]
+        yield commit
+        for parent in parents(commit):
+            if parent not in seen:
+                seen.add(parent)
+                heapq.heappush(waiting, (-rank(parent), parent))
+
+
+def ancestors(starts: Iterable[str], parents: Parents) -> set[str]:
+    """`starts` and everything reachable from them."""
+    found = set(starts)
+    waiting = list(found)
+    while waiting:
+        for parent in parents(waiting.pop()):
+            if parent not in found:
+                found.add(parent)
+                waiting.append(parent)
+    return found
+
+
+def is_ancestor(ancestor: str, commit: str, parents: Parents) -> bool:
+    """Whether `ancestor` is `commit` or reachable from it."""
+    return ancestor in ancestors([commit], parents)
+
+
+def merge_bases(left: str, right: str, parents: Parents) -> list[str]:
+    """The best common ancestors: those that are no proper ancestor of another common ancestor; sorted by id."""
+    common = ancestors([left], parents) & ancestors([right], parents)
+    covered = {parent for commit in common for parent in parents(commit)}
+    return sorted(common - covered)
+
+
+def first_parents(start: str, parents: Parents) -> Iterator[str]:
+    """`start`, its first parent, that one's first parent, and so on to the root."""
+    commit: str | None = start
+    while commit is not None:
+        yield commit
+        commit = next(iter(parents(commit)), None)
+
+
+def oldest_first(starts: Iterable[str], parents: Parents) -> Iterator[str]:
+    """`starts` and their ancestors, each once, every parent before its children."""
+    done: set[str] = set()
+    for start in sorted(starts):
+        waiting = [(start, False)]
+        while waiting:
+            commit, expanded = waiting.pop()
+            if commit in done:
+                continue
+            if expanded:
+                done.add(commit)
+                yield commit
+            else:
+                waiting.append((commit, True))
+                waiting.extend((parent, False) for parent in reversed(parents(commit)) if parent not in done)

@@ -1,0 +1,245 @@
+"""The derived tables: what can be asked of the history without opening every object. Never the truth.
+
+Reading uses plain `sqlite3`; sqlite-utils, which loads numpy, is imported only where tables are made or filled
+(``docs/decisions/0001-sqlite-utils-for-writes.md``). Functions work inside the caller's transaction.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from typing import TYPE_CHECKING, Any, Final
+
+from patchhub.objects import Commit, Note, Patch, Request
+
+if TYPE_CHECKING:
+    import sqlite_utils
+
+COLUMNS: Final[Mapping[str, Mapping[str, type]]] = {
+    "commits": {
+        "id": str,
+        "rank": int,
+        "time": str,
+        "author": str,
+        "message": str,
+        "parents": str,
+        "set_digest": str,
+        "active": int,
+    },
+    "changes": {"commit_id": str, "patch": str, "request": str, "change": int},
+    "requests": {"id": str, "patch": str, "prompt": str, "subject": str, "target_new": str, "target_true": str},
+    "scores": {"note": str, "commit_id": str, "suite": str, "name": str, "value": float},
+}
+"""Tables and their columns. `rank` is the commit's time in seconds, raised where needed to exceed its parents'."""
+
+_KEYS: Final = {"commits": "id", "changes": None, "requests": ("id", "patch"), "scores": ("note", "name")}
+_INDEXES: Final = {"commits": ["set_digest"], "changes": ["request"], "requests": ["patch"], "scores": ["commit_id"]}
+SEARCHED: Final = ("prompt", "subject", "target_new", "target_true")
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows to be stored, by table."""
+
+    commits: list[dict[str, Any]] = field(default_factory=list)
+    changes: list[dict[str, Any]] = field(default_factory=list)
+    requests: list[dict[str, Any]] = field(default_factory=list)
+    scores: list[dict[str, Any]] = field(default_factory=list)
+
+
+# --- what the rows are: pure ----------------------------------------------------------------------------------------
+
+
+def commit_row(identity: str, commit: Commit, parent_ranks: Iterable[int], parent_active: int) -> dict[str, Any]:
+    """The row of a commit, given its parents' ranks and how much is active in its first parent."""
+    seconds = int(datetime.fromisoformat(commit.time[:-1]).replace(tzinfo=timezone.utc).timestamp())
+    return {
+        "id": identity,
+        "rank": max([seconds, *(rank + 1 for rank in parent_ranks)]),
+        "time": commit.time,
+        "author": commit.author,
+        "message": commit.message,
+        "parents": json.dumps(commit.parents),
+        "set_digest": commit.set_digest,
+        "active": parent_active + len(commit.added) - len(commit.removed),
+    }
+
+
+def change_rows(identity: str, commit: Commit) -> list[dict[str, Any]]:
+    """One row per element that a commit adds (+1) or removes (-1)."""
+    return [
+        {"commit_id": identity, "patch": patch, "request": request, "change": change}
+        for elements, change in ((commit.added, 1), (commit.removed, -1))
+        for patch, request in sorted(elements, key=lambda element: (element[0], element[1] or ""))
+    ]
+
+
+def request_rows(patch: str, requests: Iterable[Request]) -> list[dict[str, Any]]:
+    """One row per request of a patch."""
+    return [
+        {
+            "id": request.id,
+            "patch": patch,
+            "prompt": request.prompt,
+            "subject": request.subject,
+            "target_new": request.target_new,
+            "target_true": request.target_true,
+        }
+        for request in requests
+    ]
+
+
+def score_rows(identity: str, note: Note) -> list[dict[str, Any]]:
+    """One row per number in a note's scores; nested names are joined by dots."""
+    return [
+        {"note": identity, "commit_id": note.commit, "suite": note.suite, "name": name, "value": float(value)}
+        for name, value in _numbers(note.scores, "")
+    ]
+
+
+def _numbers(scores: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, float]]:
+    for name, value in sorted(scores.items()):
+        if isinstance(value, Mapping):
+            yield from _numbers(value, f"{prefix}{name}.")
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            yield prefix + name, value
+
+
+def derive(
+    commits: Iterable[tuple[str, Commit]],
+    notes: Iterable[tuple[str, Note]],
+    patch_of: Callable[[str], Patch],
+    requests_of: Callable[[Patch], Sequence[Request]],
+    known: Callable[[str], tuple[int, int] | None],
+) -> Rows:
+    """All rows of `commits`, which come parents first, of their patches and of `notes`.
+
+    `known` gives (rank, active) of a commit outside `commits`; `requests_of` gives nothing where texts are withheld.
+    """
+    rows = Rows()
+    made: dict[str, tuple[int, int]] = {}
+    patches: set[str] = set()
+    for identity, commit in commits:
+        parents = [made.get(parent) or known(parent) or (0, 0) for parent in commit.parents]
+        row = commit_row(identity, commit, [rank for rank, _ in parents], parents[0][1] if parents else 0)
+        made[identity] = (row["rank"], row["active"])
+        rows.commits.append(row)
+        rows.changes.extend(change_rows(identity, commit))
+        patches.update(patch for patch, _ in commit.added)
+    for identity in sorted(patches):
+        rows.requests.extend(request_rows(identity, requests_of(patch_of(identity))))
+    for identity, note in notes:
+        rows.scores.extend(score_rows(identity, note))
+    return rows
+
+
+# --- writing --------------------------------------------------------------------------------------------------------
+
+
+def create(connection: sqlite3.Connection) -> None:
+    """Make the derived tables anew, empty, with full-text search over the requests."""
+    database = _wrap(connection)
+    for name in ("requests_fts", *COLUMNS):
+        connection.execute(f"DROP TABLE IF EXISTS {name}")
+    for name, columns in COLUMNS.items():
+        table = database.table(name)
+        table.create(dict(columns), pk=_KEYS[name])
+        table.create_index(_INDEXES[name])
+    database.table("requests").enable_fts(list(SEARCHED), create_triggers=True)
+
+
+def store(connection: sqlite3.Connection, rows: Rows) -> None:
+    """Insert rows; those that are there already stay as they are."""
+    database = _wrap(connection)
+    for name in COLUMNS:
+        database.table(name).insert_all(getattr(rows, name), pk=_KEYS[name], ignore=True)
+
+
+def _wrap(connection: sqlite3.Connection) -> sqlite_utils.Database:
+    import sqlite_utils
+
+    return sqlite_utils.Database(connection, execute_plugins=False)
+
+
+def differences(connection: sqlite3.Connection, expected: Rows) -> Iterator[str]:
+    """In words, each table that does not hold exactly the rows it should."""
+    for name, columns in COLUMNS.items():
+        listed = ", ".join(f"CAST({column} AS TEXT)" if kind is str else column for column, kind in columns.items())
+        found = Counter(connection.execute(f"SELECT {listed} FROM {name}"))
+        wanted = Counter(tuple(row[column] for column in columns) for row in getattr(expected, name))
+        surplus, lack = (found - wanted).total(), (wanted - found).total()
+        if surplus or lack:
+            yield f"table {name} has {surplus} rows too many and {lack} too few"
+    try:
+        connection.execute("INSERT INTO requests_fts (requests_fts, rank) VALUES ('integrity-check', 1)")
+    except sqlite3.DatabaseError as error:
+        yield f"the full-text search does not match the requests ({error})"
+
+
+# --- reading --------------------------------------------------------------------------------------------------------
+
+
+def rank_and_active(connection: sqlite3.Connection, commit: str) -> tuple[int, int] | None:
+    """A commit's rank and the size of its active set; None if it is not in the index."""
+    row = connection.execute("SELECT rank, active FROM commits WHERE id = ?", (commit,)).fetchone()
+    return None if row is None else (row[0], row[1])
+
+
+def parents(connection: sqlite3.Connection, commit: str) -> tuple[str, ...] | None:
+    """A commit's parents; None if it is not in the index."""
+    row = connection.execute("SELECT parents FROM commits WHERE id = ?", (commit,)).fetchone()
+    return None if row is None else tuple(json.loads(row[0]))
+
+
+def commits_with_prefix(connection: sqlite3.Connection, prefix: str, *, limit: int = 6) -> list[str]:
+    """Ids of indexed commits that begin with hexadecimal digits; at most `limit`."""
+    rows = connection.execute(
+        "SELECT id FROM commits WHERE id >= ? AND id < ? ORDER BY id LIMIT ?", (prefix, prefix + "g", limit)
+    )
+    return [row[0] for row in rows]
+
+
+def commits_with_set(connection: sqlite3.Connection, digest: str) -> list[str]:
+    """Ids of indexed commits with that set digest, the highest rank first."""
+    rows = connection.execute("SELECT id FROM commits WHERE set_digest = ? ORDER BY rank DESC, id", (digest,))
+    return [row[0] for row in rows]
+
+
+def note_ids(connection: sqlite3.Connection) -> set[str]:
+    """Ids of the notes whose scores are in the index."""
+    return {row[0] for row in connection.execute("SELECT DISTINCT note FROM scores")}
+
+
+def search(connection: sqlite3.Connection, text: str, *, limit: int = 50) -> list[tuple[str, str]]:
+    """(patch id, request id) of the requests that hold every word of `text`, the best match first."""
+    words = " ".join('"' + word.replace('"', '""') + '"' for word in text.split())
+    if not words:
+        return []
+    rows = connection.execute(
+        "SELECT requests.patch, requests.id FROM requests_fts JOIN requests ON requests.rowid = requests_fts.rowid"
+        " WHERE requests_fts MATCH ? ORDER BY requests_fts.rank, requests.patch, requests.id LIMIT ?",
+        (words, limit),
+    )
+    return [(row[0], row[1]) for row in rows]
+
+
+def changes_of(connection: sqlite3.Connection, request: str) -> list[tuple[str, str, int]]:
+    """(commit, patch, +1 or -1) for each commit that added or removed a request, the latest first."""
+    rows = connection.execute(
+        "SELECT commit_id, patch, change FROM changes JOIN commits ON commits.id = changes.commit_id"
+        " WHERE request = ? ORDER BY commits.rank DESC, commit_id, change DESC",
+        (request,),
+    )
+    return [(row[0], row[1], row[2]) for row in rows]
+
+
+def scores_of(connection: sqlite3.Connection, commit: str) -> list[tuple[str, str, float]]:
+    """(suite, name, value) of every score noted for a commit."""
+    rows = connection.execute(
+        "SELECT suite, name, value FROM scores WHERE commit_id = ? ORDER BY suite, note, name", (commit,)
+    )
+    return [(row[0], row[1], row[2]) for row in rows]

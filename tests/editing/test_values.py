@@ -1,0 +1,294 @@
+"""Value optimisation: many at once is one by one, and one by one is the published procedure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache
+
+import pytest
+import torch
+from torch import Tensor
+
+from patchhub.editing import values as under_test
+from patchhub.editing.locate import Marked, encode_marked, encode_prompts
+from patchhub.editing.values import Fact, Values, ValueSettings, optimise_values
+from patchhub.errors import EditError
+from patchhub.models.tracing import Stack
+from patchhub.objects import Request
+from tests.reference import plain
+from tests.tiny_models import FAMILIES, tiny_model, tiny_stack, tiny_tokenizer
+
+LAYER = 1
+SEED = 4  # Adam's first step is the sign of the gradient: no component may be near zero, where rounding decides it
+CONTEXTS = ("{}", "The tower looked. {}", "Therefore. {}", "Because I think that you know. {}")
+SETTINGS = ValueSettings(
+    steps=7, learning_rate=0.2, weight_decay=0.02, kl_factor=0.0625, clamp=4.0, stop_loss=0.0
+)  # neither clamps nor stops
+STOPPING = replace(SETTINGS, steps=14, learning_rate=0.5, clamp=8.0, stop_loss=6.1)  # random models do not learn fast
+CLAMPED = replace(SETTINGS, clamp=0.2)
+CASES = [(family, SETTINGS) for family in FAMILIES]
+CASES += [(family, settings) for family in ("gpt2", "llama") for settings in (STOPPING, CLAMPED)]
+
+
+def request(prompt: str, subject: str, target: str) -> Request:
+    return Request.make(prompt=prompt, subject=subject, target_new=target)
+
+
+REQUESTS = (
+    request("The mother tongue of {} is", "Danielle Darrieux", "English"),
+    request("{} is a twin city of", "Lyon", "Manila"),  # the subject first
+    request("{} plays", "I", "the piano, and well"),  # one token, a long target
+    request("Where is it? I think that it is near {}", "the Eiffel Tower", "Rome"),  # the prompt ends with the subject
+    request("In the north of the United States, {} is located in the state of", "Zoë Kravitz Hall", "東京"),
+)
+
+
+def facts(requests: Sequence[Request] = REQUESTS, contexts: Sequence[str] = CONTEXTS, *, bos: bool = False) -> list[Fact]:
+    tokenizer = tiny_tokenizer(bos=bos)
+    found = []
+    for one in requests:
+        rows = encode_prompts(tokenizer, [(context, one) for context in contexts])
+        text = f"{one.subject} is a"
+        essence = encode_marked(tokenizer, [Marked(text, (0, len(one.subject)), len(text))])[0]
+        found.append(Fact(tuple(rows), essence))
+    return found
+
+
+@cache
+def stack(family: str) -> Stack:
+    return tiny_stack(family, seed=SEED)
+
+
+def distances(a: Tensor, b: Tensor) -> list[float]:
+    """Relative distance of each row."""
+    return ((a.double() - b.double()).norm(dim=1) / b.double().norm(dim=1)).tolist()
+
+
+def one_by_one(family: str, settings: ValueSettings, contexts: Sequence[str] = CONTEXTS) -> Values:
+    parts = [optimise_values(stack(family), LAYER, facts([one], contexts), settings) for one in REQUESTS]
+    return Values(
+        *(torch.cat([getattr(part, name) for part in parts]) for name in ("targets", "hidden", "loss", "steps"))
+    )
+
+
+@cache
+def published(family: str, settings: ValueSettings, contexts: tuple[str, ...] = CONTEXTS, *, bos: bool = False) -> Values:
+    """The plain implementation in float64, so that differences are the float32 rounding of the code under test."""
+    model = tiny_model(family, seed=SEED).double()
+    places = stack(family).architecture
+    found = [
+        plain.find_value(model, tiny_tokenizer(bos=bos), places, one, contexts, LAYER, settings) for one in REQUESTS
+    ]
+    return Values(
+        torch.stack([value.target for value in found]),
+        torch.stack([value.hidden for value in found]),
+        torch.tensor([value.loss for value in found]),
+        torch.tensor([value.steps for value in found]),
+    )
+
+
+def test_the_requests_are_the_cases_that_matter():
+    found = facts()
+    assert REQUESTS[1].prompt.startswith("{}")
+    assert found[2].rows[0].subject_last == 0
+    assert found[2].essence.subject_last == 0
+    assert len({fact.rows[0].target[1] - fact.rows[0].target[0] for fact in found}) >= 4
+    assert found[3].rows[0].target[0] == found[3].rows[0].subject_last + 1
+    assert len({row.subject_last for fact in found for row in fact.rows}) > 8
+
+
+@pytest.mark.parametrize(("family", "settings"), CASES)
+def test_many_at_once_is_one_by_one(family, settings):
+    together, apart = optimise_values(stack(family), LAYER, facts(), settings), one_by_one(family, settings)
+    assert max(distances(together.targets, apart.targets)) < 1e-5
+    assert max(distances(together.hidden, apart.hidden)) < 1e-5
+    torch.testing.assert_close(together.loss, apart.loss, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("family", "settings"), CASES)
+def test_it_is_the_published_procedure(family, settings):
+    ours, theirs = optimise_values(stack(family), LAYER, facts(), settings), published(family, settings)
+    assert max(distances(ours.hidden, theirs.hidden)) < 1e-5
+    assert max(distances(ours.targets, theirs.targets)) < 1e-4
+    torch.testing.assert_close(ours.loss.double(), theirs.loss.double(), rtol=1e-3, atol=1e-4)
+    moved = torch.tensor(distances(theirs.targets, theirs.hidden))
+    assert (theirs.steps > 0).sum() > 2
+    assert float(moved[theirs.steps > 0].min()) > 0.05  # else the law says nothing
+
+
+@pytest.mark.parametrize("contexts", [("{}",), ("{}", "I know. {}")])
+def test_it_is_the_published_procedure_with_fewer_contexts(contexts):
+    ours = optimise_values(stack("llama"), LAYER, facts(contexts=contexts), SETTINGS)
+    assert max(distances(ours.targets, published("llama", SETTINGS, contexts).targets)) < 1e-4
+
+
+def test_it_is_the_published_procedure_with_a_token_in_front_of_every_text():
+    ours = optimise_values(stack("llama"), LAYER, facts(bos=True), SETTINGS)
+    assert max(distances(ours.targets, published("llama", SETTINGS, bos=True).targets)) < 1e-4
+
+
+def test_every_term_of_the_objective_matters():
+    """A parity test could pass with a term of weight zero; each of these moves z by more than parity allows."""
+    start = optimise_values(stack("gpt2"), LAYER, facts(), SETTINGS).targets
+    for name, value in (("kl_factor", 5.0), ("weight_decay", 2.0), ("learning_rate", 0.1), ("clamp", 0.1)):
+        other = replace(SETTINGS, **{name: value})
+        ours = optimise_values(stack("gpt2"), LAYER, facts(), other).targets
+        assert min(distances(ours, start)) > 1e-3
+        assert max(distances(ours, published("gpt2", other).targets)) < 1e-4
+
+
+@pytest.mark.parametrize("layer", [0, 2, 3])
+def test_any_layer_can_be_the_one(layer):
+    model = tiny_model("gpt2", seed=SEED).double()
+    theirs = [
+        plain.find_value(model, tiny_tokenizer(), stack("gpt2").architecture, one, CONTEXTS, layer, SETTINGS).target
+        for one in REQUESTS
+    ]
+    ours = optimise_values(stack("gpt2"), layer, facts(), SETTINGS).targets
+    moves = [one.rows[0].target[0] == one.rows[0].subject_last + 1 for one in facts()]
+    for number, distance in enumerate(distances(ours, torch.stack(theirs))):
+        # After the last block only a target right behind the subject depends on delta, but for the KL and the decay.
+        if layer < 3 or moves[number]:
+            assert distance < 1e-4
+
+
+# --- stop and clamp
+
+
+def test_it_stops_below_the_limit_and_not_before():
+    theirs, ours = published("gpt2", STOPPING), optimise_values(stack("gpt2"), LAYER, facts(), STOPPING)
+    stopped = theirs.steps < STOPPING.steps - 1
+    counts = {int(count) for count in theirs.steps[stopped]} - {0}
+    assert counts
+    assert not bool(stopped.all())
+    assert bool((ours.loss[stopped] < STOPPING.stop_loss).all())
+    assert bool((ours.loss[~stopped] >= STOPPING.stop_loss).all())
+    for count in counts:  # so many steps, and one forward pass less than it took
+        shorter = optimise_values(stack("gpt2"), LAYER, facts(), replace(STOPPING, steps=count))
+        assert bool((shorter.loss[theirs.steps == count] >= STOPPING.stop_loss).all())
+
+
+@pytest.mark.xfail(strict=True, reason="BUG in optimise_values: the count of a finished fact goes on while it stays in")
+def test_steps_count_what_each_fact_took(monkeypatch):
+    monkeypatch.setattr(under_test, "_COMPACT_WHEN", 1.0)
+    ours = optimise_values(stack("gpt2"), LAYER, facts(), STOPPING)
+    assert ours.steps.tolist() == published("gpt2", STOPPING).steps.tolist()
+
+
+def test_one_step_only_measures():
+    ours = optimise_values(stack("gpt2"), LAYER, facts(), replace(SETTINGS, steps=1))
+    assert torch.equal(ours.targets, ours.hidden)
+    assert ours.steps.tolist() == [0] * len(REQUESTS)
+    first = published("gpt2", replace(SETTINGS, steps=1))
+    torch.testing.assert_close(ours.loss.double(), first.loss.double(), rtol=1e-5, atol=1e-6)
+
+
+def test_a_fact_that_the_model_knows_is_left_alone():
+    ours = optimise_values(stack("gpt2"), LAYER, facts(), replace(SETTINGS, stop_loss=1e9))
+    assert torch.equal(ours.targets, ours.hidden)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("clamp", [0.05, 0.15])
+def test_the_change_is_clamped_to_a_share_of_the_hidden_state(family, clamp):
+    ours = optimise_values(stack(family), LAYER, facts(), replace(SETTINGS, clamp=clamp))
+    sizes = (ours.targets - ours.hidden).norm(dim=1) / ours.hidden.norm(dim=1)
+    torch.testing.assert_close(sizes, torch.full_like(sizes, clamp), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_dropping_finished_facts_does_not_change_the_others(monkeypatch, share):
+    monkeypatch.setattr(under_test, "_COMPACT_WHEN", share)
+    finished: list[int] = []
+    ours = optimise_values(stack("llama"), LAYER, facts(), STOPPING, progress=finished.append)
+    assert max(distances(ours.targets, published("llama", STOPPING).targets)) < 1e-4
+    assert sum(finished) == len(REQUESTS)
+
+
+@pytest.mark.parametrize("tokens", [1, 60, 10**6])
+def test_the_size_of_a_batch_does_not_matter(monkeypatch, tokens):
+    whole = optimise_values(stack("gpt2"), LAYER, facts(), SETTINGS).targets
+    monkeypatch.setattr(under_test, "_TOKENS_PER_BATCH", tokens)
+    assert max(distances(optimise_values(stack("gpt2"), LAYER, facts(), SETTINGS).targets, whole)) < 1e-5
+
+
+def test_the_order_of_the_facts_does_not_matter():
+    order = [3, 0, 4, 2, 1]
+    straight = optimise_values(stack("qwen3"), LAYER, facts(), SETTINGS)
+    mixed = optimise_values(stack("qwen3"), LAYER, [facts()[i] for i in order], SETTINGS)
+    assert max(distances(mixed.targets, straight.targets[order])) < 1e-5
+    assert max(distances(mixed.hidden, straight.hidden[order])) < 1e-5
+
+
+# --- what is computed once
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_hidden_states_over_a_frozen_prefix_are_those_of_a_full_forward(family):
+    """At every kept position, with and without a change, for rows with and without a prefix in one batch."""
+    rows = [row for fact in facts() for row in fact.rows]
+    kept = [(row, len(row.input_ids) - row.subject_last) for row in rows]
+    batch = under_test._begin(stack(family), LAYER, kept, torch.arange(len(rows)))
+    deltas = torch.randn(len(rows), 32, generator=torch.Generator().manual_seed(0))
+    final = batch.edited(deltas, LAYER)
+    for number, row in enumerate(rows):
+        logits = _full_forward(stack(family), row.input_ids, row.subject_last, deltas[number])
+        ours = stack(family).logits(final[number, : kept[number][1]])
+        torch.testing.assert_close(ours, logits[row.subject_last :], rtol=1e-4, atol=1e-4)
+        assert float((ours - logits[row.subject_last :]).norm() / logits[row.subject_last :].norm()) < 1e-5
+
+
+def _full_forward(stack: Stack, ids: Sequence[int], place: int, delta: Tensor) -> Tensor:
+    def add(hidden: Tensor) -> Tensor:
+        changed = hidden.clone()
+        changed[0, place] += delta
+        return changed
+
+    tokens = torch.tensor([list(ids)])
+    with plain.output_hook(stack.blocks[LAYER], add):
+        return plain.logits(stack.model, tokens, torch.ones_like(tokens))[0]
+
+
+# --- what is left behind, and failures
+
+
+def test_the_model_is_left_as_it_was():
+    fresh = tiny_stack("llama")
+    before = {name: parameter.clone() for name, parameter in fresh.model.named_parameters()}
+    with torch.random.fork_rng(devices=[]):
+        state = torch.get_rng_state()
+        optimise_values(fresh, LAYER, facts(), SETTINGS)
+        assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(p, before[name]) for name, p in fresh.model.named_parameters())
+    assert all(parameter.grad is None for parameter in fresh.model.parameters())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in fresh.model.modules())
+
+
+def test_the_same_call_gives_the_same_bits():
+    first, second = (optimise_values(stack("phi"), LAYER, facts(), SETTINGS) for _ in range(2))
+    assert torch.equal(first.targets, second.targets)
+
+
+def test_no_facts_give_no_values():
+    nothing = optimise_values(stack("gpt2"), LAYER, [], SETTINGS)
+    assert nothing.targets.shape == (0, 32)
+
+
+@pytest.mark.parametrize("layer", [0, 3])
+def test_weights_that_are_not_numbers_are_an_error(layer):
+    fresh = tiny_stack("gpt2")
+    fresh.model.transformer.h[layer].mlp.c_proj.weight.data[3, 5] = float("nan")
+    with pytest.raises(EditError) as caught:
+        optimise_values(fresh, LAYER, facts(), SETTINGS)
+    assert caught.value.remedy
+
+
+def test_half_precision_follows_the_single_one():
+    single = optimise_values(stack("llama"), LAYER, facts(), CLAMPED)
+    model = tiny_model("llama", seed=SEED, dtype=torch.bfloat16)
+    half = optimise_values(Stack(model, stack("llama").architecture), LAYER, facts(), CLAMPED)
+    assert half.targets.dtype == torch.float32
+    assert max(distances(half.hidden, single.hidden)) < 0.05
+    assert max(distances(half.targets, single.targets)) < 0.15

@@ -1,0 +1,106 @@
+"""Live decoding is greedy generation, whatever the batch; matches are of whole words."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from patchhub.errors import RequestError, SettingsError
+from patchhub.evaluation.decoding import LiveReading, begins_with, contains, continue_greedily, live_scores, read_live
+from patchhub.evaluation.metrics import score_targets
+from patchhub.objects import Request
+
+words = st.sampled_from(["The", "capital", "of", "France", "is", "Paris", "Madrid", "Zoë", "東京", "x"])
+FRANCE = Request.make(prompt="The capital of {} is", subject="France", target_new="Paris")
+SPAIN = Request.make(prompt="The capital of {} is", subject="Spain", target_new="Rome")
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    prompts=st.lists(st.lists(words, min_size=1, max_size=6).map(" ".join), max_size=5),
+    batch_tokens=st.integers(1, 200),
+)
+def test_continuations_are_those_of_generate_one_at_a_time(model_and_tokenizer, prompts, batch_tokens):
+    model, tokenizer = model_and_tokenizer
+    written = continue_greedily(model, tokenizer, prompts, max_new_tokens=5, batch_tokens=batch_tokens)
+    for prompt, text in zip(prompts, written, strict=True):
+        ids = torch.tensor([tokenizer(prompt).input_ids])
+        mask = torch.ones_like(ids)
+        alone = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=5, pad_token_id=0)
+        assert text == tokenizer.decode(alone[0, ids.shape[1] :], skip_special_tokens=True)
+
+
+def test_a_learned_sentence_is_continued_and_ends_at_the_end_token(learned_model_and_tokenizer):
+    model, tokenizer = learned_model_and_tokenizer
+    prompts = ["The capital of France is", "The capital"]
+    long, _ = continue_greedily(model, tokenizer, prompts, max_new_tokens=12)
+    assert long.startswith(" Paris, and the capital of")
+    model.generation_config.eos_token_id = tokenizer(",").input_ids
+    try:
+        short, other = continue_greedily(model, tokenizer, prompts, max_new_tokens=12)
+        assert (short, other) == (" Paris", " of France is Paris")
+    finally:
+        model.generation_config.eos_token_id = None
+
+
+def test_teacher_forced_and_live_agree_on_what_is_right(learned_model_and_tokenizer):
+    readings = read_live(*learned_model_and_tokenizer, [FRANCE, SPAIN], max_new_tokens=8)
+    scores = score_targets(*learned_model_and_tokenizer, [(fact.text, fact.target_new) for fact in (FRANCE, SPAIN)])
+    right = [begins_with(reading.continuations[0], reading.target) for reading in readings]
+    assert right == [score.argmax_right for score in scores] == [True, False]
+
+
+def test_contexts_are_scored_apart_from_the_bare_prompt():
+    readings = [
+        LiveReading("1", "Paris", (" Paris.", " in Paris", " Rome")),
+        LiveReading("2", "Rome", (" the city of Rome", " Rome", " Rome, Italy")),
+    ]
+    scores = live_scores(readings).estimates
+    assert {name: estimate.value for name, estimate in scores.items()} == {
+        "exact": 0.5,
+        "exact_in_context": 0.5,
+        "contained": 1.0,
+        "contained_in_context": 0.75,
+    }
+    bare = live_scores([LiveReading("1", "Paris", (" Paris",))]).estimates
+    assert set(bare) == {"exact", "contained"}
+
+
+def test_the_context_stands_before_the_prompt(learned_model_and_tokenizer):
+    [reading] = read_live(*learned_model_and_tokenizer, [FRANCE], contexts=["Zoë. {}"], max_new_tokens=3)
+    alone = continue_greedily(*learned_model_and_tokenizer, ["Zoë. The capital of France is"], max_new_tokens=3)
+    assert reading.continuations[1:] == tuple(alone)
+
+
+@pytest.mark.parametrize(
+    ("text", "target", "begins", "within"),
+    [
+        (" Paris, of course", "Paris", True, True),
+        ("Paris", "Paris", True, True),
+        (" Parisian", "Paris", False, False),
+        (" in Paris.", "Paris", False, True),
+        (" Parisian Paris", "Paris", False, True),
+        (" paris", "Paris", False, False),
+        (" C++ and", "C++", True, True),
+        (" New York City", "New York", True, True),
+        ("", "Paris", False, False),
+        (" XParis", "Paris", False, False),
+    ],
+)
+def test_matches_are_of_whole_words(text, target, begins, within):
+    assert (begins_with(text, target), contains(text, target)) == (begins, within)
+
+
+@given(st.text(max_size=20), st.text(min_size=1, max_size=5).filter(lambda text: text.strip() == text))
+def test_what_begins_with_a_target_contains_it(text, target):
+    assert contains(text, target) or not begins_with(text, target)
+    assert contains(f"{text} {target} {text}", target)
+
+
+def test_prompts_that_leave_no_room_and_bad_contexts_are_refused(model_and_tokenizer):
+    with pytest.raises(RequestError, match="of them new"):
+        continue_greedily(*model_and_tokenizer, ["capital " * 60], max_new_tokens=50)
+    with pytest.raises(SettingsError, match="does not contain"):
+        read_live(*model_and_tokenizer, [FRANCE], contexts=["no slot"])

@@ -1,0 +1,132 @@
+"""Every family of the table is described as it is, and additive in fact; all other kinds are refused, with reason."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tiny_configs import REFUSED, SUPPORTED, make_config, random_model, tiny_config
+from torch import nn
+from transformers import LlamaConfig
+from transformers.models.llama import modeling_llama
+
+from patchhub.errors import BaseError, SettingsError, UnsupportedModelError
+from patchhub.models.architectures import FAMILIES, additive_probe, describe, read_config
+
+
+def loaded(family: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
+    return random_model(tiny_config(family, **changes), dtype)
+
+
+def test_every_family_of_the_table_is_tested() -> None:
+    assert set(SUPPORTED) == set(FAMILIES)
+
+
+@pytest.mark.parametrize("family", SUPPORTED)
+def test_described_names_shapes_and_orientation_are_the_models_and_the_probe_agrees(family: str) -> None:
+    model = loaded(family)
+    architecture = describe(model.config)
+    assert (architecture.model_type, architecture.n_layers, architecture.d_model) == (family, 3, 32)
+    for layer in range(3):
+        name = architecture.ffn_weight(layer)
+        stored = tuple(model.get_parameter(name).shape)
+        out, inner = architecture.shapes[layer]
+        assert stored == ((out, inner) if architecture.orientation == "out_in" else (inner, out))
+        assert out == 32
+        assert inner > 32
+        assert architecture.layer_of(name) == layer
+        attention = model.get_submodule(f"{architecture.block(layer)}.{architecture.attn_out}")
+        assert 32 in attention.weight.shape
+        additive_probe(model, architecture, layer)
+    assert (architecture.orientation == "in_out") == (family == "gpt2")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_probe_accepts_half_precision(dtype: torch.dtype) -> None:
+    model = loaded("llama", dtype)
+    additive_probe(model, describe(model.config), 1)
+
+
+class ScaledLlamaMLP(modeling_llama.LlamaMLP):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = super().forward(x)  # type: ignore[no-untyped-call]
+        return 0.9 * result
+
+
+def test_the_probe_finds_what_the_description_did_not_see() -> None:
+    model = loaded("llama")
+    architecture = describe(model.config)
+    model.model.layers[1].mlp.__class__ = ScaledLlamaMLP
+    additive_probe(model, architecture, 0)
+    with pytest.raises(UnsupportedModelError, match="layer 1"):
+        additive_probe(model, architecture, 1)
+
+
+def test_the_probe_leaves_the_model_as_it_was() -> None:
+    model = loaded("gptj").train()
+    additive_probe(model, describe(model.config), 0)
+    assert model.training
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize(("family", "settings", "reason"), REFUSED, ids=[f"{r[0]}-{r[2][:12]}" for r in REFUSED])
+def test_other_kinds_are_refused_with_their_reason(family: str, settings: dict[str, Any], reason: str) -> None:
+    with pytest.raises(UnsupportedModelError, match=reason) as caught:
+        describe(make_config(family, settings))
+    assert caught.value.remedy
+    assert caught.value.facts["model_type"] == family
+    assert "\n" not in caught.value.message
+
+
+@pytest.mark.parametrize("family", ["arcee", "seed_oss", "xglm"])
+def test_an_unknown_family_is_found_by_its_structure(family: str) -> None:
+    assert family not in FAMILIES
+    settings = {"d_model": 32, "ffn_dim": 80, "attention_heads": 4, "num_layers": 3, "vocab_size": 96}
+    config = make_config(family, settings if family == "xglm" else SUPPORTED["llama"])
+    architecture = describe(config)
+    model = random_model(config)
+    assert isinstance(model.get_submodule(f"{architecture.block(2)}.{architecture.ffn_out}"), nn.Linear)
+    assert architecture.shapes == ((32, 80),) * 3
+    for layer in range(3):
+        additive_probe(model, architecture, layer)
+
+
+def test_a_known_family_of_another_structure_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    original: Any = modeling_llama.LlamaMLP.__init__
+
+    def renamed(self: Any, config: LlamaConfig) -> None:
+        original(self, config)
+        self.last = self.down_proj
+        del self.down_proj
+
+    monkeypatch.setattr(modeling_llama.LlamaMLP, "__init__", renamed)
+    monkeypatch.setattr(modeling_llama.LlamaMLP, "forward", lambda self, x: self.last(self.up_proj(x)))
+    with pytest.raises(UnsupportedModelError, match="another structure"):
+        describe(tiny_config("llama"))
+
+
+def test_describing_changes_neither_the_configuration_nor_takes_memory() -> None:
+    config = tiny_config(
+        "llama", hidden_size=16384, intermediate_size=53248, num_hidden_layers=8, num_attention_heads=128
+    )
+    before = config.to_dict()
+    assert describe(config).shapes == ((16384, 53248),) * 8  # 42 GiB if it were real
+    assert config.to_dict() == before
+
+
+def test_a_layer_or_weight_that_is_not_there_is_refused() -> None:
+    architecture = describe(tiny_config("gpt2"))
+    for layer in (-1, 3):
+        with pytest.raises(SettingsError, match=f"layer {layer} does not exist"):
+            architecture.ffn_weight(layer)
+    for name in ("transformer.h.3.mlp.c_proj.weight", "transformer.h.1.mlp.c_fc.weight", "h.1.mlp.c_proj.weight"):
+        with pytest.raises(BaseError, match="not a feed-forward output projection"):
+            architecture.layer_of(name)
+
+
+def test_a_configuration_that_transformers_cannot_read_is_refused(tmp_path: Any) -> None:
+    for text in ('{"model_type": "no_such_model"}', "{", "[]", '{"model_type": "gpt2", "n_layer": "many"}'):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(UnsupportedModelError, match="cannot be read"):
+            read_config(tmp_path)

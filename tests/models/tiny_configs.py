@@ -1,0 +1,117 @@
+"""Configurations of tiny models (width 32, 3 layers) of every family in the table, and of families that are refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig
+
+_GPT = {
+    "n_embd": 32,
+    "n_layer": 3,
+    "n_head": 4,
+    "n_positions": 64,
+    "vocab_size": 96,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
+_ROTARY = {**_GPT, "rotary_dim": 4}
+_LLAMA = {
+    "hidden_size": 32,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "vocab_size": 96,
+    "max_position_embeddings": 64,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "pad_token_id": 0,
+}
+_NO_HEAD_DIM = {key: value for key, value in _LLAMA.items() if key != "head_dim"}
+_BLOOM = {
+    "hidden_size": 32,
+    "n_layer": 3,
+    "n_head": 4,
+    "vocab_size": 96,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "pad_token_id": 0,
+}
+_EXPERTS = {"num_local_experts": 2, "num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16}
+
+SUPPORTED: dict[str, dict[str, Any]] = {
+    "gpt2": _GPT,
+    "gpt_bigcode": _GPT,
+    "gptj": _ROTARY,
+    "codegen": _ROTARY,
+    "gpt_neo": {
+        "hidden_size": 32,
+        "num_layers": 3,
+        "num_heads": 4,
+        "attention_types": [[["global", "local", "global"], 1]],
+        "max_position_embeddings": 64,
+        "vocab_size": 96,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+    },
+    "gpt_neox": _NO_HEAD_DIM,
+    "bloom": _BLOOM,
+    "falcon": {**_NO_HEAD_DIM, "ffn_hidden_size": 128},
+    "mpt": {"d_model": 32, "n_layers": 3, "n_heads": 4, "max_seq_len": 64, "vocab_size": 96},
+    "opt": {**_NO_HEAD_DIM, "ffn_dim": 80, "word_embed_proj_dim": 32},
+    "phi": _NO_HEAD_DIM,
+    "starcoder2": _NO_HEAD_DIM,
+    "gemma": _LLAMA,
+    "glm": _LLAMA,
+    "llama": _LLAMA,
+    "ministral": {**_LLAMA, "layer_types": ["full_attention"] * 3},
+    "mistral": _LLAMA,
+    "olmo": _NO_HEAD_DIM,
+    "phi3": _NO_HEAD_DIM,
+    "qwen2": _NO_HEAD_DIM,
+    "qwen3": _LLAMA,
+    "smollm3": _NO_HEAD_DIM,
+    "stablelm": _NO_HEAD_DIM,
+}
+
+REFUSED: list[tuple[str, dict[str, Any], str]] = [
+    ("mixtral", {**_LLAMA, **_EXPERTS}, "mixture of experts"),
+    ("qwen3_moe", {**_LLAMA, **_EXPERTS}, "mixture of experts"),
+    ("gpt_oss", {**_LLAMA, **_EXPERTS, "layer_types": ["full_attention"] * 3}, "mixture of experts"),
+    ("gemma2", _LLAMA, "post_feedforward_layernorm"),
+    ("gemma3_text", _LLAMA, "post_feedforward_layernorm"),
+    ("olmo2", _NO_HEAD_DIM, "post_feedforward_layernorm"),
+    ("olmo3", _NO_HEAD_DIM, "post_feedforward_layernorm"),
+    ("glm4", _LLAMA, "post_mlp_layernorm"),
+    ("opt", {**SUPPORTED["opt"], "do_layer_norm_before": False}, "final_layer_norm"),
+    ("granite", {**_NO_HEAD_DIM, "residual_multiplier": 0.2}, "residual multiplier"),
+    ("bart", {}, "encoder-decoder"),
+    ("mamba", {"hidden_size": 32, "num_hidden_layers": 3, "vocab_size": 96}, "linear_attention"),
+    ("rwkv", {"hidden_size": 32, "num_hidden_layers": 3, "vocab_size": 96}, "blocks other than one attention"),
+    (
+        "qwen3_5_text",
+        {**_LLAMA, "layer_types": ["linear_attention", "linear_attention", "full_attention"]},
+        "linear_attention",
+    ),
+    ("llama", {**_LLAMA, "quantization_config": {"quant_method": "fp8"}}, "quantised"),
+    ("vit", {}, "cannot be built as a causal language model"),
+]
+
+
+def tiny_config(family: str, **changes: Any) -> PreTrainedConfig:
+    """The configuration of a tiny supported model."""
+    return make_config(family, {**SUPPORTED[family], **changes})
+
+
+def make_config(family: str, settings: dict[str, Any]) -> PreTrainedConfig:
+    config: PreTrainedConfig = CONFIG_MAPPING[family](**settings)
+    return config
+
+
+def random_model(config: PreTrainedConfig, dtype: torch.dtype = torch.float32) -> Any:
+    factory: Any = AutoModelForCausalLM
+    torch.manual_seed(0)
+    return factory.from_config(config, dtype=dtype)
