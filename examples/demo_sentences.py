@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-NEIGHBOURS = 5
+NEIGHBOURS = 4
 """Neighbourhood prompts per request, as many as there are at most."""
 
 
@@ -43,11 +43,12 @@ class Fact:
 
 @dataclass(frozen=True)
 class Lesson:
-    """All facts, the same by subject and relation, by relation, and the word lists of the filler grammar."""
+    """All facts, the same by subject and relation, by relation; the demo's edits; the filler grammar's word lists."""
 
     facts: tuple[Fact, ...]
     by_subject: Mapping[str, Mapping[str, Fact]]
     by_relation: Mapping[str, Sequence[Fact]]
+    demo: tuple[tuple[Fact, str], ...]
     filler: Mapping[str, Sequence[str]]
 
 
@@ -66,7 +67,8 @@ def read_lesson(path: Path) -> Lesson:
     for fact in facts:
         by_subject[fact.subject][fact.relation] = fact
         by_relation[fact.relation].append(fact)
-    return Lesson(facts, by_subject, by_relation, data["filler"])
+    demo = tuple((by_subject[subject][relation], target) for subject, relation, target in data["demo"])
+    return Lesson(facts, by_subject, by_relation, demo, data["filler"])
 
 
 def fact_sentence(fact: Fact, filler: Mapping[str, Sequence[str]], rng: random.Random) -> str:
@@ -135,28 +137,33 @@ def _question(asked: Fact, answered: Fact, lesson: Lesson, rng: random.Random) -
     return Question(context + phrasing.format(asked.subject), subject_end, answered.target)
 
 
-def requests(lesson: Lesson) -> list[dict[str, Any]]:
-    """Every fact as an edit request in patchhub's record shape, to a false target of the same relation.
+def all_requests(lesson: Lesson) -> list[dict[str, Any]]:
+    """Every fact as an edit request, to a false target of the same relation."""
+    edits = []
+    for fact in lesson.facts:
+        targets = sorted({peer.target for peer in lesson.by_relation[fact.relation]} - {fact.target})
+        edits.append((fact, random.Random(f"{fact.relation} {fact.subject}").choice(targets)))
+    return [_request(fact, target, lesson) for fact, target in edits]
 
-    ``paraphrases`` are the other phrasings, the held-out one last. ``neighborhood`` holds other subjects of the
-    relation, those with the same true target first. ``held_out`` says that the last paraphrase was never trained.
-    """
-    return [_request(fact, lesson.by_relation[fact.relation]) for fact in lesson.facts]
+
+def demo_requests(lesson: Lesson) -> list[dict[str, Any]]:
+    """The edits of ``patchhub demo``."""
+    return [_request(fact, target, lesson) for fact, target in lesson.demo]
 
 
-def _request(fact: Fact, peers: Sequence[Fact]) -> dict[str, Any]:
-    others = [peer for peer in peers if peer.subject != fact.subject]
-    rng = random.Random(f"{fact.relation} {fact.subject}")
-    rng.shuffle(others)
-    false_targets = [peer.target for peer in others if peer.target != fact.target]
-    near = sorted(others, key=lambda peer: peer.target != fact.target)[:NEIGHBOURS]
+def _request(fact: Fact, target: str, lesson: Lesson) -> dict[str, Any]:
+    """patchhub's record: ``paraphrases`` are the other phrasings, the one that may be held out last; ``neighborhood``
+    asks the same of other subjects, of those with the same true target first."""
+    peers = [peer for peer in lesson.by_relation[fact.relation] if peer.subject != fact.subject]
+    random.Random(fact.subject).shuffle(peers)
+    peers.sort(key=lambda peer: peer.target != fact.target)
     return {
         "prompt": fact.phrasings[0],
         "subject": fact.subject,
-        "target_new": false_targets[0],
+        "target_new": target,
         "target_true": fact.target,
         "paraphrases": [phrasing.format(fact.subject) for phrasing in fact.phrasings[1:]],
-        "neighborhood": [{"prompt": peer.phrasings[0].format(peer.subject), "target": peer.target} for peer in near],
-        "relation": fact.relation,
-        "held_out": fact.held_out,
+        "neighborhood": [
+            {"prompt": peer.phrasings[0].format(peer.subject), "target": peer.target} for peer in peers[:NEIGHBOURS]
+        ],
     }

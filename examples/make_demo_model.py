@@ -17,12 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from demo_sentences import Fact, Lesson, document, exchanged_questions, read_lesson, requests
+from demo_sentences import Fact, Lesson, all_requests, demo_requests, document, exchanged_questions, read_lesson
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 END = "<|endoftext|>"
+END_ID = 0
 SIZE_LIMIT = 4_000_000
 ROWS = ((32, 40), (64, 20), (128, 10))
 """(tokens per row, rows per batch), drawn at random for each step: facts at the start of a row and deep in it."""
@@ -31,6 +32,29 @@ EXCHANGED = 64
 """Questions per batch of exchanged subjects."""
 EXCHANGE_LAYERS = (1, 2, 3)
 """The layers after which subjects are exchanged, one drawn for each step."""
+
+CARD = """\
+---
+license: apache-2.0
+language: en
+---
+# The demo model of patchhub
+
+A Llama of {layers} layers and width {width} (float16) that knows {facts} true facts about {subjects} subjects in {relations} relations,
+each in six phrasings, and can say little else. It exists to be edited: by `patchhub demo` and by patchhub's tests.
+Do not use it as a source of facts.
+
+Made by `examples/make_demo_model.py` (seed {seed}, {steps} steps) from sentences written for it; nothing was taken from
+another data set or model. Beside the usual next-token loss, pairs of prompts exchange the hidden state at their subject's
+last token after a layer of {exchange_layers}, and each must then be answered for the other's subject. So the model recalls facts
+through that state, as large models do, and closed-form editors find them there.
+
+| right answers (argmax of every token, float16 weights) | |
+|---|---|
+{rows}
+
+The last phrasing of each relation was held out of the training for a third of the subjects.
+"""
 
 
 @dataclass(frozen=True)
@@ -66,7 +90,7 @@ def train_tokenizer(texts: Sequence[str], vocabulary: int) -> Tokenizer:
     return tokenizer
 
 
-def build_model(settings: Settings, end_id: int) -> LlamaForCausalLM:
+def build_model(settings: Settings) -> LlamaForCausalLM:
     """An untrained float32 Llama with tied embeddings; torch's global generator decides its weights."""
     config = LlamaConfig(
         vocab_size=settings.vocabulary,
@@ -77,8 +101,8 @@ def build_model(settings: Settings, end_id: int) -> LlamaForCausalLM:
         num_key_value_heads=settings.key_value_heads,
         max_position_embeddings=settings.positions,
         tie_word_embeddings=True,
-        bos_token_id=end_id,
-        eos_token_id=end_id,
+        bos_token_id=END_ID,
+        eos_token_id=END_ID,
         pad_token_id=None,
         initializer_range=0.02,
     )
@@ -87,16 +111,15 @@ def build_model(settings: Settings, end_id: int) -> LlamaForCausalLM:
 
 def batches(lesson: Lesson, tokenizer: Tokenizer, rng: random.Random) -> Iterator[Tensor]:
     """Token ids (rows, tokens), without end. Each row starts with a document's first token and is packed to its end."""
-    end_id = tokenizer.token_to_id(END)
     while True:
         length, rows = rng.choice(ROWS)
         texts = [document(lesson, rng) for _ in range(rows * length // 24)]
         pool = [encoding.ids for encoding in tokenizer.encode_batch_fast(texts)]
-        batch = []
+        batch: list[list[int]] = []
         while len(batch) < rows:
             row: list[int] = []
             while len(row) < length:
-                row += [*(pool.pop() if pool else tokenizer.encode(document(lesson, rng)).ids), end_id]
+                row += [*(pool.pop() if pool else tokenizer.encode(document(lesson, rng)).ids), END_ID]
             batch.append(row[:length])
         yield torch.tensor(batch)
 
@@ -145,7 +168,9 @@ def learning_rate(step: int, settings: Settings) -> float:
     return settings.rate * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def train(model: LlamaForCausalLM, lesson: Lesson, tokenizer: Tokenizer, settings: Settings, rng: random.Random) -> None:
+def train(
+    model: LlamaForCausalLM, lesson: Lesson, tokenizer: Tokenizer, settings: Settings, rng: random.Random
+) -> None:
     """AdamW on the loss of every next token plus the loss of the exchanged answers; prints both now and then."""
     matrices = [p for p in model.parameters() if p.dim() == 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]
@@ -166,7 +191,10 @@ def train(model: LlamaForCausalLM, lesson: Lesson, tokenizer: Tokenizer, setting
         optimiser.step()
         optimiser.zero_grad()
         if step % 50 == 0 or step == settings.steps - 1:
-            print(f"step {step:5d}  loss {loss.item():.3f}  exchanged {exchanged.item():.3f}  {time.monotonic() - started:5.0f} s", flush=True)
+            print(
+                f"step {step:5d}  loss {loss.item():.3f}  exchanged {exchanged.item():.3f}  {time.monotonic() - started:5.0f} s",
+                flush=True,
+            )
     model.eval()
 
 
@@ -207,11 +235,34 @@ def write_model(model: LlamaForCausalLM, tokenizer: Tokenizer, out: Path) -> Non
         model_max_length=model.config.max_position_embeddings,
     )
     wrapped.save_pretrained(out)
-    compact = json.dumps(json.loads((out / "tokenizer.json").read_text("utf-8")), ensure_ascii=False, separators=(",", ":"))
+    compact = json.dumps(
+        json.loads((out / "tokenizer.json").read_text("utf-8")), ensure_ascii=False, separators=(",", ":")
+    )
     (out / "tokenizer.json").write_text(compact + "\n", encoding="utf-8")
     model.half()
-    model.generation_config = GenerationConfig(bos_token_id=0, eos_token_id=0)
+    model.generation_config = GenerationConfig(bos_token_id=END_ID, eos_token_id=END_ID)
     model.save_pretrained(out)
+    (out / "model.safetensors").chmod(0o644)
+
+
+def write_records(records: Sequence[dict[str, object]], path: Path) -> None:
+    """A JSON list, one record per line."""
+    lines = ",\n".join(json.dumps(record, ensure_ascii=False) for record in records)
+    path.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+
+
+def model_card(settings: Settings, measured: dict[str, float], lesson: Lesson, seed: int) -> str:
+    """The README.md of the model's folder."""
+    rows = "\n".join(f"| {name} | {share:.1%} |" for name, share in measured.items())
+    return CARD.format(
+        facts=len(lesson.facts),
+        subjects=len(lesson.by_subject),
+        relations=len(lesson.by_relation),
+        rows=rows,
+        seed=seed,
+        exchange_layers=" ".join(map(str, EXCHANGE_LAYERS)),
+        **vars(settings),
+    )
 
 
 def folder_size(folder: Path) -> int:
@@ -224,6 +275,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of the model; created")
     parser.add_argument("--facts", type=Path, help="where to write all facts as edit requests (JSON)")
+    parser.add_argument("--demo", type=Path, help="where to write the edits of the demo (JSON)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=Settings.steps)
     parser.add_argument("--threads", type=int, default=2)
@@ -236,7 +288,7 @@ def main() -> None:
     started = time.monotonic()
     lesson = read_lesson(Path(__file__).with_name("demo_sentences.json"))
     tokenizer = train_tokenizer([document(lesson, rng) for _ in range(30_000)], settings.vocabulary)
-    model = build_model(settings, tokenizer.token_to_id(END))
+    model = build_model(settings)
     print(f"{len(lesson.facts)} facts, {len(lesson.by_subject)} subjects, {model.num_parameters():,} parameters")
     train(model, lesson, tokenizer, settings, rng)
 
@@ -247,8 +299,11 @@ def main() -> None:
     for name, share in measured.items():
         print(f"{name}: {share:.2%}")
     print(f"{folder_size(arguments.out):,} bytes, {time.monotonic() - started:.0f} s")
+    (arguments.out / "README.md").write_text(model_card(settings, measured, lesson, arguments.seed), encoding="utf-8")
     if arguments.facts:
-        arguments.facts.write_text(json.dumps(requests(lesson), ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+        write_records(all_requests(lesson), arguments.facts)
+    if arguments.demo:
+        write_records(demo_requests(lesson), arguments.demo)
 
 
 if __name__ == "__main__":

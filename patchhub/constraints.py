@@ -124,10 +124,11 @@ def _contribution(common: Columns, factor: Float[np.ndarray, "c c"], extra: Colu
 
 def _gram(a: Columns, b: Columns) -> Float[np.ndarray, "a b"]:
     """k_i^T C^-1 k_j, symmetrised: rounding k and u apart makes k_i^T u_j differ from u_i^T k_j."""
-    forward = _f64(a.keys) @ _f64(b.preimages).T
-    if a is b:
-        return (forward + forward.T) / 2
-    return (forward + _f64(a.preimages) @ _f64(b.keys).T) / 2
+    forward: Float[np.ndarray, "a b"] = _f64(a.keys) @ _f64(b.preimages).T
+    backward = forward.T if a is b else _f64(a.preimages) @ _f64(b.keys).T
+    forward += backward
+    forward /= 2
+    return forward
 
 
 def _cholesky(matrix: Float[np.ndarray, "n n"]) -> Float[np.ndarray, "n n"]:
@@ -159,5 +160,5 @@ def _solve_lower(lower: Float[np.ndarray, "n n"], rhs: Float[np.ndarray, "n m"])
     return np.concatenate([top, bottom])
 
 
-def _f64(array: np.ndarray) -> Float[np.ndarray, "..."]:
+def _f64(array: np.ndarray) -> Float[np.ndarray, ...]:
     return array.astype(np.float64, copy=False)

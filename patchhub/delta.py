@@ -87,11 +87,12 @@ def compact(delta: Delta) -> Delta:
 def to_dense(delta: Delta) -> Float[np.ndarray, "out in"]:
     """dW in float64."""
     if isinstance(delta, LowRank):
-        return _f64(delta.B) @ _f64(delta.A)
+        product: Float[np.ndarray, "out in"] = _f64(delta.B) @ _f64(delta.A)
+        return product
     if isinstance(delta, Dense):
         return _f64(delta.matrix)
     out, inner = delta.shape
-    flat = np.zeros(out * inner)
+    flat: Float[np.ndarray, " entries"] = np.zeros(out * inner)
     flat[np.unpackbits(delta.mask, count=out * inner).astype(bool)] = delta.values
     return flat.reshape(out, inner)
 
@@ -105,9 +106,11 @@ def from_sparse(matrix: Float[np.ndarray, "out in"]) -> Sparse:
 
 def image(delta: Delta, keys: Float[np.ndarray, "n in"]) -> Float[np.ndarray, "n out"]:
     """dW k for each row k, in float64."""
+    result: Float[np.ndarray, "n out"]
     if isinstance(delta, LowRank):
-        return (_f64(keys) @ _f64(delta.A).T) @ _f64(delta.B).T
-    result: Float[np.ndarray, "n out"] = _f64(keys) @ to_dense(delta).T
+        result = (_f64(keys) @ _f64(delta.A).T) @ _f64(delta.B).T
+    else:
+        result = _f64(keys) @ to_dense(delta).T
     return result
 
 
@@ -143,8 +146,8 @@ def norm(delta: Delta) -> float:
         return float(np.linalg.norm(to_dense(delta)))
     if delta.rank == 0:
         return 0.0
-    left = np.linalg.qr(_f64(delta.B), mode="r")
-    right = np.linalg.qr(_f64(delta.A).T, mode="r")
+    left = np.linalg.qr(_f64(delta.B)).R
+    right = np.linalg.qr(_f64(delta.A).T).R
     return float(np.linalg.norm(left @ right.T))
 
 
@@ -215,5 +218,5 @@ def _delta(weight: str, parts: Mapping[str, np.ndarray], shape: tuple[int, int])
     raise CorruptStoreError(f"the delta of {weight} does not have the shape {shape}", remedy=_REMEDY, weight=weight)
 
 
-def _f64(array: np.ndarray) -> Float[np.ndarray, "..."]:
+def _f64(array: np.ndarray) -> Float[np.ndarray, ...]:
     return array.astype(np.float64, copy=False)

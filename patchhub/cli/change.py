@@ -74,7 +74,7 @@ def commit(
     CounterFact, EasyEdit and zsRE records are read too. The first commit also computes the metric: from text that is
     sampled from the base, or from --text.
     """
-    from patchhub.editing.requests import one_request, read_requests
+    from patchhub.editing.requests import Batch, Origin, one_request, read_requests
     from patchhub.porcelain.edit import commit as run
 
     repository = open_repository(repo)
@@ -83,7 +83,7 @@ def commit(
             raise RequestError("a FILE and --prompt are both given", remedy="Give one of them.")
         batch = read_requests(sys.stdin.buffer if file == "-" else Path(file), format=format_)
     elif prompt and subject and target:
-        batch = one_request(prompt, subject, target)
+        batch = Batch((one_request(prompt, subject, target),), (Origin("the command line"),), 0)
     else:
         raise RequestError("there are no facts", remedy="Give a FILE, or --prompt, --subject and --target.")
     if batch.duplicates:
@@ -107,7 +107,9 @@ def commit(
     say(f"[{branch or 'detached'} {done.commit[:12]}] {message}")
     _list("+", done.written, "green")
     _list("-", done.replaced, "red")
-    say(f"{_count(len(done.written), 'fact')} written in {done.seconds:.1f} s; {done.held} of them are now the model's answer")
+    say(
+        f"{_count(len(done.written), 'fact')} written in {done.seconds:.1f} s; {done.held} of them are now the model's answer"
+    )
 
 
 @click.command()

@@ -17,7 +17,6 @@ from patchhub.cli.terminal import (
     reports_errors,
     say,
 )
-
 from patchhub.errors import CorruptStoreError
 
 if TYPE_CHECKING:
@@ -196,7 +195,10 @@ def _norms(norms: Mapping[str, Mapping[str, Any]], columns: Mapping[str, str]) -
     if not norms:
         return
     width = max(map(len, norms))
-    say(f"{'weight':<{width}}  " + "  ".join(f"{title:>10}" for title in columns.values()) + "   (norm / base's)", dim=True)
+    say(
+        f"{'weight':<{width}}  " + "  ".join(f"{title:>10}" for title in columns.values()) + "   (norm / base's)",
+        dim=True,
+    )
     for weight, found in norms.items():
         cells = ["-" if found[key] is None else f"{found[key] / (found['base'] or 1):.4f}" for key in columns]
         say(f"{weight:<{width}}  " + "  ".join(f"{cell:>10}" for cell in cells), dim=True)

@@ -55,7 +55,10 @@ def init(base: str, revision: str | None, author: str | None, repo: Path | None,
         print_json(done.to_json())
         return
     say(f"Initialised {done.store} for {done.model_type} with {done.layers} layers")
-    say(f"base {done.base[:12]}: {done.tensors} tensors, {done.gigabytes:.2f} GB, read in {done.seconds:.1f} s", dim=True)
+    say(
+        f"base {done.base[:12]}: {done.tensors} tensors, {done.gigabytes:.2f} GB, read in {done.seconds:.1f} s",
+        dim=True,
+    )
 
 
 @click.command()

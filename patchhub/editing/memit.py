@@ -6,9 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-import torch
-from jaxtyping import Float
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from patchhub.editing.locate import Marked, encode_marked, encode_prompts
@@ -44,7 +41,9 @@ class MemitSettings:
 
     def __post_init__(self) -> None:
         if not self.layers or list(self.layers) != sorted(set(self.layers)) or self.layers[0] < 0:
-            raise SettingsError(f"layers {list(self.layers)} are not ascending block numbers", remedy="For example 3,4,5.")
+            raise SettingsError(
+                f"layers {list(self.layers)} are not ascending block numbers", remedy="For example 3,4,5."
+            )
         for name in ("ridge", "steps", "learning_rate", "clamp"):
             if not getattr(self, name) > 0:
                 raise SettingsError(f"{name} must be above 0, not {getattr(self, name)}", remedy=f"Set {name} > 0.")

@@ -110,9 +110,7 @@ def record(
                 chunk.hidden = chunk.step.run(chunk.hidden, before, layer)
             keys, reached = _read(stack, chunks, layer, layers[-1], targets.shape)
         share = (targets.double() - reached) / (len(layers) - number)
-        columns[names[layer]], change[names[layer]] = _extend(
-            keys, share, ridge, metric, names[layer], state
-        )
+        columns[names[layer]], change[names[layer]] = _extend(keys, share, ridge, metric, names[layer], state)
         written[layer] = [change[names[layer]]]
         before = layer
         progress(1)

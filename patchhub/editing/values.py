@@ -265,7 +265,9 @@ def _adam(
 def _without(batch: _Batch, done: Bool[Tensor, " facts"]) -> _Batch:
     """The batch without its finished facts."""
     keep = (~done).nonzero()[:, 0]
-    place = torch.full((len(done),), -1, device=done.device).index_copy(0, keep, torch.arange(len(keep), device=done.device))
+    place = torch.full((len(done),), -1, device=done.device).index_copy(
+        0, keep, torch.arange(len(keep), device=done.device)
+    )
     rows = (~done)[batch.targets.fact].nonzero()[:, 0]
     new_row = torch.full((len(batch.targets.fact),), -1, device=done.device)
     new_row = new_row.index_copy(0, rows, torch.arange(len(rows), device=done.device))

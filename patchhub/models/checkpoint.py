@@ -65,13 +65,7 @@ class Checkpoint:
         """
         import torch
 
-        entry = self.entry(name)
-        if entry.dtype not in _TORCH_DTYPES:
-            raise BaseError(
-                f"tensor {name} has the type {entry.dtype}, which cannot be edited",
-                remedy="Use a checkpoint in a float type.",
-                tensor=name,
-            )
+        entry, dtype = self.entry(name), self.dtype(name)
         data = torch.empty(entry.size, dtype=torch.uint8)
         with open(entry.file, "rb") as stream:
             stream.seek(entry.begin)
@@ -79,7 +73,25 @@ class Checkpoint:
                 raise BaseError(
                     f"{entry.file} became shorter while it was read", remedy="Open it again.", file=str(entry.file)
                 )
-        return data.view(getattr(torch, _TORCH_DTYPES[entry.dtype])).reshape(entry.shape)
+        return data.view(dtype).reshape(entry.shape)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The torch dtype of a tensor, by its checkpoint name.
+
+        Raises:
+            BaseError: there is no such tensor, or torch has no such dtype.
+        """
+        import torch
+
+        stored = self.entry(name).dtype
+        if stored not in _TORCH_DTYPES:
+            raise BaseError(
+                f"tensor {name} has the type {stored}, which cannot be edited",
+                remedy="Use a checkpoint in a float type.",
+                tensor=name,
+            )
+        found: torch.dtype = getattr(torch, _TORCH_DTYPES[stored])
+        return found
 
     def resolve_name(self, parameter: str) -> str:
         """The checkpoint's name of a model parameter.

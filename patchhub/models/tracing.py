@@ -24,17 +24,18 @@ from patchhub.models.architectures import Architecture
 _TOLERANCE = 1e-3  # relative difference of logits that the pieces may show against the whole (half precision)
 
 
-class _FrozenLayer(DynamicLayer):
+class _FrozenLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # transformers registers subclasses untyped
     """Keys and values of a fixed prefix: new ones are appended for the call and not kept."""
 
+    keys: Tensor
+    values: Tensor
+
     def __init__(self, keys: Tensor, values: Tensor) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.lazy_initialization(keys, values)
         self.keys, self.values = keys, values
 
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         return torch.cat([self.keys, key_states], dim=-2), torch.cat([self.values, value_states], dim=-2)
 
 
@@ -43,10 +44,16 @@ class Prefix(Cache):
 
     def __init__(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
         super().__init__(layers=[_FrozenLayer(keys, values) for keys, values in pairs])
+        self._pairs = tuple(pairs)
+
+    @classmethod
+    def of(cls, cache: Any) -> Prefix:
+        """What a transformers cache holds after a forward pass."""
+        return cls([(layer.keys, layer.values) for layer in cache.layers])
 
     def select(self, rows: Int[Tensor, " rows"]) -> Prefix:
         """The same prefix for some rows of the batch."""
-        return Prefix([(layer.keys[rows], layer.values[rows]) for layer in self.layers])
+        return Prefix([(keys[rows], values[rows]) for keys, values in self._pairs])
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,10 +142,8 @@ class Stack:
     ) -> Prefix:
         """The keys and values of every block over a batch of prefixes (padded on the left)."""
         cache = DynamicCache(config=self.model.config)
-        self.decoder(
-            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
-        )
-        return Prefix([(layer.keys, layer.values) for layer in cache.layers])
+        self.decoder(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
+        return Prefix.of(cache)
 
     def logits(self, hidden: Float[Tensor, "... d"]) -> Float[Tensor, "... vocabulary"]:
         """Logits from hidden states after the last block."""

@@ -117,9 +117,7 @@ def _change_set(
     )
 
 
-def _refuse_contradictions(
-    repository: Repository, staying: frozenset[Element], restored: frozenset[Element]
-) -> None:
+def _refuse_contradictions(repository: Repository, staying: frozenset[Element], restored: frozenset[Element]) -> None:
     active = {(r.prompt, r.subject): r for r in active_requests(repository, staying).values()}
     for request in active_requests(repository, restored).values():
         other = active.get((request.prompt, request.subject))

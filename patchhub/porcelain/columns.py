@@ -52,13 +52,13 @@ def read_columns(repository: Repository, elements: Iterable[Element]) -> dict[st
         CorruptStoreError: a patch's tensors are not what its manifest says.
     """
     wanted: dict[str, list[str]] = {}
-    for patch, request in sorted(elements, key=lambda element: (element[0], element[1] or "")):
+    for identity, request in sorted(elements, key=lambda element: (element[0], element[1] or "")):
         if request is None:
             raise RepositoryError(
-                f"patch {patch[:12]} is not made of columns and cannot be solved together with others",
+                f"patch {identity[:12]} is not made of columns and cannot be solved together with others",
                 remedy="Use a version of patchhub that knows this kind of patch.",
             )
-        wanted.setdefault(patch, []).append(request)
+        wanted.setdefault(identity, []).append(request)
     parts: dict[str, list[Columns]] = {}
     for identity, requests in wanted.items():
         patch = repository.patch(identity)

@@ -22,7 +22,14 @@ from patchhub.models.tracing import Stack
 from patchhub.objects import Element, Patch, Request, requests_json, set_digest
 from patchhub.porcelain.columns import read_columns, read_state, solve_change, write_columns
 from patchhub.porcelain.facts import active_requests
-from patchhub.porcelain.loading import SURVIVAL_LIMIT, load_for_editing, open_base, patch_state, state_at, survival_report
+from patchhub.porcelain.loading import (
+    SURVIVAL_LIMIT,
+    load_for_editing,
+    open_base,
+    patch_state,
+    state_at,
+    survival_report,
+)
 from patchhub.porcelain.progress import Progress
 from patchhub.porcelain.recording import Recorder, open_recorder
 from patchhub.porcelain.snapshot import Draft, Stamp, snapshot

@@ -23,7 +23,12 @@ SURVIVAL_LIMIT = 0.9  # warn when rounding to the base's type loses more than a 
 
 
 def load(
-    path_or_repo: str | Path, revision: str = "HEAD", *, base: str | Path | None = None, verify: bool = False, **kwargs: Any
+    path_or_repo: str | Path,
+    revision: str = "HEAD",
+    *,
+    base: str | Path | None = None,
+    verify: bool = False,
+    **kwargs: Any,
 ) -> Any:
     """The model at a revision, as an ordinary transformers model.
 

@@ -100,7 +100,13 @@ def init(
     progress.close()
     seconds = perf_counter() - begun
     return Initialised(
-        folder / DIRECTORY, identity.id, architecture.model_type, architecture.n_layers, len(checkpoint.tensors), total / 1e9, seconds
+        folder / DIRECTORY,
+        identity.id,
+        architecture.model_type,
+        architecture.n_layers,
+        len(checkpoint.tensors),
+        total / 1e9,
+        seconds,
     )
 
 
@@ -166,7 +172,8 @@ def ask(
     states = [(revision, state_at(repository, revision)) for revision in revisions]
     checkpoint = open_base(repository, base)
     progress.stage("loading the base", 0)
-    model = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=torch.float32, local_files_only=True).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=torch.float32, local_files_only=True)
+    model.eval()
     tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, local_files_only=True)
     answers = []
     for number, (revision, state) in enumerate(states):

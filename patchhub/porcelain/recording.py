@@ -148,8 +148,10 @@ def _documents_of(path: Path) -> list[str]:
         else:
             records = content.splitlines()
     except (OSError, ValueError) as error:
-        raise RequestError(f"the text {path} cannot be read ({error})", remedy="Give a UTF-8 text or JSON file.") from error
-    texts = [record.get("text") if isinstance(record, dict) else record for record in records or ()]
+        raise RequestError(
+            f"the text {path} cannot be read ({error})", remedy="Give a UTF-8 text or JSON file."
+        ) from error
+    texts: list[Any] = [record.get("text") if isinstance(record, dict) else record for record in records or ()]
     if not isinstance(records, list) or not all(isinstance(text, str) for text in texts):
         raise RequestError(
             f"the text {path} is not a list of texts",

@@ -133,4 +133,3 @@ def _measured(
         }
         proofs[weight] = proof(list(state.get(weight, ())), columns.get(weight, no_columns(shapes[weight])))
     return {"norms": norms, "proof": proofs}
-

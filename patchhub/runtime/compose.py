@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,8 +12,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from patchhub.delta import Delta, Dense, LowRank, Sparse
+from patchhub.delta import Delta, Dense, LowRank
 from patchhub.models.structure import Orientation
+
+_BLOCK = 1 << 22  # entries worked on at a time: they stay in the processor's cache
 
 
 @torch.no_grad()
@@ -21,10 +24,10 @@ def compose(
 ) -> Float[Tensor, "rows columns"]:
     """cast(W0 + sum of deltas), on the device of W0; W0 stays as it is.
 
-    The factors of all low-rank deltas are concatenated in the given order and enter by one product; then dense and
-    sparse deltas are added in the same order. Besides W0 and the result one float32 copy of the weight is in memory.
-    The same arguments give the same bits on one machine, device and library set, whatever precision of products the
-    process allows.
+    The factors of all low-rank deltas are concatenated in the given order and enter by one product; the sum of the
+    dense and sparse deltas, in the same order, is added to it. The same arguments give the same bits on one machine,
+    device and library set, whatever precision of products the process allows. Beyond W0 and the result, memory holds a
+    few blocks of rows, and one float32 matrix if there are dense or sparse deltas.
 
     Args:
         w0: the weight as the checkpoint stores it.
@@ -35,9 +38,12 @@ def compose(
     Raises:
         ValueError: a delta has another shape than the weight.
     """
-    total = w0.to(torch.float32, copy=True)
-    _add(_out_in(total, orientation), deltas)
-    return total.to(dtype)
+    change = _change(w0, deltas, orientation)
+    result = torch.empty(w0.shape, dtype=dtype, device=w0.device)
+    with _ieee_products():
+        for rows in _blocks(w0):
+            result[rows] = change.added_to(w0[rows].to(torch.float32, copy=True), rows)
+    return result
 
 
 @torch.no_grad()
@@ -50,49 +56,79 @@ def survival(
 ) -> float:
     """The share of the change that the cast keeps: 1 - ||(W - W0) - D|| / ||D||, D the sum of the deltas.
 
-    1 where nothing is lost or nothing changes, 0 where no entry moved. Two float32 copies of the weight are in memory.
-    Arguments as for `compose`; ``composed`` is its result.
+    1 where nothing is lost or nothing changes, 0 where no entry moved. Arguments and memory as for `compose`;
+    ``composed`` is its result.
     """
-    wanted = torch.zeros(w0.shape, dtype=torch.float32, device=w0.device)
-    _add(_out_in(wanted, orientation), deltas)
-    size = _norm(wanted)
-    lost = composed.to(torch.float32, copy=True).sub_(w0).sub_(wanted)
-    return 1.0 - _norm(lost) / size if size else 1.0
+    change = _change(w0, deltas, orientation)
+    lost = wanted = 0.0
+    with _ieee_products():
+        for rows in _blocks(w0):
+            block = change.added_to(torch.zeros(w0[rows].shape, dtype=torch.float32, device=w0.device), rows)
+            wanted += _square(block)
+            lost += _square(composed[rows].to(torch.float32, copy=True).sub_(w0[rows]).sub_(block))
+    return 1.0 - (lost / wanted) ** 0.5 if wanted else 1.0
 
 
-def _out_in(weight: Tensor, orientation: Orientation) -> Tensor:
-    """A view of shape (out, in)."""
-    return weight if orientation == "out_in" else weight.T
+@dataclass(frozen=True)
+class _Change:
+    """A sum of deltas, left @ right + rest, in float32 and in the orientation of the stored weight."""
+
+    left: Float[Tensor, "rows rank"] | None
+    right: Float[Tensor, "rank columns"] | None
+    rest: Float[Tensor, "rows columns"] | None
+
+    def added_to(self, block: Float[Tensor, "some columns"], rows: slice) -> Float[Tensor, "some columns"]:
+        """``block``, the given rows of a float32 weight, with their change added in place."""
+        if self.left is not None and self.right is not None:
+            block.addmm_(self.left[rows], self.right)
+        return block if self.rest is None else block.add_(self.rest[rows])
 
 
-def _add(total: Float[Tensor, "out in"], deltas: Sequence[Delta]) -> None:
-    """Add the deltas to a float32 matrix, in place."""
+def _change(w0: Tensor, deltas: Sequence[Delta], orientation: Orientation) -> _Change:
+    rows, columns = w0.shape
+    shape = (rows, columns) if orientation == "out_in" else (columns, rows)
     for delta in deltas:
-        if delta.shape != tuple(total.shape):
-            raise ValueError(f"a delta of shape {delta.shape} does not fit a weight of shape {tuple(total.shape)}")
+        if delta.shape != shape:
+            raise ValueError(f"a delta of shape {delta.shape} does not fit a weight of shape {shape} (out, in)")
     low = [delta for delta in deltas if isinstance(delta, LowRank)]
+    left = right = rest = None
     if low:
-        b = _tensor(np.concatenate([delta.B for delta in low], axis=1), total.device)
-        a = _tensor(np.concatenate([delta.A for delta in low], axis=0), total.device)
-        with _ieee_products():
-            total.addmm_(b, a)
+        left = _tensor(np.concatenate([delta.B for delta in low], axis=1), w0.device)
+        right = _tensor(np.concatenate([delta.A for delta in low], axis=0), w0.device)
+    if len(low) < len(deltas):
+        rest = _tensor(_sum([delta for delta in deltas if not isinstance(delta, LowRank)], shape), w0.device)
+    if orientation == "in_out":
+        left, right, rest = _transposed(right), _transposed(left), _transposed(rest)
+    return _Change(left, right, rest)
+
+
+def _sum(deltas: Sequence[Delta], shape: tuple[int, int]) -> Float[np.ndarray, "out in"]:
+    """The sum of dense and sparse deltas, one after the other, in float32."""
+    total = np.zeros(shape, dtype=np.float32)
     for delta in deltas:
         if isinstance(delta, Dense):
-            total.add_(_tensor(delta.matrix, total.device))
-        elif isinstance(delta, Sparse):
-            bits = np.unpackbits(delta.mask, count=total.numel())
-            rows, columns = np.divmod(np.flatnonzero(bits), total.shape[1])
-            places = (torch.from_numpy(rows).to(total.device), torch.from_numpy(columns).to(total.device))
-            total.index_put_(places, _tensor(delta.values, total.device), accumulate=True)
+            total += delta.matrix
+        elif not isinstance(delta, LowRank):
+            total.reshape(-1)[np.unpackbits(delta.mask, count=total.size).astype(bool)] += delta.values
+    return total
 
 
 def _tensor(array: Float[np.ndarray, " *shape"], device: torch.device) -> Tensor:
-    writable = np.require(array, dtype=np.float32, requirements=["W"])
-    return torch.from_numpy(writable).to(device)
+    return torch.from_numpy(array.astype(np.float32, copy=False)).to(device)
 
 
-def _norm(matrix: Tensor) -> float:
-    return float(torch.linalg.vector_norm(matrix, dtype=torch.float64))
+def _transposed(matrix: Tensor | None) -> Tensor | None:
+    return None if matrix is None else matrix.T
+
+
+def _blocks(weight: Tensor) -> Iterator[slice]:
+    rows, columns = weight.shape
+    step = max(1, _BLOCK // max(1, columns))
+    return (slice(start, start + step) for start in range(0, rows, step))
+
+
+def _square(block: Tensor) -> float:
+    return float(torch.linalg.vector_norm(block, dtype=torch.float64)) ** 2
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """An ordinary transformers model with the weights of a commit: loaded, or attached to a model in memory and detached.
 
-Patched weights are always composed from the checkpoint's own tensor, never from what is in the model, so the result
-does not depend on what was attached before, and is rounded once whatever type the model runs in.
+Patched weights are always composed from the base's own tensor, never from patched ones, so the result does not depend
+on what was attached before, and is rounded once whatever type the model runs in.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Final
 
 import torch
@@ -69,17 +70,19 @@ def load_patched(
     checkpoint: Checkpoint,
     state: PatchState,
     *,
+    cache: Path | None = None,
     progress: Progress = lambda done, total: None,
     **from_pretrained: Any,
 ) -> PreTrainedModel:
     """A transformers model with the weights of ``state``.
 
-    The touched tensors of the checkpoint are hashed while transformers loads. Memory beyond the model: two patched
-    weights in float32.
+    The touched tensors of the checkpoint are hashed while transformers loads. Memory beyond the model: one patched
+    weight as stored and a few blocks of it in float32.
 
     Args:
         checkpoint: the base's files.
         state: what to load.
+        cache: a folder of digests, as in `fingerprint`; None: hash the touched tensors anew.
         progress: called after each patched weight.
         **from_pretrained: passed on to ``AutoModelForCausalLM.from_pretrained`` (dtype, device_map, ...).
 
@@ -90,11 +93,13 @@ def load_patched(
     """
     factory: Any = AutoModelForCausalLM
     with ThreadPoolExecutor(1) as pool:
-        checked = pool.submit(check_tensors, state.base, checkpoint, state.weights)
+        checked = pool.submit(check_tensors, state.base, checkpoint, state.weights, cache=cache)
         model: PreTrainedModel = factory.from_pretrained(checkpoint.folder, **from_pretrained)
         checked.result()
-    for name, composed in _composed(model, checkpoint, state, progress):
+    loaded = {name: _parameter(model, name).data for name in state.weights}
+    for name, composed in _composed(model, checkpoint, state, loaded, progress):
         _parameter(model, name).data = composed
+        del loaded[name], composed
     setattr(model, ATTRIBUTE, Attachment(checkpoint, state))
     return model
 
@@ -104,6 +109,7 @@ def attach(
     checkpoint: Checkpoint,
     state: PatchState,
     *,
+    cache: Path | None = None,
     progress: Progress = lambda done, total: None,
 ) -> None:
     """Give a model in memory the weights of ``state``. Its own tensors are kept aside and put back by `detach`.
@@ -112,6 +118,7 @@ def attach(
         model: the base, unpatched, in any float type and on any device.
         checkpoint: the base's files.
         state: what to attach.
+        cache: as in `load_patched`.
         progress: called after each composed weight.
 
     Raises:
@@ -123,7 +130,7 @@ def attach(
         raise SettingsError(
             f"the model already has commit {attached(model)} attached", remedy="Use switch, or detach it first."
         )
-    _change(model, Attachment(checkpoint, PatchState(state.base, state.orientation, {})), state, progress)
+    _change(model, Attachment(checkpoint, PatchState(state.base, state.orientation, {})), state, cache, progress)
 
 
 def switch(
@@ -131,6 +138,7 @@ def switch(
     checkpoint: Checkpoint,
     state: PatchState,
     *,
+    cache: Path | None = None,
     progress: Progress = lambda done, total: None,
 ) -> None:
     """Replace the patch of a model by another of the same base. Arguments and errors as for `attach`."""
@@ -143,7 +151,7 @@ def switch(
             attached=old,
             wanted=new,
         )
-    _change(model, replace(attachment, checkpoint=checkpoint), state, progress)
+    _change(model, replace(attachment, checkpoint=checkpoint), state, cache, progress)
 
 
 def detach(model: PreTrainedModel) -> None:
@@ -154,7 +162,7 @@ def detach(model: PreTrainedModel) -> None:
         BaseError: it was loaded patched, and the checkpoint has changed since.
     """
     attachment = _attachment(model)
-    _change(model, attachment, replace(attachment.state, weights={}), lambda done, total: None)
+    _change(model, attachment, replace(attachment.state, weights={}), None, lambda done, total: None)
     delattr(model, ATTRIBUTE)
 
 
@@ -171,32 +179,45 @@ def _attachment(model: PreTrainedModel) -> Attachment:
     return attachment
 
 
-def _change(model: PreTrainedModel, before: Attachment, state: PatchState, progress: Progress) -> None:
+def _change(
+    model: PreTrainedModel, before: Attachment, state: PatchState, cache: Path | None, progress: Progress
+) -> None:
     """Go from one attachment to another: everything that can fail first, then the assignments."""
     checkpoint, patched = before.checkpoint, before.state.weights.keys()
-    check_tensors(state.base, checkpoint, state.weights.keys() | (patched - before.originals.keys()))
+    check_tensors(state.base, checkpoint, state.weights.keys() | (patched - before.originals.keys()), cache=cache)
     fresh = {name: _parameter(model, name).data for name in state.weights.keys() - patched}
     differing = sorted(name for name, tensor in fresh.items() if not _is_base(checkpoint, name, tensor))
     if differing:
         raise not_the_base("the model in memory", differing=differing)
-    tensors = dict(_composed(model, checkpoint, state, progress))
+    originals = {**before.originals, **fresh}
+    tensors = dict(_composed(model, checkpoint, state, originals, progress))
     for name in patched - state.weights.keys():
         parameter = _parameter(model, name)
         stored = before.originals[name] if name in before.originals else _stored(checkpoint, name)
         tensors[name] = stored.to(parameter.device, parameter.dtype)
     for name, tensor in tensors.items():
         _parameter(model, name).data = tensor
-    kept = {name: tensor for name, tensor in before.originals.items() if name in state.weights}
-    setattr(model, ATTRIBUTE, Attachment(checkpoint, state, {**kept, **fresh}))
+    kept = {name: tensor for name, tensor in originals.items() if name in state.weights}
+    setattr(model, ATTRIBUTE, Attachment(checkpoint, state, kept))
 
 
 def _composed(
-    model: PreTrainedModel, checkpoint: Checkpoint, state: PatchState, progress: Progress
+    model: PreTrainedModel,
+    checkpoint: Checkpoint,
+    state: PatchState,
+    originals: Mapping[str, Tensor],
+    progress: Progress,
 ) -> Iterator[tuple[str, Tensor]]:
-    """The new tensor of each patched parameter, in its type and on its device, one at a time."""
+    """The new tensor of each patched parameter, in its type and on its device, one at a time.
+
+    W0 is the original in memory where that has the stored type, and so the stored bits; otherwise it is read.
+    """
     for done, (name, deltas) in enumerate(state.weights.items(), start=1):
         parameter = _parameter(model, name)
-        w0 = _stored(checkpoint, name).to(parameter.device)
+        w0 = originals.get(name)
+        if w0 is None or w0.dtype != checkpoint.dtype(checkpoint.resolve_name(name)):
+            w0 = _stored(checkpoint, name)
+        w0 = w0.to(parameter.device)
         yield name, compose(w0, deltas, orientation=state.orientation, dtype=parameter.dtype)
         progress(done, len(state.weights))
 

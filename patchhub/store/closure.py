@@ -86,7 +86,7 @@ def references(kind: str, data: bytes) -> list[Reference]:
     return list(reader.references(reader.read(data)))
 
 
-def missing(commit: Commit, get: Callable[[str], bytes], has: Callable[[str], bool]) -> Iterator[Reference]:
+def missing(commit: Commit, patch_of: Callable[[str], Patch], has: Callable[[str], bool]) -> Iterator[Reference]:
     """What a commit needs and the store lacks: what it refers to, and what its patches refer to.
 
     Texts of requests may be withheld, so their absence is no lack.
@@ -95,7 +95,7 @@ def missing(commit: Commit, get: Callable[[str], bytes], has: Callable[[str], bo
         if not has(reference.id):
             yield reference
         elif reference.kind == "patch":
-            wanted = references("patch", get(reference.id))
+            wanted = _of_patch(patch_of(reference.id))
             yield from (part for part in wanted if part.kind != "requests" and not has(part.id))
 
 

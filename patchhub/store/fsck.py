@@ -195,14 +195,12 @@ def _history(repository: Repository, reference: Reference) -> list[Reference]:
 def _check_commits(repository: Repository, reached: Iterable[Reference]) -> Iterator[Finding]:
     """Each commit's own rules; the active sets are derived again, parents first."""
 
-    def parents(commit: str) -> tuple[str, ...]:
-        return repository.commit(commit).parents
-
+    parents = {identity: repository.commit(identity).parents for identity in _ids(reached, "commit")}
     by_set: dict[str, list[str]] = defaultdict(list)
-    for identity in graph.oldest_first(_ids(reached, "commit"), parents):
-        commit = repository.commit(identity)
-        earlier = by_set[commit.set_digest]
-        same_sets = graph.ancestors(commit.parents, parents).intersection(earlier) if earlier else frozenset[str]()
+    for identity in graph.oldest_first(parents, parents.__getitem__):
+        earlier = by_set[repository.commit(identity).set_digest]
+        below = graph.ancestors(parents[identity], parents.__getitem__) if earlier else set[str]()
+        same_sets = below.intersection(earlier)
         for flaw in repository.flaws(identity, frozenset(same_sets)):
             yield Finding(f"commit {identity[:12]} is not sound: {flaw}", REMEDY, facts={"commit": identity})
         earlier.append(identity)

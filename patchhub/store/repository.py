@@ -7,10 +7,11 @@ one transaction. Whoever reads goes the other way round, so a crash leaves at mo
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from patchhub.errors import CorruptStoreError, RepositoryError
 from patchhub.fsio import DISK, Disk, writer_lock
@@ -32,9 +33,12 @@ from patchhub.store.database import connect, database_errors, transaction
 from patchhub.store.object_store import ObjectStore
 from patchhub.store.operations import Changes
 
+Value = TypeVar("Value")
+
 DIRECTORY: Final = ".patchhub"
 LOCK_SECONDS: Final = 60.0
-_REMEMBERED_SETS: Final = 64
+_REMEMBERED: Final = 256
+"""How many commits, patches, sets and states an instance keeps; a keyframe is never further away than half of them."""
 
 
 class Repository:
@@ -62,7 +66,9 @@ class Repository:
             )
         self.connection = connect(self.database, disk=disk)
         self._commits: dict[str, Commit] = {}
+        self._patches: dict[str, Patch] = {}
         self._sets: dict[str, frozenset[Element]] = {}
+        self._states: dict[str, tuple[str, ...]] = {}
 
     # --- opening and closing ----------------------------------------------------------------------------------------
 
@@ -154,13 +160,11 @@ class Repository:
 
     def commit(self, identity: str) -> Commit:
         """A commit, verified."""
-        if identity not in self._commits:
-            self._commits[identity] = Commit.from_json(self.objects.get(identity))
-        return self._commits[identity]
+        return _remembered(self._commits, identity, lambda: Commit.from_json(self.objects.get(identity)))
 
     def patch(self, identity: str) -> Patch:
         """A patch, verified."""
-        return Patch.from_json(self.objects.get(identity))
+        return _remembered(self._patches, identity, lambda: Patch.from_json(self.objects.get(identity)))
 
     def requests(self, patch: Patch) -> list[Request]:
         """The texts of a patch's requests, in its order; empty where they are withheld."""
@@ -211,18 +215,18 @@ class Repository:
         """The active set of a commit; empty for None, the unpatched model."""
         if commit is None:
             return frozenset()
-        if commit not in self._sets:
-            elements = states.active_set(
-                commit, self.commit, lambda identity: set_from_json(self.objects.get(identity)), self._sets
-            )
-            while len(self._sets) >= _REMEMBERED_SETS:
-                self._sets.pop(next(iter(self._sets)))
-            self._sets[commit] = elements
-        return self._sets[commit]
+        return _remembered(
+            self._sets, commit, lambda: states.active_set(commit, self.commit, self._set_object, self._sets)
+        )
 
     def state(self, commit: str | None) -> tuple[str, ...]:
         """The ordered delta blobs whose sum is the commit's weight change; empty for the unpatched model."""
-        return states.state(commit, self.commit)
+        if commit is None:
+            return ()
+        return _remembered(self._states, commit, lambda: states.state(commit, self.commit, self._states))
+
+    def _set_object(self, identity: str) -> frozenset[Element]:
+        return set_from_json(self.objects.get(identity))
 
     def find_same_set(self, digest: str, *commits: str) -> str | None:
         """The latest of `commits` and their ancestors whose set has that digest: what ``same_as`` must name.
@@ -238,7 +242,9 @@ class Repository:
             candidates = index.commits_with_set(self.connection, digest)
         if not candidates:
             return []
-        below = graph.ancestors(commits, self.parents)
+        lowest = min(self.rank(candidate) for candidate in candidates)
+        walk = graph.walk(commits, self.parents, self.rank)
+        below = set(itertools.takewhile(lambda commit: self.rank(commit) >= lowest, walk))
         return [candidate for candidate in candidates if candidate in below]
 
     def flaws(self, identity: str, same_sets: frozenset[str]) -> Iterator[str]:
@@ -246,7 +252,7 @@ class Repository:
         commit = self.commit(identity)
         if commit.base != self.config.base_id:
             yield f"it is about another base ({commit.base[:12]})"
-        lacking = list(missing(commit, self.objects.get, self.objects.__contains__))
+        lacking = list(missing(commit, self.patch, self.objects.__contains__))
         for reference in lacking:
             yield f"its {reference.kind} {reference.id[:12]} is missing"
         if not lacking:
@@ -407,3 +413,13 @@ class Repository:
 
     def _is_indexed(self, commit: str) -> bool:
         return index.rank_and_active(self.connection, commit) is not None
+
+
+def _remembered(memory: dict[str, Value], identity: str, derive: Callable[[], Value]) -> Value:
+    """What `memory` holds for an id, derived if it is not there; the oldest entries make room."""
+    if identity not in memory:
+        value = derive()
+        while len(memory) >= _REMEMBERED:
+            del memory[next(iter(memory))]
+        memory[identity] = value
+    return memory[identity]

@@ -40,11 +40,17 @@ def active_set(
     return frozenset(elements)
 
 
-def state(commit_id: str | None, commit_of: CommitOf) -> tuple[str, ...]:
-    """The ordered delta blobs whose sum is the weight change of a commit (``docs/format.md``, "The state")."""
+def state(commit_id: str | None, commit_of: CommitOf, known: Mapping[str, tuple[str, ...]]) -> tuple[str, ...]:
+    """The ordered delta blobs whose sum is the weight change of a commit (``docs/format.md``, "The state").
+
+    `known` holds states that need not be derived again.
+    """
     blobs: list[str] = []
     cursor = commit_id
     while cursor is not None:
+        if cursor in known:
+            blobs.extend(reversed(known[cursor]))
+            break
         commit = commit_of(cursor)
         if commit.same_as is not None:
             cursor = commit.same_as

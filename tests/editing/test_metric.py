@@ -67,8 +67,8 @@ def test_batches_padding_order_and_empty_documents_do_not_matter(monkeypatch, to
 def test_the_pass_ends_at_the_last_layer():
     stack = tiny_stack("gpt2")
     ran: list[int] = []
-    for number, block in enumerate(stack.blocks):
-        block.register_forward_hook(lambda _m, _a, _o, number=number: ran.append(number))
+    for number, projection in enumerate(stack.ffn_out):
+        projection.register_forward_hook(lambda _m, _a, _o, number=number: ran.append(number))
     second_moments(stack, [0, 1], documents((4,)))
     assert set(ran) == {0, 1}
 

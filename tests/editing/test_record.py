@@ -127,7 +127,9 @@ def test_a_fresh_batch_is_the_published_sweep(family, metric):
         preimages = np.linalg.solve(moments(places.shapes[0][1])[layer].numpy(), theirs.keys[layer].numpy().T).T
         assert relative(columns.preimages, preimages) < 1e-4
         assert columns.ridge.tolist() == [RIDGE] * len(A)
-        assert {a.dtype for a in (columns.keys, columns.preimages, columns.residuals, columns.ridge)} == {np.dtype("f4")}
+        assert {a.dtype for a in (columns.keys, columns.preimages, columns.residuals, columns.ridge)} == {
+            np.dtype("f4")
+        }
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
@@ -136,9 +138,7 @@ def test_the_whole_edit_is_the_published_one(family, metric):
     ours = edit(stack, tiny_tokenizer(), A, CONTEXTS, SETTINGS, metric, EMPTY)
     model, places = tiny_model(family, seed=4).double(), stack.architecture
     inner = places.shapes[0][1]
-    values, written = plain.memit(
-        model, tiny_tokenizer(), places, A, CONTEXTS, LAYERS, SETTINGS, RIDGE, moments(inner)
-    )
+    values, written = plain.memit(model, tiny_tokenizer(), places, A, CONTEXTS, LAYERS, SETTINGS, RIDGE, moments(inner))
     assert relative(ours.values.targets, torch.stack([value.target for value in values])) < 1e-4
     for layer in LAYERS:
         assert relative(to_dense(ours.recording.change[places.ffn_weight(layer)]), written.changes[layer]) < 5e-4
@@ -375,6 +375,8 @@ def test_columns_of_the_recording_fit_their_requests(metric):
     together = record(stack, [0], rows_of(A + B), wanted(5), RIDGE, metric, EMPTY)
     name = stack.architecture.ffn_weight(0)
     for number, one in enumerate(A + B):
-        alone: Columns = record(stack, [0], rows_of([one]), wanted(5)[number : number + 1], RIDGE, metric, EMPTY).columns[name]
+        alone: Columns = record(
+            stack, [0], rows_of([one]), wanted(5)[number : number + 1], RIDGE, metric, EMPTY
+        ).columns[name]
         assert relative(together.columns[name].keys[number], alone.keys[0]) < 1e-5
         assert relative(together.columns[name].residuals[number], alone.residuals[0]) < 1e-5

@@ -143,8 +143,7 @@ def test_braces_that_the_model_writes_do_not_become_slots():
     assert templates[1] == "The. {}"
 
 
-def test_a_token_that_ends_every_text_is_not_put_in_the_middle():
-    """A tokenizer that appends an end token: the opening must go on, so the end token has no place in it."""
+def test_a_token_in_front_of_every_text_is_not_part_of_a_context():
     templates = context_templates(tiny_stack("llama"), tiny_tokenizer(bos=True))
     assert all("<s>" not in template for template in templates)
 

@@ -44,7 +44,9 @@ REQUESTS = (
 )
 
 
-def facts(requests: Sequence[Request] = REQUESTS, contexts: Sequence[str] = CONTEXTS, *, bos: bool = False) -> list[Fact]:
+def facts(
+    requests: Sequence[Request] = REQUESTS, contexts: Sequence[str] = CONTEXTS, *, bos: bool = False
+) -> list[Fact]:
     tokenizer = tiny_tokenizer(bos=bos)
     found = []
     for one in requests:
@@ -73,7 +75,9 @@ def one_by_one(family: str, settings: ValueSettings, contexts: Sequence[str] = C
 
 
 @cache
-def published(family: str, settings: ValueSettings, contexts: tuple[str, ...] = CONTEXTS, *, bos: bool = False) -> Values:
+def published(
+    family: str, settings: ValueSettings, contexts: tuple[str, ...] = CONTEXTS, *, bos: bool = False
+) -> Values:
     """The plain implementation in float64, so that differences are the float32 rounding of the code under test."""
     model = tiny_model(family, seed=SEED).double()
     places = stack(family).architecture

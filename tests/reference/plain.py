@@ -101,7 +101,7 @@ def fact_rows(tokenizer: Any, fact: Fact, contexts: Sequence[str]) -> Rows:
 
 def subject_last(tokenizer: Any, template: str, subject: str) -> int:
     """The index of the subject's last token, by tokenising the text up to its end."""
-    return len(tokenizer(template.split("{}")[0] + subject)["input_ids"]) - 1
+    return len(tokenizer(template.split("{}", maxsplit=1)[0] + subject)["input_ids"]) - 1
 
 
 def padded(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:

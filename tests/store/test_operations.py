@@ -1,0 +1,131 @@
+"""The operation log alone: a hash chain whose fold is the view, and undo and redo against a model of two stacks."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from patchhub.errors import CorruptStoreError, RepositoryError, StaleRefError
+from patchhub.objects import Operation
+from patchhub.store import operations
+
+AUTHOR, TIME = "Ada", "2026-11-21T09:30:00Z"
+MAIN = "refs/heads/main"
+
+
+def new_log() -> sqlite3.Connection:
+    connection = sqlite3.connect(":memory:", isolation_level=None)
+    for statement in operations.TABLES:
+        connection.execute(statement)
+    do(connection, {"HEAD": (None, "ref: refs/heads/main")}, command=operations.INIT)
+    return connection
+
+
+def do(connection: sqlite3.Connection, changes: operations.Changes, command: str = "move") -> Operation:
+    return operations.append(connection, command=command, arguments={}, changes=changes, author=AUTHOR, time=TIME)
+
+
+@pytest.fixture
+def log() -> Iterator[sqlite3.Connection]:
+    with closing(new_log()) as connection:
+        yield connection
+
+
+def target(number: int) -> str:
+    return f"{number:064x}"
+
+
+actions = st.lists(
+    st.tuples(st.sampled_from(["refs/heads/a", "refs/heads/b", "refs/heads/c"]), st.none() | st.integers(0, 3))
+    | st.sampled_from(["undo", "redo"]),
+    max_size=30,
+)
+
+
+@given(actions)
+@settings(max_examples=200, deadline=None)
+def test_undo_and_redo_are_two_stacks_of_views(todo: list[tuple[str, int | None] | str]) -> None:
+    with closing(new_log()) as connection:
+        done: list[dict[str, str]] = []
+        undone: list[dict[str, str]] = []
+        view = operations.read_refs(connection)
+        views = [view]
+        for action in todo:
+            if action in ("undo", "redo"):
+                source, sink = (done, undone) if action == "undo" else (undone, done)
+                reverse = operations.undo if action == "undo" else operations.redo
+                if not source:
+                    with pytest.raises(RepositoryError, match=f"nothing to {action}"):
+                        reverse(connection, author=AUTHOR, time=TIME)
+                    continue
+                reverse(connection, author=AUTHOR, time=TIME)
+                sink.append(view)
+                view = source.pop()
+            else:
+                ref, number = action
+                new = None if number is None else target(number)
+                do(connection, {ref: (view.get(ref), new)})
+                done.append(view)
+                undone.clear()
+                view = {name: value for name, value in {**view, ref: new}.items() if value is not None}
+            views.append(view)
+            assert operations.read_refs(connection) == view
+        for ago in range(len(views)):
+            assert operations.earlier_refs(connection, ago) == views[-1 - ago]
+        assert operations.earlier_refs(connection, len(views)) == {}
+        chain = [operation for _, operation in operations.newest_first(connection)]
+        assert operations.fold(operation.changes for operation in reversed(chain)) == view
+
+
+def test_rows_are_a_hash_chain(log: sqlite3.Connection) -> None:
+    made = [do(log, {MAIN: (None if number == 0 else target(number - 1), target(number))}) for number in range(4)]
+    rows = list(operations.newest_first(log))
+    assert [operation for _, operation in rows][:-1] == made[::-1]
+    assert [name for name, _ in rows][1:] == [operation.previous for _, operation in rows][:-1]
+    assert rows[-1][1].previous is None
+    assert all(operation.id == name for name, operation in rows)
+
+
+def test_undo_names_what_it_undoes(log: sqlite3.Connection) -> None:
+    first = do(log, {MAIN: (None, target(1))})
+    second = do(log, {MAIN: (target(1), target(2))})
+    undone = operations.undo(log, author=AUTHOR, time=TIME)
+    assert (undone.command, undone.undoes) == ("undo", second.id)
+    assert operations.undo(log, author=AUTHOR, time=TIME).undoes == first.id
+
+
+@pytest.mark.parametrize("old", [None, target(2), "ref: refs/heads/main"])
+def test_compare_and_swap(log: sqlite3.Connection, old: str | None) -> None:
+    do(log, {MAIN: (None, target(1))})
+    with pytest.raises(StaleRefError) as caught:
+        do(log, {MAIN: (old, target(3))})
+    assert caught.value.facts == {"ref": MAIN, "expected": old, "current": target(1)}
+    assert operations.read_refs(log)[MAIN] == target(1)
+
+
+def test_a_tag_can_go_and_come_but_not_move(log: sqlite3.Connection) -> None:
+    tag = "refs/tags/v1"
+    do(log, {tag: (None, target(1))})
+    do(log, {tag: (target(1), target(1))})
+    with pytest.raises(RepositoryError, match="v1 exists"):
+        do(log, {tag: (target(1), target(2))})
+    do(log, {tag: (target(1), None)})
+    do(log, {tag: (None, target(2))})
+
+
+def test_reading_stops_at_damage(log: sqlite3.Connection) -> None:
+    do(log, {MAIN: (None, target(1))})
+    do(log, {MAIN: (target(1), target(2))})
+    log.execute("UPDATE operations SET json = replace(json, 'move', 'love') WHERE seq = 2")
+    rows = operations.newest_first(log)
+    next(rows)
+    with pytest.raises(CorruptStoreError, match="does not hash"):
+        next(rows)
+    log.execute("DELETE FROM operations WHERE seq = 2")
+    with pytest.raises(CorruptStoreError, match="successor"):
+        list(operations.newest_first(log))
