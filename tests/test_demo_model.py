@@ -44,7 +44,9 @@ def demo() -> Sequence[Request]:
 
 
 @torch.no_grad()
-def losses(model: LlamaForCausalLM, tokenizer: Any, questions: Sequence[tuple[str, str]]) -> tuple[list[float], list[bool]]:
+def losses(
+    model: LlamaForCausalLM, tokenizer: Any, questions: Sequence[tuple[str, str]]
+) -> tuple[list[float], list[bool]]:
     """For each (prompt, target): the negative log-probability of " target", and whether each of its tokens is the argmax."""
     order = sorted(range(len(questions)), key=lambda i: len(questions[i][0]))
     loss, right = [0.0] * len(questions), [False] * len(questions)
@@ -53,9 +55,7 @@ def losses(model: LlamaForCausalLM, tokenizer: Any, questions: Sequence[tuple[st
         prompts = tokenizer([questions[i][0] for i in part])["input_ids"]
         targets = tokenizer([" " + questions[i][1] for i in part])["input_ids"]
         width = max(len(p) + len(t) for p, t in zip(prompts, targets, strict=True))
-        ids = torch.tensor(
-            [p + t + [0] * (width - len(p) - len(t)) for p, t in zip(prompts, targets, strict=True)]
-        )
+        ids = torch.tensor([p + t + [0] * (width - len(p) - len(t)) for p, t in zip(prompts, targets, strict=True)])
         scores = model(ids, use_cache=False).logits.log_softmax(-1)
         for row, (i, p, t) in enumerate(zip(part, prompts, targets, strict=True)):
             asked = scores[row, len(p) - 1 : len(p) - 1 + len(t)]
@@ -94,7 +94,9 @@ def test_it_knows_its_facts(model: LlamaForCausalLM, tokenizer: Any, facts: Sequ
     assert share(right) >= 0.97
 
 
-def test_it_knows_its_facts_in_the_middle_of_a_text(model: LlamaForCausalLM, tokenizer: Any, facts: Sequence[Request]) -> None:
+def test_it_knows_its_facts_in_the_middle_of_a_text(
+    model: LlamaForCausalLM, tokenizer: Any, facts: Sequence[Request]
+) -> None:
     before = "The capital of Peru is Lima. My sister waited by the sea."
     _, right = losses(model, tokenizer, [(f"{before} {fact.text}", fact.target_true) for fact in facts[::3]])
     assert share(right) >= 0.97

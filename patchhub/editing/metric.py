@@ -1,4 +1,4 @@
-"""The metric: second moments C = E[k k^T] + eps tr/d I of the keys of each edited weight, and u = C^-1 k.
+"""The metric: second moments C = E[k k^T] + eps m I of the keys of each edited weight, and u = C^-1 k.
 
 One truncated pass over the text serves all weights. Each weight's Cholesky factor is kept as a float32 .npy file under the
 metric's id, written once, and memory-mapped when it is used, so never more than one weight's matrix is in memory
@@ -55,9 +55,12 @@ def second_moments(
 
 
 def regularised(moment: Float[Tensor, "in in"], epsilon: float) -> Float[Tensor, "in in"]:
-    """C = moment + epsilon tr(moment)/d I."""
-    size = moment.shape[0]
-    return moment + epsilon * float(moment.trace()) / size * torch.eye(size, device=moment.device)
+    """C = moment + epsilon m I, m the median of the moment's diagonal.
+
+    The median, because the first position of a text gives a few inputs second moments that are orders of magnitude larger in many
+    models; their mean would drown all other directions.
+    """
+    return moment + epsilon * float(moment.diagonal().median()) * torch.eye(moment.shape[0], device=moment.device)
 
 
 @dataclass(frozen=True)

@@ -25,14 +25,13 @@ def continue_tokens(
     generator: torch.Generator,
     *,
     top_k: int | None = None,
-    top_p: float = 1.0,
 ) -> Int[Tensor, "batch total"]:
     """Sample until each sequence has ``length`` tokens; ``generator`` lives on the CPU, so draws do not depend on the device."""
     cache = DynamicCache(config=stack.model.config)
     tokens, latest = start.to(stack.device), start.to(stack.device)
     while tokens.shape[1] < length:
         logits = stack.model(input_ids=latest, past_key_values=cache, use_cache=True).logits[:, -1].float().cpu()
-        latest = torch.multinomial(_truncated(logits, top_k, top_p), 1, generator=generator).to(stack.device)
+        latest = torch.multinomial(_truncated(logits, top_k), 1, generator=generator).to(stack.device)
         tokens = torch.cat([tokens, latest], dim=1)
     return tokens
 
@@ -54,40 +53,35 @@ def context_templates(stack: Stack, tokenizer: Any, *, length: int = 10, seed: i
 
 def sample_documents(
     stack: Stack,
-    special_ids: Sequence[int],
+    tokenizer: Any,
     total: int,
     *,
     length: int,
-    top_p: float = 0.95,
     seed: int = 0,
     progress: Callable[[int], None] = lambda tokens: None,
 ) -> list[list[int]]:
     """About ``total`` tokens in documents of ``length``, each begun at another random token of the vocabulary.
 
-    Random beginnings matter: text that always starts at the end-of-text token covers far fewer of the base's keys.
+    Random beginnings matter: text that always starts at the end-of-text token covers far fewer of the base's keys. Tokens
+    that the tokenizer puts in front of every text (``<s>``) come first. Sampling is from the whole distribution.
     """
     generator = torch.Generator().manual_seed(seed)
     vocabulary = stack.model.config.get_text_config().vocab_size
-    allowed = torch.tensor(sorted(set(range(vocabulary)) - set(special_ids)))
+    allowed = torch.tensor(sorted(set(range(vocabulary)) - set(tokenizer.all_special_ids)))
+    front = [token for token in tokenizer("")["input_ids"] if token != tokenizer.eos_token_id]
     documents: list[list[int]] = []
     while len(documents) * length < total:
         rows = min(_BATCH, -(-(total - len(documents) * length) // length))
-        start = allowed[torch.randint(len(allowed), (rows, 1), generator=generator)]
-        documents += continue_tokens(stack, start, length, generator, top_p=top_p).tolist()
+        begun = allowed[torch.randint(len(allowed), (rows, 1), generator=generator)]
+        start = torch.cat([torch.tensor([front] * rows, dtype=torch.long), begun], dim=1)
+        documents += continue_tokens(stack, start, length, generator).tolist()
         progress(rows * length)
     return documents
 
 
-def _truncated(
-    logits: Float[Tensor, "batch vocabulary"], top_k: int | None, top_p: float
-) -> Float[Tensor, "batch vocabulary"]:
-    """Probabilities with everything outside the top k, or the smallest set of mass ``top_p``, set to zero."""
+def _truncated(logits: Float[Tensor, "batch vocabulary"], top_k: int | None) -> Float[Tensor, "batch vocabulary"]:
+    """Probabilities with everything outside the top k set to zero."""
     if top_k is not None:
         floor = logits.topk(min(top_k, logits.shape[1])).values[:, -1:]
         logits = logits.masked_fill(logits < floor, -torch.inf)
-    probabilities = logits.softmax(-1)
-    if top_p < 1.0:
-        ordered, order = probabilities.sort(descending=True)
-        outside = ordered.cumsum(-1) - ordered >= top_p
-        probabilities = probabilities.scatter(1, order, ordered.masked_fill(outside, 0.0))
-    return probabilities
+    return logits.softmax(-1)

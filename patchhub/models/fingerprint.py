@@ -88,7 +88,7 @@ VOLATILE_FIELDS: Final = frozenset(
 """Fields of ``config.json``, at any depth, that do not change what the model computes from token ids."""
 
 _THREADS = 2
-_CHUNK = 1 << 25  # large, so that hashing beside Python code seldom waits for the interpreter lock
+_CHUNK = 1 << 23  # large, so that hashing beside Python code seldom waits for the interpreter lock
 _OTHER_MODEL = "Point to the model that this repository was made for, or run `patchhub init` elsewhere for this one."
 
 

@@ -94,7 +94,7 @@ def _new_metric(
         total = int(settings.get("metric.tokens", _SAMPLED_TOKENS_PER_INPUT * width))
         progress.stage("text from the base", total)
         documents = sample_documents(
-            stack, tokenizer.all_special_ids, total, length=_SAMPLED_LENGTH, seed=seed, progress=progress.advance
+            stack, tokenizer, total, length=_SAMPLED_LENGTH, seed=seed, progress=progress.advance
         )
         source = {"kind": "sampled", "seed": seed}
     kept = _text(documents)

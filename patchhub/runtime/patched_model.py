@@ -96,10 +96,8 @@ def load_patched(
         checked = pool.submit(check_tensors, state.base, checkpoint, state.weights, cache=cache)
         model: PreTrainedModel = factory.from_pretrained(checkpoint.folder, **from_pretrained)
         checked.result()
-    loaded = {name: _parameter(model, name).data for name in state.weights}
-    for name, composed in _composed(model, checkpoint, state, loaded, progress):
+    for name, composed in _composed(model, checkpoint, state, {}, progress):
         _parameter(model, name).data = composed
-        del loaded[name], composed
     setattr(model, ATTRIBUTE, Attachment(checkpoint, state))
     return model
 

@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_configs import REFUSED, SUPPORTED, make_config, random_model, tiny_config
 from torch import nn
 from transformers import LlamaConfig
 from transformers.models.llama import modeling_llama
 
 from patchhub.errors import BaseError, SettingsError, UnsupportedModelError
 from patchhub.models.architectures import FAMILIES, additive_probe, describe, read_config
+from tests.models.tiny_configs import REFUSED, SUPPORTED, make_config, random_model, tiny_config
 
 
 def loaded(family: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:

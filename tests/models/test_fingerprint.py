@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_configs import random_model, tiny_config
 from transformers import AutoModelForCausalLM
 
 from patchhub.errors import BaseError
@@ -20,6 +19,7 @@ from patchhub.models.checkpoint import Checkpoint, open_checkpoint
 from patchhub.models.fingerprint import VOLATILE_FIELDS, check_tensors, fingerprint, tensor_digest
 from patchhub.models.stamps import FILE_NAME
 from patchhub.objects import Base
+from tests.models.tiny_configs import random_model, tiny_config
 
 WEIGHT = "model.layers.1.mlp.down_proj.weight"
 

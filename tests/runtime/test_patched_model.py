@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -232,6 +233,20 @@ def test_another_checkpoint_is_refused_by_load_and_attach(llama: Checkpoint, tmp
     with pytest.raises(BaseError, match="not this repository's base"):
         attach(model, other, state)
     assert same(parameters(model), before)
+
+
+def test_known_digests_do_not_hide_a_change(llama: Checkpoint, tmp_path: Path) -> None:
+    state = make_state(llama, "llama", {1: 1})
+    for file in llama.files:  # old enough for its digests to be kept
+        os.utime(file, ns=(0, 0))
+    for _ in range(2):
+        load_patched(llama, state, cache=tmp_path / "cache")
+    entry = llama.tensors[NAMES["llama"].format(1)]
+    with open(entry.file, "r+b") as stream:
+        stream.seek(entry.begin)
+        stream.write(bytes(16))
+    with pytest.raises(BaseError, match="1 tensors differ"):
+        load_patched(llama, state, cache=tmp_path / "cache")
 
 
 @pytest.mark.parametrize("running", DTYPES)

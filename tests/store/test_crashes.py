@@ -8,6 +8,7 @@ import shutil
 import signal
 import time as clock
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,10 @@ def _act(directory: Path, action: Callable[[Repository], None], disk: Disk) -> N
         action(repository)
 
 
+def _init(directory: Path, disk: Disk) -> None:
+    make_repository(directory, disk=disk).close()
+
+
 def _crash_here(run: Callable[[Disk], None], number: int) -> bool:
     """Whether `run` survived a disk that raises at step `number`."""
     try:
@@ -97,7 +102,7 @@ def test_crash_at_every_step(
     for number in range(MAX_STEPS):
         directory = tmp_path / str(number)
         shutil.copytree(template, directory)
-        survived = attempt(lambda disk, directory=directory: _act(directory, action, disk), number)
+        survived = attempt(partial(_act, directory, action), number)
         with Repository.open(directory, disk=QUICK) as repository:
             report = check(repository)
             assert report.sound, (number, report.findings)
@@ -120,7 +125,7 @@ def test_crash_at_every_step_of_init(tmp_path: Path, attempt: Callable[[Callable
     for number in range(MAX_STEPS):
         directory = tmp_path / str(number)
         directory.mkdir()
-        survived = attempt(lambda disk, directory=directory: make_repository(directory, disk=disk).close(), number)
+        survived = attempt(partial(_init, directory), number)
         if not (directory / ".patchhub").exists():
             make_repository(directory, disk=QUICK).close()
         with Repository.open(directory, disk=QUICK) as repository:

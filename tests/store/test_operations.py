@@ -5,6 +5,7 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing
+from typing import Literal
 
 import pytest
 from hypothesis import given, settings
@@ -49,14 +50,14 @@ actions = st.lists(
 
 @given(actions)
 @settings(max_examples=200, deadline=None)
-def test_undo_and_redo_are_two_stacks_of_views(todo: list[tuple[str, int | None] | str]) -> None:
+def test_undo_and_redo_are_two_stacks_of_views(todo: list[tuple[str, int | None] | Literal["undo", "redo"]]) -> None:
     with closing(new_log()) as connection:
         done: list[dict[str, str]] = []
         undone: list[dict[str, str]] = []
         view = operations.read_refs(connection)
         views = [view]
         for action in todo:
-            if action in ("undo", "redo"):
+            if isinstance(action, str):
                 source, sink = (done, undone) if action == "undo" else (undone, done)
                 reverse = operations.undo if action == "undo" else operations.redo
                 if not source:

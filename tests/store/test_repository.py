@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from builders import (
@@ -160,7 +161,8 @@ def test_an_unsound_commit_is_refused_and_changes_nothing(
 ) -> None:
     first = add_batch(repository, range(2))
     commit = make_commit(repository, first, added=put_patch(repository, range(2, 3)).elements)
-    flawed = dataclasses.replace(commit, **{field: first if value == "self" else value})
+    change: dict[str, Any] = {field: first if value == "self" else value}
+    flawed = dataclasses.replace(commit, **change)
     before = list(repository.operations())
     with pytest.raises(RepositoryError, match=reason):
         record(repository, flawed)
