@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from patchhub.objects import Base
 from patchhub.porcelain.columns import read_state
 from patchhub.runtime import compose, patched_model
 from patchhub.runtime.patched_model import PatchState
+from patchhub.runtime.ready import ReadyWeights
 from patchhub.store.repository import DIRECTORY, Repository
 
 SURVIVAL_LIMIT = 0.9  # warn when rounding to the base's type loses more than a tenth of a change
@@ -43,10 +44,11 @@ def load(
         RevisionError: no such revision.
         BaseError: the model found is not the repository's base.
     """
-    repository = open_path(path_or_repo)
-    state = state_at(repository, revision)
-    checkpoint = open_base(repository, base, verify=verify)
-    return patched_model.load_patched(checkpoint, state, **kwargs)
+    with open_path(path_or_repo) as repository:
+        state = state_at(repository, revision)
+        checkpoint = open_base(repository, base, verify=verify)
+        ready = ReadyWeights(repository.cache / "weights", repository.config.base_id, repository.state(state.commit))
+        return patched_model.load_patched(checkpoint, state, cache=repository.cache, ready=ready, **kwargs)
 
 
 def attach(model: Any, path_or_repo: str | Path, revision: str = "HEAD", *, base: str | Path | None = None) -> Any:
@@ -90,9 +92,33 @@ def base_object(repository: Repository) -> Base:
     return Base.from_json(repository.objects.get(repository.config.base_id))
 
 
+class StoredDeltas(Mapping[str, Sequence[Delta]]):
+    """The deltas of a commit per weight, read from the store when they are first asked for."""
+
+    def __init__(self, repository: Repository, commit: str | None) -> None:
+        self._repository, self._commit = repository, commit
+        self._read: dict[str, list[Delta]] | None = None
+
+    @property
+    def _deltas(self) -> dict[str, list[Delta]]:
+        if self._read is None:
+            self._read = read_state(self._repository, self._commit)
+        return self._read
+
+    def __getitem__(self, weight: str) -> Sequence[Delta]:
+        return self._deltas[weight]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._deltas)
+
+    def __len__(self) -> int:
+        return len(self._deltas)
+
+
 def state_at(repository: Repository, revision: str) -> PatchState:
+    """What is to be attached for a revision; its deltas are read on first use."""
     commit = repository.resolve(revision)
-    return patch_state(repository, read_state(repository, commit), commit)
+    return patch_state(repository, StoredDeltas(repository, commit), commit)
 
 
 def patch_state(repository: Repository, deltas: Mapping[str, Sequence[Delta]], commit: str | None) -> PatchState:

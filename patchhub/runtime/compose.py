@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -16,6 +16,8 @@ from patchhub.delta import Delta, Dense, LowRank
 from patchhub.models.structure import Orientation
 
 _BLOCK = 1 << 22  # entries worked on at a time: they stay in the processor's cache
+
+_PER_BACKEND: Final = hasattr(torch.backends.cuda.matmul, "fp32_precision")  # torch 2.9 and later
 
 
 @torch.no_grad()
@@ -135,12 +137,17 @@ def _square(block: Tensor) -> float:
 def _ieee_products() -> Iterator[None]:
     """Float32 products in float32, even where the process lets them run in TF32 or bfloat16."""
     mkldnn: Any = torch.backends.mkldnn
-    backends = (torch.backends.cuda.matmul, mkldnn.matmul)
+    backends = (torch.backends.cuda.matmul, mkldnn.matmul) if _PER_BACKEND else ()
     before = [backend.fp32_precision for backend in backends]
+    overall = None if _PER_BACKEND else torch.get_float32_matmul_precision()
     try:
         for backend in backends:
             backend.fp32_precision = "ieee"
+        if overall is not None:
+            torch.set_float32_matmul_precision("highest")
         yield
     finally:
         for backend, precision in zip(backends, before, strict=True):
             backend.fp32_precision = precision
+        if overall is not None:
+            torch.set_float32_matmul_precision(overall)

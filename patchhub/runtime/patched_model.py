@@ -7,7 +7,6 @@ on what was attached before, and is rounded once whatever type the model runs in
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
@@ -23,6 +22,7 @@ from patchhub.models.fingerprint import check_tensors, not_the_base
 from patchhub.models.structure import Orientation
 from patchhub.objects import Base
 from patchhub.runtime.compose import compose
+from patchhub.runtime.ready import ReadyWeights
 
 Progress = Callable[[int, int], None]
 """Called with the number of weights done and of weights in all."""
@@ -71,18 +71,19 @@ def load_patched(
     state: PatchState,
     *,
     cache: Path | None = None,
+    ready: ReadyWeights | None = None,
     progress: Progress = lambda done, total: None,
     **from_pretrained: Any,
 ) -> PreTrainedModel:
     """A transformers model with the weights of ``state``.
 
-    The touched tensors of the checkpoint are hashed while transformers loads. Memory beyond the model: one patched
-    weight as stored and a few blocks of it in float32.
+    Memory beyond the model: one patched weight as stored and a few blocks of it in float32.
 
     Args:
         checkpoint: the base's files.
         state: what to load.
         cache: a folder of digests, as in `fingerprint`; None: hash the touched tensors anew.
+        ready: where composed weights of this state are kept; None: compose them.
         progress: called after each patched weight.
         **from_pretrained: passed on to ``AutoModelForCausalLM.from_pretrained`` (dtype, device_map, ...).
 
@@ -92,12 +93,20 @@ def load_patched(
         SettingsError: ``device_map`` leaves a patched weight out of memory.
     """
     factory: Any = AutoModelForCausalLM
-    with ThreadPoolExecutor(1) as pool:
-        checked = pool.submit(check_tensors, state.base, checkpoint, state.weights, cache=cache)
-        model: PreTrainedModel = factory.from_pretrained(checkpoint.folder, **from_pretrained)
-        checked.result()
-    for name, composed in _composed(model, checkpoint, state, {}, progress):
-        _parameter(model, name).data = composed
+    model: PreTrainedModel = factory.from_pretrained(checkpoint.folder, **from_pretrained)
+    kept = ready.open(model.dtype) if ready else None
+    names = state.weights.keys() if kept is None else kept.keys()
+    check_tensors(state.base, checkpoint, names, cache=cache)
+    parameters = {name: _parameter(model, name) for name in names}
+    if kept is None or any(parameters[name].dtype != tensor.dtype for name, tensor in kept.items()):
+        kept = {}
+        for name, composed in _composed(model, checkpoint, state, {}, progress):
+            parameters[name].data = kept[name] = composed
+        if ready and all(tensor.dtype == model.dtype for tensor in kept.values()):
+            ready.keep(model.dtype, kept)
+    else:
+        for name, tensor in kept.items():
+            parameters[name].data = tensor.to(parameters[name].device)
     setattr(model, ATTRIBUTE, Attachment(checkpoint, state))
     return model
 

@@ -1,0 +1,289 @@
+"""Verbs that move or list refs: `branch`, `switch`, `tag`, `reset`, `reflog`. No torch, no NumPy, no object is written.
+
+Each change is one operation with compare-and-swap, so `undo` reverses it and a command that raced another one fails
+instead of overwriting it.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from itertools import islice
+from typing import Any
+
+from patchhub.errors import RepositoryError, RevisionError
+from patchhub.objects import Operation
+from patchhub.store.operations import Changes, invert
+from patchhub.store.repository import Repository
+from patchhub.store.revisions import BRANCHES, HEAD, SYMBOLIC, TAGS, check_ref, follow, resolve_ref
+
+
+@dataclass(frozen=True)
+class Signature:
+    """Who moves a ref, and when."""
+
+    author: str
+    time: str
+
+
+@dataclass(frozen=True)
+class Named:
+    """A branch or a tag: its short name, its commit, that commit's first line, and whether HEAD is on it."""
+
+    name: str
+    commit: str
+    message: str
+    current: bool
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Moved:
+    """What a verb of this module did: the ref it changed, and where that led before and leads now (commit ids)."""
+
+    ref: str
+    before: str | None
+    after: str | None
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class RefEntry:
+    """One move of a ref: ``ago`` operations before now it came to ``commit`` (None: it was deleted, or has no commit)."""
+
+    ago: int
+    commit: str | None
+    command: str
+    author: str
+    time: str
+    message: str
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def branches(repository: Repository) -> list[Named]:
+    """Every branch that has a commit, by name."""
+    return _listed(repository, BRANCHES)
+
+
+def tags(repository: Repository) -> list[Named]:
+    """Every tag, by name."""
+    return _listed(repository, TAGS)
+
+
+def create_branch(repository: Repository, name: str, revision: str, by: Signature) -> Moved:
+    """Make a branch at a revision; HEAD stays where it is.
+
+    Raises:
+        RevisionError: no such revision, or a name that cannot be used.
+        RepositoryError: the branch exists.
+    """
+    return _create(repository, BRANCHES + name, revision, "branch", by)
+
+
+def create_tag(repository: Repository, name: str, revision: str, by: Signature) -> Moved:
+    """Make a tag at a revision; it never moves.
+
+    Raises:
+        RevisionError: no such revision, or a name that cannot be used.
+        RepositoryError: the tag exists.
+    """
+    return _create(repository, TAGS + name, revision, "tag", by)
+
+
+def delete_branch(repository: Repository, name: str, by: Signature) -> Moved:
+    """Remove a branch, not its commits: the operation log still leads to them.
+
+    Raises:
+        RevisionError: no such branch.
+        RepositoryError: HEAD is on it.
+    """
+    ref = _existing(repository, BRANCHES, name)
+    if ref == current_ref(repository):
+        raise RepositoryError(
+            f"{name} is the current branch", remedy="Switch to another branch first: `patchhub switch NAME`.", ref=ref
+        )
+    return _delete(repository, ref, "branch", by)
+
+
+def delete_tag(repository: Repository, name: str, by: Signature) -> Moved:
+    """Remove a tag; `RevisionError` if there is none of that name."""
+    return _delete(repository, _existing(repository, TAGS, name), "tag", by)
+
+
+def switch(repository: Repository, name: str, by: Signature) -> Moved:
+    """Put HEAD on a branch.
+
+    Raises:
+        RevisionError: no such branch; the remedy says how to look at a tag or commit of that name.
+    """
+    return _move_head(repository, SYMBOLIC + _existing(repository, BRANCHES, name), by)
+
+
+def switch_to_new(repository: Repository, name: str, revision: str, by: Signature) -> Moved:
+    """Make a branch at a revision and put HEAD on it. At `base` the branch begins with the next commit.
+
+    Raises:
+        RevisionError: no such revision, or a name that cannot be used.
+        RepositoryError: the branch exists.
+    """
+    ref = BRANCHES + name
+    _refuse_existing(repository, ref)
+    commit = repository.resolve(revision)
+    made: Changes = {} if commit is None else {ref: (None, commit)}
+    return _move_head(repository, SYMBOLIC + ref, by, made)
+
+
+def detach(repository: Repository, revision: str, by: Signature) -> Moved:
+    """Put HEAD on a commit, on no branch; `RevisionError` if there is no such commit."""
+    return _move_head(repository, _commit(repository, revision), by)
+
+
+def reset(repository: Repository, revision: str, by: Signature) -> Moved:
+    """Move the current branch (or a detached HEAD) to a revision; at `base`, a branch has no commits any more.
+
+    Raises:
+        RevisionError: no such revision.
+    """
+    ref, target = current_ref(repository), repository.resolve(revision)
+    if target is None and ref == HEAD:
+        target = _commit(repository, revision)
+    _, before = repository.head
+    if target != before:
+        _move(repository, {ref: (before, target)}, "reset", {"revision": revision}, by)
+    return Moved(ref, before, target)
+
+
+def reflog(repository: Repository, name: str = HEAD, *, limit: int | None = None) -> Iterator[RefEntry]:
+    """Each operation that moved a ref, the last one first; ``name@{ago}`` resolves to its commit.
+
+    Branches and tags that were deleted are found as well. Following HEAD means following the branch it was on.
+
+    Raises:
+        RevisionError: nothing ever had that name.
+    """
+    entries = islice(_ref_entries(repository, _ref_ever(repository, name)), limit)
+    first = next(entries, None)
+    if first is None:
+        _existing(repository, BRANCHES, name)
+    else:
+        yield first
+        yield from entries
+
+
+def current_ref(repository: Repository) -> str:
+    """The full name of the branch that HEAD is on; ``HEAD`` itself where it is detached."""
+    target = repository.refs()[HEAD]
+    return target[len(SYMBOLIC) :] if target.startswith(SYMBOLIC) else HEAD
+
+
+def short(ref: str) -> str:
+    """A ref's name as people write it."""
+    return ref.removeprefix(BRANCHES).removeprefix(TAGS)
+
+
+def _listed(repository: Repository, namespace: str) -> list[Named]:
+    current = current_ref(repository)
+    return [
+        Named(ref[len(namespace) :], commit, _first_line(repository, commit), ref == current)
+        for ref, commit in sorted(repository.refs().items())
+        if ref.startswith(namespace)
+    ]
+
+
+def _create(repository: Repository, ref: str, revision: str, command: str, by: Signature) -> Moved:
+    _refuse_existing(repository, ref)
+    commit = _commit(repository, revision)
+    _move(repository, {ref: (None, commit)}, command, {"name": short(ref), "revision": revision}, by)
+    return Moved(ref, None, commit)
+
+
+def _delete(repository: Repository, ref: str, command: str, by: Signature) -> Moved:
+    commit = repository.refs()[ref]
+    _move(repository, {ref: (commit, None)}, command, {"delete": short(ref)}, by)
+    return Moved(ref, commit, None)
+
+
+def _move_head(repository: Repository, target: str, by: Signature, made: Changes | None = None) -> Moved:
+    refs = repository.refs()
+    if made or refs[HEAD] != target:
+        changes = {HEAD: (refs[HEAD], target), **(made or {})}
+        _move(repository, changes, "switch", {"to": short(target.removeprefix(SYMBOLIC))}, by)
+    return Moved(HEAD, follow(HEAD, refs), follow(HEAD, repository.refs()))
+
+
+def _move(
+    repository: Repository, changes: Changes, command: str, arguments: Mapping[str, Any], by: Signature
+) -> Operation:
+    return repository.move_refs(changes, command=command, arguments=arguments, author=by.author, time=by.time)
+
+
+def _commit(repository: Repository, revision: str) -> str:
+    commit = repository.resolve(revision)
+    if commit is None:
+        raise RevisionError(
+            f"{revision} is the unpatched model, not a commit",
+            remedy="Name a commit, or start a branch there with `patchhub switch -c NAME base`.",
+        )
+    return commit
+
+
+def _refuse_existing(repository: Repository, ref: str) -> None:
+    check_ref(ref)
+    refs = repository.refs()
+    if ref in refs or refs[HEAD] == SYMBOLIC + ref:
+        kind, remedy = ("tag", "Tags do not move; use another name.") if ref.startswith(TAGS) else ("branch", _MOVE)
+        raise RepositoryError(f"the {kind} {short(ref)} exists", remedy=remedy, ref=ref, commit=refs.get(ref))
+
+
+_MOVE = "Use another name, or switch to it and move it with `patchhub reset REV`."
+
+
+def _existing(repository: Repository, namespace: str, name: str) -> str:
+    """The full name of a branch or tag that exists; a branch that HEAD is on and that has no commit yet counts."""
+    refs = repository.refs()
+    ref = name if name.startswith(namespace) else namespace + name
+    if ref in refs or refs[HEAD] == SYMBOLIC + ref:
+        return ref
+    kind = "branch" if namespace == BRANCHES else "tag"
+    known = [found[len(namespace) :] for found in refs if found.startswith(namespace)]
+    close = difflib.get_close_matches(name, known, n=1)
+    remedy = f"Did you mean {close[0]}?" if close else f"`patchhub {kind}` lists what there is."
+    if namespace == BRANCHES and not close:
+        remedy = f"Make it with `patchhub switch -c {name}`, or look at a tag or commit with `patchhub switch --detach REV`."
+    raise RevisionError(f"there is no {kind} {name!r}", remedy=remedy, name=name)
+
+
+def _ref_ever(repository: Repository, name: str) -> str:
+    """The full name of a ref that exists, or else of the branch or tag that may have had that name."""
+    present = resolve_ref(name, repository.refs())
+    if present is not None or name.startswith("refs/"):
+        return present or name
+    moved = {ref for _, operation in repository.operations() for ref in operation.changes}
+    return next((prefix + name for prefix in (BRANCHES, TAGS) if prefix + name in moved), BRANCHES + name)
+
+
+def _ref_entries(repository: Repository, ref: str) -> Iterator[RefEntry]:
+    view = repository.refs()
+    for ago, (_, operation) in enumerate(repository.operations()):
+        earlier = _applied(view, invert(operation.changes))
+        commit = follow(ref, view)
+        if commit != follow(ref, earlier) or view.get(ref) != earlier.get(ref):
+            message = "" if commit is None else _first_line(repository, commit)
+            yield RefEntry(ago, commit, operation.command, operation.author, operation.time, message)
+        view = earlier
+
+
+def _applied(refs: Mapping[str, str], changes: Changes) -> dict[str, str]:
+    targets = {**refs, **{ref: new for ref, (_, new) in changes.items()}}
+    return {ref: target for ref, target in targets.items() if target is not None}
+
+
+def _first_line(repository: Repository, commit: str) -> str:
+    return next(iter(repository.commit(commit).message.splitlines()), "")
