@@ -1,6 +1,7 @@
 """Make the small Llama that ``patchhub demo`` edits: a tokenizer and a model, trained on the facts of this folder.
 
-    python examples/make_demo_model.py --out patchhub/demo_model --facts tests/data/demo_model_facts.json
+    python examples/make_demo_model.py --out patchhub/demo_model \\
+        --facts tests/data/demo_model_facts.json --demo patchhub/demo_facts.json
 
 Takes a few minutes on two CPU cores. The same seed gives the same bytes on one machine and one set of libraries.
 """
@@ -48,8 +49,8 @@ Do not use it as a source of facts.
 
 Made by `examples/make_demo_model.py` (seed {seed}, {steps} steps) from sentences written for it; nothing was taken from
 another data set or model. Beside the usual next-token loss, pairs of prompts exchange the hidden state at their subject's
-last token after a layer of {exchange_layers}, and each must then be answered for the other's subject. So the model recalls facts
-through that state, as large models do, and closed-form editors find them there.
+last token after layer {exchange_layers} (counted from 0), a random part of a third prompt's state is added, and each prompt must
+then be answered for the other's subject. So the model recalls facts through that state, where closed-form editors write.
 
 | right answers (argmax of every token, float16 weights) | |
 |---|---|
@@ -263,7 +264,7 @@ def model_card(settings: Settings, measured: dict[str, float], lesson: Lesson, s
         relations=len(lesson.by_relation),
         rows=rows,
         seed=seed,
-        exchange_layers=" ".join(map(str, EXCHANGE_LAYERS)),
+        exchange_layers=" or ".join(map(str, EXCHANGE_LAYERS)),
         **vars(settings),
     )
 

@@ -91,6 +91,16 @@ def difference(common: Columns, added: Columns, removed: Columns) -> LowRank:
     return LowRank(np.hstack([gain.B, loss.B]), np.vstack([gain.A, loss.A]))
 
 
+def responsibilities(columns: Columns) -> Float[np.ndarray, "n out"]:
+    """Rows b_i of M^-1 R, so that D(S) = sum_i b_i u_i^T: request i moves the output at a key k by b_i (u_i^T k).
+
+    Raises:
+        EditError: as in `solve`.
+    """
+    gram = _gram(columns, columns) + np.diag(_f64(columns.ridge))
+    return _cholesky_solve(_cholesky(gram), _f64(columns.residuals))
+
+
 def proof(deltas: Sequence[Delta], columns: Columns) -> float:
     """How far the stored deltas are from the joint solution, relative to their norm; it does not use the solver.
 

@@ -142,13 +142,28 @@ def norm(delta: Delta) -> float:
     factors still give a norm that is right to about 1e-15 ||B|| ||A||."""
     if isinstance(delta, Sparse):
         return float(np.linalg.norm(_f64(delta.values)))
+    return float(np.linalg.norm(_core(delta)))
+
+
+def inner(one: Delta, other: Delta) -> float:
+    """The Frobenius inner product, sum of products of entries; factors are not multiplied out."""
+    if isinstance(one, LowRank) and isinstance(other, LowRank):
+        return float(np.sum((_f64(one.B).T @ _f64(other.B)) * (_f64(one.A) @ _f64(other.A).T)))
+    return float(np.sum(to_dense(one) * to_dense(other)))
+
+
+def numerical_rank(delta: Delta, tolerance: float) -> int:
+    """How many singular values are above `tolerance`."""
+    core = to_dense(delta) if isinstance(delta, Sparse) else _core(delta)
+    return int((np.linalg.svd(core, compute_uv=False) > tolerance).sum()) if core.size else 0
+
+
+def _core(delta: LowRank | Dense) -> Float[np.ndarray, "rows columns"]:
+    """A small matrix with the singular values of dW."""
     if isinstance(delta, Dense) or delta.rank >= min(delta.shape):
-        return float(np.linalg.norm(to_dense(delta)))
-    if delta.rank == 0:
-        return 0.0
-    left = np.linalg.qr(_f64(delta.B)).R
-    right = np.linalg.qr(_f64(delta.A).T).R
-    return float(np.linalg.norm(left @ right.T))
+        return to_dense(delta)
+    core: Float[np.ndarray, "rank rank"] = np.linalg.qr(_f64(delta.B)).R @ np.linalg.qr(_f64(delta.A).T).R.T
+    return core
 
 
 def write_deltas(deltas: Mapping[str, Delta]) -> bytes:

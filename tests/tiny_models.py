@@ -7,7 +7,7 @@ by several units, and a mistake of one position, mask bit or norm shows at once.
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -18,7 +18,8 @@ from patchhub.models.architectures import describe
 from patchhub.models.tracing import Stack
 
 VOCABULARY = 320
-_PLACES = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0, "vocab_size": VOCABULARY}
+BOS, EOS = 0, 1
+_PLACES = {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": EOS, "vocab_size": VOCABULARY}
 _GPT = {"n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 96, **_PLACES}
 _ROTARY = {
     "hidden_size": 32,
@@ -58,17 +59,20 @@ def tiny_tokenizer(*, bos: bool = False) -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY,
-        special_tokens=["<s>"],
+        special_tokens=["<s>", "</s>"],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
     tokenizer.train_from_iterator(_CORPUS, trainer)
     tokenizer.post_processor = (
-        processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+        processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
         if bos
         else processors.ByteLevel(trim_offsets=False)
     )
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="<s>", pad_token="<s>")
+    load: Any = PreTrainedTokenizerFast
+    return cast(
+        PreTrainedTokenizerFast, load(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>")
+    )
 
 
 def tiny_model(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:

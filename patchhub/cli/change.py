@@ -22,9 +22,11 @@ from patchhub.cli.terminal import (
     talk,
 )
 from patchhub.errors import RequestError
+from patchhub.objects import EMPTY_SET
 
 if TYPE_CHECKING:
     from patchhub.objects import Operation
+    from patchhub.porcelain.change import Changed
     from patchhub.store.repository import Repository
 
 _SHOWN = 8
@@ -113,14 +115,26 @@ def commit(
 
 
 @click.command()
-@click.argument("rev")
+@click.argument("rev", required=False)
+@click.option("--subject", "subjects", multiple=True, help="Only facts about this subject. Repeatable.")
+@click.option("--request", "requests", multiple=True, help="Only the fact with this request id or prefix. Repeatable.")
 @click.option("-m", "--message", default="", help="Why. Default: says what was reverted.")
 @author_option
 @repo_option
 @json_option
 @reports_errors
-def revert(rev: str, message: str, author: str | None, repo: Path | None, as_json: bool) -> None:
+def revert(
+    rev: str | None,
+    subjects: tuple[str, ...],
+    requests: tuple[str, ...],
+    message: str,
+    author: str | None,
+    repo: Path | None,
+    as_json: bool,
+) -> None:
     """Take back what the commit REV changed, wherever it is in history, as a new commit.
+
+    With --subject or --request, only those facts of it; without REV, those facts whichever commit wrote them.
 
     The weights are those of the facts that stay, solved anew from their recorded columns: no model runs. Where the
     remaining set of facts was seen before, they are that commit's weights bit for bit.
@@ -128,24 +142,31 @@ def revert(rev: str, message: str, author: str | None, repo: Path | None, as_jso
     from patchhub.porcelain.change import revert as run
 
     repository = open_repository(repo)
-    done = run(repository, rev, stamp(repository, author, message))
-    if as_json:
-        print_json(done.to_json())
-        return
-    branch, _ = repository.head
-    say(f"[{branch or 'detached'} {done.commit[:12]}] {repository.commit(done.commit).message}")
-    _list("-", done.removed, "red")
-    _list("+", done.restored, "green")
-    if done.skipped:
-        say(f"{_count(len(done.skipped), 'fact')} gone or back already, left alone", dim=True)
-    if not repository.active(done.commit):
-        say("the weights are the base's, bit for bit")
-    elif done.same_as:
-        say(f"the weights are those of {done.same_as[:12]}, bit for bit")
-    else:
-        say(f"solved anew; proof {done.proof:.1e} (relative residual of the joint solution)")
-    if done.stale:
-        say(f"note: {_count(done.stale, 'active fact')} recorded on a state that is no longer below", dim=True)
+    done = run(repository, rev, stamp(repository, author, message), subjects=subjects, requests=requests)
+    _report_change(repository, done, as_json)
+
+
+@click.command("cherry-pick")
+@click.argument("rev")
+@click.option(
+    "--on-conflict",
+    type=click.Choice(["refuse", "replace"]),
+    default="refuse",
+    show_default=True,
+    help="When an active fact says otherwise about the same prompt and subject.",
+)
+@click.option("-m", "--message", default="", help="Why. Default: the message of REV.")
+@author_option
+@repo_option
+@json_option
+@reports_errors
+def cherry_pick(rev: str, on_conflict: Any, message: str, author: str | None, repo: Path | None, as_json: bool) -> None:
+    """Do what the commit REV changed once more on the current branch, from its recorded columns: no model runs."""
+    from patchhub.porcelain.change import cherry_pick as run
+
+    repository = open_repository(repo)
+    done = run(repository, rev, stamp(repository, author, message), on_conflict=on_conflict)
+    _report_change(repository, done, as_json)
 
 
 @click.command()
@@ -187,6 +208,27 @@ def _report_step(repository: Repository, operation: Operation, past: str, as_jso
     say(f"{branch or 'HEAD'} is at {head[:12] if head else 'the base'}")
 
 
+def _report_change(repository: Repository, done: Changed, as_json: bool) -> None:
+    if as_json:
+        print_json(done.to_json())
+        return
+    branch, _ = repository.head
+    commit = repository.commit(done.commit)
+    say(f"[{branch or 'detached'} {done.commit[:12]}] {commit.message}")
+    _list("-", done.removed, "red")
+    _list("+", done.restored, "green")
+    if done.skipped:
+        say(f"{_count(len(done.skipped), 'fact')} gone or there already, left alone", dim=True)
+    if commit.set_digest == EMPTY_SET:
+        say("the weights are the base's, bit for bit")
+    elif done.same_as:
+        say(f"the weights are those of {done.same_as[:12]}, bit for bit")
+    else:
+        say(f"solved anew; proof {done.proof:.1e} (relative residual of the joint solution)")
+    if done.stale:
+        say(f"note: {_count(done.stale, 'active fact')} recorded on a state that is no longer below", dim=True)
+
+
 def _list(sign: str, requests: Any, colour: str) -> None:
     for request in requests[:_SHOWN]:
         say(f"  {click.style(sign, fg=colour)} {request.text} {click.style(request.target_new, bold=True)}")
@@ -198,4 +240,4 @@ def _count(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
-COMMANDS = (commit, revert, undo, redo)
+COMMANDS = (commit, revert, cherry_pick, undo, redo)

@@ -54,7 +54,10 @@ def _story(folder: Path, model: Path, facts: Path, progress: Any) -> None:
         )
 
         _step("patchhub ask ...", "What the model said, and what it says now.")
-        before, after = (score_facts(repository, batch.requests, rev) for rev in ("base", "HEAD"))
+        facts_now = [request.target_new for request in batch.requests]
+        facts_then = [request.target_true or request.target_new for request in batch.requests]
+        before = score_facts(repository, batch.requests, "base", facts_then)
+        after = score_facts(repository, batch.requests, "HEAD", facts_now)
         width = max(len(request.text) for request in batch.requests[:_SHOWN])
         for request, old, new in zip(batch.requests[:_SHOWN], before.answers, after.answers, strict=False):
             say(f"  {request.text:<{width}}  {click.style(old, fg='red')} -> {click.style(new, fg='green', bold=True)}")

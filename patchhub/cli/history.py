@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import repeat
+from math import acos, degrees
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
 from patchhub.cli.terminal import (
     bars,
     json_option,
+    now,
     open_repository,
     print_json,
     repo_option,
@@ -21,7 +24,8 @@ from patchhub.errors import CorruptStoreError
 
 if TYPE_CHECKING:
     from patchhub.objects import Request
-    from patchhub.porcelain.history import Entry
+    from patchhub.porcelain.difference import ChangedAnswer, WeightStep
+    from patchhub.porcelain.history import Entry, Size
 
 _SHOWN = 20
 
@@ -30,23 +34,52 @@ _SHOWN = 20
 @click.argument("rev", default="HEAD")
 @click.option("-n", "--limit", type=click.IntRange(min=1), help="At most this many commits.")
 @click.option("--oneline", is_flag=True, help="One line a commit.")
+@click.option("--graph", is_flag=True, help="Draw branches and merges to the left.")
+@click.option("--stat", is_flag=True, help="Say how much each commit changes: bytes, and the weight it changes most.")
+@click.option("-S", "about", metavar="TEXT", help="Commits that added or removed a fact with this subject or text.")
+@click.option("--since", metavar="WHEN", help='Not before 2026-11-21, 2026-11-21T09:30 or "2 weeks ago".')
+@click.option("--until", metavar="WHEN", help="Not after.")
+@click.option("--author", help="Commits whose author contains this.")
+@click.option("--first-parent", is_flag=True, help="Follow the first parent of merges only.")
 @repo_option
 @json_option
 @reports_errors
-def log(rev: str, limit: int | None, oneline: bool, repo: Path | None, as_json: bool) -> None:
+def log(
+    rev: str,
+    limit: int | None,
+    oneline: bool,
+    graph: bool,
+    stat: bool,
+    about: str | None,
+    since: str | None,
+    until: str | None,
+    author: str | None,
+    first_parent: bool,
+    repo: Path | None,
+    as_json: bool,
+) -> None:
     """The commits below REV, newest first."""
+    from patchhub.cli.lanes import draw
     from patchhub.porcelain.history import log as run
+    from patchhub.porcelain.times import instant
+    from patchhub.store.lookup import Selection
 
-    entries = run(open_repository(repo), rev, limit=limit)
+    only = Selection(
+        about,
+        author,
+        instant(since, now()) if since else None,
+        instant(until, now(), end=True) if until else None,
+    )
+    entries = run(open_repository(repo), rev, limit=limit, only=only, first_parent=first_parent, sizes=stat)
     if as_json:
         print_json([entry.to_json() for entry in entries])
         return
-    for entry in entries:
-        if oneline:
-            say(f"{click.style(entry.id[:12], fg='yellow')}{_refs(entry)} {_first_line(entry)} {_facts(entry)}")
-        else:
-            _header(entry)
-            say()
+    drawn = list(entries) if graph else entries
+    rows = draw((entry.id, entry.shown_parents) for entry in drawn) if graph else repeat(None)
+    for entry, drawing in zip(drawn, rows, strict=False):
+        lines = _entry_lines(entry, oneline=oneline)
+        for line in drawing.beside(lines) if drawing else lines:
+            say(line)
 
 
 @click.command()
@@ -94,6 +127,11 @@ def status(repo: Path | None, as_json: bool) -> None:
     else:
         say(f"{click.style(found.head.id[:12], fg='yellow')} {_first_line(found.head)}")
         say(f"{found.head.active} active facts; the state is {found.delta_bytes / 1e6:.2f} MB of deltas")
+    if found.stopped_merge:
+        say(
+            f"The merge of {found.stopped_merge.revision} is stopped: `patchhub merge --continue` or --abort",
+            fg="yellow",
+        )
     place = found.base["path"] + (f" at {found.base['revision'][:12]}" if found.base["revision"] else "")
     say(f"base {found.base['id'][:12]} ({found.base['model_type']}) from {place}", dim=True)
     if not found.base_found:
@@ -106,19 +144,41 @@ def status(repo: Path | None, as_json: bool) -> None:
 @click.argument("old", default="base")
 @click.argument("new", default="HEAD")
 @click.option("--all", "everything", is_flag=True, help="List every fact.")
+@click.option("--weights", is_flag=True, help="Compare the weights: norm, rank and angle of the changes.")
+@click.option("--ask", "prompts", type=click.File(encoding="utf-8"), help="Prompts, one a line: which answers changed.")
+@click.option("--base", help="Where the base model is, if it moved (for --ask).")
 @repo_option
 @json_option
 @reports_errors
-def diff(old: str, new: str, everything: bool, repo: Path | None, as_json: bool) -> None:
+def diff(
+    old: str,
+    new: str,
+    everything: bool,
+    weights: bool,
+    prompts: TextIO | None,
+    base: str | None,
+    repo: Path | None,
+    as_json: bool,
+) -> None:
     """What changes from OLD to NEW: facts added, retargeted and removed, and the norms of the weights' changes.
 
     Default: from the base to HEAD.
     """
-    from patchhub.porcelain.history import diff as run
+    from patchhub.porcelain.difference import changed_answers, weight_steps
+    from patchhub.porcelain.difference import diff as run
 
-    found = run(open_repository(repo), old, new)
+    repository = open_repository(repo)
+    found = run(repository, old, new)
+    steps = weight_steps(repository, old, new) if weights else None
+    answers = None
+    if prompts is not None:
+        with bars() as progress:
+            answers = changed_answers(repository, old, new, prompts.read().splitlines(), progress, base=base)
     if as_json:
-        print_json(found.to_json())
+        document = found.to_json()
+        document |= {} if steps is None else {"weights": {name: step.to_json() for name, step in steps.items()}}
+        document |= {} if answers is None else {"answers": [answer.to_json() for answer in answers]}
+        print_json(document)
         return
     _requests("+", found.added, "green", everything)
     for pair in found.retargeted[: None if everything else _SHOWN]:
@@ -127,7 +187,12 @@ def diff(old: str, new: str, everything: bool, repo: Path | None, as_json: bool)
     _requests("-", found.removed, "red", everything)
     if not (found.added or found.retargeted or found.removed):
         say("no fact differs")
-    _norms(found.norms, {"old": old, "new": new, "change": "step"})
+    if steps is None:
+        _norms(found.norms, {"old": old, "new": new, "change": "step"})
+    else:
+        _weight_table(steps, old, new)
+    if answers is not None:
+        _answers(answers, old, new)
 
 
 @click.command()
@@ -161,13 +226,33 @@ def fsck(reindex: bool, repo: Path | None, as_json: bool) -> None:
 
 
 def _header(entry: Entry) -> None:
-    say(f"{click.style(f'commit {entry.id}', fg='yellow')}{_refs(entry)}")
-    say(f"Author: {entry.commit.author}")
-    say(f"Date:   {entry.commit.time}")
-    say(f"Facts:  {_facts(entry)}")
-    say()
-    for line in entry.commit.message.splitlines() or [""]:
-        say(f"    {line}")
+    for line in _entry_lines(entry, oneline=False)[:-1]:
+        say(line)
+
+
+def _entry_lines(entry: Entry, *, oneline: bool) -> list[str]:
+    """A commit as `log` prints it; the long form ends with an empty line."""
+    size = "" if entry.size is None else _size(entry.size)
+    if oneline:
+        short = click.style(entry.id[:12], fg="yellow")
+        return [f"{short}{_refs(entry)} {_first_line(entry)} {_facts(entry)}{size and f' {size}'}"]
+    return [
+        f"{click.style(f'commit {entry.id}', fg='yellow')}{_refs(entry)}",
+        *([f"Merge:  {' '.join(parent[:12] for parent in entry.commit.parents)}"] if entry.commit.parents[1:] else []),
+        f"Author: {entry.commit.author}",
+        f"Date:   {entry.commit.time}",
+        f"Facts:  {_facts(entry)}",
+        *([f"Size:   {size}"] if size else []),
+        "",
+        *(f"    {line}".rstrip() for line in entry.commit.message.splitlines() or [""]),
+        "",
+    ]
+
+
+def _size(size: Size) -> str:
+    keyframe = f" + {size.keyframe_bytes / 1000:,.1f} kB keyframe" if size.keyframe_bytes else ""
+    largest = f", {size.weight} changes by {size.ratio:.2%}" if size.ratio is not None else ""
+    return f"{size.delta_bytes / 1000:,.1f} kB{keyframe}{largest}"
 
 
 def _refs(entry: Entry) -> str:
@@ -202,6 +287,30 @@ def _norms(norms: Mapping[str, Mapping[str, Any]], columns: Mapping[str, str]) -
     for weight, found in norms.items():
         cells = ["-" if found[key] is None else f"{found[key] / (found['base'] or 1):.4f}" for key in columns]
         say(f"{weight:<{width}}  " + "  ".join(f"{cell:>10}" for cell in cells), dim=True)
+
+
+def _weight_table(steps: Mapping[str, WeightStep], old: str, new: str) -> None:
+    """Norms relative to the base's weight, with numerical ranks, and the angle between the two changes."""
+    width = max(map(len, steps), default=0)
+    titles = "  ".join(f"{title:>15}" for title in (old, new, "step"))
+    say(f"{'weight':<{width}}  {titles}  {'angle':>6}   (norm / base's : rank)", dim=True)
+    for weight, step in steps.items():
+        pairs = ((step.old, step.old_rank), (step.new, step.new_rank), (step.step, step.step_rank))
+        cells = "  ".join(f"{f'{norm / (step.base or 1):.4f} : {rank:>4}':>15}" for norm, rank in pairs)
+        angle = "-" if step.cosine is None else f"{degrees(acos(max(-1.0, min(1.0, step.cosine)))):.1f}°"
+        say(f"{weight:<{width}}  {cells}  {angle:>6}")
+
+
+def _answers(answers: list[ChangedAnswer], old: str, new: str) -> None:
+    say(f"{len(answers)} answer{'' if len(answers) == 1 else 's'} changed", bold=True)
+    for answer in answers:
+        say(f"  {answer.prompt}")
+        for revision, text, top, colour in (
+            (old, answer.old, answer.old_top, "red"),
+            (new, answer.new, answer.new_top, "green"),
+        ):
+            first = text.strip().splitlines()[0] if text.strip() else ""
+            say(f"    {revision}: {click.style(first, fg=colour)}  ({top[0].strip()!r} {top[1]:.1%})")
 
 
 COMMANDS = (status, log, show, diff, fsck)

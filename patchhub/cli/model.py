@@ -61,7 +61,7 @@ def init(base: str, revision: str | None, author: str | None, repo: Path | None,
     )
 
 
-@click.command()
+@click.command(context_settings={"ignore_unknown_options": True})  # a value may begin with a minus
 @click.argument("key", required=False)
 @click.argument("value", required=False)
 @click.option("--unset", is_flag=True, help="Go back to the default.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from patchhub.editing.locate import Marked, encode_marked, encode_prompts
 from patchhub.editing.metric import MetricCache
 from patchhub.editing.record import Recording, State, key_rows, record
-from patchhub.editing.values import Fact, Values, ValueSettings, optimise_values
+from patchhub.editing.values import BlockOutput, Fact, Values, ValueSettings, optimise_values
 from patchhub.errors import SettingsError
 from patchhub.models.architectures import Architecture
 from patchhub.models.tracing import Stack
@@ -50,7 +50,9 @@ class MemitSettings:
 
     @property
     def values(self) -> ValueSettings:
-        return ValueSettings(**{field.name: getattr(self, field.name) for field in fields(ValueSettings)})
+        return ValueSettings(
+            self.steps, self.learning_rate, self.weight_decay, self.kl_factor, self.clamp, self.stop_loss
+        )
 
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "layers": list(self.layers)}
@@ -108,7 +110,9 @@ def edit(
             strict=True,
         )
     ]
-    values = optimise_values(stack, last, facts, settings.values, progress=lambda done: progress("values", done))
+    values = optimise_values(
+        BlockOutput(stack, last), facts, settings.values, progress=lambda done: progress("values", done)
+    )
     rows = key_rows([fact.rows for fact in facts])
     recording = record(
         stack,

@@ -85,7 +85,7 @@ def _refuse_target(checkpoint: Checkpoint, out: Path, overwrite: bool) -> None:
         raise SettingsError(f"{out} is a file", remedy="Choose a folder that does not exist.", out=str(out))
     if any(out.iterdir()) and not overwrite:
         raise SettingsError(
-            f"{out} is not empty", remedy="Choose another folder, or allow overwriting it.", out=str(out)
+            f"{out} is not empty", remedy="Choose another folder, or allow replacing it with --overwrite.", out=str(out)
         )
 
 

@@ -1,28 +1,59 @@
-"""Verbs that look at history: `log`, `show`, `status`, `diff`. They read JSON only: no torch, no NumPy."""
+"""Verbs that look at history: `log`, `show`, `status`. They read JSON only: no torch, no NumPy."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from patchhub.errors import RevisionError
-from patchhub.objects import Commit, Element, Patch, Request
+from patchhub.objects import Commit, Patch, Request
 from patchhub.porcelain.facts import active_requests
+from patchhub.porcelain.stopped_merge import StoppedMerge, stopped_merge
+from patchhub.store import graph, lookup
+from patchhub.store.graph import Parents
+from patchhub.store.lookup import Selection
 from patchhub.store.repository import Repository
 from patchhub.store.revisions import SYMBOLIC
+
+EVERYTHING: Final = Selection()
+"""The selection that leaves no commit out."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much a commit changes: bytes of its delta, and of its keyframe if it has one, and the weight it changes most.
+
+    ``ratio`` is the Frobenius norm of that weight's change over that of the base's weight; weight and ratio are None where
+    no weight changes.
+    """
+
+    delta_bytes: int
+    keyframe_bytes: int
+    weight: str | None
+    ratio: float | None
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One commit as `log` and `show` present it; ``active`` is the number of active facts."""
+    """One commit as `log` and `show` present it.
+
+    Attributes:
+        refs: names that point to it.
+        active: the number of active facts.
+        shown_parents: its parents in a drawing of the log: where commits are left out, the nearest ones that are not.
+        size: how much it changes, if that was asked for.
+    """
 
     id: str
     commit: Commit
     refs: tuple[str, ...]
     active: int
+    shown_parents: tuple[str, ...] = ()
+    size: Size | None = None
 
     def to_json(self) -> dict[str, Any]:
         commit = self.commit
@@ -37,6 +68,7 @@ class Entry:
             "removed": len(commit.removed),
             "active": self.active,
             "same_as": commit.same_as,
+            **({"size": asdict(self.size)} if self.size else {}),
         }
 
 
@@ -71,6 +103,7 @@ class Status:
     metric: str | None
     delta_bytes: int
     last_operation: str | None
+    stopped_merge: StoppedMerge | None
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -83,51 +116,60 @@ class Status:
             "metric": self.metric,
             "delta_bytes": self.delta_bytes,
             "last_operation": self.last_operation,
+            "stopped_merge": self.stopped_merge.to_json() if self.stopped_merge else None,
         }
 
 
-@dataclass(frozen=True)
-class Retarget:
-    """One prompt and subject whose target differs between two revisions."""
+def log(
+    repository: Repository,
+    revision: str = "HEAD",
+    *,
+    limit: int | None = None,
+    only: Selection = EVERYTHING,
+    first_parent: bool = False,
+    sizes: bool = False,
+) -> Iterator[Entry]:
+    """Commits reachable from a revision, newest first, every child before its parents; none when there is no commit yet.
 
-    before: Request
-    after: Request
+    Args:
+        limit: at most this many.
+        only: which commits.
+        first_parent: follow first parents alone.
+        sizes: say how much each commit changes.
 
-
-@dataclass(frozen=True)
-class Difference:
-    """`diff`: what changes from one revision to another.
-
-    ``norms`` holds, per weight, the Frobenius norm of the base's weight and of the change at either revision, and of the step between them where
-    one is the other's first parent (None otherwise: see `patchhub diff --weights`).
+    Raises:
+        RevisionError: no such revision.
     """
-
-    old: str | None
-    new: str | None
-    added: tuple[Request, ...]
-    removed: tuple[Request, ...]
-    retargeted: tuple[Retarget, ...]
-    norms: Mapping[str, Mapping[str, float | None]]
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "old": self.old,
-            "new": self.new,
-            "added": [request_json(request) for request in self.added],
-            "removed": [request_json(request) for request in self.removed],
-            "retargeted": [
-                {"before": request_json(pair.before), "after": request_json(pair.after)} for pair in self.retargeted
-            ],
-            "norms": {weight: dict(norms) for weight, norms in self.norms.items()},
-        }
-
-
-def log(repository: Repository, revision: str = "HEAD", *, limit: int | None = None) -> Iterator[Entry]:
-    """Commits reachable from a revision, newest first; none when there is no commit yet."""
     names = _names(repository)
     start = repository.resolve(revision)
-    for identity, commit in islice(repository.log(*([start] if start else [])), limit):
-        yield _entry(repository, identity, commit, names)
+    starts = [start] if start else []
+    parents: Parents = repository.parents if not first_parent else lambda commit: repository.parents(commit)[:1]
+    wanted = lookup.selected_commits(repository, only)
+    walk = (c for c in graph.walk(starts, parents, repository.rank) if wanted is None or c in wanted)
+    for identity in islice(walk, limit):
+        commit = repository.commit(identity)
+        shown = tuple(parents(identity)) if wanted is None else nearest(parents(identity), wanted, parents)
+        yield replace(
+            _entry(repository, identity, commit, names),
+            shown_parents=shown,
+            size=_size(repository, commit) if sizes else None,
+        )
+
+
+def nearest(starts: Sequence[str], wanted: AbstractSet[str], parents: Parents) -> tuple[str, ...]:
+    """The first wanted commits on every way back from `starts`, in the order in which they are found."""
+    found: dict[str, None] = {}
+    seen = set(starts)
+    waiting = list(reversed(starts))
+    while waiting:
+        commit = waiting.pop()
+        if commit in wanted:
+            found[commit] = None
+            continue
+        fresh = [parent for parent in parents(commit) if parent not in seen]
+        seen.update(fresh)
+        waiting.extend(reversed(fresh))
+    return tuple(found)
 
 
 def show(repository: Repository, revision: str = "HEAD") -> Shown:
@@ -168,25 +210,7 @@ def status(repository: Repository) -> Status:
         repository.config.recording.metric if repository.config.recording else None,
         sum(repository.objects.path(blob).stat().st_size for blob in state),
         last[1].command if last else None,
-    )
-
-
-def diff(repository: Repository, old: str, new: str) -> Difference:
-    """The facts and norms that differ between two revisions."""
-    old_id, new_id = repository.resolve(old), repository.resolve(new)
-    before, after = repository.active(old_id), repository.active(new_id)
-    gone = active_requests(repository, _only(before, after))
-    come = active_requests(repository, _only(after, before))
-    by_prompt = {(request.prompt, request.subject): request for request in gone.values()}
-    retargeted, added = [], []
-    for request in come.values():
-        earlier = by_prompt.pop((request.prompt, request.subject), None)
-        if earlier is None:
-            added.append(request)
-        else:
-            retargeted.append(Retarget(earlier, request))
-    return Difference(
-        old_id, new_id, tuple(added), tuple(by_prompt.values()), tuple(retargeted), _norms(repository, old_id, new_id)
+        stopped_merge(repository),
     )
 
 
@@ -198,29 +222,6 @@ def request_json(request: Request) -> dict[str, Any]:
         "target_new": request.target_new,
         "target_true": request.target_true,
     }
-
-
-def _only(a: frozenset[Element], b: frozenset[Element]) -> frozenset[Element]:
-    """Elements of a whose request is not in b: the same fact recorded by another patch is no change of facts."""
-    there = {request for _, request in b}
-    return frozenset(element for element in a if element not in b and (element[1] is None or element[1] not in there))
-
-
-def _norms(repository: Repository, old: str | None, new: str | None) -> dict[str, dict[str, float | None]]:
-    sides = [repository.commit(side).check.get("norms", {}) if side else {} for side in (old, new)]
-    step = None
-    if new and old == next(iter(repository.commit(new).parents), None):
-        step = sides[1]
-    elif old and new == next(iter(repository.commit(old).parents), None):
-        step = sides[0]
-    weights: Mapping[str, Mapping[str, Any]] = repository.config.base["weights"]
-    found = {}
-    for weight in sorted(sides[0].keys() | sides[1].keys()):
-        old_norm, new_norm = (float(side.get(weight, {}).get("state", 0.0)) for side in sides)
-        change = None if step is None else float(step.get(weight, {}).get("change", 0.0))
-        if old_norm or new_norm:
-            found[weight] = {"base": weights[weight]["norm"], "old": old_norm, "new": new_norm, "change": change}
-    return found
 
 
 def _names(repository: Repository) -> dict[str, tuple[str, ...]]:
@@ -241,6 +242,18 @@ def _names(repository: Repository) -> dict[str, tuple[str, ...]]:
 
 def _entry(repository: Repository, identity: str, commit: Commit, names: Mapping[str, tuple[str, ...]]) -> Entry:
     return Entry(identity, commit, names.get(identity, ()), repository.active_count(identity))
+
+
+def _size(repository: Repository, commit: Commit) -> Size:
+    delta, keyframe = (
+        repository.objects.path(blob).stat().st_size if blob is not None else 0
+        for blob in (commit.tensors, commit.keyframe.tensors if commit.keyframe else None)
+    )
+    norms: Mapping[str, Mapping[str, float]] = commit.check.get("norms", {})
+    ratios = {weight: norm["change"] / (norm["base"] or 1.0) for weight, norm in norms.items()}
+    largest = max(ratios, key=ratios.__getitem__, default=None)
+    ratio = None if largest is None else ratios[largest]
+    return Size(delta, keyframe, largest if ratio else None, ratio or None)
 
 
 def _patch_json(patch: Patch) -> dict[str, Any]:

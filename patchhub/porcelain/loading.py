@@ -134,12 +134,19 @@ def load_for_editing(repository: Repository, checkpoint: Checkpoint, weights: Se
     """The base in float32, its edited weights checked against the repository's base."""
     check_tensors(base_object(repository), checkpoint, weights)
     model = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=torch.float32, local_files_only=True)
-    if any(not bool(torch.isfinite(parameter).all()) for parameter in model.parameters()):
-        raise BaseError(
-            f"{checkpoint.name} has weights that are not finite (NaN or infinity)",
-            remedy="Download or convert the model again.",
-        )
+    for name, parameter in model.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            raise not_finite(checkpoint.name, name)
     return model
+
+
+def not_finite(model: str, tensor: str) -> BaseError:
+    """The error that a base has NaN or infinity among its weights."""
+    return BaseError(
+        f"{model} has values in {tensor} that are not finite (NaN or infinity)",
+        remedy="Download or convert the model again.",
+        tensor=tensor,
+    )
 
 
 def survival_report(repository: Repository, checkpoint: Checkpoint, commit: str | None) -> dict[str, float]:

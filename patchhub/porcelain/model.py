@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from patchhub.models.checkpoint import Checkpoint, open_checkpoint
 from patchhub.models.fingerprint import check_tensors, fingerprint
 from patchhub.models.patched_copy import write_patched
 from patchhub.porcelain.columns import read_state
-from patchhub.porcelain.loading import SURVIVAL_LIMIT, base_object, open_base, state_at
+from patchhub.porcelain.loading import SURVIVAL_LIMIT, base_object, not_finite, open_base, state_at
 from patchhub.porcelain.progress import Progress, increments
 from patchhub.runtime.compose import compose, survival
 from patchhub.runtime.patched_model import attach, switch
@@ -167,7 +168,19 @@ def ask(
         RevisionError: no such revision.
         SettingsError: the prompt is empty.
     """
-    if not prompt.strip():
+    return [answered for (answered,) in answers(repository, [prompt], revisions, progress, base=base)]
+
+
+def answers(
+    repository: Repository,
+    prompts: Sequence[str],
+    revisions: Sequence[str],
+    progress: Progress,
+    *,
+    base: str | None = None,
+) -> list[list[Answer]]:
+    """For each revision the answers to all prompts; errors as in `ask`."""
+    if not all(prompt.strip() for prompt in prompts):
         raise SettingsError("the prompt is empty", remedy='For example: patchhub ask "The capital of France is"')
     states = [(revision, state_at(repository, revision)) for revision in revisions]
     checkpoint = open_base(repository, base)
@@ -175,15 +188,15 @@ def ask(
     model: Any = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=torch.float32, local_files_only=True)
     model.eval()
     tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, local_files_only=True)
-    answers = []
+    found = []
     for number, (revision, state) in enumerate(states):
         if number:
             switch(model, checkpoint, state)
         else:
             attach(model, checkpoint, state)
-        answers.append(_answer(model, tokenizer, prompt, revision, state.commit))
+        found.append([_answer(model, tokenizer, prompt, revision, state.commit) for prompt in prompts])
     progress.close()
-    return answers
+    return found
 
 
 @torch.no_grad()
@@ -205,7 +218,9 @@ def _weights(checkpoint: Checkpoint, architecture: Architecture, progress: Progr
     found = {}
     for layer in range(architecture.n_layers):
         name = architecture.ffn_weight(layer)
-        tensor = checkpoint.read(checkpoint.resolve_name(name))
-        found[name] = {"norm": float(tensor.float().norm()), "shape": list(architecture.shapes[layer])}
+        norm = float(checkpoint.read(checkpoint.resolve_name(name)).float().norm())
+        if not math.isfinite(norm):
+            raise not_finite(checkpoint.name, name)
+        found[name] = {"norm": norm, "shape": list(architecture.shapes[layer])}
         progress.advance(1)
     return found

@@ -256,7 +256,9 @@ def _existing(repository: Repository, namespace: str, name: str) -> str:
     close = difflib.get_close_matches(name, known, n=1)
     remedy = f"Did you mean {close[0]}?" if close else f"`patchhub {kind}` lists what there is."
     if namespace == BRANCHES and not close:
-        remedy = f"Make it with `patchhub switch -c {name}`, or look at a tag or commit with `patchhub switch --detach REV`."
+        remedy = (
+            f"Make it with `patchhub switch -c {name}`, or look at a tag or commit with `patchhub switch --detach REV`."
+        )
     raise RevisionError(f"there is no {kind} {name!r}", remedy=remedy, name=name)
 
 

@@ -41,7 +41,22 @@ def snapshot(
     change: Mapping[str, LowRank] | None = None,
     check: Mapping[str, Any] | None = None,
 ) -> str:
-    """Write the commit of ``draft`` and move the current branch to it; returns its id.
+    """Write the commit of ``draft`` and move the current branch to it; returns its id. See `prepare`."""
+    commit = prepare(repository, draft, stamp, change=change, check=check)
+    return repository.record(
+        commit, command=draft.command, arguments=draft.arguments, author=stamp.author, time=stamp.time
+    )
+
+
+def prepare(
+    repository: Repository,
+    draft: Draft,
+    stamp: Stamp,
+    *,
+    change: Mapping[str, LowRank] | None = None,
+    check: Mapping[str, Any] | None = None,
+) -> Commit:
+    """The commit of ``draft``, with all that it refers to in the store; it is not in the store itself.
 
     A set that an ancestor had takes that ancestor's state, bit for bit; otherwise the change against the first parent is
     ``change`` or, where that is None, solved from the recorded columns. Either way the stored deltas, summed, are proven to be the joint
@@ -64,7 +79,7 @@ def snapshot(
         keyframe = _keyframe(repository, parent, len(data), draft.elements, state, shapes)
         if keyframe is not None and keyframe.tensors is not None:
             state = _whole(state, shapes)
-    commit = Commit(
+    return Commit(
         added=frozenset(draft.elements - before),
         author=stamp.author,
         base=repository.config.base_id,
@@ -78,9 +93,6 @@ def snapshot(
         set_digest=digest,
         tensors=tensors,
         time=stamp.time,
-    )
-    return repository.record(
-        commit, command=draft.command, arguments=draft.arguments, author=stamp.author, time=stamp.time
     )
 
 

@@ -22,7 +22,7 @@ ActiveSet = frozenset[Element]
 def three_way(base: ActiveSet, ours: ActiveSet, theirs: ActiveSet) -> ActiveSet:
     """The set that holds what either side changed since ``base``, and what neither did."""
     before, left, right = _by_key(base), _by_key(ours), _by_key(theirs)
-    merged = (_larger(left.get(key), right.get(key), before.get(key)) for key in left.keys() | right.keys())
+    merged = (_winner(left.get(key), right.get(key), before.get(key)) for key in left.keys() | right.keys())
     return frozenset(element for element in merged if element is not None)
 
 
@@ -53,7 +53,7 @@ def _by_key(elements: ActiveSet) -> dict[str, Element]:
     return {patch if request is None else request: (patch, request) for patch, request in elements}
 
 
-def _larger(left: Element | None, right: Element | None, before: Element | None) -> Element | None:
+def _winner(left: Element | None, right: Element | None, before: Element | None) -> Element | None:
     def below(element: Element | None) -> tuple[bool, bool, str]:
         return element == before, element is None, element[0] if element else ""
 

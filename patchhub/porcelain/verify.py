@@ -28,8 +28,10 @@ class Answers:
     neighbors: int
 
 
-def score_facts(repository: Repository, requests: Sequence[Request], revision: str) -> Answers:
-    """Teacher-forced answers at the prompts (as many tokens as the new target has), argmax at paraphrases and neighbours.
+def score_facts(repository: Repository, requests: Sequence[Request], revision: str, expected: Sequence[str]) -> Answers:
+    """What a revision answers: at each prompt, with as many tokens as the expected answer has, and at the evaluation prompts.
+
+    Answers are teacher forced; paraphrases are right with the new target, neighbours with their own.
 
     Raises:
         RevisionError: no such revision.
@@ -37,7 +39,7 @@ def score_facts(repository: Repository, requests: Sequence[Request], revision: s
     checkpoint = open_base(repository)
     model = load_patched(checkpoint, state_at(repository, revision))
     tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, local_files_only=True)
-    prompts = [(request.text, request.target_new) for request in requests]
+    prompts = [(request.text, answer) for request, answer in zip(requests, expected, strict=True)]
     paraphrases = [(text, request.target_new) for request in requests for text in request.paraphrases]
     neighbors = [(near.prompt, near.target) for request in requests for near in request.neighborhood]
     scores = score_targets(model, tokenizer, [*prompts, *paraphrases, *neighbors])

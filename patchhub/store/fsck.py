@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from patchhub.errors import CorruptStoreError
-from patchhub.fsio import TEMPORARY_SUFFIX
 from patchhub.objects import Operation, object_id
 from patchhub.store import graph, index, operations
 from patchhub.store.closure import KINDS, Reference, closure, recorded, references
 from patchhub.store.database import database_errors, transaction
+from patchhub.store.gc import leftovers
 from patchhub.store.object_store import REMEDY
 from patchhub.store.repository import Repository
 
@@ -92,13 +92,10 @@ def _verify_all(repository: Repository, names: Iterable[str]) -> Iterator[int | 
 
 
 def _leftovers(repository: Repository) -> Iterator[Finding]:
-    root = repository.root
-    inside = [path for path in root.iterdir() if path.name.startswith(".") and path.suffix == TEMPORARY_SUFFIX]
-    beside = root.parent.glob(f"{root.name}.*{TEMPORARY_SUFFIX}")
-    for path in [*repository.objects.temporary_files(), *sorted(inside), *sorted(beside)]:
+    for path in leftovers(repository):
         yield Finding(
             f"{path} was left behind by an interrupted write",
-            "It can be deleted when no other command runs.",
+            "`patchhub gc` deletes it when it is old.",
             harmless=True,
             facts={"path": str(path)},
         )

@@ -216,7 +216,7 @@ def note_ids(connection: sqlite3.Connection) -> set[str]:
 
 def search(connection: sqlite3.Connection, text: str, *, limit: int = 50) -> list[tuple[str, str]]:
     """(patch id, request id) of the requests that hold every word of `text`, the best match first."""
-    words = " ".join('"' + word.replace('"', '""') + '"' for word in text.split())
+    words = " ".join(quoted(text))
     if not words:
         return []
     rows = connection.execute(
@@ -225,6 +225,11 @@ def search(connection: sqlite3.Connection, text: str, *, limit: int = 50) -> lis
         (words, limit),
     )
     return [(row[0], row[1]) for row in rows]
+
+
+def quoted(text: str) -> list[str]:
+    """The words of `text`, each as a string of SQLite's search language."""
+    return ['"' + word.replace('"', '""') + '"' for word in text.split()]
 
 
 def changes_of(connection: sqlite3.Connection, request: str) -> list[tuple[str, str, int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import re
 from collections.abc import Iterable, Iterator
@@ -115,6 +116,8 @@ class ObjectStore:
         path = self._file(identity)
         with os_errors(path):
             if path.is_file() and file_digest(path) == identity:
+                with contextlib.suppress(PermissionError):  # another user's file
+                    path.touch()  # as young as a new one to `gc`
                 return
             self._disk.make_directory(path.parent)
         write_atomically(path, chunks, mode=READ_ONLY, disk=self._disk)

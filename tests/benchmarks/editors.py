@@ -39,7 +39,7 @@ from tests.reference import plain
 
 STAGES = {
     "prefix": [(values, "_prepare")],
-    "steps": [(values, "_objective")],
+    "steps": [(values, "_evaluate")],
     "sweep": [(record, "_read")],
     "solve": [(record, "_extend")],
 }

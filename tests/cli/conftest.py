@@ -34,7 +34,6 @@ def first_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """init, and one commit of the first ten facts of the demo."""
     folder = tmp_path_factory.mktemp("store")
     invoke(folder, "init", str(MODEL), "--author", "Ada <ada@example.org>")
-    invoke(folder, "config", "metric.tokens", "4000")
     facts = folder / "facts.json"
     facts.write_text(json.dumps(FACTS[:10]), encoding="utf-8")
     invoke(folder, "commit", str(facts), "-m", "ten facts", "--author", "Ada <ada@example.org>")

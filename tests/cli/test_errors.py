@@ -17,7 +17,7 @@ from tests.cli.conftest import FACTS, MODEL, Run, snapshot_of
 GOOD = json.dumps(FACTS[15])
 OTHER = json.dumps({**FACTS[15], "target_new": "Something else"})
 CASES = {
-    "an empty file": ("", 3, "no "),
+    "an empty file": ("", 3, "empty"),
     "a malformed line": (f"{GOOD}\n{{not json", 3, "line 2"),
     "a subject that is not in the prompt": (
         json.dumps({"prompt": "The capital of France is", "subject": "Spain", "target_new": "Lyon"}),

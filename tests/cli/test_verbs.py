@@ -81,7 +81,7 @@ def test_the_applied_checkpoint_is_the_loaded_model(run: Run, store: Path, tmp_p
     changed = {name for name in base if base[name] != out[name]}
     assert out.keys() == base.keys()
     assert changed == set(json.loads(run("diff", "--json").stdout)["norms"])
-    assert "exists already" in run("apply", "HEAD", "--out", str(tmp_path / "out"), code=2).stderr
+    assert "--overwrite" in run("apply", "HEAD", "--out", str(tmp_path / "out"), code=2).stderr
 
 
 def test_revert_gives_the_base_bit_for_bit_and_revert_of_revert_the_patch(run: Run, tmp_path: Path) -> None:
@@ -92,7 +92,6 @@ def test_revert_gives_the_base_bit_for_bit_and_revert_of_revert_the_patch(run: R
     run("revert", "HEAD")
     run("apply", "HEAD", "--out", str(tmp_path / "again"))
     assert tensors(tmp_path / "again") == tensors(tmp_path / "patched")
-    assert "nothing of this commit is left" in run("revert", "HEAD~2^", code=5).stderr or True
 
 
 def test_a_second_commit_keeps_the_first_and_the_first_can_go(run: Run, store: Path, tmp_path: Path) -> None:

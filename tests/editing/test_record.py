@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import numpy as np
@@ -282,10 +282,8 @@ def test_the_model_is_untouched_also_after_an_interruption(metric, after):
             raise Interrupted
 
     finished: Edit | None = None
-    try:
+    with suppress(Interrupted):
         finished = edit(stack, tiny_tokenizer(), A, CONTEXTS, SETTINGS, metric, EMPTY, progress=progress)
-    except Interrupted:
-        pass
     assert (finished is None) == (after is not None)
     assert all(torch.equal(p, before[name]) for name, p in stack.model.named_parameters())
     assert not any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in stack.model.modules())

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from patchhub.editing import values as under_test
 from patchhub.editing.locate import Marked, encode_marked, encode_prompts
-from patchhub.editing.values import Fact, Values, ValueSettings, optimise_values
+from patchhub.editing.values import BlockOutput, Fact, Projections, Values, ValueSettings, optimise_values
 from patchhub.errors import EditError
 from patchhub.models.tracing import Stack
 from patchhub.objects import Request
-from tests.reference import plain
+from tests.reference import plain, plain_pmet
 from tests.tiny_models import FAMILIES, tiny_model, tiny_stack, tiny_tokenizer
 
 LAYER = 1
@@ -68,7 +68,7 @@ def distances(a: Tensor, b: Tensor) -> list[float]:
 
 
 def one_by_one(family: str, settings: ValueSettings, contexts: Sequence[str] = CONTEXTS) -> Values:
-    parts = [optimise_values(stack(family), LAYER, facts([one], contexts), settings) for one in REQUESTS]
+    parts = [optimise_values(BlockOutput(stack(family), LAYER), facts([one], contexts), settings) for one in REQUESTS]
     return Values(
         *(torch.cat([getattr(part, name) for part in parts]) for name in ("targets", "hidden", "loss", "steps"))
     )
@@ -104,7 +104,10 @@ def test_the_requests_are_the_cases_that_matter():
 
 @pytest.mark.parametrize(("family", "settings"), CASES)
 def test_many_at_once_is_one_by_one(family, settings):
-    together, apart = optimise_values(stack(family), LAYER, facts(), settings), one_by_one(family, settings)
+    together, apart = (
+        optimise_values(BlockOutput(stack(family), LAYER), facts(), settings),
+        one_by_one(family, settings),
+    )
     assert max(distances(together.targets, apart.targets)) < 1e-5
     assert max(distances(together.hidden, apart.hidden)) < 1e-5
     torch.testing.assert_close(together.loss, apart.loss, rtol=1e-4, atol=1e-5)
@@ -112,7 +115,7 @@ def test_many_at_once_is_one_by_one(family, settings):
 
 @pytest.mark.parametrize(("family", "settings"), CASES)
 def test_it_is_the_published_procedure(family, settings):
-    ours, theirs = optimise_values(stack(family), LAYER, facts(), settings), published(family, settings)
+    ours, theirs = optimise_values(BlockOutput(stack(family), LAYER), facts(), settings), published(family, settings)
     assert max(distances(ours.hidden, theirs.hidden)) < 1e-5
     assert max(distances(ours.targets, theirs.targets)) < 1e-4
     torch.testing.assert_close(ours.loss.double(), theirs.loss.double(), rtol=1e-3, atol=1e-4)
@@ -123,21 +126,21 @@ def test_it_is_the_published_procedure(family, settings):
 
 @pytest.mark.parametrize("contexts", [("{}",), ("{}", "I know. {}")])
 def test_it_is_the_published_procedure_with_fewer_contexts(contexts):
-    ours = optimise_values(stack("llama"), LAYER, facts(contexts=contexts), SETTINGS)
+    ours = optimise_values(BlockOutput(stack("llama"), LAYER), facts(contexts=contexts), SETTINGS)
     assert max(distances(ours.targets, published("llama", SETTINGS, contexts).targets)) < 1e-4
 
 
 def test_it_is_the_published_procedure_with_a_token_in_front_of_every_text():
-    ours = optimise_values(stack("llama"), LAYER, facts(bos=True), SETTINGS)
+    ours = optimise_values(BlockOutput(stack("llama"), LAYER), facts(bos=True), SETTINGS)
     assert max(distances(ours.targets, published("llama", SETTINGS, bos=True).targets)) < 1e-4
 
 
 def test_every_term_of_the_objective_matters():
     """A parity test could pass with a term of weight zero; each of these moves z by more than parity allows."""
-    start = optimise_values(stack("gpt2"), LAYER, facts(), SETTINGS).targets
+    start = optimise_values(BlockOutput(stack("gpt2"), LAYER), facts(), SETTINGS).targets
     for name, value in (("kl_factor", 5.0), ("weight_decay", 2.0), ("learning_rate", 0.1), ("clamp", 0.1)):
         other = replace(SETTINGS, **{name: value})
-        ours = optimise_values(stack("gpt2"), LAYER, facts(), other).targets
+        ours = optimise_values(BlockOutput(stack("gpt2"), LAYER), facts(), other).targets
         assert min(distances(ours, start)) > 1e-3
         assert max(distances(ours, published("gpt2", other).targets)) < 1e-4
 
@@ -149,7 +152,7 @@ def test_any_layer_can_be_the_one(layer):
         plain.find_value(model, tiny_tokenizer(), stack("gpt2").architecture, one, CONTEXTS, layer, SETTINGS).target
         for one in REQUESTS
     ]
-    ours = optimise_values(stack("gpt2"), layer, facts(), SETTINGS).targets
+    ours = optimise_values(BlockOutput(stack("gpt2"), layer), facts(), SETTINGS).targets
     moves = [one.rows[0].target[0] == one.rows[0].subject_last + 1 for one in facts()]
     for number, distance in enumerate(distances(ours, torch.stack(theirs))):
         # After the last block only a target right behind the subject depends on delta, but for the KL and the decay.
@@ -161,7 +164,7 @@ def test_any_layer_can_be_the_one(layer):
 
 
 def test_it_stops_below_the_limit_and_not_before():
-    theirs, ours = published("gpt2", STOPPING), optimise_values(stack("gpt2"), LAYER, facts(), STOPPING)
+    theirs, ours = published("gpt2", STOPPING), optimise_values(BlockOutput(stack("gpt2"), LAYER), facts(), STOPPING)
     stopped = theirs.steps < STOPPING.steps - 1
     counts = {int(count) for count in theirs.steps[stopped]} - {0}
     assert counts
@@ -169,19 +172,19 @@ def test_it_stops_below_the_limit_and_not_before():
     assert bool((ours.loss[stopped] < STOPPING.stop_loss).all())
     assert bool((ours.loss[~stopped] >= STOPPING.stop_loss).all())
     for count in counts:  # so many steps, and one forward pass less than it took
-        shorter = optimise_values(stack("gpt2"), LAYER, facts(), replace(STOPPING, steps=count))
+        shorter = optimise_values(BlockOutput(stack("gpt2"), LAYER), facts(), replace(STOPPING, steps=count))
         assert bool((shorter.loss[theirs.steps == count] >= STOPPING.stop_loss).all())
 
 
 @pytest.mark.xfail(strict=True, reason="BUG in optimise_values: the count of a finished fact goes on while it stays in")
 def test_steps_count_what_each_fact_took(monkeypatch):
     monkeypatch.setattr(under_test, "_COMPACT_WHEN", 1.0)
-    ours = optimise_values(stack("gpt2"), LAYER, facts(), STOPPING)
+    ours = optimise_values(BlockOutput(stack("gpt2"), LAYER), facts(), STOPPING)
     assert ours.steps.tolist() == published("gpt2", STOPPING).steps.tolist()
 
 
 def test_one_step_only_measures():
-    ours = optimise_values(stack("gpt2"), LAYER, facts(), replace(SETTINGS, steps=1))
+    ours = optimise_values(BlockOutput(stack("gpt2"), LAYER), facts(), replace(SETTINGS, steps=1))
     assert torch.equal(ours.targets, ours.hidden)
     assert ours.steps.tolist() == [0] * len(REQUESTS)
     first = published("gpt2", replace(SETTINGS, steps=1))
@@ -189,14 +192,14 @@ def test_one_step_only_measures():
 
 
 def test_a_fact_that_the_model_knows_is_left_alone():
-    ours = optimise_values(stack("gpt2"), LAYER, facts(), replace(SETTINGS, stop_loss=1e9))
+    ours = optimise_values(BlockOutput(stack("gpt2"), LAYER), facts(), replace(SETTINGS, stop_loss=1e9))
     assert torch.equal(ours.targets, ours.hidden)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 @pytest.mark.parametrize("clamp", [0.05, 0.15])
 def test_the_change_is_clamped_to_a_share_of_the_hidden_state(family, clamp):
-    ours = optimise_values(stack(family), LAYER, facts(), replace(SETTINGS, clamp=clamp))
+    ours = optimise_values(BlockOutput(stack(family), LAYER), facts(), replace(SETTINGS, clamp=clamp))
     sizes = (ours.targets - ours.hidden).norm(dim=1) / ours.hidden.norm(dim=1)
     torch.testing.assert_close(sizes, torch.full_like(sizes, clamp), rtol=1e-4, atol=0)
 
@@ -205,24 +208,86 @@ def test_the_change_is_clamped_to_a_share_of_the_hidden_state(family, clamp):
 def test_dropping_finished_facts_does_not_change_the_others(monkeypatch, share):
     monkeypatch.setattr(under_test, "_COMPACT_WHEN", share)
     finished: list[int] = []
-    ours = optimise_values(stack("llama"), LAYER, facts(), STOPPING, progress=finished.append)
+    ours = optimise_values(BlockOutput(stack("llama"), LAYER), facts(), STOPPING, progress=finished.append)
     assert max(distances(ours.targets, published("llama", STOPPING).targets)) < 1e-4
     assert sum(finished) == len(REQUESTS)
 
 
 @pytest.mark.parametrize("tokens", [1, 60, 10**6])
 def test_the_size_of_a_batch_does_not_matter(monkeypatch, tokens):
-    whole = optimise_values(stack("gpt2"), LAYER, facts(), SETTINGS).targets
+    whole = optimise_values(BlockOutput(stack("gpt2"), LAYER), facts(), SETTINGS).targets
     monkeypatch.setattr(under_test, "_TOKENS_PER_BATCH", tokens)
-    assert max(distances(optimise_values(stack("gpt2"), LAYER, facts(), SETTINGS).targets, whole)) < 1e-5
+    assert max(distances(optimise_values(BlockOutput(stack("gpt2"), LAYER), facts(), SETTINGS).targets, whole)) < 1e-5
 
 
 def test_the_order_of_the_facts_does_not_matter():
     order = [3, 0, 4, 2, 1]
-    straight = optimise_values(stack("qwen3"), LAYER, facts(), SETTINGS)
-    mixed = optimise_values(stack("qwen3"), LAYER, [facts()[i] for i in order], SETTINGS)
+    straight = optimise_values(BlockOutput(stack("qwen3"), LAYER), facts(), SETTINGS)
+    mixed = optimise_values(BlockOutput(stack("qwen3"), LAYER), [facts()[i] for i in order], SETTINGS)
     assert max(distances(mixed.targets, straight.targets[order])) < 1e-5
     assert max(distances(mixed.hidden, straight.hidden[order])) < 1e-5
+
+
+# --- the two vectors of PMET
+
+TWO = replace(SETTINGS, learning_rate=0.1, nll_factor=0.7)
+SURE = replace(TWO, steps=25, learning_rate=0.5, clamp=20.0, kl_factor=0.001, nll_factor=1.0, until_sure=True)
+EASY = (
+    request("The mother tongue of {}", "Danielle Darrieux", "q"),
+    request("{}", "Lyon", "Z"),
+    request("I think that it is near {}", "the Eiffel Tower", "7"),
+)
+"""One token, right behind the subject: what a random model can be made to say."""
+
+
+def both_published(
+    family: str, requests: Sequence[Request], settings: ValueSettings
+) -> tuple[list[plain_pmet.Values], Tensor]:
+    model = tiny_model(family, seed=SEED).double()
+    places = stack(family).architecture
+    found = [
+        plain_pmet.find_values(model, tiny_tokenizer(), places, one, CONTEXTS, LAYER, settings) for one in requests
+    ]
+    return found, torch.stack([values.ffn.target for values in found])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("clamp", [4.0, 0.2])
+def test_two_vectors_are_optimised_as_published(family, clamp):
+    settings = replace(TWO, clamp=clamp)
+    theirs, targets = both_published(family, REQUESTS, settings)
+    ours = optimise_values(Projections(stack(family), LAYER), facts(), settings)
+    hidden = torch.stack([values.ffn.hidden for values in theirs])
+    assert max(distances(ours.hidden, hidden)) < 1e-5
+    assert max(distances(ours.targets, targets)) < 1e-4
+    assert min(distances(targets, hidden)) > 0.05
+    alone = replace(settings, learning_rate=1e-9)
+    assert (
+        min(distances(ours.targets, optimise_values(Projections(stack(family), LAYER), facts(), alone).targets)) > 0.05
+    )
+
+
+def test_two_vectors_one_by_one_are_two_vectors_together():
+    site = Projections(stack("gptj"), LAYER)
+    together = optimise_values(site, facts(), TWO)
+    apart = torch.cat([optimise_values(site, facts([one]), TWO).targets for one in REQUESTS])
+    assert max(distances(together.targets, apart)) < 1e-5
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_the_stop_rule_of_pmet_is_the_published_one(family):
+    theirs, targets = both_published(family, EASY, SURE)
+    counts = [values.ffn.steps for values in theirs]
+    ours = optimise_values(Projections(stack(family), LAYER), facts(EASY), SURE)
+    assert min(counts) < SURE.steps - 1
+    assert max(distances(ours.targets, targets)) < 1e-4
+    for number, values in enumerate(theirs):
+        if values.ffn.steps < SURE.steps - 1:
+            assert values.ffn.loss > SURE.stop_loss  # so it was the extra rule
+            without = optimise_values(
+                Projections(stack(family), LAYER), facts(EASY[number : number + 1]), replace(SURE, until_sure=False)
+            )
+            assert distances(without.targets, targets[number : number + 1])[0] > 1e-2
 
 
 # --- what is computed once
@@ -234,9 +299,10 @@ def test_hidden_states_over_a_frozen_prefix_are_those_of_a_full_forward(family):
     """At every kept position, with and without a change, for rows with and without a prefix in one batch."""
     rows = [row for fact in facts() for row in fact.rows]
     kept = [(row, len(row.input_ids) - row.subject_last) for row in rows]
-    batch = under_test._begin(stack(family), LAYER, kept, torch.arange(len(rows)))
+    site = BlockOutput(stack(family), LAYER)
+    batch = under_test._begin(site, kept, torch.arange(len(rows)))
     deltas = torch.randn(len(rows), 32, generator=torch.Generator().manual_seed(0))
-    final = batch.edited(deltas, LAYER)
+    final = site.run(batch, deltas[:, None])
     for number, row in enumerate(rows):
         logits = _full_forward(stack(family), row.input_ids, row.subject_last, deltas[number])
         ours = stack(family).logits(final[number, : kept[number][1]])
@@ -263,7 +329,7 @@ def test_the_model_is_left_as_it_was():
     before = {name: parameter.clone() for name, parameter in fresh.model.named_parameters()}
     with torch.random.fork_rng(devices=[]):
         state = torch.get_rng_state()
-        optimise_values(fresh, LAYER, facts(), SETTINGS)
+        optimise_values(BlockOutput(fresh, LAYER), facts(), SETTINGS)
         assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(p, before[name]) for name, p in fresh.model.named_parameters())
     assert all(parameter.grad is None for parameter in fresh.model.parameters())
@@ -271,12 +337,12 @@ def test_the_model_is_left_as_it_was():
 
 
 def test_the_same_call_gives_the_same_bits():
-    first, second = (optimise_values(stack("phi"), LAYER, facts(), SETTINGS) for _ in range(2))
+    first, second = (optimise_values(BlockOutput(stack("phi"), LAYER), facts(), SETTINGS) for _ in range(2))
     assert torch.equal(first.targets, second.targets)
 
 
 def test_no_facts_give_no_values():
-    nothing = optimise_values(stack("gpt2"), LAYER, [], SETTINGS)
+    nothing = optimise_values(BlockOutput(stack("gpt2"), LAYER), [], SETTINGS)
     assert nothing.targets.shape == (0, 32)
 
 
@@ -285,14 +351,14 @@ def test_weights_that_are_not_numbers_are_an_error(layer):
     fresh = tiny_stack("gpt2")
     fresh.model.transformer.h[layer].mlp.c_proj.weight.data[3, 5] = float("nan")
     with pytest.raises(EditError) as caught:
-        optimise_values(fresh, LAYER, facts(), SETTINGS)
+        optimise_values(BlockOutput(fresh, LAYER), facts(), SETTINGS)
     assert caught.value.remedy
 
 
 def test_half_precision_follows_the_single_one():
-    single = optimise_values(stack("llama"), LAYER, facts(), CLAMPED)
+    single = optimise_values(BlockOutput(stack("llama"), LAYER), facts(), CLAMPED)
     model = tiny_model("llama", seed=SEED, dtype=torch.bfloat16)
-    half = optimise_values(Stack(model, stack("llama").architecture), LAYER, facts(), CLAMPED)
+    half = optimise_values(BlockOutput(Stack(model, stack("llama").architecture), LAYER), facts(), CLAMPED)
     assert half.targets.dtype == torch.float32
     assert max(distances(half.hidden, single.hidden)) < 0.05
     assert max(distances(half.targets, single.targets)) < 0.15

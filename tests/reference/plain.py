@@ -249,7 +249,7 @@ def spread(
         moments: C per layer (in, in); the normal matrix is ridge C + K K^T.
         divisor: of the residual, from the number of layers still to write.
     """
-    weights = {layer: projection(model, places, layer).weight for layer in layers}
+    weights = {layer: projection(model, places, layer).get_parameter("weight") for layer in layers}
     before = {layer: weight.detach().clone() for layer, weight in weights.items()}
     written = Written({}, {}, {})
     try:

@@ -1,0 +1,209 @@
+"""Commands that join histories: merge."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from patchhub.cli.terminal import (
+    json_option,
+    open_repository,
+    print_json,
+    repo_option,
+    reports_errors,
+    say,
+    stamp,
+)
+from patchhub.errors import ContradictionError, SettingsError
+
+if TYPE_CHECKING:
+    from patchhub.objects import Request
+    from patchhub.porcelain.contradictions import Contradiction, Resolution, Side
+    from patchhub.porcelain.merge import Merged, Stopped
+    from patchhub.porcelain.prediction import Loss, Prediction
+    from patchhub.store.repository import Repository
+
+_SHOWN = 8
+
+
+@click.command()
+@click.argument("rev", required=False)
+@click.option("-m", "--message", default="", help="Default: \"Merge branch 'REV'\".")
+@click.option("--no-ff", is_flag=True, help="Make a commit even where the branch could just move forward.")
+@click.option("--ours", "prefer", flag_value="ours", help="Decide every contradiction for the current branch.")
+@click.option("--theirs", "prefer", flag_value="theirs", help="Decide every contradiction for REV.")
+@click.option(
+    "--choices",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help='JSON file that decides them one by one: {"The mother tongue of Ada is": "theirs", ...}.',
+)
+@click.option("--dry-run", is_flag=True, help="Only say what would contradict or weaken what.")
+@click.option("--continue", "resume", is_flag=True, help="Take up a stopped merge, with --choices, --ours or --theirs.")
+@click.option("--abort", is_flag=True, help="Leave a stopped merge.")
+@click.option("--author", help='Who makes this change, "Ada <ada@example.org>".')
+@repo_option
+@json_option
+@reports_errors
+def merge(
+    rev: str | None,
+    message: str,
+    no_ff: bool,
+    prefer: Any,
+    choices: Path | None,
+    dry_run: bool,
+    resume: bool,
+    abort: bool,
+    author: str | None,
+    repo: Path | None,
+    as_json: bool,
+) -> None:
+    """Bring what REV changed into the current branch.
+
+    Each fact is merged on its own: what one side changed since the two parted is kept. Where the sides answer one prompt differently the merge
+    stops and lists both answers. The weights are solved from recorded columns: no model runs.
+    """
+    from patchhub.porcelain import merge as porcelain
+
+    if sum([rev is not None, resume, abort]) != 1 or (dry_run and rev is None):
+        raise SettingsError(
+            "merge takes a revision, or --continue, or --abort", remedy="Give one of them; --dry-run needs a revision."
+        )
+    repository = open_repository(repo)
+    if abort:
+        porcelain.abort_merge(repository)
+        _say_or_print({"outcome": "aborted"}, "the merge is left; nothing had changed", as_json)
+        return
+    resolution = _resolution(choices, prefer)
+    if dry_run:
+        _predict(repository, str(rev), resolution, as_json)
+        return
+    by = stamp(repository, author, message)
+    if rev is None:
+        done = porcelain.continue_merge(repository, by, resolution=resolution)
+    else:
+        done = porcelain.merge(repository, rev, by, resolution=resolution, fast_forward=not no_ff)
+    if as_json:
+        print_json(done.to_json())
+    if isinstance(done, porcelain.Stopped):
+        if not as_json:
+            _report_stopped(done)
+        raise SystemExit(ContradictionError.exit_code)
+    if not as_json:
+        _report_merged(repository, done)
+
+
+def _resolution(choices: Path | None, prefer: Side | None) -> Resolution:
+    from patchhub.porcelain.contradictions import Resolution, read_choices
+
+    return Resolution(read_choices(choices) if choices else {}, prefer)
+
+
+def _predict(repository: Repository, rev: str, resolution: Resolution, as_json: bool) -> None:
+    from patchhub.porcelain.prediction import predict
+
+    found = predict(repository, rev, resolution=resolution)
+    if as_json:
+        print_json(found.to_json())
+    else:
+        _report_prediction(found)
+
+
+def _report_merged(repository: Repository, done: Merged) -> None:
+    branch, _ = repository.head
+    at = f"[{branch or 'detached'} {done.commit[:12] if done.commit else 'base'}]"
+    if done.outcome != "merged":
+        say(f"{at} {done.outcome}")
+    else:
+        say(f"{at} {repository.commit(str(done.commit)).message}")
+    _list("+", done.from_theirs, "green")
+    _list("-", done.removed_by_theirs, "red")
+    for found, side in done.decided.items():
+        say(f"  {click.style('~', fg='cyan')} {found.text}: {_targets(found, side)} ({side}) stays")
+    if done.outcome != "merged":
+        return
+    say(
+        f"{_count(len(done.from_ours), 'fact')} from ours alone, {_count(len(done.from_theirs), 'fact')} from theirs alone"
+    )
+    if done.same_as:
+        say(f"the weights are those of {done.same_as[:12]}, bit for bit")
+    else:
+        say(f"solved in {done.seconds:.1f} s; proof {done.proof:.1e} (relative residual of the joint solution)")
+    _say_unchecked(done.unchecked)
+    if done.stale:
+        say(f"note: {_count(done.stale, 'active fact')} recorded on a state that is no longer below", dim=True)
+
+
+def _report_stopped(done: Stopped) -> None:
+    say(f"{_count(len(done.open), 'contradiction')} between ours and {done.merge.revision}; nothing was changed:")
+    _report_contradictions(done.open)
+    _say_unchecked(done.unchecked)
+    say()
+    say("Decide with `patchhub merge --continue` and --ours, --theirs or --choices FILE, where FILE is")
+    text = done.open[0].text.replace('"', '\\"')
+    say(f'  {{"{text}": "ours" or "theirs", ...}}')
+    say("or leave it with `patchhub merge --abort`.")
+
+
+def _report_prediction(found: Prediction) -> None:
+    say(f"{_count(found.from_ours, 'fact')} from ours alone, {_count(found.from_theirs, 'fact')} from theirs alone")
+    if found.contradictions:
+        say(f"{_count(len(found.contradictions), 'contradiction')}; the merge would stop:")
+        _report_contradictions(found.contradictions)
+    _say_unchecked(found.unchecked)
+    if found.losses:
+        say(f"{_count(len(found.losses), 'fact')} would be weakened, or compete with one of the other side:")
+        for loss in found.losses[:_SHOWN]:
+            _report_loss(loss)
+        if len(found.losses) > _SHOWN:
+            say(f"  ... and {len(found.losses) - _SHOWN} more (--json lists them)", dim=True)
+    else:
+        say("no fact of either side would be weakened by the other")
+
+
+def _report_contradictions(contradictions: tuple[Contradiction, ...]) -> None:
+    for found in contradictions:
+        say(f"\n  {found.text}")
+        for side, colour in (("ours", "green"), ("theirs", "red")):
+            for claim in found.ours if side == "ours" else found.theirs:
+                target = click.style(claim.request.target_new, fg=colour, bold=True)
+                message = next(iter(claim.message.splitlines()), "")
+                say(f"    {side:<6} {target}   {claim.author} in {claim.commit[:12]} “{message}”, {claim.time[:10]}")
+
+
+def _report_loss(loss: Loss) -> None:
+    say(f"\n  {loss.text} {click.style(loss.target, bold=True)} ({loss.side})")
+    say(f"    misses {loss.before:.0%} of its change now, {loss.after:.0%} merged, at {loss.weight}")
+    if loss.other is not None:
+        say(f"    beside: {loss.other.text} {loss.other.target} (keys alike to {loss.other.key_cosine:.2f})")
+
+
+def _targets(found: Contradiction, side: Side) -> str:
+    return ", ".join(claim.request.target_new for claim in found.claims(side))
+
+
+def _say_unchecked(unchecked: int) -> None:
+    if unchecked:
+        say(f"{_count(unchecked, 'fact')} could not be checked for contradictions: the texts are withheld", fg="yellow")
+
+
+def _say_or_print(document: dict[str, Any], words: str, as_json: bool) -> None:
+    if as_json:
+        print_json(document)
+    else:
+        say(words)
+
+
+def _list(sign: str, requests: tuple[Request, ...], colour: str) -> None:
+    for request in requests[:_SHOWN]:
+        say(f"  {click.style(sign, fg=colour)} {request.text} {click.style(request.target_new, bold=True)}")
+    if len(requests) > _SHOWN:
+        say(f"  {sign} ... and {len(requests) - _SHOWN} more", dim=True)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+COMMANDS = (merge,)

@@ -1,0 +1,199 @@
+"""Contradictions between the two sides of a merge: found, said in words, and decided. Reads JSON only: no torch, no NumPy."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from patchhub.errors import RequestError
+from patchhub.objects import Element, Request
+from patchhub.porcelain.facts import active_requests
+from patchhub.store.graph import ancestors
+from patchhub.store.repository import Repository
+
+Side = Literal["ours", "theirs"]
+SIDES: tuple[Side, Side] = ("ours", "theirs")
+
+_PREFIX = re.compile(r"[0-9a-f]{4,64}")
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What one side says: the request, and the commit of that side that first wrote it."""
+
+    element: Element
+    request: Request
+    commit: str
+    author: str
+    time: str
+    message: str
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "request": self.request.id,
+            "target": self.request.target_new,
+            "commit": self.commit,
+            "author": self.author,
+            "time": self.time,
+            "message": self.message,
+        }
+
+
+@dataclass(frozen=True)
+class Contradiction:
+    """One prompt and subject to which the two sides give different targets. Each side has at least one claim."""
+
+    text: str
+    subject: str
+    ours: tuple[Claim, ...]
+    theirs: tuple[Claim, ...]
+
+    def claims(self, side: Side) -> tuple[Claim, ...]:
+        return self.ours if side == "ours" else self.theirs
+
+    def to_json(self) -> dict[str, Any]:
+        ours, theirs = ([claim.to_json() for claim in self.claims(side)] for side in SIDES)
+        return {"text": self.text, "subject": self.subject, "ours": ours, "theirs": theirs}
+
+
+@dataclass(frozen=True)
+class Found:
+    """The contradictions of a merge, and how many facts could not be checked because their texts are withheld."""
+
+    contradictions: tuple[Contradiction, ...]
+    unchecked: int
+
+
+@dataclass(frozen=True)
+class Resolution:
+    """How contradictions are decided.
+
+    Attributes:
+        choices: per fact, by its text ("The mother tongue of Ada is") or by a request id or a prefix of one (4 digits or more):
+            "ours", "theirs", or the target that shall stay.
+        prefer: the side for all others; None leaves them open.
+    """
+
+    choices: Mapping[str, str] = field(default_factory=dict)
+    prefer: Side | None = None
+
+
+@dataclass(frozen=True)
+class Decided:
+    """What a resolution makes of the contradictions: elements to leave out, the side of each, and those still open."""
+
+    dropped: frozenset[Element]
+    sides: Mapping[Contradiction, Side]
+    open: tuple[Contradiction, ...]
+
+
+def read_choices(path: Path) -> dict[str, str]:
+    """The choices in a JSON file: one object, fact to "ours", "theirs" or a target.
+
+    Raises:
+        RequestError: the file cannot be read as that.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise RequestError(f"the choices in {path} cannot be read ({error})", remedy=_CHOICES) from error
+    if not isinstance(value, dict) or not all(isinstance(choice, str) for choice in value.values()):
+        raise RequestError(f"the choices in {path} are not a JSON object of text to text", remedy=_CHOICES)
+    return value
+
+
+_CHOICES = 'Write {"The mother tongue of Ada is": "theirs", ...}: ours, theirs, or the target that shall stay.'
+
+
+def find(
+    repository: Repository,
+    merged: frozenset[Element],
+    ours: tuple[str, frozenset[Element]],
+    theirs: tuple[str, frozenset[Element]],
+) -> Found:
+    """Contradictions between what a merged set has from one side alone and what it has from the other alone.
+
+    ``ours`` and ``theirs`` are the commits and their sets. Facts that contradict each other within one side were put side by side there on
+    purpose, and are left alone.
+    """
+    alone = {"ours": merged - theirs[1], "theirs": merged - ours[1]}
+    texts = {side: active_requests(repository, elements) for side, elements in alone.items()}
+    here, there = (_by_fact(texts[side]) for side in SIDES)
+    pairs = {fact: (here[fact], there[fact]) for fact in here.keys() & there.keys()}
+    histories = [ancestors([side[0]], repository.parents) if pairs else set() for side in (ours, theirs)]
+    contradictions = [
+        Contradiction(
+            prompt.replace("{}", subject),
+            subject,
+            *(_claims(repository, history, said) for history, said in zip(histories, pair, strict=True)),
+        )
+        for (prompt, subject), pair in sorted(pairs.items())
+    ]
+    withheld = sum(len(alone[side] - texts[side].keys()) for side in SIDES)
+    return Found(tuple(contradictions), withheld)
+
+
+def decide(contradictions: Iterable[Contradiction], resolution: Resolution) -> Decided:
+    """Apply a resolution.
+
+    Raises:
+        RequestError: a choice names no contradiction of this merge, or neither a side nor one of its targets.
+    """
+    contradictions = tuple(contradictions)
+    sides: dict[Contradiction, Side] = {}
+    if resolution.prefer is not None:
+        sides = dict.fromkeys(contradictions, resolution.prefer)
+    for name, choice in resolution.choices.items():
+        found = _named(name, contradictions)
+        sides[found] = _side(found, choice)
+    dropped = {
+        claim.element for found, side in sides.items() for claim in found.claims("theirs" if side == "ours" else "ours")
+    }
+    return Decided(frozenset(dropped), sides, tuple(found for found in contradictions if found not in sides))
+
+
+def _claims(repository: Repository, history: set[str], items: Iterable[tuple[Element, Request]]) -> tuple[Claim, ...]:
+    """What a side says, given its commits: each request with the earliest of them that added its element."""
+    claims = []
+    for element, request in items:
+        changes = repository.changes_of(request.id)
+        wrote = [commit for commit, patch, sign in changes if sign > 0 and patch == element[0] and commit in history]
+        commit = repository.commit(wrote[-1])
+        claims.append(Claim(element, request, wrote[-1], commit.author, commit.time, commit.message))
+    return tuple(claims)
+
+
+def _by_fact(requests: Mapping[Element, Request]) -> dict[tuple[str, str], list[tuple[Element, Request]]]:
+    facts: dict[tuple[str, str], list[tuple[Element, Request]]] = {}
+    for element, request in requests.items():
+        facts.setdefault((request.prompt, request.subject), []).append((element, request))
+    return facts
+
+
+def _named(name: str, contradictions: tuple[Contradiction, ...]) -> Contradiction:
+    found = [c for c in contradictions if c.text == name]
+    if not found and _PREFIX.fullmatch(name):
+        found = [c for c in contradictions if any(x.request.id.startswith(name) for x in (*c.ours, *c.theirs))]
+    if len(found) == 1:
+        return found[0]
+    close = difflib.get_close_matches(name, [c.text for c in contradictions], n=1)
+    remedy = f"Did you mean {close[0]!r}?" if close else "Write a fact as the merge lists it, or its request id."
+    problem = "names more than one contradiction" if found else "names no contradiction"
+    raise RequestError(f"the choice {name!r} {problem} of this merge", remedy=remedy, choice=name)
+
+
+def _side(found: Contradiction, choice: str) -> Side:
+    for side in SIDES:
+        if choice == side or choice in {claim.request.target_new for claim in found.claims(side)}:
+            return side
+    targets = sorted({claim.request.target_new for side in SIDES for claim in found.claims(side)})
+    raise RequestError(
+        f"the choice {choice!r} for {found.text!r} is neither a side nor one of its targets",
+        remedy=f"Write ours, theirs, {' or '.join(targets)}.",
+        choice=choice,
+    )

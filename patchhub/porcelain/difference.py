@@ -1,0 +1,188 @@
+"""`diff`: what changes between two revisions, in facts, in weights and in answers.
+
+Facts and the recorded norms are read from JSON; `weight_steps` loads NumPy, `changed_answers` also torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Final
+
+from patchhub.errors import RequestError
+from patchhub.objects import Element, Request
+from patchhub.porcelain.facts import active_requests
+from patchhub.porcelain.history import request_json
+from patchhub.porcelain.progress import Progress
+from patchhub.store.repository import Repository
+
+NOISE: Final = 1e-6
+"""Singular values below this share of a state's norm are rounding: sums of stored changes are right to about this."""
+
+
+@dataclass(frozen=True)
+class Retarget:
+    """One prompt and subject whose target differs between two revisions."""
+
+    before: Request
+    after: Request
+
+
+@dataclass(frozen=True)
+class Difference:
+    """`diff`: what changes from one revision to another.
+
+    ``norms`` holds, per weight, the Frobenius norm of the base's weight and of the change at either revision, and of the step
+    between them where one is the other's first parent (None otherwise: `weight_steps` computes it).
+    """
+
+    old: str | None
+    new: str | None
+    added: tuple[Request, ...]
+    removed: tuple[Request, ...]
+    retargeted: tuple[Retarget, ...]
+    norms: Mapping[str, Mapping[str, float | None]]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "old": self.old,
+            "new": self.new,
+            "added": [request_json(request) for request in self.added],
+            "removed": [request_json(request) for request in self.removed],
+            "retargeted": [
+                {"before": request_json(pair.before), "after": request_json(pair.after)} for pair in self.retargeted
+            ],
+            "norms": {weight: dict(norms) for weight, norms in self.norms.items()},
+        }
+
+
+@dataclass(frozen=True)
+class WeightStep:
+    """One weight at two revisions, D_old and D_new its changes there (Frobenius norms).
+
+    Attributes:
+        base: the norm of the base's weight.
+        old, new, step: the norms of D_old, D_new and D_new - D_old.
+        old_rank, new_rank, step_rank: how many singular values are above rounding.
+        cosine: of the angle between D_old and D_new as vectors; None where one of them is zero.
+    """
+
+    base: float
+    old: float
+    new: float
+    step: float
+    old_rank: int
+    new_rank: int
+    step_rank: int
+    cosine: float | None
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class ChangedAnswer:
+    """A prompt that two revisions answer differently: likeliest next token with its probability, greedy continuation."""
+
+    prompt: str
+    old: str
+    new: str
+    old_top: tuple[str, float]
+    new_top: tuple[str, float]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def diff(repository: Repository, old: str, new: str) -> Difference:
+    """The facts and norms that differ between two revisions."""
+    old_id, new_id = repository.resolve(old), repository.resolve(new)
+    before, after = repository.active(old_id), repository.active(new_id)
+    gone = active_requests(repository, _only(before, after))
+    come = active_requests(repository, _only(after, before))
+    by_prompt = {(request.prompt, request.subject): request for request in gone.values()}
+    retargeted, added = [], []
+    for request in come.values():
+        earlier = by_prompt.pop((request.prompt, request.subject), None)
+        if earlier is None:
+            added.append(request)
+        else:
+            retargeted.append(Retarget(earlier, request))
+    return Difference(
+        old_id, new_id, tuple(added), tuple(by_prompt.values()), tuple(retargeted), _norms(repository, old_id, new_id)
+    )
+
+
+def weight_steps(repository: Repository, old: str, new: str) -> dict[str, WeightStep]:
+    """How each weight that either revision changes differs between them; from the stored deltas, without the model.
+
+    Raises:
+        RevisionError: no such revision.
+    """
+    from patchhub.delta import add, inner, negative, norm, numerical_rank
+    from patchhub.porcelain.columns import read_state, weight_shapes
+
+    shapes = weight_shapes(repository)
+    weights: Mapping[str, Mapping[str, Any]] = repository.config.base["weights"]
+    before, after = (read_state(repository, repository.resolve(revision)) for revision in (old, new))
+    steps = {}
+    for weight in sorted(before.keys() | after.keys()):
+        then, now = (add(side.get(weight, ()), shapes[weight]) for side in (before, after))
+        step = add([now, negative(then)], shapes[weight])
+        noise = NOISE * max(norm(then), norm(now))
+        steps[weight] = WeightStep(
+            base=weights[weight]["norm"],
+            old=norm(then),
+            new=norm(now),
+            step=norm(step),
+            old_rank=numerical_rank(then, noise),
+            new_rank=numerical_rank(now, noise),
+            step_rank=numerical_rank(step, noise),
+            cosine=inner(then, now) / (norm(then) * norm(now)) if norm(then) and norm(now) else None,
+        )
+    return steps
+
+
+def changed_answers(
+    repository: Repository, old: str, new: str, prompts: Sequence[str], progress: Progress, *, base: str | None = None
+) -> list[ChangedAnswer]:
+    """The prompts whose greedy continuation or likeliest next token differs; one model, switched from state to state.
+
+    Raises:
+        RevisionError: no such revision.
+        RequestError: there is no prompt.
+    """
+    from patchhub.porcelain.model import answers
+
+    asked = [prompt for prompt in prompts if prompt.strip()]
+    if not asked:
+        raise RequestError("there are no prompts to ask", remedy="Write one prompt per line.")
+    before, after = answers(repository, asked, (old, new), progress, base=base)
+    return [
+        ChangedAnswer(prompt, then.continuation, now.continuation, then.top[0], now.top[0])
+        for prompt, then, now in zip(asked, before, after, strict=True)
+        if then.continuation != now.continuation or then.top[0][0] != now.top[0][0]
+    ]
+
+
+def _only(a: frozenset[Element], b: frozenset[Element]) -> frozenset[Element]:
+    """Elements of a whose request is not in b: the same fact recorded by another patch is no change of facts."""
+    there = {request for _, request in b}
+    return frozenset(element for element in a if element not in b and (element[1] is None or element[1] not in there))
+
+
+def _norms(repository: Repository, old: str | None, new: str | None) -> dict[str, dict[str, float | None]]:
+    sides = [repository.commit(side).check.get("norms", {}) if side else {} for side in (old, new)]
+    step = None
+    if new and old == next(iter(repository.commit(new).parents), None):
+        step = sides[1]
+    elif old and new == next(iter(repository.commit(old).parents), None):
+        step = sides[0]
+    weights: Mapping[str, Mapping[str, Any]] = repository.config.base["weights"]
+    found = {}
+    for weight in sorted(sides[0].keys() | sides[1].keys()):
+        old_norm, new_norm = (float(side.get(weight, {}).get("state", 0.0)) for side in sides)
+        change = None if step is None else float(step.get(weight, {}).get("change", 0.0))
+        if old_norm or new_norm:
+            found[weight] = {"base": weights[weight]["norm"], "old": old_norm, "new": new_norm, "change": change}
+    return found

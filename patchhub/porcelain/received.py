@@ -1,0 +1,58 @@
+"""What tensors from elsewhere must satisfy before they enter the store. NumPy only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+
+from patchhub.delta import STORED_DTYPES, read_deltas
+from patchhub.errors import CorruptStoreError
+from patchhub.objects import Patch
+from patchhub.remotes.receive import CheckTensors, Owner
+
+_REMEDY = "Do not use it."
+
+
+def tensor_check(weights: Mapping[str, tuple[int, int]]) -> CheckTensors:
+    """The check of everything that patches and commits of a base with those weights, (out, in) each, may refer to."""
+
+    def check(owner: Owner, file: Path) -> None:
+        if isinstance(owner, Patch) and owner.kind == "closed_form":
+            _check_columns(owner, file)
+        else:
+            _check_deltas(file, owner.weights if isinstance(owner, Patch) else weights)
+
+    return check
+
+
+def _check_deltas(file: Path, weights: Mapping[str, tuple[int, int]]) -> None:
+    try:
+        read_deltas(file, weights)
+    except (KeyError, TypeError, AttributeError) as error:  # a type of value that numpy does not have
+        raise CorruptStoreError(f"a delta has values of a forbidden type ({error})", remedy=_REMEDY) from error
+
+
+def _check_columns(patch: Patch, file: Path) -> None:
+    """The columns of every weight and z, and nothing else, finite and of the shapes that the patch states."""
+    n = len(patch.requests)
+    shapes: dict[str, tuple[int, ...]] = {}
+    for weight, (out, inner) in patch.weights.items():
+        shapes |= {f"{weight}.k": (n, inner), f"{weight}.u": (n, inner), f"{weight}.r": (n, out)}
+        shapes[f"{weight}.lambda"] = (n,)
+    try:
+        tensors = load_file(file)
+    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CorruptStoreError(f"its columns are no readable safetensors file ({error})", remedy=_REMEDY) from error
+    targets = tensors.pop("z", None)
+    found = {name: array.shape for name, array in tensors.items()}
+    if found != shapes or targets is None or targets.ndim != 2 or len(targets) != n:
+        raise CorruptStoreError("its columns do not have the shapes that the patch states", remedy=_REMEDY)
+    for name, array in {**tensors, "z": targets}.items():
+        if array.dtype not in STORED_DTYPES or not bool(np.isfinite(array).all()):
+            raise CorruptStoreError(f"its tensor {name} has a forbidden type or value", remedy=_REMEDY, tensor=name)
+        if name.endswith(".lambda") and not bool((array > 0).all()):
+            raise CorruptStoreError(f"its tensor {name} has a weight that is not above 0", remedy=_REMEDY, tensor=name)

@@ -1,0 +1,63 @@
+"""Durations and instants as people write them: "14 days", "36h", "2 weeks ago", "2026-11-21". Pure."""
+
+from __future__ import annotations
+
+import re
+from datetime import date, datetime, time, timedelta, timezone
+from typing import Final
+
+from patchhub.errors import SettingsError
+
+FORMAT: Final = "%Y-%m-%dT%H:%M:%SZ"
+"""Instants as the store writes them, so that they sort as text."""
+
+_SECONDS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
+_DURATION: Final = re.compile(
+    r"(\d{1,6})\s*(?:(seconds?|s)|(minutes?|min|m)|(hours?|h)|(days?|d)|(weeks?|w))", re.IGNORECASE
+)
+
+
+def duration(text: str) -> timedelta:
+    """``14 days``, ``36h``, ``2w`` or ``0``.
+
+    Raises:
+        SettingsError: anything else.
+    """
+    if text.strip() == "0":
+        return timedelta()
+    match = _DURATION.fullmatch(text.strip())
+    if match is None:
+        raise SettingsError(f"{text!r} is not a duration", remedy='Write one such as "14 days", "36 hours", "2w" or 0.')
+    units = zip(_SECONDS.values(), match.groups()[1:], strict=True)
+    return timedelta(seconds=int(match[1]) * next(seconds for seconds, unit in units if unit))
+
+
+def instant(text: str, now: str, *, end: bool = False) -> str:
+    """``2 weeks ago``, ``2026-11-21`` or ``2026-11-21T09:30:00`` (UTC unless it says otherwise), in `FORMAT`.
+
+    Args:
+        now: the present instant, in `FORMAT`.
+        end: a date alone means its last second instead of its first.
+
+    Raises:
+        SettingsError: anything else.
+    """
+    ago = re.fullmatch(r"(.+?)\s+ago", text.strip(), re.IGNORECASE)
+    try:
+        if ago:
+            moment = datetime.strptime(now, FORMAT) - duration(ago[1])
+        else:
+            moment = _moment(text.strip(), end)
+    except (ValueError, OverflowError):
+        raise SettingsError(
+            f"{text!r} is not a point in time",
+            remedy='Write one such as 2026-11-21, 2026-11-21T09:30 or "2 weeks ago".',
+        ) from None
+    return moment.strftime(FORMAT)
+
+
+def _moment(text: str, end: bool) -> datetime:
+    if len(text) == len("2026-11-21"):
+        return datetime.combine(date.fromisoformat(text), time(23, 59, 59) if end else time())
+    moment = datetime.fromisoformat(text.upper().replace("Z", "+00:00"))
+    return moment.astimezone(timezone.utc) if moment.tzinfo else moment

@@ -1,0 +1,193 @@
+"""Named files in a folder, on this machine or behind any address that fsspec knows."""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import shutil
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final, Protocol
+
+from patchhub.errors import RemoteError, RepositoryError
+from patchhub.fsio import CHUNK, DISK, TEMPORARY_SUFFIX, read_chunks, write_atomically, writer_lock
+
+LOCK: Final = "lock"
+LOCK_SECONDS: Final = 60.0
+
+
+class Files(Protocol):
+    """What a folder of files must be able to do; names use ``/``."""
+
+    def read(self, name: str, limit: int) -> bytes | None:
+        """A file's content; None if there is none; `RemoteError` if it is longer than ``limit``."""
+        ...
+
+    def write(self, name: str, source: bytes | Path) -> None:
+        """Replace a file in one step."""
+        ...
+
+    def sizes(self, folder: str) -> dict[str, int]:
+        """Bytes of every file below a folder, by name."""
+        ...
+
+    def local(self, name: str, into: Path) -> Path:
+        """A file on this machine with the content of ``name``; where a copy is needed it is made in ``into``."""
+        ...
+
+    def locked(self) -> contextlib.AbstractContextManager[None]:
+        """Keep other writers out."""
+        ...
+
+
+class LocalFiles:
+    """A folder on this machine."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def read(self, name: str, limit: int) -> bytes | None:
+        path = self.root / name
+        try:
+            with _reading(str(path)):
+                if not stat.S_ISREG(path.stat().st_mode):
+                    raise RemoteError(f"{path} is not a file", remedy="Remove it.", path=str(path))
+                with open(path, "rb") as file:
+                    return _bounded(file.read(limit + 1), limit, str(path))
+        except FileNotFoundError:
+            return None
+
+    def write(self, name: str, source: bytes | Path) -> None:
+        path = self.root / name
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, (source,) if isinstance(source, bytes) else read_chunks(source), disk=DISK)
+        except OSError as error:
+            raise _unwritable(str(path), error) from error
+        except RepositoryError as error:
+            raise RemoteError(error.message, remedy="Free space or fix the permissions.", path=str(path)) from error
+
+    def sizes(self, folder: str) -> dict[str, int]:
+        found = {}
+        for path in sorted((self.root / folder).rglob("*")):
+            facts = path.stat()
+            if stat.S_ISREG(facts.st_mode):
+                found[path.relative_to(self.root).as_posix()] = facts.st_size
+        return found
+
+    def local(self, name: str, into: Path) -> Path:
+        return self.root / name
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise _unwritable(str(self.root), error) from error
+        with writer_lock(self.root / LOCK, timeout=LOCK_SECONDS):
+            yield
+
+
+class FsspecFiles:
+    """A folder behind an fsspec address such as ``s3://bucket/facts`` or ``memory://facts``."""
+
+    def __init__(self, address: str) -> None:
+        import fsspec
+
+        try:
+            filesystem, root = fsspec.core.url_to_fs(address)
+        except (ValueError, ImportError) as error:
+            raise RemoteError(
+                f"{address} cannot be opened: {error}",
+                remedy="Give a folder, hf://user/repo or an fsspec address, with its library installed.",
+                address=address,
+            ) from error
+        self.address = address
+        self._fs: Any = filesystem
+        self._root = root.rstrip("/")
+
+    def read(self, name: str, limit: int) -> bytes | None:
+        try:
+            with _reading(f"{self.address}/{name}"), self._fs.open(self._path(name), "rb") as file:
+                return _bounded(file.read(limit + 1), limit, name)
+        except FileNotFoundError:
+            return None
+
+    def write(self, name: str, source: bytes | Path) -> None:
+        path = self._path(name)
+        temporary = f"{path}.{secrets.token_hex(8)}{TEMPORARY_SUFFIX}"
+        try:
+            self._fs.makedirs(path.rpartition("/")[0], exist_ok=True)
+            if isinstance(source, bytes):
+                self._fs.pipe_file(temporary, source)
+            else:
+                self._fs.put_file(str(source), temporary)
+            self._fs.mv(temporary, path)
+        except Exception as error:  # each file system has errors of its own
+            raise _unwritable(f"{self.address}/{name}", error) from error
+
+    def sizes(self, folder: str) -> dict[str, int]:
+        with _reading(self.address):
+            try:
+                self._fs.invalidate_cache()
+                listed = self._fs.find(self._path(folder), detail=True)
+            except FileNotFoundError:
+                return {}
+        return {path[len(self._root) + 1 :]: int(facts["size"]) for path, facts in sorted(listed.items())}
+
+    def local(self, name: str, into: Path) -> Path:
+        target = into / secrets.token_hex(8)
+        with (
+            _reading(f"{self.address}/{name}"),
+            self._fs.open(self._path(name), "rb") as source,
+            open(target, "wb") as file,
+        ):
+            shutil.copyfileobj(source, file, CHUNK)
+        return target
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        path = self._path(LOCK)
+        self._fs.makedirs(self._root, exist_ok=True)
+        try:
+            with self._fs.open(path, "xb") as file:
+                file.write(b"a push is under way\n")
+        except FileExistsError:
+            raise RemoteError(
+                f"someone else is pushing to {self.address}",
+                remedy=f"Try again; if nobody is, a push was interrupted: delete the file {LOCK} there.",
+                address=self.address,
+            ) from None
+        except Exception as error:
+            raise _unwritable(f"{self.address}/{LOCK}", error) from error
+        try:
+            yield
+        finally:
+            self._fs.rm_file(path)
+
+    def _path(self, name: str) -> str:
+        return f"{self._root}/{name}"
+
+
+@contextlib.contextmanager
+def _reading(place: str) -> Iterator[None]:
+    """Turn a failure to read into a `RemoteError`; a file that is missing stays `FileNotFoundError`."""
+    try:
+        yield
+    except (RemoteError, FileNotFoundError):
+        raise
+    except Exception as error:  # each file system has errors of its own
+        raise RemoteError(f"{place} cannot be read: {error}", remedy="Check the address.", place=place) from error
+
+
+def _bounded(data: bytes, limit: int, name: str) -> bytes:
+    if len(data) > limit:
+        raise RemoteError(f"{name} is longer than {limit} bytes", remedy="It is not of patchhub's format.", name=name)
+    return data
+
+
+def _unwritable(place: str, error: Exception) -> RemoteError:
+    return RemoteError(
+        f"{place} cannot be written: {error}", remedy="Check the address and your permissions there.", place=place
+    )

@@ -1,0 +1,233 @@
+"""A remote on the Hugging Face Hub: a branch or tag is a branch or tag there, its tree holds all that its commit needs.
+
+A push is one commit of the Hub per ref, guarded by the parent that was seen. A ref that is new is made on a staging
+branch first and appears when it is complete. When an answer is lost, the head is read again; nothing is sent twice.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import time
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Final
+
+from patchhub.errors import RemoteError
+from patchhub.remotes.file import object_path
+from patchhub.remotes.hub_calls import ATTEMPTS, TRANSIENT, Sleep, explained, status_of, waiting_time
+from patchhub.remotes.hub_files import HubFiles, HubRefs
+from patchhub.remotes.manifest import NAME, BranchManifest
+from patchhub.remotes.remote import Publication, RemoteMovedError, Tip, View
+from patchhub.store.revisions import BRANCHES, TAGS
+
+STAGING: Final = "patchhub-staging/"
+"""Branches on which new refs are made; never read, and left behind only when a push is cut short."""
+
+_MARK: Final = "patchhub commit "
+_MOVED: Final = "Run `patchhub pull`, then push again."
+
+
+class HubRemote:
+    """A model repository of the Hub."""
+
+    def __init__(
+        self, repo: str, *, endpoint: str | None = None, token: str | None = None, sleep: Sleep = time.sleep
+    ) -> None:
+        """`repo` is ``user/name``; endpoint and token are huggingface_hub's own where None."""
+        from huggingface_hub import HfApi
+
+        self._api: Any = HfApi(endpoint=endpoint, token=token)
+        self._repo = repo
+        self._files = HubFiles(repo, self._api, sleep=sleep)
+        self._sleep = sleep
+
+    @property
+    def address(self) -> str:
+        return self._files.place
+
+    def view(self) -> View:
+        refs = self._files.refs()
+        tips: dict[str, Tip] = {}
+        manifests: dict[str, BranchManifest] = {}
+        skipped: dict[str, str] = {}
+        empty = set()
+        for ref, sha in _named(refs).items():
+            try:
+                manifest = self._manifest(sha)
+            except RemoteError as error:
+                if error.facts.get("place") is None:  # not what it says, but that it cannot be had
+                    raise
+                skipped[ref] = error.message
+                continue
+            if manifest is not None:
+                tips[ref], manifests[ref] = Tip(manifest.commit, sha), manifest
+            elif ref.startswith(BRANCHES):
+                empty.add(ref)
+        source = next((manifest.source for manifest in manifests.values()), None)
+        for ref, manifest in manifests.items():
+            if source is not None and manifest.base != source.base:
+                skipped[ref] = f"it is about another base ({manifest.base[:12]})"
+                del tips[ref]
+        notes = {key: note for manifest in manifests.values() for key, note in manifest.notes.items()}
+        private = any(manifest.private_facts for manifest in manifests.values())
+        return View(source, tips, notes, private, frozenset(empty), skipped)
+
+    def sizes(self, tip: Tip) -> Mapping[str, int]:
+        return self._files.objects(tip.token)
+
+    def read(self, tip: Tip, ids: Collection[str], into: Path) -> Iterator[tuple[str, Path]]:
+        return self._files.read_objects(tip.token, ids, into)
+
+    def publish(self, publication: Publication) -> None:
+        refs = self._files.refs()
+        if refs is None:
+            self._create_repository()
+            refs = self._files.refs() or HubRefs({}, {})
+        found = _named(refs).get(publication.ref)
+        if publication.expected is not None:
+            self._commit(publication.ref[len(BRANCHES) :], publication.expected.token, publication)
+        elif found is None:
+            self._create(publication)
+        elif publication.ref.startswith(TAGS) or self._manifest(found) is not None:
+            raise self._moved(publication)
+        else:
+            self._commit(publication.ref[len(BRANCHES) :], found, publication)
+
+    # --- writing ----------------------------------------------------------------------------------------------------
+
+    def _create_repository(self) -> None:
+        try:
+            self._api.create_repo(self._repo, private=True, exist_ok=True)
+        except Exception as error:  # the client raises errors of several libraries
+            if self._files.refs() is None:
+                raise explained(self.address, error) from error
+
+    def _commit(self, branch: str, parent: str, publication: Publication) -> str:
+        """One commit on a branch of the Hub whose head must be `parent`; returns its name there."""
+        for attempt in range(ATTEMPTS):
+            try:
+                made = self._api.create_commit(
+                    self._repo,
+                    self._operations(parent, publication),
+                    commit_message=publication.message,
+                    commit_description=_MARK + publication.commit,
+                    revision=branch,
+                    parent_commit=parent,
+                )
+            except Exception as error:  # the client raises errors of several libraries
+                status = status_of(error)
+                if status == 429 and attempt < ATTEMPTS - 1:  # refused before anything was done
+                    self._sleep(waiting_time(error, attempt))
+                    continue
+                return self._resolve(branch, parent, publication, error)
+            return str(made.oid)
+        raise AssertionError("unreachable")
+
+    def _resolve(self, branch: str, parent: str, publication: Publication, error: Exception) -> str:
+        """After a failure: what really happened. The name of our commit if it landed, else the right error."""
+        status = status_of(error)
+        if status is not None and status != 412 and status not in TRANSIENT:
+            raise explained(self.address, error) from error
+        newer = self._newer(branch, parent)
+        landed = next((sha for sha, text in newer if _MARK + publication.commit in text), None)
+        if landed is not None:
+            return landed
+        if status == 412 or newer:
+            raise self._moved(publication) from error
+        cause = explained(self.address, error)
+        raise RemoteError(
+            f"the push of {branch} did not land: {cause.message}",
+            remedy="Run the same push again; what has arrived is not sent twice.",
+            **cause.facts,
+        ) from error
+
+    def _newer(self, branch: str, parent: str) -> list[tuple[str, str]]:
+        """(name, description) of the Hub's commits on a branch after `parent`."""
+        listed = self._files.call(lambda: list(self._api.list_repo_commits(self._repo, revision=branch)))
+        names = [commit.commit_id for commit in listed]
+        new = listed[: names.index(parent)] if parent in names else listed
+        return [(commit.commit_id, commit.message) for commit in new]
+
+    def _operations(self, parent: str, publication: Publication) -> list[Any]:
+        """What the commit changes; made anew for each attempt, since the client marks them."""
+        from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+
+        before = self._manifest(parent)
+        source = publication.source
+        manifest = BranchManifest(
+            base=source.base,
+            base_model=source.model,
+            base_revision=source.revision,
+            commit=publication.commit,
+            notes={**(before.notes if before else {}), **publication.notes},
+            private_facts=publication.private_facts,
+        )
+        files: dict[str, bytes | str] = {object_path(name): str(file) for name, file in publication.objects.items()}
+        files[NAME] = manifest.to_json()
+        files |= {path: data for path, data in publication.pages.items() if data is not None}
+        there = self._files.tree(parent)
+        gone = [path for path, data in publication.pages.items() if data is None and path in there]
+        return [
+            *(CommitOperationAdd(path_in_repo=path, path_or_fileobj=data) for path, data in files.items()),
+            *(CommitOperationDelete(path_in_repo=path) for path in gone),
+        ]
+
+    def _create(self, publication: Publication) -> None:
+        """Make a new branch or tag, complete from its first moment."""
+        near = publication.near
+        if near is not None and near.commit == publication.commit and not (publication.objects or publication.notes):
+            self._create_ref(publication, near.token)
+            return
+        start = near.token if near is not None else self._first_commit()
+        staging = STAGING + secrets.token_hex(8)
+        self._files.call(lambda: self._api.create_branch(self._repo, branch=staging, revision=start, exist_ok=True))
+        try:
+            self._create_ref(publication, self._commit(staging, start, publication))
+        finally:
+            with contextlib.suppress(Exception):  # what is left behind is never read
+                self._api.delete_branch(self._repo, branch=staging)
+
+    def _create_ref(self, publication: Publication, sha: str) -> None:
+        ref = publication.ref
+        try:
+            if ref.startswith(TAGS):
+                self._api.create_tag(self._repo, tag=ref[len(TAGS) :], revision=sha)
+            else:
+                self._api.create_branch(self._repo, branch=ref[len(BRANCHES) :], revision=sha)
+        except Exception as error:  # the client raises errors of several libraries
+            found = _named(self._files.refs()).get(ref)
+            if found is None:
+                raise explained(self.address, error) from error
+            manifest = self._manifest(found)
+            if manifest is None or manifest.commit != publication.commit:
+                raise self._moved(publication) from error
+
+    def _first_commit(self) -> str:
+        """The oldest commit of the repository, which holds nothing of patchhub."""
+        listed = self._files.call(lambda: list(self._api.list_repo_commits(self._repo)))
+        return str(listed[-1].commit_id)
+
+    def _manifest(self, sha: str) -> BranchManifest | None:
+        with TemporaryDirectory(prefix="patchhub-") as folder:
+            return self._files.manifest(sha, Path(folder))
+
+    def _moved(self, publication: Publication) -> RemoteMovedError:
+        name = publication.ref.removeprefix(BRANCHES).removeprefix(TAGS)
+        now = self.view().tips.get(publication.ref)
+        place = f"at {now.commit[:12]}" if now else "not there"
+        return RemoteMovedError(
+            f"{name} of {self.address} was moved by someone else; it is {place} now",
+            remedy=_MOVED,
+            ref=publication.ref,
+            now=now.commit if now else None,
+        )
+
+
+def _named(refs: HubRefs | None) -> dict[str, str]:
+    """Full ref names; staging branches and the Hub's own refs are left out."""
+    if refs is None:
+        return {}
+    branches = {BRANCHES + name: sha for name, sha in sorted(refs.branches.items()) if not name.startswith(STAGING)}
+    return {**branches, **{TAGS + name: sha for name, sha in sorted(refs.tags.items())}}

@@ -1,0 +1,265 @@
+"""Taking objects from a remote: closure by closure, sizes bounded before, bytes and structure checked after download.
+
+Nothing that a remote says is believed. An object enters the store only under the hash of its content and only if it
+reads as what its referrer says it is; refs move only after everything below them has been checked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Final, NamedTuple
+
+from patchhub.errors import CorruptStoreError, RemoteError
+from patchhub.objects import Commit, Patch
+from patchhub.remotes.remote import Remote, Tip
+from patchhub.store.closure import KINDS, Reference
+from patchhub.store.object_store import file_digest
+from patchhub.store.repository import Repository
+
+MAX_JSON: Final = 64 << 20
+"""Bytes of the largest JSON object that is read."""
+
+_AHEAD: Final = 32 << 20  # small objects are fetched together, before it is known which are needed
+_SMALL: Final = 256 << 10
+_HEADER: Final = 1 << 20  # bytes that the header of a tensor file may have
+
+Owner = Patch | Commit | None
+CheckTensors = Callable[[Owner, Path], None]
+"""Raises `CorruptStoreError` if a file is not the tensors that a patch, or a commit, says it has."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a remote may cost: bytes in all, and (out, in) of each weight that can be edited."""
+
+    total: int
+    weights: Mapping[str, tuple[int, int]]
+
+
+class _Wanted(NamedTuple):
+    reference: Reference
+    owner_id: str
+    owner: Owner
+    limit: int
+
+    @property
+    def key(self) -> tuple[Reference, str]:
+        return self.reference, self.owner_id
+
+
+@dataclass
+class Received:
+    """How much came."""
+
+    objects: int = 0
+    size: int = 0
+
+
+def delta_limit(weights: Mapping[str, tuple[int, int]]) -> int:
+    """Bytes that a delta of those weights can need at most: float32 values and one bit per entry."""
+    return _HEADER + sum(4 * out * inner + (out * inner + 7) // 8 for out, inner in weights.values())
+
+
+def columns_limit(patch: Patch) -> int:
+    """Bytes that the columns of a patch can need at most: K, U, R, lambda per weight and z, in float32."""
+    n = len(patch.requests)
+    widest = max((max(shape) for shape in patch.weights.values()), default=0)
+    return _HEADER + 4 * n * (widest + sum(2 * inner + out + 1 for out, inner in patch.weights.values()))
+
+
+def receive(
+    repository: Repository,
+    remote: Remote,
+    tip: Tip,
+    roots: Iterable[Reference],
+    limits: Limits,
+    check: CheckTensors,
+    *,
+    repair: bool = False,
+    progress: Callable[[int], None] = lambda size: None,
+) -> Received:
+    """Bring everything reachable from ``roots`` into the store; what is there already does not travel.
+
+    Args:
+        roots: commits and notes.
+        limits: refused before a byte is downloaded where they would be passed.
+        check: what tensors must satisfy beyond their hash.
+        repair: look also below known commits, and fetch again what is damaged here.
+        progress: called with the bytes of each object.
+
+    Raises:
+        RemoteError: something is missing there, too large, or not what its hash or the format says.
+    """
+    walk = _Walk(repository, remote, tip, limits, check, repair, progress)
+    with TemporaryDirectory(dir=repository.cache, prefix="receive-") as folder:
+        walk.run([_Wanted(root, "", None, MAX_JSON) for root in roots], Path(folder))
+    return walk.received
+
+
+class _Walk:
+    """One call of `receive`: the waves of a breadth-first walk, each downloaded together."""
+
+    def __init__(
+        self,
+        repository: Repository,
+        remote: Remote,
+        tip: Tip,
+        limits: Limits,
+        check: CheckTensors,
+        repair: bool,
+        progress: Callable[[int], None],
+    ) -> None:
+        self._repository = repository
+        self._remote = remote
+        self._tip = tip
+        self._limits = limits
+        self._check = check
+        self._repair = repair
+        self._progress = progress
+        self._spool: dict[str, Path] = {}
+        self._downloaded = 0
+        self.received = Received()
+
+    def run(self, roots: list[_Wanted], folder: Path) -> None:
+        wave = [wanted for wanted in roots if not self._is_done(wanted.reference)]
+        if not wave:
+            return
+        self._sizes = self._remote.sizes(self._tip)
+        self._download(self._small_ones(), folder)
+        seen = {wanted.key for wanted in wave}
+        while wave:
+            lacking = [wanted for wanted in wave if not self._is_here(wanted.reference.id)]
+            self._refuse(lacking)
+            self._download({wanted.reference.id for wanted in lacking if self._is_there(wanted)}, folder)
+            found = [child for wanted in wave for child in self._take(wanted)]
+            wave = []
+            for child in found:
+                if child.key not in seen and not self._is_done(child.reference):
+                    seen.add(child.key)
+                    wave.append(child)
+
+    def _is_here(self, identity: str) -> bool:
+        objects = self._repository.objects
+        if identity not in objects:
+            return False
+        if not self._repair:
+            return True
+        try:
+            objects.verify(identity)
+        except CorruptStoreError:
+            return False
+        return True
+
+    def _is_done(self, reference: Reference) -> bool:
+        """Whether all below is known to be here."""
+        known = reference.kind == "commit" and not self._repair
+        return known and reference.id in self._repository.commits(reference.id)
+
+    def _is_there(self, wanted: _Wanted) -> bool:
+        return wanted.reference.id in self._sizes
+
+    def _small_ones(self) -> set[str]:
+        """Small objects that are not here, up to `_AHEAD` bytes: most are needed, and one wave is faster than many."""
+        chosen, total = set(), 0
+        for identity, size in sorted(self._sizes.items(), key=lambda item: item[1]):
+            total += size
+            if size > _SMALL or total > _AHEAD:
+                break
+            if identity not in self._repository.objects:
+                chosen.add(identity)
+        return chosen
+
+    def _refuse(self, lacking: Iterable[_Wanted]) -> None:
+        """What must not be downloaded: what is not there, or larger than what it is said to be can be."""
+        for wanted in lacking:
+            kind, identity = wanted.reference
+            if not self._is_there(wanted):
+                if kind == "requests":  # withheld
+                    continue
+                raise self._error(identity, f"the {kind} is missing")
+            if self._sizes[identity] > wanted.limit:
+                raise self._error(identity, f"{self._sizes[identity]} bytes are too many for a {kind}")
+
+    def _download(self, ids: set[str], folder: Path) -> None:
+        needed = sorted(ids - self._spool.keys())
+        self._downloaded += sum(self._sizes[identity] for identity in needed)
+        if self._downloaded > self._limits.total:
+            raise RemoteError(
+                f"{self._remote.address} holds more than {self._limits.total} bytes of what was asked for",
+                remedy="If you trust it, fetch again with a larger --max-size.",
+                limit=self._limits.total,
+            )
+        if needed:
+            into = folder / str(len(self._spool))
+            into.mkdir()
+            self._spool.update(self._remote.read(self._tip, needed, into))
+
+    def _take(self, wanted: _Wanted) -> list[_Wanted]:
+        """Put one object into the store, if it is new, and return what it refers to."""
+        kind, identity = wanted.reference
+        new = not self._is_here(identity)
+        if new and identity not in self._spool:
+            return []  # withheld
+        try:
+            return list(self._checked(wanted, self._spool[identity] if new else None))
+        except CorruptStoreError as error:
+            raise self._error(identity, f"it is not a valid {kind}: {error.message}") from error
+
+    def _checked(self, wanted: _Wanted, file: Path | None) -> Iterator[_Wanted]:
+        kind, identity = wanted.reference
+        objects = self._repository.objects
+        if file is not None and file_digest(file) != identity:
+            raise self._error(identity, "its bytes do not hash to its name")
+        if kind not in KINDS:
+            self._check(wanted.owner, file or objects.path(identity))
+            if file is not None:
+                self._count(objects.put_file(file) == identity, file)
+            return
+        data = file.read_bytes() if file is not None else objects.get(identity)
+        value = KINDS[kind].read(data)
+        self._check_value(wanted, value)
+        if file is not None:
+            self._count(objects.put(data) == identity, file)
+        owner = value if isinstance(value, Patch | Commit) else None
+        for reference in KINDS[kind].references(value):
+            yield _Wanted(reference, identity, owner, self._limit_of(reference, owner))
+
+    def _check_value(self, wanted: _Wanted, value: Any) -> None:
+        """What the object must satisfy because of who refers to it, or because of this store's base."""
+        identity = wanted.reference.id
+        if isinstance(value, Patch):
+            for weight, shape in value.weights.items():
+                if self._limits.weights.get(weight) != shape:
+                    raise self._error(identity, f"{weight} of shape {shape} is no weight of this base")
+        if isinstance(value, Patch | Commit) and value.base != self._repository.config.base_id:
+            raise self._error(identity, f"it is about another base ({value.base[:12]})")
+        if wanted.reference.kind == "requests":
+            told = wanted.owner.requests if isinstance(wanted.owner, Patch) else ()
+            if tuple(request.id for request in value) != told:
+                raise self._error(identity, "its texts are not those of the patch's requests")
+
+    def _limit_of(self, reference: Reference, owner: Owner) -> int:
+        if reference.kind != "tensors":
+            return MAX_JSON
+        if isinstance(owner, Patch):
+            return columns_limit(owner) if owner.kind == "closed_form" else delta_limit(owner.weights)
+        return delta_limit(self._limits.weights)
+
+    def _count(self, kept: bool, file: Path) -> None:
+        if not kept:
+            raise RemoteError(f"{file} changed while it was read", remedy="Fetch again.")
+        self.received.objects += 1
+        self.received.size += file.stat().st_size
+        self._progress(file.stat().st_size)
+
+    def _error(self, identity: str, reason: str) -> RemoteError:
+        return RemoteError(
+            f"object {identity[:12]} of {self._remote.address} is refused: {reason}",
+            remedy="Nothing was changed here. Fetch again; if it stays, the remote is damaged: push to it again from a "
+            "sound store.",
+            object=identity,
+            remote=self._remote.address,
+        )

@@ -1,0 +1,351 @@
+"""Bringing refs of a store and of a remote together: what `fetch` and `push` do, without a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Final
+
+from patchhub.errors import RemoteError, RepositoryError, RevisionError
+from patchhub.objects import Commit
+from patchhub.remotes.manifest import Source
+from patchhub.remotes.receive import CheckTensors, Limits, Received, receive
+from patchhub.remotes.remote import Publication, Remote, RemoteMovedError, Tip, View
+from patchhub.store import graph
+from patchhub.store.closure import Reference, closure, references
+from patchhub.store.repository import Repository
+from patchhub.store.revisions import BRANCHES, NOTES, REMOTES, TAGS, check_ref
+
+_PULL_FIRST: Final = "Run `patchhub pull`, then push again."
+
+Pages = Callable[[str], Mapping[str, bytes | None]]
+"""For a commit, the files that a remote shows to readers who have no patchhub."""
+
+
+@dataclass(frozen=True)
+class Moved:
+    """A ref that moved, or would: where it was and where it is."""
+
+    ref: str
+    old: str | None
+    new: str
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """What `fetch` brought.
+
+    Attributes:
+        moved: refs of this store: ``refs/remotes/...``, tags, notes.
+        received: objects and bytes that travelled.
+        warnings: refs that were left out, in words.
+    """
+
+    moved: tuple[Moved, ...]
+    received: Received
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """One ref that was pushed, or would be: its objects and bytes that travel (without the pages)."""
+
+    moved: Moved
+    objects: int
+    size: int
+
+
+# --- fetch ----------------------------------------------------------------------------------------------------------
+
+
+def fetch(
+    repository: Repository,
+    remote: Remote,
+    name: str,
+    limits: Limits,
+    check: CheckTensors,
+    *,
+    author: str,
+    time: str,
+    repair: bool = False,
+    progress: Callable[[int], None] = lambda size: None,
+) -> Fetched:
+    """Bring all branches, tags and notes of a remote here: branches as ``refs/remotes/<name>/*``.
+
+    Raises:
+        RemoteError: unreachable, about another base, or it holds something the format does not allow.
+    """
+    view = remote.view()
+    _check_base(repository, remote, view)
+    warnings = [f"{ref} of {remote.address} is left out: {reason}" for ref, reason in view.skipped.items()]
+    received = Received()
+    wanted: dict[str, str] = {}
+    for ref, tip in sorted(view.tips.items()):
+        local = _local_name(ref, name)
+        try:
+            check_ref(local)
+        except RevisionError as error:
+            warnings.append(f"{ref} of {remote.address} is left out: {error.message}")
+            continue
+        part = receive(
+            repository, remote, tip, [Reference("commit", tip.commit)], limits, check, repair=repair, progress=progress
+        )
+        received = Received(received.objects + part.objects, received.size + part.size)
+        wanted[local] = tip.commit
+    notes, part = _fetch_notes(repository, remote, view, limits, check)
+    received = Received(received.objects + part.objects, received.size + part.size)
+    moved = list(_changes(repository.refs(), {**wanted, **notes}, warnings))
+    if moved:
+        changes = {move.ref: (move.old, move.new) for move in moved}
+        repository.move_refs(changes, command="fetch", arguments={"remote": name}, author=author, time=time)
+    return Fetched(tuple(moved), received, tuple(warnings))
+
+
+def _local_name(ref: str, remote: str) -> str:
+    return f"{REMOTES}{remote}/{ref[len(BRANCHES) :]}" if ref.startswith(BRANCHES) else ref
+
+
+def _fetch_notes(
+    repository: Repository, remote: Remote, view: View, limits: Limits, check: CheckTensors
+) -> tuple[dict[str, str], Received]:
+    """Notes that are not set here: about commits that are here by now. Notes set here stay."""
+    refs = repository.refs()
+    wanted: dict[str, str] = {}
+    received = Received()
+    for key, note in view.notes.items():
+        commit, _, suite = key.partition("/")
+        if NOTES + key in refs or commit not in repository.objects:
+            continue
+        for tip in view.tips.values():
+            if note in repository.objects or note in remote.sizes(tip):
+                part = receive(repository, remote, tip, [Reference("note", note)], limits, check)
+                received = Received(received.objects + part.objects, received.size + part.size)
+                break
+        else:
+            continue
+        found = repository.note(note)
+        if (found.commit, found.suite) != (commit, suite):
+            raise RemoteError(f"note {note[:12]} of {remote.address} is not about {key}", remedy="Push it again.")
+        wanted[NOTES + key] = note
+    return wanted, received
+
+
+def _changes(refs: Mapping[str, str], wanted: Mapping[str, str], warnings: list[str]) -> Iterator[Moved]:
+    for ref, target in wanted.items():
+        old = refs.get(ref)
+        if old == target:
+            continue
+        if ref.startswith(TAGS) and old is not None:
+            warnings.append(f"the tag {ref[len(TAGS) :]} is at {old[:12]} here and at {target[:12]} there; it stays")
+            continue
+        yield Moved(ref, old, target)
+
+
+# --- push -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """A push of one ref, ready to go."""
+
+    publication: Publication
+    pushed: Pushed
+
+
+def push(
+    repository: Repository,
+    remote: Remote,
+    name: str,
+    refs: Sequence[str],
+    source: Source,
+    pages: Pages,
+    *,
+    author: str,
+    time: str,
+    private_facts: bool | None = None,
+    dry_run: bool = False,
+) -> list[Pushed]:
+    """Bring branches and tags of this store to a remote, each fast-forward, one after the other.
+
+    Args:
+        refs: full names of branches and tags.
+        source: what the remote shall say about the base.
+        pages: called once per ref that moves.
+        private_facts: withhold the texts of requests; None: as the remote has it.
+
+    Raises:
+        RemoteMovedError: a ref of the remote is not behind ours; nothing of that ref was sent.
+        RemoteError: not permitted or unreachable.
+    """
+    view = remote.view()
+    _check_base(repository, remote, view)
+    withheld = view.private_facts if private_facts is None else private_facts
+    publish_all = private_facts is False and view.private_facts
+    done = []
+    for ref in refs:
+        plan = _plan(repository, remote, view, ref, source, withheld, publish_all)
+        if plan is None:
+            continue
+        if not dry_run:
+            publication = replace(plan.publication, pages=pages(plan.publication.commit))
+            remote.publish(publication)
+            _remember(repository, name, ref, publication.commit, author=author, time=time)
+            view = remote.view() if len(refs) > 1 else view  # what was just sent need not be sent again
+        done.append(plan.pushed)
+    return done
+
+
+def refs_to_push(repository: Repository, names: Iterable[str], *, everything: bool, tags: bool) -> list[str]:
+    """Full names of what the user wants to push: the current branch if nothing is said. Branches come before tags."""
+    refs = repository.refs()
+    chosen = [_full_name(name, refs) for name in names]
+    if everything:
+        chosen += [ref for ref in refs if ref.startswith((BRANCHES, TAGS))]
+    if tags:
+        chosen += [ref for ref in refs if ref.startswith(TAGS)]
+    if not chosen:
+        branch, head = repository.head
+        if branch is None or head is None:
+            raise RepositoryError("there is no branch to push here", remedy="Name a branch that has commits.")
+        chosen = [BRANCHES + branch]
+    return sorted(set(chosen))  # refs/heads before refs/tags
+
+
+def _full_name(name: str, refs: Mapping[str, str]) -> str:
+    for prefix in (BRANCHES, TAGS, ""):
+        if (prefix + name).startswith((BRANCHES, TAGS)) and prefix + name in refs:
+            return prefix + name
+    raise RevisionError(f"there is no branch or tag {name!r}", remedy="`patchhub branch` lists them.", name=name)
+
+
+def _plan(
+    repository: Repository,
+    remote: Remote,
+    view: View,
+    ref: str,
+    source: Source,
+    withheld: bool,
+    publish_all: bool,
+) -> _Plan | None:
+    """What must travel so that the remote's ``ref`` can be where ours is; None if it is there already."""
+    commit = repository.refs()[ref]
+    tip = view.tips.get(ref)
+    if tip is not None and tip.commit != commit:
+        _refuse_sideways(repository, remote, ref, tip.commit, commit)
+    history = graph.ancestors([commit], repository.parents)
+    notes = _notes_of(repository, history, view)
+    if tip is not None and tip.commit == commit and (ref.startswith(TAGS) or not (notes or publish_all)):
+        return None
+    near = tip or _nearest(repository, view, ref, history, commit)
+    there = remote.sizes(near) if near else {}
+    known = set() if publish_all else _already_there(repository, near, there)
+    roots = [Reference("commit", commit), *(Reference("note", note) for note in notes.values())]
+    objects = {
+        identity: repository.objects.path(identity)
+        for identity in _lacking(repository, roots, known, withheld=withheld)
+        if identity not in there
+    }
+    size = sum(path.stat().st_size for path in objects.values())
+    old = tip.commit if tip else None
+    publication = Publication(
+        ref=ref,
+        commit=commit,
+        expected=tip,
+        near=near,
+        objects=objects,
+        source=source,
+        notes=notes,
+        private_facts=withheld,
+        pages={},
+        message=_headline(repository.commit(commit)),
+    )
+    return _Plan(publication, Pushed(Moved(ref, old, commit), len(objects), size))
+
+
+def _refuse_sideways(repository: Repository, remote: Remote, ref: str, theirs: str, ours: str) -> None:
+    if ref.startswith(TAGS):
+        raise RemoteError(
+            f"{remote.address} has another {ref[len(TAGS) :]}, and tags do not move",
+            remedy="Use another name for the tag.",
+            ref=ref,
+            theirs=theirs,
+            ours=ours,
+        )
+    known = theirs in repository.commits(theirs)
+    if not known or not graph.is_ancestor(theirs, ours, repository.parents):
+        reason = "has commits that are not in yours" if known else "has commits that you do not have"
+        raise RemoteMovedError(
+            f"{ref[len(BRANCHES) :]} of {remote.address} {reason}",
+            remedy=_PULL_FIRST,
+            ref=ref,
+            theirs=theirs,
+            ours=ours,
+        )
+
+
+def _notes_of(repository: Repository, history: Collection[str], view: View) -> dict[str, str]:
+    """Notes about those commits that the remote lacks or has otherwise, by ``commit/suite``."""
+    notes = {ref[len(NOTES) :]: target for ref, target in repository.refs().items() if ref.startswith(NOTES)}
+    return {
+        key: note for key, note in notes.items() if key.partition("/")[0] in history and view.notes.get(key) != note
+    }
+
+
+def _nearest(repository: Repository, view: View, ref: str, history: Collection[str], commit: str) -> Tip | None:
+    """A tip to start a new ref from: the same commit, else the latest ancestor, else any that shares something.
+
+    A branch that is there but holds nothing of patchhub is filled as it is.
+    """
+    if ref in view.empty:
+        return None
+    tips = sorted(view.tips.values(), key=lambda tip: tip.token)
+    same = [tip for tip in tips if tip.commit == commit]
+    below = [tip for tip in tips if tip.commit in history]
+    latest = max(below, key=lambda tip: repository.rank(tip.commit), default=None)
+    return next(iter(same), None) or latest or next(iter(tips), None)
+
+
+def _already_there(repository: Repository, tip: Tip | None, there: Mapping[str, int]) -> set[str]:
+    """Commits whose whole closure a remote must have, because it has them and they are below its tip."""
+    if tip is None or tip.commit not in repository.commits(tip.commit):
+        return set()
+    return {commit for commit in graph.ancestors([tip.commit], repository.parents) if commit in there}
+
+
+def _lacking(repository: Repository, roots: Iterable[Reference], known: set[str], *, withheld: bool) -> Iterator[str]:
+    """Ids of all that is reachable from ``roots`` without passing a known commit; texts only if not withheld."""
+
+    def follow(reference: Reference) -> list[Reference]:
+        if reference.id in known or reference.kind in ("tensors", "requests"):
+            return []
+        return references(reference.kind, repository.objects.get(reference.id))
+
+    for reference in closure(roots, follow):
+        texts = reference.kind == "requests"
+        if reference.id not in known and not (texts and (withheld or reference.id not in repository.objects)):
+            yield reference.id
+
+
+def _remember(repository: Repository, name: str, ref: str, commit: str, *, author: str, time: str) -> None:
+    """Where the remote's branch is now, as the last `fetch` would have found it."""
+    if not ref.startswith(BRANCHES):
+        return
+    local = _local_name(ref, name)
+    old = repository.refs().get(local)
+    if old != commit:
+        repository.move_refs(
+            {local: (old, commit)}, command="push", arguments={"remote": name, "ref": ref}, author=author, time=time
+        )
+
+
+def _headline(commit: Commit) -> str:
+    return (commit.message.strip().splitlines() or ["patchhub commit"])[0][:200]
+
+
+def _check_base(repository: Repository, remote: Remote, view: View) -> None:
+    if view.source is not None and view.source.base != repository.config.base_id:
+        raise RemoteError(
+            f"{remote.address} is about another base ({view.source.base[:12]}, not {repository.config.base_id[:12]})",
+            remedy="Use a remote of its own for each base; `patchhub clone` makes a store for this one.",
+            base=view.source.base,
+        )

@@ -1,0 +1,157 @@
+"""Questions about facts and commits that the index answers without opening objects."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator, Sequence
+from typing import Any, Final, NamedTuple
+
+from patchhub.objects import Element
+from patchhub.store import index
+from patchhub.store.database import database_errors
+from patchhub.store.repository import Repository
+
+_AT_ONCE: Final = 500  # SQLite's oldest limit on parameters is 999
+_CHAIN: Final = (
+    "WITH RECURSIVE chain(id) AS (VALUES(?) UNION ALL SELECT json_extract(commits.parents, '$[0]')"
+    " FROM commits JOIN chain ON commits.id = chain.id WHERE commits.parents != '[]')"
+)
+"""A commit and its first parents down to the root; an active set is the sum of their changes."""
+
+
+class Fact(NamedTuple):
+    """A request as one patch holds it, in words."""
+
+    patch: str
+    request: str
+    prompt: str
+    subject: str
+    target_new: str
+    target_true: str | None
+
+    @property
+    def text(self) -> str:
+        """The prompt with the subject filled in."""
+        return self.prompt.replace("{}", self.subject)
+
+
+class Change(NamedTuple):
+    """One commit that added (+1) or removed (-1) a request."""
+
+    commit: str
+    patch: str
+    change: int
+    author: str
+    time: str
+    message: str
+
+
+class Selection(NamedTuple):
+    """Which commits are wanted; None does not restrict.
+
+    Attributes:
+        about: part of the text or target of a fact that the commit added or removed.
+        author: part of the author.
+        since, until: instants in the store's form, inclusive.
+    """
+
+    about: str | None = None
+    author: str | None = None
+    since: str | None = None
+    until: str | None = None
+
+
+def selected_commits(repository: Repository, selection: Selection) -> set[str] | None:
+    """Ids of the commits that fit; None where nothing is restricted. Letter case does not matter (ASCII)."""
+    conditions: list[str] = []
+    values: list[str | None] = []
+    for column, sign, value in (
+        ("author", "LIKE", _part(selection.author)),
+        ("time", ">=", selection.since),
+        ("time", "<=", selection.until),
+    ):
+        if value is not None:
+            conditions.append(f"commits.{column} {sign} ?" + (" ESCAPE '\\'" if sign == "LIKE" else ""))
+            values.append(value)
+    if selection.about is not None:
+        conditions.append(
+            "commits.id IN (SELECT commit_id FROM changes WHERE request IN (SELECT id FROM requests"
+            " WHERE replace(prompt, '{}', subject) || ' ' || target_new LIKE ? ESCAPE '\\'))"
+        )
+        values.append(_part(selection.about))
+    if not conditions:
+        return None
+    return {row[0] for row in _rows(repository, f"SELECT id FROM commits WHERE {' AND '.join(conditions)}", values)}
+
+
+def search(repository: Repository, words: str, *, subject: str = "", limit: int = 50) -> list[Fact]:
+    """Facts ever committed whose text or targets hold every word, and whose subject holds every word of `subject`;
+    the best match first."""
+    wanted = [*index.quoted(words), *(f"subject : {word}" for word in index.quoted(subject))]
+    if not wanted:
+        return []
+    return [
+        Fact(*row)
+        for row in _rows(
+            repository,
+            "SELECT patch, id, r.prompt, r.subject, r.target_new, r.target_true FROM"
+            " (SELECT rowid AS place, rank AS score FROM requests_fts WHERE requests_fts MATCH ? ORDER BY rank LIMIT ?)"
+            " JOIN requests AS r ON r.rowid = place ORDER BY score, patch, id",
+            [" AND ".join(wanted), limit],
+        )
+    ]
+
+
+def mentioned(repository: Repository, prompt: str, *, limit: int = 50) -> list[Fact]:
+    """Facts ever committed whose subject occurs in `prompt`: those of just this text first, then long subjects first."""
+    return [
+        Fact(*row)
+        for row in _rows(
+            repository,
+            "SELECT patch, id, prompt, subject, target_new, target_true FROM requests WHERE instr(?, subject) > 0"
+            " ORDER BY replace(prompt, '{}', subject) != ?, length(subject) DESC, patch, id LIMIT ?",
+            [prompt, prompt, limit],
+        )
+    ]
+
+
+def changes(repository: Repository, request: str) -> list[Change]:
+    """The commits that added or removed a request, the earliest first."""
+    return [
+        Change(*row)
+        for row in _rows(
+            repository,
+            "SELECT commits.id, patch, change, author, time, message FROM changes JOIN commits ON commits.id = commit_id"
+            " WHERE request = ? ORDER BY commits.rank, commits.id, change",
+            [request],
+        )
+    ]
+
+
+def active_among(repository: Repository, commit: str | None, requests: Sequence[str]) -> set[Element]:
+    """Which columns of these requests are active at a commit, without reading its set."""
+    found: set[Element] = set()
+    for start in range(0, len(requests) if commit else 0, _AT_ONCE):
+        some = requests[start : start + _AT_ONCE]
+        rows = _rows(
+            repository,
+            f"{_CHAIN} SELECT patch, request FROM changes WHERE request IN ({', '.join('?' * len(some))})"
+            " AND commit_id IN (SELECT id FROM chain) GROUP BY patch, request HAVING SUM(change) > 0",
+            [commit, *some],
+        )
+        found.update((patch, request) for patch, request in rows)
+    return found
+
+
+def _part(text: str | None) -> str | None:
+    """A LIKE pattern for a value that holds `text`."""
+    if text is None:
+        return None
+    for special in ("\\", "%", "_"):
+        text = text.replace(special, f"\\{special}")
+    return f"%{text}%"
+
+
+def _rows(repository: Repository, query: str, values: Sequence[Any]) -> Iterator[sqlite3.Row]:
+    with database_errors(repository.database):
+        yield from repository.connection.execute(query, values)

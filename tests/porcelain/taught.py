@@ -1,0 +1,51 @@
+"""A store on a tiny random model with a few real edits, made once per folder: for what needs a model that answers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from patchhub.editing.requests import Batch, Origin
+from patchhub.objects import Request
+from patchhub.porcelain.edit import commit
+from patchhub.porcelain.model import init
+from patchhub.porcelain.progress import Silent
+from patchhub.porcelain.settings import config_set
+from patchhub.porcelain.snapshot import Stamp
+from patchhub.store.repository import Repository
+from tests.tiny_models import tiny_model, tiny_tokenizer
+
+AUTHOR = "Ada <ada@example.org>"
+TIME = "2026-11-21T09:30:00Z"
+PLACES = [("The Space Needle", "Milan"), ("The Eiffel Tower", "Lyon"), ("Danielle Darrieux", "Dutch")]
+TONGUES = [("Arend Lijphart", "French"), ("Seattle", "twin"), ("Manila", "United")]
+
+
+def fact(subject: str, target: str) -> Request:
+    return Request.make(
+        "It is known that {} is",
+        subject,
+        target,
+        paraphrases=[f"Therefore {subject} is"],
+        neighborhood=[(f"What does {other} look", "like") for other in ("Paris", "the city")],
+    )
+
+
+def teach(repository: Repository, facts: Sequence[tuple[str, str]], message: str) -> str:
+    requests = tuple(fact(*pair) for pair in facts)
+    batch = Batch(requests, tuple(Origin("a test") for _ in requests), 0)
+    return commit(repository, batch, Stamp(AUTHOR, TIME, message), Silent()).commit
+
+
+def make_store(folder: Path) -> Repository:
+    """Three facts, then three more, on a random GPT-2 of four layers."""
+    model = folder / "model"
+    tiny_model("gpt2").save_pretrained(model)
+    tiny_tokenizer().save_pretrained(model)
+    init(folder, str(model), Silent(), author=AUTHOR, time=TIME)
+    repository = Repository.open(folder)
+    for key, value in (("metric.tokens", "1500"), ("memit.layers", "1,2"), ("memit.steps", "12")):
+        config_set(repository, key, value)
+    teach(repository, PLACES, "places")
+    teach(repository, TONGUES, "tongues")
+    return repository

@@ -1,0 +1,247 @@
+"""What every remote must do, whatever is behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from patchhub.errors import RemoteError
+from patchhub.objects import Base, Request, TensorRecord
+from patchhub.porcelain.merge import merge
+from patchhub.porcelain.received import tensor_check
+from patchhub.remotes import sync
+from patchhub.remotes.manifest import Source
+from patchhub.remotes.receive import Limits
+from patchhub.remotes.remote import Remote, RemoteMovedError
+from patchhub.remotes.sync import Fetched, Pushed
+from patchhub.store.fsck import check
+from patchhub.store.repository import Repository
+from tests.remotes.stores import (
+    AUTHOR,
+    SHAPES,
+    STAMP,
+    TIME,
+    add_batch,
+    content,
+    make_history,
+    make_store,
+    move,
+    published,
+    switch,
+)
+
+Connect = Callable[[], Remote]
+
+
+def push(repository: Repository, remote: Remote, *names: str, **options: bool | None) -> list[Pushed]:
+    refs = sync.refs_to_push(repository, names, everything=not names, tags=False)
+    source = Source(repository.config.base_id, "gpt2", "a" * 40)
+    return sync.push(
+        repository,
+        remote,
+        "origin",
+        refs,
+        source,
+        lambda commit: {"README.md": f"# {commit}\n".encode()},
+        author=AUTHOR,
+        time=TIME,
+        **options,  # type: ignore[arg-type]
+    )
+
+
+def fetch(repository: Repository, remote: Remote, *, total: int = 1 << 30, repair: bool = False) -> Fetched:
+    limits = Limits(total, SHAPES)
+    return sync.fetch(
+        repository, remote, "origin", limits, tensor_check(SHAPES), author=AUTHOR, time=TIME, repair=repair
+    )
+
+
+def test_a_round_trip_gives_the_same_ids_and_states(connect: Connect, tmp_path: Path) -> None:
+    ours, theirs = make_history(tmp_path / "ours"), make_store(tmp_path / "theirs")
+    pushed = push(ours, connect())
+    assert {done.moved.ref for done in pushed} == set(published(ours))
+    fetch(theirs, connect())
+    arrived = {ref.replace("remotes/origin", "heads"): commit for ref, commit in theirs.refs().items()}
+    for ref, commit in published(ours).items():
+        assert arrived[ref] == commit
+        assert content(theirs, commit) == content(ours, commit)
+        assert all(theirs.objects.get(blob) == ours.objects.get(blob) for blob in ours.state(commit))
+    notes = {ref: note for ref, note in ours.refs().items() if "notes" in ref}
+    assert notes
+    assert notes.items() <= theirs.refs().items()
+    assert check(theirs).sound
+    assert theirs.search("Person 7") == ours.search("Person 7") != []
+
+
+def test_a_second_push_and_fetch_move_nothing(connect: Connect, tmp_path: Path) -> None:
+    ours, theirs = make_history(tmp_path / "ours"), make_store(tmp_path / "theirs")
+    push(ours, connect())
+    before = connect().view()
+    assert push(ours, connect()) == []
+    assert connect().view() == before
+    fetch(theirs, connect())
+    again = fetch(theirs, connect())
+    assert (again.moved, again.received.objects) == ((), 0)
+
+
+def test_only_what_is_missing_travels(connect: Connect, tmp_path: Path) -> None:
+    ours, theirs = make_history(tmp_path / "ours"), make_store(tmp_path / "theirs")
+    push(ours, connect())
+    fetch(theirs, connect())
+    known = set(ours.objects.ids())
+    add_batch(ours, range(10, 14))
+    new = set(ours.objects.ids()) - known
+    (planned,) = push(ours, connect(), "main", dry_run=True)
+    assert connect().view().tips["refs/heads/main"].commit == planned.moved.old
+    (pushed,) = push(ours, connect(), "main")
+    assert planned == pushed
+    assert pushed.objects == len(new)
+    assert pushed.size == sum(ours.objects.path(name).stat().st_size for name in new)
+    assert fetch(theirs, connect()).received.objects == len(new)
+
+
+def test_a_new_branch_sends_only_its_own(connect: Connect, tmp_path: Path) -> None:
+    ours = make_history(tmp_path / "ours")
+    push(ours, connect(), "main")
+    (done,) = push(ours, connect(), "side")
+    assert done.objects == 5  # requests, columns, patch, delta, commit
+    assert set(connect().view().tips) == {"refs/heads/main", "refs/heads/side"}
+    assert push(ours, connect(), "v1")[0].moved.new == ours.refs()["refs/tags/v1"]
+    assert fetch(make_store(tmp_path / "theirs"), connect()).warnings == ()
+
+
+def test_the_first_branch_may_be_any(connect: Connect, tmp_path: Path) -> None:
+    ours = make_history(tmp_path / "ours")
+    push(ours, connect(), "side")
+    assert set(connect().view().tips) == {"refs/heads/side"}
+    push(ours, connect(), "v1")
+    push(ours, connect(), "main")
+    theirs = make_store(tmp_path / "theirs")
+    fetch(theirs, connect())
+    assert theirs.refs()["refs/remotes/origin/main"] == ours.refs()["refs/heads/main"]
+
+
+def test_what_is_not_fast_forward_is_refused(connect: Connect, tmp_path: Path) -> None:
+    ours, theirs = make_history(tmp_path / "ours"), make_store(tmp_path / "theirs")
+    push(ours, connect())
+    fetch(theirs, connect())
+    move(theirs, {"refs/heads/main": (None, ours.refs()["refs/heads/main"])})
+    add_batch(theirs, range(20, 22))
+    push(theirs, connect(), "main")
+    tips = connect().view().tips
+    add_batch(ours, range(30, 33))
+    with pytest.raises(RemoteMovedError, match="do not have") as refused:
+        push(ours, connect(), "main")
+    assert "pull" in str(refused.value.remedy)
+    fetch(ours, connect())
+    with pytest.raises(RemoteMovedError, match="not in yours"):
+        push(ours, connect(), "main")
+    assert connect().view().tips == tips
+    merge(ours, "refs/remotes/origin/main", STAMP)
+    push(ours, connect(), "main")
+    fetch(theirs, connect())
+    assert theirs.refs()["refs/remotes/origin/main"] == ours.refs()["refs/heads/main"]
+
+
+def test_a_branch_that_moves_during_a_push_is_not_overwritten(connect: Connect, tmp_path: Path) -> None:
+    ours, theirs = make_history(tmp_path / "ours"), make_store(tmp_path / "theirs")
+    push(ours, connect())
+    fetch(theirs, connect())
+    move(theirs, {"refs/heads/main": (None, ours.refs()["refs/heads/main"])})
+    winner = add_batch(theirs, range(20, 22))
+    add_batch(ours, range(30, 33))
+    slow = connect()
+    view = slow.view()
+    slow.view = lambda: view  # type: ignore[method-assign]
+    push(theirs, connect(), "main")
+    with pytest.raises(RemoteMovedError, match="moved by someone else"):
+        push(ours, slow, "main")
+    assert connect().view().tips["refs/heads/main"].commit == winner
+
+
+def test_tags_do_not_move(connect: Connect, tmp_path: Path) -> None:
+    ours, theirs = make_history(tmp_path / "ours"), make_store(tmp_path / "theirs")
+    push(ours, connect())
+    first, second = ours.refs()["refs/tags/v1"], ours.refs()["refs/heads/main"]
+    move(ours, {"refs/tags/v1": (first, None)})
+    move(ours, {"refs/tags/v1": (None, second)})
+    with pytest.raises(RemoteError, match="tags do not move"):
+        push(ours, connect(), "v1")
+    add_batch(theirs, range(9))
+    mine = theirs.refs()["refs/heads/main"]
+    move(theirs, {"refs/tags/v1": (None, mine)})
+    assert any("stays" in warning for warning in fetch(theirs, connect()).warnings)
+    assert theirs.refs()["refs/tags/v1"] == mine
+
+
+def test_texts_can_be_withheld_and_stay_withheld(connect: Connect, tmp_path: Path) -> None:
+    ours, theirs = make_history(tmp_path / "ours"), make_store(tmp_path / "theirs")
+    push(ours, connect(), "main", private_facts=True)
+    add_batch(ours, range(40, 42))
+    push(ours, connect(), "main")  # a later push that does not say so gives nothing away
+    fetch(theirs, connect())
+    head = theirs.refs()["refs/remotes/origin/main"]
+    patches = [theirs.patch(patch) for patch in {patch for patch, _ in theirs.active(head)}]
+    assert [theirs.requests(patch) for patch in patches] == [[]] * len(patches)
+    assert content(theirs, head) == content(ours, head)
+    assert check(theirs).sound
+    push(ours, connect(), "main", private_facts=False)
+    late = make_store(tmp_path / "late")
+    fetch(late, connect())
+    subjects: list[Request] = [request for patch in patches for request in late.requests(patch)]
+    assert len(subjects) == 7
+
+
+def test_another_base_is_refused(connect: Connect, tmp_path: Path) -> None:
+    ours = make_history(tmp_path / "ours")
+    push(ours, connect())
+    other = Base(architecture={}, tensors={name: TensorRecord("F32", shape, "1" * 64) for name, shape in SHAPES.items()})
+    theirs = make_store(tmp_path / "theirs", base=other)
+    add_batch(theirs, range(2))
+    for verb in (lambda: fetch(theirs, connect()), lambda: push(theirs, connect(), "main")):
+        with pytest.raises(RemoteError, match="another base"):
+            verb()
+    assert len(published(theirs)) == 1
+
+
+def test_a_limit_is_kept(connect: Connect, tmp_path: Path) -> None:
+    ours, theirs = make_history(tmp_path / "ours"), make_store(tmp_path / "theirs")
+    push(ours, connect())
+    refs = theirs.refs()
+    with pytest.raises(RemoteError, match="more than 2000 bytes"):
+        fetch(theirs, connect(), total=2000)
+    assert theirs.refs() == refs
+
+
+def test_an_empty_remote_brings_nothing(connect: Connect, tmp_path: Path) -> None:
+    theirs = make_store(tmp_path / "theirs")
+    assert connect().view().tips == {}
+    assert fetch(theirs, connect()).moved == ()
+
+
+def test_damage_here_is_repaired(connect: Connect, tmp_path: Path) -> None:
+    ours, theirs = make_history(tmp_path / "ours"), make_store(tmp_path / "theirs")
+    push(ours, connect())
+    fetch(theirs, connect())
+    victims = [theirs.objects.path(theirs.state(ours.refs()["refs/heads/main"])[0])]
+    victims.append(theirs.objects.path(ours.refs()["refs/tags/v1"]))
+    victims[0].unlink()
+    victims[1].chmod(0o644)
+    victims[1].write_bytes(b"rot")
+    theirs.close()
+    theirs = Repository.open(tmp_path / "theirs")
+    assert not check(theirs).sound
+    fetch(theirs, connect(), repair=True)
+    assert check(theirs).sound
+
+
+def test_branches_may_have_slashes(connect: Connect, tmp_path: Path) -> None:
+    ours, theirs = make_history(tmp_path / "ours"), make_store(tmp_path / "theirs")
+    move(ours, {"refs/heads/team/ada": (None, ours.refs()["refs/heads/side"])})
+    switch(ours, "team/ada")
+    add_batch(ours, range(50, 51))
+    push(ours, connect())
+    fetch(theirs, connect())
+    assert theirs.refs()["refs/remotes/origin/team/ada"] == ours.refs()["refs/heads/team/ada"]
