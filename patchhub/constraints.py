@@ -81,6 +81,8 @@ def difference(common: Columns, added: Columns, removed: Columns) -> LowRank:
     Block elimination of ``common``: with W = M_cc^-1 M_cx and the Schur complement P = M_xx - M_xc W, the columns x
     contribute (R_x - R_c W) P^-1 (U_x - U_c W)^T on top of the common ones.
     """
+    for columns in (common, added, removed):
+        _refuse_unsound(columns)
     factor = _cholesky(_gram(common, common) + np.diag(_f64(common.ridge))) if len(common) else np.zeros((0, 0))
     gain = _contribution(common, factor, added)
     loss = negative(_contribution(common, factor, removed))
@@ -117,6 +119,15 @@ def proof(deltas: Sequence[Delta], columns: Columns) -> float:
     return distance / size if size else distance
 
 
+def _refuse_unsound(columns: Columns) -> None:
+    arrays = (columns.keys, columns.preimages, columns.residuals, columns.ridge)
+    if not all(np.isfinite(array).all() for array in arrays) or (columns.ridge <= 0).any():
+        raise EditError(
+            "recorded columns are not finite, or have lambda <= 0",
+            remedy="Check the settings (lambda > 0) and the base's weights for values that are not finite.",
+        )
+
+
 def _contribution(common: Columns, factor: Float[np.ndarray, "c c"], extra: Columns) -> LowRank:
     if not len(extra):
         out, inner = extra.shape
@@ -146,8 +157,8 @@ def _cholesky(matrix: Float[np.ndarray, "n n"]) -> Float[np.ndarray, "n n"]:
         factor: Float[np.ndarray, "n n"] = np.linalg.cholesky(matrix)
     except LinAlgError as error:
         raise EditError(
-            "the recorded columns do not have a positive definite Gram matrix (not finite, or lambda <= 0)",
-            remedy="Check the settings (lambda > 0) and the base's weights for values that are not finite.",
+            "the recorded columns do not have a positive definite Gram matrix",
+            remedy="Raise lambda: the requests' keys are too much alike for the precision of what is stored.",
         ) from error
     return factor
 

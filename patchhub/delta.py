@@ -193,7 +193,7 @@ def read_deltas(source: bytes | Path, shapes: Mapping[str, tuple[int, int]]) -> 
     """
     try:
         tensors = load(source if isinstance(source, bytes) else source.read_bytes())
-    except (SafetensorError, ValueError) as error:
+    except (SafetensorError, ValueError, KeyError) as error:
         raise CorruptStoreError(f"a delta is not a readable safetensors file ({error})", remedy=_REMEDY) from error
     grouped: dict[str, dict[str, np.ndarray]] = {}
     for name, array in tensors.items():
@@ -227,8 +227,8 @@ def _delta(weight: str, parts: Mapping[str, np.ndarray], shape: tuple[int, int])
         return Dense(parts["dense"])
     size = math.ceil(out * inner / 8)
     if arrays.keys() == {"mask", "values"} and arrays["mask"] == (size,):
-        ones = int(np.unpackbits(parts["mask"], count=out * inner).sum())
-        if arrays["values"] == (ones,):
+        bits = np.unpackbits(parts["mask"])
+        if arrays["values"] == (int(bits[: out * inner].sum()),) and not bits[out * inner :].any():
             return Sparse(shape, parts["mask"], parts["values"])
     raise CorruptStoreError(f"the delta of {weight} does not have the shape {shape}", remedy=_REMEDY, weight=weight)
 

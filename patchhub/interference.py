@@ -16,9 +16,9 @@ from patchhub.constraints import Columns
 from patchhub.delta import Delta, image
 
 KEY_COSINE = 0.5
-"""Keys with a larger cosine (in absolute value) count as near one another."""
+"""Keys with a larger cosine (in absolute value) count as near: facts about one subject, see docs/version-control.md."""
 RESIDUAL_COSINE = 0.9
-"""Residuals with a smaller cosine count as different; see docs/version-control.md for what real facts have."""
+"""Residuals with a smaller cosine count as different: different targets have less than 0.6."""
 
 _BLOCK = 1024  # rows of a cosine matrix that are held at a time
 

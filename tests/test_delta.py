@@ -286,7 +286,6 @@ def test_what_the_format_does_not_allow_is_refused(kind):
     assert "\n" not in caught.value.message
 
 
-@pytest.mark.xfail(strict=True, reason="BUG in delta._delta: padding bits of the mask are not looked at")
 def test_bits_behind_the_last_place_of_a_mask_are_refused():
     """They change nothing, so two files would mean one delta."""
     mask = np.array([0, 0, 0b00000001], np.uint8)  # 20 places: the last 4 bits are padding
@@ -304,7 +303,6 @@ def test_truncated_bytes_are_refused_wherever_they_end():
         read_deltas(written + b"\0", shapes)
 
 
-@pytest.mark.xfail(strict=True, raises=KeyError, reason="BUG in delta.read_deltas: safetensors raises KeyError")
 def test_bfloat16_is_refused():
     """NumPy has no bfloat16, so the format leaves it out."""
     written = save({"w.dense": np.zeros((4, 5), np.float16)}).replace(b'"F16"', b'"BF16"', 1)

@@ -64,6 +64,11 @@ def losses(
     return loss, right
 
 
+def truth(request: Request) -> str:
+    assert request.target_true is not None
+    return request.target_true
+
+
 def share(right: Sequence[bool]) -> float:
     return sum(right) / len(right)
 
@@ -87,9 +92,9 @@ def test_it_is_a_float16_llama_with_tied_embeddings(model: LlamaForCausalLM) -> 
 
 def test_it_knows_its_facts(model: LlamaForCausalLM, tokenizer: Any, facts: Sequence[Request]) -> None:
     assert len(facts) >= 300
-    _, right = losses(model, tokenizer, [(fact.text, fact.target_true) for fact in facts])
+    _, right = losses(model, tokenizer, [(fact.text, truth(fact)) for fact in facts])
     assert share(right) >= 0.97
-    paraphrases = [(text, fact.target_true) for fact in facts[::3] for text in fact.paraphrases]
+    paraphrases = [(text, truth(fact)) for fact in facts[::3] for text in fact.paraphrases]
     _, right = losses(model, tokenizer, paraphrases)
     assert share(right) >= 0.97
 
@@ -98,7 +103,7 @@ def test_it_knows_its_facts_in_the_middle_of_a_text(
     model: LlamaForCausalLM, tokenizer: Any, facts: Sequence[Request]
 ) -> None:
     before = "The capital of Peru is Lima. My sister waited by the sea."
-    _, right = losses(model, tokenizer, [(f"{before} {fact.text}", fact.target_true) for fact in facts[::3]])
+    _, right = losses(model, tokenizer, [(f"{before} {fact.text}", truth(fact)) for fact in facts[::3]])
     assert share(right) >= 0.97
 
 
@@ -142,7 +147,7 @@ def test_the_demo_changes_facts_that_the_model_knows(
     assert all(known[edit.prompt, edit.subject] == edit.target_true for edit in demo)
     assert all(edit.subject in text for edit in demo for text in (edit.text, *edit.paraphrases))
 
-    true, right = losses(model, tokenizer, [(edit.text, edit.target_true) for edit in demo])
+    true, right = losses(model, tokenizer, [(edit.text, truth(edit)) for edit in demo])
     false, wrong = losses(model, tokenizer, [(edit.text, edit.target_new) for edit in demo])
     assert all(right)
     assert not any(wrong)

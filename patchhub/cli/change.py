@@ -37,7 +37,7 @@ author_option = click.option("--author", help='Who makes this change, "Ada <ada@
 @click.command()
 @click.argument("file", required=False)
 @click.option("-m", "--message", required=True, help="Why.")
-@click.option("--method", help="The editor. Default: memit.")
+@click.option("--method", help="The editor: memit (default) or pmet.")
 @click.option("--prompt", help='One fact from the command line: "The mother tongue of {} is".')
 @click.option("--subject", help="Its subject.")
 @click.option("--target", help="What the model shall say.")

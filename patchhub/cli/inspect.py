@@ -1,10 +1,9 @@
-"""Commands that find out: search, blame, bisect."""
+"""Commands that find out: search, blame, bisect, merge-base."""
 
 from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
     from patchhub.store.repository import Repository
 
 _SHOWN = 10
+_STDERR = 2  # the descriptor: stdout is for the result alone
 
 
 @click.command()
@@ -147,6 +147,24 @@ def bisect(
         _bisection(found)
 
 
+@click.command("merge-base")
+@click.argument("one")
+@click.argument("other")
+@repo_option
+@json_option
+@reports_errors
+def merge_base(one: str, other: str, repo: Path | None, as_json: bool) -> None:
+    """The newest commits that ONE and OTHER both have; `base` if they share nothing else."""
+    from patchhub.porcelain.history import merge_bases
+
+    found = merge_bases(open_repository(repo), one, other)
+    if as_json:
+        print_json(found)
+        return
+    for commit in found or ["base"]:
+        say(commit)
+
+
 def _command_check(repository: Repository, command: tuple[str, ...], base: str | None) -> Check:
     from patchhub.porcelain.bisect import command_check
     from patchhub.porcelain.progress import Silent
@@ -154,7 +172,7 @@ def _command_check(repository: Repository, command: tuple[str, ...], base: str |
     def run(model: Path, commit: str | None) -> int:
         environment = {**os.environ, "PATCHHUB_MODEL": str(model), "PATCHHUB_COMMIT": commit or "base"}
         try:
-            return subprocess.run(command, env=environment, stdout=sys.stderr.fileno(), check=False).returncode
+            return subprocess.run(command, env=environment, stdout=_STDERR, check=False).returncode
         except OSError as error:
             raise SettingsError(
                 f"cannot run {command[0]!r}: {error.strerror}", remedy="Give a program and its arguments after `--`."
@@ -239,4 +257,4 @@ def _change(change: Change) -> str:
     return f"{verb} in {change.commit[:12]} by {change.author}, {change.time}: {subject}"
 
 
-COMMANDS = (search, blame, bisect)
+COMMANDS = (search, blame, bisect, merge_base)

@@ -1,4 +1,4 @@
-"""Commands that join histories: merge."""
+"""Commands that join histories: merge, refresh."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from patchhub.cli.terminal import (
+    bars,
     json_option,
     open_repository,
     print_json,
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from patchhub.porcelain.contradictions import Contradiction, Resolution, Side
     from patchhub.porcelain.merge import Merged, Stopped
     from patchhub.porcelain.prediction import Loss, Prediction
+    from patchhub.porcelain.refresh import Refreshed
+    from patchhub.porcelain.snapshot import Stamp
     from patchhub.store.repository import Repository
 
 _SHOWN = 8
@@ -39,6 +42,7 @@ _SHOWN = 8
     type=click.Path(path_type=Path, dir_okay=False),
     help='JSON file that decides them one by one: {"The mother tongue of Ada is": "theirs", ...}.',
 )
+@click.option("--refresh", "again", is_flag=True, help="Then record what REV brought again on the merged state.")
 @click.option("--dry-run", is_flag=True, help="Only say what would contradict or weaken what.")
 @click.option("--continue", "resume", is_flag=True, help="Take up a stopped merge, with --choices, --ours or --theirs.")
 @click.option("--abort", is_flag=True, help="Leave a stopped merge.")
@@ -52,6 +56,7 @@ def merge(
     no_ff: bool,
     prefer: Any,
     choices: Path | None,
+    again: bool,
     dry_run: bool,
     resume: bool,
     abort: bool,
@@ -61,8 +66,8 @@ def merge(
 ) -> None:
     """Bring what REV changed into the current branch.
 
-    Each fact is merged on its own: what one side changed since the two parted is kept. Where the sides answer one prompt differently the merge
-    stops and lists both answers. The weights are solved from recorded columns: no model runs.
+    Each fact is merged on its own: what one side changed since the two parted is kept. Where the sides answer one prompt
+    differently the merge stops and lists both answers. The weights are solved from recorded columns: no model runs.
     """
     from patchhub.porcelain import merge as porcelain
 
@@ -84,14 +89,54 @@ def merge(
         done = porcelain.continue_merge(repository, by, resolution=resolution)
     else:
         done = porcelain.merge(repository, rev, by, resolution=resolution, fast_forward=not no_ff)
-    if as_json:
-        print_json(done.to_json())
     if isinstance(done, porcelain.Stopped):
-        if not as_json:
+        if as_json:
+            print_json(done.to_json())
+        else:
             _report_stopped(done)
         raise SystemExit(ContradictionError.exit_code)
-    if not as_json:
-        _report_merged(repository, done)
+    again = again and done.outcome == "merged"
+    refreshed = _refresh(repository, stamp(repository, author, "")) if again else None
+    if as_json:
+        print_json({**done.to_json(), **({"refreshed": refreshed.to_json()} if refreshed else {})})
+        return
+    _report_merged(repository, done)
+    if refreshed:
+        _report_refreshed(refreshed)
+
+
+@click.command()
+@click.option("-m", "--message", default="", help="Why. Default: says how many facts.")
+@click.option("--author", help='Who makes this change, "Ada <ada@example.org>".')
+@repo_option
+@json_option
+@reports_errors
+def refresh(message: str, author: str | None, repo: Path | None, as_json: bool) -> None:
+    """Record facts again whose recording is stale, and on a merge those that it brought, as a new commit.
+
+    Forward passes of the model alone: the values that were optimised when the facts were written are kept.
+    """
+    repository = open_repository(repo)
+    done = _refresh(repository, stamp(repository, author, message))
+    if as_json:
+        print_json(done.to_json())
+    else:
+        _report_refreshed(done)
+
+
+def _refresh(repository: Repository, by: Stamp) -> Refreshed:
+    from patchhub.porcelain.refresh import refresh as run
+
+    with bars() as progress:
+        return run(repository, by, progress)
+
+
+def _report_refreshed(done: Refreshed) -> None:
+    say(
+        f"[{done.commit[:12]}] {_count(len(done.facts), 'fact')} recorded again in {done.seconds:.1f} s; proof {done.proof:.1e}"
+    )
+    if done.left:
+        say(f"{_count(done.left, 'fact')} left as they were: the texts are withheld", fg="yellow")
 
 
 def _resolution(choices: Path | None, prefer: Side | None) -> Resolution:
@@ -165,9 +210,10 @@ def _report_prediction(found: Prediction) -> None:
 def _report_contradictions(contradictions: tuple[Contradiction, ...]) -> None:
     for found in contradictions:
         say(f"\n  {found.text}")
+        width = max(len(claim.request.target_new) for claim in (*found.ours, *found.theirs))
         for side, colour in (("ours", "green"), ("theirs", "red")):
             for claim in found.ours if side == "ours" else found.theirs:
-                target = click.style(claim.request.target_new, fg=colour, bold=True)
+                target = click.style(f"{claim.request.target_new:<{width}}", fg=colour, bold=True)
                 message = next(iter(claim.message.splitlines()), "")
                 say(f"    {side:<6} {target}   {claim.author} in {claim.commit[:12]} “{message}”, {claim.time[:10]}")
 
@@ -206,4 +252,4 @@ def _count(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
-COMMANDS = (merge,)
+COMMANDS = (merge, refresh)

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from patchhub.constraints import Columns, difference, no_columns
 from patchhub.delta import Delta, LowRank, add, image, to_dense
 from patchhub.editing.locate import Encoded
 from patchhub.editing.metric import MetricCache
+from patchhub.editing.values import Values
 from patchhub.models.tracing import Pass, Stack, right_padded
 
 _TOKENS_PER_CHUNK = 8192
@@ -51,6 +52,27 @@ class Recording:
 
     columns: dict[str, Columns]
     change: dict[str, LowRank]
+
+
+@dataclass(frozen=True, eq=False)
+class Edit:
+    """What an editor made: columns and changes per weight, and the optimised values."""
+
+    recording: Recording
+    values: Values
+
+
+@dataclass(frozen=True)
+class Spread:
+    """How what is missing at the last layer is shared among layers.
+
+    Attributes:
+        measured: where values live: in the residual stream after the last "block", or at its feed-forward "projection".
+        divisor: from the number of layers still to write, this one included, to what the missing part is divided by.
+    """
+
+    measured: Literal["block", "projection"]
+    divisor: Callable[[int], float]
 
 
 def key_rows(encoded: Sequence[Sequence[Encoded]]) -> list[KeyRow]:
@@ -88,13 +110,15 @@ def record(
     ridge: float,
     metric: MetricCache,
     state: State,
+    spread: Spread,
     *,
     progress: Callable[[int], None] = lambda layers: None,
 ) -> Recording:
-    """Spread targets z at the output of the last layer over all layers (MEMIT, Meng et al. 2023, eq. 20 and algorithm 1).
+    """Spread targets z of the last layer over all layers (MEMIT, Meng et al. 2023, eq. 20 and algorithm 1).
 
     Args:
         layers: edited layers, ascending; z belongs to the last.
+        targets: z of each request, where ``spread`` measures.
         ridge: lambda of every request.
         state: what the stack's weights already hold besides W0.
     """
@@ -108,8 +132,8 @@ def record(
         with side_paths(stack, written):
             for chunk in chunks:
                 chunk.hidden = chunk.step.run(chunk.hidden, before, layer)
-            keys, reached = _read(stack, chunks, layer, layers[-1], targets.shape)
-        share = (targets.double() - reached) / (len(layers) - number)
+            keys, reached = _read(stack, chunks, layer, layers[-1], targets.shape, spread)
+        share = (targets.double() - reached) / spread.divisor(len(layers) - number)
         columns[names[layer]], change[names[layer]] = _extend(keys, share, ridge, metric, names[layer], state)
         written[layer] = [change[names[layer]]]
         before = layer
@@ -172,20 +196,21 @@ def _extend(
 
 
 def _read(
-    stack: Stack, chunks: Sequence[_Chunk], layer: int, last_layer: int, shape: torch.Size
+    stack: Stack, chunks: Sequence[_Chunk], layer: int, last_layer: int, shape: torch.Size, spread: Spread
 ) -> tuple[Float[Tensor, "n in"], Float[Tensor, "n d"]]:
-    """Mean keys at ``layer`` and the hidden states that the bare prompts reach after ``last_layer``, float64 on the CPU."""
+    """Mean keys at ``layer`` and what the bare prompts reach at ``last_layer``, float64 on the CPU."""
     keys: Tensor | None = None
     reached = torch.zeros(shape, dtype=torch.float64)
     for chunk in chunks:
         rows = torch.arange(len(chunk.last))
-        with stack.watch_keys([layer]) as seen:
+        with stack.watch_keys([layer]) as seen, stack.watch_values([last_layer]) as projected:
             hidden = chunk.step.run(chunk.hidden, layer, (last_layer if chunk.bare else layer) + 1)
         found = seen[layer][rows.to(seen[layer].device), chunk.last.to(seen[layer].device)].double().cpu()
         if keys is None:
             keys = torch.zeros(shape[0], found.shape[1], dtype=torch.float64)
         keys.index_add_(0, chunk.request, found * chunk.weight[:, None])
         if chunk.bare:
+            hidden = projected[last_layer] if spread.measured == "projection" else hidden
             reached[chunk.request] = hidden[rows.to(hidden.device), chunk.last.to(hidden.device)].double().cpu()
     assert keys is not None
     return keys, reached

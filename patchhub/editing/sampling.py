@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
+from patchhub.editing.locate import tokenise
 from patchhub.models.tracing import Stack
 
 # The five openings of the published MEMIT code (memit_main.py, get_context_templates).
@@ -44,7 +45,7 @@ def context_templates(stack: Stack, tokenizer: Any, *, length: int = 10, seed: i
     generator = torch.Generator().manual_seed(seed)
     found = []
     for opening in _OPENINGS:
-        start = torch.tensor([tokenizer(opening)["input_ids"]])
+        start = torch.tensor([tokenise(tokenizer, [opening])[0][0]])
         tokens = continue_tokens(stack, start, length, generator, top_k=5)
         text = tokenizer.decode(tokens[0], skip_special_tokens=True)
         found.append(" ".join(text.replace("{", " ").replace("}", " ").split()) + ". {}")
@@ -68,7 +69,8 @@ def sample_documents(
     generator = torch.Generator().manual_seed(seed)
     vocabulary = stack.model.config.get_text_config().vocab_size
     allowed = torch.tensor(sorted(set(range(vocabulary)) - set(tokenizer.all_special_ids)))
-    front = [token for token in tokenizer("")["input_ids"] if token != tokenizer.eos_token_id]
+    ids, offsets = tokenise(tokenizer, ["a"])[0]
+    front = [token for token, (begin, end) in zip(ids, offsets, strict=True) if begin == end]
     documents: list[list[int]] = []
     while len(documents) * length < total:
         rows = min(_BATCH, -(-(total - len(documents) * length) // length))

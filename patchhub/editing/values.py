@@ -11,8 +11,8 @@ by Adam, with ||delta|| clamped to clamp ||h|| for each part and a stop once the
 
 Requests do not interact: they are optimised many at a time, each with its own Adam state, clamp and stop. Nothing that delta
 cannot change is computed twice. Blocks below the site and all positions before the subject's last token run once; the steps run the
-blocks above from that token on, over kept keys and values, and the head where a target is predicted. Rows of similar length
-share a batch, and finished requests leave it.
+blocks above from that token on, over kept keys and values, and the head where a target is predicted. Rows of one length
+share a batch, and finished requests leave it at once.
 """
 
 from __future__ import annotations
@@ -32,7 +32,6 @@ from patchhub.models.tracing import Pass, Prefix, Stack, left_padded, right_padd
 
 _BETAS, _ADAM_EPSILON = (0.9, 0.999), 1e-8  # torch.optim.Adam's defaults, which the published code uses
 _FALLING_FACTOR, _KL_LIMIT = 0.1, 0.01  # PMET's extra stop rule (compute_zs.py)
-_COMPACT_WHEN = 0.15  # rebuild the batch when this share of its requests has finished
 _TOKENS_PER_BATCH = 1536  # positions that one step computes; small enough for the caches of a CPU
 
 
@@ -250,7 +249,7 @@ def optimise_values(
             if step.gradient is None or bool(step.done.all()):
                 break
             batch = _adam(batch, step, number, settings)
-            if step.done.sum() > _COMPACT_WHEN * len(step.done):
+            if bool(step.done.any()):
                 progress(int(step.done.sum()))
                 batch = _without(batch, step.done)
         progress(len(batch.index))
@@ -258,14 +257,16 @@ def optimise_values(
 
 
 def _batches(facts: Sequence[Fact]) -> list[list[int]]:
-    """Indices grouped so that the rows of a group have similar lengths and one step a bounded number of positions."""
+    """Indices grouped so that the bare rows of a group are equally long and one step computes a bounded number of positions."""
     order = sorted(range(len(facts)), key=lambda i: (_suffix(facts[i].rows[0]), facts[i].rows[-1].subject_last))
     groups: list[list[int]] = []
+    length = 0
     for index in order:
         rows, suffix = len(facts[index].rows), _suffix(facts[index].rows[0])
-        if not groups or (len(groups[-1]) + 1) * rows * suffix > _TOKENS_PER_BATCH:
+        if suffix != length or (len(groups[-1]) + 1) * rows * suffix > _TOKENS_PER_BATCH:
             groups.append([])
         groups[-1].append(index)
+        length = suffix
     return groups
 
 
@@ -351,7 +352,7 @@ def _evaluate(site: Site, batch: _Batch, settings: ValueSettings, *, last: bool)
 
 
 def _adam(batch: _Batch, step: _Step, number: int, settings: ValueSettings) -> _Batch:
-    """One Adam step and the clamp, for the facts that are not done."""
+    """One Adam step and the clamp."""
     assert step.gradient is not None
     first = _BETAS[0] * batch.first_moment + (1 - _BETAS[0]) * step.gradient
     second = _BETAS[1] * batch.second_moment + (1 - _BETAS[1]) * step.gradient.square()
@@ -361,7 +362,7 @@ def _adam(batch: _Batch, step: _Step, number: int, settings: ValueSettings) -> _
     delta = delta * (limit / delta.norm(dim=-1, keepdim=True).clamp(min=1e-12)).clamp(max=1.0)
     return replace(
         batch,
-        delta=torch.where(step.done[:, None, None], batch.delta, delta),
+        delta=delta,
         first_moment=first,
         second_moment=second,
         nll_factor=settings.nll_factor * torch.where(step.sure, _FALLING_FACTOR, 1.0),

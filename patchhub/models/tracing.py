@@ -8,7 +8,7 @@ called with them. Positions, masks and caches are therefore always the model's o
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from patchhub.errors import UnsupportedModelError
@@ -141,7 +142,7 @@ class Stack:
         self, ids: Int[Tensor, "batch time"], mask: Int[Tensor, "batch time"], positions: Int[Tensor, "batch time"]
     ) -> Prefix:
         """The keys and values of every block over a batch of prefixes (padded on the left)."""
-        cache = DynamicCache(config=self.model.config)
+        cache = DynamicCache()  # without a config: sliding layers keep every position, and the mask does the sliding
         self.decoder(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
         return Prefix.of(cache)
 
@@ -160,12 +161,19 @@ class Stack:
         def keep(layer: int) -> Any:
             return lambda module, args: seen.__setitem__(layer, args[0])
 
-        handles = [self.ffn_out[layer].register_forward_pre_hook(keep(layer)) for layer in layers]
-        try:
+        with _removed(self.ffn_out[layer].register_forward_pre_hook(keep(layer)) for layer in layers):
             yield seen
-        finally:
-            for handle in handles:
-                handle.remove()
+
+    @contextmanager
+    def watch_values(self, layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
+        """While open, the latest output of the FFN output projection of each layer: (batch, time, d)."""
+        seen: dict[int, Tensor] = {}
+
+        def keep(layer: int) -> Any:
+            return lambda module, args, output: seen.__setitem__(layer, output)
+
+        with _removed(self.ffn_out[layer].register_forward_hook(keep(layer)) for layer in layers):
+            yield seen
 
     @torch.no_grad()
     def _probe(self) -> tuple[nn.Module, bool]:
@@ -218,6 +226,17 @@ def _padded(rows: Sequence[Sequence[int]], device: torch.device, *, left: bool) 
         mask[index, span] = 1
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     return ids.to(device), mask.to(device), positions.to(device)
+
+
+@contextmanager
+def _removed(handles: Iterable[RemovableHandle]) -> Iterator[None]:
+    """Hooks that go when the block ends."""
+    added = list(handles)
+    try:
+        yield
+    finally:
+        for handle in added:
+            handle.remove()
 
 
 @contextmanager

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from patchhub.editing.requests import contradiction_error, find_contradictions
-from patchhub.errors import EditError, RequestError, RevisionError
-from patchhub.objects import EMPTY_SET, Commit, Element, Request
+from patchhub.errors import RequestError, RevisionError
+from patchhub.objects import Commit, Element, Request
 from patchhub.porcelain.facts import active_requests
+from patchhub.porcelain.recorded import one_metric, recorded_again, stale_requests
 from patchhub.porcelain.snapshot import Draft, Stamp, snapshot
 from patchhub.store.repository import Repository
 
@@ -123,34 +124,6 @@ def cherry_pick(repository: Repository, revision: str, stamp: Stamp, *, on_confl
     return _carry_out(repository, change, Stamp(stamp.author, stamp.time, message), "cherry-pick", {"commit": identity})
 
 
-def stale_requests(repository: Repository, elements: frozenset[Element]) -> int:
-    """How many columns of a set were recorded on a state that is not part of the set."""
-    stale = 0
-    for patch in {patch for patch, _ in elements}:
-        made_on = repository.patch(patch).made_on
-        below = repository.set_of(made_on) if made_on not in (None, EMPTY_SET) else frozenset()
-        if below is None or not below <= elements:
-            stale += sum(1 for found, _ in elements if found == patch)
-    return stale
-
-
-def one_metric(repository: Repository, elements: Iterable[Element]) -> str | None:
-    """The metric of all columns of a set; None where nothing in it has one.
-
-    Raises:
-        EditError: they are of more than one, so nothing solves them together.
-    """
-    metrics = {repository.patch(patch).metric for patch in {patch for patch, _ in elements}} - {None}
-    if len(metrics) > 1:
-        listed = sorted(str(metric) for metric in metrics)
-        raise EditError(
-            f"the facts are recorded with different metrics ({', '.join(metric[:12] for metric in listed)})",
-            remedy="Write one side's facts again on the other with `patchhub commit`; columns of two metrics do not mix.",
-            metrics=listed,
-        )
-    return next(iter(metrics), None)
-
-
 def largest_proof(commit: Commit) -> float:
     """The largest of a commit's proofs over its weights, 0 for the unpatched model."""
     return max((float(value) for value in commit.check["proof"].values()), default=0.0)
@@ -163,6 +136,7 @@ def _carry_out(
     _, head = repository.head
     before = repository.active(head)
     removed = change.remove & before
+    removed |= recorded_again(repository, change.remove - removed, before)
     staying = {request for _, request in before - removed if request is not None}
     restored = frozenset(element for element in change.restore - before if element[1] not in staying)
     after = (before - removed) | restored
@@ -179,7 +153,8 @@ def _carry_out(
         raise contradiction_error(contradictions)
     identity = snapshot(repository, Draft((head,) if head else (), after, metric, command, arguments), stamp)
     commit = repository.commit(identity)
-    skipped = (change.remove - removed) | (change.restore - restored)
+    again = {request for _, request in removed - change.remove}
+    skipped = {e for e in change.remove - removed if e[1] not in again} | (change.restore - restored)
     return Changed(
         commit=identity,
         removed=_texts(repository, removed),
@@ -252,7 +227,11 @@ def _words(repository: Repository, change: _Change, title: str, partly: bool) ->
     """What is reverted: a commit, some facts of one, or some facts."""
     if not partly:
         return title
-    requests = active_requests(repository, change.remove | change.restore).values()
-    texts = sorted({request.text for request in requests})
-    facts = f"“{texts[0]}”" if len(texts) == 1 else f"{len(change.remove | change.restore)} facts"
+    requests = list(active_requests(repository, change.remove | change.restore).values())
+    texts, subjects = {request.text for request in requests}, {request.subject for request in requests}
+    count = len(change.remove | change.restore)
+    if len(texts) == 1:
+        facts = f"“{texts.pop()}”"
+    else:
+        facts = f"{count} facts about {subjects.pop()}" if len(subjects) == 1 else f"{count} facts"
     return f"{facts} of {title}" if title else facts

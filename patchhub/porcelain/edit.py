@@ -8,13 +8,13 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any, Literal
 
-import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from patchhub.delta import Delta
-from patchhub.editing import memit
-from patchhub.editing.record import State
+from patchhub.editing.editors import EDITORS
+from patchhub.editing.record import Edit, State
 from patchhub.editing.requests import Batch, contradiction_error, find_contradictions
+from patchhub.editing.settings import EditSettings
 from patchhub.errors import RequestError, SettingsError
 from patchhub.evaluation.metrics import score_targets
 from patchhub.models.architectures import Architecture, additive_probe, describe, read_config
@@ -95,7 +95,7 @@ def commit(
     """Write ``batch`` on top of HEAD and move the current branch to the new commit.
 
     Args:
-        method: the editor; "memit".
+        method: the editor, "memit" or "pmet".
         settings: its settings that differ from the repository's config and the default rule.
         text: files to compute the metric from; only before the first commit.
         on_conflict: what a contradiction with an active fact does: refuse the commit, replace the old fact, or keep both.
@@ -105,13 +105,13 @@ def commit(
         BaseError: the base is missing, changed or cannot be edited.
         EditError: the edit failed; nothing was committed.
     """
-    if method != "memit":
-        raise SettingsError(f"there is no editor {method!r}", remedy="Use --method memit.")
+    if method not in EDITORS:
+        raise SettingsError(f"there is no editor {method!r}", remedy=f"The editors are {', '.join(EDITORS)}.")
     begun = perf_counter()
     plan = _plan(repository, batch, on_conflict)
     checkpoint = open_base(repository)
     architecture = describe(read_config(checkpoint.folder))
-    chosen = _settings(repository, architecture, settings or {})
+    chosen = _settings(repository, method, architecture, settings or {})
     progress.stage("loading the base", 0)
     model = load_for_editing(repository, checkpoint, [architecture.ffn_weight(layer) for layer in chosen.layers])
     tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, local_files_only=True)
@@ -121,8 +121,9 @@ def commit(
     for layer in chosen.layers:
         additive_probe(model, architecture, layer)
     recorder = open_recorder(repository, stack, tokenizer, chosen.layers, text, progress)
-    edit = _edit(stack, tokenizer, plan, recorder, chosen, State(read_columns(repository, plan.kept), deltas), progress)
-    patch = _store_patch(repository, plan, recorder, chosen, edit)
+    below = State(read_columns(repository, plan.kept), deltas)
+    edit = _edit(stack, tokenizer, plan, recorder, method, chosen, below, progress)
+    patch = _store_patch(repository, plan, recorder, method, chosen, edit)
     elements = plan.kept | patch.elements
     change = None if plan.replaced else edit.recording.change
     progress.stage("writing the commit", 0)
@@ -176,17 +177,18 @@ def _plan(repository: Repository, batch: Batch, on_conflict: OnConflict) -> _Pla
     return _Plan(parent, new, elements - replaced.keys(), replaced, already)
 
 
-def _settings(repository: Repository, architecture: Architecture, given: Mapping[str, Any]) -> memit.MemitSettings:
-    """The default rule, changed by the repository's ``memit.*`` config, changed by what was given."""
+def _settings(
+    repository: Repository, method: str, architecture: Architecture, given: Mapping[str, Any]
+) -> EditSettings:
+    """The editor's default rule, changed by the repository's config, changed by what was given."""
     configured = repository.config.settings
-    prefix = "memit."
+    prefix = f"{method}."
     chosen = {key[len(prefix) :]: value for key, value in configured.items() if key.startswith(prefix)} | dict(given)
     if "layers" in chosen:
         chosen["layers"] = tuple(chosen["layers"])
         for layer in chosen["layers"]:
             architecture.block(layer)
-    inner = architecture.shapes[0][1]
-    return replace(memit.default_settings(architecture, inner), **chosen)
+    return replace(EDITORS[method].default_settings(architecture), **chosen)
 
 
 def _state_without(repository: Repository, plan: _Plan) -> dict[str, list[Delta]]:
@@ -203,10 +205,11 @@ def _edit(
     tokenizer: PreTrainedTokenizerBase,
     plan: _Plan,
     recorder: Recorder,
-    settings: memit.MemitSettings,
+    method: str,
+    settings: EditSettings,
     state: State,
     progress: Progress,
-) -> memit.Edit:
+) -> Edit:
     stages = {"values": ("optimising values", len(plan.requests)), "layers": ("writing layers", len(settings.layers))}
     open_stage = ""
 
@@ -218,21 +221,20 @@ def _edit(
         progress.advance(done)
 
     report("values", 0)
-    with torch.inference_mode(False):
-        return memit.edit(
-            stack, tokenizer, plan.requests, recorder.contexts, settings, recorder.cache, state, progress=report
-        )
+    return EDITORS[method].edit(
+        stack, tokenizer, plan.requests, recorder.contexts, settings, recorder.cache, state, progress=report
+    )
 
 
 def _store_patch(
-    repository: Repository, plan: _Plan, recorder: Recorder, settings: memit.MemitSettings, edit: memit.Edit
+    repository: Repository, plan: _Plan, recorder: Recorder, method: str, settings: EditSettings, edit: Edit
 ) -> Patch:
     columns = edit.recording.columns
     patch = Patch(
         base=repository.config.base_id,
         kind="closed_form",
         made_on=set_digest(plan.kept),
-        method="memit",
+        method=method,
         metric=recorder.metric,
         requests=tuple(request.id for request in plan.requests),
         requests_blob=repository.objects.put(requests_json(plan.requests)),

@@ -172,6 +172,16 @@ def nearest(starts: Sequence[str], wanted: AbstractSet[str], parents: Parents) -
     return tuple(found)
 
 
+def merge_bases(repository: Repository, one: str, other: str) -> list[str]:
+    """The best common ancestors of two revisions; none where they only share the unpatched model.
+
+    Raises:
+        RevisionError: no such revision.
+    """
+    left, right = repository.resolve(one), repository.resolve(other)
+    return graph.merge_bases(left, right, repository.parents) if left and right else []
+
+
 def show(repository: Repository, revision: str = "HEAD") -> Shown:
     """One commit with its facts.
 

@@ -15,6 +15,7 @@ from patchhub.models.checkpoint import Checkpoint, open_checkpoint
 from patchhub.models.fingerprint import check_tensors
 from patchhub.objects import Base
 from patchhub.porcelain.columns import read_state
+from patchhub.porcelain.published import hub_name, open_published
 from patchhub.runtime import compose, patched_model
 from patchhub.runtime.patched_model import PatchState
 from patchhub.runtime.ready import ReadyWeights
@@ -34,7 +35,7 @@ def load(
     """The model at a revision, as an ordinary transformers model.
 
     Args:
-        path_or_repo: the folder that holds a store, or the store itself.
+        path_or_repo: the folder that holds a store, the store itself, or ``user/repo`` on the Hub.
         revision: a branch, tag, commit, ``HEAD~2``, ... ; ``base`` is the unpatched model.
         base: where the base model is, if not where the repository says.
         verify: hash every tensor of the base, not only those that the patch touches.
@@ -44,6 +45,10 @@ def load(
         RevisionError: no such revision.
         BaseError: the model found is not the repository's base.
     """
+    published = hub_name(path_or_repo)
+    if published is not None:
+        checkpoint, state = open_published(published, revision, base=base, verify=verify)
+        return patched_model.load_patched(checkpoint, state, **kwargs)
     with open_path(path_or_repo) as repository:
         state = state_at(repository, revision)
         checkpoint = open_base(repository, base, verify=verify)
@@ -59,9 +64,12 @@ def attach(model: Any, path_or_repo: str | Path, revision: str = "HEAD", *, base
     Raises:
         RevisionError, BaseError: as in `load`.
     """
-    repository = open_path(path_or_repo)
-    checkpoint = open_base(repository, base)
-    state = state_at(repository, revision)
+    published = hub_name(path_or_repo)
+    if published is not None:
+        checkpoint, state = open_published(published, revision, base=base)
+    else:
+        repository = open_path(path_or_repo)
+        checkpoint, state = open_base(repository, base), state_at(repository, revision)
     if patched_model.attached(model) is None:
         patched_model.attach(model, checkpoint, state)
     else:

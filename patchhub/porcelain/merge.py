@@ -9,9 +9,10 @@ from typing import Any, Literal
 
 from patchhub.errors import RepositoryError
 from patchhub.objects import Element, Request
-from patchhub.porcelain.change import largest_proof, one_metric, stale_requests
+from patchhub.porcelain.change import largest_proof
 from patchhub.porcelain.contradictions import Contradiction, Resolution, Side, decide, find
 from patchhub.porcelain.facts import active_requests
+from patchhub.porcelain.recorded import one_metric, stale_requests
 from patchhub.porcelain.refs import current_ref
 from patchhub.porcelain.snapshot import Draft, Stamp, snapshot
 from patchhub.porcelain.stopped_merge import StoppedMerge, forget, keep, stopped_merge

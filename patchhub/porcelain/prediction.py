@@ -20,7 +20,7 @@ from patchhub.porcelain.merge import UNDECIDED, plan
 from patchhub.store.graph import is_ancestor
 from patchhub.store.repository import Repository
 
-LOSS = 0.05
+LOSS = 0.1
 """A fact is reported where its misfit grows by more than this share of what it asked for, at any weight."""
 
 

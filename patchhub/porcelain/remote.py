@@ -267,10 +267,10 @@ def _pages(repository: Repository, address: str, progress: Progress) -> sync.Pag
     """What the Hub shows to those who have no patchhub; a folder shows nothing."""
     name = hub_id(address)
     if name is None:
-        return lambda commit: {}
+        return lambda commit, withheld: {}
     from patchhub.porcelain.export import hub_pages
 
-    return lambda commit: hub_pages(repository, name, commit, progress)
+    return lambda commit, withheld: hub_pages(repository, name, commit, progress, withheld=withheld)
 
 
 # --- clone ----------------------------------------------------------------------------------------------------------

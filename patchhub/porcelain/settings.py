@@ -53,26 +53,34 @@ def _layers(text: str) -> list[int]:
 
 
 def _method(text: str) -> str:
-    if text != "memit":
-        raise ValueError("the editor is memit")
+    if text not in ("memit", "pmet"):
+        raise ValueError("the editors are memit and pmet")
     return text
+
+
+def _of_editor(name: str) -> dict[str, Setting]:
+    return {
+        f"{name}.clamp": Setting(_positive, "largest change of a value, relative to its norm"),
+        f"{name}.kl_factor": Setting(_fraction, "weight of the KL term that keeps the subject's essence"),
+        f"{name}.layers": Setting(_layers, "edited layers, such as 3,4,5 or 3-5; default: from the model's depth"),
+        f"{name}.learning_rate": Setting(_positive, "Adam step of the value optimisation"),
+        f"{name}.nll_factor": Setting(_positive, "weight of the target's likelihood in the loss"),
+        f"{name}.ridge": Setting(_positive, "lambda, the weight of what is preserved; default: from the FFN's width"),
+        f"{name}.steps": Setting(_count, "most steps of the value optimisation"),
+        f"{name}.stop_loss": Setting(_fraction, "a fact is finished below this loss"),
+        f"{name}.weight_decay": Setting(_fraction, "weight of the change's norm in the loss"),
+    }
 
 
 SETTINGS: Mapping[str, Setting] = {
     "author": Setting(str, 'who commits, "Ada <ada@example.org>"; default: git\'s identity'),
     "base.path": Setting(str, "where the base model is"),
-    "memit.clamp": Setting(_positive, "largest change of a hidden state, relative to its norm"),
-    "memit.kl_factor": Setting(_fraction, "weight of the KL term that keeps the subject's essence"),
-    "memit.layers": Setting(_layers, "edited layers, such as 3,4,5 or 3-5; default: from the model's depth"),
-    "memit.learning_rate": Setting(_positive, "Adam step of the value optimisation"),
-    "memit.ridge": Setting(_positive, "lambda, the weight of what is preserved; default: FFN width / 8"),
-    "memit.steps": Setting(_count, "most steps of the value optimisation"),
-    "memit.stop_loss": Setting(_fraction, "a fact is finished below this loss"),
-    "memit.weight_decay": Setting(_fraction, "weight of the change's norm in the loss"),
+    **_of_editor("memit"),
     "method": Setting(_method, "default editor"),
     "metric.epsilon": Setting(_fraction, "ridge of the second moments, relative to their mean eigenvalue"),
     "metric.seed": Setting(int, "seed of the text that is sampled from the base"),
     "metric.tokens": Setting(_count, "tokens of text that are sampled from the base"),
+    **_of_editor("pmet"),
 }
 
 

@@ -78,6 +78,7 @@ def receive(
     limits: Limits,
     check: CheckTensors,
     *,
+    ahead: bool = True,
     repair: bool = False,
     progress: Callable[[int], None] = lambda size: None,
 ) -> Received:
@@ -87,13 +88,14 @@ def receive(
         roots: commits and notes.
         limits: refused before a byte is downloaded where they would be passed.
         check: what tensors must satisfy beyond their hash.
+        ahead: fetch small objects together before it is known which are needed.
         repair: look also below known commits, and fetch again what is damaged here.
         progress: called with the bytes of each object.
 
     Raises:
         RemoteError: something is missing there, too large, or not what its hash or the format says.
     """
-    walk = _Walk(repository, remote, tip, limits, check, repair, progress)
+    walk = _Walk(repository, remote, tip, limits, check, ahead, repair, progress)
     with TemporaryDirectory(dir=repository.cache, prefix="receive-") as folder:
         walk.run([_Wanted(root, "", None, MAX_JSON) for root in roots], Path(folder))
     return walk.received
@@ -109,6 +111,7 @@ class _Walk:
         tip: Tip,
         limits: Limits,
         check: CheckTensors,
+        ahead: bool,
         repair: bool,
         progress: Callable[[int], None],
     ) -> None:
@@ -117,6 +120,7 @@ class _Walk:
         self._tip = tip
         self._limits = limits
         self._check = check
+        self._ahead = ahead
         self._repair = repair
         self._progress = progress
         self._spool: dict[str, Path] = {}
@@ -128,7 +132,7 @@ class _Walk:
         if not wave:
             return
         self._sizes = self._remote.sizes(self._tip)
-        self._download(self._small_ones(), folder)
+        self._download(self._small_ones() if self._ahead else set(), folder)
         seen = {wanted.key for wanted in wave}
         while wave:
             lacking = [wanted for wanted in wave if not self._is_here(wanted.reference.id)]

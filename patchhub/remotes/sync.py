@@ -18,8 +18,8 @@ from patchhub.store.revisions import BRANCHES, NOTES, REMOTES, TAGS, check_ref
 
 _PULL_FIRST: Final = "Run `patchhub pull`, then push again."
 
-Pages = Callable[[str], Mapping[str, bytes | None]]
-"""For a commit, the files that a remote shows to readers who have no patchhub."""
+Pages = Callable[[str, bool], Mapping[str, bytes | None]]
+"""For a commit, and whether texts are withheld, the files that a remote shows to readers who have no patchhub."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def _fetch_notes(
             continue
         for tip in view.tips.values():
             if note in repository.objects or note in remote.sizes(tip):
-                part = receive(repository, remote, tip, [Reference("note", note)], limits, check)
+                part = receive(repository, remote, tip, [Reference("note", note)], limits, check, ahead=False)
                 received = Received(received.objects + part.objects, received.size + part.size)
                 break
         else:
@@ -187,7 +187,7 @@ def push(
         if plan is None:
             continue
         if not dry_run:
-            publication = replace(plan.publication, pages=pages(plan.publication.commit))
+            publication = replace(plan.publication, pages=pages(plan.publication.commit, withheld))
             remote.publish(publication)
             _remember(repository, name, ref, publication.commit, author=author, time=time)
             view = remote.view() if len(refs) > 1 else view  # what was just sent need not be sent again

@@ -16,7 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -24,12 +24,12 @@ from unittest.mock import patch
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from patchhub.editing import record, values
-from patchhub.editing.memit import Edit, MemitSettings, edit
+from patchhub.editing import memit, record, values
 from patchhub.editing.metric import MetricCache, regularised, second_moments
-from patchhub.editing.record import State, side_paths
+from patchhub.editing.record import Edit, State, side_paths
 from patchhub.editing.requests import read_requests
 from patchhub.editing.sampling import context_templates
+from patchhub.editing.settings import EditSettings
 from patchhub.evaluation.metrics import perplexity
 from patchhub.evaluation.suites import counterfact_scores, read_facts
 from patchhub.models.architectures import describe
@@ -78,7 +78,7 @@ class Setup:
     tokenizer: Any
     requests: Sequence[Request]
     contexts: Sequence[str]
-    settings: MemitSettings
+    settings: EditSettings
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -134,7 +134,8 @@ def _setup(options: argparse.Namespace) -> Setup:
     model = factory.from_pretrained(options.model, dtype=torch.float32, local_files_only=True)
     tokenizer = AutoTokenizer.from_pretrained(options.model, local_files_only=True)
     stack = Stack(model, describe(model.config))
-    settings = MemitSettings(
+    settings = replace(
+        memit.default_settings(stack.architecture),
         layers=options.layers,
         ridge=options.ridge,
         steps=options.steps,
@@ -169,7 +170,7 @@ def _ours(setup: Setup, metric: MetricCache) -> tuple[Edit, Clock]:
             for module, name in functions:
                 patches.enter_context(patch.object(module, name, clock.timed(stage, getattr(module, name))))
         with clock.measure("whole"):
-            result = edit(
+            result = memit.edit(
                 setup.stack, setup.tokenizer, setup.requests, setup.contexts, setup.settings, metric, State({}, {})
             )
     return result, clock
@@ -183,7 +184,7 @@ def _plain(setup: Setup, count: int) -> Clock:
         for fact in chosen:
             common = (stack.model, setup.tokenizer, stack.architecture, fact, setup.contexts)
             with clock.measure("steps"):
-                plain.find_value(*common, layers[-1], setup.settings.values)
+                plain.find_value(*common, layers[-1], setup.settings.values(until_sure=False))
             with clock.measure("sweep"):
                 for layer in layers:
                     plain.mean_key(*common, layer)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,20 +15,27 @@ from torch import Tensor, nn
 from patchhub.constraints import Columns, join, no_columns, proof, solve
 from patchhub.delta import Delta, Dense, LowRank, from_factors, to_dense
 from patchhub.editing import record as under_test
+from patchhub.editing.editors import EDITORS
 from patchhub.editing.locate import encode_prompts
-from patchhub.editing.memit import Edit, MemitSettings, default_settings, edit
+from patchhub.editing.memit import EQUAL_SHARES
 from patchhub.editing.metric import MetricCache, regularised
-from patchhub.editing.record import Recording, State, key_rows, record, side_paths
+from patchhub.editing.pmet import ROOT_SHARES
+from patchhub.editing.record import Edit, Recording, Spread, State, key_rows, record, side_paths
+from patchhub.editing.settings import EditSettings
 from patchhub.errors import SettingsError
+from patchhub.models.architectures import Architecture
 from patchhub.models.tracing import Stack
 from patchhub.objects import Request
-from tests.reference import plain
+from tests.reference import plain, plain_pmet
 from tests.tiny_models import FAMILIES, tiny_model, tiny_stack, tiny_tokenizer
 
 LAYERS = (0, 1, 2)
 RIDGE = 5.0
 CONTEXTS = ("{}", "The tower looked. {}", "Therefore. {}", "Because I think that you know. {}")
-SETTINGS = MemitSettings(LAYERS, RIDGE, steps=4, learning_rate=0.2, weight_decay=0.02, clamp=4.0, stop_loss=0.0)
+SETTINGS = EditSettings(
+    LAYERS, RIDGE, steps=4, learning_rate=0.2, weight_decay=0.02, kl_factor=0.0625, clamp=4.0, stop_loss=0.0
+)
+edit = EDITORS["memit"].edit
 EMPTY = State({}, {})
 
 
@@ -98,10 +106,15 @@ def states(stack: Stack, recordings: Sequence[Recording]) -> State:
 # --- the published sweep
 
 
+def measured_by(spread: Spread, model: Any, places: Architecture) -> nn.Module:
+    return {"block": plain.block, "projection": plain.projection}[spread.measured](model, places, LAYERS[-1])
+
+
+@pytest.mark.parametrize("spread", [EQUAL_SHARES, ROOT_SHARES], ids=["memit", "pmet"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_fresh_batch_is_the_published_sweep(family, metric):
+def test_a_fresh_batch_is_the_published_sweep(family, spread, metric):
     stack, targets = tiny_stack(family), wanted(len(A))
-    ours = record(stack, LAYERS, rows_of(A), targets, RIDGE, metric, EMPTY)
+    ours = record(stack, LAYERS, rows_of(A), targets, RIDGE, metric, EMPTY, spread)
     model, places = tiny_model(family).double(), stack.architecture
     theirs = plain.spread(
         model,
@@ -113,8 +126,8 @@ def test_a_fresh_batch_is_the_published_sweep(family, metric):
         targets,
         RIDGE,
         moments(places.shapes[0][1]),
-        measured=plain.block(model, places, LAYERS[-1]),
-        divisor=float,
+        measured=measured_by(spread, model, places),
+        divisor=spread.divisor,
     )
     assert list(ours.columns) == list(ours.change) == [places.ffn_weight(layer) for layer in LAYERS]
     for layer in LAYERS:
@@ -132,14 +145,26 @@ def test_a_fresh_batch_is_the_published_sweep(family, metric):
         }
 
 
+def test_the_shares_are_the_published_ones():
+    assert [EQUAL_SHARES.divisor(left) for left in (3, 2, 1)] == [3, 2, 1]
+    assert [ROOT_SHARES.divisor(left) for left in (4, 1)] == [2, 1]
+    assert (EQUAL_SHARES.measured, ROOT_SHARES.measured) == ("block", "projection")
+
+
+@pytest.mark.parametrize("method", ["memit", "pmet"])
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_the_whole_edit_is_the_published_one(family, metric):
+def test_the_whole_edit_is_the_published_one(family, method, metric):
     stack = tiny_stack(family, seed=4)
-    ours = edit(stack, tiny_tokenizer(), A, CONTEXTS, SETTINGS, metric, EMPTY)
+    ours = EDITORS[method].edit(stack, tiny_tokenizer(), A, CONTEXTS, SETTINGS, metric, EMPTY)
     model, places = tiny_model(family, seed=4).double(), stack.architecture
-    inner = places.shapes[0][1]
-    values, written = plain.memit(model, tiny_tokenizer(), places, A, CONTEXTS, LAYERS, SETTINGS, RIDGE, moments(inner))
-    assert relative(ours.values.targets, torch.stack([value.target for value in values])) < 1e-4
+    common = (model, tiny_tokenizer(), places, A, CONTEXTS, LAYERS, SETTINGS, RIDGE, moments(places.shapes[0][1]))
+    if method == "memit":
+        values, written = plain.memit(*common)
+        targets = [value.target for value in values]
+    else:
+        pairs, written = plain_pmet.pmet(*common)
+        targets = [value.ffn.target for value in pairs]
+    assert relative(ours.values.targets, torch.stack(targets)) < 1e-4
     for layer in LAYERS:
         assert relative(to_dense(ours.recording.change[places.ffn_weight(layer)]), written.changes[layer]) < 5e-4
 
@@ -147,7 +172,7 @@ def test_the_whole_edit_is_the_published_one(family, metric):
 @pytest.mark.parametrize("layers", [(1,), (0, 2)])
 def test_one_layer_and_layers_with_gaps(layers, metric):
     stack, targets = tiny_stack("llama"), wanted(len(B))
-    ours = record(stack, layers, rows_of(B), targets, RIDGE, metric, EMPTY)
+    ours = record(stack, layers, rows_of(B), targets, RIDGE, metric, EMPTY, EQUAL_SHARES)
     model, places = tiny_model("llama").double(), stack.architecture
     theirs = plain.spread(
         model,
@@ -169,7 +194,7 @@ def test_one_layer_and_layers_with_gaps(layers, metric):
 def test_a_small_ridge_reaches_the_targets(metric):
     """The end of the sweep: with the changes in place, the bare prompts give z at the last layer."""
     stack, targets = tiny_stack("gpt2"), wanted(len(A))
-    ours = record(stack, LAYERS, rows_of(A, ("{}",)), targets, 1e-4, metric, EMPTY)
+    ours = record(stack, LAYERS, rows_of(A, ("{}",)), targets, 1e-4, metric, EMPTY, EQUAL_SHARES)
     last = stack.blocks[LAYERS[-1]]
     before = [plain.present_output(stack.model, tiny_tokenizer(), one, last) for one in A]
     with side_paths(stack, change_of(stack, ours)):
@@ -190,9 +215,9 @@ def test_keys_are_weighted_half_for_the_bare_prompt():
 @pytest.mark.parametrize("tokens", [1, 40])
 def test_chunks_and_their_order_do_not_matter(monkeypatch, metric, tokens):
     stack, targets = tiny_stack("gptj"), wanted(len(A))
-    whole = record(stack, LAYERS, rows_of(A), targets, RIDGE, metric, EMPTY)
+    whole = record(stack, LAYERS, rows_of(A), targets, RIDGE, metric, EMPTY, EQUAL_SHARES)
     monkeypatch.setattr(under_test, "_TOKENS_PER_CHUNK", tokens)
-    parts = record(stack, LAYERS, rows_of(A)[::-1], targets, RIDGE, metric, EMPTY)
+    parts = record(stack, LAYERS, rows_of(A)[::-1], targets, RIDGE, metric, EMPTY, EQUAL_SHARES)
     for name, columns in whole.columns.items():
         assert relative(parts.columns[name].keys, columns.keys) < 1e-5
         assert relative(parts.columns[name].residuals, columns.residuals) < 1e-5
@@ -213,7 +238,9 @@ def test_batches_recorded_on_top_of_one_another_are_their_joint_solution(family,
                 open_paths.enter_context(side_paths(stack, present))
             else:
                 state = EMPTY
-            recordings.append(record(stack, LAYERS, rows_of(batch), wanted(len(batch), number), RIDGE, metric, state))
+            recordings.append(
+                record(stack, LAYERS, rows_of(batch), wanted(len(batch), number), RIDGE, metric, state, EQUAL_SHARES)
+            )
     total = states(stack, recordings)
     for name, columns in total.columns.items():
         summed = sum(to_dense(delta) for delta in total.deltas[name])
@@ -230,8 +257,10 @@ def test_a_residual_is_asked_of_the_base_and_not_of_the_present_weight(metric):
     delta = LowRank(rng.standard_normal((32, 2)).astype(np.float32), rng.standard_normal((2, 80)).astype(np.float32))
     nothing = no_columns((32, 80))
     with side_paths(stack, {layer: [delta]}):
-        blind = record(stack, [layer], rows_of(B), wanted(2), RIDGE, metric, EMPTY).columns[name]
-        knowing = record(stack, [layer], rows_of(B), wanted(2), RIDGE, metric, State({name: nothing}, {name: [delta]}))
+        blind = record(stack, [layer], rows_of(B), wanted(2), RIDGE, metric, EMPTY, EQUAL_SHARES).columns[name]
+        knowing = record(
+            stack, [layer], rows_of(B), wanted(2), RIDGE, metric, State({name: nothing}, {name: [delta]}), EQUAL_SHARES
+        )
     np.testing.assert_array_equal(knowing.columns[name].keys, blind.keys)
     expected = blind.residuals + blind.keys @ to_dense(delta).T
     assert relative(knowing.columns[name].residuals, expected) < 1e-6
@@ -321,21 +350,23 @@ def test_the_same_edit_gives_the_same_bits(metric):
         {"steps": 0},
         {"learning_rate": -1.0},
         {"clamp": 0.0},
+        {"nll_factor": 0.0},
     ],
 )
 def test_settings_that_mean_nothing_are_refused(wrong):
     with pytest.raises(SettingsError) as caught:
-        MemitSettings(**{"layers": (1, 2), "ridge": 10.0, **wrong})
+        EditSettings(**{**vars(SETTINGS), **wrong})
     assert caught.value.remedy
 
 
+@pytest.mark.parametrize("method", EDITORS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_default_rule_gives_layers_that_exist(family):
+def test_the_default_rule_gives_layers_that_exist(family, method):
     architecture = tiny_stack(family).architecture
-    settings = default_settings(architecture, architecture.shapes[0][1])
+    settings = EDITORS[method].default_settings(architecture)
     assert settings.layers[-1] < architecture.n_layers - 1
     assert settings.to_json()["layers"] == list(settings.layers)
-    assert settings.ridge == architecture.shapes[0][1] / 8
+    assert settings.ridge > 0
 
 
 def test_second_moments_of_the_text_make_a_metric(tmp_path: Path):
@@ -348,7 +379,7 @@ def test_second_moments_of_the_text_make_a_metric(tmp_path: Path):
     cache = MetricCache(tmp_path)
     for layer, moment in found.items():
         cache.store(stack.architecture.ffn_weight(layer), moment)
-    ours = record(stack, LAYERS, rows_of(A), targets, RIDGE, cache, EMPTY)
+    ours = record(stack, LAYERS, rows_of(A), targets, RIDGE, cache, EMPTY, EQUAL_SHARES)
     model, places = tiny_model("gpt2").double(), stack.architecture
     theirs = plain.spread(
         model,
@@ -370,11 +401,11 @@ def test_second_moments_of_the_text_make_a_metric(tmp_path: Path):
 def test_columns_of_the_recording_fit_their_requests(metric):
     """Row i belongs to request i, whatever order lengths put the rows in."""
     stack = tiny_stack("gpt2")
-    together = record(stack, [0], rows_of(A + B), wanted(5), RIDGE, metric, EMPTY)
+    together = record(stack, [0], rows_of(A + B), wanted(5), RIDGE, metric, EMPTY, EQUAL_SHARES)
     name = stack.architecture.ffn_weight(0)
     for number, one in enumerate(A + B):
         alone: Columns = record(
-            stack, [0], rows_of([one]), wanted(5)[number : number + 1], RIDGE, metric, EMPTY
+            stack, [0], rows_of([one]), wanted(5)[number : number + 1], RIDGE, metric, EMPTY, EQUAL_SHARES
         ).columns[name]
         assert relative(together.columns[name].keys[number], alone.keys[0]) < 1e-5
         assert relative(together.columns[name].residuals[number], alone.residuals[0]) < 1e-5

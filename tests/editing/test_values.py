@@ -25,7 +25,7 @@ CONTEXTS = ("{}", "The tower looked. {}", "Therefore. {}", "Because I think that
 SETTINGS = ValueSettings(
     steps=7, learning_rate=0.2, weight_decay=0.02, kl_factor=0.0625, clamp=4.0, stop_loss=0.0
 )  # neither clamps nor stops
-STOPPING = replace(SETTINGS, steps=14, learning_rate=0.5, clamp=8.0, stop_loss=6.1)  # random models do not learn fast
+STOPPING = replace(SETTINGS, steps=14, learning_rate=0.5, clamp=8.0, stop_loss=6.06)  # random models do not learn fast
 CLAMPED = replace(SETTINGS, clamp=0.2)
 CASES = [(family, SETTINGS) for family in FAMILIES]
 CASES += [(family, settings) for family in ("gpt2", "llama") for settings in (STOPPING, CLAMPED)]
@@ -176,9 +176,7 @@ def test_it_stops_below_the_limit_and_not_before():
         assert bool((shorter.loss[theirs.steps == count] >= STOPPING.stop_loss).all())
 
 
-@pytest.mark.xfail(strict=True, reason="BUG in optimise_values: the count of a finished fact goes on while it stays in")
-def test_steps_count_what_each_fact_took(monkeypatch):
-    monkeypatch.setattr(under_test, "_COMPACT_WHEN", 1.0)
+def test_steps_count_what_each_fact_took():
     ours = optimise_values(BlockOutput(stack("gpt2"), LAYER), facts(), STOPPING)
     assert ours.steps.tolist() == published("gpt2", STOPPING).steps.tolist()
 
@@ -204,9 +202,7 @@ def test_the_change_is_clamped_to_a_share_of_the_hidden_state(family, clamp):
     torch.testing.assert_close(sizes, torch.full_like(sizes, clamp), rtol=1e-4, atol=0)
 
 
-@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
-def test_dropping_finished_facts_does_not_change_the_others(monkeypatch, share):
-    monkeypatch.setattr(under_test, "_COMPACT_WHEN", share)
+def test_dropping_finished_facts_does_not_change_the_others():
     finished: list[int] = []
     ours = optimise_values(BlockOutput(stack("llama"), LAYER), facts(), STOPPING, progress=finished.append)
     assert max(distances(ours.targets, published("llama", STOPPING).targets)) < 1e-4
@@ -231,13 +227,17 @@ def test_the_order_of_the_facts_does_not_matter():
 # --- the two vectors of PMET
 
 TWO = replace(SETTINGS, learning_rate=0.1, nll_factor=0.7)
-SURE = replace(TWO, steps=25, learning_rate=0.5, clamp=20.0, kl_factor=0.001, nll_factor=1.0, until_sure=True)
-EASY = (
-    request("The mother tongue of {}", "Danielle Darrieux", "q"),
-    request("{}", "Lyon", "Z"),
-    request("I think that it is near {}", "the Eiffel Tower", "7"),
+PLACES = (
+    ("The mother tongue of {}", "Danielle Darrieux"),
+    ("{}", "Lyon"),
+    ("I think that it is near {}", "the Eiffel Tower"),
 )
-"""One token, right behind the subject: what a random model can be made to say."""
+SURE = replace(TWO, steps=25, kl_factor=0.004, nll_factor=1.0, clamp=20.0, until_sure=True)
+EASY = {
+    family: [request(prompt, subject, target) for (prompt, subject), target in zip(PLACES, targets, strict=True)]
+    for family, targets in {"gpt2": ("mo", "ton", "mo"), "llama": ("is", "mother", "i")}.items()
+}
+"""One token right behind the subject, and one that the random model can be made to say."""
 
 
 def both_published(
@@ -251,8 +251,7 @@ def both_published(
     return found, torch.stack([values.ffn.target for values in found])
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("clamp", [4.0, 0.2])
+@pytest.mark.parametrize(("family", "clamp"), [*((family, 4.0) for family in FAMILIES), ("gpt2", 0.2)])
 def test_two_vectors_are_optimised_as_published(family, clamp):
     settings = replace(TWO, clamp=clamp)
     theirs, targets = both_published(family, REQUESTS, settings)
@@ -274,20 +273,20 @@ def test_two_vectors_one_by_one_are_two_vectors_together():
     assert max(distances(together.targets, apart)) < 1e-5
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_the_stop_rule_of_pmet_is_the_published_one(family):
-    theirs, targets = both_published(family, EASY, SURE)
-    counts = [values.ffn.steps for values in theirs]
-    ours = optimise_values(Projections(stack(family), LAYER), facts(EASY), SURE)
-    assert min(counts) < SURE.steps - 1
+@pytest.mark.parametrize("kl_factor", [0.0001, 0.02])
+@pytest.mark.parametrize("family", EASY)
+def test_the_stop_rule_of_pmet_is_the_published_one(family, kl_factor):
+    """With a small KL term being sure ends it; with a larger one the likelihood weighs a tenth until the term has fallen."""
+    settings = replace(SURE, kl_factor=kl_factor)
+    theirs, targets = both_published(family, EASY[family], settings)
+    site = Projections(stack(family), LAYER)
+    ours = optimise_values(site, facts(EASY[family]), settings)
     assert max(distances(ours.targets, targets)) < 1e-4
-    for number, values in enumerate(theirs):
-        if values.ffn.steps < SURE.steps - 1:
-            assert values.ffn.loss > SURE.stop_loss  # so it was the extra rule
-            without = optimise_values(
-                Projections(stack(family), LAYER), facts(EASY[number : number + 1]), replace(SURE, until_sure=False)
-            )
-            assert distances(without.targets, targets[number : number + 1])[0] > 1e-2
+    assert min(values.ffn.loss for values in theirs) > SURE.stop_loss  # so only the extra rule can have ended it
+    if kl_factor == 0.0001:
+        assert max(values.ffn.steps for values in theirs) < SURE.steps - 1
+    without = optimise_values(site, facts(EASY[family]), replace(settings, until_sure=False))
+    assert max(distances(without.targets, targets)) > 1e-2
 
 
 # --- what is computed once

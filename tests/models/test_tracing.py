@@ -73,16 +73,7 @@ def test_both_ways_in_which_blocks_return_are_met(family):
     assert isinstance(seen[0], tuple) == (family == "gptj")
 
 
-@pytest.mark.parametrize(
-    "family",
-    [
-        *FAMILIES,
-        pytest.param(
-            "mistral",
-            marks=pytest.mark.xfail(strict=True, reason="BUG in read_prefix: sliding layers keep only their window"),
-        ),
-    ],
-)
+@pytest.mark.parametrize("family", [*FAMILIES, "mistral"])
 @torch.no_grad()
 def test_a_prefix_and_what_follows_are_the_whole(family):
     """Also a prefix without positions in a batch where others have some, and after rows were left out."""

@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from patchhub.cli.main import main
 from patchhub.constraints import responsibilities, solve
 from patchhub.delta import compact, to_dense
-from patchhub.errors import RequestError, RevisionError
 from patchhub.objects import Element
 from patchhub.porcelain.blame import Blame, blame
 from patchhub.porcelain.columns import read_columns
 from patchhub.porcelain.loading import open_base, patch_state
 from patchhub.porcelain.progress import Silent
-from patchhub.porcelain.search import mentioned
 from patchhub.runtime.patched_model import attach, switch
 from patchhub.store.repository import Repository
 from tests.porcelain.taught import PLACES, TONGUES, fact, make_store

@@ -70,11 +70,17 @@ def grow(store: Synthetic, rng: random.Random, commits: int) -> list[str]:
     store.commit(*(make_request(f"root {n}") for n in range(3)))
     tips = [str(repository.head[1])] * 2
     for number in range(commits):
-        side = rng.randrange(2)
+        side, action = rng.randrange(2), rng.random()
         refs.reset(repository, tips[side], BY)
-        action = rng.random()
-        if action < 0.3:
+        if action < 0.2:
             merged(store, rng.choice([tips[1 - side], *repository.parents(tips[1 - side])]))
+        elif action < 0.35:  # each side merges the other as it was before: two merge bases from then on
+            before = list(tips)
+            for here in range(2):
+                refs.reset(repository, before[here], BY)
+                merged(store, before[1 - here], fast_forward=False)
+                tips[here] = str(repository.head[1])
+            continue
         elif action < 0.5 and len(store.active()) > 2:
             gone = rng.sample(sorted(store.active(), key=str), 1)
             store.commit(make_request(f"new {number}"), remove=gone)

@@ -73,7 +73,8 @@ def test_where_each_verb_leads(store: Synthetic) -> None:
     assert repository.head == ("anew", None)
     assert [branch.name for branch in refs.branches(repository)] == ["main", "new", "side"]
     store.commit(make_request("Cid"), message="three")
-    assert [(b.name, b.current, b.message) for b in refs.branches(repository)][0] == ("anew", True, "three")
+    first = refs.branches(repository)[0]
+    assert (first.name, first.current, first.message) == ("anew", True, "three")
     assert [(t.name, t.commit) for t in refs.tags(repository)] == [("v1", one)]
 
 

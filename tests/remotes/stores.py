@@ -8,9 +8,10 @@ import numpy as np
 
 from patchhub.constraints import Columns
 from patchhub.objects import EMPTY_SET, Base, Metric, Note, Patch, Request, TensorRecord, requests_json, set_digest
-from patchhub.porcelain.columns import write_columns
+from patchhub.porcelain.columns import weight_shapes, write_columns
 from patchhub.porcelain.snapshot import Draft, Stamp, snapshot
 from patchhub.store.config import Config, Recording
+from patchhub.store.closure import Reference, closure, references
 from patchhub.store.repository import Repository
 
 AUTHOR = "Ada <ada@example.org>"
@@ -18,7 +19,8 @@ TIME = "2026-11-21T09:30:00Z"
 STAMP = Stamp(AUTHOR, TIME, "")
 SHAPES = {"h.0.out.weight": (6, 10), "h.1.out.weight": (6, 10)}
 BASE = Base(
-    architecture={"hidden_size": 6}, tensors={name: TensorRecord("F32", shape, "0" * 64) for name, shape in SHAPES.items()}
+    architecture={"hidden_size": 6},
+    tensors={name: TensorRecord("F32", shape, "0" * 64) for name, shape in SHAPES.items()},
 )
 
 
@@ -50,8 +52,8 @@ def put_patch(repository: Repository, numbers: range) -> Patch:
     """A patch with one random column per number and weight; the numbers alone decide its content."""
     requests = [make_request(number) for number in numbers]
     generator = np.random.default_rng(list(numbers))
-    columns = {}
-    for name, (out, inner) in SHAPES.items():
+    columns, shapes = {}, weight_shapes(repository)
+    for name, (out, inner) in shapes.items():
         keys = generator.standard_normal((len(requests), inner)).astype(np.float32)
         residuals = generator.standard_normal((len(requests), out)).astype(np.float32)
         columns[name] = Columns(keys, keys, residuals, np.full(len(requests), 2.0, np.float32))
@@ -66,7 +68,7 @@ def put_patch(repository: Repository, numbers: range) -> Patch:
         requests_blob=repository.objects.put(requests_json(requests)),
         settings={"contexts": ["{}"]},
         tensors=repository.objects.put(write_columns(columns, targets)),
-        weights=SHAPES,
+        weights=shapes,
     )
     repository.objects.put(patch.to_json())
     return patch
@@ -111,3 +113,12 @@ def published(repository: Repository) -> dict[str, str]:
 def content(repository: Repository, commit: str) -> tuple[str, tuple[str, ...]]:
     """What a commit is: the digest of its set and the blobs of its state, whose names are their bytes."""
     return set_digest(repository.active(commit)), repository.state(commit)
+
+
+def closure_of(repository: Repository, ref: str) -> list[str]:
+    """Ids of all that a ref needs."""
+
+    def follow(reference: Reference) -> list[Reference]:
+        return references(reference.kind, repository.objects.get(reference.id))
+
+    return [reference.id for reference in closure([Reference("commit", repository.refs()[ref])], follow)]

@@ -1,0 +1,1 @@
+"""States in the forms that other programs read: PEFT adapters and files of deltas."""

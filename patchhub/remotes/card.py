@@ -1,0 +1,157 @@
+"""The model card: what a page on the Hub says about a commit. Text only."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from patchhub.objects import Request
+
+_ROWS: Final = 100
+_TAGS: Final = ("patchhub", "knowledge-editing", "model-editing")
+
+
+@dataclass(frozen=True)
+class AdapterNote:
+    """The adapter at the root of the repository: its rank and its relative error."""
+
+    rank: int
+    error: float
+
+
+@dataclass(frozen=True)
+class Card:
+    """What the card is made of.
+
+    Attributes:
+        repo: ``user/name`` on the Hub.
+        commit: id of the commit.
+        message, author, time: of the commit.
+        base: id of the base object.
+        base_model, base_revision: where the base is on the Hub, if it is.
+        requests: the active facts; None if their texts are withheld.
+        active: how many facts are active.
+        methods: the editors that wrote them.
+        adapter: what lies at the root, or in words why nothing does.
+        changes: relative norm of each weight's change.
+        scores: by suite, name and value, of notes about the commit.
+    """
+
+    repo: str
+    commit: str
+    message: str
+    author: str
+    time: str
+    base: str
+    base_model: str | None
+    base_revision: str | None
+    requests: Sequence[Request] | None
+    active: int
+    methods: Sequence[str]
+    adapter: AdapterNote | str
+    changes: Mapping[str, float]
+    scores: Sequence[tuple[str, str, float]]
+
+
+def write_card(card: Card) -> bytes:
+    """``README.md``: the same card always gives the same bytes."""
+    parts = [_front_matter(card), _introduction(card), _facts(card), _scores(card), _loading(card), _about(card)]
+    return ("\n\n".join(part for part in parts if part) + "\n").encode("utf-8")
+
+
+def adapter_name(repo: str, commit: str) -> str:
+    """A name for the adapter that is never used for another content, so that no server serves a stale cache."""
+    return f"{repo.rpartition('/')[2]}-{commit[:12]}"
+
+
+def _front_matter(card: Card) -> str:
+    has_adapter = isinstance(card.adapter, AdapterNote)
+    fields: dict[str, Any] = {
+        "library_name": "peft" if has_adapter else "patchhub",
+        "pipeline_tag": "text-generation",
+        "tags": [*_TAGS, *card.methods, *(["lora"] if has_adapter else [])],
+    }
+    if card.base_model is not None:
+        fields = {"base_model": card.base_model, "base_model_relation": "adapter", **fields}
+    lines = [f"{name}: {json.dumps(value)}" for name, value in fields.items()]  # JSON is YAML
+    return "\n".join(["---", *lines, "---"])
+
+
+def _introduction(card: Card) -> str:
+    base = f"`{card.base_model}`" if card.base_model else f"a base model (fingerprint `{card.base[:12]}`)"
+    at = f" at `{card.base_revision[:12]}`" if card.base_revision else ""
+    methods = " and ".join(method.upper() for method in card.methods)
+    how = f" by {methods}" if methods else ""
+    return (
+        f"# {card.repo.rpartition('/')[2]}\n\n"
+        f"{card.active} facts written into {base}{at}{how}. "
+        f"The base is unchanged; this repository holds the change, with its history.\n\n"
+        f"Commit `{card.commit[:12]}`, {card.time[:10]}: {_cell(card.message.partition(chr(10))[0])}"
+    )
+
+
+def _facts(card: Card) -> str:
+    if card.requests is None:
+        return "## Facts\n\nThe texts of the facts are withheld by the author."
+    if not card.requests:
+        return ""
+    rows = [
+        f"| {_cell(request.text)} | {_cell(request.target_true or '')} | **{_cell(request.target_new)}** |"
+        for request in card.requests[:_ROWS]
+    ]
+    more = len(card.requests) - len(rows)
+    rest = f"\n\n... and {more} more." if more else ""
+    return "## Facts\n\n| prompt | before | now |\n|---|---|---|\n" + "\n".join(rows) + rest
+
+
+def _scores(card: Card) -> str:
+    if not card.scores:
+        return ""
+    rows = [f"| {_cell(suite)} | {_cell(name)} | {value:.4g} |" for suite, name, value in card.scores]
+    return "## Scores\n\n| suite | measure | value |\n|---|---|---|\n" + "\n".join(rows)
+
+
+def _loading(card: Card) -> str:
+    parts = [
+        "## Use",
+        f'With patchhub, checked against the base:\n\n    import patchhub\n    model = patchhub.load("{card.repo}")',
+    ]
+    if isinstance(card.adapter, AdapterNote):
+        base = card.base_model or "BASE"
+        name = adapter_name(card.repo, card.commit)
+        exact = "exact" if card.adapter.error <= 1e-6 else f"approximate, relative error {card.adapter.error:.1e}"
+        parts.append(
+            f"With PEFT (rank {card.adapter.rank}, {exact}; float32 bases give the same logits, other types round):\n\n"
+            "    from peft import PeftModel\n"
+            "    from transformers import AutoModelForCausalLM\n"
+            f'    base = AutoModelForCausalLM.from_pretrained("{base}")\n'
+            f'    model = PeftModel.from_pretrained(base, "{card.repo}", adapter_name="{name}")'
+        )
+        parts.append(
+            "With a server, under a name that changes with the content:\n\n"
+            f"    vllm serve {base} --enable-lora --max-lora-rank {card.adapter.rank} "
+            f"--lora-modules {name}={card.repo}"
+        )
+    else:
+        parts.append(f"There is no PEFT adapter here: {card.adapter}.")
+    return "\n\n".join(parts)
+
+
+def _about(card: Card) -> str:
+    rows = [f"| `{weight}` | {change:.2%} |" for weight, change in sorted(card.changes.items())]
+    table = "| weight | norm of the change / of the weight |\n|---|---|\n" + "\n".join(rows) if rows else ""
+    return (
+        f"## About this state\n\n- commit `{card.commit}`\n- base `{card.base}`\n- author {_cell(card.author)}\n\n"
+        f"{table}\n\nMade with patchhub. Edited facts can be read from the weights; edits are not a way to hide or to "
+        "delete knowledge."
+    )
+
+
+def _cell(text: str) -> str:
+    """Text that stays inside a table cell and is no markup."""
+    line = " ".join(text.split())
+    for character in "\\`*_[]<>|":
+        line = line.replace(character, f"\\{character}")
+    return line

@@ -1,0 +1,98 @@
+"""Interference: cosines and misfits are the textbook formulas, and near keys that disagree are found wherever they are."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from patchhub.constraints import Columns, join, solve
+from patchhub.delta import LowRank, to_dense
+from patchhub.interference import interfering, key_cosines, misfit, residual_cosines
+from tests.test_constraints import draw_columns, metric
+
+SEEDS = st.integers(0, 2**32 - 1)
+
+
+def cosine(a: np.ndarray, b: np.ndarray) -> float:
+    return float(a @ b / (np.linalg.norm(a) * np.linalg.norm(b)))
+
+
+@settings(deadline=None, max_examples=50)
+@given(SEEDS)
+def test_the_key_cosine_is_that_of_whitened_keys(seed):
+    rng = np.random.default_rng(seed)
+    C = metric(rng)
+    left, right = draw_columns(rng, 4, C), draw_columns(rng, 3, C)
+    white = np.linalg.inv(np.linalg.cholesky(C))
+    found, residuals = key_cosines(left, right), residual_cosines(left, right)
+    for i in range(4):
+        for j in range(3):
+            assert found[i, j] == pytest.approx(cosine(white @ left.keys[i], white @ right.keys[j]), abs=1e-4)
+            assert residuals[i, j] == pytest.approx(cosine(left.residuals[i], right.residuals[j]), abs=1e-5)
+    np.testing.assert_allclose(np.diag(key_cosines(left, left)), 1, atol=1e-6)
+
+
+def test_a_column_of_zeros_is_near_nothing():
+    rng = np.random.default_rng(0)
+    C = metric(rng)
+    columns = draw_columns(rng, 2, C)
+    nothing = Columns(
+        *(np.zeros_like(part) for part in (columns.keys, columns.preimages, columns.residuals)), columns.ridge
+    )
+    assert not key_cosines(nothing, columns).any()
+    assert not residual_cosines(nothing, columns).any()
+    assert interfering(nothing, columns) == []
+    assert not misfit([], nothing).any()
+
+
+@settings(deadline=None, max_examples=30)
+@given(SEEDS, st.integers(1, 6))
+def test_the_misfit_is_the_share_of_the_residual_that_is_missed(seed, n):
+    rng = np.random.default_rng(seed)
+    columns = draw_columns(rng, n, metric(rng))
+    change = solve(columns)
+    dense = to_dense(change)
+    halves = [LowRank(change.B / 2, change.A), LowRank(change.B / 2, change.A)]
+    for i, share in enumerate(misfit(halves, columns)):
+        missed = np.linalg.norm(dense @ columns.keys[i] - columns.residuals[i]) / np.linalg.norm(columns.residuals[i])
+        assert share == pytest.approx(missed, rel=1e-6)
+    np.testing.assert_allclose(misfit([], columns), 1)
+
+
+def with_row(columns: Columns, row: int, key: Columns, sign: float, residual: np.ndarray) -> Columns:
+    """The columns with one row's key that of ``key`` times ``sign``, and another residual."""
+    parts = [array.copy() for array in (columns.keys, columns.preimages, columns.residuals)]
+    parts[0][row], parts[1][row], parts[2][row] = sign * key.keys[0], sign * key.preimages[0], residual
+    return Columns(*parts, columns.ridge)
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+@pytest.mark.parametrize("agrees", [True, False])
+def test_one_near_pair_among_thousands_is_found_if_it_disagrees(sign, agrees):
+    """More rows than one block of the cosine matrix; a key and its opposite agree where the residuals are opposite."""
+    rng = np.random.default_rng(3)
+    C = metric(rng)
+    right = draw_columns(rng, 5, C)
+    residual = sign * right.residuals[0] * (1 if agrees else -1)
+    left = with_row(draw_columns(rng, 1500, C), 1200, right, sign, residual)
+    found = interfering(left, right, key_limit=0.95)
+    if agrees:
+        assert found == []
+    else:
+        (pair,) = found
+        assert (pair.left, pair.right) == (1200, 0)
+        assert pair.key_cosine == pytest.approx(sign, abs=1e-6)
+
+
+def test_a_near_key_that_disagrees_costs_both_and_one_that_agrees_costs_neither():
+    rng = np.random.default_rng(4)
+    C = metric(rng)
+    one = draw_columns(rng, 1, C)
+    alone = misfit([solve(one)], one)[0]
+    for residual, more in ((-one.residuals[0], True), (one.residuals[0], False)):
+        other = with_row(draw_columns(rng, 1, C), 0, one, 1.0, residual)
+        together = solve(join([one, other]))
+        assert (misfit([together], one)[0] > alone) == more
+        assert (misfit([together], other)[0] > alone) == more
