@@ -9,6 +9,7 @@ import click
 
 from patchhub.cli.terminal import (
     author_of,
+    author_option,
     json_option,
     now,
     open_repository,
@@ -22,8 +23,6 @@ from patchhub.errors import SettingsError
 if TYPE_CHECKING:
     from patchhub.porcelain.refs import Moved, Named, Signature
     from patchhub.store.repository import Repository
-
-author_option = click.option("--author", help='Who makes this change, "Ada <ada@example.org>".')
 
 
 @click.command()

@@ -10,8 +10,11 @@ import click
 
 from patchhub.cli.terminal import (
     author_of,
+    author_option,
     bars,
+    count,
     json_option,
+    list_facts,
     now,
     open_repository,
     print_json,
@@ -28,10 +31,6 @@ if TYPE_CHECKING:
     from patchhub.objects import Operation
     from patchhub.porcelain.change import Changed
     from patchhub.store.repository import Repository
-
-_SHOWN = 8
-
-author_option = click.option("--author", help='Who makes this change, "Ada <ada@example.org>".')
 
 
 @click.command()
@@ -89,7 +88,7 @@ def commit(
     else:
         raise RequestError("there are no facts", remedy="Give a FILE, or --prompt, --subject and --target.")
     if batch.duplicates:
-        talk(f"{click.style('warning:', fg='yellow')} {_count(batch.duplicates, 'exact duplicate')} counted once")
+        talk(f"{click.style('warning:', fg='yellow')} {count(batch.duplicates, 'exact duplicate')} counted once")
     with bars() as progress:
         done = run(
             repository,
@@ -104,13 +103,13 @@ def commit(
         print_json(done.to_json())
         return
     if done.already_active:
-        talk(f"{_count(done.already_active, 'fact')} active already, left alone")
+        talk(f"{count(done.already_active, 'fact')} active already, left alone")
     branch, _ = repository.head
     say(f"[{branch or 'detached'} {done.commit[:12]}] {message}")
-    _list("+", done.written, "green")
-    _list("-", done.replaced, "red")
+    list_facts("+", done.written, "green")
+    list_facts("-", done.replaced, "red")
     say(
-        f"{_count(len(done.written), 'fact')} written in {done.seconds:.1f} s; {done.held} of them are now the model's answer"
+        f"{count(len(done.written), 'fact')} written in {done.seconds:.1f} s; {done.held} of them are now the model's answer"
     )
 
 
@@ -215,10 +214,10 @@ def _report_change(repository: Repository, done: Changed, as_json: bool) -> None
     branch, _ = repository.head
     commit = repository.commit(done.commit)
     say(f"[{branch or 'detached'} {done.commit[:12]}] {commit.message}")
-    _list("-", done.removed, "red")
-    _list("+", done.restored, "green")
+    list_facts("-", done.removed, "red")
+    list_facts("+", done.restored, "green")
     if done.skipped:
-        say(f"{_count(len(done.skipped), 'fact')} gone or there already, left alone", dim=True)
+        say(f"{count(len(done.skipped), 'fact')} gone or there already, left alone", dim=True)
     if commit.set_digest == EMPTY_SET:
         say("the weights are the base's, bit for bit")
     elif done.same_as:
@@ -226,18 +225,7 @@ def _report_change(repository: Repository, done: Changed, as_json: bool) -> None
     else:
         say(f"solved anew; proof {done.proof:.1e} (relative residual of the joint solution)")
     if done.stale:
-        say(f"note: {_count(done.stale, 'active fact')} recorded on a state that is no longer below", dim=True)
-
-
-def _list(sign: str, requests: Any, colour: str) -> None:
-    for request in requests[:_SHOWN]:
-        say(f"  {click.style(sign, fg=colour)} {request.text} {click.style(request.target_new, bold=True)}")
-    if len(requests) > _SHOWN:
-        say(f"  {sign} ... and {len(requests) - _SHOWN} more", dim=True)
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
+        say(f"note: {count(done.stale, 'active fact')} recorded on a state that is no longer below", dim=True)
 
 
 COMMANDS = (commit, revert, cherry_pick, undo, redo)

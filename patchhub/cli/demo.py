@@ -41,7 +41,7 @@ def _story(folder: Path, model: Path, facts: Path, progress: Any) -> None:
     author = author_of({}, None)
     batch = read_requests(facts)
 
-    _step("patchhub init demo_model", "The base: a small Llama that knows a few hundred facts. It never changes.")
+    _step("patchhub init demo_model", "The base: a small Llama that knows a thousand facts. It never changes.")
     done = init(folder, str(model), progress, author=author, time=now())
     say(f"  {done.tensors} tensors, {done.gigabytes * 1000:.1f} MB, identity {done.base[:12]}")
 

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from patchhub import __version__
-from patchhub.cli import branches, change, history, inspect, merging, model, upkeep
+from patchhub.cli import branches, change, evaluating, exporting, history, inspect, merging, model, remote, upkeep
 from patchhub.cli.terminal import quiet_libraries
 
 
@@ -56,7 +56,7 @@ def main(repo: Path | None) -> None:
     quiet_libraries()
 
 
-for module in (model, change, history, branches, merging, inspect, upkeep):
+for module in (model, change, history, evaluating, branches, merging, inspect, remote, exporting, upkeep):
     for command in module.COMMANDS:
         main.add_command(command)
 

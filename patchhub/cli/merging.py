@@ -8,8 +8,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from patchhub.cli.terminal import (
+    author_option,
     bars,
+    count,
     json_option,
+    list_facts,
     open_repository,
     print_json,
     repo_option,
@@ -20,7 +23,6 @@ from patchhub.cli.terminal import (
 from patchhub.errors import ContradictionError, SettingsError
 
 if TYPE_CHECKING:
-    from patchhub.objects import Request
     from patchhub.porcelain.contradictions import Contradiction, Resolution, Side
     from patchhub.porcelain.merge import Merged, Stopped
     from patchhub.porcelain.prediction import Loss, Prediction
@@ -46,7 +48,7 @@ _SHOWN = 8
 @click.option("--dry-run", is_flag=True, help="Only say what would contradict or weaken what.")
 @click.option("--continue", "resume", is_flag=True, help="Take up a stopped merge, with --choices, --ours or --theirs.")
 @click.option("--abort", is_flag=True, help="Leave a stopped merge.")
-@click.option("--author", help='Who makes this change, "Ada <ada@example.org>".')
+@author_option
 @repo_option
 @json_option
 @reports_errors
@@ -107,7 +109,7 @@ def merge(
 
 @click.command()
 @click.option("-m", "--message", default="", help="Why. Default: says how many facts.")
-@click.option("--author", help='Who makes this change, "Ada <ada@example.org>".')
+@author_option
 @repo_option
 @json_option
 @reports_errors
@@ -133,10 +135,10 @@ def _refresh(repository: Repository, by: Stamp) -> Refreshed:
 
 def _report_refreshed(done: Refreshed) -> None:
     say(
-        f"[{done.commit[:12]}] {_count(len(done.facts), 'fact')} recorded again in {done.seconds:.1f} s; proof {done.proof:.1e}"
+        f"[{done.commit[:12]}] {count(len(done.facts), 'fact')} recorded again in {done.seconds:.1f} s; proof {done.proof:.1e}"
     )
     if done.left:
-        say(f"{_count(done.left, 'fact')} left as they were: the texts are withheld", fg="yellow")
+        say(f"{count(done.left, 'fact')} left as they were: the texts are withheld", fg="yellow")
 
 
 def _resolution(choices: Path | None, prefer: Side | None) -> Resolution:
@@ -162,14 +164,14 @@ def _report_merged(repository: Repository, done: Merged) -> None:
         say(f"{at} {done.outcome}")
     else:
         say(f"{at} {repository.commit(str(done.commit)).message}")
-    _list("+", done.from_theirs, "green")
-    _list("-", done.removed_by_theirs, "red")
+    list_facts("+", done.from_theirs, "green")
+    list_facts("-", done.removed_by_theirs, "red")
     for found, side in done.decided.items():
         say(f"  {click.style('~', fg='cyan')} {found.text}: {_targets(found, side)} ({side}) stays")
     if done.outcome != "merged":
         return
     say(
-        f"{_count(len(done.from_ours), 'fact')} from ours alone, {_count(len(done.from_theirs), 'fact')} from theirs alone"
+        f"{count(len(done.from_ours), 'fact')} from ours alone, {count(len(done.from_theirs), 'fact')} from theirs alone"
     )
     if done.same_as:
         say(f"the weights are those of {done.same_as[:12]}, bit for bit")
@@ -177,11 +179,11 @@ def _report_merged(repository: Repository, done: Merged) -> None:
         say(f"solved in {done.seconds:.1f} s; proof {done.proof:.1e} (relative residual of the joint solution)")
     _say_unchecked(done.unchecked)
     if done.stale:
-        say(f"note: {_count(done.stale, 'active fact')} recorded on a state that is no longer below", dim=True)
+        say(f"note: {count(done.stale, 'active fact')} recorded on a state that is no longer below", dim=True)
 
 
 def _report_stopped(done: Stopped) -> None:
-    say(f"{_count(len(done.open), 'contradiction')} between ours and {done.merge.revision}; nothing was changed:")
+    say(f"{count(len(done.open), 'contradiction')} between ours and {done.merge.revision}; nothing was changed:")
     _report_contradictions(done.open)
     _say_unchecked(done.unchecked)
     say()
@@ -192,13 +194,13 @@ def _report_stopped(done: Stopped) -> None:
 
 
 def _report_prediction(found: Prediction) -> None:
-    say(f"{_count(found.from_ours, 'fact')} from ours alone, {_count(found.from_theirs, 'fact')} from theirs alone")
+    say(f"{count(found.from_ours, 'fact')} from ours alone, {count(found.from_theirs, 'fact')} from theirs alone")
     if found.contradictions:
-        say(f"{_count(len(found.contradictions), 'contradiction')}; the merge would stop:")
+        say(f"{count(len(found.contradictions), 'contradiction')}; the merge would stop:")
         _report_contradictions(found.contradictions)
     _say_unchecked(found.unchecked)
     if found.losses:
-        say(f"{_count(len(found.losses), 'fact')} would be weakened, or compete with one of the other side:")
+        say(f"{count(len(found.losses), 'fact')} would be weakened, or compete with one of the other side:")
         for loss in found.losses[:_SHOWN]:
             _report_loss(loss)
         if len(found.losses) > _SHOWN:
@@ -231,7 +233,7 @@ def _targets(found: Contradiction, side: Side) -> str:
 
 def _say_unchecked(unchecked: int) -> None:
     if unchecked:
-        say(f"{_count(unchecked, 'fact')} could not be checked for contradictions: the texts are withheld", fg="yellow")
+        say(f"{count(unchecked, 'fact')} could not be checked for contradictions: the texts are withheld", fg="yellow")
 
 
 def _say_or_print(document: dict[str, Any], words: str, as_json: bool) -> None:
@@ -239,17 +241,6 @@ def _say_or_print(document: dict[str, Any], words: str, as_json: bool) -> None:
         print_json(document)
     else:
         say(words)
-
-
-def _list(sign: str, requests: tuple[Request, ...], colour: str) -> None:
-    for request in requests[:_SHOWN]:
-        say(f"  {click.style(sign, fg=colour)} {request.text} {click.style(request.target_new, bold=True)}")
-    if len(requests) > _SHOWN:
-        say(f"  {sign} ... and {len(requests) - _SHOWN} more", dim=True)
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 COMMANDS = (merge, refresh)

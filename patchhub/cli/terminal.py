@@ -9,7 +9,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
@@ -22,6 +22,7 @@ from patchhub.errors import PatchhubError
 if TYPE_CHECKING:
     from click._termui_impl import ProgressBar
 
+    from patchhub.objects import Request
     from patchhub.porcelain.snapshot import Stamp
     from patchhub.store.repository import Repository
 
@@ -32,6 +33,7 @@ repo_option = click.option(
     type=click.Path(path_type=Path, file_okay=False),
     help="Folder that holds the store, or the store itself. Default: found upward from here.",
 )
+author_option = click.option("--author", help='Who makes this change, "Ada <ada@example.org>".')
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of text.")
 
 
@@ -83,6 +85,19 @@ def say(message: str = "", **style: Any) -> None:
 def talk(message: str) -> None:
     """One line beside the result, to stderr."""
     click.echo(message, err=True)
+
+
+def count(number: int, noun: str) -> str:
+    """A number with its noun: 1 fact, 2 facts."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def list_facts(sign: str, requests: Sequence[Request], colour: str, *, shown: int = 8) -> None:
+    """The first few facts, a line each, and how many more there are."""
+    for request in requests[:shown]:
+        say(f"  {click.style(sign, fg=colour)} {request.text} {click.style(request.target_new, bold=True)}")
+    if len(requests) > shown:
+        say(f"  {sign} ... and {len(requests) - shown} more", dim=True)
 
 
 def print_json(document: Any) -> None:

@@ -14,7 +14,7 @@ from patchhub.objects import Request
 from patchhub.porcelain.facts import active_requests
 from patchhub.porcelain.history import Entry, request_json, show
 from patchhub.porcelain.progress import Progress
-from patchhub.store import graph
+from patchhub.store import graph, lookup
 from patchhub.store.graph import Parents
 from patchhub.store.repository import Repository
 
@@ -132,14 +132,18 @@ def bisect(repository: Repository, good: str, bad: str, check: Check, progress: 
         RevisionError: `good` is not an ancestor of `bad`, or `check` does not find them good and bad.
     """
     start, end = repository.resolve(good), repository.resolve(bad)
-    if end is None or start == end or (start and not graph.is_ancestor(start, end, repository.parents)):
+    known = lookup.whole_graph(repository)
+
+    def parents(commit: str) -> Sequence[str]:
+        return known[commit][1]
+
+    if end is None or start == end or (start and not graph.is_ancestor(start, end, parents)):
         raise RevisionError(
             f"{good} is not an ancestor of {bad}",
             remedy="Name an older commit (or `base`) that is good, then a bad one.",
         )
     steps: list[Step] = []
-    candidates = len(graph.ancestors([end], repository.parents))
-    progress.stage("checking", 3 + int(math.log2(candidates)))
+    progress.stage("checking", 3 + int(math.log2(len(graph.ancestors([end], parents)))))
 
     def verdict(commit: str | None) -> Verdict:
         outcome, value = check(commit)
@@ -149,7 +153,7 @@ def bisect(repository: Repository, good: str, bad: str, check: Check, progress: 
 
     _demand(good, verdict(start), "good")
     _demand(bad, verdict(end), "bad")
-    suspects = first_bad([start] if start else [], end, repository.parents, verdict)
+    suspects = first_bad([start] if start else [], end, parents, verdict)
     progress.close()
     if len(suspects) > 1:
         return Bisection(tuple(suspects), tuple(steps), None, (), ())

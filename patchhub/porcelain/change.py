@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from patchhub.editing.requests import contradiction_error, find_contradictions
 from patchhub.errors import RequestError, RevisionError
-from patchhub.objects import Commit, Element, Request
+from patchhub.objects import Commit, Element, Request, set_digest
 from patchhub.porcelain.facts import active_requests
 from patchhub.porcelain.recorded import one_metric, recorded_again, stale_requests
 from patchhub.porcelain.snapshot import Draft, Stamp, snapshot
@@ -146,11 +146,7 @@ def _carry_out(
             remedy="See `patchhub status` for what is active.",
         )
     metric = one_metric(repository, after) or (repository.commit(head).metric if head else None)
-    contradictions = find_contradictions(
-        active_requests(repository, restored).values(), active_requests(repository, before - removed).values()
-    )
-    if contradictions:
-        raise contradiction_error(contradictions)
+    _refuse_contradictions(repository, head, before - removed, restored)
     identity = snapshot(repository, Draft((head,) if head else (), after, metric, command, arguments), stamp)
     commit = repository.commit(identity)
     again = {request for _, request in removed - change.remove}
@@ -164,6 +160,19 @@ def _carry_out(
         stale=stale_requests(repository, after),
         proof=largest_proof(commit),
     )
+
+
+def _refuse_contradictions(
+    repository: Repository, head: str | None, staying: frozenset[Element], restored: frozenset[Element]
+) -> None:
+    """Refuse what would come in beside a fact that says otherwise, unless the two were active together below HEAD before."""
+    active = active_requests(repository, staying).values()
+    here = {request.id for request in active}
+    pairs = find_contradictions(active_requests(repository, restored).values(), active)
+    found = [pair for pair in pairs if pair.earlier.id in here]
+    seen = found and head and repository.find_same_set(set_digest(staying | restored), head)
+    if found and not seen:
+        raise contradiction_error(found)
 
 
 def _texts(repository: Repository, elements: Iterable[Element]) -> tuple[Request, ...]:

@@ -14,7 +14,7 @@ from patchhub.objects import Commit, Patch, Request
 from patchhub.porcelain.facts import active_requests
 from patchhub.porcelain.stopped_merge import StoppedMerge, stopped_merge
 from patchhub.store import graph, lookup
-from patchhub.store.graph import Parents
+from patchhub.store.graph import Parents, Rank
 from patchhub.store.lookup import Selection
 from patchhub.store.repository import Repository
 from patchhub.store.revisions import SYMBOLIC
@@ -143,9 +143,10 @@ def log(
     names = _names(repository)
     start = repository.resolve(revision)
     starts = [start] if start else []
-    parents: Parents = repository.parents if not first_parent else lambda commit: repository.parents(commit)[:1]
     wanted = lookup.selected_commits(repository, only)
-    walk = (c for c in graph.walk(starts, parents, repository.rank) if wanted is None or c in wanted)
+    every, rank = _graph(repository, whole=wanted is not None)
+    parents: Parents = every if not first_parent else lambda commit: every(commit)[:1]
+    walk = (c for c in graph.walk(starts, parents, rank) if wanted is None or c in wanted)
     for identity in islice(walk, limit):
         commit = repository.commit(identity)
         shown = tuple(parents(identity)) if wanted is None else nearest(parents(identity), wanted, parents)
@@ -154,6 +155,14 @@ def log(
             shown_parents=shown,
             size=_size(repository, commit) if sizes else None,
         )
+
+
+def _graph(repository: Repository, *, whole: bool) -> tuple[Parents, Rank]:
+    """Parents and ranks, asked for one by one or, with `whole`, read at once."""
+    if not whole:
+        return repository.parents, repository.rank
+    known = lookup.whole_graph(repository)
+    return (lambda commit: known[commit][1]), (lambda commit: known[commit][0])
 
 
 def nearest(starts: Sequence[str], wanted: AbstractSet[str], parents: Parents) -> tuple[str, ...]:
@@ -179,7 +188,8 @@ def merge_bases(repository: Repository, one: str, other: str) -> list[str]:
         RevisionError: no such revision.
     """
     left, right = repository.resolve(one), repository.resolve(other)
-    return graph.merge_bases(left, right, repository.parents) if left and right else []
+    known = lookup.whole_graph(repository)
+    return graph.merge_bases(left, right, lambda commit: known[commit][1]) if left and right else []
 
 
 def show(repository: Repository, revision: str = "HEAD") -> Shown:
@@ -197,7 +207,7 @@ def show(repository: Repository, revision: str = "HEAD") -> Shown:
     commit = repository.commit(identity)
     patches = {patch: repository.patch(patch) for patch, _ in sorted(commit.added | commit.removed, key=str)}
     return Shown(
-        _entry(repository, identity, commit, _names(repository)),
+        replace(_entry(repository, identity, commit, _names(repository)), size=_size(repository, commit)),
         patches,
         tuple(active_requests(repository, commit.added).values()),
         tuple(active_requests(repository, commit.removed).values()),

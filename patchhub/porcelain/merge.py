@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from time import perf_counter
 from typing import Any, Literal
 
@@ -134,9 +135,10 @@ def merge(
     _refuse_stopped(repository)
     _, ours = repository.head
     theirs = repository.resolve(revision)
-    if theirs is None or (ours is not None and is_ancestor(theirs, ours, repository.parents)):
+    parents = cache(repository.parents)
+    if theirs is None or (ours is not None and is_ancestor(theirs, ours, parents)):
         return _moved(repository, "up to date", ours, ours, begun)
-    if ours is None or (fast_forward and is_ancestor(ours, theirs, repository.parents)):
+    if ours is None or (fast_forward and is_ancestor(ours, theirs, parents)):
         changes = {current_ref(repository): (ours, theirs)}
         arguments = {"revision": revision, "commit": theirs}
         repository.move_refs(changes, command="merge", arguments=arguments, author=stamp.author, time=stamp.time)
@@ -176,7 +178,7 @@ def plan(repository: Repository, ours: str, theirs: str, resolution: Resolution)
         RequestError, EditError: as in `merge`.
     """
     sides = repository.active(ours), repository.active(theirs)
-    merged = three_way(base_set(ours, theirs, repository.parents, repository.active), *sides)
+    merged = three_way(base_set(ours, theirs, cache(repository.parents), repository.active), *sides)
     metric = one_metric(repository, sides[0] | sides[1])
     found = find(repository, merged, (ours, sides[0]), (theirs, sides[1]))
     decided = decide(found.contradictions, resolution)

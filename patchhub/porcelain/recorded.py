@@ -65,7 +65,9 @@ def recorded_again(repository: Repository, gone: frozenset[Element], active: fro
 
 
 def _refreshed(repository: Repository, identity: str) -> Iterator[str]:
-    """The patches whose columns a patch holds anew."""
+    """The patches whose columns a patch holds anew, as far back as this store has them."""
+    if identity not in repository.objects:
+        return
     for earlier in repository.patch(identity).settings.get("refreshes", ()):
         yield earlier
         yield from _refreshed(repository, earlier)

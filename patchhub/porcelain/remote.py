@@ -227,6 +227,8 @@ def _fetch(
     max_bytes: int = MAX_BYTES,
 ) -> Fetched:
     progress.stage("fetching", 0)
+    if remote.view().source is None:
+        raise RemoteError(f"{remote.address} holds no patchhub store", remedy="Check the address, or push to it first.")
     weights = weight_shapes(repository)
     fetched = sync.fetch(
         repository,

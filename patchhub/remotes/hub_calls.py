@@ -15,6 +15,9 @@ ATTEMPTS: Final = 5
 MAX_WAIT: Final = 300.0
 """Seconds that a server may make us wait at once."""
 
+DOWNLOAD_ATTEMPTS: Final = 2
+"""The client repeats downloads by itself, but not one whose connection was reset."""
+
 TRANSIENT: Final = frozenset({408, 429, 500, 502, 503, 504})
 
 _REMEDIES: Final = {
@@ -51,19 +54,23 @@ def waiting_time(error: BaseException, attempt: int) -> float:
     return min(float(asked), MAX_WAIT) if asked.isdecimal() else float(2**attempt)
 
 
-def read_call(place: str, call: Callable[[], Result], *, sleep: Sleep = time.sleep) -> Result:
+def read_call(place: str, call: Callable[[], Result], *, sleep: Sleep = time.sleep, attempts: int = ATTEMPTS) -> Result:
     """The result of a call that changes nothing, repeated while it fails for reasons that pass.
+
+    Args:
+        place: what is called, for messages.
+        attempts: fewer where the client repeats most of the call by itself.
 
     Raises:
         RemoteError: it kept failing, or failed for good.
     """
-    for attempt in range(ATTEMPTS):
+    for attempt in range(attempts):
         try:
             return call()
         except PatchhubError:
             raise
         except Exception as error:  # the client raises errors of several libraries
-            if attempt == ATTEMPTS - 1 or not _passes(error):
+            if attempt == attempts - 1 or not _passes(error):
                 raise explained(place, error) from error
             sleep(waiting_time(error, attempt))
     raise AssertionError("unreachable")

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from patchhub.errors import RemoteError
 from patchhub.remotes.file import OBJECT, object_path
-from patchhub.remotes.hub_calls import Result, Sleep, is_missing, read_call
+from patchhub.remotes.hub_calls import DOWNLOAD_ATTEMPTS, Result, Sleep, is_missing, read_call
 from patchhub.remotes.manifest import MAX_BYTES, NAME, BranchManifest, read_branch
 from patchhub.store.object_store import file_digest
 
@@ -141,11 +141,13 @@ class HubFiles:
 
     def download(self, sha: str, path: str, into: Path, *, fresh: bool = False) -> Path:
         """One file at a commit of the Hub, through the client's cache in ``into``; not verified."""
-        return Path(
-            self.call(
-                lambda: self.api.hf_hub_download(self.repo, path, revision=sha, cache_dir=into, force_download=fresh)
-            )
+        found = read_call(
+            self.place,
+            lambda: self.api.hf_hub_download(self.repo, path, revision=sha, cache_dir=into, force_download=fresh),
+            sleep=self._sleep,
+            attempts=DOWNLOAD_ATTEMPTS,
         )
+        return Path(found)
 
 
 def _git_digest(data: bytes) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 from patchhub.errors import RemoteError, RevisionError
 from patchhub.objects import Commit
 from patchhub.remotes.file import object_path
-from patchhub.remotes.hub_calls import Sleep, read_call
+from patchhub.remotes.hub_calls import DOWNLOAD_ATTEMPTS, Sleep, read_call
 from patchhub.remotes.hub_files import HubFiles
 from patchhub.remotes.manifest import MAX_BYTES, NAME, BranchManifest, read_branch
 from patchhub.remotes.receive import MAX_JSON
@@ -122,7 +122,7 @@ class HubSnapshot:
                     f"{self._place} at {revision} has no {path}", remedy="It is not a whole patchhub repository."
                 ) from None
 
-        return read_call(self._place, ask, sleep=self._sleep)
+        return read_call(self._place, ask, sleep=self._sleep, attempts=DOWNLOAD_ATTEMPTS)
 
     def _refuse_large(self, path: str, revision: str, limit: int) -> None:
         """Ask for a file's size before it is downloaded, where there is a network."""

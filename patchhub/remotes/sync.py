@@ -180,10 +180,10 @@ def push(
     view = remote.view()
     _check_base(repository, remote, view)
     withheld = view.private_facts if private_facts is None else private_facts
-    publish_all = private_facts is False and view.private_facts
+    switched = withheld != view.private_facts and view.source is not None
     done = []
     for ref in refs:
-        plan = _plan(repository, remote, view, ref, source, withheld, publish_all)
+        plan = _plan(repository, remote, view, ref, source, withheld, switched)
         if plan is None:
             continue
         if not dry_run:
@@ -225,7 +225,7 @@ def _plan(
     ref: str,
     source: Source,
     withheld: bool,
-    publish_all: bool,
+    switched: bool,
 ) -> _Plan | None:
     """What must travel so that the remote's ``ref`` can be where ours is; None if it is there already."""
     commit = repository.refs()[ref]
@@ -234,11 +234,11 @@ def _plan(
         _refuse_sideways(repository, remote, ref, tip.commit, commit)
     history = graph.ancestors([commit], repository.parents)
     notes = _notes_of(repository, history, view)
-    if tip is not None and tip.commit == commit and (ref.startswith(TAGS) or not (notes or publish_all)):
+    if tip is not None and tip.commit == commit and (ref.startswith(TAGS) or not (notes or switched)):
         return None
     near = tip or _nearest(repository, view, ref, history, commit)
     there = remote.sizes(near) if near else {}
-    known = set() if publish_all else _already_there(repository, near, there)
+    known = _already_there(repository, near, there) if withheld or not switched else set()
     roots = [Reference("commit", commit), *(Reference("note", note) for note in notes.values())]
     objects = {
         identity: repository.objects.path(identity)

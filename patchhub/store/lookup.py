@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sqlite3
 from collections.abc import Iterator, Sequence
 from typing import Any, Final, NamedTuple
@@ -82,6 +83,12 @@ def selected_commits(repository: Repository, selection: Selection) -> set[str] |
     if not conditions:
         return None
     return {row[0] for row in _rows(repository, f"SELECT id FROM commits WHERE {' AND '.join(conditions)}", values)}
+
+
+def whole_graph(repository: Repository) -> dict[str, tuple[int, tuple[str, ...]]]:
+    """Rank and parents of every commit, in one read: for questions that walk most of the history."""
+    rows = _rows(repository, "SELECT id, rank, parents FROM commits", [])
+    return {identity: (rank, tuple(json.loads(parents))) for identity, rank, parents in rows}
 
 
 def search(repository: Repository, words: str, *, subject: str = "", limit: int = 50) -> list[Fact]:

@@ -3,8 +3,9 @@
     python tests/benchmarks/load_speed.py [--shape small|1b] [--repeats 5] [--facts 50] [--layers 5] [--folder FOLDER]
 
 A random Llama in bfloat16 is written once to FOLDER. Then base and patched model are loaded in turn, in one process
-with warm files, each with one forward pass over 16 tokens; the ratios of the medians are printed, with the touched
-tensors hashed each time and with their digests known. Peak memory is that of a fresh process for each.
+with warm files, each with one forward pass over 16 tokens; the ratios of the medians are printed: with the touched
+tensors hashed each time, with their digests known, and with the composed weights kept (what `patchhub.load` does from the second
+time on). Peak memory is that of a fresh process for each.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from patchhub.delta import LowRank
 from patchhub.models.checkpoint import Checkpoint, open_checkpoint
 from patchhub.models.fingerprint import fingerprint
 from patchhub.runtime.patched_model import PatchState, load_patched
+from patchhub.runtime.ready import ReadyWeights
 
 SHAPES: dict[str, dict[str, Any]] = {
     "small": {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8, "vocab_size": 16384},
@@ -54,11 +56,15 @@ def make_state(checkpoint: Checkpoint, facts: int, layers: int) -> PatchState:
     return PatchState(fingerprint(checkpoint, cache=checkpoint.folder / ".cache"), "out_in", weights)
 
 
-def run(checkpoint: Checkpoint, state: PatchState | None, cache: Path | None = None) -> float:
+def run(
+    checkpoint: Checkpoint, state: PatchState | None, cache: Path | None = None, ready: ReadyWeights | None = None
+) -> float:
     """Seconds to load and to run 16 tokens."""
     start = time.perf_counter()
     model: Any = (
-        FACTORY.from_pretrained(checkpoint.folder) if state is None else load_patched(checkpoint, state, cache=cache)
+        FACTORY.from_pretrained(checkpoint.folder)
+        if state is None
+        else load_patched(checkpoint, state, cache=cache, ready=ready)
     )
     with torch.no_grad():
         model(torch.arange(16)[None])
@@ -100,10 +106,15 @@ def main() -> None:
             return
         cache = folder / ".cache"
         rounds = [
-            (run(checkpoint, None), run(checkpoint, state), run(checkpoint, state, cache))
+            (
+                run(checkpoint, None),
+                run(checkpoint, state),
+                run(checkpoint, state, cache),
+                run(checkpoint, state, cache, ReadyWeights(folder / ".weights", state.base.id, ())),
+            )
             for _ in range(arguments.repeats + 1)
         ]
-        base, patched, known = (statistics.median(t) for t in zip(*rounds[1:], strict=True))
+        base, patched, known, kept = (statistics.median(t) for t in zip(*rounds[1:], strict=True))
         memory = {kind: peak_memory(arguments, folder, kind) for kind in ("base", "patched")}
         out, inner = checkpoint.tensors[next(iter(state.weights))].shape
         print(
@@ -114,6 +125,7 @@ def main() -> None:
                     "patched_seconds": round(patched, 3),
                     "ratio": round(patched / base, 3),
                     "ratio_with_known_digests": round(known / base, 3),
+                    "ratio_with_kept_weights": round(kept / base, 3),
                     "base_bytes": memory["base"],
                     "patched_bytes": memory["patched"],
                     "extra_in_float32_weights": round((memory["patched"] - memory["base"]) / (4 * out * inner), 2),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -119,3 +121,45 @@ def test_revert_and_cherry_pick_from_the_command_line(run: Run) -> None:
     assert "Revert “The mother tongue of Bob is”" in words
     assert "bit for bit" in words
     assert "nothing is named" in run("revert", code=3).stderr
+
+
+CHECK = """
+import json, sys
+from patchhub.cli.main import main
+for typed in json.loads(sys.argv[2]):
+    try:
+        main(["--repo", sys.argv[1], *typed], prog_name="patchhub")
+    except SystemExit as done:
+        assert not done.code, (typed, done.code)
+heavy = set(json.loads(sys.argv[3])) & set(sys.modules)
+assert not heavy, heavy
+"""
+MOVES = [
+    "branch",
+    "branch x",
+    "switch x",
+    "switch main",
+    "tag v1",
+    "reset side",
+    "reflog",
+    "merge side",
+    "branch -d x",
+    "undo",
+]
+SOLVES = ["merge side --dry-run", "merge side --ours", "revert HEAD", "cherry-pick side --on-conflict replace"]
+
+
+@pytest.mark.parametrize(
+    ("verbs", "heavy"), [(MOVES[:7], ["torch", "transformers", "numpy"]), (MOVES + SOLVES, ["torch", "transformers"])]
+)
+def test_moving_refs_imports_no_numpy_and_merging_no_torch(
+    run: Run, tmp_path: Path, verbs: list[str], heavy: list[str]
+) -> None:
+    typed = json.dumps([verb.split() for verb in verbs])
+    done = subprocess.run(
+        [sys.executable, "-c", CHECK, str(tmp_path), typed, json.dumps(heavy)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr

@@ -87,13 +87,13 @@ def test_the_second_checker_finds_a_scale_that_is_not_portable() -> None:
 
 def test_the_configuration_is_the_portable_form() -> None:
     state = {"m.1.w.weight": [low_rank(40, 50, 9, 0)], "m.2.w.weight": [low_rank(40, 50, 2, 1)]}
-    files = adapter_files(make_adapter(state, {w: (40, 50) for w in state}, tolerance=1e-6), BASE)
+    files = adapter_files(make_adapter(state, dict.fromkeys(state, (40, 50)), tolerance=1e-6), BASE)
     config = json.loads(files[CONFIG])
     assert config["r"] == config["lora_alpha"] == 16
     assert config["rank_pattern"] == config["alpha_pattern"] == {}
     assert config["use_rslora"] is False
     assert config["target_modules"] == ["m.1.w", "m.2.w"]
-    assert files == adapter_files(make_adapter(state, {w: (40, 50) for w in state}, tolerance=1e-6), BASE)
+    assert files == adapter_files(make_adapter(state, dict.fromkeys(state, (40, 50)), tolerance=1e-6), BASE)
 
 
 def test_cancelling_deltas_need_no_rank() -> None:

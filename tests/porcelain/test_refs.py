@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -161,18 +159,3 @@ def test_the_reflog_finds_what_was_deleted(store: Synthetic) -> None:
     refs.delete_branch(store.repository, "side", BY)
     gone, made = refs.reflog(store.repository, "side")
     assert (gone.commit, made.commit) == (None, tip)
-
-
-def test_moving_refs_imports_neither_torch_nor_numpy() -> None:
-    check = "import sys, patchhub.porcelain.refs, patchhub.cli.branches; print({'torch', 'numpy'} & set(sys.modules))"
-    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "set()"
-
-
-def test_merging_imports_no_torch() -> None:
-    check = (
-        "import sys, patchhub.porcelain.merge, patchhub.porcelain.prediction, patchhub.porcelain.change; "
-        "print({'torch', 'transformers'} & set(sys.modules))"
-    )
-    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "set()"

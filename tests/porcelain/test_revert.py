@@ -173,6 +173,19 @@ def test_a_fact_does_not_come_back_beside_one_that_contradicts_it(store: Synthet
         revert(store.repository, "HEAD~1", stamp())
 
 
+def test_facts_that_were_kept_side_by_side_come_back_so(store: Synthetic) -> None:
+    store.commit(make_request("Ada", "French"))
+    store.commit(make_request("Ada", "German"), message="side by side, on purpose")
+    before = state(store)
+    revert(store.repository, "HEAD", stamp())
+    revert(store.repository, "HEAD", stamp())
+    assert state(store) == before
+    store.commit(make_request("Bob"))
+    revert(store.repository, None, stamp(), subjects=["Ada"])
+    revert(store.repository, "HEAD", stamp())
+    assert len(store.active()) == 3
+
+
 def test_withheld_texts_can_be_reverted_by_request(store: Synthetic) -> None:
     store.commit(make_request("Ada"), make_request("Bob"), withheld=True)
     revert(store.repository, "HEAD", stamp(), requests=[make_request("Ada").id[:8]])

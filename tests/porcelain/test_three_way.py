@@ -141,8 +141,9 @@ def test_a_column_made_since_wins_over_a_removal():
 
 
 @pytest.mark.parametrize("swap", [False, True])
-def test_several_merge_bases_are_merged_first(swap):
-    """Criss-cross: one side took the fact back, and that must stand although the other base still has it."""
+@pytest.mark.parametrize("changed", [{("p", "a"), ("q", "b")}, set()])
+def test_several_merge_bases_are_merged_first(swap, changed):
+    """Criss-cross over two bases, {} and {a, b}, which merged are {b}: against either of them alone, one of the changes gets lost."""
     history = History()
     fact, other = ("p", "a"), ("q", "b")
     root = history.add(frozenset({fact}))
@@ -151,7 +152,7 @@ def test_several_merge_bases_are_merged_first(swap):
     left = history.merge(without, more)
     right = history.merge(more, without)
     assert history.sets[left] == history.sets[right] == {other}
-    restored = history.add(frozenset({fact, other}), left)
-    tips = (right, restored) if swap else (restored, right)
+    edited_left = history.add(frozenset(changed), left)
+    tips = (right, edited_left) if swap else (edited_left, right)
     assert len(merge_bases(*tips, history.parents)) == 2
-    assert history.merged(*tips) == {fact, other}
+    assert history.merged(*tips) == changed

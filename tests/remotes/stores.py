@@ -10,8 +10,8 @@ from patchhub.constraints import Columns
 from patchhub.objects import EMPTY_SET, Base, Metric, Note, Patch, Request, TensorRecord, requests_json, set_digest
 from patchhub.porcelain.columns import weight_shapes, write_columns
 from patchhub.porcelain.snapshot import Draft, Stamp, snapshot
-from patchhub.store.config import Config, Recording
 from patchhub.store.closure import Reference, closure, references
+from patchhub.store.config import Config, Recording
 from patchhub.store.repository import Repository
 
 AUTHOR = "Ada <ada@example.org>"

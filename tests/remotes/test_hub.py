@@ -49,7 +49,7 @@ def test_one_commit_of_the_hub_per_branch(hub: Any, hub_remote: Connect, tmp_pat
     push(ours, hub_remote(), "main")
     assert len(commits_of(hub)) == 3
     posts = [entry for entry in hub.log if "/commit/" in entry["line"] and entry["line"].startswith("POST")]
-    assert len(posts) == 3  # main, side, main again; the tag needed none
+    assert len(posts) == 4  # main, side, the tag (no branch's head is its commit), main again
     manifest = json.loads((hub.root / "blobs" / tree_of(hub)["patchhub.json"]["oid"]).read_text())
     assert manifest["commit"] == ours.refs()["refs/heads/main"]
     assert manifest["base"] == ours.config.base_id
@@ -92,11 +92,10 @@ def test_a_fault_of_a_push_ends_in_success_or_a_clear_error(
     push(ours, hub_remote(), "main")
     head = add_batch(ours, range(60, 62))
     hub.faults.append(dict(FAULTS[fault]))
-    try:
-        push(ours, hub_remote(), "main")
-    except RemoteError as error:
-        assert error.remedy
-        assert "\n" not in error.message
+    failure = _failure_of(lambda: push(ours, hub_remote(), "main"))
+    if failure is not None:
+        assert failure.remedy
+        assert "\n" not in failure.message
         assert len(commits_of(hub)) == 2
         push(ours, hub_remote(), "main")  # the same command again heals it
     assert len(commits_of(hub)) == 3, "never a second commit"
@@ -162,7 +161,7 @@ def test_corruption_on_the_way_is_found(match: str, times: int, hub: Any, hub_re
         fetch(theirs, hub_remote())
         assert len(theirs.refs()) > len(refs)
     else:
-        with pytest.raises(RemoteError, match="hash|damaged"):
+        with pytest.raises(RemoteError, match=r"hash|damaged"):
             fetch(theirs, hub_remote())
         assert theirs.refs() == refs
     assert check(theirs).sound
@@ -229,10 +228,8 @@ def test_a_note_alone_can_be_pushed(hub: Any, hub_remote: Connect, tmp_path: Pat
     assert theirs.refs()[f"refs/notes/{head}/zsre"] == identity
 
 
-CLIENTS = 5
-
-
-def test_many_clients_on_one_branch_all_land(hub: Any, hub_remote: Connect, tmp_path: Path) -> None:
+@pytest.mark.parametrize("clients", [4, pytest.param(20, marks=pytest.mark.slow)])
+def test_many_clients_on_one_branch_all_land(clients: int, hub: Any, hub_remote: Connect, tmp_path: Path) -> None:
     ours = make_history(tmp_path / "ours")
     push(ours, hub_remote(), "main")
     first = ours.refs()["refs/heads/main"]
@@ -245,7 +242,7 @@ def test_many_clients_on_one_branch_all_land(hub: Any, hub_remote: Connect, tmp_
         except BaseException as error:
             errors.append(error)
 
-    threads = [threading.Thread(target=client, args=(number,)) for number in range(CLIENTS)]
+    threads = [threading.Thread(target=client, args=(number,)) for number in range(clients)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -256,7 +253,7 @@ def test_many_clients_on_one_branch_all_land(hub: Any, hub_remote: Connect, tmp_
     head = final.refs()["refs/remotes/origin/main"]
     history = {identity for identity, _ in final.log(head)}
     assert history >= {first, *made.values()}
-    assert len(final.active(head)) == 5 + CLIENTS
+    assert len(final.active(head)) == 5 + clients
     assert check(final).sound
 
 
@@ -266,7 +263,7 @@ def _land(connect: Connect, folder: Path, number: int) -> str:
         fetch(repository, connect())
         move(repository, {"refs/heads/main": (None, repository.refs()["refs/remotes/origin/main"])})
         commit = add_batch(repository, range(100 + number, 101 + number))
-        for _ in range(10 * CLIENTS):
+        for _ in range(200):
             try:
                 push(repository, connect(), "main")
             except RemoteMovedError:
@@ -275,6 +272,14 @@ def _land(connect: Connect, folder: Path, number: int) -> str:
             else:
                 return commit
     raise AssertionError(f"client {number} never landed")
+
+
+def _failure_of(verb: Callable[[], object]) -> RemoteError | None:
+    try:
+        verb()
+    except RemoteError as error:
+        return error
+    return None
 
 
 def _do_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:

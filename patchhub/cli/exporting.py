@@ -1,0 +1,148 @@
+"""Commands for other programs' formats: export, import."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from patchhub.cli.terminal import (
+    bars,
+    json_option,
+    open_repository,
+    print_json,
+    repo_option,
+    reports_errors,
+    say,
+    stamp,
+)
+
+out_option = click.option("--out", required=True, type=click.Path(path_type=Path), help="Where to write.")
+overwrite_option = click.option("--overwrite", is_flag=True, help="Replace what is there.")
+
+
+@click.group("export")
+def export() -> None:
+    """Write a revision in a form that other programs read."""
+
+
+@export.command("peft")
+@click.argument("rev", default="HEAD")
+@out_option
+@click.option("--rank", type=click.IntRange(min=1), help="Rank of the adapter. Default: the smallest that is exact.")
+@click.option(
+    "--tolerance",
+    type=click.FloatRange(min=0),
+    default=1e-6,
+    show_default=True,
+    help="Largest relative error of a weight.",
+)
+@overwrite_option
+@repo_option
+@json_option
+@reports_errors
+def export_peft(
+    rev: str, out: Path, rank: int | None, tolerance: float, overwrite: bool, repo: Path | None, as_json: bool
+) -> None:
+    """A LoRA adapter for PEFT, vLLM, SGLang and llama.cpp, in a folder of OUT named after the commit.
+
+    All modules have one rank and scale 1, the only form that all of these read alike. It is read back and compared.
+    """
+    from patchhub.porcelain.export import export_peft as run
+
+    with bars() as progress:
+        done = run(open_repository(repo), rev, out, progress, tolerance=tolerance, rank=rank, overwrite=overwrite)
+    if as_json:
+        print_json(done.to_json())
+    else:
+        say(f"Wrote {done.out}: rank {done.rank}, relative error {done.error:.1e}")
+
+
+@export.command("diff")
+@click.argument("rev", default="HEAD")
+@out_option
+@overwrite_option
+@repo_option
+@json_option
+@reports_errors
+def export_diff(rev: str, out: Path, overwrite: bool, repo: Path | None, as_json: bool) -> None:
+    """The change of each weight alone, as one safetensors file OUT (docs/format.md, "delta")."""
+    from patchhub.porcelain.export import export_diff as run
+
+    with bars() as progress:
+        done = run(open_repository(repo), rev, out, progress, overwrite=overwrite)
+    if as_json:
+        print_json(done.to_json())
+    else:
+        say(f"Wrote {done.out}")
+
+
+@export.command("checkpoint")
+@click.argument("rev", default="HEAD")
+@out_option
+@click.option("--base", help="Where the base model is, if it moved.")
+@overwrite_option
+@repo_option
+@json_option
+@reports_errors
+def export_checkpoint(rev: str, out: Path, base: str | None, overwrite: bool, repo: Path | None, as_json: bool) -> None:
+    """The whole model with the change fused in, as `patchhub apply` writes it."""
+    from patchhub.porcelain.model import apply as run
+
+    with bars() as progress:
+        done = run(open_repository(repo), rev, out, progress, base=base, overwrite=overwrite)
+    if as_json:
+        print_json(done.to_json())
+    else:
+        say(f"Wrote {done.out}, {len(done.survival)} weights changed")
+
+
+@click.command("import")
+@click.argument("source", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.option("-m", "--message", help="What it is. Default: where it came from.")
+@click.option(
+    "--tolerance",
+    type=click.FloatRange(min=0, max=1),
+    default=1e-6,
+    show_default=True,
+    help="Relative error up to which a difference of checkpoints is taken as low rank.",
+)
+@click.option("--base", help="Where the base model is, if it moved.")
+@click.option("--author", help="Who commits.")
+@repo_option
+@json_option
+@reports_errors
+def import_(
+    source: Path,
+    message: str | None,
+    tolerance: float,
+    base: str | None,
+    author: str | None,
+    repo: Path | None,
+    as_json: bool,
+) -> None:
+    """Commit the change that SOURCE makes to the base: a folder with a PEFT LoRA adapter, or a fine-tuned checkpoint.
+
+    Only weights that patchhub can edit may differ from the base. Pickled files are never opened.
+    """
+    from patchhub.porcelain.importing import import_change as run
+
+    repository = open_repository(repo)
+    with bars() as progress:
+        done = run(
+            repository,
+            source,
+            stamp(repository, author, message or f"Import {source.resolve().name}"),
+            progress,
+            tolerance=tolerance,
+            base=base,
+        )
+    if as_json:
+        print_json(done.to_json())
+        return
+    say(f"Committed {click.style(done.commit[:12], fg='yellow')}")
+    for weight, (form, error) in done.weights.items():
+        say(f"  {weight}  {form}, relative error {error:.1e}", dim=True)
+
+
+COMMANDS = (export, import_)

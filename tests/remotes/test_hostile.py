@@ -1,0 +1,343 @@
+"""Remotes that lie: whatever they hold, only declared errors come out, the store stays sound and no ref moves."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import os
+import pickle
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import load, save
+
+from patchhub.canonical import canonical_json, object_id
+from patchhub.errors import PatchhubError, RemoteError
+from patchhub.objects import Commit
+from patchhub.remotes.addresses import open_remote
+from patchhub.remotes.file import object_path
+from patchhub.remotes.manifest import read_branch, read_folder
+from patchhub.store.fsck import check
+from patchhub.store.repository import Repository
+from tests.remotes.stores import make_history, make_store
+from tests.remotes.test_conformance import fetch, push
+
+EXAMPLES = settings(max_examples=1000, deadline=None, suppress_health_check=list(HealthCheck))
+
+
+@pytest.fixture(scope="module")
+def honest(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder remote with three commits on two branches, a tag and a note; ``receiver`` beside it is an empty store."""
+    folder = tmp_path_factory.mktemp("honest")
+    with make_history(folder / "ours") as ours:
+        push(ours, open_remote(str(folder / "remote")))
+    make_store(folder / "receiver").close()
+    return folder
+
+
+@contextlib.contextmanager
+def attacked(honest: Path) -> Iterator[tuple[Path, Repository]]:
+    """A copy of the remote that can be changed, and a receiver of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        remote = Path(folder) / "remote"
+        shutil.copytree(honest / "remote", remote, copy_function=os.link)
+        shutil.copytree(honest / "receiver", Path(folder) / "receiver")
+        with Repository.open(Path(folder) / "receiver") as repository:
+            yield remote, repository
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Write a new file; the honest remote's, which it was linked to, stays."""
+    path.unlink(missing_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
+
+
+def pulled_objects(honest: Path) -> list[Path]:
+    """Every object of the remote that the receiver does not have: all but the base."""
+    here = {path.name for path in (honest / "receiver" / ".patchhub" / "objects").rglob("*") if path.is_file()}
+    there = (path for path in (honest / "remote" / "objects").rglob("*") if path.is_file())
+    return sorted(path for path in there if path.name not in here)
+
+
+def refused(remote: Path, repository: Repository, match: str | None = None) -> None:
+    refs = repository.refs()
+    with pytest.raises(PatchhubError, match=match):
+        fetch(repository, open_remote(str(remote)))
+    assert repository.refs() == refs
+    assert check(repository).sound
+
+
+def survives(remote: Path, repository: Repository) -> None:
+    """Either all is well or a declared error: nothing in between."""
+    refs = repository.refs()
+    failure: PatchhubError | None = None
+    try:
+        fetch(repository, open_remote(str(remote)))
+    except PatchhubError as error:
+        failure = error
+    if failure is not None:
+        assert repository.refs() == refs
+        assert "\n" not in failure.message
+    assert check(repository).sound
+
+
+# --- bytes ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_flipped_bit_in_any_object_is_found(honest: Path) -> None:
+    """Each object, at its first, middle and last byte."""
+    for number, original in enumerate(pulled_objects(honest)):
+        data = original.read_bytes()
+        with attacked(honest) as (remote, repository):
+            for place in (0, len(data) // 2, len(data) - 1):
+                flipped = bytearray(data)
+                flipped[place] ^= 1 << (number % 8)
+                replace_file(remote / original.relative_to(honest / "remote"), bytes(flipped))
+                refused(remote, repository, "hash")
+
+
+@pytest.mark.parametrize("change", ["missing", "empty", "short", "long"])
+def test_objects_that_are_not_whole_are_found(change: str, honest: Path) -> None:
+    for original in pulled_objects(honest):
+        data = original.read_bytes()
+        with attacked(honest) as (remote, repository):
+            victim = remote / original.relative_to(honest / "remote")
+            victim.unlink()
+            if change != "missing":
+                replace_file(victim, {"empty": b"", "short": data[:-1], "long": data + b" "}[change])
+            survives(remote, repository) if change == "missing" else refused(remote, repository)
+
+
+def test_a_huge_object_is_refused_unread(honest: Path) -> None:
+    for original in pulled_objects(honest):
+        with attacked(honest) as (remote, repository):
+            victim = remote / original.relative_to(honest / "remote")
+            replace_file(victim, b"")
+            os.truncate(victim, 1 << 42)
+            refused(remote, repository, "bytes are too many")
+
+
+def test_names_that_are_no_objects_are_never_read(honest: Path) -> None:
+    with attacked(honest) as (remote, repository):
+        for name in (
+            "objects/x",
+            "objects/ab/../../../etc",
+            "objects/AB/" + "c" * 62,
+            "objects/ab/" + "c" * 61,
+            "../up",
+        ):
+            (remote / name).parent.mkdir(parents=True, exist_ok=True)
+            (remote / name).write_bytes(b"")
+        (remote / "objects" / "00").mkdir(exist_ok=True)
+        (remote / "objects" / "00" / ("f" * 62)).symlink_to("/dev/zero")
+        os.mkfifo(remote / "objects" / "00" / ("e" * 62))
+        fetch(repository, open_remote(str(remote)))
+        assert check(repository).sound
+
+
+def test_a_manifest_that_is_no_file_is_refused(honest: Path) -> None:
+    for make in (os.mkfifo, os.mkdir, lambda path: os.symlink("/dev/zero", path)):
+        with attacked(honest) as (remote, repository):
+            (remote / "patchhub.json").unlink()
+            make(remote / "patchhub.json")
+            refused(remote, repository, "not a file")
+
+
+# --- tensors --------------------------------------------------------------------------------------------------------
+
+
+class Bomb:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path.touch, (Path("unpickled"),))
+
+
+def with_tensors(remote: Path, data: bytes, *, of_patch: bool) -> None:
+    """Make the remote's main a commit whose delta, or whose patch's columns, are ``data``; every hash is right."""
+
+    def put(content: bytes) -> str:
+        replace_file(remote / object_path(object_id(content)), content)
+        return object_id(content)
+
+    def get(identity: str) -> Any:
+        return json.loads((remote / object_path(identity)).read_bytes())
+
+    manifest = json.loads((remote / "patchhub.json").read_bytes())
+    commit = get(manifest["refs"]["refs/tags/v1"])
+    if of_patch:
+        ((identity, requests),) = commit["added"]
+        patch = {**get(identity), "tensors": put(data)}
+        commit["added"] = [[put(canonical_json(patch)), requests]]
+        commit["set"] = object_id(canonical_json(commit["added"]))
+    else:
+        commit["tensors"] = put(data)
+    refs = {"refs/heads/main": put(canonical_json(commit))}
+    replace_file(remote / "patchhub.json", canonical_json({**manifest, "refs": refs}))
+
+
+def honest_tensors(honest: Path, *, of_patch: bool) -> dict[str, np.ndarray]:
+    with Repository.open(honest / "ours") as ours:
+        commit = ours.commit(ours.refs()["refs/tags/v1"])
+        patch = ours.patch(next(iter(commit.added))[0])
+        found: dict[str, np.ndarray] = load(ours.objects.get(patch.tensors if of_patch else str(commit.tensors)))
+        return found
+
+
+def bfloat16(tensors: dict[str, np.ndarray]) -> bytes:
+    return _relabelled(save({name: array.astype(np.float16) for name, array in tensors.items()}))
+
+
+def _relabelled(data: bytes) -> bytes:
+    """The same file with BF16 for F16 in its header, whose length then is another."""
+    length = int.from_bytes(data[:8], "little")
+    header = data[8 : 8 + length].replace(b'"F16"', b'"BF16"')
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + data[8 + length :]
+
+
+@pytest.mark.parametrize("of_patch", [True, False])
+def test_tensors_that_the_format_does_not_allow_are_refused(of_patch: bool, honest: Path) -> None:
+    good = honest_tensors(honest, of_patch=of_patch)
+    name = sorted(good)[0]
+    bad = {
+        "a pickle": pickle.dumps(Bomb()),
+        "no file at all": b"\xff" * 100,
+        "a header that is too long": (1 << 60).to_bytes(8, "little") + b"{}",
+        "a missing tensor": save({key: good[key] for key in good if key != name}),
+        "an unknown tensor": save({**good, "evil": np.zeros(3, np.float32)}),
+        "a wrong shape": save({**good, name: np.zeros((2, 2), np.float32)}),
+        "a wrong type": save({**good, name: good[name].astype(np.float64)}),
+        "integers": save({**good, name: good[name].astype(np.int32)}),
+        "bfloat16": bfloat16(good),
+        "NaN": save({**good, name: np.full_like(good[name], np.nan)}),
+        "infinity": save({**good, name: np.full_like(good[name], np.inf)}),
+    }
+    for reason, data in bad.items():
+        with attacked(honest) as (remote, repository):
+            with_tensors(remote, data, of_patch=of_patch)
+            refs = repository.refs()
+            with pytest.raises(PatchhubError, match="refused"):
+                fetch(repository, open_remote(str(remote)))
+            assert repository.refs() == refs, reason
+    assert not Path("unpickled").exists()
+    with attacked(honest) as (remote, repository):
+        with_tensors(remote, save(good), of_patch=of_patch)
+        fetch(repository, open_remote(str(remote)))
+
+
+# --- JSON -----------------------------------------------------------------------------------------------------------
+
+VALUES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**70), 2**70)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(max_size=12)
+    | st.sampled_from(["0" * 64, "f" * 64, "..", "refs/heads/x", "closed_form", "2026-11-21T09:30:00Z"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    yield path
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in items:
+        yield from places(inner, (*path, key))
+
+
+def mutated(draw: Any, document: Any) -> Any:
+    """One value replaced, removed, added or doubled somewhere in a JSON document."""
+    document = copy.deepcopy(document)
+    *above, last = draw(st.sampled_from(sorted(filter(None, places(document)), key=repr)))
+    parent = document
+    for key in above:
+        parent = parent[key]
+    kind = draw(st.sampled_from(["replace", "remove", "add"]))
+    if kind == "remove":
+        del parent[last]
+    elif kind == "replace" or not isinstance(parent, dict):
+        parent[last] = draw(VALUES)
+    else:
+        parent[draw(st.text(max_size=8))] = draw(VALUES)
+    return document
+
+
+@EXAMPLES
+@given(st.data())
+def test_mutated_manifests_give_only_declared_errors(honest: Path, data: st.DataObject) -> None:
+    document = json.loads((honest / "remote" / "patchhub.json").read_bytes())
+    branch = {key: document[key] for key in ("base", "base_model", "base_revision", "format", "notes", "private_facts")}
+    branch |= {"type": "branch", "commit": document["refs"]["refs/heads/main"]}
+    for original, read in ((document, read_folder), (branch, read_branch)):
+        read(canonical_json(original), "here")
+        changed = mutated(data.draw, original)
+        raw = canonical_json(changed)
+        cut = data.draw(st.integers(0, len(raw)))
+        for content in (raw, raw[:cut], raw[:cut] + data.draw(st.binary(max_size=3)) + raw[cut:]):
+            with contextlib.suppress(RemoteError):
+                read(content, "here")
+
+
+@settings(EXAMPLES, max_examples=150)
+@given(st.data())
+def test_a_remote_with_a_mutated_manifest(honest: Path, data: st.DataObject) -> None:
+    with attacked(honest) as (remote, repository):
+        document = mutated(data.draw, json.loads((remote / "patchhub.json").read_bytes()))
+        replace_file(remote / "patchhub.json", canonical_json(document))
+        survives(remote, repository)
+
+
+@settings(EXAMPLES, max_examples=150)
+@given(st.data())
+def test_a_remote_with_a_mutated_object(honest: Path, data: st.DataObject) -> None:
+    """A commit, or a patch and the commit that names it, changed and given their right hashes."""
+    with attacked(honest) as (remote, repository):
+        manifest = json.loads((remote / "patchhub.json").read_bytes())
+        commit = json.loads((remote / object_path(manifest["refs"]["refs/tags/v1"])).read_bytes())
+        if data.draw(st.booleans()):
+            commit = mutated(data.draw, commit)
+        else:
+            ((identity, requests),) = commit["added"]
+            patch = canonical_json(mutated(data.draw, json.loads((remote / object_path(identity)).read_bytes())))
+            replace_file(remote / object_path(object_id(patch)), patch)
+            commit["added"] = [[object_id(patch), requests]]
+            commit["set"] = object_id(canonical_json(commit["added"]))
+        raw = canonical_json(commit)
+        replace_file(remote / object_path(object_id(raw)), raw)
+        refs = {"refs/heads/main": object_id(raw)}
+        replace_file(remote / "patchhub.json", canonical_json({**manifest, "notes": {}, "refs": refs}))
+        survives(remote, repository)
+
+
+def test_texts_of_other_facts_are_refused(honest: Path) -> None:
+    """A requests blob that is well formed but not of the patch's requests."""
+    with attacked(honest) as (remote, repository):
+        manifest = json.loads((remote / "patchhub.json").read_bytes())
+        commit = json.loads((remote / object_path(manifest["refs"]["refs/tags/v1"])).read_bytes())
+        ((identity, requests),) = commit["added"]
+        patch = json.loads((remote / object_path(identity)).read_bytes())
+        texts = json.loads((remote / object_path(patch["requests_blob"])).read_bytes())
+        texts[0]["target_new"] = "Klingon"
+        forged = canonical_json(texts)
+        replace_file(remote / object_path(object_id(forged)), forged)
+        patch = canonical_json({**patch, "requests_blob": object_id(forged)})
+        replace_file(remote / object_path(object_id(patch)), patch)
+        commit["added"] = [[object_id(patch), requests]]
+        commit["set"] = object_id(canonical_json(commit["added"]))
+        raw = canonical_json(commit)
+        Commit.from_json(raw)
+        replace_file(remote / object_path(object_id(raw)), raw)
+        replace_file(
+            remote / "patchhub.json",
+            canonical_json({**manifest, "notes": {}, "refs": {"refs/heads/main": object_id(raw)}}),
+        )
+        refused(remote, repository, "not those of the patch")

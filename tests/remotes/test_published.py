@@ -1,0 +1,198 @@
+"""A pushed repository for those who only load it: with patchhub, offline, and with PEFT, which knows nothing of patchhub."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import patchhub
+from patchhub.errors import PatchhubError, RemoteError, RevisionError
+from patchhub.models.checkpoint import open_checkpoint
+from patchhub.porcelain import remote as verbs
+from patchhub.porcelain.loading import state_at
+from patchhub.porcelain.progress import Silent
+from patchhub.porcelain.published import hub_name, open_published
+from patchhub.porcelain.remote import Access
+from patchhub.runtime.patched_model import load_patched
+from patchhub.store.repository import Repository
+from tests.export.models import distance, load_base, logits, model_folder, model_store
+from tests.remotes.conftest import TOKEN
+from tests.remotes.stores import AUTHOR, TIME, add_batch, content, make_store, move, switch
+from tests.remotes.test_hub import tree_of
+
+
+@pytest.fixture(params=["gpt2", "llama"])
+def base(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    return model_folder(tmp_path / "base", request.param)
+
+
+@pytest.fixture
+def store(base: Path, tmp_path: Path, hub: Any, monkeypatch: pytest.MonkeyPatch) -> Repository:
+    """Three commits on two branches about a tiny model, pushed to ``tester/facts`` of the loopback Hub."""
+    from huggingface_hub import constants, hf_api
+
+    template = hub.url + constants.HUGGINGFACE_CO_URL_TEMPLATE.removeprefix(constants.ENDPOINT)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+    monkeypatch.setattr(hf_api.api, "endpoint", hub.url)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    repository = model_store(tmp_path / "store", base, range(3), range(3, 6))
+    first = repository.commit(str(repository.head[1])).parents[0]
+    move(repository, {"refs/heads/side": (None, first), "refs/tags/v1": (None, first)})
+    switch(repository, "side")
+    add_batch(repository, range(6, 8))
+    switch(repository, "main")
+    verbs.remote_add(repository, "origin", "hf://tester/facts")
+    push(repository, hub, everything=True)
+    return repository
+
+
+def push(repository: Repository, hub: Any, **options: Any) -> None:
+    verbs.push(repository, "origin", (), Silent(), author=AUTHOR, time=TIME, access=Access(hub.url, TOKEN), **options)
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # PEFT asks transformers the old way
+@pytest.mark.parametrize("revision", ["main", "side", "v1"])
+def test_peft_loads_a_pushed_repository(revision: str, store: Repository, base: Path) -> None:
+    from peft import PeftModel
+
+    adapted = PeftModel.from_pretrained(load_base(base), "tester/facts", revision=revision).eval()
+    expected = logits(load_patched(open_checkpoint(base), state_at(store, revision)))
+    assert distance(logits(adapted), expected) < 1e-5
+    assert distance(logits(load_base(base)), expected) > 1e-2
+
+
+def test_load_from_the_hub_and_then_offline(
+    store: Repository, base: Path, hub: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import constants
+
+    for revision in ("main", "side", "v1"):
+        expected = load_patched(open_checkpoint(base), state_at(store, revision)).state_dict()
+        loaded = patchhub.load("tester/facts", revision, base=base).state_dict()
+        assert all(bool((loaded[name] == tensor).all()) for name, tensor in expected.items())
+    commit = str(store.resolve("main~1"))
+    _, state = open_published("tester/facts", commit, base=base)
+    assert state.commit == commit
+    hub.stop()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    _, cached = open_published("tester/facts", "main", base=base)
+    assert cached.commit == store.resolve("main")
+    with pytest.raises(PatchhubError):
+        open_published("tester/facts", "never-seen", base=base)
+
+
+def test_load_reads_no_columns_and_no_texts(store: Repository, base: Path, hub: Any) -> None:
+    hub.log.clear()
+    open_published("tester/facts", "main", base=base)
+    heads = [str(store.resolve(name)) for name in ("main", "main~1")]
+    patches = [store.patch(patch) for patch, _ in store.active(heads[0])]
+    for unneeded in {patch.tensors for patch in patches} | {patch.requests_blob for patch in patches}:
+        assert not [entry for entry in hub.log if unneeded[2:] in entry["line"]]
+
+
+def test_load_finds_damage(store: Repository, base: Path, hub: Any) -> None:
+    hub.faults.append({"kind": "corrupt", "match": "/_cdn/", "offset": 200, "times": 1})
+    open_published("tester/facts", "main", base=base)  # fetched once more
+    cached = next((hub.root.parent / "hf-cache").glob(f"**/{store.state(store.head[1])[0][2:]}"))
+    blob = cached.resolve()
+    blob.write_bytes(b"\0" + blob.read_bytes()[1:])
+    open_published("tester/facts", "main", base=base)
+    hub.faults.append({"kind": "corrupt", "match": "/_cdn/", "offset": 200, "times": -1})
+    blob.write_bytes(b"\0" + blob.read_bytes()[1:])
+    with pytest.raises(RemoteError, match="hash"):
+        open_published("tester/facts", "main", base=base)
+
+
+def test_load_checks_the_base_and_the_revision(store: Repository, base: Path, tmp_path: Path) -> None:
+    with pytest.raises(RevisionError, match="no revision"):
+        open_published("tester/facts", "nosuch", base=base)
+    with pytest.raises(RemoteError, match="does not exist"):
+        open_published("tester/nothing", "main", base=base)
+    with pytest.raises(PatchhubError, match="does not say where its base is"):
+        open_published("tester/facts", "main")
+    family = json.loads((base / "config.json").read_text())["model_type"]
+    other = model_folder(tmp_path / "other", family, seed=1)
+    with pytest.raises(PatchhubError, match="not this repository's base"):
+        patchhub.load("tester/facts", base=other)
+
+
+def test_a_clone_is_a_store_like_any_other(store: Repository, base: Path, hub: Any, tmp_path: Path) -> None:
+    done = verbs.clone(
+        "hf://tester/facts",
+        tmp_path / "clone",
+        Silent(),
+        author=AUTHOR,
+        time=TIME,
+        base=str(base),
+        access=Access(hub.url, TOKEN),
+    )
+    with Repository.open(tmp_path / "clone") as clone:
+        assert done.commit == store.resolve("main") == clone.head[1]
+        assert clone.config.recording == store.config.recording
+        for ours_name, name in (("main", "main"), ("side", "origin/side"), ("v1", "v1")):
+            commit = str(clone.resolve(name))
+            assert commit == store.resolve(ours_name)
+            assert content(clone, commit) == content(store, commit)
+            ours, theirs = (load_patched(open_checkpoint(base), state_at(r, commit)) for r in (store, clone))
+            for tensor, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+                assert bool((tensor == other).all())
+
+
+def test_a_failed_clone_leaves_nothing(store: Repository, hub: Any, base: Path, tmp_path: Path) -> None:
+    family = json.loads((base / "config.json").read_text())["model_type"]
+    other = model_folder(tmp_path / "other", family, seed=1)
+    with pytest.raises(RemoteError, match="is not the base"):
+        verbs.clone(
+            "hf://tester/facts",
+            tmp_path / "clone",
+            Silent(),
+            author=AUTHOR,
+            time=TIME,
+            base=str(other),
+            access=Access(hub.url, TOKEN),
+        )
+    assert not (tmp_path / "clone").exists()
+
+
+def test_the_page_is_a_model_card(store: Repository, hub: Any) -> None:
+    from huggingface_hub import ModelCard
+
+    card = ModelCard((hub.root / "blobs" / tree_of(hub)["README.md"]["oid"]).read_text())
+    assert card.data.library_name == "peft"
+    assert "patchhub" in card.data.tags
+    assert "Person 4" in card.text
+    push(store, hub, private_facts=True)
+    add_batch(store, range(8, 9))
+    push(store, hub)
+    hidden = (hub.root / "blobs" / tree_of(hub)["README.md"]["oid"]).read_text()
+    assert "Person" not in hidden
+    assert "withheld" in hidden
+
+
+def test_a_second_push_costs_what_is_new(store: Repository, hub: Any) -> None:
+    known = set(store.objects.ids())
+    add_batch(store, range(100, 200))
+    new = sum(store.objects.path(name).stat().st_size for name in set(store.objects.ids()) - known)
+    hub.log.clear()
+    push(store, hub)
+    adapter = tree_of(hub)["adapter_model.safetensors"]["size"]
+    assert sum(entry["in"] for entry in hub.log) <= 1.1 * (new + adapter)
+
+
+def test_names_of_the_hub() -> None:
+    assert hub_name("user/repo") == hub_name("hf://user/repo") == "user/repo"
+    assert hub_name("./user/repo") is None
+    assert hub_name("/user/repo") is None
+    assert hub_name(Path("user/repo")) is None
+    assert hub_name("repo") is None
+
+
+def test_nothing_there_is_said(hub: Any, tmp_path: Path) -> None:
+    with make_store(tmp_path / "store") as repository:
+        verbs.remote_add(repository, "origin", "hf://tester/facts")
+        with pytest.raises(RemoteError, match="holds no patchhub store"):
+            verbs.fetch(repository, "origin", Silent(), author=AUTHOR, time=TIME, access=Access(hub.url, TOKEN))
