@@ -66,6 +66,14 @@ def join(parts: Sequence[Columns]) -> Columns:
     )
 
 
+def beyond(columns: Columns, deltas: Sequence[Delta]) -> Columns:
+    """The columns on top of deltas that stay as they are, whose sum is X: each asks for what is left, r_i - X k_i."""
+    if not deltas or not len(columns):
+        return columns
+    present = image(add(deltas, columns.shape), columns.keys)
+    return Columns(columns.keys, columns.preimages, columns.residuals - present, columns.ridge)
+
+
 def solve(columns: Columns) -> LowRank:
     """D(S) in float64 factors of rank <= n.
 

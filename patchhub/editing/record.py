@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from patchhub.constraints import Columns, difference, no_columns
+from patchhub.constraints import Columns, beyond, difference, no_columns
 from patchhub.delta import Delta, LowRank, add, image, to_dense
 from patchhub.editing.locate import Encoded
 from patchhub.editing.metric import MetricCache
@@ -40,10 +40,17 @@ class KeyRow:
 
 @dataclass(frozen=True, eq=False)
 class State:
-    """What the model's present weights hold already: per weight the active columns and the deltas that realise them."""
+    """What the model's present weights hold already.
+
+    Attributes:
+        columns: the active columns of each weight, on top of `fixed`.
+        deltas: what realises them, and `fixed`: the sum is the weight's change.
+        fixed: deltas that stay as they are, such as imported ones.
+    """
 
     columns: Mapping[str, Columns]
     deltas: Mapping[str, Sequence[Delta]]
+    fixed: Mapping[str, Sequence[Delta]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -192,7 +199,7 @@ def _extend(
         np.full(len(stored_keys), ridge, np.float32),
     )
     active = state.columns.get(weight, no_columns(shape))
-    return added, difference(active, added, no_columns(shape))
+    return added, difference(active, beyond(added, state.fixed.get(weight, ())), no_columns(shape))
 
 
 def _read(

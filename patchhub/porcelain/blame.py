@@ -145,7 +145,7 @@ def blame(
 
 def _owners(repository: Repository, elements: frozenset[Element], weight: str) -> list[Element]:
     """Whose column each row of `read_columns` is, for one weight."""
-    ordered = sorted(elements, key=lambda element: (element[0], element[1] or ""))
+    ordered = sorted((patch, request) for patch, request in elements if request is not None)
     return [element for element in ordered if weight in repository.patch(element[0]).weights]
 
 

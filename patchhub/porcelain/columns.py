@@ -8,8 +8,8 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from patchhub.constraints import Columns, difference, join, no_columns
-from patchhub.delta import Delta, LowRank, read_deltas
+from patchhub.constraints import Columns, beyond, difference, join, no_columns
+from patchhub.delta import Delta, add, negative, read_deltas
 from patchhub.errors import CorruptStoreError, RepositoryError
 from patchhub.objects import Element, Patch
 from patchhub.store.repository import Repository
@@ -44,39 +44,93 @@ def write_columns(columns: Mapping[str, Columns], targets: np.ndarray) -> bytes:
     return save(tensors)
 
 
+def read_additive(repository: Repository, elements: Iterable[Element]) -> dict[str, list[Delta]]:
+    """The deltas of the additive patches of a set per weight, in ascending order of patch id.
+
+    Raises:
+        RepositoryError: the set holds whole patches of another kind.
+        CorruptStoreError: a patch's tensors are not what its manifest says.
+    """
+    found: dict[str, list[Delta]] = {}
+    for identity in sorted(identity for identity, request in elements if request is None):
+        patch = repository.patch(identity)
+        if patch.kind != "additive":
+            raise RepositoryError(
+                f"patch {identity[:12]} is neither columns nor additive and cannot be solved together with others",
+                remedy="Use a version of patchhub that knows this kind of patch.",
+                patch=identity,
+            )
+        for weight, delta in read_deltas(repository.objects.get(patch.tensors), patch.weights).items():
+            found.setdefault(weight, []).append(delta)
+    return found
+
+
 def read_columns(repository: Repository, elements: Iterable[Element]) -> dict[str, Columns]:
     """The columns of a set per weight, in the set's order (patch id, then request id).
 
+    What the set's additive patches bring at a key is taken off its residual: the columns ask for the rest.
+
     Raises:
-        RepositoryError: the set holds patches that are not columns.
+        RepositoryError: the set holds patches that are neither columns nor additive.
         CorruptStoreError: a patch's tensors are not what its manifest says.
     """
+    elements = frozenset(elements)
+    return _columns(repository, elements, read_additive(repository, elements))
+
+
+def solve_change(repository: Repository, before: frozenset[Element], after: frozenset[Element]) -> dict[str, Delta]:
+    """D(after) - D(before) of each weight that either set changes, from what was recorded alone (float64)."""
+    shapes = weight_shapes(repository)
+    old, new = read_additive(repository, before), read_additive(repository, after)
+    if _whole(before) != _whole(after):
+        return _rebased_change(repository, before, after, old, new)
+    common = _columns(repository, before & after, new)
+    added, removed = _columns(repository, after - before, new), _columns(repository, before - after, new)
+    return {
+        weight: difference(*(part.get(weight, no_columns(shapes[weight])) for part in (common, added, removed)))
+        for weight in sorted(added.keys() | removed.keys())
+    }
+
+
+def _rebased_change(
+    repository: Repository,
+    before: frozenset[Element],
+    after: frozenset[Element],
+    old: Mapping[str, Sequence[Delta]],
+    new: Mapping[str, Sequence[Delta]],
+) -> dict[str, Delta]:
+    """`solve_change` where the additive patches differ: every column's residual is another then."""
+    shapes = weight_shapes(repository)
+    gone, come = _columns(repository, before, old), _columns(repository, after, new)
+    change: dict[str, Delta] = {}
+    for weight in sorted(old.keys() | new.keys() | gone.keys() | come.keys()):
+        nothing = no_columns(shapes[weight])
+        solved = [difference(nothing, part.get(weight, nothing), nothing) for part in (come, gone)]
+        parts = [*new.get(weight, ()), solved[0], *map(negative, [*old.get(weight, ()), solved[1]])]
+        change[weight] = add(parts, shapes[weight])
+    return change
+
+
+def _whole(elements: frozenset[Element]) -> frozenset[str]:
+    return frozenset(patch for patch, request in elements if request is None)
+
+
+def _columns(
+    repository: Repository, elements: Iterable[Element], additive: Mapping[str, Sequence[Delta]]
+) -> dict[str, Columns]:
+    """The columns among ``elements``, with residuals against W0 plus those additive deltas."""
     wanted: dict[str, list[str]] = {}
     for identity, request in sorted(elements, key=lambda element: (element[0], element[1] or "")):
-        if request is None:
-            raise RepositoryError(
-                f"patch {identity[:12]} is not made of columns and cannot be solved together with others",
-                remedy="Use a version of patchhub that knows this kind of patch.",
-            )
-        wanted.setdefault(identity, []).append(request)
+        if request is not None:
+            wanted.setdefault(identity, []).append(request)
     parts: dict[str, list[Columns]] = {}
     for identity, requests in wanted.items():
         patch = repository.patch(identity)
         place = {request: row for row, request in enumerate(patch.requests)}
         for weight, columns in _patch_columns(repository, identity, patch).items():
             parts.setdefault(weight, []).append(columns.take([place[request] for request in requests]))
-    return {weight: join(found) for weight, found in sorted(parts.items())}
-
-
-def solve_change(repository: Repository, before: frozenset[Element], after: frozenset[Element]) -> dict[str, LowRank]:
-    """D(after) - D(before) of each weight that either set changes, from recorded columns alone (float64)."""
-    shapes = weight_shapes(repository)
-    common = read_columns(repository, before & after)
-    added, removed = read_columns(repository, after - before), read_columns(repository, before - after)
-    return {
-        weight: difference(*(part.get(weight, no_columns(shapes[weight])) for part in (common, added, removed)))
-        for weight in sorted(added.keys() | removed.keys())
-    }
+    joined = {weight: join(found) for weight, found in sorted(parts.items())}
+    return {weight: beyond(columns, additive.get(weight, ())) for weight, columns in joined.items()}
 
 
 def _patch_columns(repository: Repository, identity: str, patch: Patch) -> dict[str, Columns]:

@@ -20,7 +20,7 @@ from patchhub.evaluation.metrics import score_targets
 from patchhub.models.architectures import Architecture, additive_probe, describe, read_config
 from patchhub.models.tracing import Stack
 from patchhub.objects import Element, Patch, Request, requests_json, set_digest
-from patchhub.porcelain.columns import read_columns, read_state, solve_change, write_columns
+from patchhub.porcelain.columns import read_additive, read_columns, read_state, solve_change, write_columns
 from patchhub.porcelain.facts import active_requests
 from patchhub.porcelain.loading import (
     SURVIVAL_LIMIT,
@@ -121,7 +121,7 @@ def commit(
     for layer in chosen.layers:
         additive_probe(model, architecture, layer)
     recorder = open_recorder(repository, stack, tokenizer, chosen.layers, text, progress)
-    below = State(read_columns(repository, plan.kept), deltas)
+    below = State(read_columns(repository, plan.kept), deltas, read_additive(repository, plan.kept))
     edit = _edit(stack, tokenizer, plan, recorder, method, chosen, below, progress)
     patch = _store_patch(repository, plan, recorder, method, chosen, edit)
     elements = plan.kept | patch.elements

@@ -11,17 +11,17 @@ from transformers import AutoTokenizer
 
 from patchhub.errors import RequestError, SettingsError
 from patchhub.evaluation import decoding, suites
-from patchhub.evaluation.suites import FactReading, Scores
+from patchhub.evaluation.suites import Scores
 from patchhub.objects import Note, Request
 from patchhub.porcelain.loading import open_base, state_at
 from patchhub.porcelain.progress import Progress
 from patchhub.runtime.patched_model import load_patched, switch
 from patchhub.store.repository import Repository
 
-SUITES: Mapping[str, Callable[[Sequence[FactReading], Sequence[FactReading]], Scores]] = {
-    "counterfact": lambda after, before: suites.counterfact_scores(after, before),
-    "zsre": lambda after, before: suites.zsre_scores(after, before),
-    "wise": lambda after, before: suites.wise_scores(after, before),
+SUITES: Mapping[str, Callable[..., Scores]] = {
+    "counterfact": suites.counterfact_scores,
+    "zsre": suites.zsre_scores,
+    "wise": suites.wise_scores,
 }
 DEFINITIONS: Mapping[str, str] = {
     "ES": "efficacy: the new target is more probable than the old one at the prompt",

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from patchhub.constraints import Columns
-from patchhub.delta import Delta, LowRank
+from patchhub.delta import Delta
 from patchhub.errors import RevisionError
 from patchhub.interference import interfering, misfit
 from patchhub.objects import Element, Request
@@ -137,12 +137,14 @@ class _Near:
 def _side(repository: Repository, side: Side, commit: str, elements: frozenset[Element]) -> _Alone:
     columns = read_columns(repository, elements)
     weights = {patch: repository.patch(patch).weights.keys() for patch in {patch for patch, _ in elements}}
-    ordered = sorted(elements, key=lambda element: (element[0], element[1] or ""))  # the order of read_columns
+    ordered = sorted(
+        (patch, request) for patch, request in elements if request is not None
+    )  # the order of read_columns
     rows = {weight: [element for element in ordered if weight in weights[element[0]]] for weight in columns}
     return _Alone(side, rows, columns, read_state(repository, commit))
 
 
-def _extended(state: Mapping[str, Sequence[Delta]], change: Mapping[str, LowRank]) -> dict[str, list[Delta]]:
+def _extended(state: Mapping[str, Sequence[Delta]], change: Mapping[str, Delta]) -> dict[str, list[Delta]]:
     return {
         weight: [*state.get(weight, ()), *([change[weight]] if weight in change else [])]
         for weight in state.keys() | change.keys()

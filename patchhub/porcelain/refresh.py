@@ -23,7 +23,7 @@ from patchhub.models.checkpoint import Checkpoint
 from patchhub.models.tracing import Stack
 from patchhub.objects import Element, Patch, Request, requests_json, set_digest
 from patchhub.porcelain.change import largest_proof
-from patchhub.porcelain.columns import read_columns, read_state, solve_change, write_columns
+from patchhub.porcelain.columns import read_additive, read_columns, read_state, solve_change, write_columns
 from patchhub.porcelain.facts import active_requests
 from patchhub.porcelain.loading import load_for_editing, open_base, patch_state
 from patchhub.porcelain.progress import Progress
@@ -100,7 +100,7 @@ def refresh(repository: Repository, stamp: Stamp, progress: Progress) -> Refresh
         deltas.setdefault(weight, []).append(part)
     checkpoint = open_base(repository)
     stack, tokenizer, recorder = _open(repository, checkpoint, groups, deltas, progress)
-    state = State(read_columns(repository, staying), deltas)
+    state = State(read_columns(repository, staying), deltas, read_additive(repository, staying))
     elements = staying
     for group in groups:
         recording = _record(stack, tokenizer, group, recorder, state)

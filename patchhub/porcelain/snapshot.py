@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from patchhub.constraints import no_columns, proof
-from patchhub.delta import Delta, LowRank, add, compact, negative, norm, write_deltas
+from patchhub.delta import Delta, add, compact, negative, norm, write_deltas
 from patchhub.objects import Commit, Element, Keyframe, set_digest, set_json
-from patchhub.porcelain.columns import Shapes, read_columns, read_state, solve_change, weight_shapes
+from patchhub.porcelain.columns import Shapes, read_additive, read_columns, read_state, solve_change, weight_shapes
 from patchhub.store.repository import Repository
 
 
@@ -38,7 +38,7 @@ def snapshot(
     draft: Draft,
     stamp: Stamp,
     *,
-    change: Mapping[str, LowRank] | None = None,
+    change: Mapping[str, Delta] | None = None,
     check: Mapping[str, Any] | None = None,
 ) -> str:
     """Write the commit of ``draft`` and move the current branch to it; returns its id. See `prepare`."""
@@ -53,7 +53,7 @@ def prepare(
     draft: Draft,
     stamp: Stamp,
     *,
-    change: Mapping[str, LowRank] | None = None,
+    change: Mapping[str, Delta] | None = None,
     check: Mapping[str, Any] | None = None,
 ) -> Commit:
     """The commit of ``draft``, with all that it refers to in the store; it is not in the store itself.
@@ -72,7 +72,7 @@ def prepare(
         state = read_state(repository, same_as)
     else:
         factors = solve_change(repository, before, draft.elements) if change is None else change
-        delta = {weight: compact(part) for weight, part in factors.items() if part.rank}
+        delta = {weight: compact(part) for weight, part in factors.items() if norm(part)}
         state = _extended(read_state(repository, parent), delta)
         data = write_deltas(delta)
         tensors = repository.objects.put(data) if delta else None
@@ -112,7 +112,8 @@ def _keyframe(
     shapes: Shapes,
 ) -> Keyframe | None:
     """The whole state, where reading it commit by commit would cost too much (docs/format.md)."""
-    rank = len(elements)
+    full = any(request is None for _, request in elements)  # an additive patch may be of any rank
+    rank = max(map(max, shapes.values())) if full else len(elements)
     whole = sum(4 * min(out * inner, rank * (out + inner)) for out, inner in (shapes[weight] for weight in state))
     if not repository.needs_keyframe(parent, new_bytes, whole):
         return None
@@ -133,7 +134,7 @@ def _measured(
     shapes: Shapes,
 ) -> dict[str, Any]:
     """Frobenius norms of the state and of its change, and the proof, per weight."""
-    columns = read_columns(repository, elements)
+    columns, additive = read_columns(repository, elements), read_additive(repository, elements)
     previous = read_state(repository, parent)
     norms, proofs = {}, {}
     for weight in sorted(state.keys() | previous.keys() | columns.keys()):
@@ -143,5 +144,9 @@ def _measured(
             "change": norm(add([now, negative(then)], shapes[weight])),
             "state": norm(now),
         }
-        proofs[weight] = proof(list(state.get(weight, ())), columns.get(weight, no_columns(shapes[weight])))
+        solved = [*state.get(weight, ()), *map(negative, additive.get(weight, ()))]
+        if weight in columns or weight not in additive:
+            proofs[weight] = proof(solved, columns.get(weight, no_columns(shapes[weight])))
+        else:
+            proofs[weight] = norm(add(solved, shapes[weight])) / norms[weight]["state"]
     return {"norms": norms, "proof": proofs}

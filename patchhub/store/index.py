@@ -228,8 +228,8 @@ def search(connection: sqlite3.Connection, text: str, *, limit: int = 50) -> lis
 
 
 def quoted(text: str) -> list[str]:
-    """The words of `text`, each as a string of SQLite's search language."""
-    return ['"' + word.replace('"', '""') + '"' for word in text.split()]
+    """The words of `text`, each as a string of SQLite's search language, which ends at a NUL."""
+    return ['"' + word.replace('"', '""') + '"' for word in text.replace("\0", " ").split()]
 
 
 def changes_of(connection: sqlite3.Connection, request: str) -> list[tuple[str, str, int]]:

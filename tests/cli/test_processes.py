@@ -46,7 +46,10 @@ def test_looking_imports_neither_torch_nor_numpy(verb: str, store: Path) -> None
 def test_revert_imports_no_torch(store: Path) -> None:
     check = CHECK.replace('"torch", "transformers", "numpy"', '"torch", "transformers"')
     done = subprocess.run(
-        [sys.executable, "-c", check, "--repo", str(store), "revert", "HEAD"], capture_output=True, text=True, check=False
+        [sys.executable, "-c", check, "--repo", str(store), "revert", "HEAD"],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
 
@@ -54,7 +57,9 @@ def test_revert_imports_no_torch(store: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGKILL])
 @pytest.mark.parametrize("seconds", [0.5, 3.0, 5.0, 7.0])
-def test_an_interrupted_commit_leaves_a_sound_store(kind: signal.Signals, seconds: float, run: Run, store: Path) -> None:
+def test_an_interrupted_commit_leaves_a_sound_store(
+    kind: signal.Signals, seconds: float, run: Run, store: Path
+) -> None:
     (store / "more.json").write_text(json.dumps(FACTS[10:]))
     before = json.loads(run("status", "--json").stdout)["head"]["id"]
     process = subprocess.Popen(

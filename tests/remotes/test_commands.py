@@ -1,0 +1,92 @@
+"""The commands, between two stores over a folder: what a user types and sees."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from patchhub.cli.main import main
+from tests.export.models import model_folder, model_store
+from tests.remotes.stores import add_batch, move
+
+
+def run(folder: Path, *arguments: str, code: int = 0) -> Result:
+    result = CliRunner().invoke(main, ["--repo", str(folder), *arguments])
+    if not isinstance(result.exception, SystemExit | None):
+        raise result.exception
+    assert result.exit_code == code, f"{arguments}: exit {result.exit_code}\n{result.stdout}\n{result.stderr}"
+    return result
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    return model_folder(tmp_path / "base", "llama")
+
+
+@pytest.fixture
+def ours(base: Path, tmp_path: Path) -> Path:
+    folder = tmp_path / "ours"
+    with model_store(folder, base, range(2), range(2, 4)) as store:
+        move(store, {"refs/tags/v1": (None, str(store.resolve("HEAD~1")))})
+    run(folder, "remote", "add", "origin", str(tmp_path / "shared"))
+    return folder
+
+
+def test_push_clone_and_pull(ours: Path, base: Path, tmp_path: Path) -> None:
+    planned = json.loads(run(ours, "push", "--all", "--dry-run", "--json").stdout)
+    assert not (tmp_path / "shared").exists()
+    assert json.loads(run(ours, "push", "--all", "--json").stdout)[0] == planned[0]
+    assert "up to date" in run(ours, "push", "--all").stdout
+    theirs = tmp_path / "theirs"
+    run(ours, "clone", str(tmp_path / "shared"), str(theirs), "--base", str(base))
+    heads = [json.loads(run(folder, "status", "--json").stdout)["head"]["id"] for folder in (ours, theirs)]
+    assert heads[0] == heads[1]
+    from patchhub.store.repository import Repository
+
+    with Repository.open(theirs) as store:
+        add_batch(store, range(10, 11))
+    with Repository.open(ours) as store:
+        add_batch(store, range(20, 21))
+    run(theirs, "push")
+    error = run(ours, "push", code=11).stderr
+    assert "patchhub pull" in error
+    assert len(error.strip().splitlines()) == 2
+    assert "merged" in run(ours, "pull").stdout
+    run(ours, "push")
+    assert "fast-forward" in run(theirs, "pull").stdout
+    assert "Nothing new" in run(theirs, "fetch").stdout
+    assert json.loads(run(theirs, "fsck", "--json").stdout)["sound"]
+
+
+def test_remotes_are_named(ours: Path, tmp_path: Path) -> None:
+    run(ours, "push")
+    run(ours, "remote", "add", "hub", "hf://user/facts")
+    assert json.loads(run(ours, "remote", "list", "--json").stdout) == {
+        "hub": "hf://user/facts",
+        "origin": str(tmp_path / "shared"),
+    }
+    assert "there is a remote hub already" in run(ours, "remote", "add", "hub", "x", code=2).stderr
+    assert "names no repository" in run(ours, "remote", "add", "bad", "hf://facts", code=2).stderr
+    assert "cannot name a remote" in run(ours, "remote", "add", "a/b", "x", code=2).stderr
+    run(ours, "remote", "remove", "origin")
+    assert "there is no remote 'origin'" in run(ours, "fetch", "origin", code=2).stderr
+    assert "offline" in run(ours, "fetch", "hub", code=11).stderr
+
+
+def test_export_and_import(ours: Path, base: Path, tmp_path: Path) -> None:
+    done = json.loads(run(ours, "export", "peft", "--out", str(tmp_path / "out"), "--json").stdout)
+    assert done["error"] < 1e-6
+    assert done["commit"][:12] in done["out"]
+    run(ours, "export", "diff", "--out", str(tmp_path / "deltas.safetensors"))
+    run(ours, "export", "checkpoint", "--out", str(tmp_path / "fused"))
+    other = tmp_path / "other"
+    model_store(other, base).close()
+    assert "rank" in run(other, "import", done["out"]).stdout
+    assert "active already" in run(other, "import", done["out"], code=3).stderr
+    assert "1 active" in run(other, "log").stdout
+    run(other, "revert", "HEAD")
+    run(other, "import", str(tmp_path / "fused"))
+    assert json.loads(run(other, "fsck", "--json").stdout)["sound"]
