@@ -56,7 +56,7 @@ def init(base: str, revision: str | None, author: str | None, repo: Path | None,
         return
     say(f"Initialised {done.store} for {done.model_type} with {done.layers} layers")
     say(
-        f"base {done.base[:12]}: {done.tensors} tensors, {done.gigabytes:.2f} GB, read in {done.seconds:.1f} s",
+        f"base {done.base[:12]}: {done.tensors} tensors, {done.gigabytes * 1000:,.1f} MB, read in {done.seconds:.1f} s",
         dim=True,
     )
 

@@ -48,7 +48,7 @@ def remote() -> None:
 @reports_errors
 def remote_add(name: str, address: str, repo: Path | None, as_json: bool) -> None:
     """Give ADDRESS a NAME; `origin` is used where no name is given."""
-    from patchhub.porcelain.remote import remote_add as run
+    from patchhub.porcelain.named_remotes import remote_add as run
 
     kept = run(open_repository(repo), name, address)
     if as_json:
@@ -63,7 +63,7 @@ def remote_add(name: str, address: str, repo: Path | None, as_json: bool) -> Non
 @reports_errors
 def remote_list(repo: Path | None, as_json: bool) -> None:
     """Every remote and its address."""
-    from patchhub.porcelain.remote import remotes
+    from patchhub.porcelain.named_remotes import remotes
 
     found = remotes(open_repository(repo))
     if as_json:
@@ -81,7 +81,7 @@ def remote_list(repo: Path | None, as_json: bool) -> None:
 @reports_errors
 def remote_remove(name: str, author: str | None, repo: Path | None, as_json: bool) -> None:
     """Forget a remote; nothing is deleted there."""
-    from patchhub.porcelain.remote import remote_remove as run
+    from patchhub.porcelain.named_remotes import remote_remove as run
 
     repository = open_repository(repo)
     run(repository, name, author=author_of(repository.config.settings, author), time=now())
@@ -122,7 +122,7 @@ def push(
     Only what is missing there travels. A branch moves only forward; if it moved there, pull first. On the Hub, a
     repository that does not exist is made, private.
     """
-    from patchhub.porcelain.remote import default_remote
+    from patchhub.porcelain.named_remotes import default_remote
     from patchhub.porcelain.remote import push as run
 
     repository = open_repository(repo)
@@ -161,7 +161,7 @@ def fetch(
     remote: str | None, repair: bool, max_size: float, author: str | None, repo: Path | None, as_json: bool
 ) -> None:
     """Bring all branches, tags and notes of REMOTE here, every byte verified. Your branches stay where they are."""
-    from patchhub.porcelain.remote import default_remote
+    from patchhub.porcelain.named_remotes import default_remote
     from patchhub.porcelain.remote import fetch as run
 
     repository = open_repository(repo)
@@ -191,7 +191,7 @@ def fetch(
 def pull(remote: str | None, max_size: float, author: str | None, repo: Path | None, as_json: bool) -> None:
     """Fetch, then bring REMOTE's branch of the same name into the current one: fast-forward, or merge."""
     from patchhub.porcelain.merge import Stopped
-    from patchhub.porcelain.remote import default_remote
+    from patchhub.porcelain.named_remotes import default_remote
     from patchhub.porcelain.remote import pull as run
 
     repository: Repository = open_repository(repo)

@@ -1,17 +1,17 @@
-"""Verbs around remotes: `remote add`, `list`, `remove`, `push`, `fetch`, `pull`, `clone`. No torch but in `clone`."""
+"""Verbs that share: `push`, `fetch`, `pull`, `clone`. NumPy, and torch in `clone` alone."""
 
 from __future__ import annotations
 
-import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from patchhub.errors import PatchhubError, RemoteError, RepositoryError, SettingsError
 from patchhub.porcelain.columns import weight_shapes
 from patchhub.porcelain.merge import Merged, Stopped, merge
+from patchhub.porcelain.named_remotes import ORIGIN, address_of, remote_add
 from patchhub.porcelain.progress import Progress
 from patchhub.porcelain.received import tensor_check
 from patchhub.porcelain.snapshot import Stamp
@@ -25,12 +25,8 @@ from patchhub.store.config import Recording
 from patchhub.store.repository import DIRECTORY, Repository
 from patchhub.store.revisions import BRANCHES, HEAD, REMOTES, SYMBOLIC
 
-ORIGIN: Final = "origin"
 MAX_BYTES: Final = 64 << 30
 """What one fetch may download unless told otherwise."""
-
-_KEY = "remote."
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
 
 @dataclass(frozen=True)
@@ -60,61 +56,6 @@ class Cloned:
     branch: str | None
     commit: str | None
     fetched: Fetched
-
-
-# --- which remotes there are ----------------------------------------------------------------------------------------
-
-
-def remotes(repository: Repository) -> dict[str, str]:
-    """Address of every remote by name."""
-    settings = repository.config.settings
-    return {key[len(_KEY) :]: str(value) for key, value in sorted(settings.items()) if key.startswith(_KEY)}
-
-
-def remote_add(repository: Repository, name: str, address: str) -> str:
-    """Give an address a name; returns the address as it is kept.
-
-    Raises:
-        SettingsError: a name or an address that cannot be used, or a name that is taken.
-    """
-    if _NAME.fullmatch(name) is None:
-        raise SettingsError(f"{name!r} cannot name a remote", remedy="Use letters, digits, `-` and `_`.")
-    if name in remotes(repository):
-        raise SettingsError(f"there is a remote {name} already", remedy=f"Remove it: `patchhub remote remove {name}`.")
-    kept = normalised(address)
-    _write_settings(repository, {**repository.config.settings, _KEY + name: kept})
-    return kept
-
-
-def remote_remove(repository: Repository, name: str, *, author: str, time: str) -> None:
-    """Forget a remote and where its branches were; `SettingsError` if there is none of that name."""
-    address_of(repository, name)
-    prefix = f"{REMOTES}{name}/"
-    gone: dict[str, tuple[str | None, str | None]] = {
-        ref: (target, None) for ref, target in repository.refs().items() if ref.startswith(prefix)
-    }
-    if gone:
-        repository.move_refs(gone, command="remote", arguments={"remove": name}, author=author, time=time)
-    _write_settings(repository, {k: v for k, v in repository.config.settings.items() if k != _KEY + name})
-
-
-def address_of(repository: Repository, name: str) -> str:
-    """The address of a remote; `SettingsError` if there is none of that name."""
-    known = remotes(repository)
-    if name not in known:
-        listed = f"The remotes are {', '.join(known)}." if known else "Add one: `patchhub remote add NAME ADDRESS`."
-        raise SettingsError(f"there is no remote {name!r}", remedy=listed)
-    return known[name]
-
-
-def default_remote(repository: Repository) -> str:
-    """The only remote, or ``origin``."""
-    known = remotes(repository)
-    return next(iter(known)) if len(known) == 1 else ORIGIN
-
-
-def _write_settings(repository: Repository, settings: Mapping[str, Any]) -> None:
-    repository.write_config(replace(repository.config, settings=settings))
 
 
 # --- push, fetch, pull ----------------------------------------------------------------------------------------------

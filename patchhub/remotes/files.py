@@ -71,7 +71,10 @@ class LocalFiles:
     def sizes(self, folder: str) -> dict[str, int]:
         found = {}
         for path in sorted((self.root / folder).rglob("*")):
-            facts = path.stat()
+            try:
+                facts = path.stat()
+            except OSError:  # a link that leads nowhere
+                continue
             if stat.S_ISREG(facts.st_mode):
                 found[path.relative_to(self.root).as_posix()] = facts.st_size
         return found

@@ -77,16 +77,15 @@ def read_call(place: str, call: Callable[[], Result], *, sleep: Sleep = time.sle
 
 
 def _passes(error: BaseException) -> bool:
-    from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
+    """Whether the same call may succeed a little later."""
+    from huggingface_hub.errors import OfflineModeIsEnabled
 
     if _cause(error, OfflineModeIsEnabled) or isinstance(error, ValueError):
         return False
     status = status_of(error)
-    return (
-        status in TRANSIENT
-        or (status is None and not isinstance(error, LocalEntryNotFoundError | OSError))
-        or (status is None and isinstance(error, ConnectionError | TimeoutError))
-    )
+    if status is not None:
+        return status in TRANSIENT
+    return not isinstance(error, OSError) or isinstance(error, ConnectionError | TimeoutError)
 
 
 def explained(place: str, error: BaseException) -> RemoteError:

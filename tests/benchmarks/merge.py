@@ -2,8 +2,9 @@
 
     python -m tests.benchmarks.merge --model DIR --facts FILE [-n 500] [--refresh]
 
-Prints S of all facts after the merge (compare with `tests.benchmarks.spine -n 2N`, one commit of all), the time of the merge as a share of the
-edits', and after the revert S of the second branch's facts and how many of the first's old answers are back.
+Prints S of all facts after the merge (compare with `tests.benchmarks.spine -n 2N`, one commit of all), the time of the
+merge as a share of the edits', and after the revert S of the second branch's facts and how many of the first's old
+answers are back, beside the second branch alone.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from patchhub.evaluation.metrics import score_targets
 from patchhub.evaluation.suites import counterfact_scores, read_facts
 from patchhub.objects import Request
 from patchhub.porcelain.columns import read_state
-from patchhub.porcelain.loading import open_base, patch_state
+from patchhub.porcelain.loading import open_base, patch_state, state_at
 from patchhub.runtime.patched_model import load_patched
 from patchhub.store.repository import Repository
 
@@ -55,6 +56,8 @@ def main() -> None:
         _report(folder, "a reverted", {"b": b}, gone=a)
         with Repository.open(folder) as repository:
             _subtract(repository, a, b)
+            alone: Any = load_patched(open_base(repository), state_at(repository, "b"), dtype=torch.float32)
+            _print("b alone", alone, repository.config.base["path"], {"b": b}, gone=a)
 
 
 def _subtract(repository: Repository, a: list[Request], b: list[Request]) -> None:

@@ -52,7 +52,7 @@ Repo = dict[str, Any]
 """id, private, created, branches and tags (name -> commit), commits (id -> parents, title, message, date, author, tree)."""
 
 
-class Refused(Exception):  # noqa: N818 - it is an answer, not a failure
+class Refused(Exception):
     """An answer other than 2xx, in the form in which the Hub gives it."""
 
     def __init__(

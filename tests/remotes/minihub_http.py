@@ -26,7 +26,7 @@ _CHUNK = 1 << 16
 _CDN_HOST = "localhost"  # another origin than 127.0.0.1, so that the client drops its token as it does for the real one
 
 
-class Dropped(Exception):  # noqa: N818
+class Dropped(Exception):
     """The connection was cut, by a fault or by the client."""
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -90,3 +92,31 @@ def test_export_and_import(ours: Path, base: Path, tmp_path: Path) -> None:
     run(other, "revert", "HEAD")
     run(other, "import", str(tmp_path / "fused"))
     assert json.loads(run(other, "fsck", "--json").stdout)["sound"]
+
+
+CHECK = """
+import sys
+from patchhub.cli.main import main
+try:
+    main(sys.argv[1:], prog_name="patchhub")
+except SystemExit as done:
+    assert not done.code, done.code
+heavy = HEAVY & set(sys.modules)
+assert not heavy, heavy
+"""
+
+
+@pytest.mark.parametrize(
+    ("verb", "heavy"),
+    [
+        (["remote", "list"], {"torch", "transformers", "numpy", "huggingface_hub"}),
+        (["push"], {"torch", "transformers", "huggingface_hub"}),
+        (["pull"], {"torch", "transformers", "huggingface_hub"}),
+    ],
+)
+def test_sharing_imports_no_torch(verb: list[str], heavy: set[str], ours: Path) -> None:
+    run(ours, "push")
+    check = CHECK.replace("HEAVY", repr(heavy))
+    command = [sys.executable, "-c", check, "--repo", str(ours), *verb]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -139,6 +139,8 @@ def test_names_that_are_no_objects_are_never_read(honest: Path) -> None:
             (remote / name).write_bytes(b"")
         (remote / "objects" / "00").mkdir(exist_ok=True)
         (remote / "objects" / "00" / ("f" * 62)).symlink_to("/dev/zero")
+        (remote / "objects" / "00" / ("d" * 62)).symlink_to("nowhere")
+        (remote / "objects" / "loop").symlink_to(remote / "objects")
         os.mkfifo(remote / "objects" / "00" / ("e" * 62))
         fetch(repository, open_remote(str(remote)))
         assert check(repository).sound

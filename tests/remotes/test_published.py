@@ -13,6 +13,7 @@ from patchhub.errors import PatchhubError, RemoteError, RevisionError
 from patchhub.models.checkpoint import open_checkpoint
 from patchhub.porcelain import remote as verbs
 from patchhub.porcelain.loading import state_at
+from patchhub.porcelain.named_remotes import remote_add
 from patchhub.porcelain.progress import Silent
 from patchhub.porcelain.published import hub_name, open_published
 from patchhub.porcelain.remote import Access
@@ -45,7 +46,7 @@ def store(base: Path, tmp_path: Path, hub: Any, monkeypatch: pytest.MonkeyPatch)
     switch(repository, "side")
     add_batch(repository, range(6, 8))
     switch(repository, "main")
-    verbs.remote_add(repository, "origin", "hf://tester/facts")
+    remote_add(repository, "origin", "hf://tester/facts")
     push(repository, hub, everything=True)
     return repository
 
@@ -193,6 +194,6 @@ def test_names_of_the_hub() -> None:
 
 def test_nothing_there_is_said(hub: Any, tmp_path: Path) -> None:
     with make_store(tmp_path / "store") as repository:
-        verbs.remote_add(repository, "origin", "hf://tester/facts")
+        remote_add(repository, "origin", "hf://tester/facts")
         with pytest.raises(RemoteError, match="holds no patchhub store"):
             verbs.fetch(repository, "origin", Silent(), author=AUTHOR, time=TIME, access=Access(hub.url, TOKEN))

@@ -1,4 +1,4 @@
-"""The same over Xet, the Hub's chunked transfer, through the client's own local store."""
+"""The client's other ways of transfer: Xet, through its own local store, and uploads in parts."""
 
 from __future__ import annotations
 
@@ -60,3 +60,14 @@ def test_a_hub_without_xet_gives_a_clear_error(
         push(ours, hub_remote(), "main")
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     push(ours, hub_remote(), "main")
+
+
+def test_large_objects_travel_in_parts(hub: Any, tmp_path: Path) -> None:
+    server = minihub.start(tmp_path / "parts", multipart_threshold=500, part_size=300)
+    ours, theirs = make_history(tmp_path / "ours"), make_store(tmp_path / "theirs")
+    remote = HubRemote("tester/facts", endpoint=server.url, token=TOKEN)
+    push(ours, remote)
+    assert [entry for entry in server.log if entry["line"].startswith("PUT /_lfs/") and entry["line"].endswith("/2")]
+    fetch(theirs, remote)
+    assert check(theirs).sound
+    server.stop()
