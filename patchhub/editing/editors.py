@@ -2,25 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 
-from patchhub.editing import memit, pmet
-from patchhub.editing.record import Edit, Spread
-from patchhub.editing.settings import EditSettings
-from patchhub.models.architectures import Architecture
+from patchhub.editing.editor import Editor
+from patchhub.editing.memit import MEMIT
+from patchhub.editing.pmet import PMET
 
-
-@dataclass(frozen=True)
-class Editor:
-    """An editor: its default settings for a model, the edit, and how it spreads what is missing over the layers."""
-
-    default_settings: Callable[[Architecture], EditSettings]
-    edit: Callable[..., Edit]
-    spread: Spread
-
-
-EDITORS: Mapping[str, Editor] = {
-    "memit": Editor(memit.default_settings, memit.edit, memit.EQUAL_SHARES),
-    "pmet": Editor(pmet.default_settings, pmet.edit, pmet.ROOT_SHARES),
-}
+EDITORS: Mapping[str, Editor] = {"memit": MEMIT, "pmet": PMET}

@@ -1,19 +1,12 @@
-"""MEMIT (Meng et al. 2023, "Mass-Editing Memory in a Transformer"): its default settings and the edit itself."""
+"""MEMIT (Meng et al. 2023, "Mass-Editing Memory in a Transformer")."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-
-from transformers import PreTrainedTokenizerBase
-
-from patchhub.editing.facts import encode_facts
-from patchhub.editing.metric import MetricCache
-from patchhub.editing.record import Edit, Spread, State, key_rows, record
+from patchhub.editing.editor import Editor
+from patchhub.editing.record import Spread
 from patchhub.editing.settings import EditSettings, default_layers, inner_width, is_narrow
-from patchhub.editing.values import BlockOutput, optimise_values
+from patchhub.editing.values import BlockOutput
 from patchhub.models.architectures import Architecture
-from patchhub.models.tracing import Stack
-from patchhub.objects import Request
 
 EQUAL_SHARES = Spread("block", lambda left: left)
 """What is missing in the residual stream after the last layer, over the number of layers left (algorithm 1)."""
@@ -33,39 +26,4 @@ def default_settings(architecture: Architecture) -> EditSettings:
     )
 
 
-def edit(
-    stack: Stack,
-    tokenizer: PreTrainedTokenizerBase,
-    requests: Sequence[Request],
-    contexts: Sequence[str],
-    settings: EditSettings,
-    metric: MetricCache,
-    state: State,
-    *,
-    progress: Callable[[str, int], None] = lambda stage, done: None,
-) -> Edit:
-    """Write ``requests`` on top of the stack's present weights.
-
-    Args:
-        contexts: templates with one ``{}``; the first is the bare prompt.
-        progress: called with "values" and a number of requests, or "layers" and a number of layers.
-    """
-    facts = encode_facts(tokenizer, requests, contexts)
-    values = optimise_values(
-        BlockOutput(stack, settings.layers[-1]),
-        facts,
-        settings.values(until_sure=False),
-        progress=lambda done: progress("values", done),
-    )
-    recording = record(
-        stack,
-        settings.layers,
-        key_rows([fact.rows for fact in facts]),
-        values.targets,
-        settings.ridge,
-        metric,
-        state,
-        EQUAL_SHARES,
-        progress=lambda done: progress("layers", done),
-    )
-    return Edit(recording, values)
+MEMIT = Editor(default_settings, BlockOutput, EQUAL_SHARES, until_sure=False)

@@ -1,4 +1,4 @@
-"""PMET (Li et al. 2024, "PMET: Precise Model Editing in a Transformer"): its default settings and the edit itself.
+"""PMET (Li et al. 2024, "PMET: Precise Model Editing in a Transformer").
 
 Changes of the attention's and of the feed-forward projection's output are optimised together, and only the feed-forward one is
 written, as in all published settings.
@@ -7,18 +7,12 @@ written, as in all published settings.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
 
-from transformers import PreTrainedTokenizerBase
-
-from patchhub.editing.facts import encode_facts
-from patchhub.editing.metric import MetricCache
-from patchhub.editing.record import Edit, Spread, State, key_rows, record
+from patchhub.editing.editor import Editor
+from patchhub.editing.record import Spread
 from patchhub.editing.settings import EditSettings, default_layers, inner_width, is_narrow
-from patchhub.editing.values import Projections, optimise_values
+from patchhub.editing.values import Projections
 from patchhub.models.architectures import Architecture
-from patchhub.models.tracing import Stack
-from patchhub.objects import Request
 
 ROOT_SHARES = Spread("projection", math.sqrt)
 """What is missing at the last layer's feed-forward output, over the root of the number of layers left."""
@@ -38,34 +32,4 @@ def default_settings(architecture: Architecture) -> EditSettings:
     )
 
 
-def edit(
-    stack: Stack,
-    tokenizer: PreTrainedTokenizerBase,
-    requests: Sequence[Request],
-    contexts: Sequence[str],
-    settings: EditSettings,
-    metric: MetricCache,
-    state: State,
-    *,
-    progress: Callable[[str, int], None] = lambda stage, done: None,
-) -> Edit:
-    """Write ``requests`` on top of the stack's present weights. Arguments as for MEMIT's ``edit``."""
-    facts = encode_facts(tokenizer, requests, contexts)
-    values = optimise_values(
-        Projections(stack, settings.layers[-1]),
-        facts,
-        settings.values(until_sure=True),
-        progress=lambda done: progress("values", done),
-    )
-    recording = record(
-        stack,
-        settings.layers,
-        key_rows([fact.rows for fact in facts]),
-        values.targets,
-        settings.ridge,
-        metric,
-        state,
-        ROOT_SHARES,
-        progress=lambda done: progress("layers", done),
-    )
-    return Edit(recording, values)
+PMET = Editor(default_settings, Projections, ROOT_SHARES, until_sure=True)

@@ -170,7 +170,7 @@ def _ours(setup: Setup, metric: MetricCache) -> tuple[Edit, Clock]:
             for module, name in functions:
                 patches.enter_context(patch.object(module, name, clock.timed(stage, getattr(module, name))))
         with clock.measure("whole"):
-            result = memit.edit(
+            result = memit.MEMIT.edit(
                 setup.stack, setup.tokenizer, setup.requests, setup.contexts, setup.settings, metric, State({}, {})
             )
     return result, clock

@@ -1,0 +1,75 @@
+"""A closed-form editor: what MEMIT and PMET have in common, with the three things in which they differ as fields."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from patchhub.editing.facts import encode_facts
+from patchhub.editing.metric import MetricCache
+from patchhub.editing.record import Edit, Spread, State, key_rows, record
+from patchhub.editing.settings import EditSettings
+from patchhub.editing.values import Site, optimise_values
+from patchhub.models.architectures import Architecture
+from patchhub.models.tracing import Stack
+from patchhub.objects import Request
+
+
+@dataclass(frozen=True)
+class Editor:
+    """One way to write facts.
+
+    Attributes:
+        default_settings: the published settings, scaled to a model.
+        site: where in the last edited layer values are optimised.
+        spread: how what is missing there is shared among the layers.
+        until_sure: PMET's stop rule, see ``ValueSettings``.
+    """
+
+    default_settings: Callable[[Architecture], EditSettings]
+    site: Callable[[Stack, int], Site]
+    spread: Spread
+    until_sure: bool
+
+    def edit(
+        self,
+        stack: Stack,
+        tokenizer: PreTrainedTokenizerBase,
+        requests: Sequence[Request],
+        contexts: Sequence[str],
+        settings: EditSettings,
+        metric: MetricCache,
+        state: State,
+        *,
+        progress: Callable[[str, int], None] = lambda stage, done: None,
+    ) -> Edit:
+        """Write ``requests`` on top of the stack's present weights.
+
+        Args:
+            contexts: templates with one ``{}``; the first is the bare prompt.
+            progress: called with "values" and a number of requests, or "layers" and a number of layers.
+
+        Raises:
+            EditError: the optimisation or the solve is not finite.
+        """
+        facts = encode_facts(tokenizer, requests, contexts)
+        values = optimise_values(
+            self.site(stack, settings.layers[-1]),
+            facts,
+            settings.values(until_sure=self.until_sure),
+            progress=lambda done: progress("values", done),
+        )
+        recording = record(
+            stack,
+            settings.layers,
+            key_rows([fact.rows for fact in facts]),
+            values.targets,
+            settings.ridge,
+            metric,
+            state,
+            self.spread,
+            progress=lambda done: progress("layers", done),
+        )
+        return Edit(recording, values)
