@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 
@@ -174,7 +174,7 @@ def reports_errors(command: Command) -> Command:
             talk("interrupted; the store is as it was")
             raise SystemExit(130) from None
 
-    return wrapped  # type: ignore[return-value]
+    return cast(Command, wrapped)
 
 
 def error_json(error: PatchhubError) -> Mapping[str, Any]:

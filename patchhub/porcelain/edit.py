@@ -136,9 +136,7 @@ def commit(
     switch(model, checkpoint, state_at(repository, identity))
     scores = score_targets(model, tokenizer, [(request.text, request.target_new) for request in plan.requests])
     survival = survival_report(repository, checkpoint, identity)
-    for weight, share in survival.items():
-        if share < SURVIVAL_LIMIT:
-            progress.warn(f"{1 - share:.0%} of the change of {weight} is lost when it is rounded to the base's type")
+    _warn_of_losses(survival, progress)
     progress.close()
     return Committed(
         commit=identity,
@@ -151,6 +149,12 @@ def commit(
         seconds=perf_counter() - begun,
         survival=survival,
     )
+
+
+def _warn_of_losses(survival: Mapping[str, float], progress: Progress) -> None:
+    for weight, share in survival.items():
+        if share < SURVIVAL_LIMIT:
+            progress.warn(f"{1 - share:.0%} of the change of {weight} is lost when it is rounded to the base's type")
 
 
 def _plan(repository: Repository, batch: Batch, on_conflict: OnConflict) -> _Plan:
