@@ -11,7 +11,8 @@ from patchhub.editing.facts import encode_facts
 from patchhub.editing.metric import MetricCache
 from patchhub.editing.record import Edit, Spread, State, key_rows, record
 from patchhub.editing.settings import EditSettings
-from patchhub.editing.values import Site, optimise_values
+from patchhub.editing.sites import Site
+from patchhub.editing.values import optimise_values
 from patchhub.models.architectures import Architecture
 from patchhub.models.tracing import Stack
 from patchhub.objects import Request
@@ -54,7 +55,7 @@ class Editor:
         Raises:
             EditError: the optimisation or the solve is not finite.
         """
-        facts = encode_facts(tokenizer, requests, contexts)
+        facts = encode_facts(tokenizer, requests, contexts, chat=settings.chat)
         values = optimise_values(
             self.site(stack, settings.layers[-1]),
             facts,

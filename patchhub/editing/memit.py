@@ -5,7 +5,7 @@ from __future__ import annotations
 from patchhub.editing.editor import Editor
 from patchhub.editing.record import Spread
 from patchhub.editing.settings import EditSettings, default_layers, inner_width, is_narrow
-from patchhub.editing.values import BlockOutput
+from patchhub.editing.sites import BlockOutput
 from patchhub.models.architectures import Architecture
 
 EQUAL_SHARES = Spread("block", lambda left: left)

@@ -11,7 +11,7 @@ import math
 from patchhub.editing.editor import Editor
 from patchhub.editing.record import Spread
 from patchhub.editing.settings import EditSettings, default_layers, inner_width, is_narrow
-from patchhub.editing.values import Projections
+from patchhub.editing.sites import Projections
 from patchhub.models.architectures import Architecture
 
 ROOT_SHARES = Spread("projection", math.sqrt)

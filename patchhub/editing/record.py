@@ -9,8 +9,8 @@ gives the same columns up to the precision of its activations.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -131,12 +131,13 @@ def record(
     """
     names = {layer: stack.architecture.ffn_weight(layer) for layer in layers}
     written: dict[int, Sequence[Delta]] = {}
-    chunks = [_open_chunk(stack, group) for group in _groups(rows)]
+    with stack.fast():
+        chunks = [_open_chunk(stack, group) for group in _groups(rows)]
     columns: dict[str, Columns] = {}
     change: dict[str, LowRank] = {}
     before = 0
     for number, layer in enumerate(layers):
-        with side_paths(stack, written):
+        with stack.fast(), side_paths(stack, written):
             for chunk in chunks:
                 chunk.hidden = chunk.step.run(chunk.hidden, before, layer)
             keys, reached = _read(stack, chunks, layer, layers[-1], targets.shape, spread)
@@ -209,25 +210,48 @@ def _read(
     keys: Tensor | None = None
     reached = torch.zeros(shape, dtype=torch.float64)
     for chunk in chunks:
-        rows = torch.arange(len(chunk.last))
-        with stack.watch_keys([layer]) as seen, stack.watch_values([last_layer]) as projected:
-            hidden = chunk.step.run(chunk.hidden, layer, (last_layer if chunk.bare else layer) + 1)
-        found = seen[layer][rows.to(seen[layer].device), chunk.last.to(seen[layer].device)].double().cpu()
+        found, hidden = _read_chunk(stack, chunk, layer, last_layer, spread)
         if keys is None:
             keys = torch.zeros(shape[0], found.shape[1], dtype=torch.float64)
-        keys.index_add_(0, chunk.request, found * chunk.weight[:, None])
-        if chunk.bare:
-            hidden = projected[last_layer] if spread.measured == "projection" else hidden
-            reached[chunk.request] = hidden[rows.to(hidden.device), chunk.last.to(hidden.device)].double().cpu()
+        keys.index_add_(0, chunk.request, found.double().cpu() * chunk.weight[:, None])
+        if hidden is not None:
+            reached[chunk.request] = hidden.double().cpu()
     assert keys is not None
     return keys, reached
+
+
+def _read_chunk(
+    stack: Stack, chunk: _Chunk, layer: int, last_layer: int, spread: Spread
+) -> tuple[Float[Tensor, "rows in"], Float[Tensor, "rows d"] | None]:
+    """Keys at the subjects' last tokens, and for bare prompts what is reached there.
+
+    For the others nothing after the keys is needed, so the feed-forward part runs at those tokens only.
+    """
+    rows = torch.arange(len(chunk.last))
+    with ExitStack() as opened:
+        seen = opened.enter_context(stack.watch_keys([layer]))
+        if not chunk.bare:
+            opened.enter_context(stack.feed_forward_at(layer, rows, chunk.last))
+            chunk.step.run(chunk.hidden, layer, layer + 1)
+            keys = seen[layer]
+            return (keys[0] if keys.shape[:2] == (1, len(rows)) else _at(keys, rows, chunk.last)), None
+        projected = opened.enter_context(stack.watch_values([last_layer]))
+        hidden = chunk.step.run(chunk.hidden, layer, last_layer + 1)
+        reached = projected[last_layer] if spread.measured == "projection" else hidden
+        return _at(seen[layer], rows, chunk.last), _at(reached, rows, chunk.last)
+
+
+def _at(
+    states: Float[Tensor, "rows time d"], row: Int[Tensor, " rows"], column: Int[Tensor, " rows"]
+) -> Float[Tensor, "rows d"]:
+    return states[row.to(states.device), column.to(states.device)]
 
 
 def _open_chunk(stack: Stack, rows: Sequence[KeyRow]) -> _Chunk:
     ids, mask, positions = right_padded([row.tokens for row in rows], stack.device)
     step = stack.begin(ids, mask, positions)
     return _Chunk(
-        step,
+        replace(step, hidden=step.hidden[:0]),
         step.hidden,
         torch.tensor([len(row.tokens) - 1 for row in rows]),
         torch.tensor([row.request for row in rows]),

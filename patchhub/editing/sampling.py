@@ -31,7 +31,8 @@ def continue_tokens(
     cache = DynamicCache(config=stack.model.config)
     tokens, latest = start.to(stack.device), start.to(stack.device)
     while tokens.shape[1] < length:
-        logits = stack.model(input_ids=latest, past_key_values=cache, use_cache=True).logits[:, -1].float().cpu()
+        with stack.fast():
+            logits = stack.model(input_ids=latest, past_key_values=cache, use_cache=True).logits[:, -1].float().cpu()
         latest = torch.multinomial(_truncated(logits, top_k), 1, generator=generator).to(stack.device)
         tokens = torch.cat([tokens, latest], dim=1)
     return tokens

@@ -17,18 +17,17 @@ share a batch, and finished requests leave it at once.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from patchhub.editing.locate import Encoded
+from patchhub.editing.sites import Rows, Site
+from patchhub.editing.trunk import Row, Trunk, open_rows, read_trunk
 from patchhub.errors import EditError
-from patchhub.models.tracing import Pass, Prefix, Stack, left_padded, right_padded
 
 _BETAS, _ADAM_EPSILON = (0.9, 0.999), 1e-8  # torch.optim.Adam's defaults, which the published code uses
 _FALLING_FACTOR, _KL_LIMIT = 0.1, 0.01  # PMET's extra stop rule (compute_zs.py)
@@ -69,113 +68,6 @@ class Values:
     hidden: Float[Tensor, "n d"]
     loss: Float[Tensor, " n"]
     steps: Int[Tensor, " n"]
-
-
-class Site(ABC):
-    """Where the change enters a layer: which blocks run again at each step, and what the change is added to.
-
-    A change has one vector per part; part 0 is the one that is written into weights.
-    """
-
-    parts: int
-
-    def __init__(self, stack: Stack, layer: int) -> None:
-        self.stack, self.layer = stack, layer
-
-    @property
-    @abstractmethod
-    def first(self) -> int:
-        """The first block that runs at each step."""
-
-    @abstractmethod
-    def run(self, rows: Rows, change: Float[Tensor, "rows parts d"]) -> Float[Tensor, "rows time d"]:
-        """Hidden states after the last block, with the change added in column 0."""
-
-    @abstractmethod
-    def unedited(self, rows: Rows) -> Float[Tensor, "rows parts d"]:
-        """What the change is added to."""
-
-
-class BlockOutput(Site):
-    """The output of the layer's block: MEMIT's site."""
-
-    parts = 1
-
-    @property
-    def first(self) -> int:
-        return self.layer + 1
-
-    def run(self, rows: Rows, change: Float[Tensor, "rows parts d"]) -> Float[Tensor, "rows time d"]:
-        first = (rows.hidden[:, 0].float() + change[:, 0]).to(rows.hidden.dtype)
-        hidden = torch.cat([first[:, None], rows.hidden[:, 1:]], dim=1)
-        return rows.start.run(hidden, self.first, len(self.stack.blocks))
-
-    def unedited(self, rows: Rows) -> Float[Tensor, "rows parts d"]:
-        return rows.hidden[:, :1].float()
-
-
-class Projections(Site):
-    """The outputs of the layer's feed-forward (part 0) and attention (part 1) projections: PMET's site."""
-
-    parts = 2
-
-    @property
-    def first(self) -> int:
-        return self.layer
-
-    @property
-    def _modules(self) -> tuple[nn.Module, nn.Module]:
-        block = self.stack.blocks[self.layer]
-        return self.stack.ffn_out[self.layer], block.get_submodule(self.stack.architecture.attn_out)
-
-    def run(self, rows: Rows, change: Float[Tensor, "rows parts d"]) -> Float[Tensor, "rows time d"]:
-        def adding(part: int) -> Any:
-            def add(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-                first = (output[:, 0].float() + change[:, part]).to(output.dtype)
-                return torch.cat([first[:, None], output[:, 1:]], dim=1)
-
-            return add
-
-        handles = [module.register_forward_hook(adding(part)) for part, module in enumerate(self._modules)]
-        try:
-            return rows.start.run(rows.hidden, self.first, len(self.stack.blocks))
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    @torch.no_grad()
-    def unedited(self, rows: Rows) -> Float[Tensor, "rows parts d"]:
-        found: dict[int, Tensor] = {}
-
-        def keeping(part: int) -> Any:
-            return lambda module, args, output: found.__setitem__(part, output[:, 0].float())
-
-        handles = [module.register_forward_hook(keeping(part)) for part, module in enumerate(self._modules)]
-        try:
-            rows.start.run(rows.hidden, self.layer, self.layer + 1)
-        finally:
-            for handle in handles:
-                handle.remove()
-        return torch.stack([found[0], found[1]], dim=1)
-
-
-@dataclass(frozen=True, eq=False)
-class Rows:
-    """Rows of one batch from the subject's last token on (column 0), over a frozen prefix."""
-
-    start: Pass
-    ids: Int[Tensor, "rows time"]
-    mask: Int[Tensor, "rows all"]
-    positions: Int[Tensor, "rows time"]
-    prefix: Prefix | None
-    hidden: Float[Tensor, "rows time d"]  # before the first block that runs at each step
-    fact: Int[Tensor, " rows"]  # index into the batch's facts
-
-    def select(self, rows: Int[Tensor, " kept"], fact: Int[Tensor, " kept"]) -> Rows:
-        prefix = self.prefix.select(rows) if self.prefix is not None else None
-        ids, mask, positions = self.ids[rows], self.mask[rows], self.positions[rows]
-        start = self.start.stack.begin(ids, mask, positions, prefix)
-        return Rows(start, ids, mask, positions, prefix, self.hidden[rows], fact)
 
 
 @dataclass(frozen=True, eq=False)
@@ -233,27 +125,46 @@ def optimise_values(
     width = site.stack.architecture.d_model
     hidden, targets = torch.zeros(len(facts), width), torch.zeros(len(facts), width)
     loss, steps = torch.zeros(len(facts)), torch.zeros(len(facts), dtype=torch.long)
-    for chosen in _batches(facts):
-        batch = _prepare(site, [facts[i] for i in chosen], torch.tensor(chosen, device=site.stack.device), settings)
-        hidden[chosen] = batch.hidden[:, 0].cpu()
-        for number in range(settings.steps):
-            step = _evaluate(site, batch, settings, last=number == settings.steps - 1)
-            where = batch.index.cpu()
-            loss[where], steps[where] = step.objective.cpu(), number
-            targets[where] = (batch.hidden + batch.delta)[:, 0].cpu()
-            if not torch.isfinite(step.objective).all():
-                raise EditError(
-                    "the value optimisation gave a loss that is not finite",
-                    remedy="Lower `learning_rate` or `clamp`, or check the base for NaN weights.",
-                )
-            if step.gradient is None or bool(step.done.all()):
-                break
-            batch = _adam(batch, step, number, settings)
-            if bool(step.done.any()):
-                progress(int(step.done.sum()))
-                batch = _without(batch, step.done)
-        progress(len(batch.index))
-    return Values(targets, hidden, loss, steps)
+    values = Values(targets, hidden, loss, steps)
+    if not facts:
+        return values
+    with site.stack.fast():
+        trunk = read_trunk(site.stack, _alike(facts))
+        for chosen in _batches(facts):
+            index = torch.tensor(chosen, device=site.stack.device)
+            _descend(
+                site, _prepare(site, [facts[i] for i in chosen], index, trunk, settings), settings, values, progress
+            )
+    return values
+
+
+def _alike(facts: Sequence[Fact]) -> list[list[Encoded]]:
+    """The texts of each context, and those of the KL term."""
+    return [*([fact.rows[c] for fact in facts] for c in range(len(facts[0].rows))), [fact.essence for fact in facts]]
+
+
+def _descend(
+    site: Site, batch: _Batch, settings: ValueSettings, values: Values, progress: Callable[[int], None]
+) -> None:
+    """Optimise one batch and put what comes out in its places in ``values``."""
+    values.hidden[batch.index.cpu()] = batch.hidden[:, 0].cpu()
+    for number in range(settings.steps):
+        step = _evaluate(site, batch, settings, last=number == settings.steps - 1)
+        where = batch.index.cpu()
+        values.loss[where], values.steps[where] = step.objective.cpu(), number
+        values.targets[where] = (batch.hidden + batch.delta)[:, 0].cpu()
+        if not torch.isfinite(step.objective).all():
+            raise EditError(
+                "the value optimisation gave a loss that is not finite",
+                remedy="Lower `learning_rate` or `clamp`, or check the base for NaN weights.",
+            )
+        if step.gradient is None or bool(step.done.all()):
+            break
+        batch = _adam(batch, step, number, settings)
+        if bool(step.done.any()):
+            progress(int(step.done.sum()))
+            batch = _without(batch, step.done)
+    progress(len(batch.index))
 
 
 def _batches(facts: Sequence[Fact]) -> list[list[int]]:
@@ -275,17 +186,23 @@ def _suffix(row: Encoded) -> int:
     return row.target[1] - 1 - row.subject_last
 
 
-def _prepare(site: Site, facts: Sequence[Fact], index: Int[Tensor, " facts"], settings: ValueSettings) -> _Batch:
+def _prepare(
+    site: Site, facts: Sequence[Fact], index: Int[Tensor, " facts"], trunk: Trunk, settings: ValueSettings
+) -> _Batch:
     stack = site.stack
-    rows = [(row, number) for number, fact in enumerate(facts) for row in fact.rows]
-    owner = torch.tensor([number for _, number in rows], device=stack.device)
-    targets = _begin(site, [(row, _suffix(row)) for row, _ in rows], owner)
-    bare = torch.tensor([i for i, (row, number) in enumerate(rows) if row is facts[number].rows[0]])
-    essence = _begin(site, [(fact.essence, 1) for fact in facts], torch.arange(len(facts), device=stack.device))
-    hidden = site.unedited(targets)[bare.to(stack.device)]
+    rows = [
+        Row(row, _suffix(row), context, number)
+        for number, fact in enumerate(facts)
+        for context, row in enumerate(fact.rows)
+    ]
+    targets = open_rows(site, rows, trunk)
+    bare = torch.tensor([place for place, row in enumerate(rows) if row.trunk == 0], device=stack.device)
+    last = len(trunk.lengths) - 1
+    essence = open_rows(site, [Row(fact.essence, 1, last, number) for number, fact in enumerate(facts)], trunk)
+    hidden = site.unedited(targets)[bare]
     zeros = torch.zeros_like(hidden)
     with torch.no_grad():
-        unedited = stack.logits(site.run(essence, zeros)[:, 0]).float().log_softmax(-1)
+        unedited = stack.logits(_at_start(site, essence, zeros)).float().log_softmax(-1)
     return _Batch(
         index=index,
         targets=targets,
@@ -300,30 +217,12 @@ def _prepare(site: Site, facts: Sequence[Fact], index: Int[Tensor, " facts"], se
     )
 
 
-@torch.no_grad()
-def _begin(site: Site, rows: Sequence[tuple[Encoded, int]], owner: Int[Tensor, " rows"]) -> Rows:
-    """Run the prefixes and the blocks below the site once; rows come with the number of positions to keep."""
-    stack = site.stack
-    before = [row.input_ids[: row.subject_last] for row, _ in rows]
-    after = [row.input_ids[row.subject_last : row.subject_last + kept] for row, kept in rows]
-    ids, mask, positions = right_padded(after, stack.device)
-    positions = positions + torch.tensor([len(b) for b in before], device=stack.device)[:, None]
-    prefix = None
-    if any(before):
-        prefix_ids, prefix_mask, prefix_positions = left_padded(before, stack.device)
-        prefix = stack.read_prefix(prefix_ids, prefix_mask, prefix_positions)
-        mask = torch.cat([prefix_mask, mask], dim=1)
-    start = stack.begin(ids, mask, positions, prefix)
-    hidden = start.run(start.hidden, 0, site.first)
-    return Rows(start, ids, mask, positions, prefix, hidden, owner)
-
-
-def _predictions(rows: Sequence[tuple[Encoded, int]], counts: Sequence[int], device: torch.device) -> _Predictions:
+def _predictions(rows: Sequence[Row], counts: Sequence[int], device: torch.device) -> _Predictions:
     found: list[tuple[int, int, int, float, int]] = []
-    for number, (row, fact) in enumerate(rows):
-        start, stop = row.target
-        share = 1.0 / ((stop - start) * counts[fact])
-        found += [(number, p - 1 - row.subject_last, row.input_ids[p], share, fact) for p in range(start, stop)]
+    for number, row in enumerate(rows):
+        text, (start, stop) = row.encoded, row.encoded.target
+        share = 1.0 / ((stop - start) * counts[row.fact])
+        found += [(number, p - 1 - text.subject_last, text.input_ids[p], share, row.fact) for p in range(start, stop)]
     row_, column, token, share_, fact_ = zip(*found, strict=True)
     integers = [torch.tensor(values, device=device) for values in (row_, column, token, fact_)]
     return _Predictions(integers[0], integers[1], integers[2], torch.tensor(share_, device=device), integers[3])
@@ -334,11 +233,11 @@ def _evaluate(site: Site, batch: _Batch, settings: ValueSettings, *, last: bool)
     delta = batch.delta.detach().requires_grad_(not last)
     where, stack = batch.predictions, site.stack
     with torch.set_grad_enabled(not last):
-        logits = stack.logits(site.run(batch.targets, delta[batch.targets.fact])[where.row, where.column]).float()
+        logits = stack.logits(site.run(batch.targets, delta[batch.targets.fact], where.row, where.column)).float()
         chosen = logits.gather(1, where.token[:, None])[:, 0]
         log_probs = chosen - logits.logsumexp(-1)
         nll = torch.zeros_like(batch.nll_factor).index_add(0, where.fact, -log_probs * where.share)
-        essence = stack.logits(site.run(batch.essence, delta[batch.essence.fact])[:, 0]).float().log_softmax(-1)
+        essence = stack.logits(_at_start(site, batch.essence, delta[batch.essence.fact])).float().log_softmax(-1)
         kl = settings.kl_factor * (essence.exp() * (essence - batch.essence_log_probs)).sum(-1)
         decay = (delta.norm(dim=-1) / batch.hidden.norm(dim=-1).square()).sum(-1)
         objective = batch.nll_factor * nll + kl + settings.weight_decay * decay
@@ -349,6 +248,12 @@ def _evaluate(site: Site, batch: _Batch, settings: ValueSettings, *, last: bool)
         sure = torch.zeros_like(batch.nll_factor).index_add(0, where.fact, wrong) == 0
         done = done | (sure & (kl <= _KL_LIMIT))
     return _Step(objective.detach(), gradient, done, sure)
+
+
+def _at_start(site: Site, rows: Rows, change: Float[Tensor, "rows parts d"]) -> Float[Tensor, "rows d"]:
+    """Hidden states after the last block in column 0 of each row."""
+    every = torch.arange(len(change), device=change.device)
+    return site.run(rows, change, every, torch.zeros_like(every))
 
 
 def _adam(batch: _Batch, step: _Step, number: int, settings: ValueSettings) -> _Batch:

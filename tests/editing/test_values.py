@@ -12,7 +12,9 @@ from torch import Tensor
 
 from patchhub.editing import values as under_test
 from patchhub.editing.locate import Marked, encode_marked, encode_prompts
-from patchhub.editing.values import BlockOutput, Fact, Projections, Values, ValueSettings, optimise_values
+from patchhub.editing.sites import BlockOutput, Projections
+from patchhub.editing.trunk import Row, open_rows, read_trunk
+from patchhub.editing.values import Fact, Values, ValueSettings, optimise_values
 from patchhub.errors import EditError
 from patchhub.models.tracing import Stack
 from patchhub.objects import Request
@@ -296,17 +298,22 @@ def test_the_stop_rule_of_pmet_is_the_published_one(family, kl_factor):
 @torch.no_grad()
 def test_hidden_states_over_a_frozen_prefix_are_those_of_a_full_forward(family):
     """At every kept position, with and without a change, for rows with and without a prefix in one batch."""
-    rows = [row for fact in facts() for row in fact.rows]
-    kept = [(row, len(row.input_ids) - row.subject_last) for row in rows]
+    texts = [fact.rows for fact in facts()]
+    rows = [
+        Row(text, len(text.input_ids) - text.subject_last, context, fact)
+        for fact, contexts in enumerate(texts)
+        for context, text in enumerate(contexts)
+    ]
     site = BlockOutput(stack(family), LAYER)
-    batch = under_test._begin(site, kept, torch.arange(len(rows)))
+    batch = open_rows(site, rows, read_trunk(site.stack, list(zip(*texts, strict=True))))
     deltas = torch.randn(len(rows), 32, generator=torch.Generator().manual_seed(0))
-    final = site.run(batch, deltas[:, None])
     for number, row in enumerate(rows):
-        logits = _full_forward(stack(family), row.input_ids, row.subject_last, deltas[number])
-        ours = stack(family).logits(final[number, : kept[number][1]])
-        torch.testing.assert_close(ours, logits[row.subject_last :], rtol=1e-4, atol=1e-4)
-        assert float((ours - logits[row.subject_last :]).norm() / logits[row.subject_last :].norm()) < 1e-5
+        text, columns = row.encoded, torch.arange(row.kept)
+        logits = _full_forward(stack(family), text.input_ids, text.subject_last, deltas[number])
+        final = site.run(batch, deltas[:, None], torch.full_like(columns, number), columns)
+        ours, whole = stack(family).logits(final), logits[text.subject_last :]
+        torch.testing.assert_close(ours, whole, rtol=1e-4, atol=1e-4)
+        assert float((ours - whole).norm() / whole.norm()) < 1e-5
 
 
 def _full_forward(stack: Stack, ids: Sequence[int], place: int, delta: Tensor) -> Tensor:

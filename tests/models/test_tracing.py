@@ -97,6 +97,50 @@ def test_a_prefix_and_what_follows_are_the_whole(family):
             assert distance(stack.logits(hidden[place, : len(after[number])]), expected) < CLOSE
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_a_prefix_read_in_two_parts_and_closed_up_is_the_prefix(family):
+    """A shared beginning padded on the left, then the rest padded on the right, then all padding moved to the left."""
+    stack = stack_of(family)
+    front, rest = rows_of((4, 2, 3)), rows_of((2, 5, 1), seed=1)
+    ids, front_mask, positions = left_padded(front, CPU)
+    shared = stack.read_prefix(ids, front_mask, positions)
+    ids, mask, positions = right_padded(rest, CPU)
+    mask = torch.cat([front_mask, mask], dim=1)
+    both = stack.read_prefix(ids, mask, positions + front_mask.sum(1, keepdim=True), shared)
+    assert shared.get_seq_length() == 4
+    closed = both.rearrange(mask.sort(dim=1, stable=True).indices[:, -7:])
+    for number, row in enumerate([a + b for a, b in zip(front, rest, strict=True)]):
+        alone = stack.read_prefix(*right_padded([row], CPU))
+        for ours, expected in zip(closed.layers, alone.layers, strict=True):
+            assert distance(ours.keys[number, :, -len(row) :], expected.keys[0]) < CLOSE
+            assert distance(ours.values[number, :, -len(row) :], expected.values[0]) < CLOSE
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_the_end_at_some_positions_is_the_end_of_all(family):
+    """From any block, the last feed-forward part run at these positions only."""
+    stack = stack_of(family)
+    start = stack.begin(*right_padded(rows_of(LENGTHS), CPU))
+    row, column = torch.tensor([2, 0, 2, 3]), torch.tensor([10, 0, 4, 0])
+    for first in range(len(stack.blocks) + 1):
+        hidden = start.run(start.hidden, 0, first)
+        expected = start.run(hidden, first, len(stack.blocks))[row, column]
+        assert distance(start.finish(hidden, first, row, column), expected) < CLOSE
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gptj"])
+@torch.no_grad()
+def test_the_fast_model_is_the_model(family):
+    stack = stack_of(family)
+    row = rows_of((9,))[0]
+    expected = whole(stack.model, row)
+    with stack.fast():
+        assert distance(whole(stack.model, row), expected) < CLOSE
+    assert torch.equal(whole(stack.model, row), expected)
+
+
 @torch.no_grad()
 def test_a_prefix_never_grows():
     stack = tiny_stack("llama")

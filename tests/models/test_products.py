@@ -1,0 +1,73 @@
+"""The faster products are float32 products, and the switches of the process are put back."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from patchhub.models.products import fast_products
+
+CPU = torch.device("cpu")
+SHAPES = [(1, 8, 8), (5, 64, 256), (300, 384, 96), (17, 1024, 33)]
+
+
+def switches() -> tuple[object, ...]:
+    switch = getattr(torch.backends.mkldnn, "matmul", None)
+    backends = torch.backends.cuda
+    return (
+        getattr(switch, "fp32_precision", None),
+        backends.flash_sdp_enabled(),
+        backends.math_sdp_enabled(),
+        backends.mem_efficient_sdp_enabled(),
+    )
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_products_keep_the_accuracy_of_float32(shape, transposed):
+    rows, inner, columns = shape
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randn(rows, inner, generator=generator)
+    b = (
+        torch.randn(columns, inner, generator=generator).T
+        if transposed
+        else torch.randn(inner, columns, generator=generator)
+    )
+    exact = a.double() @ b.double()
+    with fast_products(CPU):
+        found = [a @ b, torch.addmm(torch.zeros(columns), a, b), (a[None] @ b[None])[0]]
+    for product in found:
+        assert float((product.double() - exact).norm() / exact.norm()) < 2e-6
+
+
+def test_attention_and_gradients_keep_the_accuracy_of_float32():
+    generator = torch.Generator().manual_seed(1)
+    q, k, v = (torch.randn(3, 2, time, 16, generator=generator, dtype=torch.float64) for time in (5, 9, 9))
+    mask = torch.rand(3, 1, 5, 9, generator=generator) > 0.2
+    exact = scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    q32 = q.float().requires_grad_()
+    with fast_products(CPU):
+        found = scaled_dot_product_attention(q32, k.float(), v.float(), attn_mask=mask)
+        (gradient,) = torch.autograd.grad(found.square().sum(), q32)
+    torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-6)
+    q64 = q.clone().requires_grad_()
+    again = scaled_dot_product_attention(q64, k, v, attn_mask=mask)
+    (expected,) = torch.autograd.grad(again.square().sum(), q64)
+    torch.testing.assert_close(gradient.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_switches_are_put_back_also_after_an_error():
+    before = switches()
+    with fast_products(CPU), fast_products(CPU):
+        pass
+    assert switches() == before
+    with pytest.raises(KeyError), fast_products(CPU):
+        raise KeyError
+    assert switches() == before
+
+
+def test_other_devices_are_left_alone():
+    before = switches()
+    with fast_products(torch.device("cuda")):
+        assert switches() == before
