@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from patchhub.editing.facts import encode_facts
+from patchhub.editing.kept_values import KeptValues
 from patchhub.editing.metric import MetricCache
 from patchhub.editing.record import Edit, Spread, State, key_rows, record
 from patchhub.editing.settings import EditSettings
 from patchhub.editing.sites import Site
-from patchhub.editing.values import optimise_values
+from patchhub.editing.values import ValueSettings, optimise_values
 from patchhub.models.architectures import Architecture
 from patchhub.models.tracing import Stack
 from patchhub.objects import Request
@@ -44,22 +45,29 @@ class Editor:
         metric: MetricCache,
         state: State,
         *,
+        memory: int | None = None,
+        kept: Callable[[ValueSettings], KeptValues] | None = None,
         progress: Callable[[str, int], None] = lambda stage, done: None,
     ) -> Edit:
         """Write ``requests`` on top of the stack's present weights.
 
         Args:
             contexts: templates with one ``{}``; the first is the bare prompt.
+            memory: bytes that the process may hold, its model included; None: half of what is free may be taken besides.
+            kept: where the values of these settings are kept, so that an interrupted edit goes on.
             progress: called with "values" and a number of requests, or "layers" and a number of layers.
 
         Raises:
             EditError: the optimisation or the solve is not finite.
         """
         facts = encode_facts(tokenizer, requests, contexts, chat=settings.chat)
+        chosen = settings.values(until_sure=self.until_sure)
         values = optimise_values(
             self.site(stack, settings.layers[-1]),
             facts,
-            settings.values(until_sure=self.until_sure),
+            chosen,
+            memory=memory,
+            kept=kept(chosen) if kept else None,
             progress=lambda done: progress("values", done),
         )
         recording = record(
@@ -71,6 +79,7 @@ class Editor:
             metric,
             state,
             self.spread,
+            memory=memory,
             progress=lambda done: progress("layers", done),
         )
         return Edit(recording, values)

@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import numpy as np
@@ -20,12 +22,13 @@ from torch import Tensor
 
 from patchhub.constraints import Columns, beyond, difference, no_columns
 from patchhub.delta import Delta, LowRank, add, image, to_dense
+from patchhub.editing.budget import Footprint, step_budget
 from patchhub.editing.locate import Encoded
 from patchhub.editing.metric import MetricCache
 from patchhub.editing.values import Values
 from patchhub.models.tracing import Pass, Stack, right_padded
 
-_TOKENS_PER_CHUNK = 8192
+_TOKENS_PER_CHUNK, _LEAST_TOKENS = 8192, 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,6 +109,14 @@ class _Chunk:
     request: Int[Tensor, " rows"]
     weight: Float[Tensor, " rows"]
     bare: bool
+    spilled: bool  # ``hidden`` is a file
+
+    def advance(self, start: int, stop: int) -> None:
+        """Run the blocks from ``start`` to before ``stop``."""
+        if start == stop:
+            return
+        hidden = self.step.run(self.hidden, start, stop)
+        self.hidden = self.hidden.copy_(hidden) if self.spilled else hidden
 
 
 @torch.no_grad()
@@ -119,6 +130,7 @@ def record(
     state: State,
     spread: Spread,
     *,
+    memory: int | None = None,
     progress: Callable[[int], None] = lambda layers: None,
 ) -> Recording:
     """Spread targets z of the last layer over all layers (MEMIT, Meng et al. 2023, eq. 20 and algorithm 1).
@@ -128,18 +140,36 @@ def record(
         targets: z of each request, where ``spread`` measures.
         ridge: lambda of every request.
         state: what the stack's weights already hold besides W0.
+        memory: bytes that the process may hold, see `budget.step_budget`; hidden states beyond a quarter of what is left go to a
+            temporary file.
     """
+    with TemporaryDirectory() as folder:
+        budget = step_budget(stack.device, memory)
+        with stack.fast():
+            chunks = _open_chunks(stack, rows, budget, Path(folder))
+        return _sweep(stack, layers, chunks, targets, ridge, metric, state, spread, progress)
+
+
+def _sweep(
+    stack: Stack,
+    layers: Sequence[int],
+    chunks: Sequence[_Chunk],
+    targets: Float[Tensor, "n d"],
+    ridge: float,
+    metric: MetricCache,
+    state: State,
+    spread: Spread,
+    progress: Callable[[int], None],
+) -> Recording:
     names = {layer: stack.architecture.ffn_weight(layer) for layer in layers}
     written: dict[int, Sequence[Delta]] = {}
-    with stack.fast():
-        chunks = [_open_chunk(stack, group) for group in _groups(rows)]
     columns: dict[str, Columns] = {}
     change: dict[str, LowRank] = {}
     before = 0
     for number, layer in enumerate(layers):
         with stack.fast(), side_paths(stack, written):
             for chunk in chunks:
-                chunk.hidden = chunk.step.run(chunk.hidden, before, layer)
+                chunk.advance(before, layer)
             keys, reached = _read(stack, chunks, layer, layers[-1], targets.shape, spread)
         share = (targets.double() - reached) / spread.divisor(len(layers) - number)
         columns[names[layer]], change[names[layer]] = _extend(keys, share, ridge, metric, names[layer], state)
@@ -247,24 +277,39 @@ def _at(
     return states[row.to(states.device), column.to(states.device)]
 
 
-def _open_chunk(stack: Stack, rows: Sequence[KeyRow]) -> _Chunk:
+def _open_chunks(stack: Stack, rows: Sequence[KeyRow], budget: int, folder: Path) -> list[_Chunk]:
+    """The rows embedded, in memory or, where they would take more than a quarter of the budget, in files of ``folder``."""
+    footprint = Footprint.of(stack, len(stack.blocks) - 1)
+    groups = _groups(rows, max(_LEAST_TOKENS, min(_TOKENS_PER_CHUNK, budget // (2 * footprint.position))))
+    size = next(stack.blocks[0].parameters()).element_size() * stack.architecture.d_model
+    total = size * sum(len(group) * max(len(row.tokens) for row in group) for group in groups)
+    spilled = total > budget // 4
+    return [_open_chunk(stack, group, folder / str(number) if spilled else None) for number, group in enumerate(groups)]
+
+
+def _open_chunk(stack: Stack, rows: Sequence[KeyRow], file: Path | None) -> _Chunk:
     ids, mask, positions = right_padded([row.tokens for row in rows], stack.device)
     step = stack.begin(ids, mask, positions)
+    hidden = step.hidden
+    if file is not None:
+        hidden = torch.from_file(str(file), shared=True, size=step.hidden.numel(), dtype=step.hidden.dtype)
+        hidden = hidden.view(step.hidden.shape).copy_(step.hidden)
     return _Chunk(
         replace(step, hidden=step.hidden[:0]),
-        step.hidden,
+        hidden,
         torch.tensor([len(row.tokens) - 1 for row in rows]),
         torch.tensor([row.request for row in rows]),
         torch.tensor([row.weight for row in rows], dtype=torch.float64),
         rows[0].bare,
+        file is not None,
     )
 
 
-def _groups(rows: Sequence[KeyRow]) -> list[list[KeyRow]]:
-    """Rows of similar length together, bare ones apart, a bounded number of positions each."""
+def _groups(rows: Sequence[KeyRow], tokens: int) -> list[list[KeyRow]]:
+    """Rows of similar length together, bare ones apart, at most so many positions each."""
     groups: list[list[KeyRow]] = []
     for row in sorted(rows, key=lambda row: (row.bare, len(row.tokens))):
-        full = groups and (len(groups[-1]) + 1) * len(row.tokens) > _TOKENS_PER_CHUNK
+        full = groups and (len(groups[-1]) + 1) * len(row.tokens) > tokens
         if not groups or full or groups[-1][0].bare != row.bare:
             groups.append([])
         groups[-1].append(row)

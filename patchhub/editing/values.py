@@ -24,6 +24,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from patchhub.editing.budget import POSITIONS, Footprint, in_halves, step_budget
+from patchhub.editing.kept_values import KeptValue, KeptValues, fact_key
 from patchhub.editing.locate import Encoded
 from patchhub.editing.sites import Rows, Site
 from patchhub.editing.trunk import Row, Trunk, open_rows, read_trunk
@@ -31,7 +33,6 @@ from patchhub.errors import EditError
 
 _BETAS, _ADAM_EPSILON = (0.9, 0.999), 1e-8  # torch.optim.Adam's defaults, which the published code uses
 _FALLING_FACTOR, _KL_LIMIT = 0.1, 0.01  # PMET's extra stop rule (compute_zs.py)
-_TOKENS_PER_BATCH = 1536  # positions that one step computes; small enough for the caches of a CPU
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,23 @@ class Values:
     hidden: Float[Tensor, "n d"]
     loss: Float[Tensor, " n"]
     steps: Int[Tensor, " n"]
+
+    @classmethod
+    def of(cls, count: int, width: int) -> Values:
+        """Places for the values of ``count`` facts."""
+        vectors = torch.zeros(2, count, width)
+        return cls(vectors[0], vectors[1], torch.zeros(count), torch.zeros(count, dtype=torch.long))
+
+    def at(self, place: int) -> KeptValue:
+        """One fact's, to be kept."""
+        vectors = self.targets[place].numpy(), self.hidden[place].numpy()
+        return KeptValue(*vectors, float(self.loss[place]), int(self.steps[place]))
+
+    def put(self, place: int, value: KeptValue) -> None:
+        """The inverse of `at`."""
+        self.targets[place] = torch.from_numpy(value.target.copy())
+        self.hidden[place] = torch.from_numpy(value.hidden.copy())
+        self.loss[place], self.steps[place] = value.loss, value.steps
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,29 +130,42 @@ def optimise_values(
     facts: Sequence[Fact],
     settings: ValueSettings,
     *,
+    memory: int | None = None,
+    kept: KeptValues | None = None,
     progress: Callable[[int], None] = lambda finished: None,
 ) -> Values:
     """z of every fact at ``site`` on the model's present weights.
 
     Args:
+        memory: bytes that the process may hold, see `budget.step_budget`; a step that does not fit all the same is halved.
+        kept: values that were optimised before, and where those that are optimised now are kept.
         progress: called with the number of facts finished since the last call.
 
     Raises:
-        EditError: an objective stopped being finite.
+        EditError: an objective stopped being finite, or a single fact does not fit in memory.
     """
-    width = site.stack.architecture.d_model
-    hidden, targets = torch.zeros(len(facts), width), torch.zeros(len(facts), width)
-    loss, steps = torch.zeros(len(facts)), torch.zeros(len(facts), dtype=torch.long)
-    values = Values(targets, hidden, loss, steps)
-    if not facts:
+    stack = site.stack
+    values = Values.of(len(facts), stack.architecture.d_model)
+    keys = [_key(fact) for fact in facts] if kept else []
+    known = kept.read() if kept else {}
+    waiting = [place for place in range(len(facts)) if not (kept and keys[place] in known)]
+    for place in set(range(len(facts))).difference(waiting):
+        values.put(place, known[keys[place]])
+    progress(len(facts) - len(waiting))
+    if not waiting:
         return values
-    with site.stack.fast():
-        trunk = read_trunk(site.stack, _alike(facts))
-        for chosen in _batches(facts):
-            index = torch.tensor(chosen, device=site.stack.device)
-            _descend(
-                site, _prepare(site, [facts[i] for i in chosen], index, trunk, settings), settings, values, progress
-            )
+    with stack.fast():
+        trunk = read_trunk(stack, _alike(facts))
+
+        def run(chosen: Sequence[int]) -> None:
+            index = torch.tensor(chosen, device=stack.device)
+            _descend(site, _prepare(site, [facts[i] for i in chosen], index, trunk, settings), settings, values)
+
+        groups = _batches(site, facts, waiting, step_budget(stack.device, memory))
+        for chosen in in_halves(groups, run, remedy="Give more --memory, or a smaller model."):
+            if kept:
+                kept.add({keys[place]: values.at(place) for place in chosen})
+            progress(len(chosen))
     return values
 
 
@@ -143,9 +174,7 @@ def _alike(facts: Sequence[Fact]) -> list[list[Encoded]]:
     return [*([fact.rows[c] for fact in facts] for c in range(len(facts[0].rows))), [fact.essence for fact in facts]]
 
 
-def _descend(
-    site: Site, batch: _Batch, settings: ValueSettings, values: Values, progress: Callable[[int], None]
-) -> None:
+def _descend(site: Site, batch: _Batch, settings: ValueSettings, values: Values) -> None:
     """Optimise one batch and put what comes out in its places in ``values``."""
     values.hidden[batch.index.cpu()] = batch.hidden[:, 0].cpu()
     for number in range(settings.steps):
@@ -159,26 +188,42 @@ def _descend(
                 remedy="Lower `learning_rate` or `clamp`, or check the base for NaN weights.",
             )
         if step.gradient is None or bool(step.done.all()):
-            break
+            return
         batch = _adam(batch, step, number, settings)
         if bool(step.done.any()):
-            progress(int(step.done.sum()))
             batch = _without(batch, step.done)
-    progress(len(batch.index))
 
 
-def _batches(facts: Sequence[Fact]) -> list[list[int]]:
-    """Indices grouped so that the bare rows of a group are equally long and one step computes a bounded number of positions."""
-    order = sorted(range(len(facts)), key=lambda i: (_suffix(facts[i].rows[0]), facts[i].rows[-1].subject_last))
+def _batches(site: Site, facts: Sequence[Fact], places: Sequence[int], budget: int) -> list[list[int]]:
+    """The places in groups whose bare rows are equally long and whose step stays below ``budget`` bytes."""
+    footprint = Footprint.of(site.stack, site.first)
+    positions = POSITIONS if site.stack.device.type == "cpu" else budget // footprint.position
     groups: list[list[int]] = []
-    length = 0
-    for index in order:
-        rows, suffix = len(facts[index].rows), _suffix(facts[index].rows[0])
-        if suffix != length or (len(groups[-1]) + 1) * rows * suffix > _TOKENS_PER_BATCH:
+    length = taken = used = 0
+    for place in sorted(places, key=lambda i: (_suffix(facts[i].rows[0]), facts[i].rows[-1].subject_last)):
+        fact, suffix = facts[place], _suffix(facts[place].rows[0])
+        size, computed = _bytes(fact, footprint), len(fact.rows) * suffix
+        if suffix != length or taken + size > budget or used + computed > positions:
             groups.append([])
-        groups[-1].append(index)
-        length = suffix
+            length, taken, used = suffix, 0, 0
+        groups[-1].append(place)
+        taken, used = taken + size, used + computed
     return groups
+
+
+def _bytes(fact: Fact, footprint: Footprint) -> int:
+    """What one fact adds to a step."""
+    rows = (*fact.rows, fact.essence)
+    predictions = 1 + sum(row.target[1] - row.target[0] for row in fact.rows)
+    return (
+        footprint.position * (1 + sum(_suffix(row) for row in fact.rows))
+        + footprint.prediction * predictions
+        + footprint.prefix * sum(row.subject_last for row in rows)
+    )
+
+
+def _key(fact: Fact) -> str:
+    return fact_key([(row.input_ids, row.subject_last, row.target) for row in (*fact.rows, fact.essence)])
 
 
 def _suffix(row: Encoded) -> int:

@@ -1,0 +1,120 @@
+"""How many facts are optimised at once: as many as the memory holds, and fewer when it turns out not to.
+
+The memory of one step is what autograd keeps: per position and block the inputs of its products and activations, per predicted token the
+logits, and per row the frozen keys and values. `Footprint` counts these from the model's sizes; it need not be exact, since a
+batch that does not fit all the same is halved and run again.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Final, TypeVar
+
+import torch
+
+from patchhub.errors import EditError
+from patchhub.models.tracing import Stack
+
+POSITIONS: Final = 1536
+"""Positions that one step computes on a CPU: enough for its products to run at full speed, few enough for its caches."""
+
+_SHARE = 0.5  # of the memory that is free, where nothing else is said
+_WIDE, _INNER = 12, 5  # vectors of width d and of the feed-forward part's width that a block keeps per position
+_LOGITS = 4  # copies of a prediction's logits: themselves, in float32, their softmax, their gradient
+_MESSAGES = ("not enough memory", "can't allocate memory", "out of memory")
+
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes of one optimisation step.
+
+    Attributes:
+        position: per position that a step computes.
+        prediction: per predicted token.
+        prefix: per position of a frozen prefix.
+    """
+
+    position: int
+    prediction: int
+    prefix: int
+
+    @classmethod
+    def of(cls, stack: Stack, first: int) -> Footprint:
+        """Of steps that run the blocks from ``first`` on."""
+        config, architecture = stack.model.config.get_text_config(), stack.architecture
+        size = next(stack.blocks[-1].parameters()).element_size()
+        inner = max(width for _, width in architecture.shapes)
+        blocks = len(stack.blocks)
+        kept = max(1, blocks - first) * (_WIDE * architecture.d_model + _INNER * inner)
+        return cls(
+            position=kept * max(size, 2),
+            prediction=_LOGITS * 4 * config.vocab_size,
+            prefix=blocks * 2 * architecture.d_model * size,
+        )
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that could be taken now: of the GPU, or of the machine."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4 << 30
+
+
+def resident_memory() -> int:
+    """Bytes that this process holds now; 0 where that is not known."""
+    try:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return 0
+
+
+def step_budget(device: torch.device, memory: int | None) -> int:
+    """Bytes that a step may take.
+
+    Args:
+        memory: what the process may hold in all, its model included; on a GPU, what may be allocated there. None: half of what is free.
+    """
+    if memory is None:
+        return int(_SHARE * free_memory(device))
+    held = torch.cuda.memory_allocated(device) if device.type == "cuda" else resident_memory()
+    return max(0, memory - held)
+
+
+def in_halves(
+    groups: Sequence[Sequence[Item]], run: Callable[[Sequence[Item]], None], *, remedy: str
+) -> Iterator[Sequence[Item]]:
+    """Run every group; one that does not fit in memory is halved and run again. Yields each group that was finished.
+
+    Raises:
+        EditError: a single item does not fit.
+    """
+    waiting = [list(group) for group in reversed(groups)]
+    while waiting:
+        group = waiting.pop()
+        if _fits(run, group):
+            yield group
+        elif len(group) == 1:
+            raise EditError("there is not enough memory to optimise a single fact", remedy=remedy)
+        else:
+            middle = len(group) // 2
+            waiting += [group[middle:], group[:middle]]
+
+
+def _fits(run: Callable[[Sequence[Item]], None], group: Sequence[Item]) -> bool:
+    try:
+        run(group)
+    except (MemoryError, torch.OutOfMemoryError):
+        pass
+    except RuntimeError as error:
+        if not any(message in str(error).lower() for message in _MESSAGES):
+            raise
+    else:
+        return True
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return False
