@@ -1,14 +1,20 @@
-"""Commands that measure: eval."""
+"""Commands that measure: eval, bench."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
+from patchhub.cli.placing import placement_options
+from patchhub.cli.score_text import number, say_scores, say_table
 from patchhub.cli.terminal import (
     author_of,
     bars,
+    count,
     json_option,
     now,
     open_repository,
@@ -16,22 +22,43 @@ from patchhub.cli.terminal import (
     repo_option,
     reports_errors,
     say,
+    talk,
 )
+from patchhub.errors import SettingsError
+
+if TYPE_CHECKING:
+    from patchhub.porcelain.bench import Bench
+    from patchhub.porcelain.evaluate import Evaluation, HistoryRow
+
+_RELATIONS = 8
+_FEWEST = 3
+_METRICS = ("auto", "counterfact", "zsre", "wise")
+_file = click.Path(path_type=Path, dir_okay=False)
 
 
 @click.command("eval")
 @click.argument("rev", default="HEAD")
-@click.option("--suite", "file", required=True, type=click.Path(path_type=Path), help="Facts to evaluate on.")
+@click.option("--suite", "file", required=True, type=_file, help="Facts to evaluate on: any file that `commit` reads.")
 @click.option(
     "--metrics",
-    type=click.Choice(["counterfact", "zsre", "wise"]),
-    default="counterfact",
+    type=click.Choice(_METRICS),
+    default="auto",
     show_default=True,
-    help="Whose scores.",
+    help="Whose scores; auto: zsRE's for a file of its records, else CounterFact's.",
 )
-@click.option("--limit", type=click.IntRange(min=1), help="Only the first so many facts.")
+@click.option(
+    "--limit", type=click.IntRange(min=1), help="At most so many facts: the first ones, or with --seed a sample."
+)
+@click.option("--seed", type=click.IntRange(min=0), help="Of the sample, of sampled text and of the intervals.")
+@click.option("--text", multiple=True, type=_file, help="Text to measure drift on. Default: what was kept aside.")
+@click.option("--context", "contexts", multiple=True, help="Text around the prompt in live decoding, with one {}.")
+@click.option("--all", "everything", is_flag=True, help="Every commit below REV that has no such scores yet.")
+@click.option("--csv", "csv_file", type=_file, help="Also write the scores as CSV.")
+@click.option("--facts-csv", "facts_file", type=_file, help="Also write each fact's own values as CSV.")
+@click.option("--plot", type=_file, help="Also draw the scores as SVG: by commit, generality/specificity, by relation.")
 @click.option("--no-note", is_flag=True, help="Do not keep the scores with the commit.")
 @click.option("--author", help="Who measures.")
+@placement_options
 @repo_option
 @json_option
 @reports_errors
@@ -40,44 +67,213 @@ def evaluate(
     file: Path,
     metrics: str,
     limit: int | None,
+    seed: int | None,
+    text: tuple[Path, ...],
+    contexts: tuple[str, ...],
+    everything: bool,
+    csv_file: Path | None,
+    facts_file: Path | None,
+    plot: Path | None,
     no_note: bool,
     author: str | None,
+    device: str | None,
+    dtype: str | None,
+    quantization: str | None,
     repo: Path | None,
     as_json: bool,
 ) -> None:
     """How well REV holds the facts in --suite FILE, and what that costs elsewhere.
 
-    Teacher-forced scores beside live decoding, each with its definition and 95 % bootstrap interval. The scores are kept as a note of the
-    commit.
+    Teacher-forced scores beside live decoding, fluency and drift, each with its definition, a 95 % bootstrap interval over facts and
+    the unpatched model's number. They are kept as a note of the commit, which log, show, diff and push know. docs/evaluation.md
+    has the definitions in full.
     """
     from patchhub.editing.requests import read_requests
-    from patchhub.porcelain.evaluate import DEFINITIONS
     from patchhub.porcelain.evaluate import evaluate as run
+    from patchhub.porcelain.evaluate import evaluate_history as walk
+    from patchhub.porcelain.evaluation_facts import Facts, metrics_for
+    from patchhub.porcelain.placements import placement_of
+    from patchhub.porcelain.score_files import facts_csv, picture, scores_csv
+    from patchhub.porcelain.scores import noted_history
 
-    repository = open_repository(repo)
-    requests = read_requests(file).requests
-    with bars() as progress:
-        done = run(
-            repository,
-            rev,
-            requests,
-            progress,
-            author=author_of(repository.config.settings, author),
-            time=now(),
-            suite=metrics,
-            limit=limit,
-            keep=not no_note,
+    if everything and no_note:
+        raise SettingsError(
+            "--all and --no-note contradict each other", remedy="A walk keeps what it measures; leave one out."
         )
+    repository = open_repository(repo)
+    chosen = metrics_for(file) if metrics == "auto" else metrics
+    facts = Facts(read_requests(file).requests, file.name, chosen, limit, seed, text)
+    facts = replace(facts, contexts=contexts) if contexts else facts
+    placement = placement_of(repository, device=device, dtype=dtype, quantization=quantization)
+    who, rows = author_of(repository.config.settings, author), None
+    with bars() as progress:
+        if everything:
+            rows = walk(repository, rev, facts, progress, author=who, time=now(), placement=placement)
+            rev = next((row.commit for row in rows if row.noted), "base")  # the newest that gives numbers
+        keep = not (no_note or everything)
+        done = run(repository, rev, facts, progress, author=who, time=now(), keep=keep, placement=placement)
+    if csv_file:
+        noted = [(row.commit, done.suite, row.noted.scores) for row in rows or () if row.noted]
+        _write(csv_file, scores_csv([(done.commit, done.suite, done.scores)] if rows is None else noted))
+    if facts_file:
+        _write(facts_file, facts_csv(done))
+    if plot:
+        _write(plot, picture(done, noted_history(repository, rev, done.suite)))
     if as_json:
-        print_json(done.to_json())
-        return
-    say(f"{done.facts} facts at {done.commit[:12] if done.commit else 'the unpatched base'}", bold=True)
-    for scores in (done.scores, done.live):
-        for name, found in scores.estimates.items():
-            interval = click.style(f"[{found.low:.3f}, {found.high:.3f}]", dim=True)
-            say(f"{name:>22} {found.value:6.3f} {interval}  {DEFINITIONS[name]}")
+        print_json(done.to_json() if rows is None else [row.to_json() for row in rows])
+    elif rows is None:
+        _evaluation(done)
+    else:
+        _history(rows, done)
+
+
+@click.command()
+@click.argument("methods", metavar="METHOD...", nargs=-1, required=True)
+@click.option("--suite", "file", required=True, type=_file, help="Facts to write and to evaluate on.")
+@click.option("--metrics", type=click.Choice(_METRICS), default="auto", show_default=True, help="Whose scores.")
+@click.option("--limit", type=click.IntRange(min=1), help="At most so many facts: the first, or with --seed a sample.")
+@click.option("--seed", type=click.IntRange(min=0), help="Of the sample, of sampled text and of the intervals.")
+@click.option("--text", multiple=True, type=_file, help="Text to measure drift on. Default: what was kept aside.")
+@click.option("--batch", type=click.IntRange(min=1), help="Commit so many facts at a time. Default: all at once.")
+@click.option("--base", help="A model folder or Hub id instead of this repository's base and settings.")
+@click.option("--csv", "csv_file", type=_file, help="Also write the table as CSV.")
+@click.option("--markdown", is_flag=True, help="Print the table as Markdown.")
+@click.option("--author", help="Who measures.")
+@repo_option
+@json_option
+@reports_errors
+def bench(
+    methods: tuple[str, ...],
+    file: Path,
+    metrics: str,
+    limit: int | None,
+    seed: int | None,
+    text: tuple[Path, ...],
+    batch: int | None,
+    base: str | None,
+    csv_file: Path | None,
+    markdown: bool,
+    author: str | None,
+    repo: Path | None,
+    as_json: bool,
+) -> None:
+    """Compare editors on one list of facts, each alone on the base, in a temporary repository.
+
+    \b
+      patchhub bench memit pmet --suite facts.json --limit 100
+      patchhub bench memit memit:ridge=400 memit:layers=3-5:steps=30 --suite facts.json
+
+    Scores are those of `eval`; times and sizes are per fact.
+    """
+    from contextlib import nullcontext
+
+    from patchhub.editing.requests import read_requests
+    from patchhub.porcelain.bench import bench as run
+    from patchhub.porcelain.bench import bench_csv, contender, scratch_repository
+    from patchhub.porcelain.evaluation_facts import Facts, metrics_for
+
+    contenders = [contender(method) for method in methods]
+    chosen = metrics_for(file) if metrics == "auto" else metrics
+    facts = Facts(read_requests(file).requests, file.name, chosen, limit, seed, text)
+    with bars() as progress:
+        who = author_of({}, author)
+        place = (
+            scratch_repository(base, progress, author=who, time=now()) if base else nullcontext(open_repository(repo))
+        )
+        with place as repository:
+            found = run(repository, contenders, facts, progress, author=who, time=now(), batch=batch)
+    if csv_file:
+        _write(csv_file, bench_csv(found))
+    if as_json:
+        print_json(found.to_json())
+    else:
+        _bench(found, markdown)
+
+
+def _write(file: Path, text: str) -> None:
+    from patchhub.fsio import write_atomically
+
+    write_atomically(file, (text.encode("utf-8"),))
+    talk(f"wrote {file}")
+
+
+def _evaluation(done: Evaluation) -> None:
+    from patchhub.evaluation.definitions import DEFINITIONS, GROUPS
+
+    where = f"commit {done.commit[:12]}" if done.commit else "the unpatched base"
+    say(f"{count(len(done.facts), 'fact')} of {done.settings['file']} at {where}", bold=True)
+    say("score, 95 % interval over records, the unpatched base's score, definition", dim=True)
+    for group in done.groups:
+        say(GROUPS[group.suite], fg="cyan")
+        say_scores({name: score for name, score in done.scores.items() if name in group.estimates}, DEFINITIONS)
+    _relations(done)
     if done.note:
         say(f"kept as note {done.note[:12]}", dim=True)
 
 
-COMMANDS = (evaluate,)
+def _relations(done: Evaluation) -> None:
+    """The most frequent prompt templates with the leading scores; those of one or two facts say nothing."""
+    from patchhub.evaluation.definitions import LEADING
+
+    frequent = [(template, found) for template, found in done.relations.items() if found["facts"] >= _FEWEST]
+    names = [name for name in (*LEADING[done.settings["metrics"]], "exact") if name in done.scores]
+    rows = [
+        [
+            template[:50],
+            f"{found['facts']:.0f}",
+            *(number(name, found[name]) if name in found else "-" for name in names),
+        ]
+        for template, found in frequent[:_RELATIONS]
+    ]
+    if rows:
+        say("By relation: the facts of one prompt (--json and --plot have more)", fg="cyan")
+        say_table(["", "facts", *names], rows)
+
+
+def _history(rows: Sequence[HistoryRow], done: Evaluation) -> None:
+    """A line per commit, newest first, above the definitions of what it shows."""
+    from patchhub.evaluation.definitions import DEFINITIONS, headline
+
+    if not rows:
+        say("there is no commit yet")
+        return
+    names = [name for name in headline(done.settings["metrics"]) if name in done.scores]
+    table = []
+    for row in rows:
+        scores = row.noted.scores if row.noted else {}
+        cells = [number(name, scores[name].value) if name in scores else "-" for name in names]
+        title = (row.message.splitlines() or [""])[0][:40]
+        table.append([f"{row.commit[:12]} {title}", *cells, "now" if row.fresh else "noted"])
+    base = [number(name, done.base[name]) if name in done.base else "-" for name in names]
+    say(f"{count(len(done.facts), 'fact')} of {done.settings['file']}, {done.settings['metrics']}", bold=True)
+    say_table(["commit", *names, "measured"], [*table, ["the unpatched base", *base, ""]])
+    for name in names:
+        say(f"{name:>20} {DEFINITIONS[name]}", dim=True)
+
+
+def _bench(found: Bench, markdown: bool) -> None:
+    """The table, then what its columns mean and why editors failed."""
+    from patchhub.porcelain.bench import row_values
+
+    table = []
+    for row in found.rows:
+        values = zip(found.titles, row_values(found, row), strict=True)
+        table.append([row.name, *("-" if value is None else number(title, value) for title, value in values)])
+    titles = ["editor", *found.titles]
+    if markdown:
+        say(f"| {' | '.join(titles)} |")
+        say("|---|" + "---:|" * len(found.titles))
+        for cells in table:
+            say(f"| {' | '.join(cells)} |")
+    else:
+        facts = found.settings.get("facts")
+        say(f"{count(facts, 'fact') if facts else 'facts'} of {found.settings['file']}", bold=True)
+        say_table(titles, table)
+        for title, meaning in found.definitions.items():
+            say(f"{title:>20} {meaning}", dim=True)
+    for row in found.rows:
+        if row.failure:
+            say(f"{row.name}: {row.failure}", fg="red")
+
+
+COMMANDS = (evaluate, bench)

@@ -9,17 +9,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.cache_utils import DynamicCache
 
-from patchhub.editing.locate import tokenise
 from patchhub.editing.record_shapes import SLOT
-from patchhub.errors import RequestError, SettingsError
-from patchhub.evaluation.estimates import estimate, mean_or_none
-from patchhub.evaluation.metrics import BATCH_TOKENS, context_length, cut, reading
-from patchhub.evaluation.suites import Scores
-from patchhub.models.tracing import left_padded
+from patchhub.errors import SettingsError
+from patchhub.evaluation.estimates import mean_or_none
+from patchhub.evaluation.generation import continue_greedily
+from patchhub.evaluation.metrics import BATCH_TOKENS
+from patchhub.evaluation.suites import Scores, scored
 from patchhub.objects import Request
 
 BARE = SLOT
@@ -27,45 +24,26 @@ BARE = SLOT
 
 @dataclass(frozen=True)
 class LiveReading:
-    """What a model wrote after one request's prompt in each context, and the target that it was to write."""
+    """What a model wrote after one request's prompt, bare and then in each context, and the target that it was to write.
+
+    None stands for a context in which the prompt leaves no room to write.
+    """
 
     request_id: str
     target: str
-    continuations: tuple[str, ...]
+    continuations: tuple[str | None, ...]
 
 
-def continue_greedily(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
-    *,
-    max_new_tokens: int = 32,
-    batch_tokens: int = BATCH_TOKENS,
-) -> list[str]:
-    """The most probable continuation of each prompt, token by token, up to the end of text or `max_new_tokens`.
+def check_contexts(contexts: Sequence[str]) -> None:
+    """Refuse a context without exactly one `{}` for the prompt."""
+    for context in contexts:
+        if context.count(SLOT) != 1:
+            raise SettingsError(f"the context '{context}' does not contain {SLOT} once", remedy=f"Mark one {SLOT}.")
 
-    The model's own sampling settings are not used. Equal prompts are continued once.
 
-    Raises:
-        RequestError: a prompt has no token, or leaves no room for the continuation.
-    """
-    unique = list(dict.fromkeys(prompts))
-    tokens, limit = [ids for ids, _ in tokenise(tokenizer, unique)], context_length(model)
-    for prompt, ids in zip(unique, tokens, strict=True):
-        if not 0 < len(ids) <= limit - max_new_tokens:
-            raise RequestError(
-                f"'{prompt}' has {len(ids)} tokens; the model reads {limit}, {max_new_tokens} of them new",
-                remedy="shorten the prompt or ask for fewer new tokens",
-                prompt=prompt,
-            )
-    order = sorted(range(len(unique)), key=lambda index: len(tokens[index]))
-    written: dict[str, str] = {}
-    with reading(model):
-        for batch in cut([len(tokens[index]) + max_new_tokens for index in order], batch_tokens):
-            rows = order[batch]
-            texts = _continue(model, tokenizer, [tokens[index] for index in rows], max_new_tokens)
-            written.update(zip((unique[index] for index in rows), texts, strict=True))
-    return [written[prompt] for prompt in prompts]
+def live_prompts(request: Request, contexts: Sequence[str]) -> list[str]:
+    """The texts that `LiveReading.continuations` continue: the bare prompt, then the prompt in each context."""
+    return [template.replace(SLOT, request.text) for template in (BARE, *contexts)]
 
 
 def read_live(
@@ -78,15 +56,13 @@ def read_live(
     batch_tokens: int = BATCH_TOKENS,
 ) -> list[LiveReading]:
     """Continue every request's prompt, bare and inside each context (a template with one `{}` for the prompt)."""
-    for context in contexts:
-        if context.count(SLOT) != 1:
-            raise SettingsError(f"the context '{context}' does not contain {SLOT} once", remedy=f"mark one {SLOT}")
-    templates = [BARE, *contexts]
-    prompts = [template.replace(SLOT, request.text) for request in requests for template in templates]
+    check_contexts(contexts)
+    prompts = [prompt for request in requests for prompt in live_prompts(request, contexts)]
     written = continue_greedily(model, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_tokens=batch_tokens)
+    size = 1 + len(contexts)
     return [
-        LiveReading(request.id, request.target_new, tuple(written[start : start + len(templates)]))
-        for request, start in zip(requests, range(0, len(written), len(templates)), strict=True)
+        LiveReading(request.id, request.target_new, tuple(written[start : start + size]))
+        for request, start in zip(requests, range(0, len(written), size), strict=True)
     ]
 
 
@@ -94,12 +70,15 @@ def live_scores(readings: Sequence[LiveReading], *, resamples: int = 1000, seed:
     """exact and contained after the bare prompt; exact_in_context and contained_in_context, means over the contexts."""
     columns: dict[str, list[float | None]] = {}
     for name, matches in (("exact", begins_with), ("contained", contains)):
-        columns[name] = [float(matches(fact.continuations[0], fact.target)) for fact in readings]
-        columns[f"{name}_in_context"] = [
-            mean_or_none([float(matches(text, fact.target)) for text in fact.continuations[1:]]) for fact in readings
+        found = [
+            [None if text is None else float(matches(text, fact.target)) for text in fact.continuations]
+            for fact in readings
         ]
-    estimates = estimate(columns, {}, resamples=resamples, seed=seed)
-    return Scores("live", {"resamples": resamples, "seed": seed}, estimates)
+        columns[name] = [row[0] for row in found]
+        columns[f"{name}_in_context"] = [
+            mean_or_none([value for value in row[1:] if value is not None]) for row in found
+        ]
+    return scored("live", {}, columns, {}, resamples=resamples, seed=seed)
 
 
 def begins_with(text: str, target: str) -> bool:
@@ -121,38 +100,3 @@ def contains(text: str, target: str) -> bool:
 def _goes_on(left: str, right: str) -> bool:
     """The last word of `left` goes on in `right`."""
     return left[-1:].isalnum() and right[:1].isalnum()
-
-
-def _continue(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Sequence[int]], max_new_tokens: int
-) -> list[str]:
-    """One batch: each row's tokens up to its end of text, decoded."""
-    ends = _end_tokens(model)
-    cache = DynamicCache()
-    ids, mask, positions = left_padded(rows, model.device)
-    written: list[list[int]] = [[] for _ in rows]
-    going = set(range(len(rows)))
-    for _ in range(max_new_tokens):
-        logits = model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        ).logits[:, -1]
-        ids = logits.argmax(-1, keepdim=True)
-        tokens = ids[:, 0].tolist()
-        going -= {row for row in going if tokens[row] in ends}
-        for row in going:
-            written[row].append(tokens[row])
-        if not going:
-            break
-        mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
-        positions = mask.sum(1, keepdim=True) - 1
-    return [str(tokenizer.decode(tokens, skip_special_tokens=True)) for tokens in written]
-
-
-def _end_tokens(model: PreTrainedModel) -> set[int]:
-    ends = model.generation_config.eos_token_id if model.generation_config else None
-    return set() if ends is None else {ends} if isinstance(ends, int) else set(ends)

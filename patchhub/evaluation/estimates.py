@@ -65,11 +65,9 @@ def estimate(
     Args:
         columns: per score one value for each record, None where the record has none.
     """
-    present = {name: column for name, column in columns.items() if any(value is not None for value in column)}
-    if not present:
+    names, table = _table(columns)
+    if not names:
         return {}
-    names = list(present)
-    table = np.array([[np.nan if value is None else value for value in present[name]] for name in names]).T
     whole = _means(table, np.ones((1, len(table))))[0]
     means = np.concatenate([_means(table, counts) for counts in _resamples(len(table), resamples, seed)])
     records = (~np.isnan(table)).sum(0)
@@ -77,11 +75,33 @@ def estimate(
         name: _estimate(whole[column], means[:, column], int(records[column])) for column, name in enumerate(names)
     }
     for name, rule in combined.items():
-        if present.keys() >= set(rule.parts):
+        if set(names) >= set(rule.parts):
             columns_of = [names.index(part) for part in rule.parts]
             spread = rule.of(means[:, columns_of])
             result[name] = _estimate(rule.of(whole[columns_of]), spread, int(records[columns_of].min()))
     return result
+
+
+def means(
+    columns: Mapping[str, Sequence[float | None]], combined: Mapping[str, Combined], rows: Sequence[int]
+) -> dict[str, float]:
+    """The scores of some of the records, by their places, without intervals."""
+    names, table = _table({name: [column[row] for row in rows] for name, column in columns.items()})
+    if not names:
+        return {}
+    whole = _means(table, np.ones((1, len(table))))[0]
+    found = {name: float(value) for name, value in zip(names, whole, strict=True)}
+    for name, rule in combined.items():
+        if found.keys() >= set(rule.parts):
+            found[name] = float(rule.of(np.array([found[part] for part in rule.parts])))
+    return found
+
+
+def _table(columns: Mapping[str, Sequence[float | None]]) -> tuple[list[str], NDArray[np.float64]]:
+    """The columns that have a value, by name, and as a table (records, columns) with NaN where there is none."""
+    present = {name: column for name, column in columns.items() if any(value is not None for value in column)}
+    rows = [[np.nan if value is None else value for value in column] for column in present.values()]
+    return list(present), np.array(rows, dtype=np.float64).T
 
 
 def _means(table: NDArray[np.float64], counts: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicCache
 
+from patchhub.editing.chat import Chat
 from patchhub.editing.locate import encode_targets, tokenise
 from patchhub.errors import EditError, RequestError, SettingsError
 from patchhub.models.tracing import Prefix, left_padded, right_padded
@@ -79,18 +80,20 @@ def score_targets(
     tokenizer: PreTrainedTokenizerBase,
     items: Sequence[tuple[str, str]],
     *,
+    chat: Chat | None = None,
     batch_tokens: int = BATCH_TOKENS,
 ) -> list[TargetScore]:
     """Score (prompt, target) pairs; the text is the prompt, a space and the target, tokenised as one.
 
     Args:
+        chat: the prompts are the user's messages of this chat form, and the targets the answers.
         batch_tokens: padded positions in one forward pass; it changes speed and memory, not the scores.
 
     Raises:
         RequestError: a text is longer than the model reads, or its target has no token or no token before it.
         EditError: the model's logits are not numbers.
     """
-    encoded = encode_targets(tokenizer, items)
+    encoded = encode_targets(tokenizer, items, chat=chat)
     limit = context_length(model)
     keys = []
     for (prompt, target), text in zip(items, encoded, strict=True):
@@ -134,7 +137,9 @@ def perplexity(
     with reading(model):
         for batch in cut([len(row) for row in rows], batch_tokens):
             ids, mask, positions = right_padded(rows[batch], model.device)
-            logits = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
+            logits = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).logits.to(
+                ids.device
+            )
             real = mask[:, 1:].bool()
             losses = _logprobs(logits[:, :-1][real], ids[:, 1:][real])
             total, count = total - float(losses.sum(dtype=torch.float64)), count + losses.numel()
@@ -255,7 +260,7 @@ def _later_tokens(
         position_ids=prompt_mask.sum(1, keepdim=True) + positions,
         past_key_values=prefix,
         use_cache=True,
-    ).logits[mask.bool()]
+    ).logits.to(mask.device)[mask.bool()]
     tokens = torch.tensor([token for target in targets for token in target[1:]], device=logits.device)
     values = zip(_logprobs(logits, tokens).tolist(), logits.argmax(-1).tolist(), strict=True)
     return [[_Prediction(*next(values)) for _ in target[1:]] for target in targets]

@@ -1,13 +1,13 @@
 """Suites of scores over facts: CounterFact, zsRE, WISE. Definitions and sources are in docs/evaluation.md.
 
 A model is read once (`read_facts`); every suite is a pure function of such readings, before and after an edit. Scores
-are shares between 0 and 1: the mean over a record's prompts, then over the records that have such prompts.
+are means over a record's prompts, then over the records that have such prompts; most are shares between 0 and 1.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any, Literal
@@ -15,7 +15,15 @@ from typing import Any, Literal
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from patchhub.errors import SettingsError
-from patchhub.evaluation.estimates import Combined, Estimate, arithmetic_mean, estimate, harmonic_mean, mean_or_none
+from patchhub.evaluation.estimates import (
+    Combined,
+    Estimate,
+    arithmetic_mean,
+    estimate,
+    harmonic_mean,
+    mean_or_none,
+    means,
+)
 from patchhub.evaluation.metrics import BATCH_TOKENS, TargetScore, score_targets
 from patchhub.objects import Request
 
@@ -47,11 +55,46 @@ class FactReading:
 
 @dataclass(frozen=True)
 class Scores:
-    """The scores of one suite by name, and the settings that they depend on."""
+    """The scores of one suite by name.
+
+    Attributes:
+        settings: what they depend on.
+        estimates: over all records.
+        columns: the records' own values, in the records' order; None where a record has none.
+        combined: the scores that are computed from the means of columns.
+    """
 
     suite: str
     settings: Mapping[str, Any]
     estimates: Mapping[str, Estimate]
+    columns: Mapping[str, Sequence[float | None]]
+    combined: Mapping[str, Combined]
+
+    def of(self, rows: Sequence[int]) -> dict[str, float]:
+        """The scores over some of the records, by their places."""
+        return means(self.columns, self.combined, rows)
+
+
+def scored(
+    suite: str,
+    settings: Mapping[str, Any],
+    columns: Mapping[str, Sequence[float | None]],
+    combined: Mapping[str, Combined],
+    *,
+    resamples: int,
+    seed: int,
+) -> Scores:
+    """Means and intervals of columns that hold one value per record."""
+    estimates = estimate(columns, combined, resamples=resamples, seed=seed)
+    return Scores(suite, {**settings, "resamples": resamples, "seed": seed}, estimates, columns, combined)
+
+
+def relations(requests: Sequence[Request]) -> dict[str, list[int]]:
+    """The places of the requests of each prompt template, the most frequent template first."""
+    places: dict[str, list[int]] = {}
+    for place, request in enumerate(requests):
+        places.setdefault(request.prompt, []).append(place)
+    return dict(sorted(places.items(), key=lambda item: -len(item[1])))
 
 
 def counterfact_items(request: Request) -> list[tuple[str, str]]:
@@ -71,8 +114,13 @@ def read_facts(
 ) -> list[FactReading]:
     """Score every prompt of every request; errors as in `score_targets`."""
     items = [item for request in requests for item in counterfact_items(request)]
-    scores = iter(score_targets(model, tokenizer, items, batch_tokens=batch_tokens))
-    return [_reading(request, scores) for request in requests]
+    return readings(requests, score_targets(model, tokenizer, items, batch_tokens=batch_tokens))
+
+
+def readings(requests: Sequence[Request], scores: Iterable[TargetScore]) -> list[FactReading]:
+    """Readings from the scores of all requests' `counterfact_items`, in their order."""
+    remaining = iter(scores)
+    return [_reading(request, remaining) for request in requests]
 
 
 def counterfact_scores(
@@ -123,8 +171,8 @@ def counterfact_scores(
     columns = {name: _column(after, prompts, measure) for name, (prompts, measure) in table.items()}
     if before is not None:
         columns["unchanged"] = _unchanged(after, before, "every token")
-    estimates = estimate(columns, {"S": Combined(("ES", "PS", "NS"), harmonic_mean)}, resamples=resamples, seed=seed)
-    return Scores("counterfact", {"compare": compare, "resamples": resamples, "seed": seed}, estimates)
+    combined = {"S": Combined(("ES", "PS", "NS"), harmonic_mean)}
+    return scored("counterfact", {"compare": compare}, columns, combined, resamples=resamples, seed=seed)
 
 
 def zsre_scores(
@@ -147,8 +195,7 @@ def zsre_scores(
     combined = {"S": Combined(tuple(columns), harmonic_mean)}
     if before is not None:
         columns["unchanged"] = _unchanged(after, before, "share of tokens")
-    estimates = estimate(columns, combined, resamples=resamples, seed=seed)
-    return Scores("zsre", {"resamples": resamples, "seed": seed}, estimates)
+    return scored("zsre", {}, columns, combined, resamples=resamples, seed=seed)
 
 
 def wise_scores(
@@ -175,8 +222,7 @@ def wise_scores(
         "locality": _unchanged(after, before, match),
     }
     combined = {"average": Combined(tuple(columns), arithmetic_mean)}
-    estimates = estimate(columns, combined, resamples=resamples, seed=seed)
-    return Scores("wise", {"match": match, "resamples": resamples, "seed": seed}, estimates)
+    return scored("wise", {"match": match}, columns, combined, resamples=resamples, seed=seed)
 
 
 def _reading(request: Request, scores: Iterator[TargetScore]) -> FactReading:

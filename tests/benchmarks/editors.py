@@ -1,9 +1,12 @@
-"""MEMIT on real facts: CPU time by stage, scores and memory, beside the plain one-fact-at-a-time implementation in the same run.
+"""An editor on real facts: CPU time by stage, scores and memory, beside the plain one-fact-at-a-time implementation in the same run.
 
     python -m tests.benchmarks.editors --model DIR --facts FILE --text FILE[:DOCUMENTS] ... [-n 100] [--plain 5]
+        [--method memit|pmet] [--batches 10] [--contributions]
 
-Times are CPU seconds of this process with one thread. The plain side runs on facts spread evenly over the same list, with
-the same contexts and settings; its dense solve, which does not grow with the facts, is left out of its time.
+With --batches the facts are written in that many batches, each on top of the ones before. With --contributions the values are
+optimised once more without each of the things that make it fast. Times are CPU seconds of this process with one thread. The
+plain side runs on facts spread evenly over the same list, with the same contexts and settings; its dense solve, which does
+not grow with the facts, is left out of its time.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ import resource
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,8 +27,12 @@ from unittest.mock import patch
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from patchhub.editing import memit, record, values
-from patchhub.editing.metric import MetricCache, regularised, second_moments
+from patchhub.constraints import join
+from patchhub.delta import Delta
+from patchhub.editing import record, trunk, values
+from patchhub.editing.editors import EDITORS
+from patchhub.editing.metric import MetricCache, second_moments
+from patchhub.editing.preimages import Covariance
 from patchhub.editing.record import Edit, State, side_paths
 from patchhub.editing.requests import read_requests
 from patchhub.editing.sampling import context_templates
@@ -35,11 +42,11 @@ from patchhub.evaluation.suites import counterfact_scores, read_facts
 from patchhub.models.architectures import describe
 from patchhub.models.tracing import Stack
 from patchhub.objects import Request
-from tests.reference import plain
+from tests.reference import plain, plain_pmet
 
 STAGES = {
-    "prefix": [(values, "_prepare")],
-    "steps": [(values, "_evaluate")],
+    "prefix": [(values, "read_trunk"), (values, "_prepare")],
+    "steps": [(values, "_evaluate"), (values, "_adam"), (values, "_without")],
     "sweep": [(record, "_read")],
     "solve": [(record, "_extend")],
 }
@@ -79,20 +86,24 @@ class Setup:
     requests: Sequence[Request]
     contexts: Sequence[str]
     settings: EditSettings
+    method: str = "memit"
 
 
 def main(arguments: Sequence[str]) -> None:
     torch.set_num_threads(1)
     options = _options(arguments)
     setup = _setup(options)
-    report: dict[str, Any] = {"facts": len(setup.requests), "settings": setup.settings.to_json()}
+    count = len(setup.requests)
+    report: dict[str, Any] = {"facts": count, "batches": options.batches, "settings": setup.settings.to_json()}
     with tempfile.TemporaryDirectory() as folder:
         metric, report["metric"] = _metric(setup, options, Path(folder))
-        result, clock = _ours(setup, metric)
-    report["ours"] = _per_fact(clock, len(setup.requests))
-    report["ours"]["mean_steps"] = float(result.values.steps.double().mean())
+        written, clock, steps = _in_batches(setup, metric, options.batches)
+        if options.contributions:
+            report["without"] = _contributions(setup, metric)
+    report["ours"] = _per_fact(clock, count)
+    report["ours"]["mean_steps"] = steps
     report["peak_rss_mb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
-    report["scores"] = _scores(setup, result, options)
+    report["scores"] = _scores(setup, written, options)
     if options.plain:
         report["plain"] = _per_fact(_plain(setup, options.plain), options.plain)
         report["times_faster"] = report["plain"]["whole"] / report["ours"]["whole"]
@@ -111,11 +122,19 @@ def _options(arguments: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("-n", type=int, default=100, help="number of facts")
     parser.add_argument("--skip", type=int, default=0, help="facts to leave out at the front")
-    parser.add_argument("--layers", type=_integers, default=(0, 1, 2))
-    parser.add_argument("--lambda", dest="ridge", type=float, default=200.0)
-    parser.add_argument("--learning-rate", type=float, default=1.0)
-    parser.add_argument("--clamp", type=float, default=2.0)
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--method", choices=sorted(EDITORS), default="memit")
+    parser.add_argument(
+        "--batches", type=int, default=1, help="write the facts in so many batches, one on top of another"
+    )
+    parser.add_argument("--layers", type=_integers, help="default: the editor's rule, as for all settings")
+    parser.add_argument("--lambda", dest="ridge", type=float)
+    parser.add_argument("--learning-rate", type=float)
+    parser.add_argument("--clamp", type=float)
+    parser.add_argument("--kl-factor", type=float)
+    parser.add_argument("--steps", type=int)
+    parser.add_argument(
+        "--contributions", action="store_true", help="time the values without each thing that makes them fast"
+    )
     parser.add_argument("--epsilon", type=float, default=0.01, help="regularisation of the second moments")
     parser.add_argument("--seed", type=int, default=0, help="of the contexts")
     parser.add_argument("--plain", type=int, default=5, help="facts for the plain implementation; 0 leaves it out")
@@ -134,26 +153,22 @@ def _setup(options: argparse.Namespace) -> Setup:
     model = factory.from_pretrained(options.model, dtype=torch.float32, local_files_only=True)
     tokenizer = AutoTokenizer.from_pretrained(options.model, local_files_only=True)
     stack = Stack(model, describe(model.config))
-    settings = replace(
-        memit.default_settings(stack.architecture),
-        layers=options.layers,
-        ridge=options.ridge,
-        steps=options.steps,
-        learning_rate=options.learning_rate,
-        clamp=options.clamp,
-    )
+    names = ("layers", "ridge", "steps", "learning_rate", "clamp", "kl_factor")
+    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    settings = replace(EDITORS[options.method].default_settings(stack.architecture), **given)
     requests = read_requests(options.facts).requests[options.skip : options.skip + options.n]
-    return Setup(stack, tokenizer, requests, context_templates(stack, tokenizer, seed=options.seed), settings)
+    contexts = context_templates(stack, tokenizer, seed=options.seed)
+    return Setup(stack, tokenizer, requests, contexts, settings, options.method)
 
 
 def _metric(setup: Setup, options: argparse.Namespace, folder: Path) -> tuple[MetricCache, dict[str, float]]:
     texts = [text for source in options.text for text in _texts(source)]
     limit = min(256, setup.stack.model.config.get_text_config().max_position_embeddings)
     documents = [ids[:limit] for ids in setup.tokenizer(texts)["input_ids"]]
-    cache, clock = MetricCache(folder), Clock()
+    cache, clock = MetricCache(folder, Covariance(options.epsilon)), Clock()
     with clock.measure("seconds"):
         for layer, moment in second_moments(setup.stack, setup.settings.layers, documents).items():
-            cache.store(setup.stack.architecture.ffn_weight(layer), regularised(moment, options.epsilon))
+            cache.store(setup.stack.architecture.ffn_weight(layer), moment)
     return cache, {"tokens": sum(map(len, documents)), **clock.seconds}
 
 
@@ -163,17 +178,73 @@ def _texts(source: str) -> list[str]:
     return texts[: int(count)] if count else texts
 
 
-def _ours(setup: Setup, metric: MetricCache) -> tuple[Edit, Clock]:
+def edit_timed(setup: Setup, metric: MetricCache, state: State | None = None) -> tuple[Edit, Clock]:
+    """Write the facts on top of ``state`` (none: the base), with the CPU seconds of each stage and of the whole."""
     clock = Clock()
     with ExitStack() as patches:
         for stage, functions in STAGES.items():
             for module, name in functions:
                 patches.enter_context(patch.object(module, name, clock.timed(stage, getattr(module, name))))
         with clock.measure("whole"):
-            result = memit.MEMIT.edit(
-                setup.stack, setup.tokenizer, setup.requests, setup.contexts, setup.settings, metric, State({}, {})
+            result = EDITORS[setup.method].edit(
+                setup.stack,
+                setup.tokenizer,
+                setup.requests,
+                setup.contexts,
+                setup.settings,
+                metric,
+                state or State({}, {}),
             )
     return result, clock
+
+
+def _in_batches(setup: Setup, metric: MetricCache, batches: int) -> tuple[dict[str, list[Delta]], Clock, float]:
+    """The deltas of every weight after the last batch, the time of all, and the mean number of steps."""
+    clock, columns, steps = Clock(), {}, 0.0
+    deltas: dict[str, list[Delta]] = {}
+    size = -(-len(setup.requests) // batches)
+    for start in range(0, len(setup.requests), size):
+        part = replace(setup, requests=setup.requests[start : start + size])
+        with side_paths(setup.stack, _by_layer(setup, deltas)):
+            edit, spent = edit_timed(part, metric, State(columns, deltas))
+        for name, change in edit.recording.change.items():
+            deltas.setdefault(name, []).append(change)
+        new = edit.recording.columns
+        columns = {name: join([columns[name], new[name]]) if name in columns else new[name] for name in new}
+        for stage, seconds in spent.seconds.items():
+            clock.seconds[stage] = clock.seconds.get(stage, 0.0) + seconds
+        steps += float(edit.values.steps.double().sum())
+    return deltas, clock, steps / len(setup.requests)
+
+
+def _by_layer(setup: Setup, deltas: Mapping[str, Sequence[Delta]]) -> dict[int, Sequence[Delta]]:
+    return {setup.stack.architecture.layer_of(name): parts for name, parts in deltas.items()}
+
+
+def _contributions(setup: Setup, metric: MetricCache) -> dict[str, float]:
+    """CPU seconds per fact of the values, whole and without one thing each."""
+
+    @contextmanager
+    def nothing(*arguments: Any) -> Iterator[None]:
+        yield
+
+    def no_trunk(stack: Stack, groups: Sequence[Any]) -> trunk.Trunk:
+        return trunk.Trunk((0,) * len(groups), torch.zeros(len(groups), 0, dtype=torch.long), None)
+
+    switched: dict[str, tuple[Any, str, Any]] = {
+        "nothing left out": (values, "POSITIONS", values.POSITIONS),
+        "faster products": (Stack, "fast", nothing),
+        "many facts at once": (values, "POSITIONS", 1),
+        "dropping finished facts": (values, "_without", lambda batch, done: batch),
+        "shared beginnings": (values, "read_trunk", no_trunk),
+        "the last feed-forward part at targets only": (Stack, "feed_forward_at", nothing),
+    }
+    found: dict[str, float] = {}
+    for name, (owner, attribute, other) in switched.items():
+        with patch.object(owner, attribute, other):
+            _, clock = edit_timed(setup, metric)
+        found[name] = (clock.seconds["prefix"] + clock.seconds["steps"]) / len(setup.requests)
+    return found
 
 
 def _plain(setup: Setup, count: int) -> Clock:
@@ -184,7 +255,10 @@ def _plain(setup: Setup, count: int) -> Clock:
         for fact in chosen:
             common = (stack.model, setup.tokenizer, stack.architecture, fact, setup.contexts)
             with clock.measure("steps"):
-                plain.find_value(*common, layers[-1], setup.settings.values(until_sure=False))
+                if setup.method == "pmet":
+                    plain_pmet.find_values(*common, layers[-1], setup.settings.values(until_sure=True))
+                else:
+                    plain.find_value(*common, layers[-1], setup.settings.values(until_sure=False))
             with clock.measure("sweep"):
                 for layer in layers:
                     plain.mean_key(*common, layer)
@@ -192,10 +266,10 @@ def _plain(setup: Setup, count: int) -> Clock:
     return clock
 
 
-def _scores(setup: Setup, result: Edit, options: argparse.Namespace) -> dict[str, float]:
+def _scores(setup: Setup, deltas: Mapping[str, Sequence[Delta]], options: argparse.Namespace) -> dict[str, float]:
     """In per cent, with the change beside the weights; perplexities as they are."""
     stack = setup.stack
-    change = {stack.architecture.layer_of(name): [delta] for name, delta in result.recording.change.items()}
+    change = _by_layer(setup, deltas)
     held_out = _texts(str(options.held_out))[:100] if options.held_out else []
     found: dict[str, float] = {}
     if held_out:
@@ -216,12 +290,16 @@ def _per_fact(clock: Clock, facts: int) -> dict[str, float]:
 
 
 def _table(report: dict[str, Any]) -> str:
-    lines = [f"{report['facts']} facts, {report['settings']}"]
+    batches = f" in {report['batches']} batches" if report["batches"] > 1 else ""
+    lines = [f"{report['facts']} facts{batches}, {report['settings']}"]
     lines.append("metric: {tokens} tokens, {seconds:.1f} CPU s".format(**report["metric"]))
     for side in ("ours", "plain"):
         if side in report:
             parts = ", ".join(f"{name} {value:.4g}" for name, value in report[side].items())
             lines.append(f"{side}, CPU s per fact: {parts}")
+    for name, seconds in report.get("without", {}).items():
+        ratio = seconds / report["without"]["nothing left out"]
+        lines.append(f"values without {name}: {seconds:.4f} CPU s per fact, {ratio:.2f} times")
     if "times_faster" in report:
         lines.append(f"times faster than plain: {report['times_faster']:.1f}")
     lines.append(", ".join(f"{name} {value:.1f}" for name, value in report["scores"].items()))

@@ -4,7 +4,7 @@
 
 Prints S of all facts after the merge (compare with `tests.benchmarks.spine -n 2N`, one commit of all), the time of the
 merge as a share of the edits', and after the revert S of the second branch's facts and how many of the first's old
-answers are back, beside the second branch alone.
+answers are given, beside the second branch alone (which edits near those prompts as well) and the base.
 """
 
 from __future__ import annotations
@@ -55,9 +55,12 @@ def main() -> None:
         _patchhub(folder, "revert", "a")
         _report(folder, "a reverted", {"b": b}, gone=a)
         with Repository.open(folder) as repository:
+            states = [repository.state(repository.resolve(revision)) for revision in ("HEAD", "b")]
+            print(f"a reverted has the state of b alone, bit for bit: {states[0] == states[1]}")
             _subtract(repository, a, b)
-            alone: Any = load_patched(open_base(repository), state_at(repository, "b"), dtype=torch.float32)
-            _print("b alone", alone, repository.config.base["path"], {"b": b}, gone=a)
+            for label, revision in (("b alone", "b"), ("base", "base")):
+                model: Any = load_patched(open_base(repository), state_at(repository, revision), dtype=torch.float32)
+                _print(label, model, repository.config.base["path"], {"b": b}, gone=a)
 
 
 def _subtract(repository: Repository, a: list[Request], b: list[Request]) -> None:
@@ -85,7 +88,7 @@ def _print(
     if gone:
         scores = score_targets(model, tokenizer, [(fact.text, fact.target_true or "") for fact in gone])
         back = sum(score.argmax_right for score in scores)
-        print(f"{label}: old answers of the reverted branch back: {back} of {len(gone)}")
+        print(f"{label}: old answers of a's facts given: {back} of {len(gone)}")
 
 
 def _patchhub(folder: Path, *arguments: str) -> float:

@@ -1,0 +1,152 @@
+"""Drift: how far a model's next-token predictions have moved from the base's on text that has nothing to do with the edits.
+
+One model is read twice over the same documents: `read_text` while it is the base, `drift` while it is patched. The base's distributions
+are kept in between, so their number is bounded by the memory that they take (`leading`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from patchhub.errors import RequestError
+from patchhub.evaluation.metrics import BATCH_TOKENS, cut, reading
+from patchhub.models.tracing import right_padded
+
+ENTRIES: Final = 1 << 25
+"""Log-probabilities that a reading may hold: 128 MiB in float32."""
+
+
+@dataclass(frozen=True)
+class Drift:
+    """What changed over some predicted positions.
+
+    Attributes:
+        perplexity_ratio: perplexity now over the base's, exp of the mean growth of the loss per position.
+        kl: mean KL(p_base || p_now) per position in nats, over the whole vocabulary; never negative, 0 where nothing changed.
+        positions: how many were read.
+
+    Both numbers are infinite where the model's logits are not numbers.
+    """
+
+    perplexity_ratio: float
+    kl: float
+    positions: int
+
+
+@dataclass(frozen=True)
+class DocumentDrift:
+    """Sums over the predicted positions of one document: growth of the loss, KL(p_base || p_now), and how many there are."""
+
+    growth: float
+    divergence: float
+    positions: int
+
+
+@dataclass(frozen=True, eq=False)
+class TextReading:
+    """What a model predicts at every position of some documents but the last of each, batch by batch.
+
+    Attributes:
+        batches: the documents, those of one batch of similar length.
+        logprobs: per batch, natural log-probabilities of the next token.
+        perplexity: of the model that was read, on these documents.
+    """
+
+    batches: tuple[tuple[tuple[int, ...], ...], ...]
+    logprobs: tuple[Float[Tensor, "positions vocabulary"], ...]
+    perplexity: float
+
+    @property
+    def positions(self) -> int:
+        return sum(len(part) for part in self.logprobs)
+
+
+def leading(documents: Sequence[Sequence[int]], positions: int) -> list[tuple[int, ...]]:
+    """The first documents with that many predicted positions together, the last of them cut; at least one position each."""
+    chosen: list[tuple[int, ...]] = []
+    for document in documents:
+        part = tuple(document[: positions + 1])
+        if len(part) > 1:
+            chosen.append(part)
+            positions -= len(part) - 1
+    return chosen
+
+
+def room(vocabulary: int) -> int:
+    """How many positions a reading of a model with that vocabulary may have."""
+    return max(1, ENTRIES // vocabulary)
+
+
+def read_text(
+    model: PreTrainedModel, documents: Sequence[Sequence[int]], *, batch_tokens: int = BATCH_TOKENS
+) -> TextReading:
+    """Read documents of token ids, each alone and from its beginning, with the model as it is now.
+
+    Raises:
+        RequestError: no document has two tokens.
+    """
+    rows = sorted((tuple(document) for document in documents if len(document) > 1), key=len)
+    if not rows:
+        raise RequestError("no text to measure drift on has two tokens", remedy="Give longer texts.")
+    batches = tuple(tuple(rows[part]) for part in cut([len(row) for row in rows], batch_tokens))
+    logprobs, loss = [], 0.0
+    with reading(model):
+        for batch in batches:
+            found, tokens = _predictions(model, batch)
+            logprobs.append(found)
+            loss -= _sum_at(found, tokens)
+    return TextReading(batches, tuple(logprobs), _exp(loss / sum(map(len, logprobs))))
+
+
+def drift(model: PreTrainedModel, base: TextReading) -> Drift:
+    """How far the model is, as it is now, from what was read."""
+    parts = document_drifts(model, base)
+    growth, divergence = sum(part.growth for part in parts), sum(part.divergence for part in parts)
+    kl = divergence / base.positions
+    return Drift(_exp(growth / base.positions), kl if math.isfinite(kl) else math.inf, base.positions)
+
+
+def document_drifts(model: PreTrainedModel, base: TextReading) -> list[DocumentDrift]:
+    """The same for each document that was read, in the order of `TextReading.batches`."""
+    found: list[DocumentDrift] = []
+    with reading(model):
+        for batch, before in zip(base.batches, base.logprobs, strict=True):
+            now, tokens = _predictions(model, batch)
+            at = tokens[:, None]
+            growth = (before.gather(-1, at) - now.gather(-1, at))[:, 0].double()
+            divergence = (before.exp() * (before - now)).sum(-1, dtype=torch.float64)
+            sizes = [len(document) - 1 for document in batch]
+            parts = zip(torch.split(growth, sizes), torch.split(divergence, sizes), sizes, strict=True)
+            found += [DocumentDrift(float(one.sum()), max(float(other.sum()), 0.0), size) for one, other, size in parts]
+    return found
+
+
+def _predictions(
+    model: PreTrainedModel, rows: Sequence[Sequence[int]]
+) -> tuple[Float[Tensor, "positions vocabulary"], Int[Tensor, " positions"]]:
+    """Log-probabilities of what follows every token but each row's last, in float32 or the model's float64, and what does follow."""
+    ids, mask, positions = right_padded(rows, model.device)
+    logits = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).logits.to(ids.device)
+    real = mask[:, 1:].bool()
+    chosen = logits[:, :-1][real]
+    return chosen.to(torch.promote_types(chosen.dtype, torch.float32)).log_softmax(-1), ids[:, 1:][real]
+
+
+def _sum_at(logprobs: Float[Tensor, "positions vocabulary"], tokens: Int[Tensor, " positions"]) -> float:
+    return float(logprobs.gather(-1, tokens[:, None]).sum(dtype=torch.float64))
+
+
+def _exp(value: float) -> float:
+    """exp, infinite where that is too large or ``value`` is not a number."""
+    try:
+        return math.inf if math.isnan(value) else math.exp(value)
+    except OverflowError:
+        return math.inf

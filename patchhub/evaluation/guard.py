@@ -1,0 +1,247 @@
+"""The guard's judgement: what was measured of a finished change against limits. Numbers in, sentences out; no model, no NumPy.
+
+A share of facts fails only where chance is no excuse: where the end of its 95 % interval that is kinder to the change is still on the
+wrong side of the limit (Wilson 1927, "Probable inference, the law of succession, and statistical inference").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from math import isfinite, pow, sqrt
+from typing import Any, Final, Literal
+
+_Z: Final = 1.96  # of the standard normal distribution, for 95 %
+_GUESSING: Final = 0.75  # trained models lie below 0.5, random ones above 0.85
+
+Check = Literal["own", "earlier", "misfit", "drift", "spectrum", "survival"]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a healthy change stays within; each is a setting of its name under ``guard.``.
+
+    Attributes:
+        own: least share of the new facts that the model must answer with.
+        earlier: largest share of the earlier facts that may be lost, of those that held; by the model, or as their columns tell.
+        misfit: largest share of the new facts, and of those they contradict, that may get less than half of their change.
+        drift: largest growth of KL(p_base || p) on held text in nats per token; see `drift_limit`.
+        spectrum: largest singular value of a weight's whole change, relative to the base weight's.
+        survival: least share of the change that rounding to the base's type must keep.
+    """
+
+    own: float = 0.15
+    earlier: float = 0.5
+    misfit: float = 0.7
+    drift: float = 0.6
+    spectrum: float = 50.0
+    survival: float = 0.1
+
+    def drift_limit(self, facts: int) -> float:
+        """What so many new facts may add to the drift: 0.15 of `drift` and a fortieth for each fact, at most the whole."""
+        return self.drift * min(1.0, 0.15 + facts / 40)
+
+
+@dataclass(frozen=True)
+class Share:
+    """So many of so many facts."""
+
+    count: int
+    of: int
+
+    @property
+    def lowest(self) -> float:
+        """The lower end of Wilson's 95 % interval; 0 of nothing."""
+        return self._end(-1.0)
+
+    @property
+    def highest(self) -> float:
+        """The upper end; 1 of nothing."""
+        return self._end(1.0)
+
+    def _end(self, sign: float) -> float:
+        if not self.of:
+            return 1.0 if sign > 0 else 0.0
+        p, n, z2 = self.count / self.of, self.of, _Z**2
+        return (p + z2 / (2 * n) + sign * _Z * sqrt(p * (1 - p) / n + z2 / (4 * n * n))) / (1 + z2 / n)
+
+
+@dataclass(frozen=True)
+class Drifted:
+    """Drift on held text before and after the change, both against the base (`evaluation.drift`).
+
+    Attributes:
+        kl_before, kl: KL(p_base || p) in nats per token.
+        perplexity_ratio: perplexity after the change over the base's.
+        positions: tokens that were predicted.
+        guessing: the base itself predicts the text hardly better than chance, as random weights do.
+    """
+
+    kl_before: float
+    kl: float
+    perplexity_ratio: float
+    positions: int
+    guessing: bool = False
+
+
+def is_guessing(perplexity: float, vocabulary: int) -> bool:
+    """Whether a model with that perplexity on running text has learned next to nothing: log perplexity is near the vocabulary's."""
+    return perplexity > pow(vocabulary, _GUESSING)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was measured of a change; None stands for what was not.
+
+    Attributes:
+        facts: how many facts it brings.
+        own: new facts that are the model's answer (argmax, teacher forced).
+        earlier: of the earlier facts that were read and held before, those that hold no more.
+        active: how many earlier facts there are; `earlier` reads those that the change moves most.
+        unmet: of the new facts, and those that they contradict, those that get less than half of their change at some weight.
+        crushed: of the other facts that got more than half before, those that do no more.
+        drift: on held text.
+        spectrum: per weight, the largest singular value of the "base" weight, of the "change" and of the whole "state".
+        survival: per weight, the share of the state's change that rounding to the base's type keeps.
+        first_token: new facts whose subject ends at the very first token, where the keys of all texts are alike.
+    """
+
+    facts: int = 0
+    own: Share | None = None
+    earlier: Share | None = None
+    active: int = 0
+    unmet: Share | None = None
+    crushed: Share | None = None
+    drift: Drifted | None = None
+    spectrum: Mapping[str, Mapping[str, float]] | None = None
+    survival: Mapping[str, float] | None = None
+    first_token: int = 0
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a commit's ``check`` keeps of a look by the guard.
+
+    Attributes:
+        measured: what was measured.
+        failed: the failed checks in words.
+        forced: ``--force`` was given.
+    """
+
+    measured: Measured
+    failed: tuple[str, ...] = ()
+    forced: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields ``guard``, ``forced`` and ``survival`` of a ``check`` (docs/format.md); what was not measured is left out."""
+        values = {name: value for name, value in asdict(self.measured).items() if value is not None}
+        survival = values.pop("survival", None)
+        check: dict[str, Any] = {"forced": self.forced, "guard": {**values, "failed": list(self.failed)}}
+        return check if survival is None else {**check, "survival": survival}
+
+    @classmethod
+    def from_json(cls, check: Mapping[str, Any]) -> Report | None:
+        """The inverse; None where a ``check`` has no such fields, or others than this version writes (it may come from anywhere)."""
+        try:
+            guard = dict(check["guard"])
+            failed = tuple(map(str, guard.pop("failed")))
+            found = {name: _READERS[name](value) for name, value in guard.items()}
+            survival = _numbers(check["survival"]) if "survival" in check else None
+            return cls(Measured(**found, survival=survival), failed, bool(check["forced"]))
+        except (AttributeError, KeyError, TypeError, ValueError):
+            return None
+
+
+def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
+    return {str(name): float(value) for name, value in values.items()}
+
+
+def _share_of(values: Mapping[str, Any]) -> Share:
+    return Share(int(values["count"]), int(values["of"]))
+
+
+def _drifted(values: Mapping[str, Any]) -> Drifted:
+    kl_before, kl, ratio = (float(values[name]) for name in ("kl_before", "kl", "perplexity_ratio"))
+    return Drifted(kl_before, kl, ratio, int(values["positions"]), bool(values["guessing"]))
+
+
+def _spectra(values: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    return {
+        str(name): {key: float(found[key]) for key in ("base", "change", "state")} for name, found in values.items()
+    }
+
+
+_READERS: Final[Mapping[str, Callable[[Any], Any]]] = {
+    **dict.fromkeys(("facts", "active", "first_token"), int),
+    **dict.fromkeys(("own", "earlier", "unmet", "crushed"), _share_of),
+    "drift": _drifted,
+    "spectrum": _spectra,
+}
+"""How each measured field is read from JSON."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A check that failed.
+
+    Attributes:
+        check: which; ``guard.<check>`` is its limit.
+        value, limit: the number that failed and what it was held against.
+        words: what is wrong, without a full stop.
+    """
+
+    check: Check
+    value: float
+    limit: float
+    words: str
+
+
+def judge(found: Measured, limits: Limits) -> tuple[Finding, ...]:
+    """The checks that fail; none for a healthy change.
+
+    What the model says is not held against it where the base has learned nothing that could be broken (`Drifted.guessing`).
+    """
+    return tuple(_findings(found, limits))
+
+
+def _findings(found: Measured, limits: Limits) -> Iterator[Finding]:
+    learned = found.drift is None or not found.drift.guessing
+    if found.drift is not None and learned:
+        growth, limit = found.drift.kl - found.drift.kl_before, limits.drift_limit(found.facts)
+        if not growth <= limit:
+            words = (
+                f"on text that has nothing to do with the facts the model moves away from the base by {_nats(growth)}"
+            )
+            yield Finding("drift", growth, limit, words)
+    if found.own is not None and learned and found.own.highest < limits.own:
+        yield _share("own", found.own, limits.own, "new facts are the model's answer")
+    if found.earlier is not None and found.earlier.lowest > limits.earlier:
+        yield _share("earlier", found.earlier, limits.earlier, "earlier facts are not the model's answer any more")
+    if found.unmet is not None and found.unmet.lowest > limits.misfit:
+        words = "new and contradicted facts get less than half of the change that they ask for"
+        yield _share("misfit", found.unmet, limits.misfit, words)
+    if found.crushed is not None and found.crushed.lowest > limits.earlier:
+        words = "other facts get less than half of the change that they ask for, and got more before"
+        yield _share("earlier", found.crushed, limits.earlier, words)
+    yield from _weight_findings(found, limits)
+
+
+def _weight_findings(found: Measured, limits: Limits) -> Iterator[Finding]:
+    """The worst weight of each kind."""
+    ratios = {weight: values["state"] / (values["base"] or 1.0) for weight, values in (found.spectrum or {}).items()}
+    if ratios and not max(ratios.values()) <= limits.spectrum:
+        weight, ratio = max(ratios.items(), key=lambda item: item[1])
+        words = f"the change of {weight} is {ratio:.0f} times as large as the weight (largest singular values)"
+        yield Finding("spectrum", ratio, limits.spectrum, words)
+    if found.survival and not min(found.survival.values()) >= limits.survival:
+        weight, share = min(found.survival.items(), key=lambda item: item[1])
+        words = f"rounding to the base's type leaves {share:.0%} of the change of {weight}"
+        yield Finding("survival", share, limits.survival, words)
+
+
+def _share(check: Check, share: Share, limit: float, words: str) -> Finding:
+    return Finding(check, share.count / share.of, limit, f"{share.count} of {share.of} {words}")
+
+
+def _nats(growth: float) -> str:
+    return f"{growth:.2f} nats per token" if isfinite(growth) else "more than any number"

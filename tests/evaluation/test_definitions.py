@@ -1,0 +1,45 @@
+"""Every score that a suite gives has a definition, and what stands for a suite are scores of it."""
+
+from __future__ import annotations
+
+from patchhub.evaluation.decoding import LiveReading, live_scores
+from patchhub.evaluation.definitions import (
+    BESIDE,
+    DEFINITIONS,
+    GENERALITY,
+    GROUPS,
+    LEADING,
+    SPECIFICITY,
+    SUITES,
+    headline,
+)
+from patchhub.evaluation.drift import DocumentDrift
+from patchhub.evaluation.drift_scores import drift_scores
+from patchhub.evaluation.fluency import fluency_scores
+from patchhub.evaluation.suites import counterfact_scores, wise_scores, zsre_scores
+from tests.evaluation.test_suites import FACTS
+
+EVERY = {
+    "counterfact": counterfact_scores(FACTS, FACTS),
+    "zsre": zsre_scores(FACTS, FACTS),
+    "wise": wise_scores(FACTS, FACTS),
+    "live": live_scores([LiveReading("1", "Paris", (" Paris", " Paris"))]),
+    "fluency": fluency_scores(["a b c"]),
+    "drift": drift_scores([DocumentDrift(0.1, 0.1, 3)]),
+}
+
+
+def test_definitions_are_of_the_scores_and_of_nothing_else():
+    assert {name for scores in EVERY.values() for name in scores.estimates} == set(DEFINITIONS)
+    assert set(GROUPS) == set(EVERY)
+
+
+def test_what_stands_for_a_suite_is_measured():
+    shared = {name for suite in ("live", "fluency", "drift") for name in EVERY[suite].estimates}
+    assert set(BESIDE) <= shared
+    for suite in SUITES:
+        found = set(EVERY[suite].estimates)
+        assert set(LEADING[suite]) <= found
+        assert {GENERALITY[suite], SPECIFICITY[suite]} <= set(LEADING[suite])
+        assert set(headline(suite)) <= found | shared
+    assert headline("unknown") == BESIDE
