@@ -1,0 +1,75 @@
+"""What commands say about the guard, and the options that bear on it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import click
+
+from patchhub.evaluation.guard import Measured, Report
+
+force_option = click.option(
+    "--force", is_flag=True, help="Write what the guard refuses all the same; the commit says so."
+)
+check_option = click.option(
+    "--check", is_flag=True, help="Let the guard run the model too: whether facts hold, whether other text drifts."
+)
+
+
+def guard_summary(check: Mapping[str, Any]) -> str:
+    """One line on what the guard found when a commit was made; empty where it was not asked."""
+    report = Report.from_json(check)
+    if report is None:
+        return ""
+    if report.failed:
+        return click.style(f"forced although {'; '.join(report.failed)}", fg="red")
+    return ", ".join(["passed", *_short(report.measured)])
+
+
+def guard_lines(check: Mapping[str, Any]) -> Iterator[str]:
+    """All that the guard measured, a sentence each; nothing where it was not asked."""
+    report = Report.from_json(check)
+    if report is None:
+        return
+    for failed in report.failed:
+        yield click.style(f"guard: forced although {failed}", fg="red")
+    if not report.failed:
+        yield "guard: passed" + (" (--force was given)" if report.forced else "")
+    yield from (f"  {words}" for words in (*_facts(report.measured), *_weights(report.measured)))
+
+
+def _short(found: Measured) -> Iterator[str]:
+    if found.own and found.own.of:
+        yield f"{found.own.count}/{found.own.of} new facts hold"
+    if found.earlier and found.earlier.of:
+        yield f"{found.earlier.count}/{found.earlier.of} earlier ones lost"
+    if found.drift:
+        yield f"drift {found.drift.kl:.3f}"
+
+
+def _facts(found: Measured) -> Iterator[str]:
+    if found.own and found.own.of:
+        yield f"{found.own.count} of {found.own.of} new facts are the model's answer"
+    if found.earlier and found.earlier.of:
+        yield f"{found.earlier.count} of {found.earlier.of} earlier facts that were read and held are lost ({found.active} active)"
+    if found.drift:
+        guessing = "; the base itself is guessing, so this is not judged" if found.drift.guessing else ""
+        yield (
+            f"drift from the base on held text {found.drift.kl:.3f} nats per token ({found.drift.kl_before:.3f} before), perplexity "
+            f"times {found.drift.perplexity_ratio:.3f}, over {found.drift.positions} tokens{guessing}"
+        )
+    if found.unmet and found.unmet.of:
+        yield f"{found.unmet.count} of {found.unmet.of} new or contradicted facts get less than half of their change"
+    if found.crushed and found.crushed.of:
+        yield f"{found.crushed.count} of {found.crushed.of} other facts now get less than half of theirs"
+    if found.first_token:
+        yield f"{found.first_token} of the subjects end at the first token, where the keys of all texts are alike"
+
+
+def _weights(found: Measured) -> Iterator[str]:
+    if found.spectrum:
+        largest = max(values["state"] / (values["base"] or 1.0) for values in found.spectrum.values())
+        yield f"largest singular value of a weight's change: {largest:.2f} times the base weight's"
+    if found.survival:
+        yield f"rounding to the base's type keeps at least {min(found.survival.values()):.1%} of the change"

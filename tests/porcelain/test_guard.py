@@ -1,0 +1,175 @@
+"""The guard with the shipped model: healthy edits pass, collapsing ones are refused and leave nothing, and a force is remembered."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from patchhub.editing.requests import Batch, Origin
+from patchhub.errors import GuardError
+from patchhub.evaluation.guard import Report
+from patchhub.objects import Request
+from patchhub.porcelain.change import revert
+from patchhub.porcelain.edit import Committed, commit
+from patchhub.porcelain.guard import Guarding, limits_of
+from patchhub.porcelain.guard_model import Budget
+from patchhub.porcelain.integrity import fsck
+from patchhub.porcelain.model import init
+from patchhub.porcelain.progress import Silent
+from patchhub.porcelain.settings import config_set
+from patchhub.porcelain.snapshot import Stamp
+from patchhub.store.repository import Repository
+from tests.porcelain.taught import AUTHOR, TIME
+
+FACTS = [
+    Request.make(record["prompt"], record["subject"], record["target_new"])
+    for record in json.loads((files("patchhub") / "demo_facts.json").read_text(encoding="utf-8"))
+]
+HUGE = {"clamp": 50.0, "learning_rate": 20.0}
+"""A target norm fifty times that of the state it replaces, and steps that reach it."""
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six facts on the shipped model."""
+    folder = tmp_path_factory.mktemp("guard")
+    init(folder, str(files("patchhub") / "demo_model"), Silent(), author=AUTHOR, time=TIME)
+    with Repository.open(folder) as repository:
+        config_set(repository, "metric.tokens", "6000")
+        write(repository, FACTS[:6])
+    return folder
+
+
+@pytest.fixture
+def repository(first: Path, tmp_path: Path) -> Repository:
+    folder = tmp_path / "store"
+    shutil.copytree(first, folder)
+    return Repository.open(folder)
+
+
+def write(repository: Repository, facts: list[Request], progress: Silent | None = None, **options: Any) -> Committed:
+    batch = Batch(tuple(facts), tuple(Origin("a test") for _ in facts), 0)
+    return commit(repository, batch, Stamp(AUTHOR, TIME, "facts"), progress or Silent(), **options)
+
+
+def report_at(repository: Repository, revision: str = "HEAD") -> Report:
+    report = Report.from_json(repository.commit(str(repository.resolve(revision))).check)
+    assert report is not None
+    return report
+
+
+def test_healthy_facts_pass_and_the_commit_says_what_was_measured(repository: Repository) -> None:
+    done = write(repository, FACTS[6:10])
+    report = report_at(repository)
+    found = report.measured
+    assert (report.failed, report.forced) == ((), False)
+    assert found.own is not None
+    assert (found.own.count, found.own.of) == (done.held, 4)
+    assert found.earlier is not None
+    assert 0 < found.earlier.of <= found.active == 6
+    assert found.drift is not None
+    assert 0 < found.drift.kl_before == report_at(repository, "HEAD~1").measured.drift.kl < found.drift.kl < 0.2  # type: ignore[union-attr]
+    assert not found.drift.guessing
+    assert found.survival == done.survival
+    assert min(done.survival.values()) > 0.9
+    assert found.spectrum is not None
+    assert found.spectrum.keys() == found.survival.keys()
+
+
+def test_a_collapsing_edit_is_refused_and_leaves_only_garbage(repository: Repository) -> None:
+    refs, operations = repository.refs(), sum(1 for _ in repository.operations())
+    with pytest.raises(GuardError) as caught:
+        write(repository, FACTS[6:9], settings=HUGE)
+    assert caught.value.exit_code == 10
+    assert "guard.drift" in caught.value.message
+    assert "--force" in str(caught.value.remedy)
+    assert (repository.refs(), sum(1 for _ in repository.operations())) == (refs, operations)
+    assert fsck(repository, Silent(), rebuild=False).sound
+
+
+def test_a_forced_collapse_is_remembered(repository: Repository) -> None:
+    write(repository, FACTS[6:9], settings=HUGE, force=True)
+    report = report_at(repository)
+    assert report.forced
+    assert report.failed
+    done = revert(repository, "HEAD", Stamp(AUTHOR, TIME, ""))
+    assert done.same_as == repository.resolve("HEAD~2")
+    assert not report_at(repository).forced
+
+
+def test_a_single_collapsing_fact_is_refused(repository: Repository) -> None:
+    with pytest.raises(GuardError):
+        write(repository, FACTS[6:7], settings=HUGE)
+
+
+def test_contradictions_that_are_kept_again_and_again_are_refused(repository: Repository) -> None:
+    """The same four prompts with ever other targets: the first such batch may pass, the tenth must not."""
+    targets = [fact.target_new for fact in FACTS]
+    written = 0
+
+    def contradict() -> None:
+        nonlocal written
+        for number in range(1, 11):
+            facts = [
+                Request.make(fact.prompt, fact.subject, targets[(index + number) % len(targets)])
+                for index, fact in enumerate(FACTS[:4])
+            ]
+            write(repository, facts, on_conflict="keep")
+            written += 1
+
+    with pytest.raises(GuardError):
+        contradict()
+    assert written > 0
+
+
+def test_a_limit_of_the_config_decides(repository: Repository) -> None:
+    config_set(repository, "guard.drift", "0.0001")
+    assert limits_of(repository).drift == 0.0001
+    with pytest.raises(GuardError, match=r"guard\.drift"):
+        write(repository, FACTS[6:8])
+
+
+def test_a_subject_at_the_first_token_is_warned_about(tmp_path: Path) -> None:
+    """Byte-level tokenizers put no token in front, so a subject of one token that begins the prompt has no text before it."""
+    from tests.tiny_models import tiny_model, tiny_tokenizer
+
+    tiny_model("gpt2").save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    init(tmp_path, str(tmp_path / "model"), Silent(), author=AUTHOR, time=TIME)
+    with Repository.open(tmp_path) as repository:
+        for key, value in (("metric.tokens", "1500"), ("memit.layers", "1"), ("memit.steps", "2")):
+            config_set(repository, key, value)
+        heard = Silent()
+        facts = [Request.make("{} is located in", "The", "Lyon"), Request.make("The {} is", "Space Needle", "Milan")]
+        write(repository, facts, heard)
+        assert [warning for warning in heard.warnings if warning.startswith("1 subject ends at the first token")]
+        report = report_at(repository)
+    assert report.measured.first_token == 1
+    assert report.measured.drift is not None
+    assert report.measured.drift.guessing
+    assert not report.failed
+
+
+def test_a_revert_asks_the_model_when_it_is_told_to(repository: Repository) -> None:
+    write(repository, FACTS[6:9])
+    revert(repository, "HEAD~1", Stamp(AUTHOR, TIME, ""))
+    assert report_at(repository).measured.drift is None
+    assert report_at(repository).measured.crushed is not None
+    revert(repository, "HEAD", Stamp(AUTHOR, TIME, ""), guarding=Guarding(check=True))
+    found = report_at(repository).measured
+    assert found.drift is not None
+    assert found.own is not None
+    assert (found.own.of, found.active) == (6, 3)
+
+
+def test_larger_models_and_smaller_batches_get_smaller_budgets() -> None:
+    tiny, small, large = (Budget.of_commit(1, size) for size in (10**6, 10**8, 10**10))
+    assert tiny == Budget()
+    assert tiny.positions > small.positions > large.positions > 0
+    assert tiny.earlier > small.earlier >= large.earlier > 0
+    assert Budget.of_commit(1000, 10**10) == Budget()

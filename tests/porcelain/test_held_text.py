@@ -1,0 +1,101 @@
+"""Held text: a tenth of the documents that no second moment is of, kept or sampled, the same every time."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from patchhub.editing.requests import Batch, Origin
+from patchhub.models.architectures import describe, read_config
+from patchhub.objects import Metric, Text
+from patchhub.porcelain.edit import commit
+from patchhub.porcelain.held_text import held_documents, kept_documents, measured_part, set_aside
+from patchhub.porcelain.loading import open_base
+from patchhub.porcelain.model import init
+from patchhub.porcelain.opened import Opened, open_model
+from patchhub.porcelain.progress import Silent
+from patchhub.porcelain.settings import config_set
+from patchhub.porcelain.snapshot import Stamp
+from patchhub.store.repository import Repository
+from tests.porcelain.taught import AUTHOR, TIME, fact
+from tests.tiny_models import tiny_model, tiny_tokenizer
+
+LINES = [f"The Space Needle number {number} is located in Seattle, I think." for number in range(40)]
+
+
+def make(folder: Path, *text: Path) -> Repository:
+    tiny_model("gpt2").save_pretrained(folder / "model")
+    tiny_tokenizer().save_pretrained(folder / "model")
+    init(folder, str(folder / "model"), Silent(), author=AUTHOR, time=TIME)
+    repository = Repository.open(folder)
+    for key, value in (("metric.tokens", "1500"), ("memit.layers", "1"), ("memit.steps", "1")):
+        config_set(repository, key, value)
+    batch = Batch((fact("Seattle", "twin"),), (Origin("a test"),), 0)
+    commit(repository, batch, Stamp(AUTHOR, TIME, "one"), Silent(), text=text)
+    return repository
+
+
+def metric_of(repository: Repository) -> Metric:
+    assert repository.config.recording is not None
+    return Metric.from_json(repository.objects.get(repository.config.recording.metric))
+
+
+def opened(repository: Repository) -> Opened:
+    checkpoint = open_base(repository)
+    return open_model(repository, checkpoint, describe(read_config(checkpoint.folder)), [], {})
+
+
+@pytest.mark.parametrize("count", [0, 1, 9, 10, 25, 40])
+def test_documents_are_set_aside_or_measured_never_both(count: int) -> None:
+    documents = [[number, number] for number in range(count)]
+    measured, held = set_aside(documents)
+    assert sorted(measured + held) == documents
+    assert len(held) == count // 10
+
+
+def test_of_sampled_text_a_tenth_is_no_part_of_the_metric(tmp_path: Path) -> None:
+    repository = make(tmp_path)
+    metric = metric_of(repository)
+    documents = Text.from_json(repository.objects.get(str(metric.text))).token_ids
+    held = kept_documents(repository, metric)
+    assert held is not None
+    assert len(held) == metric.source["held"] == len(documents) // 10 > 0
+    measured = measured_part(documents, metric)
+    assert sum(map(len, measured)) == metric.tokens
+    assert sorted([*map(tuple, measured), *held]) == sorted(documents)
+
+
+def test_of_the_users_text_the_held_part_is_in_the_cache_alone(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(LINES), encoding="utf-8")
+    repository = make(tmp_path, text)
+    metric = metric_of(repository)
+    tokens = [tuple(ids) for ids in tiny_tokenizer()(LINES)["input_ids"]]
+    assert metric.source["held"] == 4
+    assert metric.tokens == sum(map(len, tokens)) - sum(map(len, tokens[9::10]))
+    assert kept_documents(repository, metric) == tokens[9::10]
+    assert metric.text not in repository.objects
+
+
+def test_text_that_is_not_at_hand_is_sampled_once(tmp_path: Path) -> None:
+    """A store that lost its cache and was made from the user's text: other text than the metric's, and the same ever after."""
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(LINES), encoding="utf-8")
+    repository = make(tmp_path, text)
+    metric, base = metric_of(repository), opened(repository)
+    shutil.rmtree(repository.cache)
+    assert kept_documents(repository, metric) is None
+    sampled = held_documents(repository, metric, base.stack, base.tokenizer)
+    assert kept_documents(repository, metric) == sampled
+    shutil.rmtree(repository.cache)
+    assert held_documents(repository, metric, base.stack, base.tokenizer) == sampled
+
+
+def test_a_store_without_a_metric_has_held_text_too(tmp_path: Path) -> None:
+    repository = make(tmp_path)
+    base = opened(repository)
+    sampled = held_documents(repository, None, base.stack, base.tokenizer)
+    assert kept_documents(repository, None) == sampled
+    assert sampled != kept_documents(repository, metric_of(repository))
