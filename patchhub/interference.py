@@ -21,6 +21,7 @@ RESIDUAL_COSINE = 0.9
 """Residuals with a smaller cosine count as different: different targets have less than 0.6."""
 
 _BLOCK = 1024  # rows of a cosine matrix that are held at a time
+_TINY = 1e-30  # of a squared norm: a key that is 0 is near nothing
 
 
 class Pair(NamedTuple):
@@ -62,6 +63,55 @@ def interfering(
             Pair(start + int(i), int(j), float(keys[i, j]), float(residuals[i, j])) for i, j in np.argwhere(found)
         )
     return sorted(pairs, key=lambda pair: (-abs(pair.key_cosine), pair.left, pair.right))
+
+
+class Near(NamedTuple):
+    """Row ``left`` of one set and row ``right`` of another with the cosine of their keys."""
+
+    left: int
+    right: int
+    key_cosine: float
+
+
+def near_keys(left: Columns, right: Columns, *, limit: float = KEY_COSINE) -> list[Near]:
+    """Pairs of rows whose keys have a cosine above the limit in absolute value; residuals are not read.
+
+    In float32: the cosines are for comparing with a limit, and a batch of thousands is compared with thousands.
+    """
+    scaled = [
+        (array / np.sqrt(np.maximum(_squares(side.keys, side.preimages), _TINY))[:, None]).astype(np.float32)
+        for side, array in ((left, left.keys), (right, right.preimages))
+    ]
+    pairs: list[Near] = []
+    for start in range(0, len(left), _BLOCK):
+        cosines = scaled[0][start : start + _BLOCK] @ scaled[1].T
+        rows, columns = np.nonzero(np.abs(cosines) > limit)
+        pairs += [
+            Near(start + i, j, float(cosines[i, j])) for i, j in zip(rows.tolist(), columns.tolist(), strict=True)
+        ]
+    return pairs
+
+
+def expected_misfit(columns: Columns, row: int, unknown: Sequence[int]) -> float:
+    """||D k - r|| / ||r|| of one row in the joint solution of a few columns, some of whose residuals are not known yet.
+
+    With h = (L + K^T U)^-1 K^T u_row the solution gives D k_row = R h, so what the row misses is R (h - e_row). Known residuals
+    enter as they are. An unknown one is taken to be as long as the known ones are in the mean (1 where none is known) and at a right
+    angle to all others: what residuals of different targets nearly are.
+    """
+    gram = _f64(columns.keys) @ _f64(columns.preimages).T
+    gram = (gram + gram.T) / 2
+    residuals = _f64(columns.residuals)
+    inner = residuals @ residuals.T
+    known = [index for index in range(len(columns)) if index not in set(unknown)]
+    length = float(np.mean(inner.diagonal()[known])) if known else 1.0
+    for index in unknown:
+        inner[index, :] = inner[:, index] = 0.0
+        inner[index, index] = length
+    missing = np.linalg.solve(gram + np.diag(_f64(columns.ridge)), gram[:, row])
+    missing[row] -= 1.0
+    wanted = inner[row, row]
+    return float(np.sqrt(max(missing @ inner @ missing, 0.0) / wanted)) if wanted > 0 else 0.0
 
 
 def misfit(deltas: Sequence[Delta], columns: Columns) -> Float[np.ndarray, " n"]:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from patchhub.constraints import Columns, join, solve
 from patchhub.delta import LowRank, to_dense
-from patchhub.interference import interfering, key_cosines, misfit, residual_cosines
+from patchhub.interference import expected_misfit, interfering, key_cosines, misfit, near_keys, residual_cosines
 from tests.test_constraints import draw_columns, metric
 
 SEEDS = st.integers(0, 2**32 - 1)
@@ -96,3 +96,55 @@ def test_a_near_key_that_disagrees_costs_both_and_one_that_agrees_costs_neither(
         together = solve(join([one, other]))
         assert (misfit([together], one)[0] > alone) == more
         assert (misfit([together], other)[0] > alone) == more
+
+
+@settings(deadline=None, max_examples=40)
+@given(SEEDS, st.integers(1, 30), st.integers(0, 30), st.floats(0.05, 0.9))
+def test_near_keys_are_the_pairs_above_the_limit(seed, left, right, limit):
+    rng = np.random.default_rng(seed)
+    C = metric(rng)
+    one, other = draw_columns(rng, left, C), draw_columns(rng, right, C)
+    cosines = key_cosines(one, other)
+    found = {(pair.left, pair.right): pair.key_cosine for pair in near_keys(one, other, limit=limit)}
+    for i in range(left):
+        for j in range(right):
+            if abs(abs(cosines[i, j]) - limit) > 1e-4:
+                assert ((i, j) in found) == (abs(cosines[i, j]) > limit)
+    for pair, cosine in found.items():
+        assert cosine == pytest.approx(cosines[pair], abs=1e-4)
+
+
+def test_a_key_of_zeros_is_near_no_key():
+    rng = np.random.default_rng(0)
+    C = metric(rng)
+    columns = draw_columns(rng, 2, C)
+    zero = Columns(columns.keys * 0, columns.preimages * 0, columns.residuals, columns.ridge)
+    assert near_keys(zero, columns, limit=0.0) == []
+
+
+@settings(deadline=None, max_examples=60)
+@given(SEEDS, st.integers(1, 6))
+def test_the_expected_misfit_of_known_residuals_is_the_misfit(seed, n):
+    rng = np.random.default_rng(seed)
+    columns = draw_columns(rng, n, metric(rng))
+    true = misfit([solve(columns)], columns)
+    for row in range(n):
+        assert expected_misfit(columns, row, []) == pytest.approx(true[row], rel=1e-4, abs=1e-6)
+
+
+@settings(deadline=None, max_examples=60)
+@given(SEEDS, st.integers(1, 3), st.integers(0, 2))
+def test_an_unknown_residual_counts_as_one_at_a_right_angle_of_the_mean_length(seed, unknown, known):
+    rng = np.random.default_rng(seed)
+    drawn = draw_columns(rng, unknown + known, metric(rng))
+    width = drawn.residuals.shape[1]
+    basis = np.linalg.qr(rng.standard_normal((width, width)))[0][: unknown + known]
+    lengths = rng.uniform(0.5, 2.0, known)
+    mean = np.sqrt(np.mean(lengths**2)) if known else 1.0
+    residuals = (basis * np.concatenate([np.full(unknown, mean), lengths])[:, None]).astype(np.float32)
+    columns = Columns(drawn.keys, drawn.preimages, residuals, drawn.ridge)
+    true = misfit([solve(columns)], columns)
+    forgotten = Columns(drawn.keys, drawn.preimages, residuals.copy(), drawn.ridge)
+    forgotten.residuals[:unknown] = 0
+    for row in range(unknown + known):
+        assert expected_misfit(forgotten, row, range(unknown)) == pytest.approx(true[row], rel=1e-4, abs=1e-6)

@@ -1,27 +1,45 @@
-"""The metric: second moments C = E[k k^T] + eps m I of the keys of each edited weight, and u = C^-1 k.
+"""Second moments of the keys of each edited weight, and the matrices that preimages are read from, kept on disk.
 
-One truncated pass over the text serves all weights. Each weight's Cholesky factor is kept as a float32 .npy file under the
-metric's id, written once, and memory-mapped when it is used, so never more than one weight's matrix is in memory
-with its factor.
+One truncated pass over the text serves as many weights as the memory holds sums for. What is kept of each weight is a float32 .npy file
+under the metric's id, written once, and memory-mapped when it is used, so never more than one weight's matrix is in
+memory with its factor.
 """
 
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from patchhub.editing.preimages import Covariance, Preimages
 from patchhub.errors import EditError
 from patchhub.fsio import write_atomically
 from patchhub.models.tracing import Stack, right_padded
 
+MEMORY: Final = 8 << 30
+"""Bytes that the second moments may take while they are computed, where nothing else is said."""
+
+_AS_GIVEN: Final = Covariance()
 _TOKENS_PER_BATCH = 4096
+_SUM_BYTES, _FACTOR_BYTES = 4, 16  # per entry of M: a float32 sum; the metric and its factor in float64
+_ROWS_PER_CHUNK = 1024
+
+
+def layer_groups(layers: Sequence[int], width: int, memory: int = MEMORY) -> list[tuple[int, ...]]:
+    """The layers in groups whose sums are held together, so that all but the last take a pass of their own.
+
+    A group of g layers takes 4 g width^2 bytes, and one factor at a time 16 width^2 more; a group is never empty.
+    """
+    entries = width * width
+    together = max(1, (memory - _FACTOR_BYTES * entries) // (_SUM_BYTES * entries))
+    return [tuple(layers[start : start + together]) for start in range(0, len(layers), together)]
 
 
 @torch.no_grad()
@@ -41,12 +59,12 @@ def second_moments(
     for batch in _batches(documents):
         ids, mask, positions = right_padded(batch, stack.device)
         started = stack.begin(ids, mask, positions)
-        with stack.watch_keys(layers) as seen:
+        with stack.fast(), stack.watch_keys(layers) as seen:
             started.run(started.hidden, 0, max(layers) + 1)
         real = mask.bool()
         for layer in layers:
             keys = seen[layer][real.to(seen[layer].device)].float()
-            sums[layer] = torch.addmm(sums[layer], keys.T, keys) if layer in sums else keys.T @ keys
+            sums[layer] = sums[layer].addmm_(keys.T, keys) if layer in sums else keys.T @ keys
         count += int(real.sum())
         progress(int(real.sum()))
     if not count:
@@ -54,51 +72,39 @@ def second_moments(
     return {layer: total.div_(count) for layer, total in sums.items()}
 
 
-def regularised(moment: Float[Tensor, "in in"], epsilon: float) -> Float[Tensor, "in in"]:
-    """C = moment + epsilon m I, m the median of the moment's diagonal.
-
-    The median, because the first position of a text gives a few inputs second moments that are orders of magnitude larger in many
-    models; their mean would drown all other directions.
-    """
-    return moment + epsilon * float(moment.diagonal().median()) * torch.eye(moment.shape[0], device=moment.device)
-
-
 @dataclass(frozen=True)
 class MetricCache:
-    """The factors of one metric on disk.
+    """What is kept of one metric on disk.
 
     Args:
         folder: the place of this metric's files, named by the metric's id.
+        preimages_by: the kind of metric. The default takes each moment for the metric itself.
     """
 
     folder: Path
+    preimages_by: Preimages = _AS_GIVEN
 
     def has(self, weight: str) -> bool:
-        return self._path(weight).is_file()
+        return self.path(weight).is_file()
 
-    def store(self, weight: str, metric: Float[Tensor, "in in"]) -> None:
-        """Factorise C = F F^T and keep F.
+    def store(self, weight: str, moment: Float[Tensor, "in in"]) -> None:
+        """Keep what preimages of this weight need.
 
         Raises:
-            EditError: C is not positive definite (the text is shorter than the width and epsilon is zero).
+            EditError: this moment gives none.
         """
-        factor, failed = torch.linalg.cholesky_ex(metric.double())
-        if int(failed):
-            raise EditError(
-                f"the second moment of {weight} is not positive definite",
-                remedy="Use more text, or a larger `metric.epsilon`.",
-                weight=weight,
-            )
+        kept = self.preimages_by.prepare(moment, weight)
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(self._path(weight), [_npy(factor.float().cpu().numpy())])
+        write_atomically(self.path(weight), _npy(kept))
 
     def preimages(self, weight: str, keys: Float[Tensor, "n in"]) -> Float[Tensor, "n in"]:
-        """u = C^-1 k for each row k, in float64 from the stored float32 factor."""
-        factor = torch.from_numpy(np.load(self._path(weight), mmap_mode="c")).to(keys.device).double()
-        return torch.cholesky_solve(keys.double().T, factor).T
+        """u of each row k, in float64 from what is kept in float32."""
+        kept = torch.from_numpy(np.load(self.path(weight), mmap_mode="c")).to(keys.device)
+        return self.preimages_by.of(kept, keys)
 
-    def _path(self, weight: str) -> Path:
-        return self.folder / f"{weight}.factor.npy"
+    def path(self, weight: str) -> Path:
+        """Where the file of a weight is, or would be."""
+        return self.folder / f"{weight}.{self.preimages_by.keeps}.npy"
 
 
 def _batches(documents: Sequence[Sequence[int]]) -> list[list[Sequence[int]]]:
@@ -111,7 +117,11 @@ def _batches(documents: Sequence[Sequence[int]]) -> list[list[Sequence[int]]]:
     return groups
 
 
-def _npy(array: Float[np.ndarray, "in in"]) -> bytes:
-    buffer = io.BytesIO()
-    np.save(buffer, array)
-    return buffer.getvalue()
+def _npy(matrix: Float[Tensor, "in kept"]) -> Iterator[bytes]:
+    """The bytes of a float32 .npy file, rounded a few rows at a time."""
+    header = io.BytesIO()
+    shape = tuple(matrix.shape)
+    np.lib.format.write_array_header_1_0(header, {"descr": "<f4", "fortran_order": False, "shape": shape})
+    yield header.getvalue()
+    for start in range(0, shape[0], _ROWS_PER_CHUNK):
+        yield np.ascontiguousarray(matrix[start : start + _ROWS_PER_CHUNK].cpu().numpy(), "<f4").tobytes()

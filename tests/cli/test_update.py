@@ -1,0 +1,126 @@
+"""`update`, and what `commit` says of facts that compete for a key; on the shipped model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from patchhub.store.repository import Repository
+from tests.cli.conftest import FACTS, Run
+
+AUSTRALIA = "The capital of Australia is"
+
+
+def facts(store: Path) -> dict[str, str]:
+    """Target by text of every active fact."""
+    from patchhub.porcelain.facts import active_requests
+
+    with Repository.open(store) as repository:
+        found = active_requests(repository, repository.active(repository.head[1]))
+        return {request.text: request.target_new for request in found.values()}
+
+
+def test_one_fact_gets_another_target_in_one_commit(run: Run, store: Path) -> None:
+    before = facts(store)
+    done: dict[str, Any] = json.loads(run("update", "--subject", "Australia", "--target", "Rome", "--json").stdout)
+    assert (len(done["written"]), len(done["replaced"]), done["held"]) == (1, 1, 1)
+    assert facts(store) == {**before, AUSTRALIA: "Rome"}
+    assert "Sydney -> Rome" in run("log").stdout
+    shown = json.loads(run("show", "--json").stdout)
+    (added,) = shown["facts_added"]
+    assert added["target_true"] == FACTS[0]["target_true"]
+    with Repository.open(store) as repository:
+        request = repository.requests(repository.patch(done["patches"][0]))[0]
+        assert len(request.paraphrases) == len(FACTS[0]["paraphrases"])
+    run("revert", "HEAD")
+    assert facts(store) == before
+
+
+def test_back_to_the_true_answer(run: Run, store: Path) -> None:
+    run("update", "--subject", "Australia", "--target", FACTS[0]["target_true"])
+    assert facts(store)[AUSTRALIA] == FACTS[0]["target_true"]
+
+
+def test_which_fact_is_meant_must_be_clear(run: Run, store: Path) -> None:
+    before = facts(store)
+    assert "Did you mean 'Australia'?" in run("update", "--subject", "Austria", "--target", "Rome", code=3).stderr
+    assert "already" in run("update", "--subject", "Australia", "--target", "Sydney", code=3).stderr
+    assert "commit" in run("update", "--subject", "Zanzibar", "--target", "Rome", code=3).stderr
+    second = {"prompt": "People in {} speak", "subject": "Australia", "target_new": "Polish"}
+    run("commit", "-", "-m", "x", stdin=json.dumps(second))
+    refused = run("update", "--subject", "Australia", "--target", "Rome", code=3).stderr
+    assert "People in {} speak; The capital of {} is" in refused
+    wrong = run("update", "--subject", "Australia", "--target", "Rome", "--prompt", "The flag of {} is", code=3).stderr
+    assert "no active fact with the prompt" in wrong
+    for prompt, target in ((AUSTRALIA, "Rome"), ("People in {} speak", "German")):
+        run("update", "--subject", "Australia", "--target", target, "--prompt", prompt)
+    assert facts(store) == {**before, AUSTRALIA: "Rome", "People in Australia speak": "German"}
+
+
+def test_facts_kept_side_by_side_are_all_replaced(run: Run, store: Path) -> None:
+    before = facts(store)
+    other = json.dumps({**FACTS[0], "target_new": "Rome"})
+    run("commit", "-", "-m", "x", "--on-conflict", "keep", "--force", stdin=other)
+    assert "already" in run("update", "--subject", "Australia", "--target", "Rome", code=3).stderr
+    done = json.loads(run("update", "--subject", "Australia", "--target", "Paris", "--json").stdout)
+    assert len(done["replaced"]) == 2
+    assert facts(store) == {**before, AUSTRALIA: "Paris"}
+
+
+def test_facts_that_compete_are_named_before_anything_is_optimised(run: Run, store: Path) -> None:
+    """The same fact in other words with another target, against the active set and within the batch."""
+    rival = {"prompt": "The capital city of {} is", "subject": "Australia", "target_new": "Rome"}
+    unrelated = FACTS[12]
+    head = json.loads(run("show", "--json").stdout)["id"]
+    lines = f"{json.dumps(rival)}\n{json.dumps(unrelated)}"
+    refused = run("commit", "-", "-m", "x", "--strict", "--json", code=3, stdin=lines).stderr
+    error = json.loads(refused.splitlines()[-1])["error"]
+    assert error["kind"] == "InterferenceError"
+    found = {(rival["text"], rival["active"]): rival for rival in error["facts"]["facts"]}
+    assert found.keys() == {(AUSTRALIA, True), ("The capital city of Australia is", False)}
+    for rival_fact in found.values():
+        assert rival_fact["key_cosine"] > 0.9
+        assert rival_fact["after"] > rival_fact["before"] + 0.2
+    assert json.loads(run("show", "--json").stdout)["id"] == head
+    done = run("commit", "-", "-m", "x", "--json", "--force", stdin=lines)
+    assert "is expected to miss" in done.stderr
+    assert {rival["text"] for rival in json.loads(done.stdout)["rivals"]} == {text for text, _ in found}
+
+
+def test_facts_of_one_target_do_not_compete(run: Run) -> None:
+    same = {"prompt": "The capital city of {} is", "subject": "Australia", "target_new": "Sydney"}
+    run("commit", "-", "-m", "x", "--strict", stdin=json.dumps(same))
+
+
+def test_settings_for_one_commit(run: Run, store: Path) -> None:
+    done = json.loads(
+        run(
+            "commit",
+            "-",
+            "-m",
+            "x",
+            "--json",
+            "--set",
+            "layers=2,3",
+            "--set",
+            "memit.ridge=99",
+            stdin=json.dumps(FACTS[12]),
+        ).stdout
+    )
+    with Repository.open(store) as repository:
+        settings = repository.patch(done["patches"][0]).settings
+    assert (settings["layers"], settings["ridge"]) == ([2, 3], 99)
+    fact = json.dumps(FACTS[13])
+    for text, words in (
+        ("layers", "not KEY=VALUE"),
+        ("layers=x", "3-5"),
+        ("lambda=3", "no setting"),
+        ("ridge=0", "above 0"),
+        ("pmet.ridge=3", "no setting"),
+        ("preset=published", "nobody published"),
+        ("preset=gpt2-xxl", "the presets are"),
+        ("layers=3-9", "layer 6 does not exist"),
+    ):
+        assert words in run("commit", "-", "-m", "x", "--set", text, code=2, stdin=fact).stderr
+    assert "the presets are" in run("config", "preset", "gpt5", code=2).stderr
