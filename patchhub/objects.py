@@ -32,6 +32,7 @@ from patchhub.canonical import (
     tuple_of,
 )
 from patchhub.errors import RequestError
+from patchhub.set_digest import digest_of_sum, element_sum
 
 __all__ = [
     "EMPTY_SET",
@@ -62,6 +63,7 @@ __all__ = [
 ]
 
 PATCH_KINDS: Final = ("closed_form", "additive", "shard")
+METRIC_KINDS: Final = ("covariance", "null_space")
 
 Element = tuple[str, str | None]
 """What is active: (patch id, request id), or (patch id, None) for a whole additive patch or shard."""
@@ -109,8 +111,8 @@ def set_from_json(data: bytes) -> frozenset[Element]:
 
 
 def set_digest(elements: Iterable[Element]) -> str:
-    """SHA-256 of `set_json`: the id that the set has, or would have, as an object."""
-    return object_id(set_json(elements))
+    """The digest of a set, by which sets are compared; see `patchhub.set_digest`."""
+    return digest_of_sum(element_sum(frozenset(elements)))
 
 
 EMPTY_SET: Final = set_digest(())
@@ -246,15 +248,19 @@ class Base(StoredObject):
 
 @dataclass(frozen=True)
 class Metric(StoredObject):
-    """What the second moments of keys were measured on; the moments themselves are cache."""
+    """How preimages follow from second moments of keys, and what those were measured on; the moments themselves are cache.
+
+    `text` and `truncation` are None for moments that were computed elsewhere.
+    """
 
     TYPE: ClassVar[str] = "metric"
     base: Annotated[str, IDENTIFIER]
-    epsilon: Annotated[float, NUMBER]
+    kind: Annotated[str, choice(*METRIC_KINDS)]
+    settings: Annotated[Mapping[str, float], map_of(NUMBER)]
     source: Annotated[Mapping[str, Any], MAPPING]
-    text: Annotated[str, IDENTIFIER]
+    text: Annotated[str | None, optional(IDENTIFIER)]
     tokens: Annotated[int, COUNT]
-    truncation: Annotated[int, COUNT]
+    truncation: Annotated[int | None, optional(COUNT)]
 
 
 @dataclass(frozen=True)

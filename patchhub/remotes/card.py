@@ -22,6 +22,25 @@ class AdapterNote:
 
 
 @dataclass(frozen=True)
+class ScoreLine:
+    """One score of a note.
+
+    Attributes:
+        suite: whose score, and on what.
+        interval: its 95 % interval, if it has one.
+        base: the same of the unpatched model, if it was measured.
+        meaning: its definition in a line.
+    """
+
+    suite: str
+    name: str
+    value: float
+    interval: tuple[float, float] | None
+    base: float | None
+    meaning: str
+
+
+@dataclass(frozen=True)
 class Card:
     """What the card is made of.
 
@@ -36,7 +55,7 @@ class Card:
         methods: the editors that wrote them.
         adapter: what lies at the root, or in words why nothing does.
         changes: relative norm of each weight's change.
-        scores: by suite, name and value, of notes about the commit.
+        scores: of the notes about the commit.
     """
 
     repo: str
@@ -52,7 +71,7 @@ class Card:
     methods: Sequence[str]
     adapter: AdapterNote | str
     changes: Mapping[str, float]
-    scores: Sequence[tuple[str, str, float]]
+    scores: Sequence[ScoreLine]
 
 
 def write_card(card: Card) -> bytes:
@@ -109,8 +128,13 @@ def _facts(card: Card) -> str:
 def _scores(card: Card) -> str:
     if not card.scores:
         return ""
-    rows = [f"| {_cell(suite)} | {_cell(name)} | {value:.4g} |" for suite, name, value in card.scores]
-    return "## Scores\n\n| suite | measure | value |\n|---|---|---|\n" + "\n".join(rows)
+    rows = [
+        f"| {_cell(line.name)} | {line.value:.4g} | {'' if line.interval is None else '{:.3g} to {:.3g}'.format(*line.interval)} "
+        f"| {'' if line.base is None else f'{line.base:.4g}'} | {_cell(line.meaning)} | {_cell(line.suite)} |"
+        for line in card.scores
+    ]
+    head = "| score | value | 95 % interval | base | meaning | measured on |\n|---|---|---|---|---|---|\n"
+    return "## Scores\n\n" + head + "\n".join(rows)
 
 
 def _loading(card: Card) -> str:

@@ -23,7 +23,7 @@ def object_path(identity: str) -> str:
 
 
 class FileRemote:
-    """A folder, or what fsspec makes look like one. Objects first, then the manifest in one step under a lock."""
+    """A folder, or what fsspec makes look like one. Objects first, then the manifest in one step under a lock, then what is withdrawn."""
 
     def __init__(self, address: str, files: Files) -> None:
         self._address = address
@@ -36,9 +36,9 @@ class FileRemote:
     def view(self) -> View:
         manifest = self._manifest()
         if manifest is None:
-            return View(None, {}, {}, private_facts=False)
+            return View(None, {}, {}, frozenset())
         tips = {ref: Tip(commit, commit) for ref, commit in manifest.refs.items()}
-        return View(manifest.source, tips, manifest.notes, manifest.private_facts)
+        return View(manifest.source, tips, manifest.notes, frozenset(tips if manifest.private_facts else ()))
 
     def sizes(self, tip: Tip) -> Mapping[str, int]:
         listed = self._files.sizes("objects").items()
@@ -72,6 +72,8 @@ class FileRemote:
             )
             if manifest != before:
                 self._files.write(NAME, manifest.to_json())
+        for identity in publication.withdrawn:
+            self._files.write(object_path(identity), None)
 
     def _manifest(self) -> FolderManifest | None:
         data = self._files.read(NAME, MAX_BYTES)

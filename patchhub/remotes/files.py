@@ -6,7 +6,8 @@ import contextlib
 import secrets
 import shutil
 import stat
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -15,6 +16,8 @@ from patchhub.fsio import CHUNK, DISK, TEMPORARY_SUFFIX, read_chunks, write_atom
 
 LOCK: Final = "lock"
 LOCK_SECONDS: Final = 60.0
+LOCK_ATTEMPTS: Final = 240
+"""How often a lock that is a file is tried in those seconds."""
 
 
 class Files(Protocol):
@@ -24,8 +27,8 @@ class Files(Protocol):
         """A file's content; None if there is none; `RemoteError` if it is longer than ``limit``."""
         ...
 
-    def write(self, name: str, source: bytes | Path) -> None:
-        """Replace a file in one step."""
+    def write(self, name: str, source: bytes | Path | None) -> None:
+        """Replace a file in one step; None takes it away, if it is there."""
         ...
 
     def sizes(self, folder: str) -> dict[str, int]:
@@ -58,9 +61,12 @@ class LocalFiles:
         except FileNotFoundError:
             return None
 
-    def write(self, name: str, source: bytes | Path) -> None:
+    def write(self, name: str, source: bytes | Path | None) -> None:
         path = self.root / name
         try:
+            if source is None:
+                path.unlink(missing_ok=True)
+                return
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(path, (source,) if isinstance(source, bytes) else read_chunks(source), disk=DISK)
         except OSError as error:
@@ -95,20 +101,21 @@ class LocalFiles:
 class FsspecFiles:
     """A folder behind an fsspec address such as ``s3://bucket/facts`` or ``memory://facts``."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, *, sleep: Callable[[float], None] = time.sleep) -> None:
         import fsspec
 
         try:
             filesystem, root = fsspec.core.url_to_fs(address)
-        except (ValueError, ImportError) as error:
+        except Exception as error:  # each file system has errors of its own
             raise RemoteError(
                 f"{address} cannot be opened: {error}",
                 remedy="Give a folder, hf://user/repo or an fsspec address, with its library installed.",
                 address=address,
             ) from error
         self.address = address
+        self._sleep = sleep
         self._fs: Any = filesystem
-        self._root = root.rstrip("/")
+        self._prefix = f"{root.rstrip('/')}/" if root.strip("/") else ""
 
     def read(self, name: str, limit: int) -> bytes | None:
         try:
@@ -117,10 +124,14 @@ class FsspecFiles:
         except FileNotFoundError:
             return None
 
-    def write(self, name: str, source: bytes | Path) -> None:
+    def write(self, name: str, source: bytes | Path | None) -> None:
         path = self._path(name)
         temporary = f"{path}.{secrets.token_hex(8)}{TEMPORARY_SUFFIX}"
         try:
+            if source is None:
+                with contextlib.suppress(FileNotFoundError):
+                    self._fs.rm_file(path)
+                return
             self._fs.makedirs(path.rpartition("/")[0], exist_ok=True)
             if isinstance(source, bytes):
                 self._fs.pipe_file(temporary, source)
@@ -137,7 +148,7 @@ class FsspecFiles:
                 listed = self._fs.find(self._path(folder), detail=True)
             except FileNotFoundError:
                 return {}
-        return {path[len(self._root) + 1 :]: int(facts["size"]) for path, facts in sorted(listed.items())}
+        return {path[len(self._prefix) :]: int(facts["size"]) for path, facts in sorted(listed.items())}
 
     def local(self, name: str, into: Path) -> Path:
         target = into / secrets.token_hex(8)
@@ -152,25 +163,29 @@ class FsspecFiles:
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         path = self._path(LOCK)
-        self._fs.makedirs(self._root, exist_ok=True)
-        try:
-            with self._fs.open(path, "xb") as file:
-                file.write(b"a push is under way\n")
-        except FileExistsError:
-            raise RemoteError(
-                f"someone else is pushing to {self.address}",
-                remedy=f"Try again; if nobody is, a push was interrupted: delete the file {LOCK} there.",
-                address=self.address,
-            ) from None
-        except Exception as error:
-            raise _unwritable(f"{self.address}/{LOCK}", error) from error
+        for attempt in range(LOCK_ATTEMPTS):
+            try:
+                self._fs.makedirs(self._prefix.rstrip("/"), exist_ok=True)
+                with self._fs.open(path, "xb") as file:
+                    file.write(b"a push is under way\n")
+                break
+            except FileExistsError:
+                if attempt == LOCK_ATTEMPTS - 1:
+                    raise RemoteError(
+                        f"someone else is pushing to {self.address}",
+                        remedy=f"Try again; if nobody is, a push was interrupted: delete the file {LOCK} there.",
+                        address=self.address,
+                    ) from None
+                self._sleep(LOCK_SECONDS / LOCK_ATTEMPTS)
+            except Exception as error:
+                raise _unwritable(f"{self.address}/{LOCK}", error) from error
         try:
             yield
         finally:
             self._fs.rm_file(path)
 
     def _path(self, name: str) -> str:
-        return f"{self._root}/{name}"
+        return self._prefix + name
 
 
 @contextlib.contextmanager

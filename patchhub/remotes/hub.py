@@ -10,13 +10,14 @@ import contextlib
 import secrets
 import time
 from collections.abc import Collection, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Final
 
 from patchhub.errors import RemoteError
 from patchhub.remotes.file import object_path
-from patchhub.remotes.hub_calls import ATTEMPTS, TRANSIENT, Sleep, explained, status_of, waiting_time
+from patchhub.remotes.hub_calls import TRANSIENT, Sleep, explained, status_of, write_call
 from patchhub.remotes.hub_files import HubFiles, HubRefs
 from patchhub.remotes.manifest import NAME, BranchManifest
 from patchhub.remotes.remote import Publication, RemoteMovedError, Tip, View
@@ -71,7 +72,7 @@ class HubRemote:
                 skipped[ref] = f"it is about another base ({manifest.base[:12]})"
                 del tips[ref]
         notes = {key: note for manifest in manifests.values() for key, note in manifest.notes.items()}
-        private = any(manifest.private_facts for manifest in manifests.values())
+        private = frozenset(ref for ref, manifest in manifests.items() if manifest.private_facts)
         return View(source, tips, notes, private, frozenset(empty), skipped)
 
     def sizes(self, tip: Tip) -> Mapping[str, int]:
@@ -99,31 +100,28 @@ class HubRemote:
 
     def _create_repository(self) -> None:
         try:
-            self._api.create_repo(self._repo, private=True, exist_ok=True)
+            write_call(lambda: self._api.create_repo(self._repo, private=True, exist_ok=True), sleep=self._sleep)
         except Exception as error:  # the client raises errors of several libraries
             if self._files.refs() is None:
                 raise explained(self.address, error) from error
 
     def _commit(self, branch: str, parent: str, publication: Publication) -> str:
         """One commit on a branch of the Hub whose head must be `parent`; returns its name there."""
-        for attempt in range(ATTEMPTS):
-            try:
-                made = self._api.create_commit(
+        try:
+            made = write_call(
+                lambda: self._api.create_commit(
                     self._repo,
                     self._operations(parent, publication),
                     commit_message=publication.message,
                     commit_description=_MARK + publication.commit,
                     revision=branch,
                     parent_commit=parent,
-                )
-            except Exception as error:  # the client raises errors of several libraries
-                status = status_of(error)
-                if status == 429 and attempt < ATTEMPTS - 1:  # refused before anything was done
-                    self._sleep(waiting_time(error, attempt))
-                    continue
-                return self._resolve(branch, parent, publication, error)
-            return str(made.oid)
-        raise AssertionError("unreachable")
+                ),
+                sleep=self._sleep,
+            )
+        except Exception as error:  # the client raises errors of several libraries
+            return self._resolve(branch, parent, publication, error)
+        return str(made.oid)
 
     def _resolve(self, branch: str, parent: str, publication: Publication, error: Exception) -> str:
         """After a failure: what really happened. The name of our commit if it landed, else the right error."""
@@ -139,7 +137,7 @@ class HubRemote:
         cause = explained(self.address, error)
         raise RemoteError(
             f"the push of {branch} did not land: {cause.message}",
-            remedy="Run the same push again; what has arrived is not sent twice.",
+            remedy=f"{cause.remedy} What has arrived is not sent twice.",
             **cause.facts,
         ) from error
 
@@ -168,7 +166,8 @@ class HubRemote:
         files[NAME] = manifest.to_json()
         files |= {path: data for path, data in publication.pages.items() if data is not None}
         there = self._files.tree(parent)
-        gone = [path for path, data in publication.pages.items() if data is None and path in there]
+        unwanted = [path for path, data in publication.pages.items() if data is None]
+        gone = [path for path in (*unwanted, *map(object_path, publication.withdrawn)) if path in there]
         return [
             *(CommitOperationAdd(path_in_repo=path, path_or_fileobj=data) for path, data in files.items()),
             *(CommitOperationDelete(path_in_repo=path) for path in gone),
@@ -177,7 +176,8 @@ class HubRemote:
     def _create(self, publication: Publication) -> None:
         """Make a new branch or tag, complete from its first moment."""
         near = publication.near
-        if near is not None and near.commit == publication.commit and not (publication.objects or publication.notes):
+        changes = publication.objects or publication.notes or publication.withdrawn
+        if near is not None and near.commit == publication.commit and not changes:
             self._create_ref(publication, near.token)
             return
         start = near.token if near is not None else self._first_commit()
@@ -193,9 +193,10 @@ class HubRemote:
         ref = publication.ref
         try:
             if ref.startswith(TAGS):
-                self._api.create_tag(self._repo, tag=ref[len(TAGS) :], revision=sha)
+                make = partial(self._api.create_tag, self._repo, tag=ref[len(TAGS) :], revision=sha)
             else:
-                self._api.create_branch(self._repo, branch=ref[len(BRANCHES) :], revision=sha)
+                make = partial(self._api.create_branch, self._repo, branch=ref[len(BRANCHES) :], revision=sha)
+            write_call(make, sleep=self._sleep)
         except Exception as error:  # the client raises errors of several libraries
             found = _named(self._files.refs()).get(ref)
             if found is None:

@@ -29,6 +29,9 @@ _REMEDIES: Final = {
     429: "The Hub asks for patience; try again later.",
 }
 _TRY_AGAIN: Final = "Check the connection and run the command again."
+_NO_XET: Final = (
+    "If the server offers no Xet, set HF_HUB_DISABLE_XET=1; else check the connection. Then run the command again."
+)
 
 
 def status_of(error: BaseException) -> int | None:
@@ -76,6 +79,22 @@ def read_call(place: str, call: Callable[[], Result], *, sleep: Sleep = time.sle
     raise AssertionError("unreachable")
 
 
+def write_call(call: Callable[[], Result], *, sleep: Sleep) -> Result:
+    """The result of a call that changes something, repeated only while it is refused before anything is done (429).
+
+    Raises:
+        Exception: whatever the last attempt raised.
+    """
+    for attempt in range(ATTEMPTS - 1):
+        try:
+            return call()
+        except Exception as error:  # the client raises errors of several libraries
+            if status_of(error) != 429:
+                raise
+            sleep(waiting_time(error, attempt))
+    return call()
+
+
 def _passes(error: BaseException) -> bool:
     """Whether the same call may succeed a little later."""
     from huggingface_hub.errors import OfflineModeIsEnabled
@@ -102,7 +121,8 @@ def explained(place: str, error: BaseException) -> RemoteError:
         return RemoteError(f"{place} does not exist or is private", remedy=_REMEDIES[404], **facts)
     reason = _reason(error)
     if status is None:
-        return RemoteError(f"{place} cannot be reached: {reason}", remedy=_TRY_AGAIN, **facts)
+        remedy = _NO_XET if "/xet-" in reason else _TRY_AGAIN
+        return RemoteError(f"{place} cannot be reached: {reason}", remedy=remedy, **facts)
     return RemoteError(
         f"{place} answered {status}: {reason}", remedy=_REMEDIES.get(status, "Run the command again later."), **facts
     )
@@ -111,7 +131,8 @@ def explained(place: str, error: BaseException) -> RemoteError:
 def _reason(error: BaseException) -> str:
     """The first line of what the server or else the client says, and of what was behind it."""
     said = (getattr(error, "server_message", None) or str(error)).strip().partition("\n")[0] or type(error).__name__
-    return said if error.__cause__ is None else f"{said} ({_reason(error.__cause__)})"
+    behind = "" if error.__cause__ is None else _reason(error.__cause__)
+    return said if behind in said else f"{said} ({behind})"
 
 
 def _cause(error: BaseException | None, kind: type[BaseException]) -> bool:

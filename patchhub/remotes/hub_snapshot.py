@@ -20,11 +20,13 @@ from patchhub.remotes.manifest import MAX_BYTES, NAME, BranchManifest, read_bran
 from patchhub.remotes.receive import MAX_JSON
 from patchhub.store.object_store import file_digest
 
-_COMMIT = re.compile(r"[0-9a-f]{64}")
+_DIGITS = re.compile(r"[0-9a-f]{8,64}")
+_HUB_COMMIT = 40
+_FULL = 64
 
 
 class HubSnapshot:
-    """A branch, a tag, a commit of the Hub (40 digits) or a patchhub commit (64 digits) of a Hub repository.
+    """A branch, a tag, a commit of the Hub (40 digits) or a patchhub commit (64 digits, or their beginning) of a Hub repository.
 
     Attributes:
         sha: the commit of the Hub that everything is read from.
@@ -53,11 +55,11 @@ class HubSnapshot:
         self._repo = repo
         self._place = f"hf://{repo}"
         self._sleep = sleep
-        at = self._holder_of(revision) if _COMMIT.fullmatch(revision) else revision
+        at, commit = self._find(revision)
         file = self._download(NAME, at, limit=MAX_BYTES)
         self.sha = file.parent.name
         self.manifest: BranchManifest = read_branch(file.read_bytes(), f"{self._place} at {at}")
-        self.commit = revision if _COMMIT.fullmatch(revision) else self.manifest.commit
+        self.commit = commit or self.manifest.commit
 
     def read_commit(self, identity: str) -> Commit:
         """A commit, verified; `RemoteError` if it is about another base than the manifest says."""
@@ -86,18 +88,39 @@ class HubSnapshot:
             object=identity,
         )
 
-    def _holder_of(self, commit: str) -> str:
-        """A commit of the Hub whose tree holds a patchhub commit."""
+    def _find(self, revision: str) -> tuple[str, str | None]:
+        """What to read from the Hub, and the patchhub commit if `revision` names one: in the cache, else there."""
+        if _DIGITS.fullmatch(revision) is None or len(revision) == _HUB_COMMIT:
+            return revision, None
+        found = self._cached(revision) or self._listed(revision)
+        if len({commit for _, commit in found}) > 1:
+            raise RevisionError(f"{revision!r} is ambiguous in {self._place}", remedy="Write more digits of the id.")
+        if found:
+            return found[0]
+        if len(revision) == _FULL:
+            raise RevisionError(f"{self._place} has no commit {revision[:12]}", remedy="Use a branch or a tag of it.")
+        return revision, None
+
+    def _cached(self, digits: str) -> list[tuple[str, str]]:
+        """(commit of the Hub, patchhub object) of all that is in the client's cache and begins with those digits."""
+        from huggingface_hub import constants
+        from huggingface_hub.file_download import repo_folder_name
+
+        folder = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=self._repo, repo_type="model"), "snapshots")
+        pattern = f"*/{object_path(digits)}*"
+        found = sorted(path for path in folder.glob(pattern) if (path.parents[2] / NAME).exists())
+        return [(path.parents[2].name, path.parent.name + path.name) for path in found]
+
+    def _listed(self, digits: str) -> list[tuple[str, str]]:
+        """The same of all that branches and tags of the repository hold."""
         files = HubFiles(self._repo, self._api, sleep=self._sleep)
         refs = files.refs()
         if refs is None:
             raise RemoteError(
                 f"{self._place} does not exist or is private", remedy="Check the name, or run `hf auth login`."
             )
-        for sha in sorted({*refs.branches.values(), *refs.tags.values()}):
-            if commit in files.objects(sha):
-                return sha
-        raise RevisionError(f"{self._place} has no commit {commit[:12]}", remedy="Use a branch or a tag of it.")
+        heads = sorted({*refs.branches.values(), *refs.tags.values()})
+        return [(sha, name) for sha in heads for name in files.objects(sha) if name.startswith(digits)]
 
     def _download(self, path: str, revision: str, *, limit: int, fresh: bool = False) -> Path:
         from huggingface_hub import try_to_load_from_cache

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Final, TypeVar
+from typing import Annotated, Any, ClassVar, Final, TypeVar, cast
 
 from patchhub.canonical import IDENTIFIER, TEXT, Codec, MalformedError, StoredObject, map_of, optional
 from patchhub.errors import CorruptStoreError, RemoteError, RevisionError
@@ -103,7 +103,7 @@ def _read(kind: type[Manifest], data: bytes, place: str) -> Manifest:
         raise _refusal(place, f"{manifest.base_model!r} is not the name of a model on the Hub")
     if manifest.base_revision is not None and _HUB_COMMIT.fullmatch(manifest.base_revision) is None:
         raise _refusal(place, f"{manifest.base_revision!r} is not a commit on the Hub")
-    return manifest  # type: ignore[no-any-return]
+    return cast(Manifest, manifest)
 
 
 def _check_name(ref: str, place: str) -> None:

@@ -6,6 +6,7 @@ reads as what its referrer says it is; refs move only after everything below the
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,10 +53,11 @@ class _Wanted(NamedTuple):
 
 @dataclass
 class Received:
-    """How much came."""
+    """How much came: objects that were kept, their bytes, and the bytes of everything that was downloaded."""
 
     objects: int = 0
     size: int = 0
+    downloaded: int = 0
 
 
 def delta_limit(weights: Mapping[str, tuple[int, int]]) -> int:
@@ -70,74 +72,72 @@ def columns_limit(patch: Patch) -> int:
     return _HEADER + 4 * n * (widest + sum(2 * inner + out + 1 for out, inner in patch.weights.values()))
 
 
-def receive(
+@contextlib.contextmanager
+def receiving(
     repository: Repository,
     remote: Remote,
-    tip: Tip,
-    roots: Iterable[Reference],
     limits: Limits,
     check: CheckTensors,
     *,
-    ahead: bool = True,
     repair: bool = False,
     progress: Callable[[int], None] = lambda size: None,
-) -> Received:
-    """Bring everything reachable from ``roots`` into the store; what is there already does not travel.
+) -> Iterator[Receiver]:
+    """A receiver whose downloads lie in the store's cache, and are gone at the end.
 
     Args:
-        roots: commits and notes.
-        limits: refused before a byte is downloaded where they would be passed.
+        limits: refused before a byte is downloaded where they would be passed, by all that the receiver takes together.
         check: what tensors must satisfy beyond their hash.
-        ahead: fetch small objects together before it is known which are needed.
         repair: look also below known commits, and fetch again what is damaged here.
         progress: called with the bytes of each object.
-
-    Raises:
-        RemoteError: something is missing there, too large, or not what its hash or the format says.
     """
-    walk = _Walk(repository, remote, tip, limits, check, ahead, repair, progress)
     with TemporaryDirectory(dir=repository.cache, prefix="receive-") as folder:
-        walk.run([_Wanted(root, "", None, MAX_JSON) for root in roots], Path(folder))
-    return walk.received
+        yield Receiver(repository, remote, limits, check, Path(folder), repair=repair, progress=progress)
 
 
-class _Walk:
-    """One call of `receive`: the waves of a breadth-first walk, each downloaded together."""
+class Receiver:
+    """Brings what roots need into the store, in the waves of a breadth-first walk, each downloaded together."""
 
     def __init__(
         self,
         repository: Repository,
         remote: Remote,
-        tip: Tip,
         limits: Limits,
         check: CheckTensors,
-        ahead: bool,
+        folder: Path,
+        *,
         repair: bool,
         progress: Callable[[int], None],
     ) -> None:
         self._repository = repository
         self._remote = remote
-        self._tip = tip
         self._limits = limits
         self._check = check
-        self._ahead = ahead
+        self._folder = folder
         self._repair = repair
         self._progress = progress
+        self._sizes: Mapping[str, int] = {}
         self._spool: dict[str, Path] = {}
-        self._downloaded = 0
         self.received = Received()
 
-    def run(self, roots: list[_Wanted], folder: Path) -> None:
-        wave = [wanted for wanted in roots if not self._is_done(wanted.reference)]
-        if not wave:
+    def take(self, tip: Tip, root: Reference, *, ahead: bool = True) -> None:
+        """Bring a commit or a note, and everything reachable from it, into the store; what is there already does not travel.
+
+        Args:
+            ahead: fetch small objects together before it is known which are needed.
+
+        Raises:
+            RemoteError: something is missing there, too large, or not what its hash or the format says.
+        """
+        if self._is_done(root):
             return
-        self._sizes = self._remote.sizes(self._tip)
-        self._download(self._small_ones() if self._ahead else set(), folder)
+        wave = [_Wanted(root, "", None, MAX_JSON)]
+        self._sizes = self._remote.sizes(tip)
+        self._download(tip, self._small_ones() if ahead else set())
         seen = {wanted.key for wanted in wave}
         while wave:
             lacking = [wanted for wanted in wave if not self._is_here(wanted.reference.id)]
             self._refuse(lacking)
-            self._download({wanted.reference.id for wanted in lacking if self._is_there(wanted)}, folder)
+            self._download(tip, {wanted.reference.id for wanted in lacking if self._is_there(wanted)})
             found = [child for wanted in wave for child in self._take(wanted)]
             wave = []
             for child in found:
@@ -187,19 +187,19 @@ class _Walk:
             if self._sizes[identity] > wanted.limit:
                 raise self._error(identity, f"{self._sizes[identity]} bytes are too many for a {kind}")
 
-    def _download(self, ids: set[str], folder: Path) -> None:
+    def _download(self, tip: Tip, ids: set[str]) -> None:
         needed = sorted(ids - self._spool.keys())
-        self._downloaded += sum(self._sizes[identity] for identity in needed)
-        if self._downloaded > self._limits.total:
+        self.received.downloaded += sum(self._sizes[identity] for identity in needed)
+        if self.received.downloaded > self._limits.total:
             raise RemoteError(
                 f"{self._remote.address} holds more than {self._limits.total} bytes of what was asked for",
                 remedy="If you trust it, fetch again with a larger --max-size.",
                 limit=self._limits.total,
             )
         if needed:
-            into = folder / str(len(self._spool))
+            into = self._folder / str(len(self._spool))
             into.mkdir()
-            self._spool.update(self._remote.read(self._tip, needed, into))
+            self._spool.update(self._remote.read(tip, needed, into))
 
     def _take(self, wanted: _Wanted) -> list[_Wanted]:
         """Put one object into the store, if it is new, and return what it refers to."""

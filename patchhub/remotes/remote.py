@@ -36,7 +36,7 @@ class View:
         source: its base; None while it is empty.
         tips: every branch and tag by full ref name (``refs/heads/main``).
         notes: note ids by ``commit/suite``.
-        private_facts: the texts of requests are withheld from it.
+        private: the branches and tags that say of themselves that the texts of their facts are withheld.
         empty: branches that are there and hold nothing of patchhub, such as ``main`` of a new repository.
         skipped: refs that cannot be used here, each with the reason.
     """
@@ -44,7 +44,7 @@ class View:
     source: Source | None
     tips: Mapping[str, Tip]
     notes: Mapping[str, str]
-    private_facts: bool
+    private: frozenset[str]
     empty: frozenset[str] = frozenset()
     skipped: Mapping[str, str] = field(default_factory=dict)
 
@@ -59,6 +59,7 @@ class Publication:
         expected: where it was seen; None if it was not there.
         near: the tip that ``objects`` were compared with; where a new ref starts from.
         objects: the objects to send, those that ``near`` lacks: id -> file.
+        withdrawn: objects to take out, which ``near`` has: texts that shall be read no more.
         source: the base.
         notes: notes to set beside those that are there.
         private_facts: mark the remote as one from which texts are withheld.
@@ -71,6 +72,7 @@ class Publication:
     expected: Tip | None
     near: Tip | None
     objects: Mapping[str, Path]
+    withdrawn: Collection[str]
     source: Source
     notes: Mapping[str, str]
     private_facts: bool

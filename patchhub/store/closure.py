@@ -22,7 +22,8 @@ def _nothing(_: Any) -> Iterator[Reference]:
 
 def _of_metric(metric: Metric) -> Iterator[Reference]:
     yield Reference("base", metric.base)
-    if metric.source.get("kind") == "sampled":  # the user's own text is known by its hash alone
+    sampled = metric.source.get("kind") == "sampled"
+    if sampled and metric.text is not None:  # the user's own text is known by its hash alone
         yield Reference("text", metric.text)
 
 

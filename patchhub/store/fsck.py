@@ -13,11 +13,12 @@ from typing import Any, Final
 from patchhub.errors import CorruptStoreError
 from patchhub.objects import Operation, object_id
 from patchhub.store import graph, index, operations
-from patchhub.store.closure import KINDS, Reference, closure, recorded, references
+from patchhub.store.closure import Reference, closure, recorded, references
 from patchhub.store.database import database_errors, transaction
 from patchhub.store.gc import leftovers
 from patchhub.store.object_store import REMEDY
 from patchhub.store.repository import Repository
+from patchhub.store.soundness import unsound
 
 _RESTORE_DATABASE: Final = "Restore patchhub.db from a backup, or clone again from a remote."
 _REINDEX: Final = "Run `patchhub fsck --reindex`."
@@ -166,15 +167,18 @@ def _check_refs(connection: sqlite3.Connection, log: Iterable[Operation]) -> Ite
 
 
 def _reach(repository: Repository, roots: Iterable[Reference]) -> tuple[list[Reference], list[Finding]]:
-    """All that can be reached from `roots`, and what of it is missing or malformed."""
+    """All that can be reached from `roots`, and what of it is missing or malformed.
+
+    Sets are not read: the walk through the commits derives them, and what they name was added by a commit below.
+    """
     findings: list[Finding] = []
 
     def follow(reference: Reference) -> list[Reference]:
         try:
-            if reference.kind in KINDS and (reference.kind != "requests" or reference.id in repository.objects):
-                return references(reference.kind, repository.objects.get(reference.id))
-            if reference.kind == "tensors":
+            if reference.kind in ("tensors", "set"):
                 repository.objects.path(reference.id)
+            elif reference.kind != "requests" or reference.id in repository.objects:
+                return references(reference.kind, repository.objects.get(reference.id))
         except CorruptStoreError as error:
             findings.append(_from_error(error))
         return []
@@ -190,17 +194,24 @@ def _history(repository: Repository, reference: Reference) -> list[Reference]:
 
 
 def _check_commits(repository: Repository, reached: Iterable[Reference]) -> Iterator[Finding]:
-    """Each commit's own rules; the active sets are derived again, parents first."""
-
-    parents = {identity: repository.commit(identity).parents for identity in _ids(reached, "commit")}
-    by_set: dict[str, list[str]] = defaultdict(list)
+    """Each commit's own rules; the active sets are derived again. The index is not asked."""
+    parents: dict[str, tuple[str, ...]] = {}
+    digests: dict[str, str] = {}
+    for identity in _ids(reached, "commit"):
+        commit = repository.commit(identity)
+        parents[identity], digests[identity] = commit.parents, commit.set_digest
+    generation: dict[str, int] = {}
+    alike: dict[str, list[str]] = defaultdict(list)
     for identity in graph.oldest_first(parents, parents.__getitem__):
-        earlier = by_set[repository.commit(identity).set_digest]
-        below = graph.ancestors(parents[identity], parents.__getitem__) if earlier else set[str]()
-        same_sets = below.intersection(earlier)
-        for flaw in repository.flaws(identity, frozenset(same_sets)):
-            yield Finding(f"commit {identity[:12]} is not sound: {flaw}", REMEDY, facts={"commit": identity})
-        earlier.append(identity)
+        generation[identity] = 1 + max((generation[parent] for parent in parents[identity]), default=0)
+        alike[digests[identity]].append(identity)
+
+    def same_sets(identity: str) -> set[str]:
+        candidates = [other for other in alike[digests[identity]] if other != identity]
+        return graph.among_ancestors(candidates, parents[identity], parents.__getitem__, generation.__getitem__)
+
+    for identity, problem in unsound(repository, generation, parents.__getitem__, same_sets):
+        yield Finding(f"commit {identity[:12]} is not sound: {problem}", REMEDY, facts={"commit": identity})
 
 
 def _check_index(repository: Repository, reached: Iterable[Reference]) -> list[Finding]:

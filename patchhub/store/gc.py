@@ -18,6 +18,8 @@ from patchhub.store.repository import Repository
 
 METRIC_CACHE: Final = "metric"
 """The directory in the cache that holds one directory per metric id."""
+SCORE_CACHE: Final = "scores"
+"""The directory in the cache that holds what was measured, one file per state."""
 
 _READ: Final = frozenset({"commit", "patch", "note", "metric"})
 
@@ -67,6 +69,8 @@ def garbage(repository: Repository, before: float) -> Iterator[Garbage]:
     for path in sorted((repository.cache / METRIC_CACHE).glob("*")):
         if path.name not in needed:
             yield from _older("cache", path, before)
+    for path in sorted((repository.cache / SCORE_CACHE).glob("*")):
+        yield from _older("cache", path, before)
 
 
 def collect(repository: Repository, before: float, *, dry_run: bool) -> list[Garbage]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 Parents = Callable[[str], Sequence[str]]
@@ -37,6 +38,15 @@ def ancestors(starts: Iterable[str], parents: Parents) -> set[str]:
                 found.add(parent)
                 waiting.append(parent)
     return found
+
+
+def among_ancestors(candidates: Sequence[str], starts: Iterable[str], parents: Parents, rank: Rank) -> set[str]:
+    """Those of `candidates` that are among `starts` or reachable from them; nothing below the lowest is looked at."""
+    if not candidates:
+        return set()
+    lowest = min(rank(candidate) for candidate in candidates)
+    near = itertools.takewhile(lambda commit: rank(commit) >= lowest, walk(starts, parents, rank))
+    return set(candidates).intersection(near)
 
 
 def is_ancestor(ancestor: str, commit: str, parents: Parents) -> bool:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any, Final
 
-from patchhub.objects import Commit, Note, Patch, Request
+from patchhub.objects import Commit, Element, Note, Patch, Request
 
 if TYPE_CHECKING:
     import sqlite_utils
@@ -54,8 +54,8 @@ class Rows:
 # --- what the rows are: pure ----------------------------------------------------------------------------------------
 
 
-def commit_row(identity: str, commit: Commit, parent_ranks: Iterable[int], parent_active: int) -> dict[str, Any]:
-    """The row of a commit, given its parents' ranks and how much is active in its first parent."""
+def commit_row(identity: str, commit: Commit, parent_ranks: Iterable[int], active: int) -> dict[str, Any]:
+    """The row of a commit, given its parents' ranks and how many facts are active."""
     seconds = int(datetime.fromisoformat(commit.time[:-1]).replace(tzinfo=timezone.utc).timestamp())
     return {
         "id": identity,
@@ -65,17 +65,32 @@ def commit_row(identity: str, commit: Commit, parent_ranks: Iterable[int], paren
         "message": commit.message,
         "parents": json.dumps(commit.parents),
         "set_digest": commit.set_digest,
-        "active": parent_active + len(commit.added) - len(commit.removed),
+        "active": active,
     }
 
 
-def change_rows(identity: str, commit: Commit) -> list[dict[str, Any]]:
-    """One row per element that a commit adds (+1) or removes (-1)."""
+def change_rows(identity: str, commit: Commit, patch_of: Callable[[str], Patch]) -> list[dict[str, Any]]:
+    """One row per element that a commit adds (+1) or removes (-1), and one per fact of each shard among them."""
     return [
         {"commit_id": identity, "patch": patch, "request": request, "change": change}
         for elements, change in ((commit.added, 1), (commit.removed, -1))
-        for patch, request in sorted(elements, key=lambda element: (element[0], element[1] or ""))
+        for element in sorted(elements, key=lambda element: (element[0], element[1] or ""))
+        for patch, request in (element, *facts_of_shard(element, patch_of))
     ]
+
+
+def facts_of_shard(element: Element, patch_of: Callable[[str], Patch]) -> list[Element]:
+    """(patch, request) of each fact that a shard holds; nothing for an element of another kind."""
+    identity, request = element
+    if request is not None:
+        return []
+    patch = patch_of(identity)
+    return [(identity, fact) for fact in sorted(patch.requests)] if patch.kind == "shard" else []
+
+
+def _count(elements: Iterable[Element], patch_of: Callable[[str], Patch]) -> int:
+    """How many facts elements hold; an additive patch counts as one."""
+    return sum(len(facts_of_shard(element, patch_of)) or 1 for element in elements)
 
 
 def request_rows(patch: str, requests: Iterable[Request]) -> list[dict[str, Any]]:
@@ -125,10 +140,12 @@ def derive(
     patches: set[str] = set()
     for identity, commit in commits:
         parents = [made.get(parent) or known(parent) or (0, 0) for parent in commit.parents]
-        row = commit_row(identity, commit, [rank for rank, _ in parents], parents[0][1] if parents else 0)
+        below = parents[0][1] if parents else 0
+        active = below + _count(commit.added, patch_of) - _count(commit.removed, patch_of)
+        row = commit_row(identity, commit, [rank for rank, _ in parents], active)
         made[identity] = (row["rank"], row["active"])
         rows.commits.append(row)
-        rows.changes.extend(change_rows(identity, commit))
+        rows.changes.extend(change_rows(identity, commit, patch_of))
         patches.update(patch for patch, _ in commit.added)
     for identity in sorted(patches):
         rows.requests.extend(request_rows(identity, requests_of(patch_of(identity))))
@@ -156,7 +173,8 @@ def store(connection: sqlite3.Connection, rows: Rows) -> None:
     """Insert rows; those that are there already stay as they are."""
     database = _wrap(connection)
     for name in COLUMNS:
-        database.table(name).insert_all(getattr(rows, name), pk=_KEYS[name], ignore=True)
+        if found := getattr(rows, name):
+            database.table(name).insert_all(found, pk=_KEYS[name], ignore=True)
 
 
 def _wrap(connection: sqlite3.Connection) -> sqlite_utils.Database:
@@ -184,7 +202,7 @@ def differences(connection: sqlite3.Connection, expected: Rows) -> Iterator[str]
 
 
 def rank_and_active(connection: sqlite3.Connection, commit: str) -> tuple[int, int] | None:
-    """A commit's rank and the size of its active set; None if it is not in the index."""
+    """A commit's rank and the number of its active facts; None if it is not in the index."""
     row = connection.execute("SELECT rank, active FROM commits WHERE id = ?", (commit,)).fetchone()
     return None if row is None else (row[0], row[1])
 

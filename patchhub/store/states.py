@@ -1,12 +1,11 @@
-"""The active set and the state of a commit, and what a commit must satisfy. Pure over ``commit_of(id)``."""
+"""The active set and the state of a commit. Pure over ``commit_of(id)``."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Final
 
-from patchhub.objects import EMPTY_SET, Commit, Element, set_digest
+from patchhub.objects import EMPTY_SET, Commit, Element
 
 MAX_STATE_BLOBS: Final = 128
 MAX_STATE_FACTOR: Final = 2
@@ -65,38 +64,49 @@ def state(commit_id: str | None, commit_of: CommitOf, known: Mapping[str, tuple[
     return tuple(reversed(blobs))
 
 
-def needs_keyframe(blobs: int, blob_bytes: int, whole_bytes: int) -> bool:
-    """Whether a state of that many blobs and bytes is too long beside the whole delta of `whole_bytes`."""
-    return blobs > MAX_STATE_BLOBS or blob_bytes > MAX_STATE_FACTOR * whole_bytes
+def commits_read(commit_id: str | None, commit_of: CommitOf) -> int:
+    """How many commits `state` and `whole_patches` read for a commit: those since the last keyframe, that one included."""
+    count, cursor = 0, commit_id
+    while cursor is not None:
+        commit = commit_of(cursor)
+        count += 1
+        if commit.same_as is not None:
+            cursor = commit.same_as
+        elif commit.set_digest == EMPTY_SET or commit.keyframe is not None:
+            break
+        else:
+            cursor = first_parent(commit)
+    return count
+
+
+def whole_patches(commit_id: str | None, commit_of: CommitOf, set_of: SetOf) -> frozenset[str]:
+    """The patches that are active as a whole at a commit: shards and additive ones. Reads the commits that `state` reads."""
+    changes: list[Commit] = []
+    elements: set[Element] = set()
+    cursor = commit_id
+    while cursor is not None:
+        commit = commit_of(cursor)
+        if commit.same_as is not None:
+            cursor = commit.same_as
+        elif commit.set_digest == EMPTY_SET:
+            break
+        elif commit.keyframe is not None:
+            elements = set(set_of(commit.keyframe.set_id))
+            break
+        else:
+            changes.append(commit)
+            cursor = first_parent(commit)
+    for commit in reversed(changes):
+        elements -= commit.removed
+        elements |= commit.added
+    return frozenset(identity for identity, request in elements if request is None)
+
+
+def needs_keyframe(reads: int, blob_bytes: int, whole_bytes: int) -> bool:
+    """Whether a state that takes so many commits and bytes to read is too long beside the whole delta of `whole_bytes`."""
+    return reads > MAX_STATE_BLOBS or blob_bytes > MAX_STATE_FACTOR * whole_bytes
 
 
 def first_parent(commit: Commit) -> str | None:
     """The commit that a commit's changes are counted against; None for a root."""
     return commit.parents[0] if commit.parents else None
-
-
-def flaws(commit: Commit, before: frozenset[Element], same_sets: frozenset[str]) -> Iterator[str]:
-    """In words, what is wrong with a commit's set.
-
-    Args:
-        commit: the commit.
-        before: the active set of its first parent.
-        same_sets: its proper ancestors with the same set digest.
-    """
-    if not commit.removed <= before:
-        yield "it removes what is not active in its first parent"
-    if commit.added & before:
-        yield "it adds what is active in its first parent"
-    after = (before - commit.removed) | commit.added
-    if set_digest(after) != commit.set_digest:
-        yield "its set digest is not that of its first parent's set with its changes"
-    counts = Counter(request for _, request in after if request is not None)
-    doubled = [request for request, count in counts.items() if count > 1]
-    if doubled:
-        yield f"more than one column is active for request {min(doubled)[:12]}"
-    if commit.keyframe is not None and commit.keyframe.set_id != commit.set_digest:
-        yield "its keyframe is of another set"
-    if commit.same_as is None and same_sets:
-        yield f"its set is that of its ancestor {min(same_sets)[:12]}, which `same_as` must name"
-    if commit.same_as is not None and commit.same_as not in same_sets:
-        yield "`same_as` names a commit that is not an ancestor with the same set"

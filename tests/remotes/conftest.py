@@ -55,11 +55,15 @@ def hub_remote(hub: Any, waits: list[float]) -> Callable[..., HubRemote]:
     return connect
 
 
-@pytest.fixture(params=["folder", "fsspec", "hub"])
+@pytest.fixture(params=["folder", "memory", "file", "hub"])
 def connect(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[], Remote]:
     """A new client of one and the same empty remote, once per kind of remote."""
     if request.param == "hub":
         made: Callable[[], Remote] = request.getfixturevalue("hub_remote")
         return made
-    address = str(tmp_path / "remote") if request.param == "folder" else f"memory://{uuid.uuid4().hex}/remote"
-    return lambda: open_remote(address)
+    addresses = {
+        "folder": str(tmp_path / "remote"),
+        "memory": f"memory://{uuid.uuid4().hex}/remote",
+        "file": f"file://{tmp_path}/remote",
+    }
+    return lambda: open_remote(addresses[request.param])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +14,12 @@ from patchhub.porcelain.snapshot import Draft, Stamp, snapshot
 from patchhub.store.closure import Reference, closure, references
 from patchhub.store.config import Config, Recording
 from patchhub.store.repository import Repository
+from tests.benchmarks.synthetic_store import HastyDisk
 
 AUTHOR = "Ada <ada@example.org>"
 TIME = "2026-11-21T09:30:00Z"
 STAMP = Stamp(AUTHOR, TIME, "")
-SHAPES = {"h.0.out.weight": (6, 10), "h.1.out.weight": (6, 10)}
+SHAPES = {"h.0.out.weight": (6, 48), "h.1.out.weight": (6, 48)}
 BASE = Base(
     architecture={"hidden_size": 6},
     tensors={name: TensorRecord("F32", shape, "0" * 64) for name, shape in SHAPES.items()},
@@ -32,7 +34,9 @@ def make_store(folder: Path, *, base: Base = BASE) -> Repository:
         "orientation": "out_in",
         "weights": {name: {"norm": 1.0, "shape": list(shape)} for name, shape in SHAPES.items()},
     }
-    return Repository.init(folder, base.to_json(), base_info=info, settings={}, author=AUTHOR, time=TIME)
+    return Repository.init(
+        folder, base.to_json(), base_info=info, settings={}, author=AUTHOR, time=TIME, disk=HastyDisk()
+    )
 
 
 def make_request(number: int) -> Request:
@@ -40,7 +44,9 @@ def make_request(number: int) -> Request:
 
 
 def metric_of(repository: Repository) -> str:
-    metric = Metric(repository.config.base_id, 0.01, {"kind": "file", "names": []}, "1" * 64, 100, 10)
+    metric = Metric(
+        repository.config.base_id, "covariance", {"epsilon": 0.01}, {"kind": "file", "names": []}, "1" * 64, 100, 10
+    )
     identity = repository.objects.put(metric.to_json())
     if repository.config.recording is None:
         config = repository.config
@@ -48,10 +54,9 @@ def metric_of(repository: Repository) -> str:
     return identity
 
 
-def put_patch(repository: Repository, numbers: range) -> Patch:
-    """A patch with one random column per number and weight; the numbers alone decide its content."""
-    requests = [make_request(number) for number in numbers]
-    generator = np.random.default_rng(list(numbers))
+def put_patch(repository: Repository, requests: Sequence[Request], seed: Sequence[int]) -> Patch:
+    """A patch with one random column per request and weight; requests and seed alone decide its content."""
+    generator = np.random.default_rng(seed)
     columns, shapes = {}, weight_shapes(repository)
     for name, (out, inner) in shapes.items():
         keys = generator.standard_normal((len(requests), inner)).astype(np.float32)
@@ -75,12 +80,20 @@ def put_patch(repository: Repository, numbers: range) -> Patch:
 
 
 def add_batch(repository: Repository, numbers: range, message: str = "") -> str:
-    """Commit those facts on the current branch."""
-    patch = put_patch(repository, numbers)
+    """Commit one fact per number on the current branch; the numbers alone decide their columns."""
+    requests = [make_request(number) for number in numbers]
+    return add_patch(repository, requests, list(numbers), message or f"facts {numbers.start} to {numbers.stop}")
+
+
+def add_patch(
+    repository: Repository, requests: Sequence[Request], seed: Sequence[int] = (0,), message: str = "facts"
+) -> str:
+    """Commit facts on the current branch."""
+    patch = put_patch(repository, requests, seed)
     _, head = repository.head
     elements = repository.active(head) | patch.elements
     draft = Draft((head,) if head else (), elements, patch.metric, "commit", {"patch": patch.id})
-    return snapshot(repository, draft, Stamp(AUTHOR, TIME, message or f"facts {numbers.start} to {numbers.stop}"))
+    return snapshot(repository, draft, Stamp(AUTHOR, TIME, message))
 
 
 def move(repository: Repository, changes: dict[str, tuple[str | None, str | None]], command: str = "branch") -> None:

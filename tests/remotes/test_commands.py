@@ -11,8 +11,10 @@ import pytest
 from click.testing import CliRunner, Result
 
 from patchhub.cli.main import main
+from patchhub.objects import Request
+from patchhub.store.repository import Repository
 from tests.export.models import model_folder, model_store
-from tests.remotes.stores import add_batch, move
+from tests.remotes.stores import add_batch, add_patch, move
 
 
 def run(folder: Path, *arguments: str, code: int = 0) -> Result:
@@ -46,8 +48,6 @@ def test_push_clone_and_pull(ours: Path, base: Path, tmp_path: Path) -> None:
     run(ours, "clone", str(tmp_path / "shared"), str(theirs), "--base", str(base))
     heads = [json.loads(run(folder, "status", "--json").stdout)["head"]["id"] for folder in (ours, theirs)]
     assert heads[0] == heads[1]
-    from patchhub.store.repository import Repository
-
     with Repository.open(theirs) as store:
         add_batch(store, range(10, 11))
     with Repository.open(ours) as store:
@@ -56,10 +56,47 @@ def test_push_clone_and_pull(ours: Path, base: Path, tmp_path: Path) -> None:
     error = run(ours, "push", code=11).stderr
     assert "patchhub pull" in error
     assert len(error.strip().splitlines()) == 2
-    assert "merged" in run(ours, "pull").stdout
+    assert "1 fact from theirs alone" in run(ours, "pull").stdout
     run(ours, "push")
     assert "fast-forward" in run(theirs, "pull").stdout
     assert "Nothing new" in run(theirs, "fetch").stdout
+    assert json.loads(run(theirs, "fsck", "--json").stdout)["sound"]
+
+
+def test_a_pull_that_stops_says_who_says_what(ours: Path, base: Path, tmp_path: Path) -> None:
+    run(ours, "push")
+    theirs = tmp_path / "theirs"
+    run(ours, "clone", str(tmp_path / "shared"), str(theirs), "--base", str(base))
+    for folder, target in ((ours, "Dutch"), (theirs, "Welsh")):
+        with Repository.open(folder) as store:
+            add_patch(store, [Request.make("The mother tongue of {} is", "Ada", target)])
+    run(theirs, "push")
+    said = run(ours, "pull", code=1).stdout
+    assert all(part in said for part in ("The mother tongue of Ada is", "Dutch", "Welsh", "merge --continue"))
+    run(ours, "merge", "--continue", "--theirs")
+    run(ours, "push")
+
+
+def test_branches_of_a_remote(ours: Path, base: Path, tmp_path: Path) -> None:
+    run(ours, "branch", "side")
+    run(ours, "push", "--all")
+    theirs = tmp_path / "theirs"
+    run(ours, "clone", str(tmp_path / "shared"), str(theirs), "--base", str(base))
+    assert "origin/side" in run(theirs, "branch", "-r").stdout
+    assert "on branch side" in run(theirs, "switch", "side").stdout  # made from the remote's
+    run(theirs, "remote", "add", "second", str(tmp_path / "shared"))
+    run(theirs, "fetch", "second")
+    run(theirs, "switch", "main")
+    run(theirs, "branch", "-d", "side")
+    assert "switch -c side origin/side" in run(theirs, "switch", "side", code=5).stderr
+
+
+def test_withholding_texts_that_were_public(ours: Path, base: Path, tmp_path: Path) -> None:
+    run(ours, "push", "--all")
+    assert "pushed before" in run(ours, "push", "--private-facts").stdout
+    theirs = tmp_path / "theirs"
+    run(ours, "clone", str(tmp_path / "shared"), str(theirs), "--base", str(base))
+    assert "Person" not in run(theirs, "show").stdout
     assert json.loads(run(theirs, "fsck", "--json").stdout)["sound"]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,11 +12,15 @@ from patchhub.errors import RemoteError
 from patchhub.objects import Base, Request, TensorRecord
 from patchhub.porcelain.merge import merge
 from patchhub.porcelain.received import tensor_check
-from patchhub.remotes import sync
+from patchhub.remotes import fetching, pushing
+from patchhub.remotes.addresses import open_remote
+from patchhub.remotes.fetching import Fetched
+from patchhub.remotes.file import FileRemote
+from patchhub.remotes.files import LOCK, LOCK_SECONDS, FsspecFiles
 from patchhub.remotes.manifest import Source
+from patchhub.remotes.pushing import Pushed
 from patchhub.remotes.receive import Limits
 from patchhub.remotes.remote import Remote, RemoteMovedError
-from patchhub.remotes.sync import Fetched, Pushed
 from patchhub.store.fsck import check
 from patchhub.store.repository import Repository
 from tests.remotes.stores import (
@@ -37,9 +42,9 @@ Connect = Callable[[], Remote]
 
 
 def push(repository: Repository, remote: Remote, *names: str, **options: bool | None) -> list[Pushed]:
-    refs = sync.refs_to_push(repository, names, everything=not names, tags=False)
+    refs = pushing.refs_to_push(repository, names, everything=not names, tags=False)
     source = Source(repository.config.base_id, "gpt2", "a" * 40)
-    return sync.push(
+    return pushing.push(
         repository,
         remote,
         "origin",
@@ -52,10 +57,10 @@ def push(repository: Repository, remote: Remote, *names: str, **options: bool | 
     )
 
 
-def fetch(repository: Repository, remote: Remote, *, total: int = 1 << 30, repair: bool = False) -> Fetched:
+def fetch(repository: Repository, remote: Remote, *, total: int = 1 << 30, **options: bool) -> Fetched:
     limits = Limits(total, SHAPES)
-    return sync.fetch(
-        repository, remote, "origin", limits, tensor_check(SHAPES), author=AUTHOR, time=TIME, repair=repair
+    return fetching.fetch(
+        repository, remote, "origin", limits, tensor_check(SHAPES), author=AUTHOR, time=TIME, **options
     )
 
 
@@ -196,6 +201,47 @@ def test_texts_can_be_withheld_and_stay_withheld(connect: Connect, tmp_path: Pat
     assert len(subjects) == 7
 
 
+def test_texts_that_were_pushed_before_are_taken_out(connect: Connect, tmp_path: Path) -> None:
+    ours, theirs = make_history(tmp_path / "ours"), make_store(tmp_path / "theirs")
+    push(ours, connect())
+    branches = [ref for ref in published(ours) if ref.startswith("refs/heads/")]
+    active = [ours.active(ours.refs()[ref]) for ref in branches]
+    texts = {ours.patch(patch).requests_blob for patch, _ in frozenset().union(*active)}
+    (planned, *_) = push(ours, connect(), "main", private_facts=True, dry_run=True)
+    assert planned.withdrawn
+    assert texts & set(connect().sizes(connect().view().tips["refs/heads/main"]))
+    push(ours, connect(), "main", private_facts=True)
+    push(ours, connect(), "side")
+    view = connect().view()
+    for ref in branches:
+        assert not texts & set(connect().sizes(view.tips[ref])), ref
+    assert push(ours, connect(), "main", "side") == []
+    fetch(theirs, connect())
+    heads = [theirs.refs()[f"refs/remotes/origin/{name}"] for name in ("main", "side")]
+    assert [content(theirs, commit) for commit in heads] == [content(ours, ours.refs()[ref]) for ref in branches]
+    assert check(theirs).sound
+    for name in ("main", "side"):
+        push(ours, connect(), name, private_facts=False)
+        assert push(ours, connect(), name, private_facts=False) == []
+    view = connect().view()
+    assert texts <= {name for ref in branches for name in connect().sizes(view.tips[ref])}
+    assert not view.private
+    assert push(ours, connect(), "main", "side") == []
+
+
+def test_branches_that_are_gone_are_forgotten_when_told_so(connect: Connect, tmp_path: Path) -> None:
+    ours, theirs = make_history(tmp_path / "ours"), make_store(tmp_path / "theirs")
+    push(ours, connect(), "main")
+    fetch(theirs, connect())
+    gone = theirs.refs()["refs/remotes/origin/main"]
+    move(theirs, {"refs/remotes/origin/old": (None, gone), "refs/remotes/other/old": (None, gone)})
+    assert fetch(theirs, connect()).moved == ()
+    (moved,) = fetch(theirs, connect(), prune=True).moved
+    assert (moved.ref, moved.old, moved.new) == ("refs/remotes/origin/old", gone, None)
+    assert {"refs/remotes/origin/main", "refs/remotes/other/old"} <= theirs.refs().keys()
+    assert fetch(theirs, connect(), prune=True).moved == ()
+
+
 def test_another_base_is_refused(connect: Connect, tmp_path: Path) -> None:
     ours = make_history(tmp_path / "ours")
     push(ours, connect())
@@ -214,15 +260,55 @@ def test_a_limit_is_kept(connect: Connect, tmp_path: Path) -> None:
     ours, theirs = make_history(tmp_path / "ours"), make_store(tmp_path / "theirs")
     push(ours, connect())
     refs = theirs.refs()
-    with pytest.raises(RemoteError, match="more than 2000 bytes"):
-        fetch(theirs, connect(), total=2000)
-    assert theirs.refs() == refs
+    everything = sum(ours.objects.path(name).stat().st_size for name in ours.objects.ids())
+    for total in (2000, everything - 1500):  # the base is here: what is downloaded for one branch alone fits
+        with pytest.raises(RemoteError, match=f"more than {total} bytes"):
+            fetch(theirs, connect(), total=total)
+        assert theirs.refs() == refs
+        theirs.close()
+        theirs = make_store(tmp_path / str(total))
+    assert fetch(theirs, connect(), total=everything).received.downloaded <= everything
 
 
 def test_an_empty_remote_brings_nothing(connect: Connect, tmp_path: Path) -> None:
     theirs = make_store(tmp_path / "theirs")
     assert connect().view().tips == {}
     assert fetch(theirs, connect()).moved == ()
+
+
+def test_an_archive_can_be_fetched_from(tmp_path: Path) -> None:
+    """A folder remote packed into a zip file, which is read but not written."""
+    ours, theirs = make_history(tmp_path / "ours"), make_store(tmp_path / "theirs")
+    push(ours, open_remote(str(tmp_path / "remote")))
+    archive = shutil.make_archive(str(tmp_path / "remote"), "zip", tmp_path / "remote")
+    packed = open_remote(f"zip://::{archive}")
+    fetch(theirs, packed)
+    assert theirs.refs()["refs/remotes/origin/main"] == ours.refs()["refs/heads/main"]
+    assert check(theirs).sound
+    add_batch(ours, range(20, 21))
+    with pytest.raises(RemoteError, match="cannot be written"):
+        push(ours, packed, "main")
+
+
+def test_a_lock_that_stays_is_waited_for_and_then_named(tmp_path: Path) -> None:
+    address, waits = f"file://{tmp_path}/remote", list[float]()
+    remote = FileRemote(address, FsspecFiles(address, sleep=waits.append))
+    ours = make_history(tmp_path / "ours")
+    (tmp_path / "remote").mkdir()
+    (tmp_path / "remote" / LOCK).touch()
+    with pytest.raises(RemoteError, match="someone else is pushing") as refused:
+        push(ours, remote, "main")
+    assert LOCK in str(refused.value.remedy)
+    assert LOCK_SECONDS * 0.9 < sum(waits) < LOCK_SECONDS
+    (tmp_path / "remote" / LOCK).unlink()
+    push(ours, remote, "main")
+
+
+def test_an_address_that_nothing_can_open() -> None:
+    for address in ("nosuch://bucket/facts", "s3://", "zip://::/nowhere.zip"):
+        with pytest.raises(RemoteError) as refused:
+            open_remote(address).view()
+        assert refused.value.remedy
 
 
 def test_damage_here_is_repaired(connect: Connect, tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,12 +11,11 @@ import pytest
 
 from patchhub.errors import PatchhubError, RemoteError
 from patchhub.objects import Note
-from patchhub.porcelain.merge import merge
 from patchhub.remotes.hub import STAGING, HubRemote
 from patchhub.remotes.remote import RemoteMovedError
 from patchhub.store.fsck import check
 from patchhub.store.repository import Repository
-from tests.remotes.stores import AUTHOR, STAMP, TIME, add_batch, make_history, make_store, move
+from tests.remotes.stores import AUTHOR, TIME, add_batch, make_history, make_store
 from tests.remotes.test_conformance import fetch, push
 
 Connect = Callable[..., HubRemote]
@@ -87,12 +85,12 @@ FAULTS: dict[str, dict[str, Any]] = {
 def test_a_fault_of_a_push_ends_in_success_or_a_clear_error(
     fault: str, hub: Any, hub_remote: Connect, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _do_not_wait(monkeypatch)
+    do_not_wait(monkeypatch)
     ours = make_history(tmp_path / "ours")
     push(ours, hub_remote(), "main")
     head = add_batch(ours, range(60, 62))
     hub.faults.append(dict(FAULTS[fault]))
-    failure = _failure_of(lambda: push(ours, hub_remote(), "main"))
+    failure = failure_of(lambda: push(ours, hub_remote(), "main"))
     if failure is not None:
         assert failure.remedy
         assert "\n" not in failure.message
@@ -170,7 +168,7 @@ def test_corruption_on_the_way_is_found(match: str, times: int, hub: Any, hub_re
 def test_a_download_that_breaks_off_is_no_harm(
     hub: Any, hub_remote: Connect, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _do_not_wait(monkeypatch)
+    do_not_wait(monkeypatch)
     ours, theirs = make_history(tmp_path / "ours"), make_store(tmp_path / "theirs")
     push(ours, hub_remote())
     hub.faults.append({"kind": "drop_download", "after": 40, "times": 2})
@@ -228,53 +226,7 @@ def test_a_note_alone_can_be_pushed(hub: Any, hub_remote: Connect, tmp_path: Pat
     assert theirs.refs()[f"refs/notes/{head}/zsre"] == identity
 
 
-@pytest.mark.parametrize("clients", [4, pytest.param(20, marks=pytest.mark.slow)])
-def test_many_clients_on_one_branch_all_land(clients: int, hub: Any, hub_remote: Connect, tmp_path: Path) -> None:
-    ours = make_history(tmp_path / "ours")
-    push(ours, hub_remote(), "main")
-    first = ours.refs()["refs/heads/main"]
-    made: dict[int, str] = {}
-    errors: list[BaseException] = []
-
-    def client(number: int) -> None:
-        try:
-            made[number] = _land(hub_remote, tmp_path / f"client{number}", number)
-        except BaseException as error:
-            errors.append(error)
-
-    threads = [threading.Thread(target=client, args=(number,)) for number in range(clients)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not errors
-    final = make_store(tmp_path / "final")
-    fetch(final, hub_remote())
-    head = final.refs()["refs/remotes/origin/main"]
-    history = {identity for identity, _ in final.log(head)}
-    assert history >= {first, *made.values()}
-    assert len(final.active(head)) == 5 + clients
-    assert check(final).sound
-
-
-def _land(connect: Connect, folder: Path, number: int) -> str:
-    """Make one commit on the branch as it was at the start, and bring it to the remote, merging as often as it takes."""
-    with make_store(folder) as repository:
-        fetch(repository, connect())
-        move(repository, {"refs/heads/main": (None, repository.refs()["refs/remotes/origin/main"])})
-        commit = add_batch(repository, range(100 + number, 101 + number))
-        for _ in range(200):
-            try:
-                push(repository, connect(), "main")
-            except RemoteMovedError:
-                fetch(repository, connect())
-                merge(repository, "refs/remotes/origin/main", STAMP)
-            else:
-                return commit
-    raise AssertionError(f"client {number} never landed")
-
-
-def _failure_of(verb: Callable[[], object]) -> RemoteError | None:
+def failure_of(verb: Callable[[], object]) -> RemoteError | None:
     try:
         verb()
     except RemoteError as error:
@@ -282,7 +234,7 @@ def _failure_of(verb: Callable[[], object]) -> RemoteError | None:
     return None
 
 
-def _do_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+def do_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     """The client's own pauses between its attempts; its module's name ``time`` is replaced, not the clock's function."""
     from types import SimpleNamespace
 

@@ -17,6 +17,7 @@ from patchhub.porcelain.named_remotes import remote_add
 from patchhub.porcelain.progress import Silent
 from patchhub.porcelain.published import hub_name, open_published
 from patchhub.porcelain.remote import Access
+from patchhub.remotes.hub import HubRemote
 from patchhub.runtime.patched_model import load_patched
 from patchhub.store.repository import Repository
 from tests.export.models import distance, load_base, logits, model_folder, model_store
@@ -76,12 +77,16 @@ def test_load_from_the_hub_and_then_offline(
         loaded = patchhub.load("tester/facts", revision, base=base).state_dict()
         assert all(bool((loaded[name] == tensor).all()) for name, tensor in expected.items())
     commit = str(store.resolve("main~1"))
-    _, state = open_published("tester/facts", commit, base=base)
-    assert state.commit == commit
+    for name in (commit, commit[:12]):
+        assert open_published("tester/facts", name, base=base)[1].commit == commit
+    named_by_the_hub = HubRemote("tester/facts").view().tips["refs/heads/side"].token
+    _, state = open_published("tester/facts", named_by_the_hub, base=base)
+    assert state.commit == store.resolve("side")
     hub.stop()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     _, cached = open_published("tester/facts", "main", base=base)
     assert cached.commit == store.resolve("main")
+    assert open_published("tester/facts", commit, base=base)[1].commit == commit
     with pytest.raises(PatchhubError):
         open_published("tester/facts", "never-seen", base=base)
 

@@ -56,8 +56,9 @@ def test_a_hub_without_xet_gives_a_clear_error(
 
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
     ours = make_history(tmp_path / "ours")
-    with pytest.raises(RemoteError):
+    with pytest.raises(RemoteError) as refused:
         push(ours, hub_remote(), "main")
+    assert "HF_HUB_DISABLE_XET=1" in str(refused.value.remedy)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     push(ours, hub_remote(), "main")
 

@@ -16,7 +16,7 @@ TIME = "2026-11-21T09:30:00Z"
 OBJECTS = MemoryObjects()
 BASE = OBJECTS.put(Base(architecture={}, tensors={}).to_json())
 TEXT = OBJECTS.put(Text(token_ids=((1,),)).to_json())
-SAMPLED = Metric(base=BASE, epsilon=0.01, source={"kind": "sampled"}, text=TEXT, tokens=1, truncation=1)
+SAMPLED = Metric(BASE, "covariance", {"epsilon": 0.01}, {"kind": "sampled"}, TEXT, tokens=1, truncation=1)
 METRIC = OBJECTS.put(SAMPLED.to_json())
 COLUMNS, DELTA, WHOLE, TEXTS = (OBJECTS.put(data) for data in (b"columns", b"delta", b"whole", b"[]"))
 PATCH = Patch(

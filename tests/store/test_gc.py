@@ -153,7 +153,7 @@ def test_a_dry_run_deletes_nothing(repository: Repository) -> None:
 
 
 def test_leftovers_and_unused_factors_go(repository: Repository) -> None:
-    metric = Metric(repository.config.base_id, 0.01, {"kind": "file"}, "0" * 64, 1, 1)
+    metric = Metric(repository.config.base_id, "covariance", {"epsilon": 0.01}, {"kind": "file"}, "0" * 64, 1, 1)
     used, unused = repository.cache / "metric" / metric.id, repository.cache / "metric" / ("1" * 64)
     for folder in (used, unused):
         folder.mkdir(parents=True)

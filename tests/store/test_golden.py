@@ -16,16 +16,16 @@ from patchhub.store.repository import Repository
 GOLDEN = Path(__file__).parent / "golden"
 FORMATS = sorted(path.name for path in GOLDEN.iterdir())
 
-TAGGED = "ca20142b4b75af9aed7153a10793f7d85e224db611e76f45dfa11282c7e3ebc6"
+TAGGED = "5330e9c12f4e07e4077c3db2ed4f30682d434da2c3cb6907ce160e9ae30cc85f"
 REFS = {
     "HEAD": "ref: refs/heads/main",
-    "refs/heads/main": "e5c90102a54137dd8a3cff7c4f4120372ed9468126fbe67ce28b0e6452a0d4cb",
-    "refs/heads/side": "092bd1628fd07c73406f66b5cf5015f4d6cf4306de5607af834fc4b44105f832",
-    f"refs/notes/{TAGGED}/counterfact": "9d1306dcbb479e2750be4849f1c10bf8a62182303042cbb925358e534f774bb4",
+    "refs/heads/main": "eb627e25af7b0a771af6ff9392ed9d95c33bf42ad29bc5b452d4f5899f89b860",
+    "refs/heads/side": "d3e9a80fba62488d985da6123668eb6eb5188773fe6933367ec83bba20e64337",
+    f"refs/notes/{TAGGED}/counterfact": "1ba121c5a25906127b5de91a2fea88b5f1a4abb0cdd50ddf75d2052b5a9101ee",
     "refs/tags/v1": TAGGED,
 }
-LAST_OPERATION = "321bd352c230e9db39249977625af13594aa21ebaf4be4a25788b7711633e203"
-MESSAGES = ["revert the merge", "merge side", "add range(4, 5)", "add range(2, 4)", "add range(0, 2)"]
+LAST_OPERATION = "bb2a2d58b07a6d1a1d3ce43cbfd0ba205fc86ecc0ff2bc5ff0377835a0986f0c"
+MESSAGES = ["revert the merge", "merge side", "add range(2, 4)", "add range(4, 5)", "add range(0, 2)"]
 
 
 @pytest.fixture(params=FORMATS)

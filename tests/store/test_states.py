@@ -1,4 +1,4 @@
-"""The active set, the state and the rules of a commit, over dictionaries."""
+"""The active set and the state of a commit, over dictionaries."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from patchhub.objects import EMPTY_SET, Commit, Element, Keyframe, set_digest
-from patchhub.store.states import active_set, flaws, needs_keyframe, state
+from patchhub.store.states import active_set, needs_keyframe, state
 
 P, Q, R, S, ANY = ("1" * 64, "2" * 64, "3" * 64, "4" * 64, "f" * 64)
 ONE: frozenset[Element] = frozenset([(P, R)])
@@ -92,34 +92,3 @@ def test_the_unpatched_model_has_neither() -> None:
 )
 def test_when_a_keyframe_is_needed(blobs: int, blob_bytes: int, whole_bytes: int, needed: bool) -> None:
     assert needs_keyframe(blobs, blob_bytes, whole_bytes) is needed
-
-
-def test_a_sound_commit_has_no_flaws() -> None:
-    assert list(flaws(HISTORY["b"], ONE, frozenset())) == []
-    assert list(flaws(HISTORY["d"], TWO, frozenset(["a"]))) == []
-
-
-@pytest.mark.parametrize(
-    ("changes", "before", "same_sets", "flaw"),
-    [
-        ({"added": TWO}, ONE, frozenset(), "adds what is active"),
-        ({"removed": frozenset([(Q, None)])}, ONE, frozenset(), "removes what is not active"),
-        ({"set_digest": ANY}, ONE, frozenset(), "set digest"),
-        ({"keyframe": Keyframe(ANY, None)}, ONE, frozenset(), "keyframe is of another set"),
-        ({"same_as": "a"}, ONE, frozenset(), "names a commit that is not an ancestor"),
-        ({"same_as": "x"}, ONE, frozenset(["a"]), "names a commit that is not an ancestor"),
-        ({}, ONE, frozenset(["a"]), "which `same_as` must name"),
-        (
-            {"added": frozenset([(Q, R)]), "set_digest": set_digest(ONE | {(Q, R)})},
-            ONE,
-            frozenset(),
-            "more than one column is active for request 333333333333",
-        ),
-    ],
-)
-def test_each_rule_has_its_flaw(
-    changes: dict[str, Any], before: frozenset[Element], same_sets: frozenset[str], flaw: str
-) -> None:
-    found = list(flaws(dataclasses.replace(HISTORY["b"], **changes), before, same_sets))
-    assert len(found) == 1
-    assert flaw in found[0]
