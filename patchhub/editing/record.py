@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -21,11 +21,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from patchhub.constraints import Columns, beyond, difference, no_columns
-from patchhub.delta import Delta, LowRank, add, image, to_dense
+from patchhub.delta import Delta, LowRank, add, image
 from patchhub.editing.budget import Footprint, step_budget
 from patchhub.editing.locate import Encoded
 from patchhub.editing.metric import MetricCache
 from patchhub.editing.values import Values
+from patchhub.models.side_path import SidePath
 from patchhub.models.tracing import Pass, Stack, right_padded
 
 _TOKENS_PER_CHUNK, _LEAST_TOKENS = 8192, 64
@@ -182,32 +183,12 @@ def _sweep(
 @contextmanager
 def side_paths(stack: Stack, deltas: Mapping[int, Sequence[Delta]]) -> Iterator[None]:
     """While open, the FFN output projection of each layer also adds dW k, in float32."""
-    handles = []
-    for layer, parts in deltas.items():
-        if parts:
-            module = stack.ffn_out[layer]
-            out, inner = parts[0].shape
-            handles.append(module.register_forward_hook(_side_path(add(parts, (out, inner)), stack.device_of(layer))))
+    handles = [stack.ffn_out[layer].register_forward_hook(SidePath(parts)) for layer, parts in deltas.items() if parts]
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _side_path(delta: Delta, device: torch.device) -> Any:
-    if isinstance(delta, LowRank):
-        factors = [torch.from_numpy(m.T.astype(np.float32)).to(device) for m in (delta.A, delta.B)]
-    else:
-        factors = [torch.from_numpy(to_dense(delta).T.astype(np.float32)).to(device)]
-
-    def add_delta(module: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        change = args[0].float()
-        for factor in factors:
-            change = change @ factor
-        return (output.float() + change).to(output.dtype)
-
-    return add_delta
 
 
 def _extend(

@@ -98,8 +98,9 @@ class Projections(Site):
     ) -> Float[Tensor, "m d"]:
         def adding(part: int) -> Any:
             def add(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-                first = (output[:, 0].float() + change[:, part]).to(output.dtype)
-                return torch.cat([first[:, None], output[:, 1:]], dim=1)
+                found = output.view(rows.hidden.shape)  # OPT's feed-forward part has no rows
+                first = (found[:, 0].float() + change[:, part].to(output.device)).to(output.dtype)
+                return torch.cat([first[:, None], found[:, 1:]], dim=1).view(output.shape)
 
             return add
 
@@ -108,10 +109,8 @@ class Projections(Site):
         try:
             if self.layer < blocks - 1:
                 return rows.start.finish(rows.hidden, self.first, row, column)
-            hidden = rows.start.run(
-                rows.hidden, self.first, blocks
-            )  # the change enters the last feed-forward part itself
-            return hidden[row.to(hidden.device), column.to(hidden.device)]
+            # The change enters the last feed-forward part itself, which then runs everywhere.
+            return rows.start.run(rows.hidden, self.first, blocks)[row, column]
         finally:
             for handle in handles:
                 handle.remove()
@@ -121,7 +120,10 @@ class Projections(Site):
         found: dict[int, Tensor] = {}
 
         def keeping(part: int) -> Any:
-            return lambda module, args, output: found.__setitem__(part, output[:, 0].float())
+            def keep(module: nn.Module, args: Any, output: Tensor) -> None:
+                found[part] = output.view(rows.hidden.shape)[:, 0].float().to(self.stack.device)
+
+            return keep
 
         handles = [module.register_forward_hook(keeping(part)) for part, module in enumerate(self._modules)]
         try:

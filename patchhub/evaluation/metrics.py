@@ -23,6 +23,7 @@ from transformers.cache_utils import DynamicCache
 from patchhub.editing.chat import Chat
 from patchhub.editing.locate import encode_targets, tokenise
 from patchhub.errors import EditError, RequestError, SettingsError
+from patchhub.models.products import fast_products
 from patchhub.models.tracing import Prefix, left_padded, right_padded
 
 TokenIds = tuple[int, ...]
@@ -178,11 +179,11 @@ def cut(lengths: Sequence[int], batch_tokens: int) -> Iterator[slice]:
 
 @contextmanager
 def reading(model: PreTrainedModel) -> Iterator[None]:
-    """Without gradients and dropout; the model's training mode is put back afterwards."""
+    """Without gradients and dropout, with `fast_products`; the model's training mode is put back afterwards."""
     training = model.training
     model.train(False)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), fast_products(model.device):
             yield
     finally:
         model.train(training)

@@ -1,6 +1,6 @@
 """How long `patchhub log -n 20` takes in a store of 10,000 commits, beside a Python that only imports click and sqlite3.
 
-    python tests/benchmarks/log_speed.py [COMMITS]
+    python -m tests.benchmarks.log_speed [COMMITS]
 
 The goal is less than twice the empty program's time plus 150 ms. Both are run in turn; the medians are compared.
 """
@@ -16,9 +16,8 @@ import time
 from itertools import islice
 from pathlib import Path
 
-from synthetic_store import build
-
 from patchhub.store.repository import Repository
+from tests.benchmarks.synthetic_store import build
 
 RUNS = 11
 EMPTY = (sys.executable, "-c", "import click, sqlite3")
