@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-from patchhub.editing.locate import Marked, encode_marked, encode_prompts
+from patchhub.editing.chat import Chat
+from patchhub.editing.locate import encode_marked, encode_prompts, mark_text
 from patchhub.editing.values import Fact
 from patchhub.objects import Request
 
@@ -14,15 +15,20 @@ _ESSENCE = " is a"  # the KL prompt is "{subject} is a" in the published code of
 
 
 def encode_facts(
-    tokenizer: PreTrainedTokenizerBase, requests: Sequence[Request], contexts: Sequence[str]
+    tokenizer: PreTrainedTokenizerBase,
+    requests: Sequence[Request],
+    contexts: Sequence[str],
+    *,
+    chat: Chat | None = None,
 ) -> list[Fact]:
-    """Every request in every context (templates with one ``{}``; the first is the bare prompt), in two tokenizer calls."""
-    rows = encode_prompts(tokenizer, [(context, request) for request in requests for context in contexts])
-    essences = encode_marked(tokenizer, [_essence(request.subject) for request in requests])
+    """Every request in every context (templates with one ``{}``; the first is the bare prompt), in two tokenizer calls.
+
+    Args:
+        chat: put each of these texts, and the prompt of the KL term, into a chat as the user's message.
+    """
+    pairs = [(context, request) for request in requests for context in contexts]
+    rows = encode_prompts(tokenizer, pairs, chat=chat)
+    essences = [mark_text("", request.subject, _ESSENCE, chat=chat) for request in requests]
     count = len(contexts)
-    return [Fact(tuple(rows[i * count : (i + 1) * count]), essence) for i, essence in enumerate(essences)]
-
-
-def _essence(subject: str) -> Marked:
-    text = subject + _ESSENCE
-    return Marked(text, (0, len(subject)), len(text))
+    encoded = encode_marked(tokenizer, essences, chat=chat)
+    return [Fact(tuple(rows[i * count : (i + 1) * count]), essence) for i, essence in enumerate(encoded)]

@@ -4,7 +4,7 @@ A text is tokenised once, as a whole: context, prompt and target together, as th
 read off the tokenizer's own character offsets, never off token strings, so byte-level BPE, SentencePiece-like and
 word-level tokenizers, characters that are several tokens and tokens that span a boundary need no case of their own.
 Special tokens that the tokenizer puts in front (`<s>`) stay; those that it puts at the end (`</s>`) are dropped,
-because a text that goes on must not end.
+because a text that goes on must not end. Inside a chat template (`chat`) the text spells out its special tokens.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
+from patchhub.editing.chat import Chat
 from patchhub.editing.record_shapes import SLOT
 from patchhub.errors import RequestError, SettingsError, UnsupportedModelError
 from patchhub.objects import Request
@@ -23,11 +24,12 @@ Span = tuple[int, int]
 
 @dataclass(frozen=True)
 class Marked:
-    """A text and the characters that matter in it: the subject's span and the end of the prompt."""
+    """A text and the characters that matter in it: the subject's span, the end of the prompt, and where the target begins."""
 
     text: str
     subject: Span
     prompt_end: int
+    target_begin: int
 
 
 @dataclass(frozen=True)
@@ -50,22 +52,36 @@ class EncodedTarget:
     target: Span
 
 
-def mark(context: str, request: Request, *, with_target: bool = True) -> Marked:
+def mark(context: str, request: Request, *, with_target: bool = True, chat: Chat | None = None) -> Marked:
     """The text of `request` inside `context`, and where its subject and prompt end.
 
     `context` has one `{}`, which the filled prompt replaces ("The reason was. {}"); the target follows after a
-    space. The subject is the one that fills the prompt's slot, wherever else its name occurs.
+    space. The subject is the one that fills the prompt's slot, wherever else its name occurs. In a chat the whole is
+    the user's message, and the target is the answer, as the template joins them.
     """
     before, after = _split(context)
     head, tail = _split(request.prompt)
-    start = len(before) + len(head)
-    prompt = f"{before}{head}{request.subject}{tail}{after}"
-    text = f"{prompt} {request.target_new}" if with_target else prompt
-    return Marked(text, (start, start + len(request.subject)), len(prompt))
+    return mark_text(
+        f"{before}{head}", request.subject, f"{tail}{after}", request.target_new if with_target else "", chat=chat
+    )
+
+
+def mark_text(head: str, subject: str, tail: str, target: str = "", *, chat: Chat | None = None) -> Marked:
+    """The text ``head + subject + tail``, in a chat the user's message, and the target after it, if there is one."""
+    joint = " " if chat is None else ""
+    if chat is not None:
+        head, tail = f"{chat.before}{head}", f"{tail}{chat.after}"
+    prompt = f"{head}{subject}{tail}"
+    text = f"{prompt}{joint}{target}" if target else prompt
+    return Marked(text, (len(head), len(head) + len(subject)), len(prompt), len(prompt) + len(joint))
 
 
 def encode_prompts(
-    tokenizer: PreTrainedTokenizerBase, pairs: Iterable[tuple[str, Request]], *, with_target: bool = True
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Iterable[tuple[str, Request]],
+    *,
+    with_target: bool = True,
+    chat: Chat | None = None,
 ) -> list[Encoded]:
     """Encode (context, request) pairs in one tokenizer call.
 
@@ -73,38 +89,45 @@ def encode_prompts(
         UnsupportedModelError: the tokenizer gives no character offsets.
         RequestError: a subject or target has no token of its own.
     """
-    return encode_marked(tokenizer, [mark(context, request, with_target=with_target) for context, request in pairs])
+    marked = [mark(context, request, with_target=with_target, chat=chat) for context, request in pairs]
+    return encode_marked(tokenizer, marked, chat=chat)
 
 
 def encode_prompt(
-    tokenizer: PreTrainedTokenizerBase, context: str, request: Request, *, with_target: bool = True
+    tokenizer: PreTrainedTokenizerBase,
+    context: str,
+    request: Request,
+    *,
+    with_target: bool = True,
+    chat: Chat | None = None,
 ) -> Encoded:
     """`encode_prompts` for one pair."""
-    return encode_prompts(tokenizer, [(context, request)], with_target=with_target)[0]
+    return encode_prompts(tokenizer, [(context, request)], with_target=with_target, chat=chat)[0]
 
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str, subject: Span) -> Encoded:
     """Encode any text with a subject at the given characters and no target, such as "{} is a" filled in."""
-    return encode_marked(tokenizer, [Marked(text, subject, len(text))])[0]
+    return encode_marked(tokenizer, [Marked(text, subject, len(text), len(text))])[0]
 
 
-def encode_marked(tokenizer: PreTrainedTokenizerBase, marked: Sequence[Marked]) -> list[Encoded]:
+def encode_marked(
+    tokenizer: PreTrainedTokenizerBase, marked: Sequence[Marked], *, chat: Chat | None = None
+) -> list[Encoded]:
     """Encode marked texts in one tokenizer call; errors as in `encode_prompts`."""
-    tokenised = tokenise(tokenizer, [item.text for item in marked])
+    tokenised = tokenise(tokenizer, [item.text for item in marked], special_tokens=chat is None)
     return [
-        Encoded(ids, _subject_last(offsets, item), _target(offsets, item.text, item.prompt_end))
+        Encoded(ids, _subject_last(offsets, item), _target(offsets, item))
         for item, (ids, offsets) in zip(marked, tokenised, strict=True)
     ]
 
 
-def encode_targets(tokenizer: PreTrainedTokenizerBase, pairs: Iterable[tuple[str, str]]) -> list[EncodedTarget]:
-    """Encode (prompt, target) pairs, joined by a space, in one tokenizer call; errors as in `encode_prompts`."""
-    texts = [(f"{prompt} {target}", len(prompt)) for prompt, target in pairs]
-    tokenised = tokenise(tokenizer, [text for text, _ in texts])
-    return [
-        EncodedTarget(ids, _target(offsets, text, prompt_end))
-        for (text, prompt_end), (ids, offsets) in zip(texts, tokenised, strict=True)
-    ]
+def encode_targets(
+    tokenizer: PreTrainedTokenizerBase, pairs: Iterable[tuple[str, str]], *, chat: Chat | None = None
+) -> list[EncodedTarget]:
+    """Encode (prompt, target) pairs, joined by a space or as ``chat`` joins them, in one tokenizer call; errors as in `encode_prompts`."""
+    marked = [mark_text(prompt, "", "", target, chat=chat) for prompt, target in pairs]
+    tokenised = tokenise(tokenizer, [item.text for item in marked], special_tokens=chat is None)
+    return [EncodedTarget(ids, _target(offsets, item)) for item, (ids, offsets) in zip(marked, tokenised, strict=True)]
 
 
 def _split(template: str) -> tuple[str, str]:
@@ -118,8 +141,13 @@ def _split(template: str) -> tuple[str, str]:
     return parts[0], parts[1]
 
 
-def tokenise(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[tuple[tuple[int, ...], Sequence[Span]]]:
+def tokenise(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, special_tokens: bool = True
+) -> list[tuple[tuple[int, ...], Sequence[Span]]]:
     """Ids and character offsets of each text, without the special tokens that the tokenizer appends.
+
+    Args:
+        special_tokens: let the tokenizer put its own in front; False for texts that spell them out.
 
     Raises:
         UnsupportedModelError: the tokenizer gives no character offsets.
@@ -133,6 +161,7 @@ def tokenise(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[t
         return []
     batch = tokenizer(
         list(texts),
+        add_special_tokens=special_tokens,
         padding=False,
         truncation=False,
         return_attention_mask=False,
@@ -164,15 +193,14 @@ def _subject_last(offsets: Sequence[Span], item: Marked) -> int:
     )
 
 
-def _target(offsets: Sequence[Span], text: str, prompt_end: int) -> Span:
+def _target(offsets: Sequence[Span], item: Marked) -> Span:
     """The tokens that reach beyond the prompt: a token across the boundary belongs to the target."""
-    start = len(offsets)
-    while start and offsets[start - 1][1] > prompt_end:
+    text, start = item.text, len(offsets)
+    while start and offsets[start - 1][1] > item.prompt_end:
         start -= 1
-    target_start = prompt_end + len(" ")
-    if target_start < len(text) and (start == len(offsets) or offsets[-1][1] <= target_start):
+    if item.target_begin < len(text) and (start == len(offsets) or offsets[-1][1] <= item.target_begin):
         raise RequestError(
-            f"the tokenizer gives no token to the target '{text[target_start:]}' after '{text[:prompt_end]}'",
+            f"the tokenizer gives no token to the target '{text[item.target_begin :]}' after '{text[: item.prompt_end]}'",
             remedy="write the target in characters that the model knows",
             text=text,
         )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from patchhub.editing.chat import Chat
 from patchhub.editing.values import ValueSettings
 from patchhub.errors import SettingsError
 from patchhub.models.architectures import Architecture
@@ -20,6 +22,7 @@ class EditSettings:
         layers: edited blocks, ascending; values are optimised at the last.
         ridge: lambda, the weight of what is preserved against one request.
         steps, learning_rate, weight_decay, kl_factor, clamp, stop_loss, nll_factor: see ``editing.values``.
+        chat: prompts are the user's messages of this chat form; None: they are read as they are.
     """
 
     layers: tuple[int, ...]
@@ -31,6 +34,7 @@ class EditSettings:
     clamp: float
     stop_loss: float = 0.05
     nll_factor: float = 1.0
+    chat: Chat | None = None
 
     def __post_init__(self) -> None:
         if not self.layers or list(self.layers) != sorted(set(self.layers)) or self.layers[0] < 0:
@@ -38,8 +42,13 @@ class EditSettings:
                 f"layers {list(self.layers)} are not ascending block numbers", remedy="For example 3,4,5."
             )
         for name in ("ridge", "steps", "learning_rate", "clamp", "nll_factor"):
-            if not getattr(self, name) > 0:
+            if not 0 < getattr(self, name) < math.inf:
                 raise SettingsError(f"{name} must be above 0, not {getattr(self, name)}", remedy=f"Set {name} > 0.")
+        for name in ("weight_decay", "kl_factor", "stop_loss"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise SettingsError(
+                    f"{name} must be a number of at least 0, not {getattr(self, name)}", remedy=f"Set {name} >= 0."
+                )
 
     def values(self, *, until_sure: bool) -> ValueSettings:
         """The part that the value optimisation needs."""
@@ -55,7 +64,9 @@ class EditSettings:
         )
 
     def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "layers": list(self.layers)}
+        chat = {} if self.chat is None else {"chat": self.chat.to_json()}
+        plain = {name: value for name, value in asdict(self).items() if name != "chat"}
+        return {**plain, "layers": list(self.layers), **chat}
 
 
 def default_layers(architecture: Architecture) -> tuple[int, ...]:

@@ -129,12 +129,13 @@ class Checkpoint:
         return self.tensors[name]
 
 
-def open_checkpoint(name: str | Path, revision: str | None = None) -> Checkpoint:
+def open_checkpoint(name: str | Path, revision: str | None = None, *, local: bool = False) -> Checkpoint:
     """Open a local model folder, or download one of the Hugging Face Hub (or take it from its cache).
 
     Args:
         name: a folder, or a Hub id such as ``openai-community/gpt2``; a folder that exists wins.
         revision: branch, tag or commit on the Hub.
+        local: take only what is on this machine.
 
     Raises:
         BaseError: not found, unreachable, no configuration, no safetensors, or malformed files.
@@ -152,7 +153,7 @@ def open_checkpoint(name: str | Path, revision: str | None = None) -> Checkpoint
         raise BaseError(
             f"there is no model folder {text}", remedy="Give a folder with config.json and safetensors, or a Hub id."
         )
-    downloaded = _download(text, revision)
+    downloaded = _download(text, revision, local)
     return _open_folder(downloaded, text, downloaded.name)
 
 
@@ -230,16 +231,16 @@ def _read_json(path: Path, *, missing: str) -> dict[str, Any]:
 # --- the Hub --------------------------------------------------------------------------------------------------------
 
 
-def _download(name: str, revision: str | None) -> Path:
+def _download(name: str, revision: str | None, local: bool) -> Path:
     """The snapshot folder of a Hub model: small files first, then exactly the weight files that they name."""
-    small = _snapshot(name, revision, _SMALL_FILES)
+    small = _snapshot(name, revision, _SMALL_FILES, local)
     commit = small.name
     if (small / INDEX).is_file():
-        return _snapshot(name, commit, [*_SMALL_FILES, *sorted(set(_weight_map(small).values()))])
-    return _snapshot(name, commit, [*_SMALL_FILES, SINGLE_FILE])
+        return _snapshot(name, commit, [*_SMALL_FILES, *sorted(set(_weight_map(small).values()))], local)
+    return _snapshot(name, commit, [*_SMALL_FILES, SINGLE_FILE], local)
 
 
-def _snapshot(name: str, revision: str | None, patterns: list[str]) -> Path:
+def _snapshot(name: str, revision: str | None, patterns: list[str], local: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 
@@ -253,7 +254,7 @@ def _snapshot(name: str, revision: str | None, patterns: list[str]) -> Path:
     ]
     download: Callable[..., str] = snapshot_download
     try:
-        return Path(download(name, revision=revision, allow_patterns=patterns))
+        return Path(download(name, revision=revision, allow_patterns=patterns, local_files_only=local))
     except Exception as error:
         reason, remedy = next((reason, remedy) for kind, reason, remedy in reasons if isinstance(error, kind))
         raise BaseError(

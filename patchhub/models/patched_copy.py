@@ -6,13 +6,14 @@ import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Final
 
 import torch
 from torch import Tensor
 
 from patchhub.errors import SettingsError
-from patchhub.fsio import DISK, os_errors, temporary_path
+from patchhub.fsio import DISK, os_errors, temporary_path, write_atomically
 from patchhub.models.checkpoint import INDEX, Checkpoint
 
 Replacement = Callable[[Tensor], Tensor]
@@ -32,6 +33,7 @@ def write_patched(
     *,
     overwrite: bool = False,
     link: bool = True,
+    extra: Mapping[str, bytes] = MappingProxyType({}),
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
     """Write a copy of a checkpoint in which the named tensors are replaced, as a folder that transformers loads.
@@ -51,6 +53,7 @@ def write_patched(
         replace: by parameter name.
         overwrite: replace an existing folder ``out``.
         link: see above.
+        extra: files to write beside the checkpoint's, by path relative to ``out``.
         progress: called with bytes done and bytes in all.
 
     Raises:
@@ -68,6 +71,9 @@ def write_patched(
         try:
             _copy_companions(checkpoint.folder, temporary)
             _copy_weights(checkpoint, temporary, by_tensor, link=link, progress=progress)
+            for name, data in extra.items():
+                (temporary / name).parent.mkdir(parents=True, exist_ok=True)
+                write_atomically(temporary / name, (data,))
             DISK.sync_directory(temporary)
             _put_in_place(temporary, out)
         except BaseException:

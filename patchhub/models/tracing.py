@@ -3,12 +3,13 @@
 Editing needs the layers above the edited one many times and the layers below it once; it needs the head at a few positions
 only. No model family offers that, so the pieces are taken from the model itself: the arguments that it passes to its blocks are
 recorded once (with the blocks replaced by the identity, which costs an embedding and a mask), and the real blocks are then
-called with them. Positions, masks and caches are therefore always the model's own.
+called with them. Positions, masks and caches are therefore always the model's own. Blocks may live on several devices: what the
+pieces give comes back to the device where token ids go.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -56,7 +57,7 @@ class Prefix(Cache):
 
     def select(self, rows: Int[Tensor, " rows"]) -> Prefix:
         """The same prefix for some rows of the batch."""
-        return Prefix([(keys[rows], values[rows]) for keys, values in self._pairs])
+        return Prefix([(keys[rows.to(keys.device)], values[rows.to(values.device)]) for keys, values in self._pairs])
 
     def rearrange(self, place: Int[Tensor, "batch time"]) -> Prefix:
         """Position ``t`` of each row taken from position ``place[row, t]`` of the same row."""
@@ -82,7 +83,7 @@ class Pass:
         for index in range(start, stop):
             args, kwargs = self.calls[index]
             hidden = _first(self.stack.blocks[index](hidden.to(self.stack.device_of(index)), *args, **kwargs))
-        return hidden
+        return hidden.to(self.stack.device)
 
     def finish(
         self, hidden: Float[Tensor, "batch time d"], start: int, row: Int[Tensor, " m"], column: Int[Tensor, " m"]
@@ -93,7 +94,7 @@ class Pass:
         if start <= last:
             with self.stack.feed_forward_at(last, row, column):
                 hidden = self.run(hidden, last, last + 1)
-        return hidden[row.to(hidden.device), column.to(hidden.device)]
+        return hidden[row, column]
 
 
 class Stack:
@@ -158,7 +159,7 @@ class Stack:
                 past_key_values=prefix,
                 use_cache=prefix is not None,
             )
-        return Pass(self, first[0], tuple(calls))
+        return Pass(self, first[0].to(self.device), tuple(calls))
 
     @contextmanager
     def fast(self) -> Iterator[None]:
@@ -213,17 +214,20 @@ class Stack:
         head = self.model.get_output_embeddings()
         normed = self._norm(hidden)
         logits: Tensor = head(normed.to(head.weight.device))
-        return logits
+        return logits.to(self.device)
 
     @contextmanager
     def watch_keys(self, layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
         """While open, the latest input of the FFN output projection of each layer: (batch, time, in)."""
         seen: dict[int, Tensor] = {}
 
-        def keep(layer: int) -> Any:
-            return lambda module, args: seen.__setitem__(layer, args[0])
+        def keep(layer: int, rows: dict[int, torch.Size]) -> RemovableHandle:
+            def note(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+                seen[layer] = _in_rows(args[0], rows[layer])
 
-        with _removed(self.ffn_out[layer].register_forward_pre_hook(keep(layer)) for layer in layers):
+            return self.ffn_out[layer].register_forward_pre_hook(note)
+
+        with self._watch(layers, keep):
             yield seen
 
     @contextmanager
@@ -231,11 +235,30 @@ class Stack:
         """While open, the latest output of the FFN output projection of each layer: (batch, time, d)."""
         seen: dict[int, Tensor] = {}
 
-        def keep(layer: int) -> Any:
-            return lambda module, args, output: seen.__setitem__(layer, output)
+        def keep(layer: int, rows: dict[int, torch.Size]) -> RemovableHandle:
+            def note(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+                seen[layer] = _in_rows(output, rows[layer])
 
-        with _removed(self.ffn_out[layer].register_forward_hook(keep(layer)) for layer in layers):
+            return self.ffn_out[layer].register_forward_hook(note)
+
+        with self._watch(layers, keep):
             yield seen
+
+    @contextmanager
+    def _watch(
+        self, layers: Sequence[int], keep: Callable[[int, dict[int, torch.Size]], RemovableHandle]
+    ) -> Iterator[None]:
+        """Hooks of some layers, given (batch, time) of each block's latest input."""
+        rows: dict[int, torch.Size] = {}
+
+        def enter(layer: int) -> RemovableHandle:
+            def note(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                rows[layer] = (args[0] if args else kwargs["hidden_states"]).shape[:2]
+
+            return self.blocks[layer].register_forward_pre_hook(note, with_kwargs=True)
+
+        with _removed(handle for layer in layers for handle in (enter(layer), keep(layer, rows))):
+            yield
 
     @torch.no_grad()
     def _probe(self) -> tuple[nn.Module, bool]:
@@ -315,6 +338,11 @@ def _replaced_forwards(modules: Sequence[nn.Module], forward: Any) -> Iterator[N
                 del module.__dict__["forward"]
             else:
                 module.forward = own
+
+
+def _in_rows(states: Tensor, rows: torch.Size) -> Float[Tensor, "batch time d"]:
+    """States that a feed-forward part has flattened (OPT does) in rows again; others as they are."""
+    return states.view(*rows, -1) if states.dim() == 2 else states
 
 
 def _taken(

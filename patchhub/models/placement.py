@@ -1,0 +1,201 @@
+"""Where and in which type a base is put into memory: one device or several, its own type, float32, or quantised."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from patchhub.errors import BaseError, SettingsError
+from patchhub.models.checkpoint import Checkpoint
+
+DTYPES: Final = ("auto", "float32", "bfloat16", "float16")
+QUANTIZATIONS: Final = ("none", "8bit", "4bit")
+
+_CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+
+
+@dataclass(frozen=True)
+class Placement:
+    """How a base is loaded.
+
+    Args:
+        device: "auto" (one GPU if there is one, else the CPU), "spread" (the blocks over all GPUs), or a torch device such
+            as "cpu" or "cuda:1".
+        dtype: "float32", "bfloat16", "float16", or "auto": see `chosen_dtype`.
+        quantization: "8bit" or "4bit" (bitsandbytes, NF4): the linear layers' weights take a quarter or an eighth of float32.
+
+    Raises:
+        SettingsError: a value is none of these.
+    """
+
+    device: str = "auto"
+    dtype: str = "auto"
+    quantization: str = "none"
+
+    def __post_init__(self) -> None:
+        for name, known in (("dtype", DTYPES), ("quantization", QUANTIZATIONS)):
+            value = getattr(self, name)
+            if value not in known:
+                raise SettingsError(f"{name} cannot be {value!r}", remedy=f"Choose one of {', '.join(known)}.")
+        if self.device not in ("auto", "spread"):
+            _existing_device(self.device)
+
+    @property
+    def devices(self) -> tuple[torch.device, ...]:
+        """The devices that the base is put on.
+
+        Raises:
+            SettingsError: "spread" without a GPU.
+        """
+        gpus = tuple(torch.device("cuda", index) for index in range(torch.cuda.device_count()))
+        if self.device == "spread":
+            if not gpus:
+                raise SettingsError("there is no GPU to spread the base over", remedy="Leave the device out.")
+            return gpus
+        if self.device == "auto":
+            return gpus[:1] or (torch.device("cpu"),)
+        return (torch.device(self.device),)
+
+
+DEFAULT: Final = Placement()
+
+
+def chosen_dtype(checkpoint: Checkpoint, placement: Placement) -> torch.dtype:
+    """The type of the base's weights in memory, of what a quantised base computes in, and of its activations.
+
+    "auto" is float32 where the weights take at most half of the memory of the placement's devices in it, else the type of the most
+    of the checkpoint's numbers; for a quantised base always the latter.
+    """
+    if placement.dtype != "auto":
+        named: torch.dtype = getattr(torch, placement.dtype)
+        return named
+    counts: Counter[str] = Counter()
+    for name, entry in checkpoint.tensors.items():
+        dtype = checkpoint.dtype(name)
+        if dtype.is_floating_point:
+            counts[name_of(dtype)] += entry.size // dtype.itemsize
+    own: torch.dtype = getattr(torch, counts.most_common(1)[0][0]) if counts else torch.float32
+    fits = 4 * counts.total() * 2 <= sum(map(memory_of, placement.devices))
+    return torch.float32 if fits and placement.quantization == "none" else own
+
+
+def load_base(checkpoint: Checkpoint, placement: Placement) -> Any:
+    """The unpatched model of a checkpoint, placed.
+
+    Raises:
+        SettingsError: a library is missing that the placement needs.
+        BaseError: it does not fit.
+    """
+    dtype = chosen_dtype(checkpoint, placement)
+    arguments: dict[str, Any] = {"dtype": dtype, "local_files_only": True}
+    if placement.quantization != "none":
+        arguments["quantization_config"] = _quantization(placement.quantization, dtype)
+    if placement.device == "spread":
+        _require("accelerate", "to spread a base over devices")
+        arguments["device_map"] = "balanced"
+    elif placement.devices[0].type != "cpu" and find_spec("accelerate") is not None:
+        arguments["device_map"] = {"": placement.devices[0]}
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(checkpoint.folder, **arguments)
+        if "device_map" not in arguments and placement.quantization == "none":
+            model = model.to(placement.devices[0])
+    except torch.OutOfMemoryError as error:
+        raise BaseError(
+            f"{checkpoint.name} does not fit into the memory of {', '.join(map(str, placement.devices))} in {name_of(dtype)}",
+            remedy="Choose --dtype bfloat16, --quantization 8bit or 4bit, --device spread, or --device cpu.",
+            model=checkpoint.name,
+        ) from error
+    _refuse_offloaded(model, checkpoint)
+    if placement.quantization == "4bit":
+        _keep_gradients(model)
+    return model
+
+
+def is_quantised(model: Any) -> bool:
+    """Whether transformers loaded the model with quantised weights."""
+    return getattr(model, "hf_quantizer", None) is not None
+
+
+def runs_beside(model: Any) -> bool:
+    """Whether deltas run beside this model's weights for an edit: everywhere but in float32, which alone holds small changes."""
+    return is_quantised(model) or model.dtype != torch.float32
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """``float32`` for ``torch.float32``."""
+    return str(dtype).removeprefix("torch.")
+
+
+def memory_of(device: torch.device) -> int:
+    """Bytes of memory of a device: all of a GPU's; the machine's for the CPU, or what the control group may use of it."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return min(_host_limits())
+
+
+def _host_limits() -> Iterator[int]:
+    yield os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for path in _CGROUP_LIMITS:
+        try:
+            text = Path(path).read_text()
+        except OSError:
+            continue
+        if text.strip().isdigit():
+            yield int(text)
+
+
+def _existing_device(name: str) -> None:
+    try:
+        torch.empty(0, device=torch.device(name))
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise SettingsError(
+            f"there is no device {name!r} ({str(error).partition(chr(10))[0]})",
+            remedy='Choose "auto", "spread", "cpu" or "cuda:0".',
+            device=name,
+        ) from None
+
+
+def _quantization(bits: str, dtype: torch.dtype) -> Any:
+    for library in ("bitsandbytes", "accelerate"):
+        _require(library, "to quantise a base")
+    config: Any = BitsAndBytesConfig
+    if bits == "8bit":
+        return config(load_in_8bit=True)
+    return config(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+
+
+def _keep_gradients(model: Any) -> None:
+    """Keep 4-bit weights in the layout whose product has a gradient.
+
+    On processors with AVX-512 and bfloat16, bitsandbytes changes the layout at the first evaluation on the CPU, and its product with
+    weights in the new one gives wrong gradients, silently (0.50.2: a custom operator without an autograd kernel).
+    """
+    from bitsandbytes import nn
+
+    layers: Any = nn
+    for module in model.modules():
+        if isinstance(module, layers.Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
+def _require(library: str, purpose: str) -> None:
+    if find_spec(library) is None:
+        raise SettingsError(f"{library} is needed {purpose}", remedy=f"pip install {library}", library=library)
+
+
+def _refuse_offloaded(model: Any, checkpoint: Checkpoint) -> None:
+    offloaded = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if offloaded:
+        raise BaseError(
+            f"{checkpoint.name} does not fit on the devices: {len(offloaded)} tensors were left out of memory",
+            remedy="Choose --dtype bfloat16, --quantization 8bit or 4bit, or --device cpu.",
+            model=checkpoint.name,
+        )

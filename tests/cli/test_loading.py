@@ -1,0 +1,114 @@
+"""`commit` and `ask` on bases in half precision, quantised, and inside a chat template: through the command line, for real."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoTokenizer, BitsAndBytesConfig
+
+import patchhub
+from patchhub.evaluation.metrics import score_targets
+from patchhub.store.repository import Repository
+from tests.cli.conftest import FACTS, MODEL, Run, invoke
+
+AUTHOR = "Ada <ada@example.org>"
+TEMPLATE = "{% for m in messages %}{{ ('<|endoftext|>The question is here. ' if m.role == 'user' else ' ') + m.content }}{% endfor %}"
+FEW = FACTS[:3]
+
+
+def written(folder: Path, *options: str, model: Path = MODEL, facts: list[dict[str, Any]] = FEW) -> dict[str, Any]:
+    """A new store with one commit of some facts; what `commit --json` says."""
+    invoke(folder, "init", str(model), "--author", AUTHOR)
+    invoke(folder, "config", "metric.tokens", "2000")
+    file = folder / "facts.json"
+    file.write_text(json.dumps(facts), encoding="utf-8")
+    result = invoke(folder, "commit", str(file), "-m", "few", "--author", AUTHOR, "--json", "--force", *options)
+    done: dict[str, Any] = json.loads(result.stdout)
+    return done
+
+
+def held(model: Any, facts: list[dict[str, Any]] = FEW) -> int:
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    asked = [(fact["prompt"].format(fact["subject"]), fact["target_new"]) for fact in facts]
+    return sum(score.argmax_right for score in score_targets(model, tokenizer, asked))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_facts_written_in_half_precision_hold_in_float32_too(dtype: str, tmp_path: Path) -> None:
+    assert written(tmp_path, "--dtype", dtype)["held"] == len(FEW)
+    assert held(patchhub.load(tmp_path, dtype=torch.float32)) == len(FEW)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", ["8bit", "4bit"])
+def test_facts_written_on_a_quantised_base_hold_on_it(bits: str, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    assert written(tmp_path, "--quantization", bits)["held"] == len(FEW)
+    config = BitsAndBytesConfig(load_in_8bit=bits == "8bit", load_in_4bit=bits == "4bit")
+    model = patchhub.load(tmp_path, quantization_config=config)
+    assert model.is_quantized
+    assert held(model) == len(FEW)
+    patchhub.detach(model)
+    assert held(model) == 0
+    patchhub.attach(model, tmp_path)
+    assert held(model) == len(FEW)
+
+
+@pytest.fixture(scope="module")
+def chatty(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The shipped model, with a chat template."""
+    folder = tmp_path_factory.mktemp("chatty") / "model"
+    shutil.copytree(MODEL, folder)
+    (folder / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
+    return folder
+
+
+def test_facts_in_a_chat_are_recorded_and_asked_in_it(chatty: Path, tmp_path: Path) -> None:
+    done = written(tmp_path, "--chat", model=chatty)
+    assert done["held"] == len(FEW)
+    with Repository.open(tmp_path) as repository:
+        settings = repository.patch(done["patches"][0]).settings
+    assert settings["chat"] == {"before": "<|endoftext|>The question is here. ", "after": " "}
+    fact = FEW[0]
+    prompt = fact["prompt"].format(fact["subject"])
+    answers = json.loads(invoke(tmp_path, "ask", prompt, "--chat", "--rev", "HEAD", "--json").stdout)
+    assert answers[0]["continuation"].strip().startswith(fact["target_new"])
+
+
+def test_a_chat_without_a_template_and_unknown_places_are_refused(run: Run) -> None:
+    fact = ("--prompt", "The capital of {} is", "--subject", "Peru", "--target", "Oslo", "-m", "x")
+    assert "no chat template" in run("commit", *fact, "--chat", code=2).stderr
+    assert "no chat template" in run("ask", "The capital of Peru is", "--chat", code=2).stderr
+    assert "no device" in run("commit", *fact, "--device", "gpu0", code=2).stderr
+    assert "no device" in run("ask", "The capital of Peru is", "--device", "gpu0", code=2).stderr
+    assert "one of" in run("config", "dtype", "int8", code=2).stderr
+    assert "true or false" in run("config", "chat", "perhaps", code=2).stderr
+
+
+def test_wise_is_refused_where_it_cannot_run(run: Run) -> None:
+    fact = ("--prompt", "The capital of {} is", "--subject", "Peru", "--target", "Oslo", "-m", "x", "--method", "wise")
+    assert "float32" in run("commit", *fact, "--dtype", "bfloat16", code=2).stderr
+    assert "chat template" in run("commit", *fact, "--chat", code=2).stderr
+
+
+def test_refresh_records_in_the_chat_that_the_facts_were_written_in(chatty: Path, tmp_path: Path) -> None:
+    """Also after the template has changed: what stood around the prompts is kept with the patch."""
+    model = tmp_path / "model"
+    shutil.copytree(chatty, model)
+    written(tmp_path, "--chat", model=model, facts=FACTS[:1])
+    later = tmp_path / "later.json"
+    later.write_text(json.dumps(FACTS[1:2]), encoding="utf-8")
+    invoke(tmp_path, "commit", str(later), "-m", "one more", "--author", AUTHOR, "--chat", "--force")
+    invoke(tmp_path, "revert", "HEAD~1", "--author", AUTHOR)
+    (model / "chat_template.jinja").write_text("{% for m in messages %}# {{ m.content }}{% endfor %}", encoding="utf-8")
+    invoke(tmp_path, "refresh", "--author", AUTHOR)
+    with Repository.open(tmp_path) as repository:
+        [(patch, _)] = repository.active(repository.head[1])
+        settings = repository.patch(patch).settings
+    assert settings["refreshes"]
+    assert settings["chat"] == {"before": "<|endoftext|>The question is here. ", "after": " "}
