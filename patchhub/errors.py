@@ -50,6 +50,10 @@ class ContradictionError(RequestError):
     exit_code = 4
 
 
+class InterferenceError(RequestError):
+    """Facts of different targets compete for nearly the same key, and that was to be refused."""
+
+
 class RevisionError(PatchhubError):
     """A revision name resolves to nothing, or to more than one object."""
 

@@ -29,12 +29,19 @@ if TYPE_CHECKING:
 @click.argument("name", required=False)
 @click.argument("rev", required=False)
 @click.option("-d", "--delete", is_flag=True, help="Remove the branch; its commits stay in the operation log.")
+@click.option("-r", "--remotes", is_flag=True, help="List the remotes' branches.")
 @author_option
 @repo_option
 @json_option
 @reports_errors
 def branch(
-    name: str | None, rev: str | None, delete: bool, author: str | None, repo: Path | None, as_json: bool
+    name: str | None,
+    rev: str | None,
+    delete: bool,
+    remotes: bool,
+    author: str | None,
+    repo: Path | None,
+    as_json: bool,
 ) -> None:
     """List the branches, or make the branch NAME at REV (default: HEAD) without switching to it."""
     from patchhub.porcelain import refs
@@ -43,7 +50,7 @@ def branch(
     if delete:
         _report(refs.delete_branch(repository, _only_name(name, rev), _signature(repository, author)), as_json)
     elif name is None:
-        _list(refs.branches(repository), as_json)
+        _list(refs.remote_branches(repository) if remotes else refs.branches(repository), as_json)
     else:
         _report(refs.create_branch(repository, name, rev or "HEAD", _signature(repository, author)), as_json)
 
@@ -81,7 +88,7 @@ def tag(name: str | None, rev: str | None, delete: bool, author: str | None, rep
 def switch(
     name: str, rev: str | None, create: bool, detach: bool, author: str | None, repo: Path | None, as_json: bool
 ) -> None:
-    """Go to the branch NAME."""
+    """Go to the branch NAME; one that only a remote has is made here first."""
     from patchhub.porcelain import refs
 
     if (create and detach) or (rev is not None and not create):

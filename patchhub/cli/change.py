@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from patchhub.cli.guarding import check_option, force_option
+from patchhub.cli.placing import chat_option, memory_option, placement_options
 from patchhub.cli.terminal import (
     author_of,
     author_option,
@@ -21,6 +23,8 @@ from patchhub.cli.terminal import (
     repo_option,
     reports_errors,
     say,
+    say_stale_shards,
+    say_trained,
     stamp,
     talk,
 )
@@ -30,13 +34,26 @@ from patchhub.objects import EMPTY_SET
 if TYPE_CHECKING:
     from patchhub.objects import Operation
     from patchhub.porcelain.change import Changed
+    from patchhub.porcelain.edit import Committed
     from patchhub.store.repository import Repository
+
+
+set_option = click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="A setting of the editor for this commit alone: layers=3-5, ridge=200, preset=published. Repeatable.",
+)
+strict_option = click.option(
+    "--strict", is_flag=True, help="Refuse facts that compete with others for a key, before anything is optimised."
+)
 
 
 @click.command()
 @click.argument("file", required=False)
 @click.option("-m", "--message", required=True, help="Why.")
-@click.option("--method", help="The editor: memit (default) or pmet.")
+@click.option("--method", help="The editor: memit (default), pmet or wise.")
 @click.option("--prompt", help='One fact from the command line: "The mother tongue of {} is".')
 @click.option("--subject", help="Its subject.")
 @click.option("--target", help="What the model shall say.")
@@ -49,6 +66,12 @@ if TYPE_CHECKING:
     show_default=True,
     help="When an active fact says otherwise about the same prompt and subject.",
 )
+@set_option
+@strict_option
+@force_option
+@placement_options
+@chat_option
+@memory_option("What may be held in memory, the model included (memit, pmet)")
 @author_option
 @repo_option
 @json_option
@@ -63,6 +86,14 @@ def commit(
     format_: Any,
     text: tuple[Path, ...],
     on_conflict: Any,
+    overrides: tuple[str, ...],
+    strict: bool,
+    force: bool,
+    device: str | None,
+    dtype: str | None,
+    quantization: str | None,
+    chat: bool | None,
+    memory: int | None,
     author: str | None,
     repo: Path | None,
     as_json: bool,
@@ -74,11 +105,17 @@ def commit(
 
     CounterFact, EasyEdit and zsRE records are read too. The first commit also computes the metric: from text that is
     sampled from the base, or from --text.
+
+    With --method wise the facts go into a side memory beside the model, and queries are routed to it.
     """
     from patchhub.editing.requests import Batch, Origin, one_request, read_requests
     from patchhub.porcelain.edit import commit as run
+    from patchhub.porcelain.edit_settings import read_overrides
+    from patchhub.porcelain.placements import placement_of
 
     repository = open_repository(repo)
+    method = method or repository.config.settings.get("method", "memit")
+    settings = read_overrides(overrides, method)
     if file is not None:
         if prompt or subject or target:
             raise RequestError("a FILE and --prompt are both given", remedy="Give one of them.")
@@ -95,22 +132,36 @@ def commit(
             batch,
             stamp(repository, author, message),
             progress,
-            method=method or repository.config.settings.get("method", "memit"),
+            method=method,
+            settings=settings,
             text=text,
             on_conflict=on_conflict,
+            strict=strict,
+            force=force,
+            placement=placement_of(repository, device=device, dtype=dtype, quantization=quantization),
+            chat=chat,
+            memory=memory,
         )
+    if done.already_active:
+        talk(f"{count(done.already_active, 'fact')} active already, left alone")
+    report_committed(repository, done, as_json)
+
+
+def report_committed(repository: Repository, done: Committed, as_json: bool) -> None:
+    """What `commit` and `update` print."""
     if as_json:
         print_json(done.to_json())
         return
-    if done.already_active:
-        talk(f"{count(done.already_active, 'fact')} active already, left alone")
     branch, _ = repository.head
-    say(f"[{branch or 'detached'} {done.commit[:12]}] {message}")
+    say(f"[{branch or 'detached'} {done.commit[:12]}] {repository.commit(done.commit).message}")
     list_facts("+", done.written, "green")
     list_facts("-", done.replaced, "red")
     say(
         f"{count(len(done.written), 'fact')} written in {done.seconds:.1f} s; {done.held} of them are now the model's answer"
     )
+    for shard, patch in ((identity, repository.patch(identity)) for identity in done.patches):
+        if patch.kind == "shard":
+            say(f"shard {patch.settings['number']} ({shard[:12]}) holds {count(len(patch.requests), 'fact')}", dim=True)
 
 
 @click.command()
@@ -118,6 +169,8 @@ def commit(
 @click.option("--subject", "subjects", multiple=True, help="Only facts about this subject. Repeatable.")
 @click.option("--request", "requests", multiple=True, help="Only the fact with this request id or prefix. Repeatable.")
 @click.option("-m", "--message", default="", help="Why. Default: says what was reverted.")
+@check_option
+@force_option
 @author_option
 @repo_option
 @json_option
@@ -127,6 +180,8 @@ def revert(
     subjects: tuple[str, ...],
     requests: tuple[str, ...],
     message: str,
+    check: bool,
+    force: bool,
     author: str | None,
     repo: Path | None,
     as_json: bool,
@@ -136,12 +191,16 @@ def revert(
     With --subject or --request, only those facts of it; without REV, those facts whichever commit wrote them.
 
     The weights are those of the facts that stay, solved anew from their recorded columns: no model runs. Where the
-    remaining set of facts was seen before, they are that commit's weights bit for bit.
+    remaining set of facts was seen before, they are that commit's weights bit for bit. Only a WISE shard that loses some of
+    its facts is trained again, on the others.
     """
     from patchhub.porcelain.change import revert as run
+    from patchhub.porcelain.guard import Guarding
 
     repository = open_repository(repo)
-    done = run(repository, rev, stamp(repository, author, message), subjects=subjects, requests=requests)
+    by, guarding = stamp(repository, author, message), Guarding(force, check)
+    with bars() as progress:
+        done = run(repository, rev, by, subjects=subjects, requests=requests, progress=progress, guarding=guarding)
     _report_change(repository, done, as_json)
 
 
@@ -155,16 +214,30 @@ def revert(
     help="When an active fact says otherwise about the same prompt and subject.",
 )
 @click.option("-m", "--message", default="", help="Why. Default: the message of REV.")
+@check_option
+@force_option
 @author_option
 @repo_option
 @json_option
 @reports_errors
-def cherry_pick(rev: str, on_conflict: Any, message: str, author: str | None, repo: Path | None, as_json: bool) -> None:
+def cherry_pick(
+    rev: str,
+    on_conflict: Any,
+    message: str,
+    check: bool,
+    force: bool,
+    author: str | None,
+    repo: Path | None,
+    as_json: bool,
+) -> None:
     """Do what the commit REV changed once more on the current branch, from its recorded columns: no model runs."""
     from patchhub.porcelain.change import cherry_pick as run
+    from patchhub.porcelain.guard import Guarding
 
     repository = open_repository(repo)
-    done = run(repository, rev, stamp(repository, author, message), on_conflict=on_conflict)
+    by, guarding = stamp(repository, author, message), Guarding(force, check)
+    with bars() as progress:
+        done = run(repository, rev, by, on_conflict=on_conflict, progress=progress, guarding=guarding)
     _report_change(repository, done, as_json)
 
 
@@ -222,10 +295,14 @@ def _report_change(repository: Repository, done: Changed, as_json: bool) -> None
         say("the weights are the base's, bit for bit")
     elif done.same_as:
         say(f"the weights are those of {done.same_as[:12]}, bit for bit")
+    elif commit.tensors is None:
+        say("the main weights are as they were")
     else:
         say(f"solved anew; proof {done.proof:.1e} (relative residual of the joint solution)")
+    say_trained(repository, done.trained)
     if done.stale:
         say(f"note: {count(done.stale, 'active fact')} recorded on a state that is no longer below", dim=True)
+    say_stale_shards(len(done.stale_shards))
 
 
 COMMANDS = (commit, revert, cherry_pick, undo, redo)

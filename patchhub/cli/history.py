@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from itertools import repeat
 from math import acos, degrees
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
+from patchhub.cli.guarding import guard_lines, guard_summary
+from patchhub.cli.score_text import measured_on, say_compared, say_scores, score_line, summary
 from patchhub.cli.terminal import (
     bars,
     json_option,
@@ -21,9 +24,10 @@ from patchhub.cli.terminal import (
     say,
 )
 from patchhub.errors import CorruptStoreError
+from patchhub.evaluation.definitions import DEFINITIONS
 
 if TYPE_CHECKING:
-    from patchhub.objects import Request
+    from patchhub.objects import Patch, Request
     from patchhub.porcelain.difference import ChangedAnswer, WeightStep
     from patchhub.porcelain.history import Entry, Size
 
@@ -96,17 +100,20 @@ def show(rev: str, everything: bool, repo: Path | None, as_json: bool) -> None:
     if as_json:
         print_json(shown.to_json())
         return
-    _header(shown.entry)
+    _header(replace(shown.entry, scores=()))
     say()
     _requests("+", shown.added, "green", everything)
     _requests("-", shown.removed, "red", everything)
     for identity, patch in shown.patches.items():
-        layers = patch.settings.get("layers", [])
-        say(f"patch {identity[:12]}: {patch.method}, {len(patch.requests)} facts, layers {layers}", dim=True)
+        gone = " (gave way)" if (identity, None) in shown.entry.commit.removed else ""
+        say(f"patch {identity[:12]}: {_patch_words(patch)}{gone}", dim=True)
     _norms(shown.entry.commit.check.get("norms", {}), {"change": "change", "state": "in all"})
+    _noted(shown.entry)
     proofs = shown.entry.commit.check.get("proof", {}).values()
     if proofs:
         say(f"proof {max(proofs):.1e}: relative residual of the joint solution, zero when exact", dim=True)
+    for line in guard_lines(shown.entry.commit.check):
+        say(line, dim=True)
 
 
 @click.command()
@@ -127,6 +134,13 @@ def status(repo: Path | None, as_json: bool) -> None:
     else:
         say(f"{click.style(found.head.id[:12], fg='yellow')} {_first_line(found.head)}")
         say(f"{found.head.active} active facts; the state is {found.delta_bytes / 1e6:.2f} MB of deltas")
+    for shard in found.shards:
+        say(
+            f"shard {shard.number} ({shard.patch[:12]}): {shard.facts} facts beside {shard.weight}, "
+            f"{shard.tensor_bytes / 1e6:.2f} MB, routed to above {shard.threshold:.3g}"
+        )
+        if shard.stale:
+            say("  its threshold is stale: weights below it changed; `patchhub refresh` measures it again", fg="yellow")
     if found.stopped_merge:
         say(
             f"The merge of {found.stopped_merge.revision} is stopped: `patchhub merge --continue` or --abort",
@@ -191,6 +205,8 @@ def diff(
         _norms(found.norms, {"old": old, "new": new, "change": "step"})
     else:
         _weight_table(steps, old, new)
+    if found.scores:
+        say_compared(found.scores, old, new, DEFINITIONS)
     if answers is not None:
         _answers(answers, old, new)
 
@@ -233,9 +249,12 @@ def _header(entry: Entry) -> None:
 def _entry_lines(entry: Entry, *, oneline: bool) -> list[str]:
     """A commit as `log` prints it; the long form ends with an empty line."""
     size = "" if entry.size is None else _size(entry.size)
+    guard = "" if entry.size is None else guard_summary(entry.commit.check)
     if oneline:
         short = click.style(entry.id[:12], fg="yellow")
-        return [f"{short}{_refs(entry)} {_first_line(entry)} {_facts(entry)}{size and f' {size}'}"]
+        found = "".join(f" {name} {score.value:.3f}" for name, score in summary(entry.scores))
+        told = "".join(f" {words}" for words in (size, guard and f"guard {guard}") if words)
+        return [f"{short}{_refs(entry)} {_first_line(entry)} {_facts(entry)}{told}{found}"]
     return [
         f"{click.style(f'commit {entry.id}', fg='yellow')}{_refs(entry)}",
         *([f"Merge:  {' '.join(parent[:12] for parent in entry.commit.parents)}"] if entry.commit.parents[1:] else []),
@@ -243,16 +262,38 @@ def _entry_lines(entry: Entry, *, oneline: bool) -> list[str]:
         f"Date:   {entry.commit.time}",
         f"Facts:  {_facts(entry)}",
         *([f"Size:   {size}"] if size else []),
+        *([f"Guard:  {guard}"] if guard else []),
+        *(f"Scores: {score_line(noted)}" for noted in entry.scores),
         "",
         *(f"    {line}".rstrip() for line in entry.commit.message.splitlines() or [""]),
         "",
     ]
 
 
+def _patch_words(patch: Patch) -> str:
+    if patch.kind != "shard":
+        return f"{patch.method}, {len(patch.requests)} facts, layers {patch.settings.get('layers', [])}"
+    threshold = patch.settings["routing"]["threshold"]
+    number, weight = patch.settings["number"], next(iter(patch.weights))
+    rank = patch.settings["report"].get("rank")
+    form = f", rank {rank} (error {patch.settings['report']['relative_error']:.1e})" if rank else ""
+    return (
+        f"{patch.method} shard {number}, {len(patch.requests)} facts beside {weight}{form}, threshold {threshold:.3g}"
+    )
+
+
+def _noted(entry: Entry) -> None:
+    """Every score that is noted about a commit, with its meaning."""
+    for noted in entry.scores:
+        say(f"scores {measured_on(noted.metrics, noted.facts, noted.file)} by {noted.made_by}", dim=True)
+        say_scores(noted.scores, DEFINITIONS)
+
+
 def _size(size: Size) -> str:
     keyframe = f" + {size.keyframe_bytes / 1000:,.1f} kB keyframe" if size.keyframe_bytes else ""
     largest = f", {size.weight} changes by {size.ratio:.2%}" if size.ratio is not None else ""
-    return f"{size.delta_bytes / 1000:,.1f} kB{keyframe}{largest}"
+    shards = f" + {size.shard_bytes / 1000:,.1f} kB of shards" if size.shard_bytes else ""
+    return f"{size.delta_bytes / 1000:,.1f} kB{keyframe}{shards}{largest}"
 
 
 def _refs(entry: Entry) -> str:
@@ -260,7 +301,7 @@ def _refs(entry: Entry) -> str:
 
 
 def _facts(entry: Entry) -> str:
-    return f"+{len(entry.commit.added)} -{len(entry.commit.removed)} ({entry.active} active)"
+    return f"+{entry.added} -{entry.removed} ({entry.active} active)"
 
 
 def _first_line(entry: Entry) -> str:

@@ -244,6 +244,11 @@ def _shares(found: Blame, limit: int) -> None:
         say(f"  {value:6.1%}  patch {patch[:12]} in all", dim=True)
     for weight, value in found.change.items():
         say(f"  {weight}: the edits are {value:.1%} of its output there", dim=True)
+    if found.shards:
+        say(
+            f"{found.shards} active facts are in shards, which answer beside the weights and have no share here",
+            dim=True,
+        )
 
 
 def _fact(fact: Fact) -> str:

@@ -9,7 +9,21 @@ from typing import Any
 import click
 
 from patchhub import __version__
-from patchhub.cli import branches, change, evaluating, exporting, history, inspect, merging, model, remote, upkeep
+from patchhub.cli import (
+    branches,
+    change,
+    evaluating,
+    exporting,
+    fitting,
+    history,
+    inspect,
+    merging,
+    model,
+    remote,
+    reporting,
+    updating,
+    upkeep,
+)
 from patchhub.cli.terminal import quiet_libraries
 
 
@@ -56,7 +70,23 @@ def main(repo: Path | None) -> None:
     quiet_libraries()
 
 
-for module in (model, change, history, evaluating, branches, merging, inspect, remote, exporting, upkeep):
+MODULES = (
+    model,
+    change,
+    updating,
+    fitting,
+    history,
+    evaluating,
+    branches,
+    merging,
+    inspect,
+    reporting,
+    remote,
+    exporting,
+    upkeep,
+)
+
+for module in MODULES:
     for command in module.COMMANDS:
         main.add_command(command)
 

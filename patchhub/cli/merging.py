@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from patchhub.cli.guarding import check_option, force_option
 from patchhub.cli.terminal import (
     author_option,
     bars,
@@ -18,6 +19,8 @@ from patchhub.cli.terminal import (
     repo_option,
     reports_errors,
     say,
+    say_stale_shards,
+    say_trained,
     stamp,
 )
 from patchhub.errors import ContradictionError, SettingsError
@@ -48,6 +51,8 @@ _SHOWN = 8
 @click.option("--dry-run", is_flag=True, help="Only say what would contradict or weaken what.")
 @click.option("--continue", "resume", is_flag=True, help="Take up a stopped merge, with --choices, --ours or --theirs.")
 @click.option("--abort", is_flag=True, help="Leave a stopped merge.")
+@check_option
+@force_option
 @author_option
 @repo_option
 @json_option
@@ -62,6 +67,8 @@ def merge(
     dry_run: bool,
     resume: bool,
     abort: bool,
+    check: bool,
+    force: bool,
     author: str | None,
     repo: Path | None,
     as_json: bool,
@@ -72,6 +79,7 @@ def merge(
     differently the merge stops and lists both answers. The weights are solved from recorded columns: no model runs.
     """
     from patchhub.porcelain import merge as porcelain
+    from patchhub.porcelain.guard import Guarding
 
     if sum([rev is not None, resume, abort]) != 1 or (dry_run and rev is None):
         raise SettingsError(
@@ -86,23 +94,32 @@ def merge(
     if dry_run:
         _predict(repository, str(rev), resolution, as_json)
         return
-    by = stamp(repository, author, message)
-    if rev is None:
-        done = porcelain.continue_merge(repository, by, resolution=resolution)
-    else:
-        done = porcelain.merge(repository, rev, by, resolution=resolution, fast_forward=not no_ff)
+    by, guarding = stamp(repository, author, message), Guarding(force, check)
+    with bars() as progress:
+        if rev is None:
+            done = porcelain.continue_merge(repository, by, resolution=resolution, progress=progress, guarding=guarding)
+        else:
+            done = porcelain.merge(
+                repository,
+                rev,
+                by,
+                resolution=resolution,
+                fast_forward=not no_ff,
+                progress=progress,
+                guarding=guarding,
+            )
     if isinstance(done, porcelain.Stopped):
         if as_json:
             print_json(done.to_json())
         else:
-            _report_stopped(done)
+            report_stopped(done)
         raise SystemExit(ContradictionError.exit_code)
     again = again and done.outcome == "merged"
     refreshed = _refresh(repository, stamp(repository, author, "")) if again else None
     if as_json:
         print_json({**done.to_json(), **({"refreshed": refreshed.to_json()} if refreshed else {})})
         return
-    _report_merged(repository, done)
+    report_merged(repository, done)
     if refreshed:
         _report_refreshed(refreshed)
 
@@ -115,6 +132,8 @@ def merge(
 @reports_errors
 def refresh(message: str, author: str | None, repo: Path | None, as_json: bool) -> None:
     """Record facts again whose recording is stale, and on a merge those that it brought, as a new commit.
+
+    Shards whose threshold was measured on other weights are measured on the present ones.
 
     Forward passes of the model alone: the values that were optimised when the facts were written are kept.
     """
@@ -134,9 +153,10 @@ def _refresh(repository: Repository, by: Stamp) -> Refreshed:
 
 
 def _report_refreshed(done: Refreshed) -> None:
-    say(
-        f"[{done.commit[:12]}] {count(len(done.facts), 'fact')} recorded again in {done.seconds:.1f} s; proof {done.proof:.1e}"
-    )
+    again = f"{count(len(done.facts), 'fact')} recorded again" if done.facts or not done.shards else ""
+    measured = f"the threshold of {count(len(done.shards), 'shard')} measured again" if done.shards else ""
+    what = ", ".join(part for part in (again, measured) if part)
+    say(f"[{done.commit[:12]}] {what} in {done.seconds:.1f} s; proof {done.proof:.1e}")
     if done.left:
         say(f"{count(done.left, 'fact')} left as they were: the texts are withheld", fg="yellow")
 
@@ -157,7 +177,7 @@ def _predict(repository: Repository, rev: str, resolution: Resolution, as_json: 
         _report_prediction(found)
 
 
-def _report_merged(repository: Repository, done: Merged) -> None:
+def report_merged(repository: Repository, done: Merged) -> None:
     branch, _ = repository.head
     at = f"[{branch or 'detached'} {done.commit[:12] if done.commit else 'base'}]"
     if done.outcome != "merged":
@@ -177,12 +197,14 @@ def _report_merged(repository: Repository, done: Merged) -> None:
         say(f"the weights are those of {done.same_as[:12]}, bit for bit")
     else:
         say(f"solved in {done.seconds:.1f} s; proof {done.proof:.1e} (relative residual of the joint solution)")
+    say_trained(repository, done.trained)
     _say_unchecked(done.unchecked)
     if done.stale:
         say(f"note: {count(done.stale, 'active fact')} recorded on a state that is no longer below", dim=True)
+    say_stale_shards(len(done.stale_shards))
 
 
-def _report_stopped(done: Stopped) -> None:
+def report_stopped(done: Stopped) -> None:
     say(f"{count(len(done.open), 'contradiction')} between ours and {done.merge.revision}; nothing was changed:")
     _report_contradictions(done.open)
     _say_unchecked(done.unchecked)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
+from patchhub.cli.placing import chat_option, placement_options
 from patchhub.cli.terminal import (
     author_of,
     bars,
+    count,
     json_option,
     now,
     open_repository,
@@ -104,43 +107,72 @@ def config(key: str | None, value: str | None, unset: bool, repo: Path | None, a
 @click.option("--base", help="Where the base model is, if it moved.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing folder.")
 @click.option("--no-link", is_flag=True, help="Copy untouched weight files instead of hard-linking them.")
+@click.option("--wise", type=click.Choice(["retrieve", "merge"]), help="How loading routes to shards. Default: config.")
 @repo_option
 @json_option
 @reports_errors
 def apply(
-    rev: str, out: Path, base: str | None, overwrite: bool, no_link: bool, repo: Path | None, as_json: bool
+    rev: str,
+    out: Path,
+    base: str | None,
+    overwrite: bool,
+    no_link: bool,
+    wise: Any,
+    repo: Path | None,
+    as_json: bool,
 ) -> None:
     """Write the model at REV as an ordinary checkpoint folder.
 
     Weights are streamed one tensor at a time; names, types and files are the base's. Weight files that the patch does
     not touch are hard links to the base's where the file system allows it: do not write into them (--no-link copies).
+
+    WISE shards are written beside the weights. `patchhub.load` of the folder routes queries to them; other loaders know
+    nothing of them and give the main weights alone.
     """
     from patchhub.porcelain.model import apply as run
 
+    link = not no_link
     with bars() as progress:
-        done = run(open_repository(repo), rev, out, progress, base=base, overwrite=overwrite, link=not no_link)
+        done = run(open_repository(repo), rev, out, progress, base=base, overwrite=overwrite, link=link, wise=wise)
     if as_json:
         print_json(done.to_json())
         return
     say(f"Wrote {done.out} ({_name(done.commit)}, {len(done.survival)} weights changed)")
     for weight, share in sorted(done.survival.items()):
         say(f"  {weight}  {share:.1%} of the change kept by the cast", dim=True)
+    if done.shards:
+        beside = f"{count(done.shards, 'shard')} beside the weights"
+        say(f"{beside}: load the folder with patchhub.load; other loaders give the main weights alone", fg="yellow")
 
 
 @click.command()
 @click.argument("prompt")
 @click.option("--rev", "revs", multiple=True, help="Revision to ask; repeat to compare. Default: HEAD and base.")
 @click.option("--base", help="Where the base model is, if it moved.")
+@placement_options
+@chat_option
 @repo_option
 @json_option
 @reports_errors
-def ask(prompt: str, revs: tuple[str, ...], base: str | None, repo: Path | None, as_json: bool) -> None:
+def ask(
+    prompt: str,
+    revs: tuple[str, ...],
+    base: str | None,
+    device: str | None,
+    dtype: str | None,
+    quantization: str | None,
+    chat: bool | None,
+    repo: Path | None,
+    as_json: bool,
+) -> None:
     """What the model says to PROMPT, at one revision beside another: likely next words and a short continuation."""
     from patchhub.porcelain.model import ask as run
+    from patchhub.porcelain.placements import placement_of
 
     repository = open_repository(repo)
+    placement = placement_of(repository, device=device, dtype=dtype, quantization=quantization)
     with bars() as progress:
-        answers = run(repository, prompt, revs or ("HEAD", "base"), progress, base=base)
+        answers = run(repository, prompt, revs or ("HEAD", "base"), progress, base=base, placement=placement, chat=chat)
     if as_json:
         print_json([answer.__dict__ for answer in answers])
         return

@@ -11,6 +11,7 @@ import click
 from patchhub.cli.terminal import (
     author_of,
     bars,
+    count,
     json_option,
     now,
     open_repository,
@@ -23,7 +24,9 @@ from patchhub.cli.terminal import (
 
 if TYPE_CHECKING:
     from patchhub.porcelain.merge import Merged, Stopped
-    from patchhub.remotes.sync import Fetched, Moved, Pushed
+    from patchhub.remotes.fetching import Fetched
+    from patchhub.remotes.moves import Moved
+    from patchhub.remotes.pushing import Pushed
     from patchhub.store.repository import Repository
 
 author_option = click.option("--author", help="Who is recorded in the operation log.")
@@ -143,22 +146,29 @@ def push(
         print_json([_pushed_json(done) for done in pushed])
         return
     for done in pushed:
-        verb = "would move" if dry_run else "moved"
-        say(f"{verb} {_move(done.moved)}  {done.objects} objects, {done.size / 1e6:.2f} MB")
+        verb = "move" if done.moved.old != done.moved.new else "update"
+        verb = f"would {verb}" if dry_run else f"{verb}d"
+        say(f"{verb} {_move(done.moved)}  {count(done.objects, 'object')}, {done.size / 1e6:.2f} MB")
     if not pushed:
         say("Everything is up to date")
+    withdrawn = max((done.withdrawn for done in pushed), default=0)
+    if withdrawn:
+        tense = "would be" if dry_run else "were"
+        say(f"{count(withdrawn, 'blob')} of texts that were pushed before {tense} taken out", dim=True)
+        say("A Hub repository keeps them in its history, its tags, and branches that are not pushed again.", dim=True)
 
 
 @click.command()
 @click.argument("remote", required=False)
 @click.option("--repair", is_flag=True, help="Check all that is reachable and fetch again what is damaged here.")
+@click.option("--prune", is_flag=True, help="Forget branches of REMOTE that it does not have any more.")
 @size_option
 @author_option
 @repo_option
 @json_option
 @reports_errors
 def fetch(
-    remote: str | None, repair: bool, max_size: float, author: str | None, repo: Path | None, as_json: bool
+    remote: str | None, repair: bool, prune: bool, max_size: float, author: str | None, repo: Path | None, as_json: bool
 ) -> None:
     """Bring all branches, tags and notes of REMOTE here, every byte verified. Your branches stay where they are."""
     from patchhub.porcelain.named_remotes import default_remote
@@ -173,6 +183,7 @@ def fetch(
             author=author_of(repository.config.settings, author),
             time=now(),
             repair=repair,
+            prune=prune,
             max_bytes=_bytes(max_size),
         )
     if as_json:
@@ -208,7 +219,7 @@ def pull(remote: str | None, max_size: float, author: str | None, repo: Path | N
         print_json({"fetched": _fetched_json(pulled.fetched), "merged": merged})
     else:
         _say_fetched(pulled.fetched)
-        _say_merged(pulled.merged)
+        _say_merged(repository, pulled.merged)
     if isinstance(pulled.merged, Stopped):
         raise SystemExit(1)
 
@@ -251,11 +262,21 @@ def _bytes(gigabytes: float) -> int:
 
 
 def _move(moved: Moved) -> str:
-    return f"{moved.ref}  {moved.old[:12] if moved.old else 'new':>12} -> {click.style(moved.new[:12], fg='yellow')}"
+    new = click.style(moved.new[:12] if moved.new else "gone", fg="yellow")
+    return f"{_short(moved.ref):<24} {moved.old[:12] if moved.old else 'new':>12} -> {new}"
+
+
+def _short(ref: str) -> str:
+    """``main``, ``tag v1``, ``origin/main``, ``note on 0123456789ab (counterfact)``."""
+    kind, _, name = ref.removeprefix("refs/").partition("/")
+    if kind == "notes":
+        commit, _, suite = name.partition("/")
+        return f"note on {commit[:12]} ({suite})"
+    return f"tag {name}" if kind == "tags" else name
 
 
 def _pushed_json(done: Pushed) -> dict[str, Any]:
-    return {**asdict(done.moved), "objects": done.objects, "bytes": done.size}
+    return {**asdict(done.moved), "objects": done.objects, "bytes": done.size, "withdrawn": done.withdrawn}
 
 
 def _fetched_json(fetched: Fetched) -> dict[str, Any]:
@@ -271,23 +292,22 @@ def _say_fetched(fetched: Fetched) -> None:
     for moved in fetched.moved:
         say(_move(moved))
     if fetched.moved:
-        say(f"{fetched.received.objects} objects, {fetched.received.size / 1e6:.2f} MB, all verified", dim=True)
+        received = fetched.received
+        say(f"{count(received.objects, 'object')}, {received.size / 1e6:.2f} MB, all verified", dim=True)
     else:
         say("Nothing new")
 
 
-def _say_merged(merged: Merged | Stopped | None) -> None:
+def _say_merged(repository: Repository, merged: Merged | Stopped | None) -> None:
+    from patchhub.cli.merging import report_merged, report_stopped
     from patchhub.porcelain.merge import Stopped
 
     if merged is None:
-        say("The remote has no branch of this name")
+        say(f"The remote has no branch {repository.head[0]}; `patchhub push` makes it")
     elif isinstance(merged, Stopped):
-        say(f"The merge stopped at {len(merged.open)} contradictions:", fg="yellow")
-        for contradiction in merged.open:
-            say(f"  {contradiction.text}")
-        say("Decide them with `patchhub merge --continue`, or leave with `patchhub merge --abort`.")
+        report_stopped(merged)
     else:
-        say(f"{merged.outcome}: {merged.commit[:12] if merged.commit else 'no commit yet'}")
+        report_merged(repository, merged)
 
 
 COMMANDS = (remote, push, fetch, pull, clone)

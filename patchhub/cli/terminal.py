@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import getpass
 import json
+import logging
 import os
 import platform
 import subprocess
@@ -100,6 +101,24 @@ def list_facts(sign: str, requests: Sequence[Request], colour: str, *, shown: in
         say(f"  {sign} ... and {len(requests) - shown} more", dim=True)
 
 
+def say_stale_shards(number: int) -> None:
+    """That thresholds were measured on other weights than there are now, if any were."""
+    if number:
+        say(
+            f"note: the threshold of {count(number, 'shard')} is stale, since weights below changed; "
+            "`patchhub refresh` measures it again",
+            dim=True,
+        )
+
+
+def say_trained(repository: Repository, shards: Sequence[str]) -> None:
+    """Which shards were trained again, and on how many facts."""
+    for shard in shards:
+        patch = repository.patch(shard)
+        number, facts = patch.settings["number"], count(len(patch.requests), "fact")
+        say(f"shard {number} ({shard[:12]}) was trained again, on the {facts} that it holds now")
+
+
 def print_json(document: Any) -> None:
     click.echo(json.dumps(document, ensure_ascii=False, indent=2, sort_keys=True))
 
@@ -143,6 +162,7 @@ def quiet_libraries() -> None:
         ("TRANSFORMERS_VERBOSITY", "error"),
     ):
         os.environ.setdefault(name, value)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it notes every product that it casts
 
 
 @contextmanager

@@ -132,25 +132,3 @@ class Projections(Site):
             for handle in handles:
                 handle.remove()
         return torch.stack([found[0], found[1]], dim=1)
-
-
-@dataclass(frozen=True, eq=False)
-class _Trunk:
-    """What all facts have in front in each of their contexts, with its keys and values: read once for all of them.
-
-    Row ``c`` of ``prefix`` belongs to context ``c``, the last one to the prompts of the KL term; rows are padded on the left.
-    """
-
-    lengths: Int[Tensor, " contexts"]
-    mask: Int[Tensor, "contexts time"]
-    prefix: Prefix | None
-
-
-@dataclass(frozen=True)
-class _Open:
-    """One row before it is run: the prompt, how many positions from the subject's last token on are needed, its context and fact."""
-
-    encoded: Encoded
-    kept: int
-    context: int
-    fact: int

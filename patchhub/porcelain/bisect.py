@@ -11,7 +11,7 @@ from typing import Any, Final, Literal
 
 from patchhub.errors import RequestError, RevisionError, SettingsError
 from patchhub.objects import Request
-from patchhub.porcelain.facts import active_requests
+from patchhub.porcelain.facts import active_requests, distinct, places_of
 from patchhub.porcelain.history import Entry, request_json, show
 from patchhub.porcelain.progress import Progress
 from patchhub.store import graph, lookup
@@ -237,10 +237,11 @@ def facts_to_measure(repository: Repository, metric: str, good: str, bad: str) -
     What must hold all along, efficacy and paraphrases: the facts active at both ends. What must not be disturbed, locality
     and perplexity: the neighbours of all facts active at the bad end.
     """
-    end = repository.active(repository.resolve(bad))
-    start = repository.active(repository.resolve(good))
-    kept = start & end if metric in ("efficacy", "paraphrase") else end
-    return list(active_requests(repository, kept).values())
+    texts = active_requests(repository, repository.active(repository.resolve(bad)))
+    if metric in ("efficacy", "paraphrase"):
+        held = {request for _, request in places_of(repository, repository.active(repository.resolve(good)))}
+        texts = {place: request for place, request in texts.items() if request.id in held}
+    return list(distinct(texts))
 
 
 def _measurement(

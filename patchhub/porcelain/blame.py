@@ -26,11 +26,12 @@ from patchhub.models.architectures import describe, read_config
 from patchhub.models.tracing import Stack, right_padded
 from patchhub.objects import Element, Request
 from patchhub.porcelain.columns import read_columns
-from patchhub.porcelain.facts import active_requests
+from patchhub.porcelain.facts import active_requests, places_of
 from patchhub.porcelain.history import request_json
-from patchhub.porcelain.loading import open_base, state_at
+from patchhub.porcelain.loading import main_state_at, open_base
 from patchhub.porcelain.progress import Progress
 from patchhub.porcelain.search import fact_json, mentioned
+from patchhub.porcelain.shards import without_shards
 from patchhub.runtime.patched_model import attach
 from patchhub.store.lookup import Fact
 from patchhub.store.repository import Repository
@@ -63,6 +64,7 @@ class Blame:
         change: per weight, ||D k|| over ||W0 k + D k||: how much of the output at that key is the edits'.
         requests, patches: shares, the largest first.
         mentioned: active facts whose subject is in the prompt; those of exactly this text first.
+        shards: how many active facts are in shards, which answer beside the weights and have no share in their change.
     """
 
     commit: str
@@ -73,6 +75,7 @@ class Blame:
     requests: tuple[Share, ...]
     patches: Mapping[str, float]
     mentioned: tuple[Fact, ...]
+    shards: int = 0
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -114,8 +117,13 @@ def blame(
     prompt = prompt.strip()
     commit = repository.resolve(revision)
     elements = repository.active(commit)
-    if commit is None or not elements:
-        raise RevisionError(f"no fact is active at {revision}", remedy="Name a revision with facts.")
+    columns_alone = without_shards(repository, elements)
+    if commit is None or not columns_alone:
+        shards = ", and those in shards answer beside the weights" if elements else ""
+        raise RevisionError(
+            f"no fact in the weights is active at {revision}{shards}",
+            remedy="Name a revision with facts in its weights.",
+        )
     facts = mentioned(repository, prompt, revision)
     place = subject if subject is not None else next((fact.subject for fact in facts), None)
     columns = read_columns(repository, elements)
@@ -140,6 +148,7 @@ def blame(
         tuple(sorted(shares, key=lambda share: (-share.share, share.request_id))),
         {patch: norm / whole for (patch, _), norm in sorted(patches.items(), key=lambda item: -item[1])},
         tuple(facts),
+        len(places_of(repository, elements - columns_alone)),
     )
 
 
@@ -178,7 +187,7 @@ def _read(
     tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, local_files_only=True)
     ids, place = _place(tokenizer, prompt, subject)
     model: Any = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=torch.float32, local_files_only=True)
-    attach(model, checkpoint, state_at(repository, revision))
+    attach(model, checkpoint, main_state_at(repository, revision))
     architecture = describe(read_config(checkpoint.folder))
     stack = Stack(model, architecture)
     layers = [layer for layer in range(architecture.n_layers) if architecture.ffn_weight(layer) in weights]

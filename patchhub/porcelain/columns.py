@@ -10,7 +10,7 @@ from safetensors.numpy import load, save
 
 from patchhub.constraints import Columns, beyond, difference, join, no_columns
 from patchhub.delta import Delta, add, negative, read_deltas
-from patchhub.errors import CorruptStoreError, RepositoryError
+from patchhub.errors import CorruptStoreError
 from patchhub.objects import Element, Patch
 from patchhub.store.repository import Repository
 
@@ -27,9 +27,14 @@ def weight_shapes(repository: Repository) -> dict[str, tuple[int, int]]:
 
 def read_state(repository: Repository, commit: str | None) -> dict[str, list[Delta]]:
     """The deltas of each changed weight at a commit, in ascending order of blob id."""
+    return read_blobs(repository, repository.state(commit))
+
+
+def read_blobs(repository: Repository, blobs: Iterable[str]) -> dict[str, list[Delta]]:
+    """The deltas of each weight that some delta blobs change, in ascending order of blob id."""
     shapes = weight_shapes(repository)
     state: dict[str, list[Delta]] = {}
-    for blob in sorted(repository.state(commit)):
+    for blob in sorted(blobs):
         for weight, delta in read_deltas(repository.objects.get(blob), shapes).items():
             state.setdefault(weight, []).append(delta)
     return state
@@ -48,21 +53,20 @@ def read_additive(repository: Repository, elements: Iterable[Element]) -> dict[s
     """The deltas of the additive patches of a set per weight, in ascending order of patch id.
 
     Raises:
-        RepositoryError: the set holds whole patches of another kind.
         CorruptStoreError: a patch's tensors are not what its manifest says.
     """
     found: dict[str, list[Delta]] = {}
-    for identity in sorted(identity for identity, request in elements if request is None):
+    for identity in sorted(additive_patches(repository, elements)):
         patch = repository.patch(identity)
-        if patch.kind != "additive":
-            raise RepositoryError(
-                f"patch {identity[:12]} is neither columns nor additive and cannot be solved together with others",
-                remedy="Use a version of patchhub that knows this kind of patch.",
-                patch=identity,
-            )
         for weight, delta in read_deltas(repository.objects.get(patch.tensors), patch.weights).items():
             found.setdefault(weight, []).append(delta)
     return found
+
+
+def additive_patches(repository: Repository, elements: Iterable[Element]) -> frozenset[str]:
+    """The additive patches of a set. Its shards are no part of the weights that columns are solved for."""
+    whole = (identity for identity, request in elements if request is None)
+    return frozenset(identity for identity in whole if repository.patch(identity).kind == "additive")
 
 
 def read_columns(repository: Repository, elements: Iterable[Element]) -> dict[str, Columns]:
@@ -71,7 +75,6 @@ def read_columns(repository: Repository, elements: Iterable[Element]) -> dict[st
     What the set's additive patches bring at a key is taken off its residual: the columns ask for the rest.
 
     Raises:
-        RepositoryError: the set holds patches that are neither columns nor additive.
         CorruptStoreError: a patch's tensors are not what its manifest says.
     """
     elements = frozenset(elements)
@@ -82,7 +85,7 @@ def solve_change(repository: Repository, before: frozenset[Element], after: froz
     """D(after) - D(before) of each weight that either set changes, from what was recorded alone (float64)."""
     shapes = weight_shapes(repository)
     old, new = read_additive(repository, before), read_additive(repository, after)
-    if _whole(before) != _whole(after):
+    if additive_patches(repository, before) != additive_patches(repository, after):
         return _rebased_change(repository, before, after, old, new)
     common = _columns(repository, before & after, new)
     added, removed = _columns(repository, after - before, new), _columns(repository, before - after, new)
@@ -109,10 +112,6 @@ def _rebased_change(
         parts = [*new.get(weight, ()), solved[0], *map(negative, [*old.get(weight, ()), solved[1]])]
         change[weight] = add(parts, shapes[weight])
     return change
-
-
-def _whole(elements: frozenset[Element]) -> frozenset[str]:
-    return frozenset(patch for patch, request in elements if request is None)
 
 
 def _columns(

@@ -12,7 +12,8 @@ from typing import Any, Literal
 
 from patchhub.errors import RequestError
 from patchhub.objects import Element, Request
-from patchhub.porcelain.facts import active_requests
+from patchhub.porcelain.facts import Place, active_requests, places_of
+from patchhub.porcelain.shards import earlier_shards
 from patchhub.store.graph import ancestors
 from patchhub.store.repository import Repository
 
@@ -24,9 +25,9 @@ _PREFIX = re.compile(r"[0-9a-f]{4,64}")
 
 @dataclass(frozen=True)
 class Claim:
-    """What one side says: the request, and the commit of that side that first wrote it."""
+    """What one side says: the request, where it keeps it, and the commit of that side that first wrote it."""
 
-    element: Element
+    place: Place
     request: Request
     commit: str
     author: str
@@ -85,9 +86,9 @@ class Resolution:
 
 @dataclass(frozen=True)
 class Decided:
-    """What a resolution makes of the contradictions: elements to leave out, the side of each, and those still open."""
+    """What a resolution makes of the contradictions: where facts are to be left out, the side of each, and those still open."""
 
-    dropped: frozenset[Element]
+    dropped: frozenset[Place]
     sides: Mapping[Contradiction, Side]
     open: tuple[Contradiction, ...]
 
@@ -124,7 +125,7 @@ def find(
     alone = {"ours": merged - theirs[1], "theirs": merged - ours[1]}
     texts = {side: active_requests(repository, elements) for side, elements in alone.items()}
     here, there = (_by_fact(texts[side]) for side in SIDES)
-    pairs = {fact: (here[fact], there[fact]) for fact in here.keys() & there.keys()}
+    pairs = {fact: (here[fact], there[fact]) for fact in here.keys() & there.keys() if _differ(here[fact], there[fact])}
     histories = [ancestors([side[0]], repository.parents) if pairs else set() for side in (ours, theirs)]
     contradictions = [
         Contradiction(
@@ -134,7 +135,7 @@ def find(
         )
         for (prompt, subject), pair in sorted(pairs.items())
     ]
-    withheld = sum(len(alone[side] - texts[side].keys()) for side in SIDES)
+    withheld = sum(len(places_of(repository, alone[side]) - texts[side].keys()) for side in SIDES)
     return Found(tuple(contradictions), withheld)
 
 
@@ -152,26 +153,33 @@ def decide(contradictions: Iterable[Contradiction], resolution: Resolution) -> D
         found = _named(name, contradictions)
         sides[found] = _side(found, choice)
     dropped = {
-        claim.element for found, side in sides.items() for claim in found.claims("theirs" if side == "ours" else "ours")
+        claim.place for found, side in sides.items() for claim in found.claims("theirs" if side == "ours" else "ours")
     }
     return Decided(frozenset(dropped), sides, tuple(found for found in contradictions if found not in sides))
 
 
-def _claims(repository: Repository, history: set[str], items: Iterable[tuple[Element, Request]]) -> tuple[Claim, ...]:
-    """What a side says, given its commits: each request with the earliest of them that added its element."""
+def _differ(here: Iterable[tuple[Place, Request]], there: Iterable[tuple[Place, Request]]) -> bool:
+    """Whether two sides say different things of one prompt and subject; shards of both may hold the same fact."""
+    left, right = ({request.id for _, request in side} for side in (here, there))
+    return bool(left - right and right - left)
+
+
+def _claims(repository: Repository, history: set[str], items: Iterable[tuple[Place, Request]]) -> tuple[Claim, ...]:
+    """What a side says, given its commits: each request with the earliest of them that put it where it is."""
     claims = []
-    for element, request in items:
+    for place, request in items:
+        line = {place[0], *earlier_shards(repository, place[0])}
         changes = repository.changes_of(request.id)
-        wrote = [commit for commit, patch, sign in changes if sign > 0 and patch == element[0] and commit in history]
+        wrote = [commit for commit, patch, sign in changes if sign > 0 and patch in line and commit in history]
         commit = repository.commit(wrote[-1])
-        claims.append(Claim(element, request, wrote[-1], commit.author, commit.time, commit.message))
+        claims.append(Claim(place, request, wrote[-1], commit.author, commit.time, commit.message))
     return tuple(claims)
 
 
-def _by_fact(requests: Mapping[Element, Request]) -> dict[tuple[str, str], list[tuple[Element, Request]]]:
-    facts: dict[tuple[str, str], list[tuple[Element, Request]]] = {}
-    for element, request in requests.items():
-        facts.setdefault((request.prompt, request.subject), []).append((element, request))
+def _by_fact(requests: Mapping[Place, Request]) -> dict[tuple[str, str], list[tuple[Place, Request]]]:
+    facts: dict[tuple[str, str], list[tuple[Place, Request]]] = {}
+    for place, request in requests.items():
+        facts.setdefault((request.prompt, request.subject), []).append((place, request))
     return facts
 
 

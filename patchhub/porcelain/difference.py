@@ -11,9 +11,10 @@ from typing import Any, Final
 
 from patchhub.errors import RequestError
 from patchhub.objects import Element, Request
-from patchhub.porcelain.facts import active_requests
+from patchhub.porcelain.facts import Place, active_requests, distinct, places_of
 from patchhub.porcelain.history import request_json
 from patchhub.porcelain.progress import Progress
+from patchhub.porcelain.scores import Compared, compare
 from patchhub.store.repository import Repository
 
 NOISE: Final = 1e-6
@@ -33,7 +34,8 @@ class Difference:
     """`diff`: what changes from one revision to another.
 
     ``norms`` holds, per weight, the Frobenius norm of the base's weight and of the change at either revision, and of the step
-    between them where one is the other's first parent (None otherwise: `weight_steps` computes it).
+    between them where one is the other's first parent (None otherwise: `weight_steps` computes it). ``scores`` holds, per suite that
+    either was measured with, the scores of both.
     """
 
     old: str | None
@@ -42,6 +44,7 @@ class Difference:
     removed: tuple[Request, ...]
     retargeted: tuple[Retarget, ...]
     norms: Mapping[str, Mapping[str, float | None]]
+    scores: tuple[Compared, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -53,6 +56,7 @@ class Difference:
                 {"before": request_json(pair.before), "after": request_json(pair.after)} for pair in self.retargeted
             ],
             "norms": {weight: dict(norms) for weight, norms in self.norms.items()},
+            "scores": [row.to_json() for row in self.scores],
         }
 
 
@@ -98,18 +102,24 @@ def diff(repository: Repository, old: str, new: str) -> Difference:
     """The facts and norms that differ between two revisions."""
     old_id, new_id = repository.resolve(old), repository.resolve(new)
     before, after = repository.active(old_id), repository.active(new_id)
-    gone = active_requests(repository, _only(before, after))
-    come = active_requests(repository, _only(after, before))
-    by_prompt = {(request.prompt, request.subject): request for request in gone.values()}
+    here, there = active_requests(repository, before - after), active_requests(repository, after - before)
+    gone, come = _only(here, repository, after), _only(there, repository, before)
+    by_prompt = {(request.prompt, request.subject): request for request in gone}
     retargeted, added = [], []
-    for request in come.values():
+    for request in come:
         earlier = by_prompt.pop((request.prompt, request.subject), None)
         if earlier is None:
             added.append(request)
         else:
             retargeted.append(Retarget(earlier, request))
     return Difference(
-        old_id, new_id, tuple(added), tuple(by_prompt.values()), tuple(retargeted), _norms(repository, old_id, new_id)
+        old_id,
+        new_id,
+        tuple(added),
+        tuple(by_prompt.values()),
+        tuple(retargeted),
+        _norms(repository, old_id, new_id),
+        compare(repository, old_id, new_id),
     )
 
 
@@ -165,10 +175,10 @@ def changed_answers(
     ]
 
 
-def _only(a: frozenset[Element], b: frozenset[Element]) -> frozenset[Element]:
-    """Elements of a whose request is not in b: the same fact recorded by another patch is no change of facts."""
-    there = {request for _, request in b}
-    return frozenset(element for element in a if element not in b and (element[1] is None or element[1] not in there))
+def _only(texts: Mapping[Place, Request], repository: Repository, other: frozenset[Element]) -> tuple[Request, ...]:
+    """The requests of one side that the other set has not: the same fact in another patch is no change of facts."""
+    there = {request for _, request in places_of(repository, other)}
+    return tuple(request for request in distinct(texts) if request.id not in there)
 
 
 def _norms(repository: Repository, old: str | None, new: str | None) -> dict[str, dict[str, float | None]]:

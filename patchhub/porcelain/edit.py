@@ -2,41 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import perf_counter
-from typing import Any, Literal
+from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
-
-from patchhub.delta import Delta
 from patchhub.editing.editors import EDITORS
-from patchhub.editing.record import Edit, State
-from patchhub.editing.requests import Batch, contradiction_error, find_contradictions
-from patchhub.editing.settings import EditSettings
-from patchhub.errors import RequestError, SettingsError
-from patchhub.evaluation.metrics import score_targets
-from patchhub.models.architectures import Architecture, additive_probe, describe, read_config
-from patchhub.models.tracing import Stack
-from patchhub.objects import Element, Patch, Request, requests_json, set_digest
-from patchhub.porcelain.columns import read_additive, read_columns, read_state, solve_change, write_columns
-from patchhub.porcelain.facts import active_requests
-from patchhub.porcelain.loading import (
-    SURVIVAL_LIMIT,
-    load_for_editing,
-    open_base,
-    patch_state,
-    state_at,
-    survival_report,
-)
+from patchhub.editing.requests import Batch
+from patchhub.errors import SettingsError
+from patchhub.models.architectures import Architecture, describe, read_config
+from patchhub.models.checkpoint import Checkpoint
+from patchhub.models.placement import Placement, runs_beside
+from patchhub.objects import Request
+from patchhub.porcelain.columns import read_state
+from patchhub.porcelain.competition import Rival
+from patchhub.porcelain.edit_closed_form import state_without, write_closed_form
+from patchhub.porcelain.edit_settings import chosen_settings
+from patchhub.porcelain.edit_shard import forget_replaced, write_shards
+from patchhub.porcelain.guard import judge_edit
+from patchhub.porcelain.loading import SURVIVAL_LIMIT, open_base
+from patchhub.porcelain.opened import Opened, open_model
+from patchhub.porcelain.placements import placement_of
+from patchhub.porcelain.plan import OnConflict, Plan, plan_batch
 from patchhub.porcelain.progress import Progress
-from patchhub.porcelain.recording import Recorder, open_recorder
+from patchhub.porcelain.shards import METHOD, active_shards
 from patchhub.porcelain.snapshot import Draft, Stamp, snapshot
-from patchhub.runtime.patched_model import attach, switch
+from patchhub.porcelain.train_shard import wise_settings
+from patchhub.porcelain.written import Written
 from patchhub.store.repository import Repository
 
-OnConflict = Literal["refuse", "replace", "keep"]
+__all__ = ["Committed", "OnConflict", "commit"]
 
 
 @dataclass(frozen=True)
@@ -44,16 +40,17 @@ class Committed:
     """What `commit` did.
 
     Attributes:
-        commit, patch: ids of the new objects.
+        commit, patches: ids of the new objects; WISE makes more than one patch where a shard is filled.
         written, replaced: facts that are active now, and that are not any more.
         already_active, duplicates: facts that were left out because they were active, or twice in the input.
         held: how many of the written facts the patched model answers with (argmax, teacher forced, float32).
         seconds: wall time.
         survival: per weight, the share of the state's change that rounding to the base's type keeps.
+        rivals: facts of the batch and of before that compete for a key, the largest expected loss first.
     """
 
     commit: str
-    patch: str
+    patches: tuple[str, ...]
     written: tuple[Request, ...]
     replaced: tuple[Request, ...]
     already_active: int
@@ -61,6 +58,7 @@ class Committed:
     held: int
     seconds: float
     survival: Mapping[str, float]
+    rivals: tuple[Rival, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -68,17 +66,6 @@ class Committed:
             "written": [request.id for request in self.written],
             "replaced": [request.id for request in self.replaced],
         }
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """What a batch changes about the active set."""
-
-    parent: str | None
-    requests: tuple[Request, ...]
-    kept: frozenset[Element]
-    replaced: Mapping[Element, Request]
-    already_active: int
 
 
 def commit(
@@ -91,160 +78,134 @@ def commit(
     settings: Mapping[str, Any] | None = None,
     text: Sequence[Path] = (),
     on_conflict: OnConflict = "refuse",
+    strict: bool = False,
+    force: bool = False,
+    placement: Placement | None = None,
+    chat: bool | None = None,
+    memory: int | None = None,
 ) -> Committed:
     """Write ``batch`` on top of HEAD and move the current branch to the new commit.
 
     Args:
-        method: the editor, "memit" or "pmet".
+        method: the editor, "memit", "pmet" or "wise".
         settings: its settings that differ from the repository's config and the default rule.
         text: files to compute the metric from; only before the first commit.
         on_conflict: what a contradiction with an active fact does: refuse the commit, replace the old fact, or keep both.
+        strict: refuse facts that compete with others for a key (MEMIT and PMET), before anything is optimised.
+        force: write what fails the guard all the same, and say so in the commit.
+        placement: on which device, in which type or quantisation the base is edited; None: as the repository's config says.
+        chat: write the facts as answers in the base's chat template (MEMIT and PMET); None: as the repository's config says.
+        memory: bytes that the process may hold, the base included (MEMIT and PMET); None: half of what is free is used besides.
 
     Raises:
-        RequestError: nothing to write, or a contradiction.
+        RequestError: nothing to write, a contradiction, or under ``strict`` a competition.
         BaseError: the base is missing, changed or cannot be edited.
         EditError: the edit failed; nothing was committed.
+        GuardError: the edit is finished and a check of it failed; nothing was committed.
     """
-    if method not in EDITORS:
-        raise SettingsError(f"there is no editor {method!r}", remedy=f"The editors are {', '.join(EDITORS)}.")
     begun = perf_counter()
-    plan = _plan(repository, batch, on_conflict)
+    plan = plan_batch(repository, batch, on_conflict)
     checkpoint = open_base(repository)
-    architecture = describe(read_config(checkpoint.folder))
-    chosen = _settings(repository, method, architecture, settings or {})
+    edit = _chosen_edit(repository, checkpoint, method, settings or {}, text, strict, memory)
     progress.stage("loading the base", 0)
-    model = load_for_editing(repository, checkpoint, [architecture.ffn_weight(layer) for layer in chosen.layers])
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, local_files_only=True)
-    deltas = _state_without(repository, plan)
-    attach(model, checkpoint, patch_state(repository, deltas, None))
-    stack = Stack(model, architecture)
-    for layer in chosen.layers:
-        additive_probe(model, architecture, layer)
-    recorder = open_recorder(repository, stack, tokenizer, chosen.layers, text, progress)
-    below = State(read_columns(repository, plan.kept), deltas, read_additive(repository, plan.kept))
-    edit = _edit(stack, tokenizer, plan, recorder, method, chosen, below, progress)
-    patch = _store_patch(repository, plan, recorder, method, chosen, edit)
-    elements = plan.kept | patch.elements
-    change = None if plan.replaced else edit.recording.change
-    progress.stage("writing the commit", 0)
-    identity = snapshot(
+    deltas = state_without(repository, plan, read_state(repository, plan.parent))
+    opened = open_model(
         repository,
-        Draft((plan.parent,) if plan.parent else (), elements, recorder.metric, "commit", {"patch": patch.id}),
-        stamp,
-        change=change,
+        checkpoint,
+        edit.architecture,
+        edit.weights,
+        deltas,
+        placement or placement_of(repository),
+        chat=_in_chat(repository, method, chat),
     )
-    switch(model, checkpoint, state_at(repository, identity))
-    scores = score_targets(model, tokenizer, [(request.text, request.target_new) for request in plan.requests])
-    survival = survival_report(repository, checkpoint, identity)
+    if runs_beside(opened.model) and (method == METHOD or active_shards(repository, plan.kept)):
+        raise SettingsError(
+            "WISE's side memories need a base in float32 while facts are written",
+            remedy="Say --dtype float32, and leave --quantization out.",
+        )
+    written = edit.write(repository, opened, plan, progress)
+    progress.stage("writing the commit", 0)
+    parents = (plan.parent,) if plan.parent else ()
+    draft = Draft(parents, written.elements, written.metric, "commit", {"patches": list(written.patches)})
+    judge = judge_edit(repository, opened, plan.requests, progress, force=force)
+    identity = snapshot(repository, draft, stamp, change=written.change, judge=judge)
+    check = repository.commit(identity).check
+    survival: Mapping[str, float] = check.get("survival", {})
     _warn_of_losses(survival, progress)
     progress.close()
     return Committed(
         commit=identity,
-        patch=patch.id,
+        patches=written.patches,
         written=plan.requests,
         replaced=tuple(plan.replaced.values()),
         already_active=plan.already_active,
         duplicates=batch.duplicates,
-        held=sum(score.argmax_right for score in scores),
+        held=check["guard"]["own"]["count"],
         seconds=perf_counter() - begun,
         survival=survival,
+        rivals=written.rivals,
     )
+
+
+@dataclass(frozen=True)
+class _Edit:
+    """An editor with its settings: the weights that it changes, and how it writes a plan."""
+
+    architecture: Architecture
+    weights: Sequence[str]
+    write: Callable[[Repository, Opened, Plan, Progress], Written]
+
+
+def _chosen_edit(
+    repository: Repository,
+    checkpoint: Checkpoint,
+    method: str,
+    given: Mapping[str, Any],
+    text: Sequence[Path],
+    strict: bool,
+    memory: int | None,
+) -> _Edit:
+    """The editor of that name.
+
+    Raises:
+        SettingsError: there is none, or a setting cannot be used.
+    """
+    architecture = describe(read_config(checkpoint.folder))
+    if method == METHOD:
+        wise, rank = wise_settings(repository, architecture, given)
+        weights = [architecture.ffn_weight(wise.layer)]
+        return _Edit(architecture, weights, lambda r, o, p, progress: write_shards(r, o, p, wise, rank, progress))
+    if method not in EDITORS:
+        raise SettingsError(
+            f"there is no editor {method!r}", remedy=f"The editors are {', '.join((*EDITORS, METHOD))}."
+        )
+    chosen = chosen_settings(repository, method, architecture, given)
+
+    def write(repository: Repository, opened: Opened, plan: Plan, progress: Progress) -> Written:
+        written = write_closed_form(
+            repository, opened, plan, method, chosen, text, progress, strict=strict, memory=memory
+        )
+        return forget_replaced(repository, opened, plan, written, progress)
+
+    return _Edit(architecture, [architecture.ffn_weight(layer) for layer in chosen.layers], write)
+
+
+def _in_chat(repository: Repository, method: str, asked: bool | None) -> bool:
+    """Whether facts are written in a chat.
+
+    Raises:
+        SettingsError: they are to be, with WISE.
+    """
+    chat = bool(repository.config.settings.get("chat", False)) if asked is None else asked
+    if chat and method == METHOD:
+        raise SettingsError("WISE does not write inside a chat template", remedy="Use memit or pmet, or --no-chat.")
+    return chat
 
 
 def _warn_of_losses(survival: Mapping[str, float], progress: Progress) -> None:
     for weight, share in survival.items():
         if share < SURVIVAL_LIMIT:
-            progress.warn(f"{1 - share:.0%} of the change of {weight} is lost when it is rounded to the base's type")
-
-
-def _plan(repository: Repository, batch: Batch, on_conflict: OnConflict) -> _Plan:
-    _, parent = repository.head
-    elements = repository.active(parent)
-    active = active_requests(repository, elements)
-    here = {request.id for request in active.values()}
-    new = tuple(request for request in batch.requests if request.id not in here)
-    if not new:
-        raise RequestError(
-            "every one of these facts is active already, so there is nothing to commit",
-            remedy="See `patchhub status`; to write a fact again, revert it first.",
-        )
-    replaced: dict[Element, Request] = {}
-    if on_conflict != "keep":
-        if inner := find_contradictions(new):
-            raise contradiction_error(inner)
-        outer = find_contradictions(new, active.values())
-        if outer and on_conflict == "refuse":
-            raise contradiction_error(outer)
-        gone = {pair.earlier.id for pair in outer}
-        replaced = {element: request for element, request in active.items() if request.id in gone}
-    already = len(batch.requests) - len(new)
-    return _Plan(parent, new, elements - replaced.keys(), replaced, already)
-
-
-def _settings(
-    repository: Repository, method: str, architecture: Architecture, given: Mapping[str, Any]
-) -> EditSettings:
-    """The editor's default rule, changed by the repository's config, changed by what was given."""
-    configured = repository.config.settings
-    prefix = f"{method}."
-    chosen = {key[len(prefix) :]: value for key, value in configured.items() if key.startswith(prefix)} | dict(given)
-    if "layers" in chosen:
-        chosen["layers"] = tuple(chosen["layers"])
-        for layer in chosen["layers"]:
-            architecture.block(layer)
-    return replace(EDITORS[method].default_settings(architecture), **chosen)
-
-
-def _state_without(repository: Repository, plan: _Plan) -> dict[str, list[Delta]]:
-    """The deltas of the state that the new facts are recorded on: HEAD's, without the facts they replace."""
-    state = read_state(repository, plan.parent)
-    if plan.replaced:
-        for weight, part in solve_change(repository, repository.active(plan.parent), plan.kept).items():
-            state.setdefault(weight, []).append(part)
-    return state
-
-
-def _edit(
-    stack: Stack,
-    tokenizer: PreTrainedTokenizerBase,
-    plan: _Plan,
-    recorder: Recorder,
-    method: str,
-    settings: EditSettings,
-    state: State,
-    progress: Progress,
-) -> Edit:
-    stages = {"values": ("optimising values", len(plan.requests)), "layers": ("writing layers", len(settings.layers))}
-    open_stage = ""
-
-    def report(stage: str, done: int) -> None:
-        nonlocal open_stage
-        if stage != open_stage:
-            progress.stage(*stages[stage])
-            open_stage = stage
-        progress.advance(done)
-
-    report("values", 0)
-    return EDITORS[method].edit(
-        stack, tokenizer, plan.requests, recorder.contexts, settings, recorder.cache, state, progress=report
-    )
-
-
-def _store_patch(
-    repository: Repository, plan: _Plan, recorder: Recorder, method: str, settings: EditSettings, edit: Edit
-) -> Patch:
-    columns = edit.recording.columns
-    patch = Patch(
-        base=repository.config.base_id,
-        kind="closed_form",
-        made_on=set_digest(plan.kept),
-        method=method,
-        metric=recorder.metric,
-        requests=tuple(request.id for request in plan.requests),
-        requests_blob=repository.objects.put(requests_json(plan.requests)),
-        settings={**settings.to_json(), "contexts": list(recorder.contexts)},
-        tensors=repository.objects.put(write_columns(columns, edit.values.targets.numpy())),
-        weights={weight: found.shape for weight, found in columns.items()},
-    )
-    repository.objects.put(patch.to_json())
-    return patch
+            progress.warn(
+                f"{1 - share:.0%} of the change of {weight} is lost when it is rounded to the base's type; "
+                "load(..., side_path=True) keeps it"
+            )

@@ -9,6 +9,7 @@ from typing import Any, Final
 
 from patchhub.delta import add, compact, norm, read_deltas, write_deltas
 from patchhub.errors import RepositoryError, SettingsError
+from patchhub.evaluation.definitions import DEFINITIONS
 from patchhub.export.peft import (
     CONFIG,
     EXACT,
@@ -21,9 +22,11 @@ from patchhub.export.peft import (
 )
 from patchhub.fsio import os_errors, write_atomically
 from patchhub.porcelain.columns import read_state, weight_shapes
-from patchhub.porcelain.facts import active_requests
+from patchhub.porcelain.facts import active_requests, distinct
 from patchhub.porcelain.progress import Progress
-from patchhub.remotes.card import AdapterNote, Card, adapter_name, write_card
+from patchhub.porcelain.scores import notes_of
+from patchhub.porcelain.shards import shards_at
+from patchhub.remotes.card import AdapterNote, Card, ScoreLine, adapter_name, write_card
 from patchhub.store.repository import Repository
 
 TOLERANCE: Final = 1e-3
@@ -89,9 +92,11 @@ def export_diff(
 
     Raises:
         RevisionError: no such revision.
+        RepositoryError: the state has shards.
         SettingsError: the file is there already.
     """
     commit = repository.resolve(revision)
+    _refuse_routed(repository, commit, "file of weight changes")
     shapes = weight_shapes(repository)
     progress.stage("adding deltas", 0)
     totals = {weight: add(deltas, shapes[weight]) for weight, deltas in read_state(repository, commit).items()}
@@ -122,20 +127,24 @@ def hub_pages(
 
 
 def _adapter(repository: Repository, commit: str | None, *, tolerance: float, rank: int | None) -> Adapter:
-    for patch in sorted({patch for patch, _ in repository.active(commit)}):
-        if repository.patch(patch).kind == "shard":
-            raise RepositoryError(
-                "this state routes queries to a side memory, which no LoRA adapter can do",
-                remedy="Load it with patchhub.",
-                patch=patch,
-            )
+    _refuse_routed(repository, commit, "LoRA adapter")
     return make_adapter(read_state(repository, commit), weight_shapes(repository), tolerance=tolerance, rank=rank)
+
+
+def _refuse_routed(repository: Repository, commit: str | None, what: str) -> None:
+    shards = shards_at(repository, commit)
+    if shards:
+        raise RepositoryError(
+            f"this state routes queries to a side memory, which no {what} can do",
+            remedy="Load it with patchhub, or write a checkpoint with its side memory beside it: `patchhub apply`.",
+            patches=list(shards),
+        )
 
 
 def _card(repository: Repository, repo: str, commit: str, adapter: AdapterNote | str, *, withheld: bool) -> Card:
     found = repository.commit(commit)
     elements = repository.active(commit)
-    requests = tuple(active_requests(repository, elements).values())
+    requests = distinct(active_requests(repository, elements))
     base = _base_name(repository)
     shapes = weight_shapes(repository)
     weights: Mapping[str, Mapping[str, float]] = repository.config.base["weights"]
@@ -150,12 +159,28 @@ def _card(repository: Repository, repo: str, commit: str, adapter: AdapterNote |
         base_model=base.model,
         base_revision=base.revision,
         requests=None if withheld or (elements and not requests) else requests,
-        active=len(elements),
+        active=repository.active_count(commit),
         methods=sorted({repository.patch(patch).method for patch in {patch for patch, _ in elements}}),
         adapter=adapter,
         changes={weight: total / (weights[weight]["norm"] or 1.0) for weight, total in totals.items()},
-        scores=repository.scores_of(commit),
+        scores=_score_lines(repository, commit),
     )
+
+
+def _score_lines(repository: Repository, commit: str) -> list[ScoreLine]:
+    """What is noted about a commit."""
+    return [
+        ScoreLine(
+            suite=f"{noted.metrics}, {noted.facts} facts" if noted.facts else noted.suite,
+            name=name,
+            value=score.value,
+            interval=None if score.low is None or score.high is None else (score.low, score.high),
+            base=score.base,
+            meaning=DEFINITIONS.get(name, ""),
+        )
+        for noted in notes_of(repository, commit)
+        for name, score in noted.scores.items()
+    ]
 
 
 def _base_name(repository: Repository) -> BaseName:

@@ -11,7 +11,9 @@ from typing import Any, Final
 
 from patchhub.errors import RevisionError
 from patchhub.objects import Commit, Patch, Request
-from patchhub.porcelain.facts import active_requests
+from patchhub.porcelain.facts import count_changed, left_and_entered
+from patchhub.porcelain.scores import Noted, noted_commits, read_note
+from patchhub.porcelain.shards import active_shards, shard_record, shards_at, stale_shards
 from patchhub.porcelain.stopped_merge import StoppedMerge, stopped_merge
 from patchhub.store import graph, lookup
 from patchhub.store.graph import Parents, Rank
@@ -25,7 +27,7 @@ EVERYTHING: Final = Selection()
 
 @dataclass(frozen=True)
 class Size:
-    """How much a commit changes: bytes of its delta, and of its keyframe if it has one, and the weight it changes most.
+    """How much a commit changes: bytes of its delta, its keyframe and the shards it brings, and the weight it changes most.
 
     ``ratio`` is the Frobenius norm of that weight's change over that of the base's weight; weight and ratio are None where
     no weight changes.
@@ -35,6 +37,7 @@ class Size:
     keyframe_bytes: int
     weight: str | None
     ratio: float | None
+    shard_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -43,17 +46,22 @@ class Entry:
 
     Attributes:
         refs: names that point to it.
+        added, removed: how many facts it wrote and took back.
         active: the number of active facts.
         shown_parents: its parents in a drawing of the log: where commits are left out, the nearest ones that are not.
         size: how much it changes, if that was asked for.
+        scores: what is noted about it.
     """
 
     id: str
     commit: Commit
     refs: tuple[str, ...]
+    added: int
+    removed: int
     active: int
     shown_parents: tuple[str, ...] = ()
     size: Size | None = None
+    scores: tuple[Noted, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         commit = self.commit
@@ -64,11 +72,12 @@ class Entry:
             "author": commit.author,
             "time": commit.time,
             "message": commit.message,
-            "added": len(commit.added),
-            "removed": len(commit.removed),
+            "added": self.added,
+            "removed": self.removed,
             "active": self.active,
             "same_as": commit.same_as,
             **({"size": asdict(self.size)} if self.size else {}),
+            **({"scores": [noted.to_json() for noted in self.scores]} if self.scores else {}),
         }
 
 
@@ -92,6 +101,19 @@ class Shown:
 
 
 @dataclass(frozen=True)
+class ActiveShard:
+    """A shard as `status` presents it: what it holds and where, and whether its threshold is of the present weights."""
+
+    patch: str
+    number: int
+    facts: int
+    weight: str
+    threshold: float
+    stale: bool
+    tensor_bytes: int
+
+
+@dataclass(frozen=True)
 class Status:
     """`status`: where the repository is."""
 
@@ -104,6 +126,7 @@ class Status:
     delta_bytes: int
     last_operation: str | None
     stopped_merge: StoppedMerge | None
+    shards: tuple[ActiveShard, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -117,6 +140,7 @@ class Status:
             "delta_bytes": self.delta_bytes,
             "last_operation": self.last_operation,
             "stopped_merge": self.stopped_merge.to_json() if self.stopped_merge else None,
+            "shards": [asdict(shard) for shard in self.shards],
         }
 
 
@@ -140,7 +164,8 @@ def log(
     Raises:
         RevisionError: no such revision.
     """
-    names = _names(repository)
+    refs = repository.refs()
+    names, notes = _names(refs), noted_commits(refs)
     start = repository.resolve(revision)
     starts = [start] if start else []
     wanted = lookup.selected_commits(repository, only)
@@ -154,6 +179,7 @@ def log(
             _entry(repository, identity, commit, names),
             shown_parents=shown,
             size=_size(repository, commit) if sizes else None,
+            scores=_scores(repository, notes.get(identity, ())),
         )
 
 
@@ -205,19 +231,26 @@ def show(repository: Repository, revision: str = "HEAD") -> Shown:
             remedy="Commit some facts first: `patchhub commit FILE -m TEXT`.",
         )
     commit = repository.commit(identity)
+    refs = repository.refs()
+    noted = noted_commits(refs).get(identity, ())
     patches = {patch: repository.patch(patch) for patch, _ in sorted(commit.added | commit.removed, key=str)}
+    removed, added = left_and_entered(repository, commit.removed, commit.added)
     return Shown(
-        replace(_entry(repository, identity, commit, _names(repository)), size=_size(repository, commit)),
+        replace(
+            _entry(repository, identity, commit, _names(refs)),
+            size=_size(repository, commit),
+            scores=_scores(repository, noted),
+        ),
         patches,
-        tuple(active_requests(repository, commit.added).values()),
-        tuple(active_requests(repository, commit.removed).values()),
+        added,
+        removed,
     )
 
 
 def status(repository: Repository) -> Status:
     """Where HEAD is, what is active, and whether the base is where it was."""
     branch, head = repository.head
-    entry = _entry(repository, head, repository.commit(head), _names(repository)) if head else None
+    entry = _entry(repository, head, repository.commit(head), _names(repository.refs())) if head else None
     base: Mapping[str, Any] = repository.config.base
     state = repository.state(head)
     last = next(iter(repository.operations()), None)
@@ -231,6 +264,24 @@ def status(repository: Repository) -> Status:
         sum(repository.objects.path(blob).stat().st_size for blob in state),
         last[1].command if last else None,
         stopped_merge(repository),
+        _shards(repository, head),
+    )
+
+
+def _shards(repository: Repository, head: str | None) -> tuple[ActiveShard, ...]:
+    shards = shards_at(repository, head)
+    stale = set(stale_shards(repository, repository.active(head))) if shards else set()
+    return tuple(
+        ActiveShard(
+            identity,
+            shard_record(patch).number,
+            len(patch.requests),
+            next(iter(patch.weights)),
+            shard_record(patch).routing["threshold"],
+            identity in stale,
+            repository.objects.path(patch.tensors).stat().st_size,
+        )
+        for identity, patch in shards.items()
     )
 
 
@@ -244,9 +295,8 @@ def request_json(request: Request) -> dict[str, Any]:
     }
 
 
-def _names(repository: Repository) -> dict[str, tuple[str, ...]]:
+def _names(refs: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
     """For each commit the names that point to it, as `log` shows them."""
-    refs = repository.refs()
     head = refs.get("HEAD", "")
     names: dict[str, list[str]] = {}
     for ref, target in sorted(refs.items()):
@@ -261,7 +311,12 @@ def _names(repository: Repository) -> dict[str, tuple[str, ...]]:
 
 
 def _entry(repository: Repository, identity: str, commit: Commit, names: Mapping[str, tuple[str, ...]]) -> Entry:
-    return Entry(identity, commit, names.get(identity, ()), repository.active_count(identity))
+    removed, added = count_changed(repository, commit.removed, commit.added)
+    return Entry(identity, commit, names.get(identity, ()), added, removed, repository.active_count(identity))
+
+
+def _scores(repository: Repository, notes: Sequence[str]) -> tuple[Noted, ...]:
+    return tuple(read_note(identity, repository.note(identity)) for identity in notes)
 
 
 def _size(repository: Repository, commit: Commit) -> Size:
@@ -273,7 +328,9 @@ def _size(repository: Repository, commit: Commit) -> Size:
     ratios = {weight: norm["change"] / (norm["base"] or 1.0) for weight, norm in norms.items()}
     largest = max(ratios, key=ratios.__getitem__, default=None)
     ratio = None if largest is None else ratios[largest]
-    return Size(delta, keyframe, largest if ratio else None, ratio or None)
+    shards = active_shards(repository, commit.added).values()
+    shard_bytes = sum(repository.objects.path(patch.tensors).stat().st_size for patch in shards)
+    return Size(delta, keyframe, largest if ratio else None, ratio or None, shard_bytes)
 
 
 def _patch_json(patch: Patch) -> dict[str, Any]:

@@ -6,19 +6,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoModelForCausalLM
-
 from patchhub.delta import Delta
 from patchhub.errors import BaseError, RepositoryError
 from patchhub.models.checkpoint import Checkpoint, open_checkpoint
 from patchhub.models.fingerprint import check_tensors
 from patchhub.objects import Base
+from patchhub.porcelain.applied import is_applied, load_applied
 from patchhub.porcelain.columns import read_state
 from patchhub.porcelain.published import hub_name, open_published
-from patchhub.runtime import compose, patched_model
-from patchhub.runtime.patched_model import PatchState
+from patchhub.porcelain.routing_state import routing_at
+from patchhub.runtime import patched_model
+from patchhub.runtime.patched_model import UNROUTED, PatchState, Routing
 from patchhub.runtime.ready import ReadyWeights
+from patchhub.runtime.routing import Mode
 from patchhub.store.repository import DIRECTORY, Repository
 
 SURVIVAL_LIMIT = 0.9  # warn when rounding to the base's type loses more than a tenth of a change
@@ -30,16 +30,23 @@ def load(
     *,
     base: str | Path | None = None,
     verify: bool = False,
+    wise: Mode | None = None,
+    side_path: bool = False,
     **kwargs: Any,
 ) -> Any:
-    """The model at a revision, as an ordinary transformers model.
+    """The model at a revision, as an ordinary transformers model; side memories of WISE shards are routed to.
 
     Args:
-        path_or_repo: the folder that holds a store, the store itself, or ``user/repo`` on the Hub.
+        path_or_repo: the folder that holds a store, the store itself, ``user/repo`` on the Hub, or a checkpoint that `apply` wrote of a
+            state with shards.
         revision: a branch, tag, commit, ``HEAD~2``, ... ; ``base`` is the unpatched model.
         base: where the base model is, if not where the repository says.
         verify: hash every tensor of the base, not only those that the patch touches.
-        kwargs: passed to ``AutoModelForCausalLM.from_pretrained``: dtype, device_map, attn_implementation, ...
+        wise: keep shards apart and let each query choose ("retrieve"), or join them into one side memory ("merge"). Default: the
+            repository's ``wise.mode``, which is "retrieve" unless it was set.
+        side_path: leave the weights as they are and run the changes beside them in float32, so that none is lost to rounding.
+            A quantised model always does.
+        kwargs: passed to ``AutoModelForCausalLM.from_pretrained``: dtype, device_map, quantization_config, ...
 
     Raises:
         RevisionError: no such revision.
@@ -47,31 +54,44 @@ def load(
     """
     published = hub_name(path_or_repo)
     if published is not None:
-        checkpoint, state = open_published(published, revision, base=base, verify=verify)
-        return patched_model.load_patched(checkpoint, state, **kwargs)
+        checkpoint, state = open_published(published, revision, base=base, verify=verify, wise=wise)
+        return patched_model.load_patched(checkpoint, state, side_path=side_path, **kwargs)
+    if is_applied(Path(path_or_repo)):
+        return load_applied(Path(path_or_repo), wise, **kwargs)
     with open_path(path_or_repo) as repository:
-        state = state_at(repository, revision)
+        state = state_at(repository, revision, wise)
         checkpoint = open_base(repository, base, verify=verify)
         ready = ReadyWeights(repository.cache / "weights", repository.config.base_id, repository.state(state.commit))
-        return patched_model.load_patched(checkpoint, state, cache=repository.cache, ready=ready, **kwargs)
+        return patched_model.load_patched(
+            checkpoint, state, cache=repository.cache, ready=ready, side_path=side_path, **kwargs
+        )
 
 
-def attach(model: Any, path_or_repo: str | Path, revision: str = "HEAD", *, base: str | Path | None = None) -> Any:
+def attach(
+    model: Any,
+    path_or_repo: str | Path,
+    revision: str = "HEAD",
+    *,
+    base: str | Path | None = None,
+    wise: Mode | None = None,
+    side_path: bool = False,
+) -> Any:
     """Put a model that is in memory, the base or any patched state of it, into the state of a revision.
 
-    The base's own tensors are kept, so any later `attach` or `detach` is exact.
+    The base's own tensors are kept, so any later `attach` or `detach` is exact. ``wise`` and ``side_path`` are as in `load`; a model that
+    has a patch keeps to the way in which that is attached.
 
     Raises:
         RevisionError, BaseError: as in `load`.
     """
     published = hub_name(path_or_repo)
     if published is not None:
-        checkpoint, state = open_published(published, revision, base=base)
+        checkpoint, state = open_published(published, revision, base=base, wise=wise)
     else:
         repository = open_path(path_or_repo)
-        checkpoint, state = open_base(repository, base), state_at(repository, revision)
-    if patched_model.attached(model) is None:
-        patched_model.attach(model, checkpoint, state)
+        checkpoint, state = open_base(repository, base), state_at(repository, revision, wise)
+    if not patched_model.is_attached(model):
+        patched_model.attach(model, checkpoint, state, side_path=side_path)
     else:
         patched_model.switch(model, checkpoint, state)
     return model
@@ -123,29 +143,34 @@ class StoredDeltas(Mapping[str, Sequence[Delta]]):
         return len(self._deltas)
 
 
-def state_at(repository: Repository, revision: str) -> PatchState:
-    """What is to be attached for a revision; its deltas are read on first use."""
+def state_at(repository: Repository, revision: str, wise: Mode | None = None) -> PatchState:
+    """What is to be attached for a revision: its deltas, which are read on first use, and its side memories."""
+    commit = repository.resolve(revision)
+    return patch_state(
+        repository, StoredDeltas(repository, commit), commit, routing=routing_at(repository, commit, wise)
+    )
+
+
+def main_state_at(repository: Repository, revision: str) -> PatchState:
+    """The main weights of a revision, without its side memories."""
     commit = repository.resolve(revision)
     return patch_state(repository, StoredDeltas(repository, commit), commit)
 
 
-def patch_state(repository: Repository, deltas: Mapping[str, Sequence[Delta]], commit: str | None) -> PatchState:
+def patch_state(
+    repository: Repository,
+    deltas: Mapping[str, Sequence[Delta]],
+    commit: str | None,
+    *,
+    routing: Routing = UNROUTED,
+) -> PatchState:
     return PatchState(
         base=base_object(repository),
         orientation=repository.config.base["orientation"],
         weights=deltas,
         commit=commit,
+        routing=routing,
     )
-
-
-def load_for_editing(repository: Repository, checkpoint: Checkpoint, weights: Sequence[str]) -> Any:
-    """The base in float32, its edited weights checked against the repository's base."""
-    check_tensors(base_object(repository), checkpoint, weights)
-    model = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=torch.float32, local_files_only=True)
-    for name, parameter in model.named_parameters():
-        if not bool(torch.isfinite(parameter).all()):
-            raise not_finite(checkpoint.name, name)
-    return model
 
 
 def not_finite(model: str, tensor: str) -> BaseError:
@@ -155,14 +180,3 @@ def not_finite(model: str, tensor: str) -> BaseError:
         remedy="Download or convert the model again.",
         tensor=tensor,
     )
-
-
-def survival_report(repository: Repository, checkpoint: Checkpoint, commit: str | None) -> dict[str, float]:
-    """Per weight, the share of a commit's change that rounding to the base's type keeps."""
-    orientation = repository.config.base["orientation"]
-    report = {}
-    for weight, deltas in read_state(repository, commit).items():
-        stored = checkpoint.read(checkpoint.resolve_name(weight))
-        composed = compose.compose(stored, deltas, orientation=orientation, dtype=stored.dtype)
-        report[weight] = compose.survival(stored, deltas, composed, orientation=orientation)
-    return report

@@ -1,20 +1,27 @@
-"""`merge`: join two histories. The merged set is three-way per request, its weights are solved from recorded columns. NumPy only."""
+"""`merge`: join two histories. The merged set is three-way per request, its weights are solved from recorded columns.
+
+NumPy only; but a contradiction that is decided against a fact of a shard trains that shard again, and loads the base for it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from time import perf_counter
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from patchhub.errors import RepositoryError
 from patchhub.objects import Element, Request
 from patchhub.porcelain.change import largest_proof
-from patchhub.porcelain.contradictions import Contradiction, Resolution, Side, decide, find
-from patchhub.porcelain.facts import active_requests
+from patchhub.porcelain.contradictions import Contradiction, Decided, Resolution, Side, decide, find
+from patchhub.porcelain.facts import left_and_entered
+from patchhub.porcelain.guard import GUARDED, Guarding
+from patchhub.porcelain.progress import Progress, Silent
 from patchhub.porcelain.recorded import one_metric, stale_requests
 from patchhub.porcelain.refs import current_ref
+from patchhub.porcelain.reshape import ShardPlan, shrink, train_reshaped
+from patchhub.porcelain.shards import stale_shards, superseded
 from patchhub.porcelain.snapshot import Draft, Stamp, snapshot
 from patchhub.porcelain.stopped_merge import StoppedMerge, forget, keep, stopped_merge
 from patchhub.porcelain.three_way import base_set, three_way
@@ -23,6 +30,8 @@ from patchhub.store.repository import Repository
 from patchhub.store.revisions import BRANCHES, REMOTES, TAGS, resolve_ref
 
 Outcome = Literal["up to date", "fast-forward", "merged"]
+
+Facts: TypeAlias = tuple[Request, ...]
 
 UNDECIDED = Resolution()
 
@@ -38,7 +47,7 @@ class Merged:
         removed_by_ours, removed_by_theirs: facts that one side has and the merged set does not.
         decided: the contradictions, with the side that stays.
         unchecked: facts that no contradiction could be looked for in, because their texts are withheld.
-        same_as, stale, proof: as in `Changed`.
+        same_as, stale, proof, stale_shards, trained: as in `Changed`.
         seconds: wall time.
     """
 
@@ -54,6 +63,8 @@ class Merged:
     stale: int
     proof: float
     seconds: float
+    stale_shards: tuple[str, ...] = ()
+    trained: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         names = ("from_ours", "from_theirs", "removed_by_ours", "removed_by_theirs")
@@ -67,6 +78,8 @@ class Merged:
             "stale": self.stale,
             "proof": self.proof,
             "seconds": self.seconds,
+            "stale_shards": list(self.stale_shards),
+            "trained": list(self.trained),
         }
 
 
@@ -94,6 +107,7 @@ class Plan:
     Attributes:
         ours, theirs: the two sets.
         merged: what the merge would hold, with the contradictions decided so far.
+        shards: shards of it that must be trained again, since decisions leave out some of their facts.
         decided, open: contradictions with the side that stays, and without.
         unchecked: as in `Merged`.
         metric: that of the merged set's columns.
@@ -102,6 +116,7 @@ class Plan:
     ours: frozenset[Element]
     theirs: frozenset[Element]
     merged: frozenset[Element]
+    shards: ShardPlan
     decided: Mapping[Contradiction, Side]
     open: tuple[Contradiction, ...]
     unchecked: int
@@ -115,6 +130,8 @@ def merge(
     *,
     resolution: Resolution = UNDECIDED,
     fast_forward: bool = True,
+    progress: Progress | None = None,
+    guarding: Guarding = GUARDED,
 ) -> Merged | Stopped:
     """Bring what another revision changed into the current branch.
 
@@ -124,12 +141,14 @@ def merge(
 
     Args:
         stamp: an empty message stands for "Merge branch 'NAME'".
+        guarding: how the merged state is checked.
 
     Raises:
         RevisionError: no such revision.
         RequestError: the resolution does not fit the contradictions.
         RepositoryError: another merge waits on this commit.
         EditError: the sides' columns are of different metrics.
+        GuardError: a check of the merged state failed; nothing was committed.
     """
     begun = perf_counter()
     _refuse_stopped(repository)
@@ -144,21 +163,29 @@ def merge(
         repository.move_refs(changes, command="merge", arguments=arguments, author=stamp.author, time=stamp.time)
         return _moved(repository, "fast-forward", ours, theirs, begun)
     message = stamp.message or f"Merge {_describe(repository, revision)}"
-    return _finish(repository, StoppedMerge(ours, theirs, revision, message), stamp, resolution, begun)
+    stopped = StoppedMerge(ours, theirs, revision, message)
+    return _finish(repository, stopped, stamp, resolution, guarding, progress or Silent(), begun)
 
 
-def continue_merge(repository: Repository, stamp: Stamp, *, resolution: Resolution) -> Merged | Stopped:
+def continue_merge(
+    repository: Repository,
+    stamp: Stamp,
+    *,
+    resolution: Resolution,
+    progress: Progress | None = None,
+    guarding: Guarding = GUARDED,
+) -> Merged | Stopped:
     """Take a stopped merge up again, with its contradictions decided; an empty message stands for the merge's own.
 
     Raises:
         RepositoryError: no merge waits on this commit.
-        RequestError, EditError: as in `merge`.
+        RequestError, EditError, GuardError: as in `merge`.
     """
     begun = perf_counter()
     waiting = stopped_merge(repository)
     if waiting is None:
         raise RepositoryError("no merge waits on this commit", remedy="Begin one with `patchhub merge REV`.")
-    return _finish(repository, waiting, stamp, resolution, begun)
+    return _finish(repository, waiting, stamp, resolution, guarding, progress or Silent(), begun)
 
 
 def abort_merge(repository: Repository) -> None:
@@ -179,20 +206,40 @@ def plan(repository: Repository, ours: str, theirs: str, resolution: Resolution)
     """
     sides = repository.active(ours), repository.active(theirs)
     merged = three_way(base_set(ours, theirs, cache(repository.parents), repository.active), *sides)
+    merged -= superseded(repository, merged)
     metric = one_metric(repository, sides[0] | sides[1])
     found = find(repository, merged, (ours, sides[0]), (theirs, sides[1]))
     decided = decide(found.contradictions, resolution)
-    return Plan(*sides, merged - decided.dropped, decided.sides, decided.open, found.unchecked, metric)
+    shards = shrink(repository, _forgotten(merged, decided))
+    kept = (merged - decided.dropped - shards.remove) | shards.restore
+    kept -= superseded(repository, kept)
+    return Plan(*sides, kept, shards, decided.sides, decided.open, found.unchecked, metric)
+
+
+def _forgotten(merged: frozenset[Element], decided: Decided) -> dict[str, frozenset[str]]:
+    """Per shard, the ids of the facts that are decided against."""
+    places = decided.dropped - merged
+    return {shard: frozenset(str(fact) for patch, fact in places if patch == shard) for shard in {p for p, _ in places}}
 
 
 def _finish(
-    repository: Repository, merge: StoppedMerge, stamp: Stamp, resolution: Resolution, begun: float
+    repository: Repository,
+    merge: StoppedMerge,
+    stamp: Stamp,
+    resolution: Resolution,
+    guarding: Guarding,
+    progress: Progress,
+    begun: float,
 ) -> Merged | Stopped:
     """Make the merge commit, or stop."""
     planned = plan(repository, merge.ours, merge.theirs, resolution)
     if planned.open:
         keep(repository, merge)
         return Stopped(merge, planned.open, planned.unchecked)
+    trained: tuple[str, ...] = ()
+    if planned.shards.train:
+        merged, trained = train_reshaped(repository, planned.ours, planned.merged, planned.shards, progress)
+        planned = replace(planned, merged=merged)
     metric = planned.metric or repository.commit(merge.ours).metric
     draft = Draft(
         (merge.ours, merge.theirs),
@@ -205,35 +252,36 @@ def _finish(
             "decided": {found.text: side for found, side in planned.decided.items()},
         },
     )
-    identity = snapshot(repository, draft, Stamp(stamp.author, stamp.time, stamp.message or merge.message))
+    by = Stamp(stamp.author, stamp.time, stamp.message or merge.message)
+    identity = snapshot(repository, draft, by, judge=guarding.judge(repository, progress))
     forget(repository)
     commit = repository.commit(identity)
     return Merged(
         "merged",
         identity,
-        _texts(repository, planned.merged - planned.theirs),
-        _texts(repository, planned.merged - planned.ours),
-        _texts(repository, planned.theirs - planned.merged),
-        _texts(repository, planned.ours - planned.merged),
+        *_apart(repository, planned),
         planned.decided,
         planned.unchecked,
         commit.same_as,
         stale_requests(repository, planned.merged),
         largest_proof(commit),
         perf_counter() - begun,
+        tuple(stale_shards(repository, planned.merged)),
+        trained,
     )
 
 
 def _moved(repository: Repository, outcome: Outcome, before: str | None, after: str | None, begun: float) -> Merged:
     """The report of a merge without a commit of its own."""
     ours, theirs = repository.active(before), repository.active(after)
+    left, entered = left_and_entered(repository, ours, theirs)
     return Merged(
         outcome,
         after,
         from_ours=(),
-        from_theirs=_texts(repository, theirs - ours),
+        from_theirs=entered,
         removed_by_ours=(),
-        removed_by_theirs=_texts(repository, ours - theirs),
+        removed_by_theirs=left,
         decided={},
         unchecked=0,
         same_as=None,
@@ -243,8 +291,11 @@ def _moved(repository: Repository, outcome: Outcome, before: str | None, after: 
     )
 
 
-def _texts(repository: Repository, elements: frozenset[Element]) -> tuple[Request, ...]:
-    return tuple(active_requests(repository, elements).values())
+def _apart(repository: Repository, planned: Plan) -> tuple[Facts, Facts, Facts, Facts]:
+    """from_ours, from_theirs, removed_by_ours and removed_by_theirs of `Merged`."""
+    removed_by_ours, from_ours = left_and_entered(repository, planned.theirs, planned.merged)
+    removed_by_theirs, from_theirs = left_and_entered(repository, planned.ours, planned.merged)
+    return from_ours, from_theirs, removed_by_ours, removed_by_theirs
 
 
 def _refuse_stopped(repository: Repository) -> None:

@@ -11,19 +11,26 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from patchhub.delta import Delta
+from patchhub.editing.chat import Chat, chat_of
 from patchhub.errors import RepositoryError, SettingsError
 from patchhub.models.architectures import Architecture, describe, read_config
 from patchhub.models.checkpoint import Checkpoint, open_checkpoint
 from patchhub.models.fingerprint import check_tensors, fingerprint
 from patchhub.models.patched_copy import write_patched
+from patchhub.models.placement import Placement, load_base
+from patchhub.porcelain.applied import side_memory_files
 from patchhub.porcelain.columns import read_state
 from patchhub.porcelain.loading import SURVIVAL_LIMIT, base_object, not_finite, open_base, state_at
+from patchhub.porcelain.placements import placement_of
 from patchhub.porcelain.progress import Progress, increments
+from patchhub.porcelain.routing_state import chosen_mode
+from patchhub.porcelain.shards import shards_at
 from patchhub.runtime.compose import compose, survival
 from patchhub.runtime.patched_model import attach, switch
+from patchhub.runtime.routing import Mode
 from patchhub.store.repository import DIRECTORY, Repository
 
 _TOP = 5
@@ -48,14 +55,16 @@ class Initialised:
 
 @dataclass(frozen=True)
 class Applied:
-    """What `apply` wrote: the touched weights with the share of their change that the cast kept."""
+    """What `apply` wrote: the touched weights with the share of their change that the cast kept, and how many shards lie beside."""
 
     out: Path
     commit: str | None
     survival: Mapping[str, float]
+    shards: int = 0
 
     def to_json(self) -> dict[str, Any]:
-        return {"out": str(self.out), "commit": self.commit, "survival": dict(self.survival)}
+        survival = dict(self.survival)
+        return {"out": str(self.out), "commit": self.commit, "survival": survival, "shards": self.shards}
 
 
 @dataclass(frozen=True)
@@ -120,8 +129,12 @@ def apply(
     base: str | None = None,
     overwrite: bool = False,
     link: bool = True,
+    wise: Mode | None = None,
 ) -> Applied:
     """Write the model of a revision as an ordinary checkpoint folder, one tensor at a time.
+
+    Shards cannot be in the weights: they are put into a folder beside them, and `patchhub.load` of the checkpoint routes to them,
+    by default as ``wise`` says (None: the repository's ``wise.mode``). Other loaders read the main weights alone.
 
     Raises:
         RevisionError: no such revision.
@@ -143,6 +156,7 @@ def apply(
 
         return composed
 
+    shards = shards_at(repository, commit)
     progress.stage("writing", sum(entry.size for entry in checkpoint.tensors.values()))
     write_patched(
         checkpoint,
@@ -150,25 +164,41 @@ def apply(
         {weight: replacement(weight, deltas) for weight, deltas in state.items()},
         overwrite=overwrite,
         link=link,
+        extra=side_memory_files(repository, commit, shards, chosen_mode(repository, wise)),
         progress=increments(progress),
     )
     for weight, share in sorted(kept.items()):
         if share < SURVIVAL_LIMIT:
-            progress.warn(f"{1 - share:.0%} of the change of {weight} is lost in the base's type")
+            progress.warn(
+                f"{1 - share:.0%} of the change of {weight} is lost in the base's type; "
+                "patchhub.load(..., side_path=True) keeps it"
+            )
     progress.close()
-    return Applied(out, commit, kept)
+    return Applied(out, commit, kept, len(shards))
 
 
 def ask(
-    repository: Repository, prompt: str, revisions: Sequence[str], progress: Progress, *, base: str | None = None
+    repository: Repository,
+    prompt: str,
+    revisions: Sequence[str],
+    progress: Progress,
+    *,
+    base: str | None = None,
+    placement: Placement | None = None,
+    chat: bool | None = None,
 ) -> list[Answer]:
     """What the model says to a prompt at each revision: one model in memory, switched from state to state.
 
+    Args:
+        placement: on which device, in which type or quantisation the base is loaded; None: as the repository's config says.
+        chat: give the prompt as the user's message of the base's chat template; None: as the repository's config says.
+
     Raises:
         RevisionError: no such revision.
-        SettingsError: the prompt is empty.
+        SettingsError: the prompt is empty, or there is no chat template.
     """
-    return [answered for (answered,) in answers(repository, [prompt], revisions, progress, base=base)]
+    found = answers(repository, [prompt], revisions, progress, base=base, placement=placement, chat=chat)
+    return [answered for (answered,) in found]
 
 
 def answers(
@@ -178,6 +208,8 @@ def answers(
     progress: Progress,
     *,
     base: str | None = None,
+    placement: Placement | None = None,
+    chat: bool | None = None,
 ) -> list[list[Answer]]:
     """For each revision the answers to all prompts; errors as in `ask`."""
     if not all(prompt.strip() for prompt in prompts):
@@ -185,23 +217,27 @@ def answers(
     states = [(revision, state_at(repository, revision)) for revision in revisions]
     checkpoint = open_base(repository, base)
     progress.stage("loading the base", 0)
-    model: Any = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=torch.float32, local_files_only=True)
-    model.eval()
     tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, local_files_only=True)
+    in_chat = repository.config.settings.get("chat", False) if chat is None else chat
+    form = chat_of(tokenizer) if in_chat else None
+    model = load_base(checkpoint, placement or placement_of(repository)).eval()
     found = []
     for number, (revision, state) in enumerate(states):
         if number:
             switch(model, checkpoint, state)
         else:
             attach(model, checkpoint, state)
-        found.append([_answer(model, tokenizer, prompt, revision, state.commit) for prompt in prompts])
+        found.append([_answer(model, tokenizer, prompt, form, revision, state.commit) for prompt in prompts])
     progress.close()
     return found
 
 
 @torch.no_grad()
-def _answer(model: Any, tokenizer: Any, prompt: str, revision: str, commit: str | None) -> Answer:
-    inputs = tokenizer(prompt.rstrip(), return_tensors="pt", return_token_type_ids=False)
+def _answer(model: Any, tokenizer: Any, prompt: str, chat: Chat | None, revision: str, commit: str | None) -> Answer:
+    text = prompt.rstrip() if chat is None else chat.asking(prompt.strip())
+    inputs = tokenizer(text, return_tensors="pt", return_token_type_ids=False, add_special_tokens=chat is None).to(
+        model.device
+    )
     probabilities = model(**inputs).logits[0, -1].float().softmax(-1)
     top = probabilities.topk(min(_TOP, len(probabilities)))
     tokens = model.generate(

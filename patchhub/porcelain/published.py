@@ -11,11 +11,14 @@ from patchhub.errors import CorruptStoreError, RemoteError, SettingsError
 from patchhub.models.architectures import describe, read_config
 from patchhub.models.checkpoint import Checkpoint, open_checkpoint
 from patchhub.models.fingerprint import check_tensors
-from patchhub.objects import Base
+from patchhub.objects import Base, Patch, set_from_json
+from patchhub.porcelain.routing_state import MODES, checked_mode, read_routing
+from patchhub.porcelain.shard_tensors import Shapes
 from patchhub.remotes.addresses import HUB
 from patchhub.remotes.hub_snapshot import HubSnapshot
 from patchhub.remotes.receive import delta_limit
-from patchhub.runtime.patched_model import PatchState
+from patchhub.runtime.patched_model import PatchState, Routing
+from patchhub.runtime.routing import Mode
 from patchhub.store import states
 
 MAIN: Final = "main"
@@ -38,6 +41,7 @@ def open_published(
     *,
     base: str | Path | None = None,
     verify: bool = False,
+    wise: Mode | None = None,
     endpoint: str | None = None,
     token: str | None = None,
 ) -> tuple[Checkpoint, PatchState]:
@@ -64,8 +68,16 @@ def open_published(
         for blob in sorted(blobs):
             for weight, delta in read_deltas(snapshot.file(blob, limit=limit), shapes).items():
                 weights.setdefault(weight, []).append(delta)
+        routing = _routing(snapshot, shapes, limit, checked_mode(wise or MODES[0]))
     except (CorruptStoreError, KeyError, TypeError) as error:
         raise RemoteError(f"hf://{repo} is refused: {error}", remedy="Do not use it.", remote=repo) from error
     if verify:
         check_tensors(about, checkpoint, None)
-    return checkpoint, PatchState(about, architecture.orientation, weights, snapshot.commit)
+    return checkpoint, PatchState(about, architecture.orientation, weights, snapshot.commit, routing)
+
+
+def _routing(snapshot: HubSnapshot, shapes: Shapes, limit: int, mode: Mode) -> Routing:
+    """The side memories of the snapshot's commit; of its patches only those that are active as a whole are read."""
+    whole = states.whole_patches(snapshot.commit, snapshot.read_commit, lambda i: set_from_json(snapshot.read(i)))
+    patches = {identity: Patch.from_json(snapshot.read(identity)) for identity in sorted(whole)}
+    return read_routing(patches, lambda identity: snapshot.file(identity, limit=limit), shapes, mode)

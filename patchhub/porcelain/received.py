@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,8 @@ from safetensors.numpy import load_file
 from patchhub.delta import STORED_DTYPES, read_deltas
 from patchhub.errors import CorruptStoreError
 from patchhub.objects import Patch
+from patchhub.porcelain.shard_tensors import read_shard_change
+from patchhub.porcelain.shards import shard_record
 from patchhub.remotes.receive import CheckTensors, Owner
 
 _REMEDY = "Do not use it."
@@ -23,6 +26,9 @@ def tensor_check(weights: Mapping[str, tuple[int, int]]) -> CheckTensors:
     def check(owner: Owner, file: Path) -> None:
         if isinstance(owner, Patch) and owner.kind == "closed_form":
             _check_columns(owner, file)
+        elif isinstance(owner, Patch) and owner.kind == "shard":
+            shard_record(owner)
+            _check_shard(owner, file, weights)
         else:
             _check_deltas(file, owner.weights if isinstance(owner, Patch) else weights)
 
@@ -30,9 +36,21 @@ def tensor_check(weights: Mapping[str, tuple[int, int]]) -> CheckTensors:
 
 
 def _check_deltas(file: Path, weights: Mapping[str, tuple[int, int]]) -> None:
-    try:
+    with _numpy_types():
         read_deltas(file, weights)
-    except (KeyError, TypeError, AttributeError) as error:  # a type of value that numpy does not have
+
+
+def _check_shard(patch: Patch, file: Path, weights: Mapping[str, tuple[int, int]]) -> None:
+    with _numpy_types():
+        read_shard_change(patch, file, weights)
+
+
+@contextmanager
+def _numpy_types() -> Iterator[None]:
+    """Refuse tensors of a type that numpy does not have."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError) as error:
         raise CorruptStoreError(f"a delta has values of a forbidden type ({error})", remedy=_REMEDY) from error
 
 

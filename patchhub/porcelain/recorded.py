@@ -6,13 +6,15 @@ from collections.abc import Iterable, Iterator
 
 from patchhub.errors import EditError
 from patchhub.objects import EMPTY_SET, Element, set_digest
+from patchhub.porcelain.shards import without_shards
 from patchhub.store.repository import Repository
 
 
 def stale_requests(repository: Repository, elements: frozenset[Element]) -> int:
     """How many columns of a set were recorded on a state that is not part of the set."""
-    stale = {patch for patch in {patch for patch, _ in elements} if is_stale(repository, patch, elements)}
-    return sum(patch in stale for patch, _ in elements)
+    patches = [patch for patch, request in elements if request is not None]
+    stale = {patch for patch in set(patches) if is_stale(repository, patch, elements)}
+    return sum(patch in stale for patch in patches)
 
 
 def is_stale(repository: Repository, patch: str, elements: frozenset[Element]) -> bool:
@@ -45,7 +47,7 @@ def _recorded_on(repository: Repository, identity: str) -> frozenset[Element] | 
         return frozenset()
     known = repository.set_of(made_on)
     brought = (c for c, patch, sign in _changes(repository, identity) if sign > 0 and patch == identity)
-    left = (repository.active(commit) - repository.commit(commit).added for commit in brought)
+    left = (without_shards(repository, repository.active(c) - repository.commit(c).added) for c in brought)
     return next((below for below in left if set_digest(below) == made_on), None) if known is None else known
 
 

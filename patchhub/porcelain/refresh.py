@@ -1,4 +1,4 @@
-"""`refresh`: record facts again on the present state, from their stored values, by forward passes alone."""
+"""`refresh`: record facts, and measure thresholds of shards, again on the present state, by forward passes alone."""
 
 from __future__ import annotations
 
@@ -10,27 +10,29 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.numpy import load
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from patchhub.canonical import canonical_json
-from patchhub.delta import Delta
+from patchhub.editing.chat import Chat
 from patchhub.editing.editors import EDITORS
 from patchhub.editing.facts import encode_facts
 from patchhub.editing.record import Recording, State, key_rows, record
 from patchhub.errors import RevisionError
 from patchhub.models.architectures import describe, read_config
-from patchhub.models.checkpoint import Checkpoint
 from patchhub.models.tracing import Stack
 from patchhub.objects import Element, Patch, Request, requests_json, set_digest
 from patchhub.porcelain.change import largest_proof
-from patchhub.porcelain.columns import read_additive, read_columns, read_state, solve_change, write_columns
+from patchhub.porcelain.columns import read_additive, read_columns, write_columns
 from patchhub.porcelain.facts import active_requests
-from patchhub.porcelain.loading import load_for_editing, open_base, patch_state
+from patchhub.porcelain.loading import open_base
+from patchhub.porcelain.opened import Opened, open_model
+from patchhub.porcelain.placements import placement_of
 from patchhub.porcelain.progress import Progress
 from patchhub.porcelain.recorded import is_stale
 from patchhub.porcelain.recording import Recorder, open_recorder
+from patchhub.porcelain.refresh_shards import deltas_near, measure_shards
+from patchhub.porcelain.shards import active_shards, stale_shards, without_shards
 from patchhub.porcelain.snapshot import Draft, Stamp, snapshot
-from patchhub.runtime.patched_model import attach
 from patchhub.store.repository import Repository
 
 
@@ -42,6 +44,7 @@ class Refreshed:
         commit: the new commit.
         facts: the facts that were recorded again.
         left: facts that could not be, because their texts are withheld.
+        shards: the shards whose threshold was measured again.
         proof: the largest relative residual of the joint solution over the weights.
         seconds: wall time.
     """
@@ -51,6 +54,7 @@ class Refreshed:
     left: int
     proof: float
     seconds: float
+    shards: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -59,6 +63,7 @@ class Refreshed:
             "left": self.left,
             "proof": self.proof,
             "seconds": self.seconds,
+            "shards": list(self.shards),
         }
 
 
@@ -77,7 +82,8 @@ def refresh(repository: Repository, stamp: Stamp, progress: Progress) -> Refresh
     """Record what is due again on the state that holds all other facts, as a new patch in a commit on HEAD.
 
     Due are stale columns and, on a merge commit, those of the facts that it brought to its first parent: they were recorded
-    without the other side below them. Values are not optimised again; z of each request is kept in its patch.
+    without the other side below them. Values are not optimised again; z of each request is kept in its patch. Then the shards whose
+    threshold was measured on other weights at or below their layer are measured on the new ones.
 
     Raises:
         RevisionError: nothing is due.
@@ -88,34 +94,49 @@ def refresh(repository: Repository, stamp: Stamp, progress: Progress) -> Refresh
     active = repository.active(head)
     wanted = _due(repository, head)
     texts = active_requests(repository, wanted)
-    if head is None or not texts:
+    if head is None or not (texts or stale_shards(repository, active)):
         raise RevisionError(
-            "no column of HEAD is due to be recorded again",
-            remedy="Columns are due when the state they were recorded on is gone, or right after a merge.",
+            "nothing of HEAD is due to be recorded or measured again",
+            remedy="Columns are due when the state they were recorded on is gone, or right after a merge; shards when the weights below "
+            "them changed.",
         )
     groups = _groups(repository, texts)
     staying = active - texts.keys()
-    deltas = read_state(repository, head)
-    for weight, part in solve_change(repository, active, staying).items():
-        deltas.setdefault(weight, []).append(part)
-    checkpoint = open_base(repository)
-    stack, tokenizer, recorder = _open(repository, checkpoint, groups, deltas, progress)
-    state = State(read_columns(repository, staying), deltas, read_additive(repository, staying))
-    elements = staying
-    for group in groups:
-        recording = _record(stack, tokenizer, group, recorder, state)
-        elements |= _store(repository, group, recorder.metric, staying, recording).elements
-        progress.advance(len(group.requests))
-    message = stamp.message or f"Refresh {len(texts)} facts"
-    draft = Draft((head,), elements, recorder.metric, "refresh", {"facts": len(texts)})
+    opened = _open(repository, groups, active, staying, progress)
+    elements, metric = staying, repository.commit(head).metric
+    if groups:
+        elements, metric = _record_groups(repository, opened, groups, staying, progress)
+    elements, measured, withheld = measure_shards(repository, opened, active, elements, progress)
+    if elements == active:
+        raise _withheld_error(withheld)
+    message = stamp.message or f"Refresh {_words(len(texts), len(measured))}"
+    draft = Draft((head,), elements, metric, "refresh", {"facts": len(texts), "shards": len(measured)})
     identity = snapshot(repository, draft, Stamp(stamp.author, stamp.time, message))
     progress.close()
     return Refreshed(
         commit=identity,
         facts=tuple(texts.values()),
-        left=len(wanted) - len(texts),
+        left=len(wanted) - len(texts) + sum(len(repository.patch(shard).requests) for shard in withheld),
         proof=largest_proof(repository.commit(identity)),
         seconds=perf_counter() - begun,
+        shards=measured,
+    )
+
+
+def _words(facts: int, shards: int) -> str:
+    parts = [
+        f"{number} {noun}{'' if number == 1 else 's'}"
+        for number, noun in ((facts, "fact"), (shards, "shard"))
+        if number
+    ]
+    return " and ".join(parts)
+
+
+def _withheld_error(shards: Sequence[str]) -> RevisionError:
+    return RevisionError(
+        f"the texts of shard {shards[0][:12]} are withheld, so its threshold cannot be measured again",
+        remedy="Refresh where the texts are.",
+        shards=list(shards),
     )
 
 
@@ -156,27 +177,47 @@ def _targets(repository: Repository, elements: Sequence[Element]) -> np.ndarray:
 
 def _open(
     repository: Repository,
-    checkpoint: Checkpoint,
     groups: Iterable[_Group],
-    deltas: Mapping[str, Sequence[Delta]],
+    active: frozenset[Element],
+    staying: frozenset[Element],
     progress: Progress,
-) -> tuple[Stack, PreTrainedTokenizerBase, Recorder]:
+) -> Opened:
+    """The base in the state of the facts that stay as they are."""
+    deltas = deltas_near(repository, active, staying)
+    checkpoint = open_base(repository)
     architecture = describe(read_config(checkpoint.folder))
     layers = sorted({layer for group in groups for layer in group.settings["layers"]})
+    weights = {architecture.ffn_weight(layer) for layer in layers}
+    weights |= {weight for patch in active_shards(repository, active).values() for weight in patch.weights}
     progress.stage("loading the base", 0)
-    model = load_for_editing(repository, checkpoint, [architecture.ffn_weight(layer) for layer in layers])
-    attach(model, checkpoint, patch_state(repository, deltas, None))
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, local_files_only=True)
-    stack = Stack(model, architecture)
-    recorder = open_recorder(repository, stack, tokenizer, layers, (), progress)
+    return open_model(repository, checkpoint, architecture, sorted(weights), deltas, placement_of(repository))
+
+
+def _record_groups(
+    repository: Repository,
+    opened: Opened,
+    groups: Sequence[_Group],
+    staying: frozenset[Element],
+    progress: Progress,
+) -> tuple[frozenset[Element], str]:
+    """The set with the groups' facts recorded again, and its metric."""
+    layers = sorted({layer for group in groups for layer in group.settings["layers"]})
+    recorder = open_recorder(repository, opened.stack, opened.tokenizer, layers, (), progress)
     progress.stage("recording again", sum(len(group.requests) for group in groups))
-    return stack, tokenizer, recorder
+    state = State(read_columns(repository, staying), opened.deltas, read_additive(repository, staying))
+    elements = staying
+    for group in groups:
+        recording = _record(opened.stack, opened.tokenizer, group, recorder, state)
+        elements |= _store(repository, group, recorder.metric, staying, recording).elements
+        progress.advance(len(group.requests))
+    return elements, recorder.metric
 
 
 def _record(
     stack: Stack, tokenizer: PreTrainedTokenizerBase, group: _Group, recorder: Recorder, state: State
 ) -> Recording:
-    facts = encode_facts(tokenizer, group.requests, group.settings["contexts"])
+    chat = Chat.from_json(group.settings.get("chat"))
+    facts = encode_facts(tokenizer, group.requests, group.settings["contexts"], chat=chat)
     return record(
         stack,
         group.settings["layers"],
@@ -195,7 +236,7 @@ def _store(
     patch = Patch(
         base=repository.config.base_id,
         kind="closed_form",
-        made_on=set_digest(below),
+        made_on=set_digest(without_shards(repository, below)),
         method=group.method,
         metric=metric,
         requests=tuple(request.id for request in group.requests),

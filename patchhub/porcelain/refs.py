@@ -7,7 +7,7 @@ instead of overwriting it.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any
@@ -16,7 +16,7 @@ from patchhub.errors import RepositoryError, RevisionError
 from patchhub.objects import Operation
 from patchhub.store.operations import Changes, invert
 from patchhub.store.repository import Repository
-from patchhub.store.revisions import BRANCHES, HEAD, SYMBOLIC, TAGS, check_ref, follow, resolve_ref
+from patchhub.store.revisions import BRANCHES, HEAD, REMOTES, SYMBOLIC, TAGS, check_ref, follow, resolve_ref
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,11 @@ def branches(repository: Repository) -> list[Named]:
     return _listed(repository, BRANCHES)
 
 
+def remote_branches(repository: Repository) -> list[Named]:
+    """Every branch of a remote, where it was when it was last fetched or pushed, by name."""
+    return _listed(repository, REMOTES)
+
+
 def tags(repository: Repository) -> list[Named]:
     """Every tag, by name."""
     return _listed(repository, TAGS)
@@ -118,12 +123,34 @@ def delete_tag(repository: Repository, name: str, by: Signature) -> Moved:
 
 
 def switch(repository: Repository, name: str, by: Signature) -> Moved:
-    """Put HEAD on a branch.
+    """Put HEAD on a branch. One that only a remote has is made here first, where the remote's is.
 
     Raises:
-        RevisionError: no such branch; the remedy says how to look at a tag or commit of that name.
+        RevisionError: no such branch, or several remotes have one; the remedy says how to look at a tag or commit of that name.
     """
+    there = _of_remotes(repository, name)
+    if there:
+        return switch_to_new(repository, name, _only(there, name), by)
     return _move_head(repository, SYMBOLIC + _existing(repository, BRANCHES, name), by)
+
+
+def _of_remotes(repository: Repository, name: str) -> list[str]:
+    """The refs of remotes' branches of that name, where there is no branch of that name here."""
+    refs = repository.refs()
+    if BRANCHES + name in refs or refs[HEAD] == SYMBOLIC + BRANCHES + name:
+        return []
+    return [ref for ref in refs if ref.startswith(REMOTES) and ref[len(REMOTES) :].partition("/")[2] == name]
+
+
+def _only(refs: Sequence[str], name: str) -> str:
+    if len(refs) > 1:
+        listed = ", ".join(ref[len(REMOTES) :] for ref in refs)
+        raise RevisionError(
+            f"{name} is a branch of several remotes: {listed}",
+            remedy=f"Say which: `patchhub switch -c {name} {refs[0][len(REMOTES) :]}`.",
+            name=name,
+        )
+    return refs[0]
 
 
 def switch_to_new(repository: Repository, name: str, revision: str, by: Signature) -> Moved:

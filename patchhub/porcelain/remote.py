@@ -15,12 +15,13 @@ from patchhub.porcelain.named_remotes import ORIGIN, address_of, remote_add
 from patchhub.porcelain.progress import Progress
 from patchhub.porcelain.received import tensor_check
 from patchhub.porcelain.snapshot import Stamp
-from patchhub.remotes import sync
+from patchhub.remotes import fetching, pushing
 from patchhub.remotes.addresses import hub_id, normalised, open_remote
+from patchhub.remotes.fetching import Fetched
 from patchhub.remotes.manifest import Source
+from patchhub.remotes.pushing import Pushed
 from patchhub.remotes.receive import Limits
 from patchhub.remotes.remote import Remote
-from patchhub.remotes.sync import Fetched, Pushed
 from patchhub.store.config import Recording
 from patchhub.store.repository import DIRECTORY, Repository
 from patchhub.store.revisions import BRANCHES, HEAD, REMOTES, SYMBOLIC
@@ -87,9 +88,9 @@ def push(
         RemoteError: not fast-forward, not permitted, unreachable; refs that were not pushed are as they were.
     """
     address = address_of(repository, name)
-    refs = sync.refs_to_push(repository, revisions, everything=everything, tags=tags)
+    refs = pushing.refs_to_push(repository, revisions, everything=everything, tags=tags)
     progress.stage("pushing", 0)
-    pushed = sync.push(
+    pushed = pushing.push(
         repository,
         open_remote(address, endpoint=access.endpoint, token=access.token),
         name,
@@ -113,6 +114,7 @@ def fetch(
     author: str,
     time: str,
     repair: bool = False,
+    prune: bool = False,
     max_bytes: int = MAX_BYTES,
     access: Access = DEFAULT_ACCESS,
 ) -> Fetched:
@@ -120,13 +122,16 @@ def fetch(
 
     Args:
         repair: check everything reachable, and fetch again what is damaged or missing here.
+        prune: forget where branches were that the remote does not have any more.
         max_bytes: refuse to download more.
 
     Raises:
         RemoteError: unreachable, about another base, or it holds something the format does not allow.
     """
     remote = open_remote(address_of(repository, name), endpoint=access.endpoint, token=access.token)
-    return _fetch(repository, remote, name, progress, author=author, time=time, repair=repair, max_bytes=max_bytes)
+    return _fetch(
+        repository, remote, name, progress, author=author, time=time, repair=repair, prune=prune, max_bytes=max_bytes
+    )
 
 
 def pull(
@@ -165,13 +170,14 @@ def _fetch(
     author: str,
     time: str,
     repair: bool = False,
+    prune: bool = False,
     max_bytes: int = MAX_BYTES,
 ) -> Fetched:
     progress.stage("fetching", 0)
     if remote.view().source is None:
-        raise RemoteError(f"{remote.address} holds no patchhub store", remedy="Check the address, or push to it first.")
+        raise _nothing_at(remote.address)
     weights = weight_shapes(repository)
-    fetched = sync.fetch(
+    fetched = fetching.fetch(
         repository,
         remote,
         name,
@@ -180,13 +186,24 @@ def _fetch(
         author=author,
         time=time,
         repair=repair,
+        prune=prune,
         progress=progress.advance,
     )
     for warning in fetched.warnings:
         progress.warn(warning)
     progress.close()
-    _adopt_recording(repository, [moved.new for moved in fetched.moved if moved.ref.startswith(REMOTES)])
+    _adopt_recording(repository, [moved.new for moved in fetched.moved if moved.new and moved.ref.startswith(REMOTES)])
     return fetched
+
+
+def _nothing_at(address: str) -> RemoteError:
+    """The error for a remote that is empty, or that cannot be seen: the Hub does not tell which."""
+    private = " If it is private, log in first: `hf auth login`." if hub_id(address) else ""
+    return RemoteError(
+        f"{address} holds no patchhub store",
+        remedy=f"Check the address, or push to it first.{private}",
+        address=address,
+    )
 
 
 def _adopt_recording(repository: Repository, commits: Sequence[str]) -> None:
@@ -206,7 +223,7 @@ def _source(repository: Repository) -> Source:
     return Source(repository.config.base_id, base["path"] if on_hub else None, base["revision"] if on_hub else None)
 
 
-def _pages(repository: Repository, address: str, progress: Progress) -> sync.Pages:
+def _pages(repository: Repository, address: str, progress: Progress) -> pushing.Pages:
     """What the Hub shows to those who have no patchhub; a folder shows nothing."""
     name = hub_id(address)
     if name is None:
@@ -246,7 +263,7 @@ def clone(
     remote = open_remote(kept, endpoint=access.endpoint, token=access.token)
     source = remote.view().source
     if source is None:
-        raise RemoteError(f"{address} holds no patchhub store", remedy="Check the address.", address=address)
+        raise _nothing_at(kept)
     place = base if base is not None else source.model
     if place is None:
         raise SettingsError(f"{address} does not say where its base is", remedy="Give the base model with --base.")

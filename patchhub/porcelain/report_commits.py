@@ -81,12 +81,14 @@ def commit_rows(repository: Repository, commits: Sequence[str]) -> Iterator[Comm
     drawing = lay_out((identity, commit.parents) for identity, commit in loaded)
     for (identity, commit), place in zip(loaded, drawing, strict=True):
         methods = {repository.patch(patch).method for patch in {patch for patch, _ in commit.added}}
+        removed, added = count_changed(repository, commit.removed, commit.added)
         yield CommitRow(
             identity,
             commit,
             tuple(labels.get(identity, ())),
             tuple(sorted(methods)),
-            *reversed(count_changed(repository, commit.removed, commit.added)),
+            added,
+            removed,
             repository.active_count(identity),
             place,
         )

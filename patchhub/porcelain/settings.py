@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from patchhub.errors import RepositoryError, SettingsError
+from patchhub.objects import METRIC_KINDS
+from patchhub.store.closure import recorded
+from patchhub.store.config import Config
 from patchhub.store.repository import Repository
 
 
@@ -41,28 +44,67 @@ def _count(text: str) -> int:
     return value
 
 
-def _layers(text: str) -> list[int]:
+def read_layers(text: str) -> list[int]:
     """``3,4,5`` or ``3-5``."""
     layers: list[int] = []
     for part in text.split(","):
-        first, _, last = part.partition("-")
+        first, _, last = part.strip().partition("-")
+        if not first.isdecimal() or not (last.isdecimal() or not last):
+            raise ValueError("write ascending layers such as 3,4,5 or 3-5")
         layers += range(int(first), int(last or first) + 1)
     if not layers or layers != sorted(set(layers)):
         raise ValueError("write ascending layers such as 3,4,5 or 3-5")
     return layers
 
 
+def _index(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise ValueError("it must not be negative")
+    return value
+
+
 def _method(text: str) -> str:
-    if text not in ("memit", "pmet"):
-        raise ValueError("the editors are memit and pmet")
+    if text not in ("memit", "pmet", "wise"):
+        raise ValueError("the editors are memit, pmet and wise")
     return text
+
+
+def _metric_kind(text: str) -> str:
+    if text not in METRIC_KINDS:
+        raise ValueError(f"the kinds are {' and '.join(METRIC_KINDS)}")
+    return text
+
+
+def _preset(text: str) -> str:
+    from patchhub.editing.presets import PRESETS, PUBLISHED
+
+    names = sorted({PUBLISHED, *(row.model for row in PRESETS)})
+    if text not in names:
+        raise ValueError(f"the presets are {', '.join(names)}")
+    return text
+
+
+def _truth(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise ValueError("write true or false")
+    return text.lower() == "true"
+
+
+def _one_of(*names: str) -> Callable[[str], str]:
+    def read(text: str) -> str:
+        if text not in names:
+            raise ValueError(f"it is one of {', '.join(names)}")
+        return text
+
+    return read
 
 
 def _of_editor(name: str) -> dict[str, Setting]:
     return {
         f"{name}.clamp": Setting(_positive, "largest change of a value, relative to its norm"),
         f"{name}.kl_factor": Setting(_fraction, "weight of the KL term that keeps the subject's essence"),
-        f"{name}.layers": Setting(_layers, "edited layers, such as 3,4,5 or 3-5; default: from the model's depth"),
+        f"{name}.layers": Setting(read_layers, "edited layers, such as 3,4,5 or 3-5; default: from the model's depth"),
         f"{name}.learning_rate": Setting(_positive, "Adam step of the value optimisation"),
         f"{name}.nll_factor": Setting(_positive, "weight of the target's likelihood in the loss"),
         f"{name}.ridge": Setting(_positive, "lambda, the weight of what is preserved; default: from the FFN's width"),
@@ -72,15 +114,93 @@ def _of_editor(name: str) -> dict[str, Setting]:
     }
 
 
+_OF_WISE: Mapping[str, Setting] = {
+    "wise.act_ratio": Setting(
+        _positive, "routing threshold, relative to a low quantile of the edited prompts' distances"
+    ),
+    "wise.alpha": Setting(_fraction, "margin: distances of unrelated text stay below it"),
+    "wise.beta": Setting(_positive, "margin: distances of edited prompts rise above it"),
+    "wise.clamp": Setting(_positive, "largest change of a value, relative to its norm"),
+    "wise.descent_decay": Setting(_fraction, "weight decay of descent, under the mask"),
+    "wise.descent_rate": Setting(_positive, "step of descent"),
+    "wise.descent_steps": Setting(_count, "most steps of descent"),
+    "wise.distance": Setting(
+        _one_of("max", "mean"), "distance of a sequence: its tokens' largest, or their mean as published"
+    ),
+    "wise.gamma": Setting(_fraction, "margin: how far the two kinds of distances are kept apart"),
+    "wise.kl_factor": Setting(_fraction, "weight of the KL term that keeps the subject's essence"),
+    "wise.layer": Setting(
+        _index, "layer whose feed-forward output gets a side memory; default: from the model's depth"
+    ),
+    "wise.learning_rate": Setting(_positive, "step of the optimisation"),
+    "wise.margins": Setting(
+        _one_of("relative", "absolute"), "margins relative to the model's activations, or as published"
+    ),
+    "wise.mask_ratio": Setting(_positive, "share of the matrix that a shard may change"),
+    "wise.merge_density": Setting(_positive, "share of each shard's entries that joining by ties keeps"),
+    "wise.merge_method": Setting(_one_of("ties", "linear"), "how shards are joined into one side memory"),
+    "wise.mode": Setting(_one_of("retrieve", "merge"), "keep shards apart, or join them; default: retrieve"),
+    "wise.neighbours": Setting(_index, "texts about other subjects that the base writes for each fact"),
+    "wise.norm_constraint": Setting(_positive, "largest change of an entry"),
+    "wise.prefixes": Setting(_index, "random texts, beside the contexts, that a subject is put after"),
+    "wise.rank": Setting(_count, "recompress a finished shard to this rank and close it; default: keep it as trained"),
+    "wise.rehearsal": Setting(
+        _index, "earlier facts of the shard, for each new one, that every round looks at and mends"
+    ),
+    "wise.ridge": Setting(_positive, "weight of what is preserved against one fact; default: from the FFN's width"),
+    "wise.rounds": Setting(_count, "times that the fit is followed by optimising what it left undone"),
+    "wise.seed": Setting(_index, "seed of the random subspaces and texts"),
+    "wise.shard_size": Setting(_count, "facts after which a shard is full (500)"),
+    "wise.solver": Setting(
+        _one_of("fit", "descent"), "fit the matrix to optimised values, or descend on it as published"
+    ),
+    "wise.steps": Setting(_count, "most steps of the optimisation"),
+    "wise.stop_loss": Setting(_fraction, "a fact is finished below this loss"),
+    "wise.weight_decay": Setting(_fraction, "weight of the change's norm in the loss"),
+}
+
+_METRIC_NUMBERS: Mapping[str, Mapping[str, float]] = {
+    "covariance": {"epsilon": 0.01},
+    "null_space": {"threshold": 0.02, "l2": 10.0},
+}
+
 SETTINGS: Mapping[str, Setting] = {
     "author": Setting(str, 'who commits, "Ada <ada@example.org>"; default: git\'s identity'),
     "base.path": Setting(str, "where the base model is"),
+    "chat": Setting(_truth, "true: facts are written and asked as answers in the base's chat template; default: false"),
+    "device": Setting(
+        str, "where the base is put: auto (a GPU if there is one), spread (over all GPUs), cpu, cuda:0, ..."
+    ),
+    "dtype": Setting(
+        _one_of("auto", "float32", "bfloat16", "float16"),
+        "type of the base in memory; auto: float32 where that takes half of the memory at most, else the base's own",
+    ),
+    "guard.drift": Setting(
+        _positive, "most that new facts may add to the drift on held text, nats per token (0.6); few facts less"
+    ),
+    "guard.earlier": Setting(_fraction, "largest share of the earlier facts that a change may lose (0.5)"),
+    "guard.misfit": Setting(
+        _fraction, "largest share of new and contradicted facts that may get less than half of their change (0.7)"
+    ),
+    "guard.own": Setting(_fraction, "least share of the new facts that the model must answer with (0.15)"),
+    "guard.spectrum": Setting(
+        _positive, "largest singular value of a weight's change, relative to the base weight's (50)"
+    ),
+    "guard.survival": Setting(_fraction, "least share of a change that rounding to the base's type must keep (0.1)"),
     **_of_editor("memit"),
     "method": Setting(_method, "default editor"),
-    "metric.epsilon": Setting(_fraction, "ridge of the second moments, relative to their mean eigenvalue"),
+    "metric.epsilon": Setting(_fraction, "ridge of the second moments, relative to the median of their diagonal"),
+    "metric.kind": Setting(_metric_kind, "covariance (MEMIT, PMET) or null_space (AlphaEdit)"),
+    "metric.l2": Setting(_positive, "of a null_space metric: weight of the change's norm (10)"),
     "metric.seed": Setting(int, "seed of the text that is sampled from the base"),
+    "metric.threshold": Setting(_positive, "of a null_space metric: smallest second moment that is protected (0.02)"),
     "metric.tokens": Setting(_count, "tokens of text that are sampled from the base"),
     **_of_editor("pmet"),
+    "quantization": Setting(_one_of("none", "8bit", "4bit"), "quantise the base in memory while it is edited"),
+    "preset": Setting(
+        _preset, "settings published for a model: `published` for the one that fits the base, or a name; default: none"
+    ),
+    **_OF_WISE,
 }
 
 
@@ -105,23 +225,33 @@ def config_set(repository: Repository, key: str, text: str) -> Any:
 
     Raises:
         SettingsError: no such key, or the value cannot be used.
-        RepositoryError: the metric was computed already and its settings are fixed.
+        RepositoryError: facts are recorded with the metric already, so its settings are fixed.
     """
-    setting = _known(key)
+    _known(key)
     _refuse_fixed(repository, key)
-    try:
-        value = setting.read(text)
-    except ValueError as error:
-        raise SettingsError(f"{key} cannot be {text!r}: {error}", remedy=f"{key} is {setting.purpose}.") from None
+    value = read_setting(key, text)
     config = repository.config
     if key == "base.path":
         if not Path(value).is_dir():
             raise SettingsError(f"there is no folder {value}", remedy="Give the base model's folder.")
         config = replace(config, base={**config.base, "path": str(Path(value).resolve()), "revision": None})
     else:
-        config = replace(config, settings={**config.settings, key: value})
+        config = _without_metric(key, replace(config, settings={**config.settings, key: value}))
     repository.write_config(config)
     return value
+
+
+def read_setting(key: str, text: str) -> Any:
+    """The value of a key that a text stands for.
+
+    Raises:
+        SettingsError: no such key, or the value cannot be used.
+    """
+    setting = _known(key)
+    try:
+        return setting.read(text)
+    except ValueError as error:
+        raise SettingsError(f"{key} cannot be {text!r}: {error}", remedy=f"{key} is {setting.purpose}.") from None
 
 
 def config_unset(repository: Repository, key: str) -> None:
@@ -129,7 +259,20 @@ def config_unset(repository: Repository, key: str) -> None:
     _known(key)
     _refuse_fixed(repository, key)
     kept = {name: value for name, value in repository.config.settings.items() if name != key}
-    repository.write_config(replace(repository.config, settings=kept))
+    repository.write_config(_without_metric(key, replace(repository.config, settings=kept)))
+
+
+def metric_settings(repository: Repository) -> tuple[str, dict[str, float]]:
+    """Kind and numbers of the metric that the repository's settings ask for; defaults are the published ones but epsilon."""
+    settings = repository.config.settings
+    kind = str(settings.get("metric.kind", "covariance"))
+    return kind, {name: float(settings.get(f"metric.{name}", value)) for name, value in _METRIC_NUMBERS[kind].items()}
+
+
+def is_metric_used(repository: Repository) -> bool:
+    """Whether any commit was ever made here, so that its columns are of the present metric."""
+    changes = (operation.changes for _, operation in repository.operations())
+    return any(reference.kind == "commit" for reference in recorded(changes))
 
 
 def _known(key: str) -> Setting:
@@ -140,9 +283,14 @@ def _known(key: str) -> Setting:
     return SETTINGS[key]
 
 
+def _without_metric(key: str, config: Config) -> Config:
+    """The config with no metric pinned, where the key is one of the metric's: the next use computes it anew."""
+    return replace(config, recording=None) if key.startswith("metric.") else config
+
+
 def _refuse_fixed(repository: Repository, key: str) -> None:
-    if key.startswith("metric.") and repository.config.recording is not None:
+    if key.startswith("metric.") and repository.config.recording is not None and is_metric_used(repository):
         raise RepositoryError(
-            f"{key} is fixed: one repository has one metric, and this one has been computed",
+            f"{key} is fixed: one repository has one metric, and facts are recorded with this one's",
             remedy="Start another repository for another metric.",
         )

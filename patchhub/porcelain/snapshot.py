@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from patchhub.constraints import no_columns, proof
 from patchhub.delta import Delta, add, compact, negative, norm, write_deltas
 from patchhub.objects import Commit, Element, Keyframe, set_digest, set_json
-from patchhub.porcelain.columns import Shapes, read_additive, read_columns, read_state, solve_change, weight_shapes
+from patchhub.porcelain.columns import (
+    Shapes,
+    additive_patches,
+    read_additive,
+    read_columns,
+    read_state,
+    solve_change,
+    weight_shapes,
+)
+from patchhub.porcelain.shards import without_shards
 from patchhub.store.repository import Repository
+
+Judge = Callable[[Commit], Mapping[str, Any]]
+"""From a prepared commit to fields of its ``check``; it raises to refuse the commit."""
 
 
 @dataclass(frozen=True)
@@ -39,10 +51,15 @@ def snapshot(
     stamp: Stamp,
     *,
     change: Mapping[str, Delta] | None = None,
-    check: Mapping[str, Any] | None = None,
+    judge: Judge = lambda commit: {},
 ) -> str:
-    """Write the commit of ``draft`` and move the current branch to it; returns its id. See `prepare`."""
-    commit = prepare(repository, draft, stamp, change=change, check=check)
+    """Write the commit of ``draft`` and move the current branch to it; returns its id. See `prepare`.
+
+    Args:
+        judge: sees the commit before it is written, and says what else was measured of it or refuses it.
+    """
+    commit = prepare(repository, draft, stamp, change=change)
+    commit = replace(commit, check={**commit.check, **judge(commit)})
     return repository.record(
         commit, command=draft.command, arguments=draft.arguments, author=stamp.author, time=stamp.time
     )
@@ -54,13 +71,13 @@ def prepare(
     stamp: Stamp,
     *,
     change: Mapping[str, Delta] | None = None,
-    check: Mapping[str, Any] | None = None,
 ) -> Commit:
     """The commit of ``draft``, with all that it refers to in the store; it is not in the store itself.
 
     A set that an ancestor had takes that ancestor's state, bit for bit; otherwise the change against the first parent is
     ``change`` or, where that is None, solved from the recorded columns. Either way the stored deltas, summed, are proven to be the joint
-    solution of the set and the proof is kept in the commit.
+    solution of the set and the proof is kept in the commit. A set of shards alone
+    has the base's weights, bit for bit: a keyframe without deltas says so.
     """
     parent = draft.parents[0] if draft.parents else None
     before = repository.active(parent)
@@ -73,8 +90,8 @@ def prepare(
     else:
         factors = solve_change(repository, before, draft.elements) if change is None else change
         delta = {weight: compact(part) for weight, part in factors.items() if norm(part)}
-        state = _extended(read_state(repository, parent), delta)
-        data = write_deltas(delta)
+        state = _extended(read_state(repository, parent), delta) if without_shards(repository, draft.elements) else {}
+        data = write_deltas(delta) if delta else b""
         tensors = repository.objects.put(data) if delta else None
         keyframe = _keyframe(repository, parent, len(data), draft.elements, state, shapes)
         if keyframe is not None and keyframe.tensors is not None:
@@ -83,7 +100,7 @@ def prepare(
         added=frozenset(draft.elements - before),
         author=stamp.author,
         base=repository.config.base_id,
-        check={**_measured(repository, draft.elements, parent, state, shapes), **(check or {})},
+        check=_measured(repository, draft.elements, parent, state, shapes),
         keyframe=keyframe,
         message=stamp.message,
         metric=draft.metric,
@@ -112,7 +129,7 @@ def _keyframe(
     shapes: Shapes,
 ) -> Keyframe | None:
     """The whole state, where reading it commit by commit would cost too much (docs/format.md)."""
-    full = any(request is None for _, request in elements)  # an additive patch may be of any rank
+    full = additive_patches(repository, elements)  # they may be of any rank
     rank = max(map(max, shapes.values())) if full else len(elements)
     whole = sum(4 * min(out * inner, rank * (out + inner)) for out, inner in (shapes[weight] for weight in state))
     if not repository.needs_keyframe(parent, new_bytes, whole):

@@ -1,28 +1,34 @@
 """An ordinary transformers model with the weights of a commit: loaded, or attached to a model in memory and detached.
 
 Patched weights are always composed from the base's own tensor, never from patched ones, so the result does not depend
-on what was attached before, and is rounded once whatever type the model runs in.
+on what was attached before, and is rounded once whatever type the model runs in. Side memories are routed beside them.
+Where weights are quantised, or the caller asks for it, the deltas run beside them (`side_path`) and they stay as they are.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from patchhub.delta import Delta
 from patchhub.errors import BaseError, SettingsError, UnsupportedModelError
 from patchhub.models.checkpoint import Checkpoint
 from patchhub.models.fingerprint import check_tensors, not_the_base
+from patchhub.models.placement import is_quantised
 from patchhub.models.structure import Orientation
 from patchhub.objects import Base
 from patchhub.runtime.compose import compose
 from patchhub.runtime.ready import ReadyWeights
+from patchhub.runtime.routing import Mode, SideMemory, route, unroute
+from patchhub.runtime.side_path import run_beside, take_off
 
 Progress = Callable[[int, int], None]
 """Called with the number of weights done and of weights in all."""
@@ -31,6 +37,30 @@ ATTRIBUTE: Final = "_patchhub_attachment"
 """The one attribute that patchhub sets on a model: its `Attachment`."""
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@dataclass(frozen=True, eq=False)
+class Routing:
+    """The side memories of a state and how queries reach them; without memories nothing is routed.
+
+    Attributes:
+        memories: in ascending order of patch id.
+        mode: keep them apart and let each query choose ("retrieve"), or join them into one ("merge").
+        merge_method, merge_density: how they are joined, see `routing.route`.
+    """
+
+    memories: Sequence[SideMemory] = ()
+    mode: Mode = "retrieve"
+    merge_method: Literal["ties", "linear"] = "ties"
+    merge_density: float = 0.53
+
+    @property
+    def weights(self) -> frozenset[str]:
+        """The parameters that have a side memory."""
+        return frozenset(memory.weight for memory in self.memories)
+
+
+UNROUTED: Final = Routing()
 
 
 @dataclass(frozen=True)
@@ -42,12 +72,14 @@ class PatchState:
         orientation: how the base stores the patched weights.
         weights: parameter name -> the deltas whose sum is its change, in ascending order of blob id.
         commit: the commit's id, as a label; None for a state that is no commit.
+        routing: the side memories beside those weights.
     """
 
     base: Base
     orientation: Orientation
     weights: Mapping[str, Sequence[Delta]]
     commit: str | None = None
+    routing: Routing = UNROUTED
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,11 +91,13 @@ class Attachment:
         state: what is attached.
         originals: parameter name -> the tensor that was there before; a patched parameter that is missing here was
             never unpatched in memory, and its original is in the checkpoint.
+        beside: takes off the deltas that run beside the weights; None where weights are composed.
     """
 
     checkpoint: Checkpoint
     state: PatchState
     originals: Mapping[str, Tensor] = field(default_factory=dict)
+    beside: tuple[RemovableHandle, ...] | None = None
 
 
 def load_patched(
@@ -72,6 +106,7 @@ def load_patched(
     *,
     cache: Path | None = None,
     ready: ReadyWeights | None = None,
+    side_path: bool = False,
     progress: Progress = lambda done, total: None,
     **from_pretrained: Any,
 ) -> PreTrainedModel:
@@ -84,19 +119,23 @@ def load_patched(
         state: what to load.
         cache: a folder of digests, as in `fingerprint`; None: hash the touched tensors anew.
         ready: where composed weights of this state are kept; None: compose them.
-        progress: called after each patched weight.
-        **from_pretrained: passed on to ``AutoModelForCausalLM.from_pretrained`` (dtype, device_map, ...).
+        side_path: run the deltas beside the weights in float32; a quantised model always does.
+        progress: called after each composed weight.
+        **from_pretrained: passed on to ``AutoModelForCausalLM.from_pretrained`` (dtype, device_map, quantization_config, ...).
 
     Raises:
         BaseError: the checkpoint is not the state's base.
-        UnsupportedModelError: a patched weight was quantised.
         SettingsError: ``device_map`` leaves a patched weight out of memory.
     """
     factory: Any = AutoModelForCausalLM
     model: PreTrainedModel = factory.from_pretrained(checkpoint.folder, **from_pretrained)
+    if side_path or is_quantised(model):
+        nothing = Attachment(checkpoint, PatchState(state.base, state.orientation, {}), beside=())
+        _change_beside(model, nothing, state, cache)
+        return model
     kept = ready.open(model.dtype) if ready else None
     names = state.weights.keys() if kept is None else kept.keys()
-    check_tensors(state.base, checkpoint, names, cache=cache)
+    check_tensors(state.base, checkpoint, names | state.routing.weights, cache=cache)
     parameters = {name: _parameter(model, name) for name in names}
     if kept is None or any(parameters[name].dtype != tensor.dtype for name, tensor in kept.items()):
         kept = {}
@@ -107,6 +146,7 @@ def load_patched(
     else:
         for name, tensor in kept.items():
             parameters[name].data = tensor.to(parameters[name].device)
+    add_routing(model, state.routing)
     setattr(model, ATTRIBUTE, Attachment(checkpoint, state))
     return model
 
@@ -117,27 +157,33 @@ def attach(
     state: PatchState,
     *,
     cache: Path | None = None,
+    side_path: bool = False,
     progress: Progress = lambda done, total: None,
 ) -> None:
     """Give a model in memory the weights of ``state``. Its own tensors are kept aside and put back by `detach`.
 
+    Of a quantised model the vectors (norms and biases) are compared with the base's; its matrices cannot be.
+
     Args:
-        model: the base, unpatched, in any float type and on any device.
+        model: the base, unpatched, quantised or in any float type, and on any device.
         checkpoint: the base's files.
         state: what to attach.
         cache: as in `load_patched`.
+        side_path: as in `load_patched`; `switch` keeps to it.
         progress: called after each composed weight.
 
     Raises:
         BaseError: checkpoint or model are not the state's base; the model is then as it was.
-        UnsupportedModelError: a patched weight is quantised or spread over devices.
+        UnsupportedModelError: a patched weight is spread over devices.
         SettingsError: the model has a patch already, or a patched weight is not in memory.
     """
     if getattr(model, ATTRIBUTE, None) is not None:
         raise SettingsError(
             f"the model already has commit {attached(model)} attached", remedy="Use switch, or detach it first."
         )
-    _change(model, Attachment(checkpoint, PatchState(state.base, state.orientation, {})), state, cache, progress)
+    beside = () if side_path or is_quantised(model) else None
+    nothing = PatchState(state.base, state.orientation, {})
+    _change(model, Attachment(checkpoint, nothing, beside=beside), state, cache, progress)
 
 
 def switch(
@@ -169,14 +215,41 @@ def detach(model: PreTrainedModel) -> None:
         BaseError: it was loaded patched, and the checkpoint has changed since.
     """
     attachment = _attachment(model)
-    _change(model, attachment, replace(attachment.state, weights={}), None, lambda done, total: None)
+    base = replace(attachment.state, weights={}, routing=UNROUTED)
+    _change(model, attachment, base, None, lambda done, total: None)
     delattr(model, ATTRIBUTE)
+
+
+@contextmanager
+def unpatched(model: PreTrainedModel) -> Iterator[None]:
+    """While open, a model is its base bit for bit; afterwards it has the patch again that it had, if any."""
+    attachment: Attachment | None = getattr(model, ATTRIBUTE, None)
+    if attachment is None:
+        yield
+        return
+    switch(model, attachment.checkpoint, replace(attachment.state, weights={}, routing=UNROUTED))
+    try:
+        yield
+    finally:
+        switch(model, attachment.checkpoint, attachment.state)
+
+
+def is_attached(model: PreTrainedModel) -> bool:
+    """Whether a model is in the state of some revision, be it that of the base."""
+    return getattr(model, ATTRIBUTE, None) is not None
 
 
 def attached(model: PreTrainedModel) -> str | None:
     """The commit whose weights a model has; None if it has no patch."""
     attachment: Attachment | None = getattr(model, ATTRIBUTE, None)
     return attachment.state.commit if attachment else None
+
+
+def add_routing(model: PreTrainedModel, routing: Routing) -> None:
+    """Route a model's queries to side memories, if there are any."""
+    if routing.memories:
+        method, density = routing.merge_method, routing.merge_density
+        route(model, routing.memories, routing.mode, merge_method=method, merge_density=density)
 
 
 def _attachment(model: PreTrainedModel) -> Attachment:
@@ -190,9 +263,13 @@ def _change(
     model: PreTrainedModel, before: Attachment, state: PatchState, cache: Path | None, progress: Progress
 ) -> None:
     """Go from one attachment to another: everything that can fail first, then the assignments."""
+    if before.beside is not None:
+        _change_beside(model, before, state, cache)
+        return
     checkpoint, patched = before.checkpoint, before.state.weights.keys()
-    check_tensors(state.base, checkpoint, state.weights.keys() | (patched - before.originals.keys()), cache=cache)
-    fresh = {name: _parameter(model, name).data for name in state.weights.keys() - patched}
+    touched = state.weights.keys() | state.routing.weights
+    check_tensors(state.base, checkpoint, touched | (patched - before.originals.keys()), cache=cache)
+    fresh = {name: _parameter(model, name).data for name in touched - patched}
     differing = sorted(name for name, tensor in fresh.items() if not _is_base(checkpoint, name, tensor))
     if differing:
         raise not_the_base("the model in memory", differing=differing)
@@ -202,10 +279,51 @@ def _change(
         parameter = _parameter(model, name)
         stored = before.originals[name] if name in before.originals else _stored(checkpoint, name)
         tensors[name] = stored.to(parameter.device, parameter.dtype)
-    for name, tensor in tensors.items():
-        _parameter(model, name).data = tensor
+    _put(model, tensors, before.state.routing, state.routing)
     kept = {name: tensor for name, tensor in originals.items() if name in state.weights}
     setattr(model, ATTRIBUTE, Attachment(checkpoint, state, kept))
+
+
+def _put(model: PreTrainedModel, tensors: Mapping[str, Tensor], old: Routing, new: Routing) -> None:
+    """Give parameters their new values and route as ``new`` says; if that fails, all is as it was."""
+    previous = {name: _parameter(model, name).data for name in tensors}
+    for name, tensor in tensors.items():
+        _parameter(model, name).data = tensor
+    try:
+        _reroute(model, old, new)
+    except BaseException:
+        for name, tensor in previous.items():
+            _parameter(model, name).data = tensor
+        raise
+
+
+def _reroute(model: PreTrainedModel, old: Routing, new: Routing) -> None:
+    """Take one routing off and put another on; if that fails, the old one is back."""
+    unroute(model)
+    try:
+        add_routing(model, new)
+    except BaseException:
+        add_routing(model, old)
+        raise
+
+
+def _change_beside(model: PreTrainedModel, before: Attachment, state: PatchState, cache: Path | None) -> None:
+    """`_change` for deltas that run beside the weights, which stay the base's throughout."""
+    names = list(state.weights.keys() - before.state.weights.keys())
+    if names and is_quantised(model):
+        names = [name for name, vector in model.named_parameters() if vector.ndim == 1 and _is_plain(vector)]
+    check_tensors(state.base, before.checkpoint, {*state.weights, *state.routing.weights, *names}, cache=cache)
+    differing = sorted(name for name in names if not _is_base(before.checkpoint, name, _parameter(model, name).data))
+    if differing:
+        raise not_the_base("the model in memory", differing=differing)
+    handles = run_beside(model, state.weights)
+    try:
+        _reroute(model, before.state.routing, state.routing)
+    except BaseException:
+        take_off(handles)
+        raise
+    take_off(before.beside or ())
+    setattr(model, ATTRIBUTE, replace(before, state=state, beside=handles))
 
 
 def _composed(
@@ -259,10 +377,14 @@ def _parameter(model: nn.Module, name: str) -> nn.Parameter:
             remedy="Choose a device_map that keeps the patched weights on a device.",
             weight=name,
         )
-    if type(parameter.data) is not Tensor or parameter.dtype not in _FLOATS:
+    if not _is_plain(parameter):
         raise UnsupportedModelError(
             f"{name} is quantised or spread over devices ({type(parameter.data).__name__}, {parameter.dtype})",
-            remedy="Load the model in float16, bfloat16 or float32, without quantization_config and tp_plan.",
+            remedy="Attach with side_path=True, or load the model in a float type and without tp_plan.",
             weight=name,
         )
     return parameter
+
+
+def _is_plain(parameter: Tensor) -> bool:
+    return type(parameter.data) is Tensor and parameter.dtype in _FLOATS

@@ -20,6 +20,7 @@ LIGHT = {
     "status": ["status"],
     "show": ["show"],
     "diff": ["diff", "base", "HEAD"],
+    "metric": ["metric"],
     "undo": ["undo"],
     "fsck": ["fsck"],
 }

@@ -31,7 +31,7 @@ def newest_patch(folder: Path) -> str:
 def test_what_a_merge_brought_is_recorded_on_the_other_side_and_back_again(run: Run, store: Path) -> None:
     run("switch", "-c", "side", "base")
     second = FACTS[10:16]
-    first = str(commit(run, second, "on the base")["patch"])
+    first = str(commit(run, second, "on the base")["patches"][0])
     run("switch", "main")
     done = json.loads(run("merge", "side", "--refresh", "--json").stdout)
     assert done["outcome"] == "merged"
@@ -44,7 +44,7 @@ def test_what_a_merge_brought_is_recorded_on_the_other_side_and_back_again(run: 
     assert held(model, second) >= len(second) - 1
     on_ours = newest_patch(store)
     assert any(not np.allclose(a, columns(store, first)[name]) for name, a in columns(store, on_ours).items())
-    assert "no column of HEAD is due" in run("refresh", code=5).stderr
+    assert "nothing of HEAD is due" in run("refresh", code=5).stderr
 
     reverted = json.loads(run("revert", "HEAD~1^1", "--json").stdout)  # the first ten facts
     assert reverted["stale"] == len(second)

@@ -18,8 +18,9 @@ from patchhub.editing import record as under_test
 from patchhub.editing.editors import EDITORS
 from patchhub.editing.locate import encode_prompts
 from patchhub.editing.memit import EQUAL_SHARES
-from patchhub.editing.metric import MetricCache, regularised
+from patchhub.editing.metric import MetricCache
 from patchhub.editing.pmet import ROOT_SHARES
+from patchhub.editing.preimages import regularised
 from patchhub.editing.record import Edit, Recording, Spread, State, key_rows, record, side_paths
 from patchhub.editing.settings import EditSettings
 from patchhub.errors import SettingsError

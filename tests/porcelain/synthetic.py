@@ -81,7 +81,7 @@ class Synthetic:
     def put_metric(self, text: str) -> str:
         digest = text.encode().hex().ljust(64, "0")[:64]
         source = {"kind": "file", "names": [text]}
-        metric = Metric(self.repository.config.base_id, 0.01, source, digest, 100, 10)
+        metric = Metric(self.repository.config.base_id, "covariance", {"epsilon": 0.01}, source, digest, 100, 10)
         return self.repository.objects.put(metric.to_json())
 
     def commit(self, *requests: Request, message: str = "edit", remove: Iterable[Element] = (), **options: bool) -> str:

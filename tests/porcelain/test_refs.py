@@ -110,6 +110,23 @@ def test_what_cannot_be_done_is_refused_and_changes_nothing(
     assert store.repository.refs() == before
 
 
+def test_a_branch_that_only_a_remote_has_is_made_here(store: Synthetic) -> None:
+    repository = store.repository
+    commit = store.commit(make_request("Yan"))
+    there = {f"refs/remotes/{name}": (None, commit) for name in ("origin/team/side", "origin/two", "other/two")}
+    repository.move_refs(there, command="fetch", arguments={}, author=BY.author, time=BY.time)
+    assert [found.name for found in refs.remote_branches(repository)] == ["origin/team/side", "origin/two", "other/two"]
+    refs.switch(repository, "team/side", BY)
+    assert repository.head == ("team/side", commit)
+    with pytest.raises(RevisionError, match="several remotes: origin/two, other/two") as refused:
+        refs.switch(repository, "two", BY)
+    assert "switch -c two origin/two" in str(refused.value.remedy)
+    refs.switch(repository, "main", BY)
+    store.commit(make_request("Zoe"))
+    refs.switch(repository, "team/side", BY)  # the one that is here, wherever the remote's is
+    assert repository.head == ("team/side", commit)
+
+
 def test_a_mistyped_branch_is_guessed(store: Synthetic) -> None:
     with pytest.raises(RevisionError) as caught:
         refs.switch(store.repository, "sied", BY)

@@ -1,0 +1,298 @@
+"""Routing: each sequence is answered by the main memory or by a side memory of a model that stays the class it was.
+
+The output of a routed projection is y = W k + dW k for sequences whose side memory was chosen and y = W k for all others. The distance of a
+sequence from the main memory is the largest (or mean) ||dW k|| over its tokens; padding does not count. A side memory whose distance is
+above its threshold answers, of several the one with the largest distance / threshold.
+
+A sequence is decided on once, in the pass that reads it with an empty cache (or with none), and the decision stays for what is
+decoded after it. Decisions live in the cache, as one more layer behind those of the model, so whatever is done to the rows of the cache
+(beam search, selection, repetition, reset) is done to them. Pieces of the model that run outside a pass of its decoder are the
+main memory's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Literal, TypeAlias
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+
+from patchhub.delta import Delta, Dense, LowRank, to_dense
+from patchhub.errors import SettingsError
+from patchhub.runtime.decisions import keep_decision, kept_decision, real_tokens
+from patchhub.runtime.merging import Merging, merge_changes
+
+Mode: TypeAlias = Literal["merge", "retrieve"]
+
+ATTRIBUTE: Final = "_patchhub_router"
+MERGED: Final = "merged"
+"""What the one side memory of "merge" is called."""
+
+_MAIN = -1
+
+
+@dataclass(frozen=True, eq=False)
+class SideMemory:
+    """One shard as routing sees it.
+
+    Attributes:
+        name: what `decisions` calls it (the patch id).
+        weight: parameter name; each weight with side memories decides for itself.
+        change: (out, in).
+        routing: the shard's `routing`: "threshold", and "distance": "max" (the default) or "mean".
+    """
+
+    name: str
+    weight: str
+    change: Delta
+    routing: Mapping[str, Any]
+
+
+def route(
+    model: PreTrainedModel,
+    memories: Sequence[SideMemory],
+    mode: Mode = "retrieve",
+    *,
+    merge_method: Merging = "ties",
+    merge_density: float = 0.53,
+) -> None:
+    """Attach side memories to a model in memory. Compile a model after this, not before.
+
+    Args:
+        mode: "retrieve" keeps them apart, "merge" joins those of one weight, under the smallest of their thresholds.
+        merge_method, merge_density: see `merge_changes`.
+
+    Raises:
+        SettingsError: the model has side memories already, or lacks a weight; an unknown mode.
+    """
+    if getattr(model, ATTRIBUTE, None) is not None:
+        raise SettingsError("the model has side memories already", remedy="Call unroute first.")
+    if mode not in ("merge", "retrieve"):
+        raise SettingsError(f"there is no way {mode!r} to route to side memories", remedy="Use merge or retrieve.")
+    grouped: dict[str, list[SideMemory]] = {}
+    for memory in memories:
+        grouped.setdefault(memory.weight, []).append(memory)
+    if not grouped:
+        return
+    if mode == "merge":
+        grouped = {weight: [_merged(group, merge_method, merge_density)] for weight, group in grouped.items()}
+    setattr(model, ATTRIBUTE, _Router(model, tuple(memories), grouped))
+
+
+def unroute(model: PreTrainedModel) -> None:
+    """Take the side memories away; the model is bit for bit what it was. Does nothing without any."""
+    router: _Router | None = getattr(model, ATTRIBUTE, None)
+    if router is not None:
+        router.remove()
+        delattr(model, ATTRIBUTE)
+
+
+def routed(model: PreTrainedModel) -> tuple[SideMemory, ...]:
+    """The side memories that were attached; none: ()."""
+    router: _Router | None = getattr(model, ATTRIBUTE, None)
+    return router.memories if router is not None else ()
+
+
+def decisions(model: PreTrainedModel) -> list[str | None]:
+    """For each sequence of the last pass, the name of the side memory that answered, None for the main memory."""
+    router: _Router | None = getattr(model, ATTRIBUTE, None)
+    return router.names() if router is not None else []
+
+
+def _merged(group: Sequence[SideMemory], method: Merging, density: float) -> SideMemory:
+    """One side memory for several of one weight."""
+    if len(group) == 1:
+        return group[0]
+    change = Dense(merge_changes([memory.change for memory in group], method, density))
+    threshold = min(float(memory.routing["threshold"]) for memory in group)
+    return SideMemory(MERGED, group[0].weight, change, {**group[0].routing, "threshold": threshold})
+
+
+@dataclass(eq=False)
+class _Pass:
+    """One pass of the decoder: which positions are tokens (None: all), what the cache has decided, what is decided now."""
+
+    real: Bool[Tensor, "batch time"] | None
+    kept: Int[Tensor, "batch weights"] | None
+    found: list[Int[Tensor, " batch"]]
+
+
+class _Router:
+    """The hooks of one model: around its decoder, and behind each routed projection."""
+
+    def __init__(
+        self, model: PreTrainedModel, memories: tuple[SideMemory, ...], grouped: Mapping[str, Sequence[SideMemory]]
+    ) -> None:
+        modules = {weight: _module_of(model, weight) for weight in grouped}
+        decoder, self._depth = _decoder_of(model, next(iter(grouped)))
+        self.memories = memories
+        self.current: _Pass | None = None
+        self._last: Tensor | None = None
+        ordered = sorted(grouped.items(), key=lambda item: _block_of(item[0]))
+        self._names = [[memory.name for memory in group] for _, group in ordered]
+        self._handles: list[RemovableHandle] = [
+            decoder.register_forward_pre_hook(self._begin, with_kwargs=True),
+            decoder.register_forward_hook(self._finish, with_kwargs=True),
+        ]
+        for place, (weight, group) in enumerate(ordered):
+            gate = _Gate(self, place, group, modules[weight])
+            self._handles.append(modules[weight].register_forward_hook(gate))
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def names(self) -> list[str | None]:
+        if self._last is None:
+            return []
+        found: list[str | None] = []
+        for row in self._last.tolist():
+            chosen = [self._names[place][index] for place, index in enumerate(row) if index != _MAIN]
+            found.append(chosen[0] if chosen else None)
+        return found
+
+    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        tokens = args[0] if args else kwargs.get("input_ids")
+        if tokens is None:
+            tokens = kwargs["inputs_embeds"]
+        batch, time = tokens.shape[0], tokens.shape[1]
+        kept = kept_decision(kwargs.get("past_key_values"), self._depth, batch)
+        real = None if kept is not None else real_tokens(kwargs.get("attention_mask"), time)
+        self.current = _Pass(real, kept, [])
+
+    def _finish(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        current, self.current = self.current, None
+        if current is None or not current.found:
+            return
+        self._last = torch.stack(current.found, dim=1)
+        cache = kwargs.get("past_key_values")
+        keep_decision(getattr(output, "past_key_values", None) if cache is None else cache, self._depth, self._last)
+
+
+class _Gate:
+    """The hook behind one projection: adds the side memory's output to the sequences that it answers."""
+
+    def __init__(self, router: _Router, place: int, memories: Sequence[SideMemory], module: nn.Module) -> None:
+        self._router, self._place = router, place
+        self._changes = [memory.change for memory in memories]
+        self._thresholds = [max(float(memory.routing["threshold"]), 1e-30) for memory in memories]
+        self._distances = [memory.routing.get("distance", "max") for memory in memories]
+        weight: Any = module.weight
+        self._matrices = self._built(weight.device, weight.dtype if weight.is_floating_point() else torch.float32)
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        current = self._router.current
+        if current is None:
+            return output
+        keys: Tensor = args[0]
+        self._move(keys)
+        if current.kept is not None:
+            decision = current.kept[:, self._place]
+            current.found.append(decision)
+            return output + self._known(keys, decision)
+        decision, added = self._decide(keys, current.real)
+        current.found.append(decision)
+        return output + added
+
+    def _decide(
+        self, keys: Float[Tensor, "batch time in"], real: Bool[Tensor, "batch time"] | None
+    ) -> tuple[Int[Tensor, " batch"], Float[Tensor, "batch time out"]]:
+        """For each sequence the side memory that answers it, and what that adds."""
+        decision = torch.full(keys.shape[:1], _MAIN, dtype=torch.long, device=keys.device)
+        best = torch.ones(keys.shape[:1], device=keys.device)
+        added: Tensor | None = None
+        for index, threshold in enumerate(self._thresholds):
+            side = self._side(index, keys)
+            ratio = _distance(side, real, self._distances[index]) / threshold
+            wins = ratio > best
+            best = torch.where(wins, ratio, best)
+            decision = torch.where(wins, index, decision)
+            others = torch.zeros_like(side) if added is None else added
+            added = torch.where(wins[:, None, None], side, others)
+        assert added is not None
+        return decision, added
+
+    def _known(self, keys: Float[Tensor, "batch time in"], decision: Int[Tensor, " batch"]) -> Tensor:
+        """What the side memories add that were chosen before."""
+        added: Tensor = torch.zeros((), dtype=keys.dtype, device=keys.device)
+        for index in self._used(decision):
+            side = self._side(index, keys)
+            added = torch.where((decision == index)[:, None, None], side, added)
+        return added
+
+    def _used(self, decision: Int[Tensor, " batch"]) -> Iterable[int]:
+        """The side memories that some sequence needs; all of them where a graph is being compiled, which no value can steer."""
+        if torch.compiler.is_compiling():
+            return range(len(self._thresholds))
+        return sorted(set(decision.tolist()) - {_MAIN})
+
+    def _side(self, index: int, keys: Tensor) -> Tensor:
+        for factor in self._matrices[index]:
+            keys = nn.functional.linear(keys, factor)
+        return keys
+
+    def _move(self, keys: Tensor) -> None:
+        """Bring the changes to the type and device that the model runs in now."""
+        held = self._matrices[0][0]
+        if held.dtype != keys.dtype or held.device != keys.device:
+            self._matrices = self._built(keys.device, keys.dtype)
+
+    def _built(self, device: torch.device, dtype: torch.dtype) -> list[list[Float[Tensor, "rows columns"]]]:
+        """For each change, rounded once, the matrices to apply one after the other."""
+        return [[factor.to(device, dtype) for factor in _factors(change)] for change in self._changes]
+
+
+def _factors(change: Delta) -> list[Float[Tensor, "rows columns"]]:
+    """Matrices to apply one after the other."""
+    if isinstance(change, LowRank):
+        return [torch.from_numpy(np.array(part, dtype=np.float32)) for part in (change.A, change.B)]
+    return [torch.from_numpy(to_dense(change).astype(np.float32))]
+
+
+def _distance(
+    side: Float[Tensor, "batch time out"], real: Bool[Tensor, "batch time"] | None, kind: str
+) -> Float[Tensor, " batch"]:
+    """The distance of each sequence from the main memory, over its tokens."""
+    lengths: Tensor = torch.linalg.vector_norm(side, dim=-1, dtype=torch.promote_types(side.dtype, torch.float32))
+    if real is not None:
+        lengths = lengths.masked_fill(~real.to(lengths.device), 0.0)
+    if kind == "max":
+        return lengths.amax(dim=1)
+    count = lengths.shape[1] if real is None else real.to(lengths.device).sum(1).clamp(min=1)
+    return lengths.sum(dim=1) / count
+
+
+def _decoder_of(model: nn.Module, weight: str) -> tuple[nn.Module, int]:
+    """The module that holds the list of blocks which a weight is in, and the number of blocks."""
+    parts = weight.split(".")
+    for stop in range(1, len(parts)):
+        module = _submodule(model, ".".join(parts[:stop]), weight)
+        if isinstance(module, nn.ModuleList):
+            return model.get_submodule(".".join(parts[: stop - 1])), len(module)
+    raise _missing(weight)
+
+
+def _block_of(weight: str) -> int:
+    """The number of the block in a parameter's name."""
+    return next(int(part) for part in weight.split(".") if part.isdigit())
+
+
+def _module_of(model: nn.Module, weight: str) -> nn.Module:
+    return _submodule(model, weight.rpartition(".")[0], weight)
+
+
+def _submodule(model: nn.Module, path: str, weight: str) -> nn.Module:
+    try:
+        return model.get_submodule(path)
+    except AttributeError as error:
+        raise _missing(weight) from error
+
+
+def _missing(weight: str) -> SettingsError:
+    return SettingsError(f"the model has no weight {weight}", remedy="Use the base of the shards.", weight=weight)
