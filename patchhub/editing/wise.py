@@ -77,7 +77,7 @@ def train(
     if not bool(torch.isfinite(change).all()):
         raise EditError("the side memory is not finite", remedy="Lower `learning_rate` or `clamp`, or raise `ridge`.")
     inside = _distances(stack, change, task.rows, settings)
-    outside = text_distances(stack, settings.layer, change, locality, settings.distance)
+    outside = task.apart.distances(change, settings.distance)
     sparse = from_sparse(change.cpu().numpy())
     shard = Shard(stack.architecture.ffn_weight(settings.layer), sparse, _routing(task.rows, inside, outside, settings))
     numbers = {

@@ -7,8 +7,8 @@ term is the expected square of the routing distance on unrelated text, so it is 
 continued has X = what is added to its change and t_j = 0 for the requests it holds: recursive least squares, which forgets nothing
 and gives what fitting all requests at once gives.
 
-Every output has its own mask and so its own linear system; all are solved together by conjugate gradients. Where the masks leave out little, the
-system without masks is nearly the same for all of them, and its Cholesky factor makes a few iterations enough.
+Every output has its own mask and so its own linear system; all are solved together by conjugate gradients. Where the masks leave out
+little, the system without masks is nearly the same for all of them, and its Cholesky factor makes a few iterations enough.
 """
 
 from __future__ import annotations

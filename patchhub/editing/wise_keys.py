@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from patchhub.editing.wise_rows import ScopeRow
@@ -30,24 +31,40 @@ def read_keys(stack: Stack, layer: int, texts: Sequence[Sequence[int]]) -> Itera
         yield chosen, keys, mask.bool().to(keys.device)
 
 
-def token_keys(
-    stack: Stack, layer: int, texts: Sequence[Sequence[int]], limit: int
-) -> tuple[Float[Tensor, "tokens in"], Float[Tensor, " tokens"]]:
-    """The keys of all tokens of some texts, and the lengths of the hidden states after the block; every n-th beyond ``limit`` tokens."""
-    step = -(-sum(map(len, texts)) // limit)
-    keys, lengths = [], []
+@dataclass(frozen=True, eq=False)
+class Tokens:
+    """All tokens of some texts: their keys, the lengths of the hidden states after the block, and whose they are."""
+
+    keys: Float[Tensor, "tokens in"]
+    lengths: Float[Tensor, " tokens"]
+    text: Int[Tensor, " tokens"]
+    count: int
+
+    def distances(self, change: Float[Tensor, "out in"], distance: Distance) -> Float[Tensor, " texts"]:
+        """The routing distance of each text."""
+        lengths = (self.keys @ change.T).norm(dim=-1)
+        how = "amax" if distance == "max" else "mean"
+        found = torch.zeros(self.count, device=change.device)
+        return found.scatter_reduce(0, self.text, lengths, how, include_self=False)
+
+
+@torch.no_grad()
+def read_tokens(stack: Stack, layer: int, texts: Sequence[Sequence[int]]) -> Tokens:
+    """Every token of some texts; all of their keys are in memory at once."""
+    device, inner = stack.device_of(layer), stack.architecture.shapes[layer][1]
+    owners: list[list[int]] = []
+    keys, lengths = [torch.zeros(0, inner, device=device)], [torch.zeros(0, device=device)]
     for chosen in _batches(texts):
         ids, mask, positions = right_padded([texts[index] for index in chosen], stack.device)
-        with torch.no_grad(), stack.watch_keys([layer]) as seen:
+        with stack.watch_keys([layer]) as seen:
             start = stack.begin(ids, mask, positions)
             hidden = start.run(start.hidden, 0, layer + 1)
         real = mask.bool().to(hidden.device)
-        keys.append(seen[layer][real][::step].float())
-        lengths.append(hidden[real][::step].float().norm(dim=-1))
-    if not keys:
-        device = stack.device_of(layer)
-        return torch.zeros(0, stack.architecture.shapes[layer][1], device=device), torch.zeros(0, device=device)
-    return torch.cat(keys), torch.cat(lengths)
+        keys.append(seen[layer][real].float())
+        lengths.append(hidden[real].float().norm(dim=-1))
+        owners.append([index for index in chosen for _ in texts[index]])
+    owner = torch.tensor([index for part in owners for index in part], dtype=torch.long, device=device)
+    return Tokens(torch.cat(keys), torch.cat(lengths), owner, len(texts))
 
 
 def subject_keys(

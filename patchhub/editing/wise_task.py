@@ -11,14 +11,14 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from patchhub.editing.wise_fit import FitProblem, fit_problem, subspace
-from patchhub.editing.wise_keys import subject_keys, token_keys
+from patchhub.editing.wise_keys import Tokens, read_tokens, subject_keys
 from patchhub.editing.wise_rows import Scope, ScopeRow, in_scope, neighbours
 from patchhub.editing.wise_settings import WiseSettings
 from patchhub.editing.wise_shard import Shard, dense_change
 from patchhub.models.tracing import Stack
 from patchhub.objects import Request
 
-_TOKENS = 16384  # of each kind of text that is left alone
+_TOKENS = 32_768  # of unrelated text
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +38,7 @@ class Task:
     Attributes:
         rows: of the requests that the continued shard holds, then of those that are to be written.
         held: how many requests the continued shard holds.
+        apart: unrelated text.
         problem: of the fit, over all rows.
         start: the change that is continued, or zero.
         margins: alpha, beta and gamma as distances.
@@ -45,6 +46,7 @@ class Task:
 
     rows: Rows
     held: int
+    apart: Tokens
     problem: FitProblem
     start: Float[Tensor, "out in"]
     margins: tuple[float, float, float]
@@ -67,20 +69,26 @@ def make_task(
     new, beside = read_rows(stack, tokenizer, requests, contexts, settings, locality)
     rows = _joined(old, new)
     near = neighbours(stack, tokenizer, (*earlier, *requests), count=settings.neighbours, seed=settings.seed)
-    parts = [token_keys(stack, layer, texts, _TOKENS) for texts in (locality, near)]
-    moments = [keys.T @ keys / len(keys) for keys, _ in parts if len(keys)]
+    parts = [read_tokens(stack, layer, texts) for texts in (_thinned(locality), near)]
+    moments = [part.keys.T @ part.keys / len(part.keys) for part in parts if len(part.keys)]
     left_alone = torch.stack([*moments, beside]).mean(0)
     shape, device = stack.architecture.shapes[layer], new.keys.device
     mask = subspace(shape, settings.mask_ratio, settings.seed, number).to(device)
-    lengths = torch.cat([lengths for _, lengths in parts])
+    lengths = torch.cat([part.lengths for part in parts])
     unit = float(lengths.median()) if len(lengths) else 1.0
     return Task(
         rows=rows,
         held=len(earlier),
+        apart=parts[0],
         problem=fit_problem(left_alone, rows.keys, rows.shares, mask, settings.ridge),
         start=torch.zeros(shape, device=device) if start is None else dense_change(start.change, device),
         margins=settings.absolute_margins(unit),
     )
+
+
+def _thinned(texts: Sequence[Sequence[int]]) -> Sequence[Sequence[int]]:
+    """Every n-th text, so that their keys fit into memory together."""
+    return texts[:: max(1, -(-sum(map(len, texts)) // _TOKENS))]
 
 
 def _joined(one: Rows, other: Rows) -> Rows:

@@ -10,7 +10,7 @@ import numpy as np
 
 from patchhub.constraints import no_columns
 from patchhub.delta import Delta
-from patchhub.editing.budget import step_budget
+from patchhub.editing.budget import release_memory, step_budget
 from patchhub.editing.editors import EDITORS
 from patchhub.editing.facts import encode_facts
 from patchhub.editing.kept_values import KeptValues
@@ -79,6 +79,8 @@ def write_closed_form(
         progress.warn(warning)
     edit = _edit(repository, opened, plan, recorder, method, settings, below, memory, progress)
     patch = _store_patch(repository, plan, recorder, method, settings, edit)
+    if memory is not None:
+        release_memory()
     change = None if plan.replaced else edit.recording.change
     return Written((patch.id,), plan.kept | patch.elements, recorder.metric, change, rivals)
 

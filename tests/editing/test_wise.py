@@ -21,7 +21,7 @@ from patchhub.editing.requests import read_requests
 from patchhub.editing.sampling import sample_documents
 from patchhub.editing.wise_descent import descend
 from patchhub.editing.wise_fit import FitProblem, fit_problem, solve_masked, subspace, wanted
-from patchhub.editing.wise_keys import text_distances
+from patchhub.editing.wise_keys import read_tokens, text_distances
 from patchhub.editing.wise_losses import margin_loss
 from patchhub.editing.wise_rows import in_scope, neighbours
 from patchhub.editing.wise_settings import WiseSettings, default_settings
@@ -316,3 +316,12 @@ def test_margins_are_relative_to_the_model_or_as_published() -> None:
     assert settings.absolute_margins(10.0) == (10 * settings.alpha, 10 * settings.beta, 10 * settings.gamma)
     published = replace(settings, margins="absolute", alpha=5.0, beta=20.0, gamma=10.0)
     assert published.absolute_margins(10.0) == (5.0, 20.0, 10.0)
+
+
+@pytest.mark.parametrize("distance", ["max", "mean"])
+def test_kept_keys_give_the_distances_that_reading_again_gives(distance: Any) -> None:
+    stack = tiny_stack("gpt2")
+    texts = [text[: 3 + number] for number, text in enumerate(documents(12))]
+    change = torch.randn(stack.architecture.shapes[1], generator=torch.Generator().manual_seed(0))
+    kept = read_tokens(stack, 1, texts).distances(change, distance)
+    torch.testing.assert_close(kept, text_distances(stack, 1, change, texts, distance), rtol=1e-4, atol=1e-4)
