@@ -15,6 +15,7 @@ from patchhub.cli.guarding import guard_lines, guard_summary
 from patchhub.cli.score_text import measured_on, say_compared, say_scores, score_line, summary
 from patchhub.cli.terminal import (
     bars,
+    count,
     json_option,
     now,
     open_repository,
@@ -133,10 +134,10 @@ def status(repo: Path | None, as_json: bool) -> None:
         say("No commits yet: `patchhub commit FILE -m TEXT` writes the first facts.")
     else:
         say(f"{click.style(found.head.id[:12], fg='yellow')} {_first_line(found.head)}")
-        say(f"{found.head.active} active facts; the state is {found.delta_bytes / 1e6:.2f} MB of deltas")
+        say(f"{count(found.head.active, 'active fact')}; the state is {found.delta_bytes / 1e6:.2f} MB of deltas")
     for shard in found.shards:
         say(
-            f"shard {shard.number} ({shard.patch[:12]}): {shard.facts} facts beside {shard.weight}, "
+            f"shard {shard.number} ({shard.patch[:12]}): {count(shard.facts, 'fact')} beside {shard.weight}, "
             f"{shard.tensor_bytes / 1e6:.2f} MB, routed to above {shard.threshold:.3g}"
         )
         if shard.stale:
@@ -277,9 +278,7 @@ def _patch_words(patch: Patch) -> str:
     number, weight = patch.settings["number"], next(iter(patch.weights))
     rank = patch.settings["report"].get("rank")
     form = f", rank {rank} (error {patch.settings['report']['relative_error']:.1e})" if rank else ""
-    return (
-        f"{patch.method} shard {number}, {len(patch.requests)} facts beside {weight}{form}, threshold {threshold:.3g}"
-    )
+    return f"{patch.method} shard {number}, {count(len(patch.requests), 'fact')} beside {weight}{form}, threshold {threshold:.3g}"
 
 
 def _noted(entry: Entry) -> None:
