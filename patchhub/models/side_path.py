@@ -24,8 +24,12 @@ class SidePath:
     """
 
     def __init__(self, deltas: Sequence[Delta]) -> None:
-        total = add(deltas, deltas[0].shape)
-        matrices = (total.A, total.B) if isinstance(total, LowRank) else (to_dense(total),)
+        out, inner = deltas[0].shape
+        total = add(deltas, (out, inner))
+        if isinstance(total, LowRank) and total.B.shape[1] * (out + inner) < out * inner:
+            matrices: tuple[np.ndarray, ...] = (total.A, total.B)
+        else:
+            matrices = (to_dense(total),)
         self._factors = [torch.from_numpy(np.ascontiguousarray(matrix, np.float32)) for matrix in matrices]
 
     def __call__(
