@@ -147,9 +147,14 @@ def _replacing(repository: Repository, change: Change) -> tuple[Change, dict[str
     """A change that also removes what its facts contradict: columns, and per shard the ids of facts."""
     active = repository.active(repository.head[1])
     staying = active_requests(repository, active - change.remove)
-    pairs = find_contradictions(active_requests(repository, change.restore).values(), staying.values())
-    gone = {pair.earlier.id for pair in pairs}
-    places = {place for place, request in staying.items() if request.id in gone}
+    said: dict[tuple[str, str], set[str]] = {}
+    for request in active_requests(repository, change.restore).values():
+        said.setdefault((request.prompt, request.subject), set()).add(request.target_new)
+    places = {
+        place
+        for place, request in staying.items()
+        if said.get((request.prompt, request.subject), {request.target_new}) != {request.target_new}
+    }
     shards = {patch for patch, _ in places - active}
     forgotten = {shard: frozenset(str(request) for patch, request in places if patch == shard) for shard in shards}
     return Change(change.remove | (places & active), change.restore), forgotten

@@ -239,6 +239,18 @@ def test_cherry_pick_refuses_a_contradiction_or_replaces(store: Synthetic) -> No
     assert store.targets() == {"Ada": "French", "Bob": "French"}
 
 
+def test_cherry_pick_replaces_every_active_fact_that_says_otherwise(store: Synthetic) -> None:
+    store.commit(make_request("Bob"))
+    refs.create_branch(store.repository, "side", "HEAD", BY)
+    store.commit(make_request("Ada", "French"))
+    refs.switch(store.repository, "side", BY)
+    store.commit(make_request("Ada", "German"))
+    store.commit(make_request("Ada", "Dutch"))  # kept on purpose beside the other
+    done = cherry_pick(store.repository, "main", stamp(), on_conflict="replace")
+    assert sorted(request.target_new for request in done.removed) == ["Dutch", "German"]
+    assert store.targets() == {"Ada": "French", "Bob": "French"}
+
+
 def test_cherry_pick_begins_a_branch_that_has_no_commit(store: Synthetic) -> None:
     store.commit(make_request("Ada"))
     store.commit(make_request("Bob"))
