@@ -32,7 +32,7 @@ def fast_products(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def _onednn() -> Iterator[None]:
-    switch: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    switch: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # torch does not type it
     before = switch.fp32_precision
     switch.fp32_precision = "bf16"
     try:
