@@ -25,7 +25,7 @@ def mean_keys(stack: Stack, layer: int, rows: Sequence[KeyRow]) -> Float[Tensor,
     for batch in _batches(rows):
         ids, mask, positions = right_padded([row.tokens for row in batch], stack.device)
         started = stack.begin(ids, mask, positions)
-        with stack.watch_keys([layer]) as seen:
+        with stack.fast(), stack.watch_keys([layer]) as seen:
             started.run(started.hidden, 0, layer + 1)
         last = torch.tensor([len(row.tokens) - 1 for row in batch], device=seen[layer].device)
         found = seen[layer][torch.arange(len(batch), device=last.device), last].double().cpu()
