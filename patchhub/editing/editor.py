@@ -9,8 +9,9 @@ from transformers import PreTrainedTokenizerBase
 
 from patchhub.editing.facts import encode_facts
 from patchhub.editing.kept_values import KeptValues
+from patchhub.editing.key_rows import key_rows
 from patchhub.editing.metric import MetricCache
-from patchhub.editing.record import Edit, Spread, State, key_rows, record
+from patchhub.editing.record import Edit, Spread, State, record
 from patchhub.editing.settings import EditSettings
 from patchhub.editing.sites import Site
 from patchhub.editing.values import ValueSettings, optimise_values

@@ -8,10 +8,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from patchhub.editing.record import KeyRow
-from patchhub.models.tracing import Stack, right_padded
+from patchhub.editing.key_rows import Beginnings, Climb, KeyRow, batches, read_keys
+from patchhub.models.tracing import Stack
 
-_TOKENS_PER_BATCH = 8192
+_TOKENS = 8192  # positions of a batch
 
 
 @torch.no_grad()
@@ -22,23 +22,12 @@ def mean_keys(stack: Stack, layer: int, rows: Sequence[KeyRow]) -> Float[Tensor,
     """
     requests = 1 + max(row.request for row in rows)
     keys = torch.zeros(requests, stack.architecture.shapes[layer][1], dtype=torch.float64)
-    for batch in _batches(rows):
-        ids, mask, positions = right_padded([row.tokens for row in batch], stack.device)
-        started = stack.begin(ids, mask, positions)
-        with stack.fast(), stack.watch_keys([layer]) as seen:
-            started.run(started.hidden, 0, layer + 1)
-        last = torch.tensor([len(row.tokens) - 1 for row in batch], device=seen[layer].device)
-        found = seen[layer][torch.arange(len(batch), device=last.device), last].double().cpu()
-        weights = torch.tensor([row.weight for row in batch], dtype=torch.float64)
-        keys.index_add_(0, torch.tensor([row.request for row in batch]), found * weights[:, None])
+    beginnings = Beginnings.of(rows)
+    with stack.fast():
+        trunk = beginnings.run(stack)
+        for batch in batches(rows, beginnings, _TOKENS):
+            climb = Climb.of(stack, batch, beginnings)
+            step = climb.step(trunk)
+            climb.advance(step, 0, layer)
+            climb.add_to(keys, read_keys(climb, step, layer))
     return keys
-
-
-def _batches(rows: Sequence[KeyRow]) -> list[list[KeyRow]]:
-    """Rows of similar length together, a bounded number of positions each."""
-    batches: list[list[KeyRow]] = []
-    for row in sorted(rows, key=lambda row: len(row.tokens)):
-        if not batches or (len(batches[-1]) + 1) * len(row.tokens) > _TOKENS_PER_BATCH:
-            batches.append([])
-        batches[-1].append(row)
-    return batches

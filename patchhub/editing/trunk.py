@@ -39,15 +39,19 @@ class Trunk:
 
 def read_trunk(stack: Stack, groups: Sequence[Sequence[Encoded]]) -> Trunk:
     """Run what the texts of each group have in common before their subjects' last tokens."""
-    common = [_common([text.input_ids[: text.subject_last] for text in group]) for group in groups]
+    return run_trunk(stack, [common_beginning([text.input_ids[: text.subject_last] for text in g]) for g in groups])
+
+
+def run_trunk(stack: Stack, common: Sequence[tuple[int, ...]]) -> Trunk:
+    """Run the beginnings, one for each group, on the model's present weights."""
     lengths = tuple(map(len, common))
     if not any(lengths):
-        return Trunk(lengths, torch.zeros(len(groups), 0, dtype=torch.long, device=stack.device), None)
+        return Trunk(lengths, torch.zeros(len(common), 0, dtype=torch.long, device=stack.device), None)
     ids, mask, positions = left_padded(common, stack.device)
     return Trunk(lengths, mask, stack.read_prefix(ids, mask, positions))
 
 
-def _common(texts: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+def common_beginning(texts: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
     """The longest beginning of all texts: that of the smallest and the largest in alphabetical order."""
     first, last = min(texts), max(texts)
     length = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))

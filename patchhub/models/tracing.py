@@ -29,25 +29,30 @@ _TOLERANCE = 1e-3  # relative difference of logits that the pieces may show agai
 
 
 class _FrozenLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # transformers registers subclasses untyped
-    """Keys and values of a fixed prefix: new ones are appended for the call and not kept."""
+    """Keys and values of a fixed prefix: new ones are appended for the call and not kept.
+
+    Args:
+        rows: which row of ``keys`` and ``values`` stands before each row of the batch; None: they are its rows.
+    """
 
     keys: Tensor
     values: Tensor
 
-    def __init__(self, keys: Tensor, values: Tensor) -> None:
+    def __init__(self, keys: Tensor, values: Tensor, rows: Int[Tensor, " batch"] | None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.lazy_initialization(keys, values)
-        self.keys, self.values = keys, values
+        self.keys, self.values, self._rows = keys, values, None if rows is None else rows.to(keys.device)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        return torch.cat([self.keys, key_states], dim=-2), torch.cat([self.values, value_states], dim=-2)
+        before = (self.keys, self.values) if self._rows is None else (self.keys[self._rows], self.values[self._rows])
+        return torch.cat([before[0], key_states], dim=-2), torch.cat([before[1], value_states], dim=-2)
 
 
 class Prefix(Cache):
     """The attention keys and values of every block over a prefix of P positions, never extended."""
 
-    def __init__(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
-        super().__init__(layers=[_FrozenLayer(keys, values) for keys, values in pairs])
+    def __init__(self, pairs: Sequence[tuple[Tensor, Tensor]], rows: Int[Tensor, " batch"] | None = None) -> None:
+        super().__init__(layers=[_FrozenLayer(keys, values, rows) for keys, values in pairs])
         self._pairs = tuple(pairs)
 
     @classmethod
@@ -58,6 +63,10 @@ class Prefix(Cache):
     def select(self, rows: Int[Tensor, " rows"]) -> Prefix:
         """The same prefix for some rows of the batch."""
         return Prefix([(keys[rows.to(keys.device)], values[rows.to(values.device)]) for keys, values in self._pairs])
+
+    def lend(self, rows: Int[Tensor, " rows"]) -> Prefix:
+        """The same as `select`, for use in a pass only: rows are copied as a block asks for them, one block at a time."""
+        return Prefix(self._pairs, rows)
 
     def rearrange(self, place: Int[Tensor, "batch time"]) -> Prefix:
         """Position ``t`` of each row taken from position ``place[row, t]`` of the same row."""

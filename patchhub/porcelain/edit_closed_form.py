@@ -14,9 +14,10 @@ from patchhub.editing.budget import release_memory, step_budget
 from patchhub.editing.editors import EDITORS
 from patchhub.editing.facts import encode_facts
 from patchhub.editing.kept_values import KeptValues
+from patchhub.editing.key_rows import key_rows
 from patchhub.editing.keys import mean_keys
 from patchhub.editing.metric import MEMORY
-from patchhub.editing.record import Edit, State, key_rows
+from patchhub.editing.record import Edit, State
 from patchhub.editing.settings import EditSettings
 from patchhub.editing.values import ValueSettings
 from patchhub.models.architectures import additive_probe

@@ -16,7 +16,8 @@ from patchhub.canonical import canonical_json
 from patchhub.editing.chat import Chat
 from patchhub.editing.editors import EDITORS
 from patchhub.editing.facts import encode_facts
-from patchhub.editing.record import Recording, State, key_rows, record
+from patchhub.editing.key_rows import key_rows
+from patchhub.editing.record import Recording, State, record
 from patchhub.errors import RevisionError
 from patchhub.models.architectures import describe, read_config
 from patchhub.models.tracing import Stack

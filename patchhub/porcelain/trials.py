@@ -12,7 +12,8 @@ from torch import Tensor
 
 from patchhub.editing.editors import EDITORS
 from patchhub.editing.facts import encode_facts
-from patchhub.editing.record import State, key_rows, record, side_paths
+from patchhub.editing.key_rows import key_rows
+from patchhub.editing.record import State, record, side_paths
 from patchhub.editing.settings import EditSettings
 from patchhub.editing.tuning import Standing
 from patchhub.editing.values import optimise_values

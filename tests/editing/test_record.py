@@ -16,12 +16,13 @@ from patchhub.constraints import Columns, join, no_columns, proof, solve
 from patchhub.delta import Delta, Dense, LowRank, from_factors, to_dense
 from patchhub.editing import record as under_test
 from patchhub.editing.editors import EDITORS
+from patchhub.editing.key_rows import KeyRow, key_rows
 from patchhub.editing.locate import encode_prompts
 from patchhub.editing.memit import EQUAL_SHARES
 from patchhub.editing.metric import MetricCache
 from patchhub.editing.pmet import ROOT_SHARES
 from patchhub.editing.preimages import regularised
-from patchhub.editing.record import Edit, Recording, Spread, State, key_rows, record, side_paths
+from patchhub.editing.record import Edit, Recording, Spread, State, record, side_paths
 from patchhub.editing.settings import EditSettings
 from patchhub.errors import SettingsError
 from patchhub.models.architectures import Architecture
@@ -81,7 +82,7 @@ def relative(a: np.ndarray | Tensor, b: np.ndarray | Tensor) -> float:
     return float(np.linalg.norm(x - y) / np.linalg.norm(y))
 
 
-def rows_of(requests: Sequence[Request], contexts: Sequence[str] = CONTEXTS) -> list[under_test.KeyRow]:
+def rows_of(requests: Sequence[Request], contexts: Sequence[str] = CONTEXTS) -> list[KeyRow]:
     return key_rows([encode_prompts(tiny_tokenizer(), [(c, one) for c in contexts]) for one in requests])
 
 
@@ -207,17 +208,18 @@ def test_a_small_ridge_reaches_the_targets(metric):
 def test_keys_are_weighted_half_for_the_bare_prompt():
     rows = rows_of(A[:1])
     assert [row.weight for row in rows] == [0.5, *[pytest.approx(1 / 6)] * 3]
-    assert [row.bare for row in rows] == [True, False, False, False]
+    assert [row.context for row in rows] == [0, 1, 2, 3]
     assert [row.weight for row in rows_of(A, ("{}",))] == [1.0] * len(A)
     tokenizer = tiny_tokenizer()
     assert tokenizer.decode(list(rows[0].tokens)) == "The mother tongue of Danielle Darrieux"
 
 
-@pytest.mark.parametrize("tokens", [1, 40])
-def test_chunks_and_their_order_do_not_matter(monkeypatch, metric, tokens):
+@pytest.mark.parametrize("positions", [1, 24])
+def test_batches_of_rows_and_their_order_do_not_matter(monkeypatch, metric, positions):
     stack, targets = tiny_stack("gptj"), wanted(len(A))
     whole = record(stack, LAYERS, rows_of(A), targets, RIDGE, metric, EMPTY, EQUAL_SHARES)
-    monkeypatch.setattr(under_test, "_TOKENS_PER_CHUNK", tokens)
+    monkeypatch.setattr(under_test, "POSITIONS", positions)
+    monkeypatch.setattr(under_test, "_LEAST_POSITIONS", positions)
     parts = record(stack, LAYERS, rows_of(A)[::-1], targets, RIDGE, metric, EMPTY, EQUAL_SHARES)
     for name, columns in whole.columns.items():
         assert relative(parts.columns[name].keys, columns.keys) < 1e-5

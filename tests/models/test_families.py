@@ -11,9 +11,10 @@ import torch
 
 from patchhub.delta import to_dense
 from patchhub.editing.editors import EDITORS
+from patchhub.editing.key_rows import key_rows
 from patchhub.editing.locate import Encoded
 from patchhub.editing.metric import MetricCache
-from patchhub.editing.record import State, key_rows, record
+from patchhub.editing.record import State, record
 from patchhub.editing.values import Fact, ValueSettings, optimise_values
 from patchhub.models.architectures import describe
 from patchhub.models.checkpoint import open_checkpoint
