@@ -23,8 +23,7 @@ from transformers.cache_utils import DynamicCache
 from patchhub.editing.chat import Chat
 from patchhub.editing.locate import encode_targets, tokenise
 from patchhub.errors import EditError, RequestError, SettingsError
-from patchhub.models.products import fast_products
-from patchhub.models.tracing import Prefix, left_padded, right_padded
+from patchhub.models.tracing import Prefix, fast, left_padded, right_padded
 
 TokenIds = tuple[int, ...]
 
@@ -179,11 +178,11 @@ def cut(lengths: Sequence[int], batch_tokens: int) -> Iterator[slice]:
 
 @contextmanager
 def reading(model: PreTrainedModel) -> Iterator[None]:
-    """Without gradients and dropout, with `fast_products`; the model's training mode is put back afterwards."""
+    """Without gradients and dropout, computed by `fast`; the model's training mode is put back afterwards."""
     training = model.training
     model.train(False)
     try:
-        with torch.no_grad(), fast_products(model.device):
+        with torch.no_grad(), fast(model):
             yield
     finally:
         model.train(training)

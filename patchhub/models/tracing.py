@@ -10,7 +10,7 @@ pieces give comes back to the device where token ids go.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -170,12 +170,9 @@ class Stack:
             )
         return Pass(self, first[0].to(self.device), tuple(calls))
 
-    @contextmanager
-    def fast(self) -> Iterator[None]:
-        """While open, the model computes the same numbers, up to float32's rounding, in less time on a CPU."""
-        gelus = [module for module in self.model.modules() if isinstance(module, NewGELUActivation)]
-        with fast_products(self.device), _replaced_forwards(gelus, lambda x: nn.functional.gelu(x, approximate="tanh")):
-            yield
+    def fast(self) -> AbstractContextManager[None]:
+        """`fast` for this model."""
+        return fast(self.model)
 
     @torch.no_grad()
     def read_prefix(
@@ -294,6 +291,23 @@ class Stack:
                 model_type=self.architecture.model_type,
             )
         return self._norm, self._tuple_output
+
+
+@contextmanager
+def fast(model: Any) -> Iterator[None]:
+    """While open, the model computes the same numbers, up to float32's rounding, in less time on a CPU.
+
+    Its products are those of `fast_products`, its activations are fused, and its head sees contiguous states: of a slice
+    (the last positions) PyTorch makes a product for each row then, and copies the head's weight for each of them.
+    """
+    gelus = [module for module in model.modules() if isinstance(module, NewGELUActivation)]
+    contiguous = model.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0].contiguous(),))
+    with (
+        fast_products(model.get_input_embeddings().weight.device),
+        _replaced_forwards(gelus, lambda x: nn.functional.gelu(x, approximate="tanh")),
+        _removed([contiguous]),
+    ):
+        yield
 
 
 def left_padded(

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.cache_utils import DynamicCache
 
 from patchhub.errors import UnsupportedModelError
@@ -139,6 +140,43 @@ def test_the_fast_model_is_the_model(family):
     with stack.fast():
         assert distance(whole(stack.model, row), expected) < CLOSE
     assert torch.equal(whole(stack.model, row), expected)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Notes the number of elements of the largest argument that an operation gets, counting what is expanded."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        sizes = [value.numel() for value in args if isinstance(value, Tensor)]
+        self.elements = max([self.elements, *sizes])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@torch.no_grad()
+def test_the_head_of_the_last_positions_takes_no_copy_of_its_weight_per_row(family):
+    stack = tiny_stack(family)
+    ids = torch.tensor(rows_of((9,) * 16))
+    largest = LargestTensor()
+    with stack.fast(), largest:
+        stack.model(input_ids=ids, use_cache=False, logits_to_keep=1)
+    parameters = max(parameter.numel() for parameter in stack.model.parameters())
+    activations = ids.numel() * max(inner for _, inner in stack.architecture.shapes)
+    assert largest.elements <= 2 * max(parameters, activations)
+
+
+@torch.no_grad()
+def test_a_lent_prefix_is_the_selected_one():
+    stack = tiny_stack("llama")
+    prefix = stack.read_prefix(*left_padded(rows_of((5, 4)), CPU))
+    mask = left_padded(rows_of((5, 4)), CPU)[1]
+    ids, own, positions = right_padded(rows_of((3, 2, 3)), CPU)
+    rows = torch.tensor([1, 0, 1])
+    mask, positions = torch.cat([mask[rows], own], dim=1), positions + torch.tensor([[4], [5], [4]])
+    passes = [stack.begin(ids, mask, positions, given) for given in (prefix.select(rows), prefix.lend(rows))]
+    selected, lent = (one.run(one.hidden, 0, len(stack.blocks)) for one in passes)
+    assert torch.equal(selected, lent)
 
 
 @torch.no_grad()
