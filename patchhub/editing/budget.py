@@ -24,7 +24,8 @@ POSITIONS: Final = 1536
 """Positions that one step computes on a CPU: enough for its products to run at full speed, few enough for its caches."""
 
 _SHARE = 0.5  # of the memory that is free, where nothing else is said
-_SAFE = 0.8  # of what is left: pieces that were freed are not all used again
+_SAFE = 0.7  # of what is left: pieces that were freed are not all used again
+_KERNELS = 150 << 20  # what the library of the products keeps for their shapes, on a CPU; at most half of what is left
 _WIDE, _INNER = 12, 5  # vectors of width d and of the feed-forward part's width that a block keeps per position
 _LOGITS = 4  # copies of a prediction's logits: themselves, in float32, their softmax, their gradient
 _MESSAGES = ("not enough memory", "can't allocate memory", "out of memory")
@@ -95,8 +96,10 @@ def step_budget(device: torch.device, memory: int | None) -> int:
     if memory is None:
         return int(_SHARE * free_memory(device))
     release_memory()
-    held = torch.cuda.memory_allocated(device) if device.type == "cuda" else resident_memory()
-    return max(0, int(_SAFE * (memory - held)))
+    if device.type == "cuda":
+        return max(0, int(_SAFE * (memory - torch.cuda.memory_allocated(device))))
+    left = memory - resident_memory()
+    return max(0, int(_SAFE * (left - min(_KERNELS, left // 2))))
 
 
 def in_halves(

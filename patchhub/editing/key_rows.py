@@ -139,10 +139,9 @@ class Climb:
 def read_keys(climb: Climb, step: Pass, layer: int) -> Float[Tensor, "rows in"]:
     """The keys at the rows' last tokens; nothing after them is needed, so the feed-forward part runs at those tokens only."""
     rows, stack = torch.arange(len(climb.last)), climb.stack
-    with stack.watch_keys([layer]) as seen, stack.feed_forward_at(layer, rows, climb.last):
+    with stack.watch_keys([layer]) as seen, stack.feed_forward_at(layer, rows, climb.last) as shortened:
         step.run(climb.hidden, layer, layer + 1)
-    keys = seen[layer]
-    return keys[0] if keys.shape[:2] == (1, len(rows)) else at(keys, rows, climb.last)
+    return seen[layer][0, : len(rows)] if shortened else at(seen[layer], rows, climb.last)
 
 
 def at(states: Float[Tensor, "rows time d"], row: Int[Tensor, " m"], column: Int[Tensor, " m"]) -> Float[Tensor, "m d"]:

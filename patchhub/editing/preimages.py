@@ -13,8 +13,11 @@ from typing import ClassVar
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.linalg import solve_triangular
 
 from patchhub.errors import EditError
+
+_BLOCK = 1024  # rows of a factor that are in float64 at a time
 
 
 class Preimages(ABC):
@@ -64,7 +67,14 @@ class Covariance(Preimages):
         return factor
 
     def of(self, kept: Float[Tensor, "in kept"], keys: Float[Tensor, "n in"]) -> Float[Tensor, "n in"]:
-        solved: Tensor = torch.cholesky_solve(keys.double().T, kept.double())
+        solved = keys.double().T.clone()
+        blocks = [slice(start, start + _BLOCK) for start in range(0, len(kept), _BLOCK)]
+        for rows in blocks:  # L y = k
+            solved[rows] -= kept[rows, : rows.start].double() @ solved[: rows.start]
+            solved[rows] = solve_triangular(kept[rows, rows].double(), solved[rows], upper=False)
+        for rows in reversed(blocks):  # L^T u = y
+            solved[rows] -= kept[rows.stop :, rows].double().T @ solved[rows.stop :]
+            solved[rows] = solve_triangular(kept[rows, rows].double().T, solved[rows], upper=True)
         return solved.T
 
 

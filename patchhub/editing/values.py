@@ -12,19 +12,20 @@ by Adam, with ||delta|| clamped to clamp ||h|| for each part and a stop once the
 Requests do not interact: they are optimised many at a time, each with its own Adam state, clamp and stop. Nothing that delta
 cannot change is computed twice. Blocks below the site and all positions before the subject's last token run once; the steps run the
 blocks above from that token on, over kept keys and values, and the head where a target is predicted. Rows of one length
-share a batch, and finished requests leave it at once.
+share a batch, and finished requests leave it in halves.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate, groupby
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from patchhub.editing.budget import POSITIONS, Footprint, in_halves, step_budget
+from patchhub.editing.budget import POSITIONS, Footprint, in_halves, release_memory, step_budget
 from patchhub.editing.kept_values import KeptValue, KeptValues, fact_key
 from patchhub.editing.locate import Encoded
 from patchhub.editing.sites import Rows, Site
@@ -32,6 +33,7 @@ from patchhub.editing.trunk import Row, Trunk, open_rows, read_trunk
 from patchhub.errors import EditError
 
 _BETAS, _ADAM_EPSILON = (0.9, 0.999), 1e-8  # torch.optim.Adam's defaults, which the published code uses
+_LEAST_FACTS = 8  # that a batch shrinks to; a multiple of as many begin in one
 _FALLING_FACTOR, _KL_LIMIT = 0.1, 0.01  # PMET's extra stop rule (compute_zs.py)
 
 
@@ -101,8 +103,13 @@ class _Predictions:
 
 @dataclass(frozen=True, eq=False)
 class _Batch:
-    """The requests that are being optimised together, with their Adam state."""
+    """The requests that are being optimised together, with their Adam state.
 
+    Some are finished already (not ``live``). They stay until half of the batch can go: libraries make a kernel for each shape of a
+    product and keep it for good, so there must not be as many shapes as steps.
+    """
+
+    live: Bool[Tensor, " facts"]
     index: Int[Tensor, " facts"]  # place in the caller's order
     targets: Rows
     predictions: _Predictions
@@ -158,6 +165,8 @@ def optimise_values(
         trunk = read_trunk(stack, _alike(facts))
 
         def run(chosen: Sequence[int]) -> None:
+            if memory is not None:
+                release_memory()  # what the last batch left in pieces would come on top of the next
             index = torch.tensor(chosen, device=stack.device)
             _descend(site, _prepare(site, [facts[i] for i in chosen], index, trunk, settings), settings, values)
 
@@ -179,35 +188,36 @@ def _descend(site: Site, batch: _Batch, settings: ValueSettings, values: Values)
     values.hidden[batch.index.cpu()] = batch.hidden[:, 0].cpu()
     for number in range(settings.steps):
         step = _evaluate(site, batch, settings, last=number == settings.steps - 1)
-        where = batch.index.cpu()
-        values.loss[where], values.steps[where] = step.objective.cpu(), number
-        values.targets[where] = (batch.hidden + batch.delta)[:, 0].cpu()
-        if not torch.isfinite(step.objective).all():
+        objective, where = step.objective[batch.live].cpu(), batch.index[batch.live].cpu()
+        values.loss[where], values.steps[where] = objective, number
+        values.targets[where] = (batch.hidden + batch.delta)[batch.live, 0].cpu()
+        if not torch.isfinite(objective).all():
             raise EditError(
                 "the value optimisation gave a loss that is not finite",
                 remedy="Lower `learning_rate` or `clamp`, or check the base for NaN weights.",
             )
-        if step.gradient is None or bool(step.done.all()):
+        live = batch.live & ~step.done
+        if step.gradient is None or not bool(live.any()):
             return
-        batch = _adam(batch, step, number, settings)
-        if bool(step.done.any()):
-            batch = _without(batch, step.done)
+        batch = _shrunk(replace(_adam(batch, step, number, settings), live=live))
 
 
 def _batches(site: Site, facts: Sequence[Fact], places: Sequence[int], budget: int) -> list[list[int]]:
     """The places in groups whose bare rows are equally long and whose step stays below ``budget`` bytes."""
     footprint = Footprint.of(site.stack, site.first)
     positions = POSITIONS if site.stack.device.type == "cpu" else budget // footprint.position
+    ordered = sorted(places, key=lambda i: (_suffix(facts[i].rows[0]), facts[i].rows[-1].subject_last))
     groups: list[list[int]] = []
-    length = taken = used = 0
-    for place in sorted(places, key=lambda i: (_suffix(facts[i].rows[0]), facts[i].rows[-1].subject_last)):
-        fact, suffix = facts[place], _suffix(facts[place].rows[0])
-        size, computed = _bytes(fact, footprint), len(fact.rows) * suffix
-        if suffix != length or taken + size > budget or used + computed > positions:
-            groups.append([])
-            length, taken, used = suffix, 0, 0
-        groups[-1].append(place)
-        taken, used = taken + size, used + computed
+    for suffix, alike in groupby(ordered, key=lambda i: _suffix(facts[i].rows[0])):
+        rest = list(alike)
+        while rest:
+            most = max(1, positions // (len(facts[rest[0]].rows) * suffix))
+            sizes = accumulate(_bytes(facts[i], footprint) for i in rest[:most])
+            count = max(1, sum(size <= budget for size in sizes))
+            if _LEAST_FACTS < count < len(rest):
+                count -= count % _LEAST_FACTS
+            groups.append(rest[:count])
+            rest = rest[count:]
     return groups
 
 
@@ -249,6 +259,7 @@ def _prepare(
     with torch.no_grad():
         unedited = stack.logits(_at_start(site, essence, zeros)).float().log_softmax(-1)
     return _Batch(
+        live=torch.ones(len(facts), dtype=torch.bool, device=stack.device),
         index=index,
         targets=targets,
         predictions=_predictions(rows, [len(fact.rows) for fact in facts], stack.device),
@@ -319,25 +330,29 @@ def _adam(batch: _Batch, step: _Step, number: int, settings: ValueSettings) -> _
     )
 
 
-def _without(batch: _Batch, done: Bool[Tensor, " facts"]) -> _Batch:
-    """The batch without its finished facts."""
-    keep = (~done).nonzero()[:, 0]
-    place = torch.full((len(done),), -1, device=done.device).index_copy(
-        0, keep, torch.arange(len(keep), device=done.device)
-    )
-    rows = (~done)[batch.targets.fact].nonzero()[:, 0]
-    new_row = torch.full((len(batch.targets.fact),), -1, device=done.device)
-    new_row = new_row.index_copy(0, rows, torch.arange(len(rows), device=done.device))
+def _shrunk(batch: _Batch) -> _Batch:
+    """The batch without its finished facts, or with so many of them that its size is a power of two."""
+    live = int(batch.live.sum())
+    size = max(_LEAST_FACTS, 1 << (live - 1).bit_length())
+    if size >= len(batch.live):
+        return batch
+    kept = batch.live.clone()
+    kept[(~kept).nonzero()[: size - live, 0]] = True
+    keep = kept.nonzero()[:, 0]
+    place = _new_places(keep, len(kept))
+    rows = kept[batch.targets.fact].nonzero()[:, 0]
+    new_row = _new_places(rows, len(batch.targets.fact))
     old = batch.predictions
-    kept = (~done)[old.fact]
+    theirs = kept[old.fact]
     predictions = _Predictions(
-        new_row[old.row[kept]], old.column[kept], old.token[kept], old.share[kept], place[old.fact[kept]]
+        new_row[old.row[theirs]], old.column[theirs], old.token[theirs], old.share[theirs], place[old.fact[theirs]]
     )
     return _Batch(
+        live=batch.live[keep],
         index=batch.index[keep],
         targets=batch.targets.select(rows, place[batch.targets.fact[rows]]),
         predictions=predictions,
-        essence=batch.essence.select(keep, torch.arange(len(keep), device=done.device)),
+        essence=batch.essence.select(keep, torch.arange(len(keep), device=keep.device)),
         essence_log_probs=batch.essence_log_probs[keep],
         hidden=batch.hidden[keep],
         delta=batch.delta[keep],
@@ -345,3 +360,9 @@ def _without(batch: _Batch, done: Bool[Tensor, " facts"]) -> _Batch:
         second_moment=batch.second_moment[keep],
         nll_factor=batch.nll_factor[keep],
     )
+
+
+def _new_places(kept: Int[Tensor, " kept"], count: int) -> Int[Tensor, " count"]:
+    """Where each of ``count`` items goes when only some are kept; -1 for the others."""
+    places = torch.full((count,), -1, device=kept.device)
+    return places.index_copy(0, kept, torch.arange(len(kept), device=kept.device))

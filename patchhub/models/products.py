@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -11,6 +12,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 _SHAPES = ((64, 64, 64), (96, 384, 512), (33, 640, 129))  # rows, inner, columns of the products that are tried
+_KEPT_KERNELS = "128"
 _TOLERANCE = 2e-6  # relative; float32 products of these sizes are off by 2e-7 to 5e-7, bfloat16 ones by 2e-3
 
 
@@ -46,6 +48,9 @@ def _exact_through_onednn() -> bool:
     """Whether products come out in float32's accuracy with the switch on; False on versions of PyTorch without it."""
     if not hasattr(torch.backends.mkldnn, "matmul"):
         return False
+    # oneDNN keeps a kernel for each shape of a product, by default 1,024 of them and half a megabyte each. Shapes change at every step
+    # here, so most are used by one step only. It reads this when it is first used.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", _KEPT_KERNELS)
     generator = torch.Generator().manual_seed(0)
     with _onednn():
         return all(_error(*shape, generator) < _TOLERANCE for shape in _SHAPES)

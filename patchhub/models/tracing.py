@@ -25,6 +25,7 @@ from patchhub.errors import UnsupportedModelError
 from patchhub.models.architectures import Architecture
 from patchhub.models.products import fast_products
 
+_ROWS = 32
 _TOLERANCE = 1e-3  # relative difference of logits that the pieces may show against the whole (half precision)
 
 
@@ -194,14 +195,16 @@ class Stack:
         return Prefix.of(cache)
 
     @contextmanager
-    def feed_forward_at(self, index: int, row: Int[Tensor, " m"], column: Int[Tensor, " m"]) -> Iterator[None]:
+    def feed_forward_at(self, index: int, row: Int[Tensor, " m"], column: Int[Tensor, " m"]) -> Iterator[list[int]]:
         """While open, the feed-forward part of block ``index`` runs at some positions only and gives zeros elsewhere.
 
         Where it is no module of its own that maps hidden states to hidden states (OPT, BLOOM), it runs everywhere.
+        Yields a list that grows by the number of positions with each run that was shortened: there the module sees one row that begins
+        with these positions.
         """
-        path = self.architecture.ffn_out.rpartition(".")[0]
+        path, shortened = self.architecture.ffn_out.rpartition(".")[0], list[int]()
         if not path:
-            yield
+            yield shortened
             return
         module = self.blocks[index].get_submodule(path)
         whole = module.forward
@@ -209,17 +212,18 @@ class Stack:
         def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
             if args or kwargs or hidden.dim() != 3:
                 return whole(hidden, *args, **kwargs)
+            shortened.append(len(row))
             zeros, at = torch.zeros_like(hidden), (row.to(hidden.device), column.to(hidden.device))
-            return zeros.index_put(at, whole(hidden[at][None])[0]) if len(row) else zeros
+            return zeros.index_put(at, _rounded(lambda some: whole(some[None])[0], hidden[at])) if len(row) else zeros
 
         with _replaced_forwards([module], forward):
-            yield
+            yield shortened
 
     def logits(self, hidden: Float[Tensor, "... d"]) -> Float[Tensor, "... vocabulary"]:
         """Logits from hidden states after the last block."""
         head = self.model.get_output_embeddings()
-        normed = self._norm(hidden)
-        logits: Tensor = head(normed.to(head.weight.device))
+        normed: Tensor = self._norm(hidden).to(head.weight.device)
+        logits: Tensor = _rounded(head, normed) if normed.dim() == 2 else head(normed)
         return logits.to(self.device)
 
     @contextmanager
@@ -366,6 +370,14 @@ def _replaced_forwards(modules: Sequence[nn.Module], forward: Any) -> Iterator[N
 def _in_rows(states: Tensor, rows: torch.Size) -> Float[Tensor, "batch time d"]:
     """States that a feed-forward part has flattened (OPT does) in rows again; others as they are."""
     return states.view(*rows, -1) if states.dim() == 2 else states
+
+
+def _rounded(function: Callable[[Tensor], Tensor], states: Float[Tensor, "m d"]) -> Tensor:
+    """``function`` of the states, called with a number of them that `_ROWS` divides.
+
+    Libraries make a kernel for each shape of a product and keep it for good, so numbers that are hardly ever the same need rounding.
+    """
+    return function(nn.functional.pad(states, (0, 0, 0, -len(states) % _ROWS)))[: len(states)]
 
 
 def _taken(

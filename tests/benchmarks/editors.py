@@ -46,7 +46,7 @@ from tests.reference import plain, plain_pmet
 
 STAGES = {
     "prefix": [(values, "read_trunk"), (values, "_prepare")],
-    "steps": [(values, "_evaluate"), (values, "_adam"), (values, "_without")],
+    "steps": [(values, "_evaluate"), (values, "_adam"), (values, "_shrunk")],
     "sweep": [(record, "_read")],
     "solve": [(record, "_extend")],
 }
@@ -235,7 +235,7 @@ def _contributions(setup: Setup, metric: MetricCache) -> dict[str, float]:
         "nothing left out": (values, "POSITIONS", values.POSITIONS),
         "faster products": (Stack, "fast", nothing),
         "many facts at once": (values, "POSITIONS", 1),
-        "dropping finished facts": (values, "_without", lambda batch, done: batch),
+        "dropping finished facts": (values, "_shrunk", lambda batch: batch),
         "shared beginnings": (values, "read_trunk", no_trunk),
         "the last feed-forward part at targets only": (Stack, "feed_forward_at", nothing),
     }

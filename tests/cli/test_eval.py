@@ -136,7 +136,7 @@ def test_scores_travel_with_a_push(run: Run, suite: str, store: Path, tmp_path: 
 def test_editors_are_compared(run: Run, suite: str, store: Path) -> None:
     before = run("log").stdout
     file = store / "bench.csv"
-    methods = ("memit:steps=12", "memit:steps=1")
+    methods = ("memit:steps=12", "memit:steps=2")
     found = json.loads(run("bench", *methods, "--suite", suite, "--limit", "2", "--csv", str(file), "--json").stdout)
     assert [row["name"] for row in found["rows"]] == ["base", *methods]
     base, good, poor = (row["scores"]["EM"]["value"] for row in found["rows"])

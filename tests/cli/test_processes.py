@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from tests.cli.conftest import FACTS, Run
+from patchhub.objects import Request
+from tests.benchmarks.growth import invented
+from tests.cli.conftest import FACTS, MODEL, Run, invoke
 
 LIGHT = {
     "--help": ["--help"],
@@ -77,3 +82,48 @@ def test_an_interrupted_commit_leaves_a_sound_store(
     assert json.loads(run("fsck", "--json").stdout)["sound"]
     head = json.loads(run("status", "--json").stdout)["head"]
     assert head["id"] == before or head["message"] == "x"
+
+
+PEAK = """
+import sys
+from pathlib import Path
+from patchhub.cli.main import main
+try:
+    main(sys.argv[1:], prog_name="patchhub")
+except SystemExit as done:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    print("PEAK", 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")))
+    sys.exit(done.code)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
+def test_a_whole_commit_stays_within_its_memory(tmp_path: Path) -> None:
+    """Optimisation, sweep and checks, on a model wide enough for a step to be large."""
+    base = tmp_path / "base"
+    shutil.copytree(MODEL, base)
+    wide: Any = LlamaForCausalLM(
+        LlamaConfig.from_pretrained(MODEL, hidden_size=512, intermediate_size=2048, num_attention_heads=16, dtype=None)
+    )
+    wide.save_pretrained(base)
+    templates = [Request.make(fact["prompt"], fact["subject"], fact["target_new"]) for fact in FACTS]
+    facts = [{"prompt": r.prompt, "subject": r.subject, "target_new": r.target_new} for r in invented(templates, 120)]
+    file = tmp_path / "facts.json"
+    file.write_text(json.dumps(facts), encoding="utf-8")
+    text = tmp_path / "text.txt"
+    text.write_text(
+        "\n\n".join(f"{r.prompt} {r.subject} {r.target_new}" for r in invented(templates, 300)), encoding="utf-8"
+    )
+    first, peaks = tmp_path / "store", {}
+    first.mkdir()
+    invoke(first, "init", str(base))
+    invoke(first, "metric", "compute", "--text", str(text))
+    for memory in ([], ["--memory", "800MB"]):
+        store = tmp_path / f"store{len(memory)}"
+        shutil.copytree(first, store)
+        command = ["--repo", str(store), "commit", str(file), "-m", "many", "--force", "--set", "steps=4", *memory]
+        done = subprocess.run([sys.executable, "-c", PEAK, *command], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        peaks[bool(memory)] = int(done.stdout.split("PEAK ")[1])
+    assert peaks[True] <= 800e6 < peaks[False]

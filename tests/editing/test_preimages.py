@@ -13,6 +13,7 @@ from torch import Tensor
 
 from patchhub.constraints import Columns, difference, join, no_columns, solve
 from patchhub.delta import to_dense
+from patchhub.editing import preimages as under_test
 from patchhub.editing.metric import MetricCache
 from patchhub.editing.preimages import Covariance, NullSpace, regularised
 from patchhub.errors import EditError
@@ -138,3 +139,12 @@ def test_regularisation_adds_a_share_of_the_median_diagonal(seed, size, epsilon)
     middle = sorted(moment.diagonal().tolist())[(size - 1) // 2]  # the lower one of two
     torch.testing.assert_close(found.diagonal(), moment.diagonal().double() + epsilon * middle, rtol=1e-6, atol=1e-7)
     assert torch.equal(moment, before)
+
+
+@pytest.mark.parametrize("block", [1, 7, 24, 100])
+def test_a_factor_used_in_blocks_solves_the_same(monkeypatch: pytest.MonkeyPatch, block: int) -> None:
+    moment, keys = moment_of(24, 3), torch.from_numpy(draw(5, 24, 4))
+    by = Covariance(0.01)
+    monkeypatch.setattr(under_test, "_BLOCK", block)
+    expected = torch.linalg.solve(regularised(moment, 0.01), keys.double().T).T
+    torch.testing.assert_close(by.of(by.prepare(moment, "w"), keys), expected, rtol=1e-9, atol=1e-9)
