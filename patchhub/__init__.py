@@ -2,7 +2,7 @@
 
     model = patchhub.load("path/to/repository", revision="main")
 
-The four functions below are imported on first use, so that `import patchhub` costs nothing.
+What is named below is imported on first use, so that `import patchhub` costs nothing.
 """
 
 from __future__ import annotations
@@ -10,14 +10,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "attach", "detach", "load", "open_repository"]
+__all__ = ["PatchhubError", "__version__", "attach", "detach", "load", "open_repository"]
 
 if TYPE_CHECKING:
+    from patchhub.errors import PatchhubError
     from patchhub.porcelain.loading import attach, load
     from patchhub.porcelain.loading import open_path as open_repository
     from patchhub.runtime.patched_model import detach
 
 _HOMES = {
+    "PatchhubError": ("patchhub.errors", "PatchhubError"),
     "attach": ("patchhub.porcelain.loading", "attach"),
     "detach": ("patchhub.runtime.patched_model", "detach"),
     "load": ("patchhub.porcelain.loading", "load"),
@@ -32,3 +34,7 @@ def __getattr__(name: str) -> Any:
 
     module, attribute = _HOMES[name]
     return getattr(import_module(module), attribute)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

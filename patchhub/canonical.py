@@ -199,7 +199,7 @@ def record_of(cls: type[Any]) -> Codec:
 def read(kind: str, data: bytes, decode: Callable[[Any], Any], encode: Callable[[Any], bytes]) -> Any:
     """Decode JSON bytes; anything but the canonical form of a valid object raises `CorruptStoreError`."""
     try:
-        result = decode(json.loads(data.decode("utf-8")))
+        result = decode(json.loads(data.decode("utf-8"), parse_int=_integer))
         canonical = encode(result) == data
     except MalformedError as error:
         raise _malformed(kind, data, str(error), error.path) from None
@@ -208,6 +208,14 @@ def read(kind: str, data: bytes, decode: Callable[[Any], Any], encode: Callable[
     if not canonical:
         raise _malformed(kind, data, "it is not in canonical form")
     return result
+
+
+def _integer(digits: str) -> int:
+    """A whole number of 64 bits, the most that the index and other readers of JSON hold exactly as a number."""
+    value = int(digits)
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"{digits[:20]}... is beyond 64 bits")
+    return value
 
 
 def _malformed(kind: str, data: bytes, reason: str, path: str | None = None) -> CorruptStoreError:

@@ -20,6 +20,8 @@ from safetensors.numpy import load, save
 from patchhub.errors import CorruptStoreError
 
 FORMS = {"B", "A", "dense", "mask", "values"}
+NEGLIGIBLE = 1e-6
+"""A change whose norm is a smaller share of its weight's is rounding errors, and nothing that a cast could lose."""
 STORED_DTYPES = (np.dtype(np.float32), np.dtype(np.float16))
 
 

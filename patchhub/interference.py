@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from patchhub.constraints import Columns
 from patchhub.delta import Delta, image
@@ -19,6 +19,9 @@ KEY_COSINE = 0.5
 """Keys with a larger cosine (in absolute value) count as near: facts about one subject, see docs/version-control.md."""
 RESIDUAL_COSINE = 0.9
 """Residuals with a smaller cosine count as different: different targets have less than 0.6."""
+
+NEGLIGIBLE = 1e-5
+"""A residual shorter than this share of its key asks for nothing but rounding errors: what the model answered already."""
 
 _BLOCK = 1024  # rows of a cosine matrix that are held at a time
 _TINY = 1e-30  # of a squared norm: a key that is 0 is near nothing
@@ -96,14 +99,17 @@ def expected_misfit(columns: Columns, row: int, unknown: Sequence[int]) -> float
     """||D k - r|| / ||r|| of one row in the joint solution of a few columns, some of whose residuals are not known yet.
 
     With h = (L + K^T U)^-1 K^T u_row the solution gives D k_row = R h, so what the row misses is R (h - e_row). Known residuals
-    enter as they are. An unknown one is taken to be as long as the known ones are in the mean (1 where none is known) and at a right
-    angle to all others: what residuals of different targets nearly are.
+    enter as they are. An unknown one is taken to be as long as the known ones are in the mean (1 where none is known), those apart that
+    are negligible, and at a right angle to all others: what residuals of different targets nearly are. A negligible row misses nothing.
     """
     gram = _f64(columns.keys) @ _f64(columns.preimages).T
     gram = (gram + gram.T) / 2
     residuals = _f64(columns.residuals)
     inner = residuals @ residuals.T
-    known = [index for index in range(len(columns)) if index not in set(unknown)]
+    asks = _asks(columns)
+    if row not in set(unknown) and not asks[row]:
+        return 0.0
+    known = [index for index in range(len(columns)) if asks[index] and index not in set(unknown)]
     length = float(np.mean(inner.diagonal()[known])) if known else 1.0
     for index in unknown:
         inner[index, :] = inner[:, index] = 0.0
@@ -117,14 +123,21 @@ def expected_misfit(columns: Columns, row: int, unknown: Sequence[int]) -> float
 def misfit(deltas: Sequence[Delta], columns: Columns) -> Float[np.ndarray, " n"]:
     """||D k_i - r_i|| / ||r_i|| for D the sum of the deltas: the share of its residual that each request does not get.
 
-    0 is exactly what was asked, 1 is nothing of it; 0 where nothing was asked.
+    0 is exactly what was asked, 1 is nothing of it; 0 where nothing was asked, or next to nothing (`NEGLIGIBLE`).
     """
     missing = -_f64(columns.residuals)
     for delta in deltas:
         missing = missing + image(delta, columns.keys)
     wanted = np.linalg.norm(_f64(columns.residuals), axis=1)
-    share: Float[np.ndarray, " n"] = np.linalg.norm(missing, axis=1) / np.where(wanted > 0, wanted, np.inf)
+    share: Float[np.ndarray, " n"] = np.linalg.norm(missing, axis=1) / np.where(_asks(columns), wanted, np.inf)
     return share
+
+
+def _asks(columns: Columns) -> Bool[np.ndarray, " n"]:
+    """Whether each residual is more than negligible beside its key."""
+    keys, residuals = _squares(columns.keys, columns.keys), _squares(columns.residuals, columns.residuals)
+    asks: Bool[np.ndarray, " n"] = residuals > NEGLIGIBLE**2 * keys
+    return asks
 
 
 def _squares(left: Float[np.ndarray, "n width"], right: Float[np.ndarray, "n width"]) -> Float[np.ndarray, " n"]:

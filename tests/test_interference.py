@@ -61,6 +61,19 @@ def test_the_misfit_is_the_share_of_the_residual_that_is_missed(seed, n):
     np.testing.assert_allclose(misfit([], columns), 1)
 
 
+def test_a_residual_of_rounding_errors_misses_nothing():
+    rng = np.random.default_rng(3)
+    columns = draw_columns(rng, 4, metric(rng))
+    residuals = columns.residuals.copy()
+    residuals[1] *= 1e-6 * np.linalg.norm(columns.keys[1]) / np.linalg.norm(residuals[1])
+    nearly = Columns(columns.keys, columns.preimages, residuals, columns.ridge)
+    shares = misfit([solve(columns)], nearly)
+    assert shares[1] == 0
+    np.testing.assert_array_equal(np.delete(shares, 1), np.delete(misfit([solve(columns)], columns), 1))
+    assert expected_misfit(nearly, 1, []) == 0
+    assert expected_misfit(nearly, 0, [0]) > 0
+
+
 def with_row(columns: Columns, row: int, key: Columns, sign: float, residual: np.ndarray) -> Columns:
     """The columns with one row's key that of ``key`` times ``sign``, and another residual."""
     parts = [array.copy() for array in (columns.keys, columns.preimages, columns.residuals)]

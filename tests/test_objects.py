@@ -186,6 +186,15 @@ def test_what_is_no_object_is_refused(kind: str, data: bytes) -> None:
         type(OBJECTS[kind]).from_json(data)
 
 
+@pytest.mark.parametrize("number", [2**63, -(2**63) - 1, 10**400, -(10**400)])
+def test_whole_numbers_have_64_bits(number: int) -> None:
+    note = json.loads(OBJECTS["note"].to_json())
+    for value in (2**63 - 1, -(2**63)):
+        assert Note.from_json(canonical_json({**note, "scores": {"S": value}})).scores == {"S": value}
+    with pytest.raises(CorruptStoreError, match="64 bits"):
+        Note.from_json(canonical_json({**note, "scores": {"S": number}}))
+
+
 @pytest.mark.parametrize(
     ("kind", "old", "new", "field"),
     [

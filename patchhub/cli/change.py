@@ -123,7 +123,10 @@ def commit(
     elif prompt and subject and target:
         batch = Batch((one_request(prompt, subject, target),), (Origin("the command line"),), 0)
     else:
-        raise RequestError("there are no facts", remedy="Give a FILE, or --prompt, --subject and --target.")
+        given = {"--prompt": prompt, "--subject": subject, "--target": target}
+        missing = [option for option, text in given.items() if not text]
+        problem = "there are no facts" if len(missing) == len(given) else f"{' and '.join(missing)} is missing or empty"
+        raise RequestError(problem, remedy="Give a FILE, or --prompt, --subject and --target.")
     if batch.duplicates:
         talk(f"{click.style('warning:', fg='yellow')} {count(batch.duplicates, 'exact duplicate')} counted once")
     with bars() as progress:
@@ -157,7 +160,8 @@ def report_committed(repository: Repository, done: Committed, as_json: bool) -> 
     list_facts("+", done.written, "green")
     list_facts("-", done.replaced, "red")
     say(
-        f"{count(len(done.written), 'fact')} written in {done.seconds:.1f} s; {done.held} of them are now the model's answer"
+        f"{count(len(done.written), 'fact')} written in {done.seconds:.1f} s; "
+        f"{done.held} of them {'is' if done.held == 1 else 'are'} now the model's answer"
     )
     for shard, patch in ((identity, repository.patch(identity)) for identity in done.patches):
         if patch.kind == "shard":
@@ -275,9 +279,22 @@ def _report_step(repository: Repository, operation: Operation, past: str, as_jso
         changes = {ref: list(change) for ref, change in operation.changes.items()}
         print_json({"operation": operation.id, "changes": changes, "branch": branch, "head": head})
         return
-    for ref in operation.changes:
-        say(f"{ref.removeprefix('refs/heads/')} {past}")
+    command = _reversed_command(repository, operation)
+    moved = ", ".join(ref.removeprefix("refs/heads/").removeprefix("refs/remotes/") for ref in operation.changes)
+    say(f"`{command}` {past}: {moved}")
+    if command == "push" and past == "undone":
+        say(
+            "A push itself is not taken back: the remote has what it got; only the note of that here moved.",
+            fg="yellow",
+        )
     say(f"{branch or 'HEAD'} is at {head[:12] if head else 'the base'}")
+
+
+def _reversed_command(repository: Repository, operation: Operation) -> str:
+    """The command whose effect an undo took away or a redo brought back."""
+    commands = dict(repository.operations())
+    target = commands[str(operation.undoes)]
+    return target.command if target.undoes is None else _reversed_command(repository, target)
 
 
 def _report_change(repository: Repository, done: Changed, as_json: bool) -> None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from patchhub.cli.placing import placement_options
+from patchhub.cli.placing import chat_option, placement_options
 from patchhub.cli.score_text import number, say_scores, say_table
 from patchhub.cli.terminal import (
     author_of,
@@ -59,6 +59,7 @@ _file = click.Path(path_type=Path, dir_okay=False)
 @click.option("--no-note", is_flag=True, help="Do not keep the scores with the commit.")
 @click.option("--author", help="Who measures.")
 @placement_options
+@chat_option
 @repo_option
 @json_option
 @reports_errors
@@ -79,14 +80,15 @@ def evaluate(
     device: str | None,
     dtype: str | None,
     quantization: str | None,
+    chat: bool | None,
     repo: Path | None,
     as_json: bool,
 ) -> None:
     """How well REV holds the facts in --suite FILE, and what that costs elsewhere.
 
     Teacher-forced scores beside live decoding, fluency and drift, each with its definition, a 95 % bootstrap interval over facts and
-    the unpatched model's number. They are kept as a note of the commit, which log, show, diff and push know. docs/evaluation.md
-    has the definitions in full.
+    the unpatched model's number. They are kept as a note of the commit, which log, show, diff and push know. With --chat all prompts
+    are messages of the base's chat template; fluency and drift stay outside it. docs/evaluation.md has the definitions in full.
     """
     from patchhub.editing.requests import read_requests
     from patchhub.porcelain.evaluate import evaluate as run
@@ -108,10 +110,10 @@ def evaluate(
     who, rows = author_of(repository.config.settings, author), None
     with bars() as progress:
         if everything:
-            rows = walk(repository, rev, facts, progress, author=who, time=now(), placement=placement)
+            rows = walk(repository, rev, facts, progress, author=who, time=now(), placement=placement, chat=chat)
             rev = next((row.commit for row in rows if row.noted), "base")  # the newest that gives numbers
         keep = not (no_note or everything)
-        done = run(repository, rev, facts, progress, author=who, time=now(), keep=keep, placement=placement)
+        done = run(repository, rev, facts, progress, author=who, time=now(), keep=keep, placement=placement, chat=chat)
     if csv_file:
         noted = [(row.commit, done.suite, row.noted.scores) for row in rows or () if row.noted]
         _write(csv_file, scores_csv([(done.commit, done.suite, done.scores)] if rows is None else noted))
@@ -139,6 +141,7 @@ def evaluate(
 @click.option("--csv", "csv_file", type=_file, help="Also write the table as CSV.")
 @click.option("--markdown", is_flag=True, help="Print the table as Markdown.")
 @click.option("--author", help="Who measures.")
+@chat_option
 @repo_option
 @json_option
 @reports_errors
@@ -154,6 +157,7 @@ def bench(
     csv_file: Path | None,
     markdown: bool,
     author: str | None,
+    chat: bool | None,
     repo: Path | None,
     as_json: bool,
 ) -> None:
@@ -167,12 +171,15 @@ def bench(
     """
     from contextlib import nullcontext
 
-    from patchhub.editing.requests import read_requests
-    from patchhub.porcelain.bench import bench as run
-    from patchhub.porcelain.bench import bench_csv, contender, scratch_repository
-    from patchhub.porcelain.evaluation_facts import Facts, metrics_for
+    from patchhub.porcelain.contenders import contender
 
     contenders = [contender(method) for method in methods]
+
+    from patchhub.editing.requests import read_requests
+    from patchhub.porcelain.bench import bench as run
+    from patchhub.porcelain.bench import bench_csv, scratch_repository
+    from patchhub.porcelain.evaluation_facts import Facts, metrics_for
+
     chosen = metrics_for(file) if metrics == "auto" else metrics
     facts = Facts(read_requests(file).requests, file.name, chosen, limit, seed, text)
     with bars() as progress:
@@ -181,7 +188,7 @@ def bench(
             scratch_repository(base, progress, author=who, time=now()) if base else nullcontext(open_repository(repo))
         )
         with place as repository:
-            found = run(repository, contenders, facts, progress, author=who, time=now(), batch=batch)
+            found = run(repository, contenders, facts, progress, author=who, time=now(), batch=batch, chat=chat)
     if csv_file:
         _write(csv_file, bench_csv(found))
     if as_json:
@@ -201,7 +208,7 @@ def _evaluation(done: Evaluation) -> None:
     from patchhub.evaluation.definitions import DEFINITIONS, GROUPS
 
     where = f"commit {done.commit[:12]}" if done.commit else "the unpatched base"
-    say(f"{count(len(done.facts), 'fact')} of {done.settings['file']} at {where}", bold=True)
+    say(f"{count(len(done.facts), 'fact')} of {done.settings['file']} at {where}{_asked(done.settings)}", bold=True)
     say("score, 95 % interval over records, the unpatched base's score, definition", dim=True)
     for group in done.groups:
         say(GROUPS[group.suite], fg="cyan")
@@ -209,6 +216,11 @@ def _evaluation(done: Evaluation) -> None:
     _relations(done)
     if done.note:
         say(f"kept as note {done.note[:12]}", dim=True)
+
+
+def _asked(settings: Mapping[str, Any]) -> str:
+    """How the facts were asked, where it is not as they stand."""
+    return ", asked in the base's chat form" if "chat" in settings else ""
 
 
 def _relations(done: Evaluation) -> None:
@@ -245,7 +257,8 @@ def _history(rows: Sequence[HistoryRow], done: Evaluation) -> None:
         title = (row.message.splitlines() or [""])[0][:40]
         table.append([f"{row.commit[:12]} {title}", *cells, "now" if row.fresh else "noted"])
     base = [number(name, done.base[name]) if name in done.base else "-" for name in names]
-    say(f"{count(len(done.facts), 'fact')} of {done.settings['file']}, {done.settings['metrics']}", bold=True)
+    about = f"{done.settings['file']}, {done.settings['metrics']}{_asked(done.settings)}"
+    say(f"{count(len(done.facts), 'fact')} of {about}", bold=True)
     say_table(["commit", *names, "measured"], [*table, ["the unpatched base", *base, ""]])
     for name in names:
         say(f"{name:>20} {DEFINITIONS[name]}", dim=True)
@@ -267,7 +280,8 @@ def _bench(found: Bench, markdown: bool) -> None:
             say(f"| {' | '.join(cells)} |")
     else:
         facts = found.settings.get("facts")
-        say(f"{count(facts, 'fact') if facts else 'facts'} of {found.settings['file']}", bold=True)
+        about = f"{found.settings['file']}{_asked(found.settings)}"
+        say(f"{count(facts, 'fact') if facts else 'facts'} of {about}", bold=True)
         say_table(titles, table)
         for title, meaning in found.definitions.items():
             say(f"{title:>20} {meaning}", dim=True)

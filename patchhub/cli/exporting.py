@@ -6,8 +6,10 @@ from pathlib import Path
 
 import click
 
+from patchhub.cli.guarding import check_option, force_option
 from patchhub.cli.terminal import (
     bars,
+    count,
     json_option,
     open_repository,
     print_json,
@@ -94,7 +96,7 @@ def export_checkpoint(rev: str, out: Path, base: str | None, overwrite: bool, re
     if as_json:
         print_json(done.to_json())
     else:
-        say(f"Wrote {done.out}, {len(done.survival)} weights changed")
+        say(f"Wrote {done.out}, {count(len(done.survival), 'weight')} changed")
 
 
 @click.command("import")
@@ -108,6 +110,8 @@ def export_checkpoint(rev: str, out: Path, base: str | None, overwrite: bool, re
     help="Relative error up to which a difference of checkpoints is taken as low rank.",
 )
 @click.option("--base", help="Where the base model is, if it moved.")
+@check_option
+@force_option
 @click.option("--author", help="Who commits.")
 @repo_option
 @json_option
@@ -117,6 +121,8 @@ def import_(
     message: str | None,
     tolerance: float,
     base: str | None,
+    check: bool,
+    force: bool,
     author: str | None,
     repo: Path | None,
     as_json: bool,
@@ -125,6 +131,7 @@ def import_(
 
     Only weights that patchhub can edit may differ from the base. Pickled files are never opened.
     """
+    from patchhub.porcelain.guard import Guarding
     from patchhub.porcelain.importing import import_change as run
 
     repository = open_repository(repo)
@@ -136,6 +143,7 @@ def import_(
             progress,
             tolerance=tolerance,
             base=base,
+            guarding=Guarding(force, check),
         )
     if as_json:
         print_json(done.to_json())

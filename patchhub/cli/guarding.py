@@ -7,7 +7,8 @@ from typing import Any
 
 import click
 
-from patchhub.evaluation.guard import Measured, Report
+from patchhub.cli.terminal import count
+from patchhub.evaluation.guard import Measured, Report, Share
 
 force_option = click.option(
     "--force", is_flag=True, help="Write what the guard refuses all the same; the commit says so."
@@ -50,9 +51,10 @@ def _short(found: Measured) -> Iterator[str]:
 
 def _facts(found: Measured) -> Iterator[str]:
     if found.own and found.own.of:
-        yield f"{found.own.count} of {found.own.of} new facts are the model's answer"
+        yield f"{_of(found.own, 'new fact')} {_verb(found.own, 'is', 'are')} the model's answer"
     if found.earlier and found.earlier.of:
-        yield f"{found.earlier.count} of {found.earlier.of} earlier facts that were read and held are lost ({found.active} active)"
+        lost = f"that {_verb(found.earlier, 'was read and held is', 'were read and held are')} lost"
+        yield f"{_of(found.earlier, 'earlier fact')} {lost} ({found.active} active)"
     if found.drift:
         guessing = "; the base itself is guessing, so this is not judged" if found.drift.guessing else ""
         yield (
@@ -60,11 +62,21 @@ def _facts(found: Measured) -> Iterator[str]:
             f"times {found.drift.perplexity_ratio:.3f}, over {found.drift.positions} tokens{guessing}"
         )
     if found.unmet and found.unmet.of:
-        yield f"{found.unmet.count} of {found.unmet.of} new or contradicted facts get less than half of their change"
+        gets = _verb(found.unmet, "gets less than half of its", "get less than half of their")
+        yield f"{_of(found.unmet, 'new or contradicted fact')} {gets} change"
     if found.crushed and found.crushed.of:
-        yield f"{found.crushed.count} of {found.crushed.of} other facts now get less than half of theirs"
+        gets = _verb(found.crushed, "gets less than half of what it asks for", "get less than half of theirs")
+        yield f"{_of(found.crushed, 'other fact')} now {gets}"
     if found.first_token:
         yield f"{found.first_token} of the subjects end at the first token, where the keys of all texts are alike"
+
+
+def _of(share: Share, noun: str) -> str:
+    return f"{share.count} of {count(share.of, noun)}"
+
+
+def _verb(share: Share, one: str, many: str) -> str:
+    return one if share.of == 1 else many
 
 
 def _weights(found: Measured) -> Iterator[str]:

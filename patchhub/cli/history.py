@@ -30,6 +30,7 @@ from patchhub.evaluation.definitions import DEFINITIONS
 if TYPE_CHECKING:
     from patchhub.objects import Patch, Request
     from patchhub.porcelain.difference import ChangedAnswer, WeightStep
+    from patchhub.porcelain.divergence import Divergence
     from patchhub.porcelain.history import Entry, Size
 
 _SHOWN = 20
@@ -96,6 +97,7 @@ def log(
 def show(rev: str, everything: bool, repo: Path | None, as_json: bool) -> None:
     """One commit: its facts, how they were written, and what was measured."""
     from patchhub.porcelain.history import show as run
+    from patchhub.porcelain.report_checks import measured_norms, numbers
 
     shown = run(open_repository(repo), rev)
     if as_json:
@@ -108,9 +110,9 @@ def show(rev: str, everything: bool, repo: Path | None, as_json: bool) -> None:
     for identity, patch in shown.patches.items():
         gone = " (gave way)" if (identity, None) in shown.entry.commit.removed else ""
         say(f"patch {identity[:12]}: {_patch_words(patch)}{gone}", dim=True)
-    _norms(shown.entry.commit.check.get("norms", {}), {"change": "change", "state": "in all"})
+    _norms(measured_norms(shown.entry.commit.check), {"change": "change", "state": "in all"})
     _noted(shown.entry)
-    proofs = shown.entry.commit.check.get("proof", {}).values()
+    proofs = numbers(shown.entry.commit.check, "proof")
     if proofs:
         say(f"proof {max(proofs):.1e}: relative residual of the joint solution, zero when exact", dim=True)
     for line in guard_lines(shown.entry.commit.check):
@@ -122,7 +124,10 @@ def show(rev: str, everything: bool, repo: Path | None, as_json: bool) -> None:
 @json_option
 @reports_errors
 def status(repo: Path | None, as_json: bool) -> None:
-    """Where you are: branch, active facts, base."""
+    """Where you are: branch, active facts, base.
+
+    How far the branch is ahead of or behind a remote's branch of its name is as of the last fetch or push.
+    """
     from patchhub.porcelain.history import status as run
 
     found = run(open_repository(repo))
@@ -130,11 +135,17 @@ def status(repo: Path | None, as_json: bool) -> None:
         print_json(found.to_json())
         return
     say(f"On branch {found.branch}" if found.branch else "HEAD is detached")
+    for beside in found.remotes:
+        say(_apart(beside))
     if found.head is None:
         say("No commits yet: `patchhub commit FILE -m TEXT` writes the first facts.")
     else:
         say(f"{click.style(found.head.id[:12], fg='yellow')} {_first_line(found.head)}")
-        say(f"{count(found.head.active, 'active fact')}; the state is {found.delta_bytes / 1e6:.2f} MB of deltas")
+        imports = found.head.active_imports
+        imported = f" and {count(imports, 'imported change')}" if imports else ""
+        say(
+            f"{count(found.head.active, 'active fact')}{imported}; the state is {found.delta_bytes / 1e6:.2f} MB of deltas"
+        )
     for shard in found.shards:
         say(
             f"shard {shard.number} ({shard.patch[:12]}): {count(shard.facts, 'fact')} beside {shard.weight}, "
@@ -237,9 +248,15 @@ def fsck(reindex: bool, repo: Path | None, as_json: bool) -> None:
             say(finding.problem, fg="yellow" if finding.harmless else "red")
             say(f"  {finding.remedy}")
         verdict = "sound" if report.sound else "DAMAGED"
-        say(f"{report.objects} objects, {report.size / 1e6:.1f} MB: {verdict}")
+        say(f"{count(report.objects, 'object')}, {report.size / 1e6:.1f} MB: {verdict}")
     if not report.sound:
         raise SystemExit(CorruptStoreError.exit_code)
+
+
+def _apart(found: Divergence) -> str:
+    """How far the current branch is ahead of and behind a remote's: "ahead 2, behind 1 of origin/main"."""
+    counts = [f"{way} {commits}" for way, commits in (("ahead", found.ahead), ("behind", found.behind)) if commits]
+    return f"{', '.join(counts)} of {found.branch}" if counts else f"up to date with {found.branch}"
 
 
 def _header(entry: Entry) -> None:
@@ -272,8 +289,10 @@ def _entry_lines(entry: Entry, *, oneline: bool) -> list[str]:
 
 
 def _patch_words(patch: Patch) -> str:
+    if patch.kind == "additive":
+        return f"{patch.method}, an imported change of {count(len(patch.weights), 'weight')}"
     if patch.kind != "shard":
-        return f"{patch.method}, {len(patch.requests)} facts, layers {patch.settings.get('layers', [])}"
+        return f"{patch.method}, {count(len(patch.requests), 'fact')}, layers {patch.settings.get('layers', [])}"
     threshold = patch.settings["routing"]["threshold"]
     number, weight = patch.settings["number"], next(iter(patch.weights))
     rank = patch.settings["report"].get("rank")
@@ -284,7 +303,7 @@ def _patch_words(patch: Patch) -> str:
 def _noted(entry: Entry) -> None:
     """Every score that is noted about a commit, with its meaning."""
     for noted in entry.scores:
-        say(f"scores {measured_on(noted.metrics, noted.facts, noted.file)} by {noted.made_by}", dim=True)
+        say(f"scores {measured_on(noted.kind, noted.facts, noted.file)} by {noted.made_by}", dim=True)
         say_scores(noted.scores, DEFINITIONS)
 
 
@@ -300,7 +319,8 @@ def _refs(entry: Entry) -> str:
 
 
 def _facts(entry: Entry) -> str:
-    return f"+{entry.added} -{entry.removed} ({entry.active} active)"
+    imported = f", {count(entry.imported, 'imported change')}" if entry.imported else ""
+    return f"+{entry.added} -{entry.removed} ({entry.active} active){imported}"
 
 
 def _first_line(entry: Entry) -> str:
@@ -342,7 +362,7 @@ def _weight_table(steps: Mapping[str, WeightStep], old: str, new: str) -> None:
 
 
 def _answers(answers: list[ChangedAnswer], old: str, new: str) -> None:
-    say(f"{len(answers)} answer{'' if len(answers) == 1 else 's'} changed", bold=True)
+    say(f"{count(len(answers), 'answer')} changed", bold=True)
     for answer in answers:
         say(f"  {answer.prompt}")
         for revision, text, top, colour in (

@@ -9,11 +9,22 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from patchhub.cli.terminal import bars, json_option, open_repository, print_json, repo_option, reports_errors, say
+from patchhub.cli.placing import chat_option
+from patchhub.cli.terminal import (
+    bars,
+    count,
+    json_option,
+    open_repository,
+    print_json,
+    repo_option,
+    reports_errors,
+    say,
+)
 from patchhub.errors import SettingsError
 
 if TYPE_CHECKING:
     from patchhub.porcelain.bisect import Bisection, Check, Step
+    from patchhub.porcelain.bisect_checks import MetricCheck
     from patchhub.porcelain.blame import Blame
     from patchhub.store.lookup import Change, Fact
     from patchhub.store.repository import Repository
@@ -54,6 +65,7 @@ def search(words: tuple[str, ...], subject: str, rev: str, limit: int, repo: Pat
 @click.option("--lookup", is_flag=True, help="Only look PROMPT up among the active facts; no model runs.")
 @click.option("-n", "--limit", type=click.IntRange(min=1), default=_SHOWN, show_default=True, help="Facts to show.")
 @click.option("--base", help="Where the base model is, if it moved.")
+@chat_option
 @repo_option
 @json_option
 @reports_errors
@@ -64,6 +76,7 @@ def blame(
     lookup: bool,
     limit: int,
     base: str | None,
+    chat: bool | None,
     repo: Path | None,
     as_json: bool,
 ) -> None:
@@ -85,7 +98,7 @@ def blame(
     from patchhub.porcelain.blame import blame as run
 
     with bars() as progress:
-        found = run(repository, prompt, progress, subject=subject, revision=rev, base=base)
+        found = run(repository, prompt, progress, subject=subject, revision=rev, base=base, chat=chat)
     if as_json:
         print_json(found.to_json())
         return
@@ -104,6 +117,7 @@ def blame(
     "--facts", type=click.Path(path_type=Path, dir_okay=False), help="Facts to measure on. Default: the active ones."
 )
 @click.option("--base", help="Where the base model is, if it moved.")
+@chat_option
 @repo_option
 @json_option
 @reports_errors
@@ -116,6 +130,7 @@ def bisect(
     above: float | None,
     facts: Path | None,
     base: str | None,
+    chat: bool | None,
     repo: Path | None,
     as_json: bool,
 ) -> None:
@@ -137,10 +152,12 @@ def bisect(
                 "bisect needs a command or a metric", remedy="Write `-- COMMAND` or --metric, not both."
             )
         if metric is None:
-            check = _command_check(repository, command, base)
+            if chat:
+                raise SettingsError("a command asks the model in its own way", remedy="Leave --chat out.")
+            found = run(repository, good, bad, _command_check(repository, command, base), progress)
         else:
-            check = _metric_check(repository, metric, good, bad, (below, above), facts, base)
-        found = run(repository, good, bad, check, progress)
+            check = _metric_check(repository, metric, good, bad, (below, above), facts, base, chat)
+            found = run(repository, good, bad, check, progress, chat=check.chat)
     if as_json:
         print_json(found.to_json())
     else:
@@ -166,7 +183,7 @@ def merge_base(one: str, other: str, repo: Path | None, as_json: bool) -> None:
 
 
 def _command_check(repository: Repository, command: tuple[str, ...], base: str | None) -> Check:
-    from patchhub.porcelain.bisect import command_check
+    from patchhub.porcelain.bisect_checks import command_check
     from patchhub.porcelain.progress import Silent
 
     def run(model: Path, commit: str | None) -> int:
@@ -189,15 +206,18 @@ def _metric_check(
     bounds: tuple[float | None, float | None],
     facts: Path | None,
     base: str | None,
-) -> Check:
+    chat: bool | None,
+) -> MetricCheck:
     from patchhub.editing.requests import read_requests
-    from patchhub.porcelain.bisect import facts_to_measure, metric_check
+    from patchhub.porcelain.bisect_checks import facts_to_measure, metric_check
 
     requests: Any = read_requests(facts).requests if facts else facts_to_measure(repository, metric, good, bad)
-    return metric_check(repository, metric, requests, below=bounds[0], above=bounds[1], base=base)
+    return metric_check(repository, metric, requests, below=bounds[0], above=bounds[1], base=base, chat=chat)
 
 
 def _bisection(found: Bisection) -> None:
+    if found.chat is not None:
+        say("asked in the base's chat form", dim=True)
     for step in found.steps:
         say(_step(step), dim=True)
     if found.entry is None:
@@ -234,7 +254,8 @@ def _mentioned(prompt: str, facts: Any) -> None:
 
 
 def _shares(found: Blame, limit: int) -> None:
-    say(f"keys read at {found.token[0]!r}; the answer begins with {found.answer[0]!r} ({found.answer[1]:.1%})")
+    form = "" if found.chat is None else " in the base's chat form"
+    say(f"keys read at {found.token[0]!r}{form}; the answer begins with {found.answer[0]!r} ({found.answer[1]:.1%})")
     for share in found.requests[:limit]:
         text = share.request_id[:12] if share.request is None else f"{share.request.text} {share.request.target_new}"
         say(f"  {share.share:6.1%}  {text}  {click.style(f'patch {share.patch[:12]}', dim=True)}")
@@ -246,7 +267,8 @@ def _shares(found: Blame, limit: int) -> None:
         say(f"  {weight}: the edits are {value:.1%} of its output there", dim=True)
     if found.shards:
         say(
-            f"{found.shards} active facts are in shards, which answer beside the weights and have no share here",
+            f"{count(found.shards, 'active fact')} in shards, which answer beside the weights, "
+            f"{'has' if found.shards == 1 else 'have'} no share here",
             dim=True,
         )
 

@@ -40,8 +40,8 @@ _SHOWN = 8
 @click.argument("rev", required=False)
 @click.option("-m", "--message", default="", help="Default: \"Merge branch 'REV'\".")
 @click.option("--no-ff", is_flag=True, help="Make a commit even where the branch could just move forward.")
-@click.option("--ours", "prefer", flag_value="ours", help="Decide every contradiction for the current branch.")
-@click.option("--theirs", "prefer", flag_value="theirs", help="Decide every contradiction for REV.")
+@click.option("--ours", is_flag=True, help="Decide every contradiction for the current branch.")
+@click.option("--theirs", is_flag=True, help="Decide every contradiction for REV.")
 @click.option(
     "--choices",
     type=click.Path(path_type=Path, dir_okay=False),
@@ -61,7 +61,8 @@ def merge(
     rev: str | None,
     message: str,
     no_ff: bool,
-    prefer: Any,
+    ours: bool,
+    theirs: bool,
     choices: Path | None,
     again: bool,
     dry_run: bool,
@@ -85,12 +86,16 @@ def merge(
         raise SettingsError(
             "merge takes a revision, or --continue, or --abort", remedy="Give one of them; --dry-run needs a revision."
         )
+    if ours and theirs:
+        raise SettingsError(
+            "--ours and --theirs are both given", remedy="Give one, or decide one by one with --choices."
+        )
     repository = open_repository(repo)
     if abort:
         porcelain.abort_merge(repository)
         _say_or_print({"outcome": "aborted"}, "the merge is left; nothing had changed", as_json)
         return
-    resolution = _resolution(choices, prefer)
+    resolution = _resolution(choices, ours=ours, theirs=theirs)
     if dry_run:
         _predict(repository, str(rev), resolution, as_json)
         return
@@ -114,23 +119,24 @@ def merge(
         else:
             report_stopped(done)
         raise SystemExit(ContradictionError.exit_code)
+    if not as_json:
+        report_merged(repository, done)  # before the refresh, which may be refused
     again = again and done.outcome == "merged"
-    refreshed = _refresh(repository, stamp(repository, author, "")) if again else None
+    refreshed = _refresh(repository, stamp(repository, author, ""), force=force) if again else None
     if as_json:
         print_json({**done.to_json(), **({"refreshed": refreshed.to_json()} if refreshed else {})})
-        return
-    report_merged(repository, done)
-    if refreshed:
+    elif refreshed:
         _report_refreshed(refreshed)
 
 
 @click.command()
 @click.option("-m", "--message", default="", help="Why. Default: says how many facts.")
+@force_option
 @author_option
 @repo_option
 @json_option
 @reports_errors
-def refresh(message: str, author: str | None, repo: Path | None, as_json: bool) -> None:
+def refresh(message: str, force: bool, author: str | None, repo: Path | None, as_json: bool) -> None:
     """Record facts again whose recording is stale, and on a merge those that it brought, as a new commit.
 
     Shards whose threshold was measured on other weights are measured on the present ones.
@@ -138,18 +144,18 @@ def refresh(message: str, author: str | None, repo: Path | None, as_json: bool) 
     Forward passes of the model alone: the values that were optimised when the facts were written are kept.
     """
     repository = open_repository(repo)
-    done = _refresh(repository, stamp(repository, author, message))
+    done = _refresh(repository, stamp(repository, author, message), force=force)
     if as_json:
         print_json(done.to_json())
     else:
         _report_refreshed(done)
 
 
-def _refresh(repository: Repository, by: Stamp) -> Refreshed:
+def _refresh(repository: Repository, by: Stamp, *, force: bool) -> Refreshed:
     from patchhub.porcelain.refresh import refresh as run
 
     with bars() as progress:
-        return run(repository, by, progress)
+        return run(repository, by, progress, force=force)
 
 
 def _report_refreshed(done: Refreshed) -> None:
@@ -161,9 +167,10 @@ def _report_refreshed(done: Refreshed) -> None:
         say(f"{count(done.left, 'fact')} left as they were: the texts are withheld", fg="yellow")
 
 
-def _resolution(choices: Path | None, prefer: Side | None) -> Resolution:
+def _resolution(choices: Path | None, *, ours: bool, theirs: bool) -> Resolution:
     from patchhub.porcelain.contradictions import Resolution, read_choices
 
+    prefer: Side | None = "ours" if ours else "theirs" if theirs else None
     return Resolution(read_choices(choices) if choices else {}, prefer)
 
 

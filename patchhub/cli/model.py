@@ -137,7 +137,7 @@ def apply(
     if as_json:
         print_json(done.to_json())
         return
-    say(f"Wrote {done.out} ({_name(done.commit)}, {len(done.survival)} weights changed)")
+    say(f"Wrote {done.out} ({_name(done.commit)}, {count(len(done.survival), 'weight')} changed)")
     for weight, share in sorted(done.survival.items()):
         say(f"  {weight}  {share:.1%} of the change kept by the cast", dim=True)
     if done.shards:

@@ -21,6 +21,7 @@ from patchhub.cli.terminal import (
     say,
     stamp,
 )
+from patchhub.errors import ContradictionError
 
 if TYPE_CHECKING:
     from patchhub.porcelain.merge import Merged, Stopped
@@ -221,7 +222,7 @@ def pull(remote: str | None, max_size: float, author: str | None, repo: Path | N
         _say_fetched(pulled.fetched)
         _say_merged(repository, pulled.merged)
     if isinstance(pulled.merged, Stopped):
-        raise SystemExit(1)
+        raise SystemExit(ContradictionError.exit_code)
 
 
 @click.command()
@@ -291,8 +292,10 @@ def _fetched_json(fetched: Fetched) -> dict[str, Any]:
 def _say_fetched(fetched: Fetched) -> None:
     for moved in fetched.moved:
         say(_move(moved))
-    if fetched.moved:
-        received = fetched.received
+    received = fetched.received
+    if not fetched.moved and received.objects:
+        say(f"{count(received.objects, 'object')} repaired, {received.size / 1e6:.2f} MB, all verified")
+    elif fetched.moved:
         say(f"{count(received.objects, 'object')}, {received.size / 1e6:.2f} MB, all verified", dim=True)
     else:
         say("Nothing new")

@@ -19,18 +19,19 @@ _CHANGE = 0.0005  # what three digits show
 def score_line(noted: Noted) -> str:
     """`S 0.883  ES 0.950 ... (counterfact, 100 facts of facts.json)`."""
     numbers = "  ".join(f"{name} {number(name, score.value)}" for name, score in noted.leading.items())
-    return f"{numbers}  {click.style(measured_on(noted.metrics, noted.facts, noted.file), dim=True)}"
+    return f"{numbers}  {click.style(measured_on(noted.kind, noted.facts, noted.file), dim=True)}"
 
 
 def summary(notes: Sequence[Noted]) -> list[tuple[str, Score]]:
-    """The first score of each note, for where a line is short."""
-    return [next(iter(noted.leading.items())) for noted in notes if noted.leading]
+    """The first score of each note, for where a line is short: `S`, or `chat S` where it was asked in a chat."""
+    leading = [(noted.chat, *next(iter(noted.leading.items()))) for noted in notes if noted.leading]
+    return [(f"chat {name}" if chat else name, score) for chat, name, score in leading]
 
 
-def measured_on(metrics: str, facts: int, file: str) -> str:
+def measured_on(kind: str, facts: int, file: str) -> str:
     """`(counterfact, 100 facts of facts.json)`."""
     number_of = f", {count(facts, 'fact')}" if facts else ""
-    return f"({metrics}{number_of}{f' of {file}' if file else ''})"
+    return f"({kind}{number_of}{f' of {file}' if file else ''})"
 
 
 def number(name: str, value: float) -> str:
@@ -53,7 +54,7 @@ def say_scores(scores: Mapping[str, Score], definitions: Mapping[str, str], *, a
 def say_compared(rows: Sequence[Compared], old: str, new: str, definitions: Mapping[str, str]) -> None:
     """Per suite the scores at two revisions beside each other and their difference."""
     for row in rows:
-        say(f"scores {measured_on(row.metrics, row.facts, row.file)}", dim=True)
+        say(f"scores {measured_on(row.kind, row.facts, row.file)}", dim=True)
         width = max(8, len(old[:12]), len(new[:12]))
         say(f"{'':>20} {old[:12]:>{width}} {new[:12]:>{width}} {'change':>8}", dim=True)
         for name in {**row.after, **row.before}:

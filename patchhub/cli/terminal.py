@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import getpass
 import json
 import logging
 import os
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,7 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 
-from patchhub.errors import PatchhubError
+from patchhub.errors import PatchhubError, RepositoryError, SettingsError
 
 if TYPE_CHECKING:
     from click._termui_impl import ProgressBar
@@ -29,6 +31,9 @@ if TYPE_CHECKING:
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
+_UNSAFE = re.compile("\x1b\\[(?:[012]|3[1-6])m|([\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff])")
+"""Characters that a terminal would act upon, or that cannot be written; the colours and weights of `say` match whole."""
+
 repo_option = click.option(
     "--repo",
     type=click.Path(path_type=Path, file_okay=False),
@@ -36,6 +41,8 @@ repo_option = click.option(
 )
 author_option = click.option("--author", help='Who makes this change, "Ada <ada@example.org>".')
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of text.")
+
+_NOT_ESCAPED_IN_JSON = re.compile("[\x7f-\x9f\ud800-\udfff]")
 
 
 def open_repository(repo: Path | None) -> Repository:
@@ -51,14 +58,21 @@ def open_repository(repo: Path | None) -> Repository:
 def now() -> str:
     """The present instant as the format writes it; SOURCE_DATE_EPOCH replaces it for reproducible runs."""
     epoch = os.environ.get("SOURCE_DATE_EPOCH")
-    instant = datetime.fromtimestamp(int(epoch), timezone.utc) if epoch else datetime.now(timezone.utc)
-    return instant.strftime("%Y-%m-%dT%H:%M:%SZ")
+    try:
+        instant = datetime.fromtimestamp(int(epoch), timezone.utc) if epoch else datetime.now(timezone.utc)
+    except (ValueError, OverflowError, OSError):
+        raise SettingsError(
+            f"SOURCE_DATE_EPOCH is {epoch!r}, which is no instant",
+            remedy="Set it to whole seconds since 1970, or unset it.",
+        ) from None
+    return instant.isoformat(timespec="seconds").replace("+00:00", "Z")
 
 
 def author_of(settings: Mapping[str, Any], given: str | None) -> str:
     """--author, else the config's ``author``, else git's identity, else the login name."""
-    login = getpass.getuser()
-    return str(given or settings.get("author") or _git_identity() or f"{login} <{login}@{platform.node()}>")
+    author = str(given or settings.get("author") or _git_identity() or _login())
+    _refuse_surrogates(author, "the author")
+    return author
 
 
 def stamp(repository: Repository, author: str | None, message: str) -> Stamp:
@@ -67,25 +81,54 @@ def stamp(repository: Repository, author: str | None, message: str) -> Stamp:
     return Stamp(author_of(repository.config.settings, author), now(), message)
 
 
+def _login() -> str:
+    try:
+        login = getpass.getuser()
+    except (KeyError, OSError, ImportError):  # no passwd entry and no variable: containers that run as a bare number
+        login = "unknown"
+    return f"{login} <{login}@{platform.node()}>"
+
+
+def _refuse_surrogates(text: str, what: str) -> None:
+    """Raise `SettingsError` for text that came as bytes that are not UTF-8: no object could hold it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise SettingsError(f"{what} {text!r} is not UTF-8 text", remedy="Write it in UTF-8.") from None
+
+
 def _git_identity() -> str | None:
     found = []
     for key in ("user.name", "user.email"):
         try:
-            result = subprocess.run(["git", "config", key], capture_output=True, text=True, check=False)
+            result = subprocess.run(["git", "config", key], capture_output=True, check=False)
         except OSError:
             return None
-        found.append(result.stdout.strip())
+        found.append(result.stdout.decode("utf-8", errors="replace").strip())
     return f"{found[0]} <{found[1]}>" if all(found) else None
 
 
 def say(message: str = "", **style: Any) -> None:
     """One line of the result, to stdout."""
-    click.secho(message, **style)
+    with _to_stdout():
+        click.secho(visible(message), **style)
 
 
 def talk(message: str) -> None:
     """One line beside the result, to stderr."""
-    click.echo(message, err=True)
+    click.echo(visible(message), err=True)
+
+
+def visible(text: str) -> str:
+    r"""`text` with control characters spelled out, such as ``\x1b``: stored texts may come from anyone.
+
+    Line ends, tabs and the escapes that `click.style` makes here for colour, bold and dim stay as they are.
+    """
+    return _UNSAFE.sub(lambda found: _spelled(found[1]) if found[1] else found[0], text)
+
+
+def _spelled(character: str) -> str:
+    return f"\\x{ord(character):02x}" if ord(character) < 0x100 else f"\\u{ord(character):04x}"
 
 
 def count(number: int, noun: str) -> str:
@@ -120,7 +163,29 @@ def say_trained(repository: Repository, shards: Sequence[str]) -> None:
 
 
 def print_json(document: Any) -> None:
-    click.echo(json.dumps(document, ensure_ascii=False, indent=2, sort_keys=True))
+    text = json.dumps(document, ensure_ascii=False, indent=2, sort_keys=True)
+    with _to_stdout():
+        click.echo(_NOT_ESCAPED_IN_JSON.sub(lambda found: f"\\u{ord(found[0]):04x}", text))
+
+
+@contextmanager
+def _to_stdout() -> Iterator[None]:
+    """Turn a failure to write to stdout into a `RepositoryError`; a closed pipe is left to click, which ends without a word.
+
+    What could not be written goes nowhere afterwards, so that the interpreter does not try it again when it ends.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno == errno.EPIPE:
+            raise
+        with open(os.devnull, "w", encoding="utf-8") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
+        raise RepositoryError(
+            f"cannot write to the standard output: {error.strerror or error}",
+            remedy="Free space there, or write elsewhere.",
+            errno=error.errno,
+        ) from error
 
 
 class Bars:
@@ -181,6 +246,7 @@ def reports_errors(command: Command) -> Command:
     @functools.wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         try:
+            _refuse_undecoded(kwargs)
             return command(*args, **kwargs)
         except PatchhubError as error:
             if kwargs.get("as_json"):
@@ -195,6 +261,14 @@ def reports_errors(command: Command) -> Command:
             raise SystemExit(130) from None
 
     return cast(Command, wrapped)
+
+
+def _refuse_undecoded(options: Mapping[str, Any]) -> None:
+    """Check every text of the command line before any work is done for it; see `_refuse_surrogates`."""
+    for name, value in options.items():
+        for text in value if isinstance(value, tuple) else (value,):
+            if isinstance(text, str):
+                _refuse_surrogates(text, name.replace("_", " "))
 
 
 def error_json(error: PatchhubError) -> Mapping[str, Any]:

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from patchhub.cli.terminal import (
+    count,
     json_option,
     now,
     open_repository,
@@ -42,7 +43,9 @@ def squash(span: str, message: str, author: str | None, repo: Path | None, as_js
         return
     branch, _ = repository.head
     say(f"[{branch or 'detached'} {done.commit[:12]}] {repository.commit(done.commit).message.splitlines()[0]}")
-    say(f"{len(done.replaced)} commits became one; {done.active} active facts; proof {done.proof:.1e}")
+    say(
+        f"{count(len(done.replaced), 'commit')} became one; {count(done.active, 'active fact')}; proof {done.proof:.1e}"
+    )
 
 
 @click.command()
@@ -68,7 +71,7 @@ def gc(dry_run: bool, grace: str, repo: Path | None, as_json: bool) -> None:
         say(f"  {item.kind} {item.path} ({item.size / 1000:,.1f} kB)", dim=True)
     if len(done.items) > _SHOWN:
         say(f"  ... and {len(done.items) - _SHOWN} more (--json lists them)", dim=True)
-    kinds = ", ".join(f"{count} {kind}{'' if count == 1 else 's'}" for kind, count in sorted(done.counts.items()))
+    kinds = ", ".join(count(number, kind) for kind, number in sorted(done.counts.items()))
     say(f"{'would delete' if dry_run else 'deleted'} {kinds or 'nothing'}: {done.size / 1e6:.2f} MB")
 
 

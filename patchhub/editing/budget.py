@@ -18,6 +18,7 @@ from typing import Final, TypeVar
 import torch
 
 from patchhub.errors import EditError
+from patchhub.models import host_memory
 from patchhub.models.tracing import Stack
 
 POSITIONS: Final = 1536
@@ -63,12 +64,10 @@ class Footprint:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that could be taken now: of the GPU, or of the machine, where cached files count as free."""
+    """Bytes that could be taken now: of the GPU, or of the machine; see `host_memory`."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    with suppress(OSError, StopIteration), open("/proc/meminfo") as file:
-        return 1024 * int(next(line for line in file if line.startswith("MemAvailable:")).split()[1])
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4 << 30
+    return host_memory.free_memory()
 
 
 def resident_memory() -> int:

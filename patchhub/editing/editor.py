@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from patchhub.editing.facts import encode_facts
 from patchhub.editing.kept_values import KeptValues
 from patchhub.editing.key_rows import key_rows
+from patchhub.editing.lengths import context_length
 from patchhub.editing.metric import MetricCache
 from patchhub.editing.record import Edit, Spread, State, record
 from patchhub.editing.settings import EditSettings
@@ -61,7 +62,8 @@ class Editor:
         Raises:
             EditError: the optimisation or the solve is not finite.
         """
-        facts = encode_facts(tokenizer, requests, contexts, chat=settings.chat)
+        limit = context_length(stack.model)
+        facts = encode_facts(tokenizer, requests, contexts, chat=settings.chat, limit=limit)
         chosen = settings.values(until_sure=self.until_sure)
         values = optimise_values(
             self.site(stack, settings.layers[-1]),

@@ -105,9 +105,15 @@ def encode_prompt(
     return encode_prompts(tokenizer, [(context, request)], with_target=with_target, chat=chat)[0]
 
 
-def encode_text(tokenizer: PreTrainedTokenizerBase, text: str, subject: Span) -> Encoded:
-    """Encode any text with a subject at the given characters and no target, such as "{} is a" filled in."""
-    return encode_marked(tokenizer, [Marked(text, subject, len(text), len(text))])[0]
+def encode_text(tokenizer: PreTrainedTokenizerBase, text: str, subject: Span, *, chat: Chat | None = None) -> Encoded:
+    """Encode any text with a subject at the given characters and no target, such as "{} is a" filled in.
+
+    In a chat the text is the user's message, and the tokens end where the answer begins.
+    """
+    if chat is not None:
+        begin = len(chat.before)
+        text, subject = chat.asking(text), (begin + subject[0], begin + subject[1])
+    return encode_marked(tokenizer, [Marked(text, subject, len(text), len(text))], chat=chat)[0]
 
 
 def encode_marked(
@@ -115,10 +121,7 @@ def encode_marked(
 ) -> list[Encoded]:
     """Encode marked texts in one tokenizer call; errors as in `encode_prompts`."""
     tokenised = tokenise(tokenizer, [item.text for item in marked], special_tokens=chat is None)
-    return [
-        Encoded(ids, _subject_last(offsets, item), _target(offsets, item))
-        for item, (ids, offsets) in zip(marked, tokenised, strict=True)
-    ]
+    return [_encoded(ids, offsets, item) for item, (ids, offsets) in zip(marked, tokenised, strict=True)]
 
 
 def encode_targets(
@@ -178,6 +181,19 @@ def tokenise(
             stop -= 1
         tokenised.append((tuple(ids[:stop]), offsets[:stop]))
     return tokenised
+
+
+def _encoded(ids: tuple[int, ...], offsets: Sequence[Span], item: Marked) -> Encoded:
+    last, target = _subject_last(offsets, item), _target(offsets, item)
+    if last >= target[0]:
+        start, stop = item.subject
+        raise RequestError(
+            f"one token holds the end of the subject '{item.text[start:stop]}' and the beginning of the target "
+            f"'{item.text[item.target_begin :]}'",
+            remedy="Put a word between the subject and the target.",
+            text=item.text,
+        )
+    return Encoded(ids, last, target)
 
 
 def _subject_last(offsets: Sequence[Span], item: Marked) -> int:

@@ -123,14 +123,20 @@ def find_contradictions(requests: Iterable[Request], active: Iterable[Request] =
     return pairs
 
 
-def contradiction_error(contradictions: Sequence[Contradiction]) -> ContradictionError:
-    """The error that says the first five contradictions in words and gives the request ids of all as facts."""
+def contradiction_error(contradictions: Sequence[Contradiction], *, active: bool) -> ContradictionError:
+    """The error that says the first five contradictions in words and gives the request ids of all as facts.
+
+    Args:
+        active: the earlier request of each is an active fact; otherwise both are new.
+    """
     listed = "; ".join(str(pair) for pair in contradictions[:_LISTED_CONTRADICTIONS])
     more = len(contradictions) - _LISTED_CONTRADICTIONS
     count = "1 contradiction" if len(contradictions) == 1 else f"{len(contradictions)} contradictions"
     return ContradictionError(
         f"{count}: {listed}" + (f"; and {more} more" if more > 0 else ""),
-        remedy="keep one target for each prompt and subject, or replace the active request by the new one",
+        remedy="replace the active fact (`--on-conflict replace` of commit and cherry-pick), or leave the other out"
+        if active
+        else "keep one of them: each prompt and subject has one target",
         contradictions=[[pair.earlier.id, pair.later.id] for pair in contradictions],
     )
 

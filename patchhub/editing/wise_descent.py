@@ -10,7 +10,7 @@ memory changes nothing below its layer, so only the blocks above it run at each 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -31,7 +31,10 @@ _TEXTS = 64  # unrelated texts that the margin loss is computed from
 
 @dataclass(frozen=True, eq=False)
 class _Rows:
-    """Rows of prompts with targets, run once up to the edited block, and where their targets are predicted."""
+    """Rows of prompts with targets, run once up to the edited block, and where their targets are predicted.
+
+    States and keys are on the device of the edited block, what belongs to predictions where token ids go.
+    """
 
     start: Pass
     hidden: Float[Tensor, "rows time d"]
@@ -60,8 +63,6 @@ def descend(
     start: Float[Tensor, "out in"],
     margins: tuple[float, float, float],
     settings: WiseSettings,
-    *,
-    progress: Callable[[], None] = lambda: None,
 ) -> tuple[Float[Tensor, "out in"], float]:
     """The change after training from ``start``, and the last loss.
 
@@ -70,7 +71,6 @@ def descend(
         texts: token ids of unrelated texts.
         mask: 1 where an entry may change.
         margins: alpha, beta, gamma as distances.
-        progress: called after each step.
 
     Raises:
         EditError: the loss stopped being finite.
@@ -82,7 +82,6 @@ def descend(
         loss, gradient = _step(stack, layer, batches, outside, change, margins, settings.distance)
         if not math.isfinite(loss):
             raise EditError("the training gave a loss that is not finite", remedy="Lower `descent_rate`.")
-        progress()
         if loss <= _STOP_LOSS and abs(before - loss) <= _STOP_CHANGE:
             break
         before = loss
@@ -146,24 +145,23 @@ def _rows(stack: Stack, layer: int, chunk: Sequence[tuple[Encoded, float]]) -> _
     ids, mask, positions = right_padded([text.input_ids for text, _ in chunk], stack.device)
     with stack.watch_keys([layer]) as seen:
         start = stack.begin(ids, mask, positions)
-        hidden = start.run(start.hidden, 0, layer + 1)
+        hidden = start.run(start.hidden, 0, layer + 1).to(stack.device_of(layer))
     found = [
         (index, place - 1, text.input_ids[place], share / (text.target[1] - text.target[0]))
         for index, (text, share) in enumerate(chunk)
         for place in range(*text.target)
     ]
     row, column, token, shares = zip(*found, strict=True)
-    device = hidden.device
-    stops = torch.tensor([text.target[0] for text, _ in chunk], device=device)
+    stops = torch.tensor([text.target[0] for text, _ in chunk]).to(hidden.device)
     return _Rows(
         start=start,
         hidden=hidden,
         keys=seen[layer].float(),
-        prompt=torch.arange(ids.shape[1], device=device)[None] < stops[:, None],
-        row=torch.tensor(row, device=device),
-        column=torch.tensor(column, device=device),
-        token=torch.tensor(token, device=device),
-        share=torch.tensor(shares, device=device),
+        prompt=torch.arange(ids.shape[1], device=hidden.device)[None] < stops[:, None],
+        row=torch.tensor(row).to(stack.device),
+        column=torch.tensor(column).to(stack.device),
+        token=torch.tensor(token).to(stack.device),
+        share=torch.tensor(shares).to(stack.device),
     )
 
 

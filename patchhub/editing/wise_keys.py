@@ -58,12 +58,12 @@ def read_tokens(stack: Stack, layer: int, texts: Sequence[Sequence[int]]) -> Tok
         ids, mask, positions = right_padded([texts[index] for index in chosen], stack.device)
         with stack.watch_keys([layer]) as seen:
             start = stack.begin(ids, mask, positions)
-            hidden = start.run(start.hidden, 0, layer + 1)
-        real = mask.bool().to(hidden.device)
+            hidden = start.run(start.hidden, 0, layer + 1).to(device)
+        real = mask.bool().to(device)
         keys.append(seen[layer][real].float())
         lengths.append(hidden[real].float().norm(dim=-1))
         owners.append([index for index in chosen for _ in texts[index]])
-    owner = torch.tensor([index for part in owners for index in part], dtype=torch.long, device=device)
+    owner = torch.tensor([index for part in owners for index in part], dtype=torch.long).to(device)
     return Tokens(torch.cat(keys), torch.cat(lengths), owner, len(texts))
 
 

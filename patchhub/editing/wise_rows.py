@@ -55,15 +55,17 @@ def in_scope(
     *,
     prefixes: int,
     seed: int,
+    limit: int | None = None,
 ) -> Scope:
     """Every request in every context, and its subject after random pieces of the documents.
 
     The bare prompt, ``contexts[0]``, weighs half and all other rows of a request share the other half. Half of the random pieces stand
-    before the prompt, the others directly before the subject. They depend on seed and request alone.
+    before the prompt, the others directly before the subject. They depend on seed and request alone. Requests of more
+    tokens than ``limit`` are refused.
     """
     if not requests:
         return Scope((), ())
-    facts = encode_facts(tokenizer, requests, contexts)
+    facts = encode_facts(tokenizer, requests, contexts, limit=limit)
     marked = [_prefixed(tokenizer, request, documents, prefixes, seed) for request in requests]
     encoded = iter(encode_marked(tokenizer, [item for items in marked for item in items]))
     rows = []

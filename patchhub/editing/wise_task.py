@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from patchhub.editing.lengths import context_length
 from patchhub.editing.wise_fit import FitProblem, fit_problem, subspace
 from patchhub.editing.wise_keys import Tokens, read_tokens, subject_keys
 from patchhub.editing.wise_rows import Scope, ScopeRow, in_scope, neighbours
@@ -118,7 +119,8 @@ def read_rows(
     Args:
         cut: read the rows up to their subjects only, which is all that their keys depend on.
     """
-    scope = in_scope(tokenizer, requests, contexts, locality, prefixes=settings.prefixes, seed=settings.seed)
+    prefixes, limit = settings.prefixes, context_length(stack.model)
+    scope = in_scope(tokenizer, requests, contexts, locality, prefixes=prefixes, seed=settings.seed, limit=limit)
     read = [_to_subject(row) for row in scope.rows] if cut else scope.rows
     keys, beside = subject_keys(stack, settings.layer, read)
     owner = torch.tensor([row.request for row in scope.rows], dtype=torch.long, device=keys.device)

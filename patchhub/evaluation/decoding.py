@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from patchhub.editing.chat import Chat
 from patchhub.editing.record_shapes import SLOT
 from patchhub.errors import SettingsError
 from patchhub.evaluation.estimates import mean_or_none
@@ -52,13 +53,19 @@ def read_live(
     requests: Sequence[Request],
     *,
     contexts: Sequence[str] = (),
+    chat: Chat | None = None,
     max_new_tokens: int = 32,
     batch_tokens: int = BATCH_TOKENS,
 ) -> list[LiveReading]:
-    """Continue every request's prompt, bare and inside each context (a template with one `{}` for the prompt)."""
+    """Continue every request's prompt, bare and inside each context (a template with one `{}` for the prompt).
+
+    In a chat each of these texts is a user's message, and what is written is the answer to it.
+    """
     check_contexts(contexts)
     prompts = [prompt for request in requests for prompt in live_prompts(request, contexts)]
-    written = continue_greedily(model, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_tokens=batch_tokens)
+    written = continue_greedily(
+        model, tokenizer, prompts, chat=chat, max_new_tokens=max_new_tokens, batch_tokens=batch_tokens
+    )
     size = 1 + len(contexts)
     return [
         LiveReading(request.id, request.target_new, tuple(written[start : start + size]))

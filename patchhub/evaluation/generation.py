@@ -11,9 +11,11 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicCache
 
+from patchhub.editing.chat import Chat
+from patchhub.editing.lengths import context_length
 from patchhub.editing.locate import tokenise
 from patchhub.errors import RequestError, SettingsError
-from patchhub.evaluation.metrics import BATCH_TOKENS, context_length, cut, reading
+from patchhub.evaluation.metrics import BATCH_TOKENS, cut, reading
 from patchhub.models.tracing import left_padded
 
 Choose = Callable[[Float[Tensor, "rows vocabulary"], int], Int[Tensor, " rows"]]
@@ -25,6 +27,7 @@ def continue_greedily(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str],
     *,
+    chat: Chat | None = None,
     max_new_tokens: int = 32,
     batch_tokens: int = BATCH_TOKENS,
 ) -> list[str]:
@@ -32,10 +35,13 @@ def continue_greedily(
 
     The model's own sampling settings are not used. Equal prompts are continued once.
 
+    Args:
+        chat: the prompts are the user's messages of this chat form; what is written is the answer.
+
     Raises:
         RequestError: a prompt has no token, or leaves no room for the continuation.
     """
-    room, limit = room_after(model, tokenizer, prompts, max_new_tokens), context_length(model)
+    room, limit = room_after(model, tokenizer, prompts, max_new_tokens, chat=chat), context_length(model)
     for prompt in prompts:
         if room[prompt] < max_new_tokens:
             raise RequestError(
@@ -43,7 +49,7 @@ def continue_greedily(
                 remedy="Shorten the prompt or ask for fewer new tokens.",
                 prompt=prompt,
             )
-    written = _written(model, tokenizer, room, batch_tokens, lambda batch: lambda logits, step: logits.argmax(-1))
+    written = _written(model, tokenizer, room, batch_tokens, lambda batch: lambda logits, step: logits.argmax(-1), chat)
     return [written[prompt] for prompt in prompts]
 
 
@@ -80,13 +86,14 @@ def room_after(
     prompts: Sequence[str],
     tokens: int,
     *,
+    chat: Chat | None = None,
     whole: bool = False,
 ) -> dict[str, int]:
     """How many tokens may be written after each prompt: at most `tokens`, or so many that the text has `tokens` in the `whole`."""
     unique = list(dict.fromkeys(prompts))
     limit = context_length(model)
     room = {}
-    for prompt, (ids, _) in zip(unique, tokenise(tokenizer, unique), strict=True):
+    for prompt, ids in zip(unique, _tokens(tokenizer, unique, chat), strict=True):
         left = min(limit, tokens) - len(ids) if whole else min(limit - len(ids), tokens)
         room[prompt] = max(left, 0) if ids else 0
     return room
@@ -98,9 +105,10 @@ def _written(
     room: Mapping[str, int],
     batch_tokens: int,
     choose: Callable[[Sequence[str]], Choose],
+    chat: Chat | None = None,
 ) -> dict[str, str]:
     """What is written after each prompt; `choose` makes the rule of one batch."""
-    tokens = dict(zip(room, (ids for ids, _ in tokenise(tokenizer, list(room))), strict=True))
+    tokens = dict(zip(room, _tokens(tokenizer, list(room), chat), strict=True))
     order = sorted((prompt for prompt in room if room[prompt]), key=lambda prompt: len(tokens[prompt]))
     written = dict.fromkeys(room, "")
     with reading(model):
@@ -112,6 +120,12 @@ def _written(
             texts = (str(tokenizer.decode(row, skip_special_tokens=True)) for row in rows)
             written.update(zip(batch, texts, strict=True))
     return written
+
+
+def _tokens(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], chat: Chat | None) -> list[tuple[int, ...]]:
+    """The tokens after which is written: the prompt's, in a chat those up to where the answer begins."""
+    texts = prompts if chat is None else [chat.asking(prompt) for prompt in prompts]
+    return [ids for ids, _ in tokenise(tokenizer, texts, special_tokens=chat is None)]
 
 
 def _continue(

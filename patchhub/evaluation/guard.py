@@ -14,7 +14,7 @@ from typing import Any, Final, Literal
 _Z: Final = 1.96  # of the standard normal distribution, for 95 %
 _GUESSING: Final = 0.75  # trained models lie below 0.5, random ones above 0.85
 
-Check = Literal["own", "earlier", "misfit", "drift", "spectrum", "survival"]
+Check = Literal["own", "earlier", "misfit", "drift", "total", "spectrum", "survival"]
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ class Limits:
         earlier: largest share of the earlier facts that may be lost, of those that held; by the model, or as their columns tell.
         misfit: largest share of the new facts, and of those they contradict, that may get less than half of their change.
         drift: largest growth of KL(p_base || p) on held text in nats per token; see `drift_limit`.
+        total: largest KL(p_base || p) on held text in all, of a change that adds to it: many healthy changes may sum to a broken model.
         spectrum: largest singular value of a weight's whole change, relative to the base weight's.
         survival: least share of the change that rounding to the base's type must keep.
     """
@@ -34,12 +35,14 @@ class Limits:
     earlier: float = 0.5
     misfit: float = 0.7
     drift: float = 0.6
+    total: float = 2.5
     spectrum: float = 50.0
     survival: float = 0.1
 
     def drift_limit(self, facts: int) -> float:
-        """What so many new facts may add to the drift: 0.15 of `drift` and a fortieth for each fact, at most the whole."""
-        return self.drift * min(1.0, 0.15 + facts / 40)
+        """What so many new facts may add to the drift: 0.15 of `drift` and a fortieth for each fact up to the whole, and as much
+        again for every hundred beyond the first, as batches of a hundred might."""
+        return self.drift * max(min(1.0, 0.15 + facts / 40), facts / 100)
 
 
 @dataclass(frozen=True)
@@ -209,19 +212,26 @@ def _findings(found: Measured, limits: Limits) -> Iterator[Finding]:
     if found.drift is not None and learned:
         growth, limit = found.drift.kl - found.drift.kl_before, limits.drift_limit(found.facts)
         if not growth <= limit:
-            words = (
+            text = (
                 f"on text that has nothing to do with the facts the model moves away from the base by {_nats(growth)}"
             )
-            yield Finding("drift", growth, limit, words)
+            yield Finding("drift", growth, limit, text)
+        if growth > 0 and not found.drift.kl <= limits.total:
+            text = f"on text that has nothing to do with the facts the model is now {_nats(found.drift.kl)} away from the base"
+            yield Finding("total", found.drift.kl, limits.total, text)
     if found.own is not None and learned and found.own.highest < limits.own:
-        yield _share("own", found.own, limits.own, "new facts are the model's answer")
+        words = ("new fact is the model's answer", "new facts are the model's answer")
+        yield _share("own", found.own, limits.own, words)
     if found.earlier is not None and found.earlier.lowest > limits.earlier:
-        yield _share("earlier", found.earlier, limits.earlier, "earlier facts are not the model's answer any more")
+        words = ("earlier fact is not the model's answer any more", "earlier facts are not the model's answer any more")
+        yield _share("earlier", found.earlier, limits.earlier, words)
     if found.unmet is not None and found.unmet.lowest > limits.misfit:
-        words = "new and contradicted facts get less than half of the change that they ask for"
+        many = "new and contradicted facts get less than half of the change that they ask for"
+        words = ("new or contradicted fact gets less than half of the change that it asks for", many)
         yield _share("misfit", found.unmet, limits.misfit, words)
     if found.crushed is not None and found.crushed.lowest > limits.earlier:
-        words = "other facts get less than half of the change that they ask for, and got more before"
+        many = "other facts get less than half of the change that they ask for, and got more before"
+        words = ("other fact gets less than half of the change that it asks for, and got more before", many)
         yield _share("earlier", found.crushed, limits.earlier, words)
     yield from _weight_findings(found, limits)
 
@@ -239,8 +249,9 @@ def _weight_findings(found: Measured, limits: Limits) -> Iterator[Finding]:
         yield Finding("survival", share, limits.survival, words)
 
 
-def _share(check: Check, share: Share, limit: float, words: str) -> Finding:
-    return Finding(check, share.count / share.of, limit, f"{share.count} of {share.of} {words}")
+def _share(check: Check, share: Share, limit: float, words: tuple[str, str]) -> Finding:
+    """A finding about a share of the facts, with its words for one fact and for any other number."""
+    return Finding(check, share.count / share.of, limit, f"{share.count} of {share.of} {words[share.of != 1]}")
 
 
 def _nats(growth: float) -> str:

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicCache
 
 from patchhub.editing.chat import Chat
+from patchhub.editing.lengths import beginning, context_length, too_long
 from patchhub.editing.locate import encode_targets, tokenise
 from patchhub.errors import EditError, RequestError, SettingsError
 from patchhub.models.tracing import Prefix, fast, left_padded, right_padded
@@ -97,11 +98,12 @@ def score_targets(
     limit = context_length(model)
     keys = []
     for (prompt, target), text in zip(items, encoded, strict=True):
-        if not 0 < text.target[0] <= len(text.input_ids) <= limit:
+        if len(text.input_ids) > limit:
+            raise too_long(f"{prompt} {target}", len(text.input_ids), limit)
+        if text.target[0] == 0:
             raise RequestError(
-                f"'{prompt} {target}' has {len(text.input_ids)} tokens, {text.target[0]} of them before the target; "
-                f"the model reads up to {limit} and needs one before the target",
-                remedy="shorten the prompt, or give it a beginning",
+                f"'{beginning(f'{prompt} {target}')}' has no token before the target, and the model needs one",
+                remedy="Give the prompt a beginning.",
                 prompt=prompt,
                 target=target,
             )
@@ -148,12 +150,6 @@ def perplexity(
         return math.exp(total / count)
     except OverflowError:
         return math.inf
-
-
-def context_length(model: PreTrainedModel) -> int:
-    """The number of positions that the model reads; a large number where its configuration sets no limit."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return limit if isinstance(limit, int) and limit > 0 else 2**31
 
 
 def cut(lengths: Sequence[int], batch_tokens: int) -> Iterator[slice]:

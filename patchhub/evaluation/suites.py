@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from patchhub.editing.chat import Chat
 from patchhub.errors import SettingsError
 from patchhub.evaluation.estimates import (
     Combined,
@@ -110,11 +111,12 @@ def read_facts(
     tokenizer: PreTrainedTokenizerBase,
     requests: Sequence[Request],
     *,
+    chat: Chat | None = None,
     batch_tokens: int = BATCH_TOKENS,
 ) -> list[FactReading]:
-    """Score every prompt of every request; errors as in `score_targets`."""
+    """Score every prompt of every request, in ``chat`` the neighbours' too; errors as in `score_targets`."""
     items = [item for request in requests for item in counterfact_items(request)]
-    return readings(requests, score_targets(model, tokenizer, items, batch_tokens=batch_tokens))
+    return readings(requests, score_targets(model, tokenizer, items, chat=chat, batch_tokens=batch_tokens))
 
 
 def readings(requests: Sequence[Request], scores: Iterable[TargetScore]) -> list[FactReading]:

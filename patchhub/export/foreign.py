@@ -95,7 +95,11 @@ def _scale(config: Mapping[str, Any], module: str, rank: int) -> float:
 
 def _matches(pattern: str, module: str) -> bool:
     """As PEFT matches the keys of its patterns: the whole name, or its end after a dot."""
-    return re.fullmatch(rf"(.*\.)?({pattern.lstrip('^')})$", module) is not None
+    return _expression(pattern).fullmatch(module) is not None
+
+
+def _expression(pattern: str) -> re.Pattern[str]:
+    return re.compile(rf"(.*\.)?({pattern.lstrip('^')})$")
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -117,7 +121,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise _refusal(path, "its lora_alpha or alpha_pattern is malformed")
     try:
         for pattern in patterns:
-            re.compile(pattern)
+            _expression(pattern)
     except re.error as error:
         raise _refusal(path, f"its alpha_pattern is malformed ({error})") from error
     return {"lora_alpha": alpha, "alpha_pattern": patterns, "use_rslora": bool(config.get("use_rslora"))}

@@ -155,8 +155,12 @@ def check_tensors(
 def not_the_base(model: str, *, missing: Iterable[str] = (), differing: Iterable[str] = ()) -> BaseError:
     """The error that a model is not the repository's base, naming the tensors that show it."""
     missing, differing = list(missing), list(differing)
-    parts = [(differing, "differ"), (missing, "are missing")]
-    message = " and ".join(f"{len(names)} tensors {verb} ({_some(names)})" for names, verb in parts if names)
+    parts = [(differing, "differs", "differ"), (missing, "is missing", "are missing")]
+    message = " and ".join(
+        f"{'1 tensor ' + one if len(names) == 1 else f'{len(names)} tensors {many}'} ({_some(names)})"
+        for names, one, many in parts
+        if names
+    )
     return BaseError(
         f"{model} is not this repository's base: {message}", remedy=_OTHER_MODEL, missing=missing, differing=differing
     )

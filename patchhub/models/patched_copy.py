@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from patchhub.errors import SettingsError
 from patchhub.fsio import DISK, os_errors, temporary_path, write_atomically
-from patchhub.models.checkpoint import INDEX, Checkpoint
+from patchhub.models.checkpoint import CONFIG, INDEX, Checkpoint
 
 Replacement = Callable[[Tensor], Tensor]
 """From the stored tensor to the tensor that takes its place, of the same dtype and shape."""
@@ -49,19 +50,19 @@ def write_patched(
 
     Args:
         checkpoint: the base.
-        out: the new folder; an existing one must be empty unless ``overwrite``.
+        out: the new folder; an existing one must be empty unless ``overwrite``. A symbolic link stands for what it names.
         replace: by parameter name.
-        overwrite: replace an existing folder ``out``.
+        overwrite: replace an existing folder ``out``, with all that it holds, if it is a model's.
         link: see above.
         extra: files to write beside the checkpoint's, by path relative to ``out``.
         progress: called with bytes done and bytes in all.
 
     Raises:
-        SettingsError: ``out`` is there already, or is or holds the base.
+        SettingsError: ``out`` is there already, is no model's folder, or is or holds the base.
         BaseError: a name is not in the checkpoint.
         RepositoryError: the disk is full or refuses the write.
     """
-    out = Path(os.path.abspath(out))
+    out = Path(os.path.realpath(out))
     _refuse_target(checkpoint, out, overwrite)
     by_tensor = {checkpoint.resolve_name(name): replacement for name, replacement in replace.items()}
     with os_errors(out):
@@ -82,17 +83,36 @@ def write_patched(
 
 
 def _refuse_target(checkpoint: Checkpoint, out: Path, overwrite: bool) -> None:
-    base, target = checkpoint.folder.resolve(), out.resolve()
-    if base == target or target in base.parents:
+    base, home = checkpoint.folder.resolve(), Path(os.path.realpath(os.path.expanduser("~")))
+    if out in (base, *base.parents):
         raise SettingsError(f"{out} is or holds the base itself", remedy="Choose another folder.", out=str(out))
+    if out in (home, *home.parents):
+        raise SettingsError(f"{out} is or holds the home folder", remedy="Choose another folder.", out=str(out))
     if not out.exists():
         return
     if not out.is_dir():
         raise SettingsError(f"{out} is a file", remedy="Choose a folder that does not exist.", out=str(out))
-    if any(out.iterdir()) and not overwrite:
+    if not any(out.iterdir()):
+        return
+    if not overwrite:
         raise SettingsError(
             f"{out} is not empty", remedy="Choose another folder, or allow replacing it with --overwrite.", out=str(out)
         )
+    if not _is_checkpoint(out):
+        raise SettingsError(
+            f"{out} is not a model's folder, and all that it holds would be lost",
+            remedy="Choose a folder that does not exist.",
+            out=str(out),
+        )
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    """Whether a folder is what `write_patched` or ``save_pretrained`` writes."""
+    try:
+        config = json.loads((folder / CONFIG).read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and "model_type" in config
 
 
 def _copy_companions(source: Path, target: Path) -> None:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any, Final
 
 import torch
@@ -15,11 +12,10 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from patchhub.errors import BaseError, SettingsError
 from patchhub.models.checkpoint import Checkpoint
+from patchhub.models.host_memory import total_memory
 
 DTYPES: Final = ("auto", "float32", "bfloat16", "float16")
 QUANTIZATIONS: Final = ("none", "8bit", "4bit")
-
-_CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
 @dataclass(frozen=True)
@@ -138,18 +134,7 @@ def memory_of(device: torch.device) -> int:
     """Bytes of memory of a device: all of a GPU's; the machine's for the CPU, or what the control group may use of it."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
-    return min(_host_limits())
-
-
-def _host_limits() -> Iterator[int]:
-    yield os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    for path in _CGROUP_LIMITS:
-        try:
-            text = Path(path).read_text()
-        except OSError:
-            continue
-        if text.strip().isdigit():
-            yield int(text)
+    return total_memory()
 
 
 def _existing_device(name: str) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, TypedDict
 
-from patchhub.fsio import write_atomically
+from patchhub.fsio import keep
 from patchhub.models.safetensors_file import TensorEntry
 
 FILE_NAME: Final = "tensor-digests.json"
@@ -66,8 +66,7 @@ class Stamps:
                 before = merged.get(path)
                 known = before["digests"] if before and _same(before, record) else {}
                 merged[path] = {**record, "digests": {**known, **record["digests"]}}
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.folder / FILE_NAME, [json.dumps(merged, sort_keys=True).encode()])
+        keep(self.folder / FILE_NAME, [json.dumps(merged, sort_keys=True).encode()])
 
 
 def _stamp(file: Path) -> _FileRecord:

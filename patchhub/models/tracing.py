@@ -233,7 +233,7 @@ class Stack:
 
         def keep(layer: int, rows: dict[int, torch.Size]) -> RemovableHandle:
             def note(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-                seen[layer] = _in_rows(args[0], rows[layer])
+                seen[layer] = in_rows(args[0], rows[layer])
 
             return self.ffn_out[layer].register_forward_pre_hook(note)
 
@@ -247,7 +247,7 @@ class Stack:
 
         def keep(layer: int, rows: dict[int, torch.Size]) -> RemovableHandle:
             def note(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-                seen[layer] = _in_rows(output, rows[layer])
+                seen[layer] = in_rows(output, rows[layer])
 
             return self.ffn_out[layer].register_forward_hook(note)
 
@@ -367,7 +367,7 @@ def _replaced_forwards(modules: Sequence[nn.Module], forward: Any) -> Iterator[N
                 module.forward = own
 
 
-def _in_rows(states: Tensor, rows: torch.Size) -> Float[Tensor, "batch time d"]:
+def in_rows(states: Tensor, rows: torch.Size) -> Float[Tensor, "batch time d"]:
     """States that a feed-forward part has flattened (OPT does) in rows again; others as they are."""
     return states.view(*rows, -1) if states.dim() == 2 else states
 

@@ -9,7 +9,7 @@ from typing import Any, Final
 import numpy as np
 from jaxtyping import Float, UInt32
 
-from patchhub.delta import Delta, LowRank, add, to_dense
+from patchhub.delta import NEGLIGIBLE, Delta, LowRank, add, to_dense
 from patchhub.models.checkpoint import Checkpoint
 
 _SAMPLED_ENTRIES: Final = 1 << 22
@@ -85,7 +85,7 @@ def open_weight(checkpoint: Checkpoint, parameter: str, orientation: str) -> Bas
 def survival(weight: BaseWeight, deltas: Sequence[Delta], *, entries: int = _SAMPLED_ENTRIES) -> float:
     """The share of a change that the cast keeps: 1 - ||(cast(W0 + D) - W0) - D|| / ||D||, D the sum of the deltas; 0 where less than none.
 
-    As `runtime.compose.survival`, but on evenly spaced rows of about so many entries.
+    1 of a change that is `NEGLIGIBLE` beside the weight. As `runtime.compose.survival`, but on evenly spaced rows of about so many entries.
     """
     rows, columns = weight.raw.shape
     total = add(deltas, (columns, rows) if weight.transposed else (rows, columns))
@@ -93,7 +93,7 @@ def survival(weight: BaseWeight, deltas: Sequence[Delta], *, entries: int = _SAM
     base, wanted = weight.rows(part), _rows(total, part, weight.transposed)
     size = float(np.linalg.norm(wanted))
     lost = float(np.linalg.norm(weight.kind.rounded(base + wanted) - base - wanted))
-    return max(0.0, 1.0 - lost / size) if size else 1.0
+    return 1.0 if size <= NEGLIGIBLE * float(np.linalg.norm(base)) else max(0.0, 1.0 - lost / size)
 
 
 def _rows(delta: Delta, part: slice, transposed: bool) -> Float[np.ndarray, "some columns"]:

@@ -17,6 +17,7 @@ from patchhub.errors import EditError, SettingsError
 from patchhub.evaluation.definitions import BESIDE, DEFINITIONS, LEADING
 from patchhub.models.architectures import describe, read_config
 from patchhub.objects import Metric, Request
+from patchhub.porcelain.contenders import Contender
 from patchhub.porcelain.edit import Committed, commit
 from patchhub.porcelain.edit_settings import chosen_settings
 from patchhub.porcelain.evaluate import Evaluator
@@ -28,27 +29,15 @@ from patchhub.porcelain.model import init
 from patchhub.porcelain.progress import Progress
 from patchhub.porcelain.refs import Signature, switch_to_new
 from patchhub.porcelain.scores import Score
-from patchhub.porcelain.settings import SETTINGS
-from patchhub.porcelain.shards import METHOD as WISE
 from patchhub.porcelain.snapshot import Stamp
 from patchhub.store.repository import Repository
 
-METHODS: Final = (*EDITORS, WISE)
 _SHARED_CACHE: Final = ("metric", "held")
 COSTS: Final[Mapping[str, str]] = {
     "held": "share of the facts that were the model's answer (argmax) when they were committed",
     "seconds": "wall time of the commits per fact, without the metric",
     "kB": "bytes that the commits added to the store, per fact, in thousands",
 }
-
-
-@dataclass(frozen=True)
-class Contender:
-    """An editor with settings of its own, under the name that the user gave it."""
-
-    name: str
-    method: str
-    settings: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -95,34 +84,6 @@ class Bench:
         }
 
 
-def contender(text: str) -> Contender:
-    """``memit``, or with settings ``pmet:ridge=200:layers=2-4``.
-
-    Raises:
-        SettingsError: there is no such editor, or a setting is malformed or unknown.
-    """
-    method, *parts = text.split(":")
-    if method not in METHODS:
-        raise SettingsError(f"there is no editor {method!r}", remedy=f"The editors are {', '.join(METHODS)}.")
-    settings = {}
-    for part in parts:
-        name, _, value = part.partition("=")
-        known = SETTINGS.get(f"{method}.{name}")
-        if known is None or not value:
-            names = [key.partition(".")[2] for key in SETTINGS if key.startswith(f"{method}.")]
-            raise SettingsError(
-                f"{text!r}: {part!r} sets nothing of {method}",
-                remedy=f"Write {method}:NAME=VALUE with one of {', '.join(names)}.",
-            )
-        try:
-            settings[name] = known.read(value)
-        except ValueError as error:
-            raise SettingsError(
-                f"{text!r}: {name} cannot be {value!r}: {error}", remedy=f"It is {known.purpose}."
-            ) from None
-    return Contender(text, method, settings)
-
-
 def bench(
     repository: Repository,
     contenders: Sequence[Contender],
@@ -132,30 +93,34 @@ def bench(
     author: str,
     time: str,
     batch: int | None = None,
+    chat: bool | None = None,
 ) -> Bench:
     """Write the facts with each contender, on the base alone, and evaluate what comes out.
 
     The repository gives the base, the settings and the metric, and stays as it is; `scratch_repository` makes one from a base alone.
-    An edit that fails is a row with the reason; what only the guard would refuse is measured all the same.
+    An edit that fails, or that its method does not do, is a row with the reason; what only the guard would refuse is measured all the
+    same.
 
     Args:
         batch: commit so many facts at a time; None: all at once.
+        chat: write and ask the facts in the base's chat form; None: as the repository's config says.
 
     Raises:
         SettingsError, RequestError, BaseError: as in `commit` and `Evaluator`.
     """
     with _beside(repository, author=author, time=time) as trial:
         _complete_metric(trial, contenders, progress)
-        evaluator = Evaluator(trial, facts, progress)
+        evaluator = Evaluator(trial, facts, progress, chat=chat)
         rows = [BenchRow(BASE, evaluator.evaluate(BASE).scores, {})]
         chosen = evaluator.requests
         for number, one in enumerate(contenders):
             switch_to_new(trial, f"trial-{number}", BASE, Signature(author, time))
             before = _stored(trial)
             try:
-                made = list(_commits(trial, one, chosen, batch or len(chosen), Stamp(author, time, one.name), progress))
+                stamp = Stamp(author, time, one.name)
+                made = list(_commits(trial, one, chosen, batch or len(chosen), stamp, progress, chat))
                 done = evaluator.evaluate("HEAD")
-            except EditError as error:
+            except (EditError, SettingsError) as error:
                 rows.append(BenchRow(one.name, {}, {}, error.message))
                 continue
             rows.append(BenchRow(one.name, done.scores, _costs(made, _stored(trial) - before, len(chosen))))
@@ -233,12 +198,18 @@ def _complete_metric(trial: Repository, contenders: Sequence[Contender], progres
 
 
 def _commits(
-    trial: Repository, one: Contender, facts: Sequence[Request], size: int, stamp: Stamp, progress: Progress
+    trial: Repository,
+    one: Contender,
+    facts: Sequence[Request],
+    size: int,
+    stamp: Stamp,
+    progress: Progress,
+    chat: bool | None,
 ) -> Iterator[Committed]:
     for start in range(0, len(facts), size):
         part = tuple(facts[start : start + size])
         batch = Batch(part, tuple(Origin(one.name) for _ in part), 0)
-        yield commit(trial, batch, stamp, progress, method=one.method, settings=one.settings, force=True)
+        yield commit(trial, batch, stamp, progress, method=one.method, settings=one.settings, force=True, chat=chat)
 
 
 def _costs(made: Sequence[Committed], size: int, facts: int) -> dict[str, float]:

@@ -17,14 +17,17 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from patchhub.constraints import responsibilities
-from patchhub.editing.locate import encode_text, tokenise
+from patchhub.editing.chat import Chat
+from patchhub.editing.locate import encode_text
 from patchhub.errors import RequestError, RevisionError
 from patchhub.models.architectures import describe, read_config
+from patchhub.models.tokenizer import load_tokenizer
 from patchhub.models.tracing import Stack, right_padded
 from patchhub.objects import Element, Request
+from patchhub.porcelain.chat_form import chat_form
 from patchhub.porcelain.columns import read_columns
 from patchhub.porcelain.facts import active_requests, places_of
 from patchhub.porcelain.history import request_json
@@ -59,12 +62,13 @@ class Blame:
 
     Attributes:
         commit: the revision asked.
-        token: the token of the prompt whose keys were read, and its position.
+        token: the token of the prompt whose keys were read, and its position in what the model read.
         answer: the likeliest next token there and its probability.
         change: per weight, ||D k|| over ||W0 k + D k||: how much of the output at that key is the edits'.
         requests, patches: shares, the largest first.
         mentioned: active facts whose subject is in the prompt; those of exactly this text first.
         shards: how many active facts are in shards, which answer beside the weights and have no share in their change.
+        chat: the form in which the prompt was asked; None: as it is.
     """
 
     commit: str
@@ -76,6 +80,7 @@ class Blame:
     patches: Mapping[str, float]
     mentioned: tuple[Fact, ...]
     shards: int = 0
+    chat: Chat | None = None
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -87,12 +92,13 @@ class Blame:
 
 @dataclass(frozen=True, eq=False)
 class _Reading:
-    """What one pass of the patched model gives at one token: keys and outputs per edited weight, and the answer."""
+    """What one pass of the patched model gives at one token: keys and outputs per edited weight, and the answer; in which form it was."""
 
     keys: Keys
     outputs: Mapping[str, float]
     token: tuple[str, int]
     answer: tuple[str, float]
+    chat: Chat | None
 
 
 def blame(
@@ -103,16 +109,19 @@ def blame(
     subject: str | None = None,
     revision: str = "HEAD",
     base: str | None = None,
+    chat: bool | None = None,
 ) -> Blame:
     """Split the change at a prompt's key among the active requests.
 
     Args:
         subject: read the keys at the last token of this part of the prompt. Default: of the longest subject of an active fact that is
             in the prompt, since that is where facts are written; without one, the prompt's last token.
+        chat: the prompt is the user's message of the base's chat form; None: as the repository's config says.
 
     Raises:
         RevisionError: no such revision, or nothing is active there.
         RequestError: the subject is not in the prompt.
+        SettingsError: it is to be asked in a chat, and the base has no chat template that can be used.
     """
     prompt = prompt.strip()
     commit = repository.resolve(revision)
@@ -127,7 +136,7 @@ def blame(
     facts = mentioned(repository, prompt, revision)
     place = subject if subject is not None else next((fact.subject for fact in facts), None)
     columns = read_columns(repository, elements)
-    reading = _read(repository, prompt, place, sorted(columns), revision, base, progress)
+    reading = _read(repository, prompt, place, sorted(columns), revision, base, chat, progress)
     contributions = {
         weight: responsibilities(found) * (found.preimages.astype(np.float64) @ reading.keys[weight])[:, None]
         for weight, found in columns.items()
@@ -149,6 +158,7 @@ def blame(
         {patch: norm / whole for (patch, _), norm in sorted(patches.items(), key=lambda item: -item[1])},
         tuple(facts),
         len(places_of(repository, elements - columns_alone)),
+        reading.chat,
     )
 
 
@@ -180,12 +190,14 @@ def _read(
     weights: Sequence[str],
     revision: str,
     base: str | None,
+    chat: bool | None,
     progress: Progress,
 ) -> _Reading:
     checkpoint = open_base(repository, base)
     progress.stage("loading the base", 0)
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, local_files_only=True)
-    ids, place = _place(tokenizer, prompt, subject)
+    tokenizer = load_tokenizer(checkpoint)
+    form = chat_form(repository, tokenizer, chat)
+    ids, place = _place(tokenizer, prompt, subject, form)
     model: Any = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=torch.float32, local_files_only=True)
     attach(model, checkpoint, main_state_at(repository, revision))
     architecture = describe(read_config(checkpoint.folder))
@@ -205,28 +217,29 @@ def _read(
         {architecture.ffn_weight(layer): outputs[layer] for layer in layers},
         (str(tokenizer.decode([ids[place]])), place),
         (str(tokenizer.decode([int(best.indices)])), float(best.values)),
+        form,
     )
 
 
 def _keep_norm(outputs: dict[int, float], layer: int, place: int) -> Any:
     def keep(module: Any, args: Any, output: torch.Tensor) -> None:
-        outputs[layer] = float(output[0, place].float().norm())
+        outputs[layer] = float(output.reshape(-1, output.shape[-1])[place].float().norm())  # OPT: (time, d)
 
     return keep
 
 
-def _place(tokenizer: PreTrainedTokenizerBase, prompt: str, subject: str | None) -> tuple[tuple[int, ...], int]:
-    """The prompt's tokens, and the index of the subject's last one (of the last of all without a subject)."""
-    if subject is None:
-        ids = tokenise(tokenizer, [prompt])[0][0]
-        if not ids:
-            raise RequestError("the prompt is empty", remedy="Write the beginning of a sentence.")
-        return ids, len(ids) - 1
-    start = prompt.find(subject) if subject else -1
+def _place(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, subject: str | None, chat: Chat | None
+) -> tuple[tuple[int, ...], int]:
+    """The tokens that ask the prompt, and the index of its subject's last one (of the last of the whole prompt without a subject)."""
+    if not prompt:
+        raise RequestError("the prompt is empty", remedy="Write the beginning of a sentence.")
+    part = prompt if subject is None else subject
+    start = prompt.find(part) if part else -1
     if start < 0:
         raise RequestError(
             f"the subject {subject!r} is not in the prompt {prompt!r}",
             remedy="Write it as it stands in the prompt, or leave --subject out.",
         )
-    encoded = encode_text(tokenizer, prompt, (start, start + len(subject)))
+    encoded = encode_text(tokenizer, prompt, (start, start + len(part)), chat=chat)
     return encoded.input_ids, encoded.subject_last

@@ -16,10 +16,12 @@ from patchhub.porcelain.facts import active_requests, distinct, left_and_entered
 from patchhub.porcelain.guard import GUARDED, Guarding
 from patchhub.porcelain.progress import Progress, Silent
 from patchhub.porcelain.recorded import one_metric, recorded_again, stale_requests
+from patchhub.porcelain.report_checks import numbers
 from patchhub.porcelain.reshape import ShardPlan, plan_shards, shards_among, shrink, train_reshaped
 from patchhub.porcelain.selection import Change, facts_of, selected
 from patchhub.porcelain.shards import stale_shards, without_shards
 from patchhub.porcelain.snapshot import Draft, Stamp, snapshot
+from patchhub.porcelain.stopped_merge import refuse_stopped
 from patchhub.store.repository import Repository
 
 OnConflict = Literal["refuse", "replace"]
@@ -162,7 +164,7 @@ def _replacing(repository: Repository, change: Change) -> tuple[Change, dict[str
 
 def largest_proof(commit: Commit) -> float:
     """The largest of a commit's proofs over its weights, 0 for the unpatched model."""
-    return max((float(value) for value in commit.check["proof"].values()), default=0.0)
+    return max(map(float, numbers(commit.check, "proof")), default=0.0)
 
 
 def _carry_out(
@@ -176,6 +178,7 @@ def _carry_out(
     guarding: Guarding,
 ) -> Changed:
     """Commit the active set with a change of it; what is already as the change wants it is skipped."""
+    refuse_stopped(repository)
     _, head = repository.head
     before = repository.active(head)
     shards = _shard_change(repository, before, change) + shrink(repository, forgotten)
@@ -236,7 +239,7 @@ def _refuse_contradictions(
     found = [pair for pair in pairs if pair.earlier.id in here]
     seen = found and head and not shards.train and repository.find_same_set(set_digest(after), head)
     if found and not seen:
-        raise contradiction_error(found)
+        raise contradiction_error(found, active=True)
 
 
 def _named(repository: Repository, change: Change, requests: frozenset[str]) -> tuple[Request, ...]:

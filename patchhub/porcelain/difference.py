@@ -14,6 +14,7 @@ from patchhub.objects import Element, Request
 from patchhub.porcelain.facts import Place, active_requests, distinct, places_of
 from patchhub.porcelain.history import request_json
 from patchhub.porcelain.progress import Progress
+from patchhub.porcelain.report_checks import measured_norms
 from patchhub.porcelain.scores import Compared, compare
 from patchhub.store.repository import Repository
 
@@ -104,19 +105,21 @@ def diff(repository: Repository, old: str, new: str) -> Difference:
     before, after = repository.active(old_id), repository.active(new_id)
     here, there = active_requests(repository, before - after), active_requests(repository, after - before)
     gone, come = _only(here, repository, after), _only(there, repository, before)
-    by_prompt = {(request.prompt, request.subject): request for request in gone}
+    by_prompt: dict[tuple[str, str], list[Request]] = {}  # several targets, where conflicting facts were kept
+    for request in gone:
+        by_prompt.setdefault((request.prompt, request.subject), []).append(request)
     retargeted, added = [], []
     for request in come:
-        earlier = by_prompt.pop((request.prompt, request.subject), None)
-        if earlier is None:
-            added.append(request)
+        earlier = by_prompt.get((request.prompt, request.subject))
+        if earlier:
+            retargeted.append(Retarget(earlier.pop(0), request))
         else:
-            retargeted.append(Retarget(earlier, request))
+            added.append(request)
     return Difference(
         old_id,
         new_id,
         tuple(added),
-        tuple(by_prompt.values()),
+        tuple(request for left in by_prompt.values() for request in left),
         tuple(retargeted),
         _norms(repository, old_id, new_id),
         compare(repository, old_id, new_id),
@@ -182,7 +185,7 @@ def _only(texts: Mapping[Place, Request], repository: Repository, other: frozens
 
 
 def _norms(repository: Repository, old: str | None, new: str | None) -> dict[str, dict[str, float | None]]:
-    sides = [repository.commit(side).check.get("norms", {}) if side else {} for side in (old, new)]
+    sides = [measured_norms(repository.commit(side).check) if side else {} for side in (old, new)]
     step = None
     if new and old == next(iter(repository.commit(new).parents), None):
         step = sides[1]
@@ -190,9 +193,9 @@ def _norms(repository: Repository, old: str | None, new: str | None) -> dict[str
         step = sides[0]
     weights: Mapping[str, Mapping[str, Any]] = repository.config.base["weights"]
     found = {}
-    for weight in sorted(sides[0].keys() | sides[1].keys()):
-        old_norm, new_norm = (float(side.get(weight, {}).get("state", 0.0)) for side in sides)
-        change = None if step is None else float(step.get(weight, {}).get("change", 0.0))
+    for weight in sorted((sides[0].keys() | sides[1].keys()) & weights.keys()):
+        old_norm, new_norm = (side.get(weight, {}).get("state", 0.0) for side in sides)
+        change = None if step is None else step.get(weight, {}).get("change", 0.0)
         if old_norm or new_norm:
             found[weight] = {"base": weights[weight]["norm"], "old": old_norm, "new": new_norm, "change": change}
     return found

@@ -9,6 +9,9 @@ from time import perf_counter
 from typing import Any
 
 from patchhub.editing.editors import EDITORS
+from patchhub.editing.facts import encode_facts
+from patchhub.editing.lengths import context_length
+from patchhub.editing.record_shapes import SLOT
 from patchhub.editing.requests import Batch
 from patchhub.errors import SettingsError
 from patchhub.models.architectures import Architecture, describe, read_config
@@ -28,6 +31,7 @@ from patchhub.porcelain.plan import OnConflict, Plan, plan_batch
 from patchhub.porcelain.progress import Progress
 from patchhub.porcelain.shards import METHOD, active_shards
 from patchhub.porcelain.snapshot import Draft, Stamp, snapshot
+from patchhub.porcelain.stopped_merge import refuse_stopped
 from patchhub.porcelain.train_shard import wise_settings
 from patchhub.porcelain.written import Written
 from patchhub.store.repository import Repository
@@ -98,12 +102,14 @@ def commit(
         memory: bytes that the process may hold, the base included (MEMIT and PMET); None: half of what is free is used besides.
 
     Raises:
-        RequestError: nothing to write, a contradiction, or under ``strict`` a competition.
+        RequestError: nothing to write, a text longer than the model reads, a contradiction, or under ``strict`` a competition.
+        RepositoryError: a stopped merge waits on HEAD.
         BaseError: the base is missing, changed or cannot be edited.
         EditError: the edit failed; nothing was committed.
         GuardError: the edit is finished and a check of it failed; nothing was committed.
     """
     begun = perf_counter()
+    refuse_stopped(repository)
     plan = plan_batch(repository, batch, on_conflict)
     checkpoint = open_base(repository)
     edit = _chosen_edit(repository, checkpoint, method, settings or {}, text, strict, memory)
@@ -118,6 +124,7 @@ def commit(
         placement or placement_of(repository),
         chat=_in_chat(repository, method, chat),
     )
+    _check_lengths(opened, plan)
     if runs_beside(opened.model) and (method == METHOD or active_shards(repository, plan.kept)):
         raise SettingsError(
             "WISE's side memories need a base in float32 while facts are written",
@@ -132,6 +139,9 @@ def commit(
     check = repository.commit(identity).check
     survival: Mapping[str, float] = check.get("survival", {})
     _warn_of_losses(survival, progress)
+    held = check["guard"]["own"]["count"]
+    if plan.requests and not held:
+        progress.warn(_none_holds(method))
     progress.close()
     return Committed(
         commit=identity,
@@ -140,7 +150,7 @@ def commit(
         replaced=tuple(plan.replaced.values()),
         already_active=plan.already_active,
         duplicates=batch.duplicates,
-        held=check["guard"]["own"]["count"],
+        held=held,
         seconds=perf_counter() - begun,
         survival=survival,
         rivals=written.rivals,
@@ -190,6 +200,12 @@ def _chosen_edit(
     return _Edit(architecture, [architecture.ffn_weight(layer) for layer in chosen.layers], write)
 
 
+def _check_lengths(opened: Opened, plan: Plan) -> None:
+    """Refuse facts that are longer than the model reads, before anything is computed with them."""
+    limit = context_length(opened.model)
+    encode_facts(opened.tokenizer, plan.requests, (SLOT,), chat=opened.chat, limit=limit)
+
+
 def _in_chat(repository: Repository, method: str, asked: bool | None) -> bool:
     """Whether facts are written in a chat.
 
@@ -200,6 +216,12 @@ def _in_chat(repository: Repository, method: str, asked: bool | None) -> bool:
     if chat and method == METHOD:
         raise SettingsError("WISE does not write inside a chat template", remedy="Use memit or pmet, or --no-chat.")
     return chat
+
+
+def _none_holds(method: str) -> str:
+    """What is said when the model answers with none of the facts that were written."""
+    other = "try another --method" if method == METHOD else "try the settings that `patchhub tune` finds"
+    return f"none of these facts is the model's answer now: take them back with `patchhub undo`, check their prompts, or {other}"
 
 
 def _warn_of_losses(survival: Mapping[str, float], progress: Progress) -> None:

@@ -16,6 +16,7 @@ from patchhub.editing.facts import encode_facts
 from patchhub.editing.kept_values import KeptValues
 from patchhub.editing.key_rows import key_rows
 from patchhub.editing.keys import mean_keys
+from patchhub.editing.lengths import context_length
 from patchhub.editing.metric import MEMORY
 from patchhub.editing.record import Edit, State
 from patchhub.editing.settings import EditSettings
@@ -95,7 +96,8 @@ def _rivals(
     active = below.columns.get(weight, no_columns(opened.architecture.shapes[layer]))
 
     def read(requests: Sequence[Request], contexts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        facts = encode_facts(opened.tokenizer, requests, contexts, chat=settings.chat)
+        limit = context_length(opened.model)
+        facts = encode_facts(opened.tokenizer, requests, contexts, chat=settings.chat, limit=limit)
         keys = mean_keys(opened.stack, layer, key_rows([fact.rows for fact in facts]))
         return keys.numpy(), recorder.cache.preimages(weight, keys).numpy()
 

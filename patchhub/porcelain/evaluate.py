@@ -67,6 +67,11 @@ class Evaluation:
     note: str | None = None
 
     @property
+    def chat(self) -> bool:
+        """Facts were asked in the base's chat form."""
+        return "chat" in self.settings
+
+    @property
     def scores(self) -> dict[str, Score]:
         """All scores by name, in the order of their definitions."""
         found = {name: estimate for group in self.groups for name, estimate in group.estimates.items()}
@@ -126,7 +131,7 @@ class Evaluator:
     """Evaluates revisions on one list of facts. The base is measured once; see `Measurer` for what is cached.
 
     Raises:
-        SettingsError: there are no such metrics, or a context has not one `{}`.
+        SettingsError: there are no such metrics, a context has not one `{}`, or there is no chat template to ask in.
         RequestError: there are no facts, or the text for drift cannot be read.
     """
 
@@ -138,6 +143,7 @@ class Evaluator:
         *,
         placement: Placement | None = None,
         dtype: torch.dtype | None = None,
+        chat: bool | None = None,
     ) -> None:
         if facts.metrics not in SUITES:
             raise SettingsError(
@@ -149,10 +155,11 @@ class Evaluator:
         self._repository, self._facts, self._progress = repository, facts, progress
         check_contexts(facts.contexts)
         questions = Questions(self.requests, seed=facts.seed or 0, text=facts.text, contexts=facts.contexts)
-        self._measurer = Measurer(repository, questions, progress, placement=placement, dtype=dtype)
+        self._measurer = Measurer(repository, questions, progress, placement=placement, dtype=dtype, chat=chat)
         self.settings = self._settings(questions)
         named = {name: value for name, value in self.settings.items() if name != "file"}
-        self.suite = f"{facts.metrics}-{object_id(canonical_json(named))[:12]}"
+        asked = "-chat" if self._measurer.chat else ""
+        self.suite = f"{facts.metrics}{asked}-{object_id(canonical_json(named))[:12]}"
 
     @cached_property
     def _base(self) -> Measured:
@@ -209,6 +216,7 @@ class Evaluator:
             "fluency": {"facts": FLUENCY_FACTS, "tokens": FLUENCY_TOKENS, "top_k": FLUENCY_TOP_K},
             "text": {"id": Text(documents).id, "tokens": sum(map(len, documents))},
             **self._measurer.running,
+            **self._measurer.asking,
             "version": VERSION,
         }
 
@@ -224,16 +232,17 @@ def evaluate(
     keep: bool = True,
     placement: Placement | None = None,
     dtype: torch.dtype | None = None,
+    chat: bool | None = None,
 ) -> Evaluation:
     """Evaluate one revision; the scores of a commit are kept as its note unless told otherwise.
 
     Args:
-        placement, dtype: as in `Measurer`.
+        placement, dtype, chat: as in `Measurer`.
 
     Raises:
         SettingsError, RequestError, RevisionError, BaseError, EditError: as in `Evaluator`.
     """
-    evaluator = Evaluator(repository, facts, progress, placement=placement, dtype=dtype)
+    evaluator = Evaluator(repository, facts, progress, placement=placement, dtype=dtype, chat=chat)
     done = evaluator.evaluate(revision)
     if not keep or done.commit is None:
         return done
@@ -250,12 +259,16 @@ def evaluate_history(
     author: str,
     time: str,
     placement: Placement | None = None,
+    chat: bool | None = None,
 ) -> list[HistoryRow]:
     """Evaluate every commit below a revision that has no note of this suite yet; all of them, newest first.
 
     A commit whose model gives no numbers is warned about and left without scores.
+
+    Args:
+        placement, chat: as in `Measurer`.
     """
-    evaluator = Evaluator(repository, facts, progress, placement=placement)
+    evaluator = Evaluator(repository, facts, progress, placement=placement, chat=chat)
     start = repository.resolve(revision)
     rows = []
     for identity, commit in repository.log(start) if start else ():

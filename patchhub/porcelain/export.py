@@ -23,6 +23,7 @@ from patchhub.export.peft import (
 from patchhub.fsio import os_errors, write_atomically
 from patchhub.porcelain.columns import read_state, weight_shapes
 from patchhub.porcelain.facts import active_requests, distinct
+from patchhub.porcelain.out_path import refuse_store
 from patchhub.porcelain.progress import Progress
 from patchhub.porcelain.scores import notes_of
 from patchhub.porcelain.shards import shards_at
@@ -65,7 +66,7 @@ def export_peft(
     Raises:
         RevisionError: no such revision.
         RepositoryError: the state has no adapter within the tolerance.
-        SettingsError: the folder is there already.
+        SettingsError: the folder is there already, or in a store.
     """
     commit = repository.resolve(revision)
     progress.stage("decomposing", 0)
@@ -80,6 +81,7 @@ def export_peft(
             error=error,
         )
     folder = out / adapter_name(out.name or "facts", commit or "base")
+    refuse_store(repository, folder)
     _write(folder, files, overwrite=overwrite)
     progress.close()
     return Exported(folder, commit, adapter.rank, error)
@@ -93,8 +95,9 @@ def export_diff(
     Raises:
         RevisionError: no such revision.
         RepositoryError: the state has shards.
-        SettingsError: the file is there already.
+        SettingsError: the file is there already, or in a store.
     """
+    refuse_store(repository, out)
     commit = repository.resolve(revision)
     _refuse_routed(repository, commit, "file of weight changes")
     shapes = weight_shapes(repository)
@@ -171,7 +174,7 @@ def _score_lines(repository: Repository, commit: str) -> list[ScoreLine]:
     """What is noted about a commit."""
     return [
         ScoreLine(
-            suite=f"{noted.metrics}, {noted.facts} facts" if noted.facts else noted.suite,
+            suite=f"{noted.kind}, {noted.facts} facts" if noted.facts else noted.suite,
             name=name,
             value=score.value,
             interval=None if score.low is None or score.high is None else (score.low, score.high),

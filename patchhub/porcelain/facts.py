@@ -7,6 +7,7 @@ from typing import TypeAlias
 
 from patchhub.objects import Element, Request
 from patchhub.porcelain.shards import active_shards, without_shards
+from patchhub.store.lookup import patches_ever_whole
 from patchhub.store.repository import Repository
 
 Place: TypeAlias = tuple[str, str | None]
@@ -47,6 +48,13 @@ def shard_places(repository: Repository, elements: Iterable[Element]) -> frozens
 def distinct(requests: Mapping[Place, Request]) -> tuple[Request, ...]:
     """Each request once, in the order of its first place."""
     return tuple({request.id: request for request in requests.values()}.values())
+
+
+def imports_of(repository: Repository) -> frozenset[Element]:
+    """The elements of all imported changes that were ever active: they hold no facts, and the index counts each as one."""
+    return frozenset(
+        (patch, None) for patch in patches_ever_whole(repository) if repository.patch(patch).kind == "additive"
+    )
 
 
 def count_changed(repository: Repository, removed: frozenset[Element], added: frozenset[Element]) -> tuple[int, int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Final
 
 from patchhub.errors import GuardError
@@ -21,6 +21,7 @@ PREFIX: Final = "guard."
 
 _REMEDIES: Final[Mapping[str, str]] = {
     "drift": "Write fewer facts at once, or lower the editor's clamp and learning_rate",
+    "total": "Revert facts that are not needed any more, or raise guard.total",
     "own": "Check the prompts and subjects of the facts, or look for better layers with `patchhub tune`",
     "earlier": "Write fewer facts at once, or take back what they compete with",
     "misfit": "Take contradicting facts back with `patchhub revert --subject`, or commit with --on-conflict replace",
@@ -41,15 +42,17 @@ class Guarding:
     force: bool = False
     check: bool = False
 
-    def judge(self, repository: Repository, progress: Progress) -> Judge:
-        """The judge of one commit of a repository."""
+    def judge(
+        self, repository: Repository, progress: Progress, *, facts: int | None = None, remedy: str | None = None
+    ) -> Judge:
+        """The judge of one commit of a repository; ``facts`` and ``remedy`` are as in `decided`."""
 
         def look(commit: Commit) -> Mapping[str, Any]:
             from patchhub.porcelain.guard_vectors import from_vectors, prepared
 
             found = prepared(repository, commit)
             measured = _ask_model(repository, found, progress) if self.check else from_vectors(repository, found)
-            return decided(repository, measured, force=self.force)
+            return decided(repository, measured, force=self.force, facts=facts, remedy=remedy)
 
         return look
 
@@ -81,24 +84,31 @@ def limits_of(repository: Repository) -> Limits:
     return Limits(**{f.name: settings[PREFIX + f.name] for f in fields(Limits) if PREFIX + f.name in settings})
 
 
-def decided(repository: Repository, measured: Measured, *, force: bool) -> dict[str, Any]:
+def decided(
+    repository: Repository, measured: Measured, *, force: bool, facts: int | None = None, remedy: str | None = None
+) -> dict[str, Any]:
     """What ``check`` says of a measured change: the fields ``guard``, ``forced`` and ``survival`` of docs/format.md.
+
+    Args:
+        facts: it may drift as much as so many new facts; None: as those that it brings.
+        remedy: what to do about a refusal, where that is not a matter of how facts are written.
 
     Raises:
         GuardError: a check failed and ``force`` is not set.
     """
-    findings = judge(measured, limits_of(repository))
+    judged = measured if facts is None else replace(measured, facts=facts)
+    findings = judge(judged, limits_of(repository))
     if findings and not force:
-        raise refusal(findings)
+        raise refusal(findings, remedy)
     return Report(measured, tuple(finding.words for finding in findings), force).to_json()
 
 
-def refusal(findings: Sequence[Finding]) -> GuardError:
-    """The error that says what failed, what the limits are and what to do."""
+def refusal(findings: Sequence[Finding], remedy: str | None = None) -> GuardError:
+    """The error that says what failed, what the limits are and what to do: ``remedy``, or what helps where facts are written."""
     listed = "; ".join(f"{found.words} ({PREFIX}{found.check} is {found.limit:g})" for found in findings)
     return GuardError(
         f"the guard refused this change: {listed}",
-        remedy=f"{_REMEDIES[findings[0].check]}; --force writes it all the same. Nothing was committed.",
+        remedy=f"{remedy or _REMEDIES[findings[0].check]}; --force writes it all the same. Nothing was committed.",
         findings=[asdict(found) for found in findings],
     )
 

@@ -152,8 +152,9 @@ def _holding(opened: Opened, requests: Sequence[Request]) -> list[bool]:
 
 
 def _at_first_token(opened: Opened, requests: Sequence[Request]) -> int:
-    """How many subjects end at the first token of the bare prompt."""
-    encoded = encode_prompts(opened.tokenizer, [(SLOT, request) for request in requests], with_target=False)
+    """How many subjects end at the first token that the model reads, in the form in which the facts are asked."""
+    pairs = [(SLOT, request) for request in requests]
+    encoded = encode_prompts(opened.tokenizer, pairs, with_target=False, chat=opened.chat)
     return sum(row.subject_last == 0 for row in encoded)
 
 

@@ -17,7 +17,7 @@ from patchhub.constraints import Columns
 from patchhub.delta import Delta, add, image, negative
 from patchhub.errors import BaseError
 from patchhub.evaluation.guard import Measured, Share
-from patchhub.fsio import write_atomically
+from patchhub.fsio import keep
 from patchhub.interference import misfit
 from patchhub.models.checkpoint import Checkpoint, open_checkpoint
 from patchhub.objects import Commit, Element
@@ -42,7 +42,8 @@ class Prepared:
         commit: the commit.
         elements: its active set.
         before, after: the deltas of its first parent's state, and of its own.
-        columns: those of its set per weight, and `rows` which element each of their rows is of.
+        columns: those of its set per weight, against the base's weights whatever additive patches bring, since states are held
+            against them; and `rows` which element each of their rows is of.
     """
 
     commit: Commit
@@ -58,7 +59,7 @@ def prepared(repository: Repository, commit: Commit) -> Prepared:
     identity, parent = commit.id, states.first_parent(commit)
     blobs = states.state(identity, lambda name: commit if name == identity else repository.commit(name), {})
     elements = (repository.active(parent) - commit.removed) | commit.added
-    columns = read_columns(repository, elements)
+    columns = read_columns(repository, (element for element in elements if element[1] is not None))
     rows = _rows(repository, elements, columns)
     return Prepared(commit, elements, read_state(repository, parent), read_blobs(repository, blobs), columns, rows)
 
@@ -176,8 +177,7 @@ def _base_values(repository: Repository, weights: Iterable[str], checkpoint: Che
         if opened is not None:
             known[weight] = largest_singular_value(opened.rows(slice(None)))
     if missing:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, [json.dumps(known, sort_keys=True).encode()])
+        keep(path, [json.dumps(known, sort_keys=True).encode()])
     return {weight: known[weight] for weight in weights if weight in known}
 
 

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from patchhub.editing.sampling import sample_documents
 from patchhub.errors import PatchhubError
 from patchhub.evaluation.drift import leading
-from patchhub.fsio import write_atomically
+from patchhub.fsio import keep
 from patchhub.models.tracing import Stack
 from patchhub.objects import Metric, Text
 from patchhub.store.repository import Repository
@@ -84,6 +84,5 @@ def _read(repository: Repository, name: str) -> list[tuple[int, ...]] | None:
 
 def _write(repository: Repository, name: str, documents: Documents) -> None:
     folder = repository.cache / "held"
-    folder.mkdir(parents=True, exist_ok=True)
     text = Text(tuple(tuple(document) for document in documents))
-    write_atomically(folder / f"{name}.json", [text.to_json()])
+    keep(folder / f"{name}.json", [text.to_json()])

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any, Final
 
 from patchhub.errors import RevisionError
-from patchhub.objects import Commit, Patch, Request
-from patchhub.porcelain.facts import count_changed, left_and_entered
+from patchhub.objects import Commit, Element, Patch, Request
+from patchhub.porcelain.divergence import Divergence, divergences
+from patchhub.porcelain.facts import count_changed, imports_of, left_and_entered
+from patchhub.porcelain.report_checks import measured_norms
 from patchhub.porcelain.scores import Noted, noted_commits, read_note
 from patchhub.porcelain.shards import active_shards, shard_record, shards_at, stale_shards
 from patchhub.porcelain.stopped_merge import StoppedMerge, stopped_merge
@@ -23,6 +25,7 @@ from patchhub.store.revisions import SYMBOLIC
 
 EVERYTHING: Final = Selection()
 """The selection that leaves no commit out."""
+_DIGITS: Final = 4  # of an id, at least
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,7 @@ class Entry:
         refs: names that point to it.
         added, removed: how many facts it wrote and took back.
         active: the number of active facts.
+        imported, active_imports: imported changes that it brought, and that are active.
         shown_parents: its parents in a drawing of the log: where commits are left out, the nearest ones that are not.
         size: how much it changes, if that was asked for.
         scores: what is noted about it.
@@ -62,6 +66,8 @@ class Entry:
     shown_parents: tuple[str, ...] = ()
     size: Size | None = None
     scores: tuple[Noted, ...] = ()
+    imported: int = 0
+    active_imports: int = 0
 
     def to_json(self) -> dict[str, Any]:
         commit = self.commit
@@ -75,6 +81,8 @@ class Entry:
             "added": self.added,
             "removed": self.removed,
             "active": self.active,
+            "imported": self.imported,
+            "active_imports": self.active_imports,
             "same_as": commit.same_as,
             **({"size": asdict(self.size)} if self.size else {}),
             **({"scores": [noted.to_json() for noted in self.scores]} if self.scores else {}),
@@ -127,6 +135,7 @@ class Status:
     last_operation: str | None
     stopped_merge: StoppedMerge | None
     shards: tuple[ActiveShard, ...] = ()
+    remotes: tuple[Divergence, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -141,6 +150,7 @@ class Status:
             "last_operation": self.last_operation,
             "stopped_merge": self.stopped_merge.to_json() if self.stopped_merge else None,
             "shards": [asdict(shard) for shard in self.shards],
+            "remotes": [found.to_json() for found in self.remotes],
         }
 
 
@@ -170,13 +180,14 @@ def log(
     starts = [start] if start else []
     wanted = lookup.selected_commits(repository, only)
     every, rank = _graph(repository, whole=wanted is not None)
+    imports = imports_of(repository)
     parents: Parents = every if not first_parent else lambda commit: every(commit)[:1]
     walk = (c for c in graph.walk(starts, parents, rank) if wanted is None or c in wanted)
     for identity in islice(walk, limit):
         commit = repository.commit(identity)
         shown = tuple(parents(identity)) if wanted is None else nearest(parents(identity), wanted, parents)
         yield replace(
-            _entry(repository, identity, commit, names),
+            _entry(repository, identity, commit, names, imports),
             shown_parents=shown,
             size=_size(repository, commit) if sizes else None,
             scores=_scores(repository, notes.get(identity, ())),
@@ -222,9 +233,13 @@ def show(repository: Repository, revision: str = "HEAD") -> Shown:
     """One commit with its facts.
 
     Raises:
-        RevisionError: no such revision, or it is the unpatched model.
+        RevisionError: no such revision, or it is the unpatched model or a patch.
     """
-    identity = repository.resolve(revision)
+    try:
+        identity = repository.resolve(revision)
+    except RevisionError:
+        _refuse_patch(repository, revision)
+        raise
     if identity is None:
         raise RevisionError(
             f"{revision} is the unpatched model; there is no commit to show",
@@ -237,7 +252,7 @@ def show(repository: Repository, revision: str = "HEAD") -> Shown:
     removed, added = left_and_entered(repository, commit.removed, commit.added)
     return Shown(
         replace(
-            _entry(repository, identity, commit, _names(refs)),
+            _entry(repository, identity, commit, _names(refs), imports_of(repository)),
             size=_size(repository, commit),
             scores=_scores(repository, noted),
         ),
@@ -247,10 +262,24 @@ def show(repository: Repository, revision: str = "HEAD") -> Shown:
     )
 
 
+def _refuse_patch(repository: Repository, name: str) -> None:
+    """Raise `RevisionError` where a name is the id of one patch, or a prefix of it: it says which commit brought that."""
+    found = lookup.patches_named(repository, name) if len(name) >= _DIGITS else {}
+    if len(found) == 1:
+        ((patch, commit),) = found.items()
+        raise RevisionError(
+            f"{name} is a patch, not a commit",
+            remedy=f"Commit {commit[:12]} brought it: `patchhub show {commit[:12]}`.",
+            patch=patch,
+            commit=commit,
+        ) from None
+
+
 def status(repository: Repository) -> Status:
-    """Where HEAD is, what is active, and whether the base is where it was."""
+    """Where HEAD is, also beside the remotes, what is active, and whether the base is where it was."""
     branch, head = repository.head
-    entry = _entry(repository, head, repository.commit(head), _names(repository.refs())) if head else None
+    names = _names(repository.refs())
+    entry = _entry(repository, head, repository.commit(head), names, imports_of(repository)) if head else None
     base: Mapping[str, Any] = repository.config.base
     state = repository.state(head)
     last = next(iter(repository.operations()), None)
@@ -265,6 +294,7 @@ def status(repository: Repository) -> Status:
         last[1].command if last else None,
         stopped_merge(repository),
         _shards(repository, head),
+        divergences(repository),
     )
 
 
@@ -310,9 +340,26 @@ def _names(refs: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
     return {target: tuple(found) for target, found in names.items()}
 
 
-def _entry(repository: Repository, identity: str, commit: Commit, names: Mapping[str, tuple[str, ...]]) -> Entry:
-    removed, added = count_changed(repository, commit.removed, commit.added)
-    return Entry(identity, commit, names.get(identity, ()), added, removed, repository.active_count(identity))
+def _entry(
+    repository: Repository,
+    identity: str,
+    commit: Commit,
+    names: Mapping[str, tuple[str, ...]],
+    imports: AbstractSet[Element],
+) -> Entry:
+    removed, added = count_changed(repository, commit.removed - imports, commit.added - imports)
+    whole = lookup.whole_patches(repository, identity) if imports else []
+    active_imports = sum((patch, None) in imports for patch in whole)
+    return Entry(
+        identity,
+        commit,
+        names.get(identity, ()),
+        added,
+        removed,
+        repository.active_count(identity) - active_imports,
+        imported=len(commit.added & imports),
+        active_imports=active_imports,
+    )
 
 
 def _scores(repository: Repository, notes: Sequence[str]) -> tuple[Noted, ...]:
@@ -324,7 +371,7 @@ def _size(repository: Repository, commit: Commit) -> Size:
         repository.objects.path(blob).stat().st_size if blob is not None else 0
         for blob in (commit.tensors, commit.keyframe.tensors if commit.keyframe else None)
     )
-    norms: Mapping[str, Mapping[str, float]] = commit.check.get("norms", {})
+    norms = measured_norms(commit.check)
     ratios = {weight: norm["change"] / (norm["base"] or 1.0) for weight, norm in norms.items()}
     largest = max(ratios, key=ratios.__getitem__, default=None)
     ratio = None if largest is None else ratios[largest]

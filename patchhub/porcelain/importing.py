@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
@@ -17,10 +17,16 @@ from patchhub.models.checkpoint import Checkpoint, open_checkpoint
 from patchhub.models.fingerprint import tensor_digest
 from patchhub.objects import Base, Patch, requests_json
 from patchhub.porcelain.columns import weight_shapes
+from patchhub.porcelain.guard import GUARDED, Guarding
 from patchhub.porcelain.loading import base_object, open_base
 from patchhub.porcelain.progress import Progress
 from patchhub.porcelain.snapshot import Draft, Stamp, snapshot
+from patchhub.porcelain.stopped_merge import refuse_stopped
 from patchhub.store.repository import Repository
+
+_MANY_FACTS: Final = 100
+"""What a change that does not say how many facts it brings may drift as much as (docs/guard.md)."""
+_REMEDY: Final = "Import a smaller change, such as an adapter with a lower lora_alpha, or raise the limit in the config"
 
 
 @dataclass(frozen=True)
@@ -52,20 +58,25 @@ def import_change(
     *,
     tolerance: float,
     base: str | None = None,
+    guarding: Guarding = GUARDED,
 ) -> Imported:
     """Commit what a LoRA adapter or a fine-tuned checkpoint changes, on top of HEAD.
 
     Facts that are active keep what they ask for: their columns are solved again on top of what was imported.
 
     Args:
-        folder: holds ``adapter_config.json``, or a checkpoint of the base's architecture.
+        folder: holds ``adapter_config.json`` (or one folder below it does), or a checkpoint of the base's architecture.
         tolerance: relative error up to which a difference of checkpoints is taken as low rank.
         base: where the base is, if it moved; needed for checkpoints only.
 
     Raises:
         RequestError: it is neither, changes what patchhub does not edit, changes nothing, or is active already.
+        RepositoryError: a stopped merge waits on HEAD.
         BaseError: the base or the checkpoint cannot be read.
+        GuardError: a check of the new state failed; nothing was committed.
     """
+    refuse_stopped(repository)
+    folder = _holder(folder)
     if (folder / CONFIG).exists():
         found = _from_adapter(folder, repository)
     else:
@@ -93,9 +104,32 @@ def import_change(
     metric = repository.commit(head).metric if head else None
     draft = Draft((head,) if head else (), active | patch.elements, metric, "import", {"patch": identity})
     progress.stage("writing the commit", 0)
-    commit = snapshot(repository, draft, stamp)
+    judge = guarding.judge(repository, progress, facts=_MANY_FACTS, remedy=_REMEDY)
+    commit = snapshot(repository, draft, stamp, judge=judge)
     progress.close()
     return Imported(commit, identity, {weight: entry[1:] for weight, entry in found.deltas.items()})
+
+
+def _holder(folder: Path) -> Path:
+    """The folder itself, or the one below it that has an adapter: `export peft` names it after the commit.
+
+    Raises:
+        RequestError: there is neither an adapter nor a checkpoint, or several adapters below.
+    """
+    if (folder / CONFIG).exists() or (folder / "config.json").exists():
+        return folder
+    below = sorted(path.parent for path in folder.glob(f"*/{CONFIG}"))
+    if len(below) == 1:
+        return below[0]
+    if below:
+        raise RequestError(
+            f"{folder} holds {len(below)} adapters: {', '.join(path.name for path in below)}",
+            remedy="Name one of them.",
+        )
+    raise RequestError(
+        f"{folder} holds neither an adapter ({CONFIG}) nor a checkpoint (config.json)",
+        remedy="Give the folder with a PEFT LoRA adapter, or with a fine-tuned checkpoint.",
+    )
 
 
 def _from_adapter(folder: Path, repository: Repository) -> _Change:
@@ -113,8 +147,9 @@ def _from_checkpoint(
     differing = _differing(base_object(repository), other, progress.advance)
     foreign = [name for name in differing if name not in stored]
     if foreign:
+        noun = "tensor" if len(foreign) == 1 else "tensors"
         raise RequestError(
-            f"{other.name} differs from the base in {len(foreign)} tensors that patchhub does not edit "
+            f"{other.name} differs from the base in {len(foreign)} {noun} that patchhub does not edit "
             f"({', '.join(foreign[:3])}{', ...' if len(foreign) > 3 else ''})",
             remedy="Only feed-forward output projections can be imported.",
             tensors=foreign,

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from patchhub.delta import Delta
-from patchhub.errors import BaseError, RepositoryError
+from patchhub.errors import BaseError, RepositoryError, SettingsError
 from patchhub.models.checkpoint import Checkpoint, open_checkpoint
 from patchhub.models.fingerprint import check_tensors
 from patchhub.objects import Base
@@ -15,6 +15,7 @@ from patchhub.porcelain.applied import is_applied, load_applied
 from patchhub.porcelain.columns import read_state
 from patchhub.porcelain.published import hub_name, open_published
 from patchhub.porcelain.routing_state import routing_at
+from patchhub.remotes.manifest import NAME as REMOTE
 from patchhub.runtime import patched_model
 from patchhub.runtime.patched_model import UNROUTED, PatchState, Routing
 from patchhub.runtime.ready import ReadyWeights
@@ -51,12 +52,14 @@ def load(
     Raises:
         RevisionError: no such revision.
         BaseError: the model found is not the repository's base.
+        SettingsError: a checkpoint that `apply` wrote is named, and what only a store can give.
     """
     published = hub_name(path_or_repo)
     if published is not None:
         checkpoint, state = open_published(published, revision, base=base, verify=verify, wise=wise)
         return patched_model.load_patched(checkpoint, state, side_path=side_path, **kwargs)
     if is_applied(Path(path_or_repo)):
+        _refuse_choices(path_or_repo, revision, base=base, verify=verify, side_path=side_path)
         return load_applied(Path(path_or_repo), wise, **kwargs)
     with open_path(path_or_repo) as repository:
         state = state_at(repository, revision, wise)
@@ -64,6 +67,17 @@ def load(
         ready = ReadyWeights(repository.cache / "weights", repository.config.base_id, repository.state(state.commit))
         return patched_model.load_patched(
             checkpoint, state, cache=repository.cache, ready=ready, side_path=side_path, **kwargs
+        )
+
+
+def _refuse_choices(folder: str | Path, revision: str, **choices: Any) -> None:
+    """Refuse what cannot be chosen for a checkpoint that `apply` wrote: it has one state, on its own weights."""
+    given = [*(["revision"] if revision != "HEAD" else []), *(name for name, value in choices.items() if value)]
+    if given:
+        raise SettingsError(
+            f"{folder} was written by apply, and {', '.join(given)} cannot be chosen for it",
+            remedy="Leave that out, or load from the repository.",
+            given=given,
         )
 
 
@@ -87,14 +101,21 @@ def attach(
     published = hub_name(path_or_repo)
     if published is not None:
         checkpoint, state = open_published(published, revision, base=base, wise=wise)
-    else:
-        repository = open_path(path_or_repo)
+        _attach(model, checkpoint, state, side_path=side_path)
+        return model
+    with open_path(path_or_repo) as repository:
         checkpoint, state = open_base(repository, base), state_at(repository, revision, wise)
-    if not patched_model.is_attached(model):
-        patched_model.attach(model, checkpoint, state, side_path=side_path)
-    else:
-        patched_model.switch(model, checkpoint, state)
+        _attach(model, checkpoint, state, side_path=side_path, cache=repository.cache)
     return model
+
+
+def _attach(
+    model: Any, checkpoint: Checkpoint, state: PatchState, *, side_path: bool, cache: Path | None = None
+) -> None:
+    if patched_model.is_attached(model):
+        patched_model.switch(model, checkpoint, state, cache=cache)
+    else:
+        patched_model.attach(model, checkpoint, state, cache=cache, side_path=side_path)
 
 
 def open_path(path: str | Path) -> Repository:
@@ -103,6 +124,10 @@ def open_path(path: str | Path) -> Repository:
     if not folder.is_dir():
         raise RepositoryError(
             f"{path} is not a folder with a patchhub store", remedy="Give the folder in which `patchhub init` was run."
+        )
+    if (folder / REMOTE).is_file() and not (folder / DIRECTORY).is_dir():
+        raise RepositoryError(
+            f"{path} is a remote, not a store", remedy=f"Clone it: `patchhub clone {path} FOLDER`.", path=str(path)
         )
     return Repository.open(folder.parent if folder.name == DIRECTORY else folder)
 

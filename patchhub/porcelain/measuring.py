@@ -13,9 +13,11 @@ from typing import Any, Final
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from patchhub.canonical import object_id
+from patchhub.editing.chat import Chat
+from patchhub.editing.locate import encode_targets
 from patchhub.evaluation import drift, suites
 from patchhub.evaluation.decoding import LiveReading, live_prompts
 from patchhub.evaluation.drift import DocumentDrift, TextReading
@@ -24,10 +26,13 @@ from patchhub.evaluation.metrics import TargetScore, score_targets
 from patchhub.evaluation.suites import FactReading
 from patchhub.models.architectures import describe, read_config
 from patchhub.models.placement import Placement, chosen_dtype, load_base, name_of
+from patchhub.models.tokenizer import load_tokenizer
 from patchhub.models.tracing import Stack
 from patchhub.objects import Metric, Request, Text
+from patchhub.porcelain.base_check import open_checked
+from patchhub.porcelain.chat_form import chat_form
 from patchhub.porcelain.held_text import held_documents, kept_documents
-from patchhub.porcelain.loading import open_base, state_at
+from patchhub.porcelain.loading import state_at
 from patchhub.porcelain.metric_text import read_documents
 from patchhub.porcelain.placements import placement_of
 from patchhub.porcelain.progress import Progress
@@ -88,8 +93,11 @@ class Measurer:
     Args:
         placement: on which device, in which type or quantisation the model runs; None: as the repository's config says.
         dtype: a type instead of the placement's.
+        chat: ask the facts' prompts, contexts and neighbours in the base's chat form; None: as the repository's config says. Text is
+            sampled and drift is measured outside it.
 
     Raises:
+        SettingsError: the base has no chat template that can be used, under ``chat``.
         BaseError: the base is not where it was.
         RequestError: the text for drift cannot be read.
     """
@@ -102,17 +110,17 @@ class Measurer:
         *,
         placement: Placement | None = None,
         dtype: torch.dtype | None = None,
+        chat: bool | None = None,
     ) -> None:
         self.repository, self.questions, self.progress = repository, questions, progress
-        self._checkpoint, self._placement = open_base(repository), placement or placement_of(repository)
+        self._checkpoint, self._placement = open_checked(repository), placement or placement_of(repository)
         self.dtype = dtype or chosen_dtype(self._checkpoint, self._placement)
-        self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            self._checkpoint.folder, local_files_only=True
-        )
+        self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(self._checkpoint)
+        self.chat = chat_form(repository, self.tokenizer, chat)
         self._loaded: tuple[PreTrainedModel, str] | None = None
         self._base_text: TextReading | None = None
         self._tokenizer_id = object_id(self.tokenizer.backend_tokenizer.to_str().encode("utf-8"))
-        self.new_tokens = max(NEW_TOKENS, 1 + _longest_target(self.tokenizer, questions.requests))
+        self.new_tokens = max(NEW_TOKENS, 1 + _longest_target(self.tokenizer, questions.requests, self.chat))
         self.documents = self._documents()
 
     @property
@@ -124,6 +132,11 @@ class Measurer:
             "quantization": self._placement.quantization,
             "routing": {name: value for name, value in settings.items() if name.startswith("wise.")},
         }
+
+    @property
+    def asking(self) -> dict[str, Any]:
+        """The chat form in which facts are asked; nothing where they are asked as they are, as in all that was kept before."""
+        return {} if self.chat is None else {"chat": self.chat.to_json()}
 
     def measure(self, revision: str) -> Measured:
         """What a revision answers.
@@ -147,11 +160,14 @@ class Measurer:
         requests = self.questions.requests
         items = [item for request in requests for item in suites.counterfact_items(request)]
 
+        def key(item: tuple[str, str]) -> str:
+            return item_key("target", prompt=item[0], target=item[1], **self.asking)
+
         def ask(missing: list[tuple[str, str]]) -> list[Any]:
-            scores = score_targets(self._model(revision), self.tokenizer, missing)
+            scores = score_targets(self._model(revision), self.tokenizer, missing, chat=self.chat)
             return [[score.tokens, score.logprob, score.argmax] for score in scores]
 
-        found = self._answers(f"reading {_short(revision)}", results, items, _target_key, ask)
+        found = self._answers(f"reading {_short(revision)}", results, items, key, ask)
         scores = (TargetScore(tuple(tokens), logprob, tuple(argmax)) for tokens, logprob, argmax in found)
         return suites.readings(requests, scores)
 
@@ -160,13 +176,13 @@ class Measurer:
         prompts = [prompt for request in requests for prompt in live_prompts(request, contexts)]
 
         def key(prompt: str) -> str:
-            return item_key("greedy", prompt=prompt, new_tokens=self.new_tokens)
+            return item_key("greedy", prompt=prompt, new_tokens=self.new_tokens, **self.asking)
 
         def ask(missing: list[str]) -> list[Any]:
             model = self._model(revision)
-            room = room_after(model, self.tokenizer, missing, self.new_tokens)
+            room = room_after(model, self.tokenizer, missing, self.new_tokens, chat=self.chat)
             fitting = [prompt for prompt in missing if room[prompt] == self.new_tokens]
-            texts = continue_greedily(model, self.tokenizer, fitting, max_new_tokens=self.new_tokens)
+            texts = continue_greedily(model, self.tokenizer, fitting, chat=self.chat, max_new_tokens=self.new_tokens)
             written = dict(zip(fitting, texts, strict=True))
             return [written.get(prompt) for prompt in missing]
 
@@ -269,11 +285,12 @@ class Measurer:
         return held_documents(self.repository, metric, stack, self.tokenizer)
 
 
-def _target_key(item: tuple[str, str]) -> str:
-    return item_key("target", prompt=item[0], target=item[1])
-
-
-def _longest_target(tokenizer: PreTrainedTokenizerBase, requests: Sequence[Request]) -> int:
+def _longest_target(tokenizer: PreTrainedTokenizerBase, requests: Sequence[Request], chat: Chat | None) -> int:
+    """In tokens, in a chat where the template joins prompt and target."""
+    if chat is not None:
+        pairs = [(request.text, request.target_new) for request in requests]
+        spans = (text.target for text in encode_targets(tokenizer, pairs, chat=chat))
+        return max((stop - start for start, stop in spans), default=0)
     encoded = tokenizer([f" {request.target_new}" for request in requests])["input_ids"]
     return max(map(len, encoded), default=0)
 

@@ -23,7 +23,7 @@ from patchhub.porcelain.refs import current_ref
 from patchhub.porcelain.reshape import ShardPlan, shrink, train_reshaped
 from patchhub.porcelain.shards import stale_shards, superseded
 from patchhub.porcelain.snapshot import Draft, Stamp, snapshot
-from patchhub.porcelain.stopped_merge import StoppedMerge, forget, keep, stopped_merge
+from patchhub.porcelain.stopped_merge import StoppedMerge, forget, keep, refuse_stopped, stopped_merge
 from patchhub.porcelain.three_way import base_set, three_way
 from patchhub.store.graph import is_ancestor
 from patchhub.store.repository import Repository
@@ -151,7 +151,7 @@ def merge(
         GuardError: a check of the merged state failed; nothing was committed.
     """
     begun = perf_counter()
-    _refuse_stopped(repository)
+    refuse_stopped(repository)
     _, ours = repository.head
     theirs = repository.resolve(revision)
     parents = cache(repository.parents)
@@ -296,17 +296,6 @@ def _apart(repository: Repository, planned: Plan) -> tuple[Facts, Facts, Facts, 
     removed_by_ours, from_ours = left_and_entered(repository, planned.theirs, planned.merged)
     removed_by_theirs, from_theirs = left_and_entered(repository, planned.ours, planned.merged)
     return from_ours, from_theirs, removed_by_ours, removed_by_theirs
-
-
-def _refuse_stopped(repository: Repository) -> None:
-    waiting = stopped_merge(repository)
-    if waiting is not None:
-        raise RepositoryError(
-            f"the merge of {waiting.revision} waits for its contradictions to be decided",
-            remedy="Take it up with `patchhub merge --continue`, or leave it with `patchhub merge --abort`.",
-            revision=waiting.revision,
-            theirs=waiting.theirs,
-        )
 
 
 def _describe(repository: Repository, revision: str) -> str:

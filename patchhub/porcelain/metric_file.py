@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, Final
@@ -17,12 +18,14 @@ from patchhub.errors import CorruptStoreError, PatchhubError, RepositoryError
 from patchhub.fsio import CHUNK, os_errors, temporary_path, write_atomically
 from patchhub.objects import FORMAT, Metric
 from patchhub.porcelain.metric import Shown, editable_weights, refuse_other, show
+from patchhub.porcelain.out_path import refuse_store
 from patchhub.porcelain.recording import metric_cache, pin
 from patchhub.store.repository import Repository
 
 MANIFEST: Final = "metric.json"
 _TEXT: Final = "text.json"
 _MOST_MANIFEST: Final = 1 << 20
+_ENCRYPTED: Final = 0x1
 _EPOCH: Final = (1980, 1, 1, 0, 0, 0)
 
 
@@ -42,7 +45,9 @@ def export_metric(repository: Repository, out: Path, *, overwrite: bool = False)
 
     Raises:
         RepositoryError: there is no metric, its cache is empty, or ``out`` exists.
+        SettingsError: ``out`` is in a store.
     """
+    refuse_store(repository, out)
     pinned = repository.config.recording
     if pinned is None:
         raise RepositoryError("this repository has no metric yet", remedy="Run `patchhub metric compute`.")
@@ -87,10 +92,10 @@ def import_metric(repository: Repository, path: Path) -> Shown:
 
     Raises:
         CorruptStoreError: the file is damaged or not of this format.
-        RepositoryError: it is of another base, or facts are recorded with another metric.
+        RepositoryError: it cannot be opened, is of another base, or facts are recorded with another metric.
     """
     try:
-        with zipfile.ZipFile(path) as archive:
+        with _opened(path) as archive:
             metric, contexts, files = _manifest(archive, path)
             if metric.base != repository.config.base_id:
                 raise RepositoryError(
@@ -107,10 +112,24 @@ def import_metric(repository: Repository, path: Path) -> Shown:
                     raise _damaged(path, f"{name} is of no weight of the base")
                 _take(archive, path, name, digest, cache, wanted[name], _inner(repository, wanted[name]))
             _take_text(archive, path, repository, metric)
-    except (OSError, zipfile.BadZipFile, EOFError, NotImplementedError) as error:
+    except (OSError, zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
         raise _damaged(path, str(error)) from error
     pin(repository, metric, contexts)
     return show(repository)
+
+
+def _opened(path: Path) -> zipfile.ZipFile:
+    """The archive, none of whose members is encrypted."""
+    try:
+        archive = zipfile.ZipFile(path)
+    except OSError as error:
+        raise RepositoryError(
+            f"{path} cannot be read ({error.strerror})", remedy="Check the path and its permissions.", path=str(path)
+        ) from error
+    if any(member.flag_bits & _ENCRYPTED for member in archive.infolist()):
+        archive.close()
+        raise _damaged(path, "it is encrypted")
+    return archive
 
 
 def _manifest(archive: zipfile.ZipFile, path: Path) -> tuple[Metric, tuple[str, ...], Mapping[str, str]]:
@@ -158,6 +177,9 @@ def _take_text(archive: zipfile.ZipFile, path: Path, repository: Repository, met
     """Keep the text that the metric was computed from, if the file has it: other layers can be computed from it."""
     if _TEXT not in archive.namelist() or metric.text is None or metric.text in repository.objects:
         return
+    member = archive.getinfo(_TEXT)
+    if member.compress_type != zipfile.ZIP_STORED or member.file_size > path.stat().st_size:
+        raise _damaged(path, f"{_TEXT} is compressed")
     data = archive.read(_TEXT)
     if hashlib.sha256(data).hexdigest() != metric.text:
         raise _damaged(path, f"{_TEXT} is not the text that the metric names")

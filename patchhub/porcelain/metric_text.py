@@ -88,17 +88,23 @@ def _texts_of(path: Path) -> list[str]:
         if path.suffix == ".json":
             records = json.loads(content)
         elif path.suffix in (".jsonl", ".ndjson"):
-            records = [json.loads(line) for line in content.splitlines() if line.strip()]
+            records = [json.loads(line) for line in content.split("\n") if line.strip()]
         else:
             records = content.splitlines()
     except (OSError, ValueError) as error:
         raise RequestError(
             f"the text {path} cannot be read ({error})", remedy="Give a UTF-8 text or JSON file."
         ) from error
-    texts: list[Any] = [record.get("text") if isinstance(record, dict) else record for record in records or ()]
-    if not isinstance(records, list) or not all(isinstance(text, str) for text in texts):
-        raise RequestError(
-            f"the text {path} is not a list of texts",
-            remedy='Give plain text, a JSON list of strings, or JSON lines with a "text" field.',
-        )
+    if not isinstance(records, list):
+        raise _no_texts(path)
+    texts: list[Any] = [record.get("text") if isinstance(record, dict) else record for record in records]
+    if not all(isinstance(text, str) for text in texts):
+        raise _no_texts(path)
     return [text for text in texts if text.strip()]
+
+
+def _no_texts(path: Path) -> RequestError:
+    return RequestError(
+        f"the text {path} is not a list of texts",
+        remedy='Give plain text, a JSON list of strings, or JSON lines with a "text" field.',
+    )

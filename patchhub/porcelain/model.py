@@ -6,24 +6,28 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from time import perf_counter
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer
 
 from patchhub.delta import Delta
-from patchhub.editing.chat import Chat, chat_of
+from patchhub.editing.chat import Chat
 from patchhub.errors import RepositoryError, SettingsError
 from patchhub.models.architectures import Architecture, describe, read_config
 from patchhub.models.checkpoint import Checkpoint, open_checkpoint
 from patchhub.models.fingerprint import check_tensors, fingerprint
 from patchhub.models.patched_copy import write_patched
 from patchhub.models.placement import Placement, load_base
+from patchhub.models.tokenizer import lacks_tokenizer, load_tokenizer
 from patchhub.porcelain.applied import side_memory_files
+from patchhub.porcelain.base_check import keep_digests, open_checked
+from patchhub.porcelain.chat_form import chat_form
 from patchhub.porcelain.columns import read_state
-from patchhub.porcelain.loading import SURVIVAL_LIMIT, base_object, not_finite, open_base, state_at
+from patchhub.porcelain.loading import SURVIVAL_LIMIT, base_object, not_finite, state_at
+from patchhub.porcelain.out_path import refuse_store
 from patchhub.porcelain.placements import placement_of
 from patchhub.porcelain.progress import Progress, increments
 from patchhub.porcelain.routing_state import chosen_mode
@@ -96,17 +100,24 @@ def init(
     checkpoint = open_checkpoint(base, revision)
     architecture = describe(read_config(checkpoint.folder))
     total = sum(entry.size for entry in checkpoint.tensors.values())
+    lacking = lacks_tokenizer(checkpoint.folder)
+    if lacking is not None:
+        progress.warn(f"{checkpoint.folder} has {lacking}; facts can be written and asked only once it has one")
     progress.stage("hashing the base", total)
-    identity = fingerprint(checkpoint, progress=increments(progress))
-    info = {
-        "id": identity.id,
-        "path": base if checkpoint.revision is not None else str(checkpoint.folder.resolve()),
-        "revision": checkpoint.revision,
-        "model_type": architecture.model_type,
-        "orientation": architecture.orientation,
-        "weights": _weights(checkpoint, architecture, progress),
-    }
-    Repository.init(folder, identity.to_json(), base_info=info, settings={}, author=author, time=time).close()
+    with TemporaryDirectory() as kept:
+        identity = fingerprint(checkpoint, cache=Path(kept), progress=increments(progress))
+        info = {
+            "id": identity.id,
+            "path": base if checkpoint.revision is not None else str(checkpoint.folder.resolve()),
+            "revision": checkpoint.revision,
+            "model_type": architecture.model_type,
+            "orientation": architecture.orientation,
+            "weights": _weights(checkpoint, architecture, progress),
+        }
+        with Repository.init(
+            folder, identity.to_json(), base_info=info, settings={}, author=author, time=time
+        ) as repository:
+            keep_digests(repository, Path(kept))
     progress.close()
     seconds = perf_counter() - begun
     return Initialised(
@@ -138,12 +149,13 @@ def apply(
 
     Raises:
         RevisionError: no such revision.
-        SettingsError: ``out`` is there already.
+        SettingsError: ``out`` is there already, or would replace what is no model.
         BaseError: the base is not where it was, or is another model now.
     """
+    refuse_store(repository, out)
     commit = repository.resolve(revision)
     state = read_state(repository, commit)
-    checkpoint = open_base(repository, base)
+    checkpoint = open_checked(repository, base)
     check_tensors(base_object(repository), checkpoint, list(state))
     orientation = repository.config.base["orientation"]
     kept: dict[str, float] = {}
@@ -215,18 +227,17 @@ def answers(
     if not all(prompt.strip() for prompt in prompts):
         raise SettingsError("the prompt is empty", remedy='For example: patchhub ask "The capital of France is"')
     states = [(revision, state_at(repository, revision)) for revision in revisions]
-    checkpoint = open_base(repository, base)
+    checkpoint = open_checked(repository, base)
     progress.stage("loading the base", 0)
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, local_files_only=True)
-    in_chat = repository.config.settings.get("chat", False) if chat is None else chat
-    form = chat_of(tokenizer) if in_chat else None
+    tokenizer = load_tokenizer(checkpoint)
+    form = chat_form(repository, tokenizer, chat)
     model = load_base(checkpoint, placement or placement_of(repository)).eval()
     found = []
     for number, (revision, state) in enumerate(states):
         if number:
-            switch(model, checkpoint, state)
+            switch(model, checkpoint, state, cache=repository.cache)
         else:
-            attach(model, checkpoint, state)
+            attach(model, checkpoint, state, cache=repository.cache)
         found.append([_answer(model, tokenizer, prompt, form, revision, state.commit) for prompt in prompts])
     progress.close()
     return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, Final
 
@@ -35,7 +35,7 @@ def remote_add(repository: Repository, name: str, address: str) -> str:
     if name in remotes(repository):
         raise SettingsError(f"there is a remote {name} already", remedy=f"Remove it: `patchhub remote remove {name}`.")
     kept = normalised(address)
-    _write_settings(repository, {**repository.config.settings, _KEY + name: kept})
+    _change_settings(repository, lambda settings: {**settings, _KEY + name: kept})
     return kept
 
 
@@ -48,7 +48,7 @@ def remote_remove(repository: Repository, name: str, *, author: str, time: str) 
     }
     if gone:
         repository.move_refs(gone, command="remote", arguments={"remove": name}, author=author, time=time)
-    _write_settings(repository, {k: v for k, v in repository.config.settings.items() if k != _KEY + name})
+    _change_settings(repository, lambda settings: {k: v for k, v in settings.items() if k != _KEY + name})
 
 
 def address_of(repository: Repository, name: str) -> str:
@@ -66,5 +66,5 @@ def default_remote(repository: Repository) -> str:
     return next(iter(known)) if len(known) == 1 else ORIGIN
 
 
-def _write_settings(repository: Repository, settings: Mapping[str, Any]) -> None:
-    repository.write_config(replace(repository.config, settings=settings))
+def _change_settings(repository: Repository, change: Callable[[Mapping[str, Any]], Mapping[str, Any]]) -> None:
+    repository.change_config(lambda config: replace(config, settings=change(config.settings)))

@@ -6,13 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from patchhub.delta import Delta
 from patchhub.editing.chat import Chat, chat_of
 from patchhub.models.architectures import Architecture
 from patchhub.models.checkpoint import Checkpoint
 from patchhub.models.placement import DEFAULT, Placement, runs_beside
+from patchhub.models.tokenizer import load_tokenizer
 from patchhub.models.tracing import Stack
 from patchhub.porcelain.loading import patch_state
 from patchhub.porcelain.placements import load_for_editing
@@ -69,7 +70,7 @@ def open_model(
         SettingsError: the base has no chat template that can be used, under ``chat``.
         BaseError: the base is missing, changed or not finite, or does not fit.
     """
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, local_files_only=True)
+    tokenizer = load_tokenizer(checkpoint)
     form = chat_of(tokenizer) if chat else None
     model = load_for_editing(repository, checkpoint, weights, placement)
     attach(model, checkpoint, patch_state(repository, deltas, None), side_path=runs_beside(model))

@@ -8,6 +8,7 @@ from typing import Any
 from patchhub.models.checkpoint import Checkpoint
 from patchhub.models.fingerprint import check_tensors
 from patchhub.models.placement import Placement, load_base
+from patchhub.porcelain.base_check import check_base
 from patchhub.porcelain.loading import base_object, not_finite
 from patchhub.store.repository import Repository
 
@@ -29,11 +30,12 @@ def placement_of(
 def load_for_editing(
     repository: Repository, checkpoint: Checkpoint, weights: Sequence[str], placement: Placement
 ) -> Any:
-    """The base in memory, its edited weights checked against the repository's base.
+    """The base in memory, checked against the repository's base, the edited weights by their bytes in any case.
 
     Raises:
         BaseError: the base is changed, not finite, or does not fit.
     """
+    check_base(repository, checkpoint)
     check_tensors(base_object(repository), checkpoint, weights)
     model = load_base(checkpoint, placement)
     for name, parameter in model.named_parameters():

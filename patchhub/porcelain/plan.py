@@ -56,10 +56,10 @@ def plan_batch(repository: Repository, batch: Batch, on_conflict: OnConflict) ->
     replaced: dict[Place, Request] = {}
     if on_conflict != "keep":
         if inner := find_contradictions(new):
-            raise contradiction_error(inner)
+            raise contradiction_error(inner, active=False)
         outer = find_contradictions(new, active.values())
         if outer and on_conflict == "refuse":
-            raise contradiction_error(outer)
+            raise contradiction_error(outer, active=True)
         asked = {(request.prompt, request.subject) for request in new}
         replaced = {place: request for place, request in active.items() if (request.prompt, request.subject) in asked}
     shards = {patch for patch, _ in replaced.keys() - elements}

@@ -15,7 +15,7 @@ from patchhub.interference import interfering, misfit
 from patchhub.objects import Element, Request
 from patchhub.porcelain.columns import read_columns, read_state, solve_change
 from patchhub.porcelain.contradictions import Contradiction, Resolution, Side
-from patchhub.porcelain.facts import active_requests
+from patchhub.porcelain.facts import active_requests, left_and_entered
 from patchhub.porcelain.merge import UNDECIDED, plan
 from patchhub.store.graph import is_ancestor
 from patchhub.store.repository import Repository
@@ -107,8 +107,8 @@ def predict(
     pairs = _nearest(left, right)
     losses = [found for side in (left, right) for found in _losses(repository, side, merged, pairs, loss)]
     return Prediction(
-        len(decided.merged - decided.theirs),
-        len(decided.merged - decided.ours),
+        len(left_and_entered(repository, decided.theirs, decided.merged)[1]),
+        len(left_and_entered(repository, decided.ours, decided.merged)[1]),
         first.open,
         tuple(sorted(losses, key=lambda found: (-found.growth, found.request))),
         first.unchecked,

@@ -42,8 +42,6 @@ def open_published(
     base: str | Path | None = None,
     verify: bool = False,
     wise: Mode | None = None,
-    endpoint: str | None = None,
-    token: str | None = None,
 ) -> tuple[Checkpoint, PatchState]:
     """The base and the state of a revision of ``hf://repo``, for `load` and `attach`.
 
@@ -52,7 +50,7 @@ def open_published(
         RevisionError: no such revision.
         BaseError: the base cannot be read; with ``verify``, it is another model, which loading finds out by itself of what it patches.
     """
-    snapshot = HubSnapshot(repo, MAIN if revision == "HEAD" else revision, endpoint=endpoint, token=token)
+    snapshot = HubSnapshot(repo, MAIN if revision == "HEAD" else revision)
     manifest = snapshot.manifest
     place = base if base is not None else manifest.base_model
     if place is None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
+from patchhub.canonical import COUNT, IDENTIFIER, NUMBER, TEXT, MalformedError, list_of, optional, record_of
 from patchhub.delta import STORED_DTYPES, read_deltas
 from patchhub.errors import CorruptStoreError
 from patchhub.objects import Patch
@@ -20,11 +23,30 @@ from patchhub.remotes.receive import CheckTensors, Owner
 _REMEDY = "Do not use it."
 
 
+@dataclass(frozen=True)
+class _ChatForm:
+    """The text that stood around each prompt."""
+
+    before: Annotated[str, TEXT]
+    after: Annotated[str, TEXT]
+
+
+_SETTINGS = {
+    "chat": optional(record_of(_ChatForm)),
+    "contexts": list_of(TEXT),
+    "layers": list_of(COUNT),
+    "refreshes": list_of(IDENTIFIER),
+    "ridge": NUMBER,
+}
+"""What is read of the settings of a patch of kind closed_form."""
+
+
 def tensor_check(weights: Mapping[str, tuple[int, int]]) -> CheckTensors:
     """The check of everything that patches and commits of a base with those weights, (out, in) each, may refer to."""
 
     def check(owner: Owner, file: Path) -> None:
         if isinstance(owner, Patch) and owner.kind == "closed_form":
+            _check_settings(owner)
             _check_columns(owner, file)
         elif isinstance(owner, Patch) and owner.kind == "shard":
             shard_record(owner)
@@ -33,6 +55,16 @@ def tensor_check(weights: Mapping[str, tuple[int, int]]) -> CheckTensors:
             _check_deltas(file, owner.weights if isinstance(owner, Patch) else weights)
 
     return check
+
+
+def _check_settings(patch: Patch) -> None:
+    """The settings that other commands read must be of their types; which of them are there is for those to see."""
+    for name, codec in _SETTINGS.items():
+        if name in patch.settings:
+            try:
+                codec.decode(patch.settings[name], f"settings.{name}")
+            except MalformedError as error:
+                raise CorruptStoreError(str(error), remedy=_REMEDY, field=error.path) from None
 
 
 def _check_deltas(file: Path, weights: Mapping[str, tuple[int, int]]) -> None:

@@ -107,7 +107,7 @@ def start_recorder(
 def pin(repository: Repository, metric: Metric, contexts: tuple[str, ...]) -> None:
     """Make this the metric and the contexts of the repository."""
     identity = repository.objects.put(metric.to_json())
-    repository.write_config(replace(repository.config, recording=Recording(identity, contexts)))
+    repository.change_config(lambda config: replace(config, recording=Recording(identity, contexts)))
 
 
 def metric_cache(repository: Repository, metric: Metric) -> MetricCache:

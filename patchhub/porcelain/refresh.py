@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import perf_counter
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -18,13 +18,16 @@ from patchhub.editing.editors import EDITORS
 from patchhub.editing.facts import encode_facts
 from patchhub.editing.key_rows import key_rows
 from patchhub.editing.record import Recording, State, record
-from patchhub.errors import RevisionError
-from patchhub.models.architectures import describe, read_config
+from patchhub.errors import RepositoryError, RevisionError
+from patchhub.models.architectures import Architecture, describe, read_config
 from patchhub.models.tracing import Stack
-from patchhub.objects import Element, Patch, Request, requests_json, set_digest
+from patchhub.objects import Commit, Element, Patch, Request, requests_json, set_digest
 from patchhub.porcelain.change import largest_proof
 from patchhub.porcelain.columns import read_additive, read_columns, write_columns
-from patchhub.porcelain.facts import active_requests
+from patchhub.porcelain.facts import active_requests, distinct
+from patchhub.porcelain.guard import decided
+from patchhub.porcelain.guard_model import Budget, from_model
+from patchhub.porcelain.guard_vectors import prepared
 from patchhub.porcelain.loading import open_base
 from patchhub.porcelain.opened import Opened, open_model
 from patchhub.porcelain.placements import placement_of
@@ -33,8 +36,10 @@ from patchhub.porcelain.recorded import is_stale
 from patchhub.porcelain.recording import Recorder, open_recorder
 from patchhub.porcelain.refresh_shards import deltas_near, measure_shards
 from patchhub.porcelain.shards import active_shards, stale_shards, without_shards
-from patchhub.porcelain.snapshot import Draft, Stamp, snapshot
+from patchhub.porcelain.snapshot import Draft, Judge, Stamp, snapshot
 from patchhub.store.repository import Repository
+
+_REMEDY: Final = "Leave the facts as they are recorded now"
 
 
 @dataclass(frozen=True)
@@ -79,16 +84,20 @@ class _Group:
     targets: np.ndarray
 
 
-def refresh(repository: Repository, stamp: Stamp, progress: Progress) -> Refreshed:
+def refresh(repository: Repository, stamp: Stamp, progress: Progress, *, force: bool = False) -> Refreshed:
     """Record what is due again on the state that holds all other facts, as a new patch in a commit on HEAD.
 
     Due are stale columns and, on a merge commit, those of the facts that it brought to its first parent: they were recorded
     without the other side below them. Values are not optimised again; z of each request is kept in its patch. Then the shards whose
     threshold was measured on other weights at or below their layer are measured on the new ones.
 
+    Args:
+        force: write what fails the guard all the same, and say so in the commit.
+
     Raises:
         RevisionError: nothing is due.
         BaseError: the base is missing or changed.
+        GuardError: a check of the new state failed; nothing was committed.
     """
     begun = perf_counter()
     _, head = repository.head
@@ -112,7 +121,8 @@ def refresh(repository: Repository, stamp: Stamp, progress: Progress) -> Refresh
         raise _withheld_error(withheld)
     message = stamp.message or f"Refresh {_words(len(texts), len(measured))}"
     draft = Draft((head,), elements, metric, "refresh", {"facts": len(texts), "shards": len(measured)})
-    identity = snapshot(repository, draft, Stamp(stamp.author, stamp.time, message))
+    judge = _judge(repository, _in_form(opened, groups), progress, force=force)
+    identity = snapshot(repository, draft, Stamp(stamp.author, stamp.time, message), judge=judge)
     progress.close()
     return Refreshed(
         commit=identity,
@@ -122,6 +132,25 @@ def refresh(repository: Repository, stamp: Stamp, progress: Progress) -> Refresh
         seconds=perf_counter() - begun,
         shards=measured,
     )
+
+
+def _judge(repository: Repository, opened: Opened, progress: Progress, *, force: bool) -> Judge:
+    """The judge of a refresh, with the model that recorded. No fact is new: what is asked is whether those that held still do."""
+
+    def look(commit: Commit) -> Mapping[str, Any]:
+        progress.stage("checking", 0)
+        facts = len(distinct(active_requests(repository, commit.added)))
+        budget = Budget.of_commit(facts, opened.model.num_parameters())
+        measured = from_model(repository, opened, prepared(repository, commit), (), budget)
+        return decided(repository, measured, force=force, facts=facts, remedy=_REMEDY)
+
+    return look
+
+
+def _in_form(opened: Opened, groups: Sequence[_Group]) -> Opened:
+    """The model, to be asked in the chat form of the facts that are recorded again, where all have one."""
+    forms = {Chat.from_json(group.settings.get("chat")) for group in groups}
+    return replace(opened, chat=forms.pop() if len(forms) == 1 else None)
 
 
 def _words(facts: int, shards: int) -> str:
@@ -166,6 +195,18 @@ def _groups(repository: Repository, texts: Mapping[Element, Request]) -> list[_G
     return groups
 
 
+def _refuse_incomplete(repository: Repository, group: _Group, architecture: Architecture) -> None:
+    """Raise `RepositoryError` for settings, which may come from another store, that do not say how columns are recorded."""
+    weights = {weight for patch in group.patches for weight in repository.patch(patch).weights}
+    whole = group.method in EDITORS and {"contexts", "layers", "ridge"} <= group.settings.keys()
+    if not whole or {architecture.ffn_weight(layer) for layer in group.settings["layers"]} != weights:
+        raise RepositoryError(
+            f"patch {group.patches[0][:12]} cannot be recorded again: its settings do not say how",
+            remedy="Revert its facts, and commit them again.",
+            patch=group.patches[0],
+        )
+
+
 def _targets(repository: Repository, elements: Sequence[Element]) -> np.ndarray:
     """z of each element."""
     stored: dict[Element, np.ndarray] = {}
@@ -187,6 +228,8 @@ def _open(
     deltas = deltas_near(repository, active, staying)
     checkpoint = open_base(repository)
     architecture = describe(read_config(checkpoint.folder))
+    for group in groups:
+        _refuse_incomplete(repository, group, architecture)
     layers = sorted({layer for group in groups for layer in group.settings["layers"]})
     weights = {architecture.ffn_weight(layer) for layer in layers}
     weights |= {weight for patch in active_shards(repository, active).values() for weight in patch.weights}

@@ -109,7 +109,7 @@ def delete_branch(repository: Repository, name: str, by: Signature) -> Moved:
         RevisionError: no such branch.
         RepositoryError: HEAD is on it.
     """
-    ref = _existing(repository, BRANCHES, name)
+    ref = _existing(repository, BRANCHES, name, "`patchhub branch` lists what there is.")
     if ref == current_ref(repository):
         raise RepositoryError(
             f"{name} is the current branch", remedy="Switch to another branch first: `patchhub switch NAME`.", ref=ref
@@ -119,7 +119,7 @@ def delete_branch(repository: Repository, name: str, by: Signature) -> Moved:
 
 def delete_tag(repository: Repository, name: str, by: Signature) -> Moved:
     """Remove a tag; `RevisionError` if there is none of that name."""
-    return _delete(repository, _existing(repository, TAGS, name), "tag", by)
+    return _delete(repository, _existing(repository, TAGS, name, "`patchhub tag` lists what there is."), "tag", by)
 
 
 def switch(repository: Repository, name: str, by: Signature) -> Moved:
@@ -131,7 +131,8 @@ def switch(repository: Repository, name: str, by: Signature) -> Moved:
     there = _of_remotes(repository, name)
     if there:
         return switch_to_new(repository, name, _only(there, name), by)
-    return _move_head(repository, SYMBOLIC + _existing(repository, BRANCHES, name), by)
+    new = f"Make it with `patchhub switch -c {name}`, or look at a tag or commit with `patchhub switch --detach REV`."
+    return _move_head(repository, SYMBOLIC + _existing(repository, BRANCHES, name, new), by)
 
 
 def _of_remotes(repository: Repository, name: str) -> list[str]:
@@ -198,7 +199,7 @@ def reflog(repository: Repository, name: str = HEAD, *, limit: int | None = None
     entries = islice(_ref_entries(repository, _ref_ever(repository, name)), limit)
     first = next(entries, None)
     if first is None:
-        _existing(repository, BRANCHES, name)
+        _existing(repository, BRANCHES, name, _REFLOG)
     else:
         yield first
         yield from entries
@@ -272,8 +273,15 @@ def _refuse_existing(repository: Repository, ref: str) -> None:
 _MOVE = "Use another name, or switch to it and move it with `patchhub reset REV`."
 
 
-def _existing(repository: Repository, namespace: str, name: str) -> str:
-    """The full name of a branch or tag that exists; a branch that HEAD is on and that has no commit yet counts."""
+_REFLOG = "`patchhub reflog` lists what HEAD was; `patchhub branch` and `patchhub tag` list what there is."
+
+
+def _existing(repository: Repository, namespace: str, name: str, remedy: str) -> str:
+    """The full name of a branch or tag that exists; a branch that HEAD is on and that has no commit yet counts.
+
+    Raises:
+        RevisionError: there is none; `remedy` is what to do where none has a similar name.
+    """
     refs = repository.refs()
     ref = name if name.startswith(namespace) else namespace + name
     if ref in refs or refs[HEAD] == SYMBOLIC + ref:
@@ -281,12 +289,8 @@ def _existing(repository: Repository, namespace: str, name: str) -> str:
     kind = "branch" if namespace == BRANCHES else "tag"
     known = [found[len(namespace) :] for found in refs if found.startswith(namespace)]
     close = difflib.get_close_matches(name, known, n=1)
-    remedy = f"Did you mean {close[0]}?" if close else f"`patchhub {kind}` lists what there is."
-    if namespace == BRANCHES and not close:
-        remedy = (
-            f"Make it with `patchhub switch -c {name}`, or look at a tag or commit with `patchhub switch --detach REV`."
-        )
-    raise RevisionError(f"there is no {kind} {name!r}", remedy=remedy, name=name)
+    hint = f"Did you mean {close[0]}?" if close else remedy
+    raise RevisionError(f"there is no {kind} {name!r}", remedy=hint, name=name)
 
 
 def _ref_ever(repository: Repository, name: str) -> str:

@@ -212,9 +212,12 @@ def _adopt_recording(repository: Repository, commits: Sequence[str]) -> None:
         for patch in map(repository.patch, sorted({patch for patch, _ in repository.active(commit)})):
             contexts = patch.settings.get("contexts")
             if patch.metric is not None and isinstance(contexts, list) and all(isinstance(c, str) for c in contexts):
-                recording = Recording(patch.metric, tuple(contexts))
-                repository.write_config(replace(repository.config, recording=recording))
+                _pin_if_none(repository, Recording(patch.metric, tuple(contexts)))
                 return
+
+
+def _pin_if_none(repository: Repository, recording: Recording) -> None:
+    repository.change_config(lambda config: replace(config, recording=config.recording or recording))
 
 
 def _source(repository: Repository) -> Source:

@@ -11,6 +11,7 @@ from patchhub.errors import SettingsError
 from patchhub.evaluation.definitions import DEFINITIONS
 from patchhub.fsio import os_errors, write_atomically
 from patchhub.objects import Element
+from patchhub.porcelain.out_path import refuse_store
 from patchhub.porcelain.page.render import is_page, render
 from patchhub.porcelain.progress import Progress
 from patchhub.porcelain.report_commits import CommitRow, commit_rows, edited_weights, reachable
@@ -124,6 +125,7 @@ def write_report(
         SettingsError: `out` is a folder; or something else is there, and not `overwrite`.
         RepositoryError: the disk refuses the write.
     """
+    refuse_store(repository, out)
     _refuse_loss(out, overwrite=overwrite)
     found = report(repository, progress, time=time, revision=revision, compared=compared)
     data = render(found.to_json(), title=f"{found.name}: what was taught, when, and by whom")

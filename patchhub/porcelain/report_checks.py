@@ -1,4 +1,4 @@
-"""What a commit's `check` says, for the page. Commits come from other stores too, so whatever has another form is left out."""
+"""What a commit's `check` says. Commits come from other stores too, so whatever has another form is left out."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any, Final
 
 SHARES: Final = ("own", "earlier", "crushed")
 """The guard's counts of facts, each {"count", "of"}; see docs/guard.md."""
+
+NORMS: Final = ("base", "change", "state")
 
 
 def norms(check: Mapping[str, Any], kind: str) -> dict[str, float]:
@@ -22,6 +24,15 @@ def norms(check: Mapping[str, Any], kind: str) -> dict[str, float]:
 def base_norms(check: Mapping[str, Any]) -> dict[str, float]:
     """The norm of the base's weight for each weight that was measured."""
     return {weight: found["base"] for weight, found in _mappings(check.get("norms")) if _is_number(found.get("base"))}
+
+
+def measured_norms(check: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """Per weight the norms "base", "change" and "state" as they were measured, of weights that have all three."""
+    return {
+        weight: {kind: float(found[kind]) for kind in NORMS}
+        for weight, found in _mappings(check.get("norms"))
+        if all(_is_number(found.get(kind)) for kind in NORMS)
+    }
 
 
 def numbers(check: Mapping[str, Any], name: str) -> list[float]:

@@ -24,7 +24,7 @@ class ScoreRow:
         return {
             "commit": self.commit,
             "suite": found.suite,
-            "title": ", ".join(filter(None, [found.metrics, found.file, facts])),
+            "title": ", ".join(filter(None, [found.kind, found.file, facts])),
             "made_by": found.made_by,
             "scores": {name: _row(score) for name, score in found.scores.items()},
         }

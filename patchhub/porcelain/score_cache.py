@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from patchhub.canonical import canonical_json, object_id
-from patchhub.fsio import write_atomically
+from patchhub.fsio import keep
 from patchhub.store.gc import SCORE_CACHE
 
 VERSION: Final = 1
@@ -49,8 +49,7 @@ class StateResults(Mapping[str, Any]):
         if found:
             self._known = {**_read(self._path), **self._known, **found}
             data = json.dumps(self._known, separators=(",", ":")).encode("utf-8")
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(self._path, (object_id(data).encode("ascii"), b"\n", data))
+            keep(self._path, (object_id(data).encode("ascii"), b"\n", data))
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from patchhub.evaluation.definitions import DEFINITIONS, GENERALITY, LEADING, SP
 from patchhub.porcelain import charts
 from patchhub.porcelain.charts import Box, Point, Series
 from patchhub.porcelain.evaluate import Evaluation
-from patchhub.porcelain.scores import Noted, Score
+from patchhub.porcelain.scores import Noted, Score, kind
 
 _RELATIONS: Final = 10
 _COLUMNS: Final = ("commit", "suite", "score", "value", "low", "high", "records", "base", "definition")
@@ -52,7 +52,7 @@ def picture(done: Evaluation, history: Sequence[Noted]) -> str:
     names = [*LEADING[metrics], "exact"]
     relations = list(done.relations.items())[:_RELATIONS]
     height = 440 + max(330, 40 * len(relations)) + 60
-    about = f"{metrics}, {len(done.facts)} facts of {done.settings['file']}"
+    about = f"{kind(metrics, chat=done.chat)}, {len(done.facts)} facts of {done.settings['file']}"
     steps = [noted.commit[:7] for noted in history]
     by_relation = [Series(name, [found.get(name) for _, found in relations]) for name in names[1:]]
     parts = [

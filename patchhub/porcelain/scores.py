@@ -47,6 +47,7 @@ class Noted:
         metrics: whose scores, such as "counterfact".
         file: the name of the file of facts.
         facts: how many.
+        chat: they were asked in the base's chat form.
     """
 
     note: str
@@ -57,6 +58,12 @@ class Noted:
     facts: int
     made_by: str
     scores: Mapping[str, Score]
+    chat: bool = False
+
+    @property
+    def kind(self) -> str:
+        """Whose scores, and whether in a chat."""
+        return kind(self.metrics, chat=self.chat)
 
     @property
     def leading(self) -> dict[str, Score]:
@@ -71,6 +78,7 @@ class Noted:
             "metrics": self.metrics,
             "file": self.file,
             "facts": self.facts,
+            "chat": self.chat,
             "made_by": self.made_by,
             "scores": {name: score.to_json() for name, score in self.scores.items()},
         }
@@ -86,6 +94,12 @@ class Compared:
     facts: int
     before: Mapping[str, Score]
     after: Mapping[str, Score]
+    chat: bool = False
+
+    @property
+    def kind(self) -> str:
+        """Whose scores, and whether in a chat."""
+        return kind(self.metrics, chat=self.chat)
 
     def to_json(self) -> dict[str, Any]:
         sides = (("before", self.before), ("after", self.after))
@@ -94,8 +108,14 @@ class Compared:
             "metrics": self.metrics,
             "file": self.file,
             "facts": self.facts,
+            "chat": self.chat,
             **{name: {key: score.to_json() for key, score in side.items()} for name, side in sides},
         }
+
+
+def kind(metrics: str, *, chat: bool) -> str:
+    """`counterfact`, or `counterfact in a chat`: what is never compared with the other."""
+    return f"{metrics} in a chat" if chat else metrics
 
 
 def noted_commits(refs: Mapping[str, str]) -> dict[str, list[str]]:
@@ -125,6 +145,7 @@ def read_note(identity: str, note: Note) -> Noted:
         facts=settings["facts"] if isinstance(settings.get("facts"), int) else 0,
         made_by=note.made_by,
         scores=_in_order(dict(_scores(note.scores, ""))),
+        chat=isinstance(settings.get("chat"), Mapping),
     )
 
 
@@ -151,7 +172,7 @@ def compare(repository: Repository, old: str | None, new: str | None) -> tuple[C
             ({} if suite not in side else _base(side[suite]) if commit is None else side[suite].scores)
             for commit, side in zip((old, new), sides, strict=True)
         )
-        rows.append(Compared(suite, either.metrics, either.file, either.facts, before, after))
+        rows.append(Compared(suite, either.metrics, either.file, either.facts, before, after, either.chat))
     return tuple(rows)
 
 

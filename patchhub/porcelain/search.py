@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
 from patchhub.errors import SettingsError
@@ -12,7 +13,7 @@ from patchhub.store.lookup import Change, Fact
 from patchhub.store.repository import Repository
 
 _READ: Final = 500
-"""How many facts are read before those that are not active are left out."""
+"""How many rows are read at first; those that are not active are left out."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,8 @@ def search(
     if not (words.strip() or subject.strip()):
         raise SettingsError("there is nothing to search for", remedy="Give words, or --subject.")
     commit = repository.resolve(revision)
-    facts = _first_of_each(lookup.search(repository, words, subject=subject, limit=2 * limit))[:limit]
+    read = partial(lookup.search, repository, words, subject=subject)
+    facts = _enough(lambda rows: read(limit=rows), _first_of_each, limit, first=2 * limit)
     active = {request for _, request in lookup.active_among(repository, commit, [fact.request for fact in facts])}
     return [Found(fact, tuple(lookup.changes(repository, fact.request)), fact.request in active) for fact in facts]
 
@@ -66,9 +68,13 @@ def mentioned(repository: Repository, prompt: str, revision: str = "HEAD", *, li
         RevisionError: no such revision.
     """
     commit = repository.resolve(revision)
-    facts = lookup.mentioned(repository, prompt.strip(), limit=_READ)
-    active = lookup.active_among(repository, commit, sorted({fact.request for fact in facts}))
-    return [fact for fact in facts if (fact.patch, fact.request) in active][:limit]
+    read = partial(lookup.mentioned, repository, prompt.strip())
+
+    def active_ones(facts: Sequence[Fact]) -> list[Fact]:
+        active = lookup.active_among(repository, commit, sorted({fact.request for fact in facts}))
+        return [fact for fact in facts if (fact.patch, fact.request) in active]
+
+    return _enough(lambda rows: read(limit=rows), active_ones, limit, first=_READ)
 
 
 def fact_json(fact: Fact) -> dict[str, Any]:
@@ -80,6 +86,22 @@ def fact_json(fact: Fact) -> dict[str, Any]:
         "target_new": fact.target_new,
         "target_true": fact.target_true,
     }
+
+
+def _enough(
+    read: Callable[[int], Sequence[Fact]], choose: Callable[[Sequence[Fact]], list[Fact]], limit: int, *, first: int
+) -> list[Fact]:
+    """The first `limit` of what `choose` keeps of the best rows; `read` gives so many rows, `first` of them to begin with.
+
+    Facts that were recorded again have many rows, so more are read until there are enough or no more.
+    """
+    rows = max(first, 1)
+    while True:
+        found = read(rows)
+        kept = choose(found)
+        if len(kept) >= limit or len(found) < rows:
+            return kept[:limit]
+        rows *= 4
 
 
 def _first_of_each(facts: Iterable[Fact]) -> list[Fact]:

@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from patchhub.errors import RepositoryError, SettingsError
 from patchhub.objects import METRIC_KINDS
@@ -64,8 +64,11 @@ def _index(text: str) -> int:
     return value
 
 
+EDITORS: Final = ("memit", "pmet", "wise")
+
+
 def _method(text: str) -> str:
-    if text not in ("memit", "pmet", "wise"):
+    if text not in EDITORS:
         raise ValueError("the editors are memit, pmet and wise")
     return text
 
@@ -176,7 +179,8 @@ SETTINGS: Mapping[str, Setting] = {
         "type of the base in memory; auto: float32 where that takes half of the memory at most, else the base's own",
     ),
     "guard.drift": Setting(
-        _positive, "most that new facts may add to the drift on held text, nats per token (0.6); few facts less"
+        _positive,
+        "most that new facts may add to the drift on held text, nats per token (0.6); few facts less, over 100 more",
     ),
     "guard.earlier": Setting(_fraction, "largest share of the earlier facts that a change may lose (0.5)"),
     "guard.misfit": Setting(
@@ -187,6 +191,9 @@ SETTINGS: Mapping[str, Setting] = {
         _positive, "largest singular value of a weight's change, relative to the base weight's (50)"
     ),
     "guard.survival": Setting(_fraction, "least share of a change that rounding to the base's type must keep (0.1)"),
+    "guard.total": Setting(
+        _positive, "most that the drift may be in all after a change that adds to it, nats per token (2.5)"
+    ),
     **_of_editor("memit"),
     "method": Setting(_method, "default editor"),
     "metric.epsilon": Setting(_fraction, "ridge of the second moments, relative to the median of their diagonal"),
@@ -230,14 +237,19 @@ def config_set(repository: Repository, key: str, text: str) -> Any:
     _known(key)
     _refuse_fixed(repository, key)
     value = read_setting(key, text)
-    config = repository.config
     if key == "base.path":
         if not Path(value).is_dir():
             raise SettingsError(f"there is no folder {value}", remedy="Give the base model's folder.")
-        config = replace(config, base={**config.base, "path": str(Path(value).resolve()), "revision": None})
+        if not (Path(value) / "config.json").is_file():
+            raise SettingsError(
+                f"there is no model in {value}: it has no config.json", remedy="Give the base model's folder."
+            )
+        place = {"path": str(Path(value).resolve()), "revision": None}
+        repository.change_config(lambda config: replace(config, base={**config.base, **place}))
     else:
-        config = _without_metric(key, replace(config, settings={**config.settings, key: value}))
-    repository.write_config(config)
+        repository.change_config(
+            lambda config: _without_metric(key, replace(config, settings={**config.settings, key: value}))
+        )
     return value
 
 
@@ -251,15 +263,29 @@ def read_setting(key: str, text: str) -> Any:
     try:
         return setting.read(text)
     except ValueError as error:
-        raise SettingsError(f"{key} cannot be {text!r}: {error}", remedy=f"{key} is {setting.purpose}.") from None
+        raise SettingsError(f"{key} cannot be {text!r}: {error}", remedy=f"`{key}`: {setting.purpose}.") from None
 
 
 def config_unset(repository: Repository, key: str) -> None:
-    """Go back to the default."""
+    """Go back to the default.
+
+    Raises:
+        SettingsError: there is no such key, or it has no default.
+        RepositoryError: as in `config_set`.
+    """
     _known(key)
+    if key == "base.path":
+        raise SettingsError(
+            "base.path has no default: a store is about one base",
+            remedy="Say where it is: `patchhub config base.path FOLDER`.",
+        )
     _refuse_fixed(repository, key)
-    kept = {name: value for name, value in repository.config.settings.items() if name != key}
-    repository.write_config(_without_metric(key, replace(repository.config, settings=kept)))
+
+    def without(config: Config) -> Config:
+        kept = {name: value for name, value in config.settings.items() if name != key}
+        return _without_metric(key, replace(config, settings=kept))
+
+    repository.change_config(without)
 
 
 def metric_settings(repository: Repository) -> tuple[str, dict[str, float]]:

@@ -165,5 +165,5 @@ def _measured(
         if weight in columns or weight not in additive:
             proofs[weight] = proof(solved, columns.get(weight, no_columns(shapes[weight])))
         else:
-            proofs[weight] = norm(add(solved, shapes[weight])) / norms[weight]["state"]
+            proofs[weight] = norm(add(solved, shapes[weight])) / (norms[weight]["state"] or 1.0)
     return {"norms": norms, "proof": proofs}

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from patchhub.canonical import canonical_json
-from patchhub.errors import CorruptStoreError
+from patchhub.errors import CorruptStoreError, RepositoryError
 from patchhub.fsio import write_atomically
 from patchhub.store.repository import Repository
 
@@ -46,6 +46,18 @@ def stopped_merge(repository: Repository) -> StoppedMerge | None:
         return None
     found = _read(path)
     return found if repository.head[1] == found.ours else None
+
+
+def refuse_stopped(repository: Repository) -> None:
+    """Raise `RepositoryError` where a merge waits on the present commit: another commit would abandon it."""
+    waiting = stopped_merge(repository)
+    if waiting is not None:
+        raise RepositoryError(
+            f"the merge of {waiting.revision} waits for its contradictions to be decided",
+            remedy="Take it up with `patchhub merge --continue`, or leave it with `patchhub merge --abort`.",
+            revision=waiting.revision,
+            theirs=waiting.theirs,
+        )
 
 
 def keep(repository: Repository, merge: StoppedMerge) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from patchhub.editing.editors import EDITORS
 from patchhub.editing.facts import encode_facts
 from patchhub.editing.key_rows import key_rows
+from patchhub.editing.lengths import context_length
 from patchhub.editing.record import State, record, side_paths
 from patchhub.editing.settings import EditSettings
 from patchhub.editing.tuning import Standing
@@ -95,7 +96,8 @@ class Trials:
 
     def _tried(self, settings: EditSettings, facts: int) -> Marks:
         opened, requests = self._opened, self._requests[:facts]
-        encoded = encode_facts(opened.tokenizer, requests, self._recorder.contexts, chat=opened.chat)
+        limit = context_length(opened.model)
+        encoded = encode_facts(opened.tokenizer, requests, self._recorder.contexts, chat=opened.chat, limit=limit)
         recording = record(
             opened.stack,
             settings.layers,

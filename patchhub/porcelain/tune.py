@@ -153,6 +153,5 @@ def _write(repository: Repository, method: str, best: EditSettings, present: Edi
     """Set what differs from the present settings in the config."""
     values = {name: value for name in TUNED if (value := getattr(best, name)) != getattr(present, name)}
     keys = {f"{method}.{name}": list(value) if name == "layers" else value for name, value in values.items()}
-    config = repository.config
-    repository.write_config(replace(config, settings={**config.settings, **keys}))
+    repository.change_config(lambda config: replace(config, settings={**config.settings, **keys}))
     return keys

@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformers import AutoTokenizer
-
 from patchhub.evaluation.metrics import score_targets
 from patchhub.models.checkpoint import open_checkpoint
 from patchhub.models.fingerprint import fingerprint
+from patchhub.models.tokenizer import load_tokenizer
 from patchhub.objects import Request
 from patchhub.porcelain.loading import open_base, state_at
 from patchhub.runtime.patched_model import load_patched
@@ -38,7 +37,7 @@ def score_facts(repository: Repository, requests: Sequence[Request], revision: s
     """
     checkpoint = open_base(repository)
     model = load_patched(checkpoint, state_at(repository, revision))
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, local_files_only=True)
+    tokenizer = load_tokenizer(checkpoint)
     prompts = [(request.text, answer) for request, answer in zip(requests, expected, strict=True)]
     paraphrases = [(text, request.target_new) for request in requests for text in request.paraphrases]
     neighbors = [(near.prompt, near.target) for request in requests for near in request.neighborhood]

@@ -11,7 +11,7 @@ from typing import Final
 
 from patchhub.canonical import canonical_json
 from patchhub.editing.sampling import context_templates, sample_documents
-from patchhub.fsio import write_atomically
+from patchhub.fsio import keep
 from patchhub.porcelain.loading import patch_state
 from patchhub.porcelain.opened import Opened
 from patchhub.porcelain.progress import Progress
@@ -50,8 +50,7 @@ def open_wise_text(repository: Repository, opened: Opened, seed: int, progress: 
             progress=progress.advance,
         )
         text = WiseText(context_templates(opened.stack, opened.tokenizer), tuple(map(tuple, documents)))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, (canonical_json({"contexts": list(text.contexts), "locality": documents}),))
+    keep(path, (canonical_json({"contexts": list(text.contexts), "locality": documents}),))
     return text
 
 

@@ -31,10 +31,33 @@ def hub_id(address: str) -> str | None:
 
 
 def normalised(address: str) -> str:
-    """The address as it is kept: folders of this machine by their absolute path."""
-    if hub_id(address) is not None or "://" in address:
+    """The address as it is kept: folders of this machine by their absolute path.
+
+    Raises:
+        SettingsError: it is empty, names no repository of the Hub, or has a scheme that nothing here opens.
+    """
+    if not address:
+        raise SettingsError("the address of the remote is empty", remedy="Give a folder or hf://user/repo.")
+    if hub_id(address) is not None:
+        return address.rstrip("/")
+    if "://" in address:
+        _check_schemes(address.partition("://")[0])
         return address.rstrip("/")
     return str(Path(address).expanduser().resolve())
+
+
+def _check_schemes(schemes: str) -> None:
+    """Refuse schemes, such as ``s3`` or chained ``simplecache::s3``, that fsspec does not know."""
+    import fsspec
+
+    known = fsspec.available_protocols()
+    for scheme in schemes.split("::"):
+        if scheme not in known:
+            raise SettingsError(
+                f"no remote can be at {scheme}://",
+                remedy=f"Give a folder, hf://user/repo, or an address that begins with one of {', '.join(sorted(known))}.",
+                scheme=scheme,
+            )
 
 
 def open_remote(address: str, *, endpoint: str | None = None, token: str | None = None) -> Remote:

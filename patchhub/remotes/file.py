@@ -28,12 +28,14 @@ class FileRemote:
     def __init__(self, address: str, files: Files) -> None:
         self._address = address
         self._files = files
+        self._listed: Mapping[str, int] | None = None  # of the latest view
 
     @property
     def address(self) -> str:
         return self._address
 
     def view(self) -> View:
+        self._listed = None
         manifest = self._manifest()
         if manifest is None:
             return View(None, {}, {}, frozenset())
@@ -41,8 +43,10 @@ class FileRemote:
         return View(manifest.source, tips, manifest.notes, frozenset(tips if manifest.private_facts else ()))
 
     def sizes(self, tip: Tip) -> Mapping[str, int]:
-        listed = self._files.sizes("objects").items()
-        return {match[1] + match[2]: size for name, size in listed if (match := OBJECT.fullmatch(name))}
+        if self._listed is None:
+            found = self._files.sizes("objects").items()
+            self._listed = {match[1] + match[2]: size for name, size in found if (match := OBJECT.fullmatch(name))}
+        return self._listed
 
     def read(self, tip: Tip, ids: Collection[str], into: Path) -> Iterator[tuple[str, Path]]:
         for identity in ids:
@@ -74,6 +78,7 @@ class FileRemote:
                 self._files.write(NAME, manifest.to_json())
         for identity in publication.withdrawn:
             self._files.write(object_path(identity), None)
+        self._listed = None
 
     def _manifest(self) -> FolderManifest | None:
         data = self._files.read(NAME, MAX_BYTES)

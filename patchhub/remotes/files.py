@@ -148,7 +148,13 @@ class FsspecFiles:
                 listed = self._fs.find(self._path(folder), detail=True)
             except FileNotFoundError:
                 return {}
-        return {path[len(self._prefix) :]: int(facts["size"]) for path, facts in sorted(listed.items())}
+        found = {path[len(self._prefix) :]: facts.get("size") for path, facts in sorted(listed.items())}
+        for name, size in found.items():
+            if not isinstance(size, int):
+                raise RemoteError(
+                    f"{self.address} does not say how large {name} is", remedy="Use another file system.", name=name
+                )
+        return found
 
     def local(self, name: str, into: Path) -> Path:
         target = into / secrets.token_hex(8)

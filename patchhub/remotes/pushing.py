@@ -72,14 +72,14 @@ def push(
 
     Raises:
         RemoteMovedError: a ref of the remote is not behind ours; nothing of that ref was sent.
-        RemoteError: not permitted or unreachable.
+        RemoteError: not permitted or unreachable, or texts are to be withheld that a tag of the remote shows already.
     """
     view = remote.view()
     check_base(repository, remote, view)
     withheld = bool(view.private) if private_facts is None else private_facts
     done = []
     for ref in refs:
-        plan = _plan(repository, remote, view, ref, source, withheld, published=private_facts is False)
+        plan = _plan(repository, remote, view, ref, source, withheld, asked=private_facts)
         if plan is None:
             continue
         if not dry_run:
@@ -122,13 +122,13 @@ def _plan(
     source: Source,
     withheld: bool,
     *,
-    published: bool,
+    asked: bool | None,
 ) -> _Plan | None:
     """What must travel so that the remote's ``ref`` can be where ours is; None if it is there already.
 
     Args:
         withheld: whether the texts of facts stay here.
-        published: whether texts that were withheld from it shall be sent now.
+        asked: whether the user said so, or said the contrary: then texts that were withheld from it are sent now.
     """
     commit = repository.refs()[ref]
     tip = view.tips.get(ref)
@@ -139,7 +139,7 @@ def _plan(
     near = tip or _nearest(repository, view, ref, history, commit)
     there = remote.sizes(near) if near else {}
     withdrawn = _texts(repository).intersection(there) if withheld else set[str]()
-    known = _already_there(repository, near, there) if withheld or not published else set()
+    known = _already_there(repository, near, there) if withheld or asked is not False else set()
     roots = [Reference("commit", commit), *(Reference("note", note) for note in notes.values())]
     objects = {
         identity: repository.objects.path(identity)
@@ -147,6 +147,8 @@ def _plan(
         if identity not in there
     }
     same = tip is not None and tip.commit == commit
+    if same and ref.startswith(TAGS) and withdrawn and asked:
+        raise _shown_at_tag(remote, ref)
     switched = withheld != (ref in view.private)
     if same and (ref.startswith(TAGS) or not (notes or objects or switched or withdrawn)):
         return None
@@ -166,6 +168,14 @@ def _plan(
     )
     return _Plan(
         publication, Pushed(Moved(ref, tip.commit if tip else None, commit), len(objects), size, len(withdrawn))
+    )
+
+
+def _shown_at_tag(remote: Remote, ref: str) -> RemoteError:
+    return RemoteError(
+        f"{ref[len(TAGS) :]} of {remote.address} shows the texts of its facts, and tags do not change",
+        remedy="On the Hub delete the tag, elsewhere push a branch with --private-facts; then push the tag again.",
+        ref=ref,
     )
 
 

@@ -17,6 +17,7 @@ from patchhub.errors import CorruptStoreError, RemoteError
 from patchhub.objects import Commit, Patch
 from patchhub.remotes.remote import Remote, Tip
 from patchhub.store.closure import KINDS, Reference
+from patchhub.store.gc import DOWNLOADS
 from patchhub.store.object_store import file_digest
 from patchhub.store.repository import Repository
 
@@ -90,7 +91,8 @@ def receiving(
         repair: look also below known commits, and fetch again what is damaged here.
         progress: called with the bytes of each object.
     """
-    with TemporaryDirectory(dir=repository.cache, prefix="receive-") as folder:
+    repository.cache.mkdir(exist_ok=True)  # it can be deleted at any time
+    with TemporaryDirectory(dir=repository.cache, prefix=DOWNLOADS) as folder:
         yield Receiver(repository, remote, limits, check, Path(folder), repair=repair, progress=progress)
 
 

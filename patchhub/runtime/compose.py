@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from patchhub.delta import Delta, Dense, LowRank
+from patchhub.delta import NEGLIGIBLE, Delta, Dense, LowRank
 from patchhub.models.structure import Orientation
 
 _BLOCK = 1 << 22  # entries worked on at a time: they stay in the processor's cache
@@ -58,17 +58,18 @@ def survival(
 ) -> float:
     """The share of the change that the cast keeps: 1 - ||(W - W0) - D|| / ||D||, D the sum of the deltas.
 
-    1 where nothing is lost or nothing changes, 0 where no entry moved. Arguments and memory as for `compose`;
+    1 where nothing is lost or next to nothing changes (`NEGLIGIBLE`), 0 where no entry moved. Arguments and memory as for `compose`;
     ``composed`` is its result.
     """
     change = _change(w0, deltas, orientation)
-    lost = wanted = 0.0
+    lost = wanted = size = 0.0
     with _ieee_products():
         for rows in _blocks(w0):
             block = change.added_to(torch.zeros(w0[rows].shape, dtype=torch.float32, device=w0.device), rows)
             wanted += _square(block)
+            size += _square(w0[rows].to(torch.float32))
             lost += _square(composed[rows].to(torch.float32, copy=True).sub_(w0[rows]).sub_(block))
-    return 1.0 - (lost / wanted) ** 0.5 if wanted else 1.0
+    return 1.0 if wanted <= NEGLIGIBLE**2 * size else 1.0 - (lost / wanted) ** 0.5
 
 
 @dataclass(frozen=True)

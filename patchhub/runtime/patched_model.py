@@ -133,7 +133,10 @@ def load_patched(
         nothing = Attachment(checkpoint, PatchState(state.base, state.orientation, {}), beside=())
         _change_beside(model, nothing, state, cache)
         return model
-    kept = ready.open(model.dtype) if ready else None
+    devices = {parameter.device.type for parameter in model.parameters()}
+    device = min(devices)
+    ready = ready if len(devices) == 1 else None  # which weight is where would matter
+    kept = ready.open(model.dtype, device) if ready else None
     names = state.weights.keys() if kept is None else kept.keys()
     check_tensors(state.base, checkpoint, names | state.routing.weights, cache=cache)
     parameters = {name: _parameter(model, name) for name in names}
@@ -142,7 +145,7 @@ def load_patched(
         for name, composed in _composed(model, checkpoint, state, {}, progress):
             parameters[name].data = kept[name] = composed
         if ready and all(tensor.dtype == model.dtype for tensor in kept.values()):
-            ready.keep(model.dtype, kept)
+            ready.keep(model.dtype, device, kept)
     else:
         for name, tensor in kept.items():
             parameters[name].data = tensor.to(parameters[name].device)

@@ -1,13 +1,14 @@
 """Composed weights kept on disk, so that loading a state again costs what loading its base costs.
 
-One file per state and type. It is cache: it can be deleted at any time, and it is used only while its size and time of change are
-those of the moment it was written. Tensors are memory-mapped, privately, as transformers maps the base's.
+One file per state, type and kind of device that composed. It is cache: it can be deleted at any time, and it is used only while its
+size and time of change are those of the moment it was written. Tensors are memory-mapped, privately, as transformers maps the base's.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -40,9 +41,13 @@ class ReadyWeights:
     blobs: tuple[str, ...]
     limit: int = LIMIT
 
-    def open(self, dtype: torch.dtype) -> dict[str, Tensor] | None:
-        """Parameter name -> composed weight; None where they are not kept, or not as they were written."""
-        file, stamp = self._paths(dtype)
+    def open(self, dtype: torch.dtype, device: str) -> dict[str, Tensor] | None:
+        """Parameter name -> composed weight; None where they are not kept, or not as they were written.
+
+        Args:
+            device: the type of the device that composes them, such as "cuda": libraries round differently.
+        """
+        file, stamp = self._paths(dtype, device)
         try:
             if json.loads(stamp.read_bytes()) != _stamp(file):
                 return None
@@ -50,11 +55,11 @@ class ReadyWeights:
         except (OSError, ValueError, SafetensorError):
             return None
 
-    def keep(self, dtype: torch.dtype, weights: Mapping[str, Tensor]) -> None:
+    def keep(self, dtype: torch.dtype, device: str, weights: Mapping[str, Tensor]) -> None:
         """Write them, if they fit; a failure to write is no error."""
         if not weights or sum(tensor.nbytes for tensor in weights.values()) > self.limit:
             return
-        file, stamp = self._paths(dtype)
+        file, stamp = self._paths(dtype, device)
         temporary = temporary_path(file)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -63,13 +68,14 @@ class ReadyWeights:
             temporary.replace(file)
             stamp.write_text(json.dumps(_stamp(file)))
             self._evict(file)
-        except OSError:
-            temporary.unlink(missing_ok=True)
+        except (OSError, SafetensorError):  # safetensors has its own error for a full disk
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
 
-    def _paths(self, dtype: torch.dtype) -> tuple[Path, Path]:
+    def _paths(self, dtype: torch.dtype, device: str) -> tuple[Path, Path]:
         """The file and its stamp; the name hashes all that the bits depend on."""
-        inputs = {"base": self.base, "blobs": list(self.blobs), "dtype": str(dtype), "torch": torch.__version__}
-        name = object_id(canonical_json(inputs))
+        versions = {"dtype": str(dtype), "device": device, "torch": torch.__version__}
+        name = object_id(canonical_json({"base": self.base, "blobs": list(self.blobs), **versions}))
         return self.folder / f"{name}.safetensors", self.folder / f"{name}.json"
 
     def _evict(self, newest: Path) -> None:

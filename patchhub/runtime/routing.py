@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 
 from patchhub.delta import Delta, Dense, LowRank, to_dense
 from patchhub.errors import SettingsError
+from patchhub.models.tracing import in_rows
 from patchhub.runtime.decisions import keep_decision, kept_decision, real_tokens
 from patchhub.runtime.merging import Merging, merge_changes
 
@@ -116,8 +117,9 @@ def _merged(group: Sequence[SideMemory], method: Merging, density: float) -> Sid
 
 @dataclass(eq=False)
 class _Pass:
-    """One pass of the decoder: which positions are tokens (None: all), what the cache has decided, what is decided now."""
+    """One pass of the decoder: (batch, time), which positions are tokens (None: all), what the cache has decided, what is decided now."""
 
+    rows: torch.Size
     real: Bool[Tensor, "batch time"] | None
     kept: Int[Tensor, "batch weights"] | None
     found: list[Int[Tensor, " batch"]]
@@ -161,16 +163,16 @@ class _Router:
         tokens = args[0] if args else kwargs.get("input_ids")
         if tokens is None:
             tokens = kwargs["inputs_embeds"]
-        batch, time = tokens.shape[0], tokens.shape[1]
-        kept = kept_decision(kwargs.get("past_key_values"), self._depth, batch)
-        real = None if kept is not None else real_tokens(kwargs.get("attention_mask"), time)
-        self.current = _Pass(real, kept, [])
+        rows = tokens.shape[:2]
+        kept = kept_decision(kwargs.get("past_key_values"), self._depth, rows[0])
+        real = None if kept is not None else real_tokens(kwargs.get("attention_mask"), rows[1])
+        self.current = _Pass(rows, real, kept, [])
 
     def _finish(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         current, self.current = self.current, None
         if current is None or not current.found:
             return
-        self._last = torch.stack(current.found, dim=1)
+        self._last = torch.stack([found.to(current.found[0].device) for found in current.found], dim=1)
         cache = kwargs.get("past_key_values")
         keep_decision(getattr(output, "past_key_values", None) if cache is None else cache, self._depth, self._last)
 
@@ -190,15 +192,15 @@ class _Gate:
         current = self._router.current
         if current is None:
             return output
-        keys: Tensor = args[0]
+        keys = in_rows(args[0], current.rows)
         self._move(keys)
         if current.kept is not None:
-            decision = current.kept[:, self._place]
-            current.found.append(decision)
-            return output + self._known(keys, decision)
-        decision, added = self._decide(keys, current.real)
+            decision = current.kept[:, self._place].to(keys.device)
+            added = self._known(keys, decision)
+        else:
+            decision, added = self._decide(keys, current.real)
         current.found.append(decision)
-        return output + added
+        return (in_rows(output, current.rows) + added).view_as(output)
 
     def _decide(
         self, keys: Float[Tensor, "batch time in"], real: Bool[Tensor, "batch time"] | None

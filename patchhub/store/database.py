@@ -61,9 +61,15 @@ def database_errors(path: Path) -> Iterator[None]:
         raise _damaged(path, error) from error
 
 
+_NOT_IN_OBJECTS: Final = ("no such table: operations", "no such table: refs")
+
+
 def _damaged(path: Path, error: sqlite3.Error) -> CorruptStoreError:
+    """The index can be made again from the objects; the operation log and the refs are in the database alone."""
+    restore = "Restore the file from a backup, or clone again from a remote into another folder."
+    reindex = "Run `patchhub fsck --reindex`; if that fails, restore the file from a backup or clone again."
     return CorruptStoreError(
         f"the database {path} is damaged: {error}",
-        remedy="Run `patchhub fsck --reindex`; if that fails, restore the file from a backup or clone again.",
+        remedy=restore if str(error).startswith(_NOT_IN_OBJECTS) else reindex,
         path=str(path),
     )

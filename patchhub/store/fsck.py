@@ -15,7 +15,7 @@ from patchhub.objects import Operation, object_id
 from patchhub.store import graph, index, operations
 from patchhub.store.closure import Reference, closure, recorded, references
 from patchhub.store.database import database_errors, transaction
-from patchhub.store.gc import leftovers
+from patchhub.store.gc import leftovers, pinned
 from patchhub.store.object_store import REMEDY
 from patchhub.store.repository import Repository
 from patchhub.store.soundness import unsound
@@ -113,7 +113,7 @@ def _check_database(repository: Repository) -> list[Finding]:
             findings.extend([] if damage else _check_refs(connection, log))
     except CorruptStoreError as error:
         return [*findings, _from_error(error)]
-    roots = recorded(operation.changes for operation in log) | {Reference("base", repository.config.base_id)}
+    roots = recorded(operation.changes for operation in log) | pinned(repository)
     reached, broken = _reach(repository, roots)
     findings.extend(broken)
     if not broken:

@@ -20,6 +20,8 @@ METRIC_CACHE: Final = "metric"
 """The directory in the cache that holds one directory per metric id."""
 SCORE_CACHE: Final = "scores"
 """The directory in the cache that holds what was measured, one file per state."""
+DOWNLOADS: Final = "receive-"
+"""How the directories in the cache begin that hold what a fetch downloads while it runs."""
 
 _READ: Final = frozenset({"commit", "patch", "note", "metric"})
 
@@ -48,11 +50,14 @@ def reachable(repository: Repository) -> set[str]:
             return ()
         return references(reference.kind, repository.objects.get(reference.id))
 
-    roots = recorded(operation.changes for _, operation in repository.operations())
-    roots.add(Reference("base", repository.config.base_id))
-    if repository.config.recording is not None:
-        roots.add(Reference("metric", repository.config.recording.metric))
+    roots = recorded(operation.changes for _, operation in repository.operations()) | pinned(repository)
     return {reference.id for reference in closure(roots, follow)}
+
+
+def pinned(repository: Repository) -> set[Reference]:
+    """What the configuration leads to: the base, and the metric where there is one."""
+    base, recording = Reference("base", repository.config.base_id), repository.config.recording
+    return {base} if recording is None else {base, Reference("metric", recording.metric)}
 
 
 def garbage(repository: Repository, before: float) -> Iterator[Garbage]:
@@ -97,11 +102,15 @@ def leftovers(repository: Repository) -> Iterator[Path]:
     yield from repository.objects.temporary_files()
     yield from sorted(path for path in root.glob(".*") if path.suffix == TEMPORARY_SUFFIX)
     yield from sorted(root.parent.glob(f"{root.name}.*{TEMPORARY_SUFFIX}"))
+    yield from sorted(repository.cache.glob(f"{DOWNLOADS}*"))
 
 
 def _older(kind: Literal["object", "temporary", "cache"], path: Path, before: float) -> Iterator[Garbage]:
-    """The item, if its newest file is from before the instant."""
-    files = [path, *path.rglob("*")] if path.is_dir() else [path]
-    stats = [file.stat() for file in files]
+    """The item, if its newest file is from before the instant; not what another process moves or deletes just now."""
+    try:
+        files = [path, *path.rglob("*")] if path.is_dir() else [path]
+        stats = [file.stat() for file in files]
+    except FileNotFoundError:
+        return
     if max(stat.st_mtime for stat in stats) < before:
         yield Garbage(kind, path, sum(stat.st_size for stat, file in zip(stats, files, strict=True) if file.is_file()))

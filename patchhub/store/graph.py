@@ -5,10 +5,14 @@ from __future__ import annotations
 import heapq
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Final
 
 Parents = Callable[[str], Sequence[str]]
 Rank = Callable[[str], int]
 """A number larger than that of every parent, such as a time corrected for clocks that run backwards."""
+
+_LEFT: Final = 1
+_RIGHT: Final = 2
 
 
 def walk(starts: Iterable[str], parents: Parents, rank: Rank) -> Iterator[str]:
@@ -59,6 +63,32 @@ def merge_bases(left: str, right: str, parents: Parents) -> list[str]:
     common = ancestors([left], parents) & ancestors([right], parents)
     covered = {parent for commit in common for parent in parents(commit)}
     return sorted(common - covered)
+
+
+def apart(left: Iterable[str], right: Iterable[str], parents: Parents, rank: Rank) -> tuple[int, int]:
+    """How many commits are among `left` or below it but not below `right`, and the other way round.
+
+    Ends where all that waits is below both sides: what the two have in common is looked at no further than there.
+    """
+    sides = dict.fromkeys(left, _LEFT)
+    for commit in right:
+        sides[commit] = sides.get(commit, 0) | _RIGHT
+    waiting = [(-rank(commit), commit) for commit in sides]
+    heapq.heapify(waiting)
+    counts = {_LEFT: 0, _RIGHT: 0, _LEFT | _RIGHT: 0}
+    one_sided = {commit for commit, side in sides.items() if side != _LEFT | _RIGHT}
+    while one_sided:
+        commit = heapq.heappop(waiting)[1]
+        counts[sides[commit]] += 1
+        one_sided.discard(commit)
+        for parent in parents(commit):
+            if parent not in sides:
+                heapq.heappush(waiting, (-rank(parent), parent))
+                one_sided.add(parent)
+            sides[parent] = sides.get(parent, 0) | sides[commit]
+            if sides[parent] == _LEFT | _RIGHT:
+                one_sided.discard(parent)
+    return counts[_LEFT], counts[_RIGHT]
 
 
 def first_parents(start: str, parents: Parents) -> Iterator[str]:

@@ -227,11 +227,6 @@ def commits_with_set(connection: sqlite3.Connection, digest: str) -> list[str]:
     return [row[0] for row in rows]
 
 
-def note_ids(connection: sqlite3.Connection) -> set[str]:
-    """Ids of the notes whose scores are in the index."""
-    return {row[0] for row in connection.execute("SELECT DISTINCT note FROM scores")}
-
-
 def search(connection: sqlite3.Connection, text: str, *, limit: int = 50) -> list[tuple[str, str]]:
     """(patch id, request id) of the requests that hold every word of `text`, the best match first."""
     words = " ".join(quoted(text))

@@ -92,6 +92,22 @@ def selected_commits(repository: Repository, selection: Selection) -> set[str] |
     return {row[0] for row in _rows(repository, f"SELECT id FROM commits WHERE {' AND '.join(conditions)}", values)}
 
 
+def patches_named(repository: Repository, prefix: str) -> dict[str, str]:
+    """The patches whose id begins with `prefix`, and the first commit that brought each."""
+    rows = _rows(
+        repository,
+        "SELECT changes.patch, changes.commit_id FROM changes JOIN commits ON commits.id = changes.commit_id"
+        " WHERE substr(changes.patch, 1, ?) = ? AND changes.change > 0 ORDER BY commits.rank DESC",
+        [len(prefix), prefix],
+    )
+    return {row[0]: row[1] for row in rows}
+
+
+def patches_ever_whole(repository: Repository) -> list[str]:
+    """The patches that were ever active as a whole: shards, and imported changes."""
+    return [row[0] for row in _rows(repository, "SELECT DISTINCT patch FROM changes WHERE request IS NULL", [])]
+
+
 def whole_graph(repository: Repository) -> dict[str, tuple[int, tuple[str, ...]]]:
     """Rank and parents of every commit, in one read: for questions that walk most of the history."""
     rows = list(_rows(repository, "SELECT id, rank, parents FROM commits", []))

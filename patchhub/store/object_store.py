@@ -13,9 +13,7 @@ from patchhub.errors import CorruptStoreError, RepositoryError
 from patchhub.fsio import DISK, READ_ONLY, TEMPORARY_SUFFIX, Disk, os_errors, read_chunks, write_atomically
 from patchhub.objects import object_id
 
-REMEDY: Final = (
-    "Fetch it again from a remote (`patchhub pull`) or copy the file from a backup; `patchhub fsck` lists all damage."
-)
+REMEDY: Final = "Fetch it again from a remote (`patchhub fetch --repair`) or copy the file from a backup; `patchhub fsck` lists all damage."
 
 _ID = re.compile(r"[0-9a-f]{64}")
 _DIRECTORY = re.compile(r"[0-9a-f]{2}")

@@ -134,7 +134,7 @@ def undo(connection: sqlite3.Connection, *, author: str, time: str) -> Operation
     """
     target = _position(connection)
     if target is None or read(connection, target).command == INIT:
-        raise RepositoryError("there is nothing to undo", remedy="`patchhub operations` lists what was done.")
+        raise RepositoryError("there is nothing to undo", remedy="`patchhub reflog` lists what was done.")
     return _reverse(connection, target, UNDO, author, time)
 
 

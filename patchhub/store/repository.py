@@ -7,7 +7,7 @@ one transaction. Whoever reads goes the other way round, so a crash leaves at mo
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
@@ -110,13 +110,31 @@ class Repository(Reading):
     # --- writing ----------------------------------------------------------------------------------------------------
 
     def write_config(self, config: Config) -> None:
-        """Replace the configuration; the base's identity cannot change."""
-        if config.base_id != self.config.base_id:
-            raise RepositoryError(
-                "a store cannot change its base", remedy="Make another one with `patchhub init BASE`."
-            )
+        """Replace the whole configuration; `change_config` keeps what other processes changed meanwhile."""
+        self.change_config(lambda _: config)
+
+    def change_config(self, change: Callable[[Config], Config]) -> None:
+        """Replace the configuration by `change` of what is on the disk now.
+
+        Raises:
+            RepositoryError: the change is to the base's identity, or to a metric that another process pinned since this
+                store was opened.
+        """
+        path = self.root / "config.json"
         with self.locked():
-            write_config(self.root / "config.json", config, disk=self._disk)
+            present = read_config(path)
+            config = change(present)
+            if config.base_id != present.base_id:
+                raise RepositoryError(
+                    "a store cannot change its base", remedy="Make another one with `patchhub init BASE`."
+                )
+            if present.recording not in (config.recording, self.config.recording):
+                raise RepositoryError(
+                    "another process changed the metric of this repository meanwhile",
+                    remedy="Run the command again: it then uses the metric that is there.",
+                    path=str(path),
+                )
+            write_config(path, config, disk=self._disk)
         self.config = config
 
     def record(

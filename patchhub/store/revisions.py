@@ -28,7 +28,7 @@ _STEP = re.compile(r"([~^])(\d*)")
 _PREFIX = re.compile(r"[0-9a-f]{4,64}")
 _ID = re.compile(r"[0-9a-f]{64}")
 _HUB_COMMIT = re.compile(r"[0-9a-f]{40}")
-_FORBIDDEN_IN_NAME = re.compile(r"[\x00-\x20\x7f~^:?*\[\\]|\.\.|@\{|//|/\.|\.lock(/|$)")
+_FORBIDDEN_IN_NAME = re.compile(r"[\x00-\x20\x7f-\x9f\ud800-\udfff~^:?*\[\\]|\.\.|@\{|//|/\.|\.lock(/|$)")
 
 
 class View(Protocol):
@@ -100,7 +100,9 @@ def check_ref(ref: str) -> None:
         return
     namespace = next((prefix for prefix in (BRANCHES, TAGS, REMOTES, NOTES) if ref.startswith(prefix)), None)
     name = ref[len(namespace) :] if namespace else ""
-    if namespace is None or not name:
+    if namespace is not None and not name:
+        raise RevisionError("a branch or tag needs a name", remedy="Give one of letters, digits and `-`.", name=name)
+    if namespace is None:
         raise RevisionError(f"{ref!r} is not a ref", remedy="Refs are HEAD, refs/heads/*, tags/*, remotes/*, notes/*.")
     reserved = name in (HEAD, BASE) or name.startswith("refs/") or (namespace != NOTES and _looks_like_id(name))
     if reserved or name[0] in "-./" or name[-1] in "./" or name == "@" or _FORBIDDEN_IN_NAME.search(name):
@@ -181,7 +183,7 @@ def _resolve_earlier(name: str, ago: int, view: View) -> str | None:
     if ref not in earlier:
         raise RevisionError(
             f"{name} did not exist {ago} operations ago",
-            remedy="`patchhub operations` lists what there was.",
+            remedy="`patchhub reflog` lists what there was.",
             name=name,
             ago=ago,
         )

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
+from typing import Any
 
+import click
 import pytest
 import torch
 from click.testing import CliRunner
 from transformers import AutoModelForCausalLM
 
+from patchhub import load
 from patchhub.cli.main import main
-from tests.cli.conftest import FACTS, MODEL, Run, snapshot_of
+from patchhub.cli.terminal import print_json, say, talk, visible
+from patchhub.models import fingerprint
+from patchhub.models.safetensors_file import read_header
+from patchhub.models.tracing import Stack
+from tests.cli.conftest import FACTS, MODEL, Run, invoke, snapshot_of
 
 GOOD = json.dumps(FACTS[15])
 OTHER = json.dumps({**FACTS[15], "target_new": "Something else"})
@@ -79,6 +87,36 @@ def test_another_base_is_refused(run: Run, store: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_a_base_changed_in_a_tensor_that_no_edit_touches_is_refused(tmp_path: Path) -> None:
+    folder, store = tmp_path / "model", tmp_path / "store"
+    shutil.copytree(MODEL, folder)
+    store.mkdir()
+    invoke(store, "init", str(folder))
+    file = folder / "model.safetensors"
+    content, status = file.read_bytes(), file.stat()
+    begin = read_header(file)["model.embed_tokens.weight"].begin
+    file.write_bytes(content[:begin] + bytes([content[begin] ^ 1]) + content[begin + 1 :])
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+    facts, out = store / "facts.json", str(store / "out")
+    facts.write_text(f"[{GOOD}]")
+    verbs = (("commit", str(facts), "-m", "x"), ("eval", "base", "--suite", str(facts)), ("metric", "compute"))
+    for verb in (*verbs, ("ask", "The"), ("apply", "base", "--out", out)):
+        assert "(model.embed_tokens.weight)" in invoke(store, *verb, code=8).stderr
+    file.write_bytes(content)
+    invoke(store, "ask", "The")
+
+
+def test_a_base_that_did_not_change_is_not_hashed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, store = tmp_path / "model", tmp_path / "store"
+    shutil.copytree(
+        MODEL, folder
+    )  # with the times of the shipped files, which are older than the two seconds that are not trusted
+    store.mkdir()
+    invoke(store, "init", str(folder))
+    monkeypatch.setattr(fingerprint, "_hash", lambda entry: pytest.fail(f"{entry} was hashed"))
+    invoke(store, "ask", "The")
+
+
 def test_a_base_with_nan_is_refused(tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(MODEL)
     model.get_parameter("model.layers.1.mlp.down_proj.weight").data[3, 4] = torch.nan
@@ -91,6 +129,64 @@ def test_a_base_with_nan_is_refused(tmp_path: Path) -> None:
         result = runner.invoke(main, ["--repo", store, "commit", "-", "-m", "x"], input=GOOD)
     assert result.exit_code == 8, result.output
     assert "not finite" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "fact",
+    [
+        {"prompt": "{} lives in", "subject": "\U0001f600" * 5000, "target_new": "Paris"},
+        {"prompt": "{} lives in", "subject": "Emma", "target_new": "Paris " * 300},
+    ],
+    ids=["subject", "target"],
+)
+@pytest.mark.parametrize("method", ["memit", "wise"])
+def test_texts_beyond_the_context_window_are_refused_before_any_work(
+    fact: dict[str, str], method: str, run: Run, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = snapshot_of(store)
+    begin = Stack.begin
+
+    def watched(stack: Stack, ids: torch.Tensor, *rest: Any) -> Any:
+        assert ids.shape[1] <= 256, "the model was run"
+        return begin(stack, ids, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Stack, "begin", watched)
+        error = run("commit", "-", "-m", "x", "--method", method, stdin=json.dumps(fact), code=3).stderr
+    assert "the model reads up to 256" in error
+    assert len(error.encode()) < 600
+    assert snapshot_of(store) == before
+
+
+@pytest.mark.parametrize("content", [None, "{", "{}"], ids=["missing", "cut off", "empty"])
+def test_a_base_without_a_tokenizer_that_can_be_read(content: str | None, tmp_path: Path) -> None:
+    folder, store = tmp_path / "model", tmp_path / "store"
+    shutil.copytree(MODEL, folder)
+    for file in folder.glob("tok*"):
+        file.unlink()
+    if content is not None:
+        (folder / "tokenizer.json").write_text(content)
+    store.mkdir()
+    made = invoke(store, "init", str(folder))
+    assert ("tokenizer" in made.stderr) == (content != "{}")
+    before = snapshot_of(store)
+    for verb in (("commit", "-", "-m", "x", "--method", "wise"), ("commit", "-", "-m", "x"), ("ask", "The")):
+        error = invoke(store, *verb, stdin=GOOD, code=8).stderr
+        assert f"error: the model folder {folder} has " in error
+        assert "Copy the tokenizer's files" in error
+    assert snapshot_of(store) == before
+
+
+def test_a_cache_that_cannot_be_written_stops_no_reader(run: Run, store: Path, tmp_path: Path) -> None:
+    cache = store / ".patchhub" / "cache"
+    shutil.rmtree(cache)
+    cache.write_text("in the way of the folder")
+    facts = tmp_path / "facts.json"
+    facts.write_text(json.dumps(FACTS[:2]))
+    run("eval", "HEAD", "--suite", str(facts))
+    run("ask", "The capital of France is")
+    assert load(store).config is not None
+    assert cache.is_file()
 
 
 def test_no_store_and_no_model(tmp_path: Path) -> None:
@@ -108,6 +204,69 @@ def test_errors_as_json(run: Run) -> None:
     assert error["kind"] == "RevisionError"
     assert error["exit_code"] == 5
     assert error["remedy"]
+
+
+def test_text_that_is_not_utf_8_is_refused_before_any_work(run: Run, store: Path) -> None:
+    before, text = snapshot_of(store), "caf\udce9"
+    for verb in (
+        ("commit", "-", "-m", text),
+        ("commit", "-", "-m", "x", "--author", text),
+        ("branch", text),
+        ("tag", text),
+        ("remote", "add", "origin", text),
+        ("config", "author", text),
+        ("search", text),
+        ("show", text),
+    ):
+        assert "is not UTF-8 text" in run(*verb, stdin=GOOD, code=2).stderr
+    assert snapshot_of(store) == before
+
+
+def test_a_container_without_a_user_has_an_author(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def nobody() -> str:
+        raise KeyError("getpwuid(): uid not found: 12345")
+
+    monkeypatch.setattr("getpass.getuser", nobody)
+    monkeypatch.setenv("PATH", "/nonexistent")  # so that git cannot be asked either
+    run("branch", "named", "--author", "Ada <ada@example.org>")
+    run("branch", "unnamed")
+    assert "Ada <ada@example.org>" in run("reflog", "named", "--json").stdout
+    assert "unknown <unknown@" in run("reflog", "unnamed", "--json").stdout
+
+
+def test_a_name_of_git_in_another_encoding_does_not_stop_the_author(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "gitconfig").write_bytes(b"[user]\n\tname = Ren\xe9\n\temail = rene@example.org\n")
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", str(tmp_path / "gitconfig"))
+    run("branch", "other")
+    assert "Ren\ufffd <rene@example.org>" in run("reflog", "other", "--json").stdout
+
+
+@pytest.mark.parametrize("epoch", ["yesterday", "1e9", str(10**30)])
+def test_an_epoch_that_is_none_is_refused(epoch: str, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", epoch)
+    assert "SOURCE_DATE_EPOCH" in run("branch", "other", code=2).stderr
+
+
+def test_control_characters_of_stored_texts_are_shown_not_obeyed(capsys: pytest.CaptureFixture[str]) -> None:
+    styled = click.style("ours", fg="green", bold=True)
+    say(f"{styled}\ta\nb \x1b]0;title\x07 \x1b[2J \x1b[8m \r \x7f \x9b1A \udce9", fg="red")
+    talk(f"{styled} \x1b[2J")
+    print_json({"text": "\x1b \x9b \udce9"})
+    captured = capsys.readouterr()
+    shown = r"\x1b]0;title\x07 \x1b[2J \x1b[8m \x0d \x7f \x9b1A \udce9"
+    assert captured.out.startswith(f"ours\ta\nb {shown}\n")  # click drops colours where no terminal is
+    assert captured.err == "ours \\x1b[2J\n"
+    assert json.loads(captured.out[captured.out.index("{") :]) == {"text": "\x1b \x9b \udce9"}
+    assert captured.out.isascii()
+    assert visible(styled) == styled
+
+
+def test_the_log_shows_the_escapes_of_a_message(run: Run) -> None:
+    run("revert", "HEAD", "-m", "clear\x1b[2J\nand \x9b1A")
+    for text in (run("log").stdout, run("show").stdout, run("show", "--json").stdout):
+        assert not set(text) & {"\x1b", "\x9b"}
 
 
 def test_a_mistyped_command_is_explained() -> None:

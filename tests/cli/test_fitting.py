@@ -15,11 +15,13 @@ import torch
 import patchhub
 from patchhub.delta import to_dense
 from patchhub.editing.metric import second_moments
+from patchhub.errors import RepositoryError
 from patchhub.models.architectures import describe, read_config
 from patchhub.models.tracing import Stack
 from patchhub.objects import Metric, Text
 from patchhub.porcelain.columns import read_state
 from patchhub.porcelain.held_text import measured_part
+from patchhub.porcelain.metric_file import import_metric
 from patchhub.store.repository import Repository
 from tests.cli.conftest import FACTS, MODEL, invoke
 
@@ -139,6 +141,16 @@ def test_text_of_ones_own_replaces_the_metric_until_facts_are_recorded(empty: Pa
     assert "one metric" in invoke(empty, "metric", "compute", "--text", str(text), code=6).stderr
 
 
+@pytest.mark.parametrize("name", ["text.jsonl", "text.json"])
+def test_text_files_are_read_as_their_format_says(empty: Path, name: str) -> None:
+    text, texts = empty / name, ["One line\u2028and more.", "Another\u0085line.", *(fact["prompt"] for fact in FACTS)]
+    lines = [json.dumps({"text": line}, ensure_ascii=False) for line in texts]
+    text.write_text("\n".join(lines) if name.endswith("l") else f"[{','.join(lines)}]", encoding="utf-8")
+    invoke(empty, "metric", "compute", "--text", str(text))
+    text.write_text("5", encoding="utf-8")
+    assert "not a list of texts" in invoke(empty, "metric", "compute", "--text", str(text), code=3).stderr
+
+
 def test_layers_that_are_added_later_are_those_of_the_unpatched_base(empty: Path, tmp_path: Path) -> None:
     """Computed after commits, by `metric compute` and by a commit that edits a layer above the earlier ones."""
     other = tmp_path / "other"
@@ -244,6 +256,18 @@ def test_a_damaged_metric_file_changes_nothing(empty: Path, tmp_path: Path) -> N
         path = rewritten(file, tmp_path / f"{name}.zip", change)
         invoke(other, "metric", "import", str(path), code=2 if name == "none" else 7)
         assert shown(other)["id"] is None
+    with zipfile.ZipFile(file) as old, zipfile.ZipFile(tmp_path / "packed.zip", "w") as new:
+        for name in old.namelist():
+            packed = zipfile.ZIP_DEFLATED if name == "text.json" else zipfile.ZIP_STORED
+            new.writestr(name, old.read(name), compress_type=packed)
+    assert "text.json is compressed" in invoke(other, "metric", "import", str(tmp_path / "packed.zip"), code=7).stderr
+    locked = bytearray(file.read_bytes())
+    locked[locked.rindex(b"PK\x01\x02") + 8] |= 1  # the flag of the last member in the directory
+    (tmp_path / "locked.zip").write_bytes(locked)
+    assert "encrypted" in invoke(other, "metric", "import", str(tmp_path / "locked.zip"), code=7).stderr
+    with Repository.open(other) as repository, pytest.raises(RepositoryError, match="cannot be read"):
+        import_metric(repository, tmp_path / "vanished.zip")
+    assert shown(other)["id"] is None
     (tmp_path / "cut.zip").write_bytes(file.read_bytes()[:2000])
     assert invoke(other, "metric", "import", str(tmp_path / "cut.zip"), code=2).stderr
 

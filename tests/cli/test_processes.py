@@ -60,6 +60,34 @@ def test_revert_imports_no_torch(store: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has a device that is always full")
+@pytest.mark.parametrize("form", [[], ["--json"]])
+def test_a_full_disk_behind_the_output_is_said_in_one_error(form: list[str], store: Path) -> None:
+    command = [sys.executable, "-m", "patchhub", "--repo", str(store), "log", *form]
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 6
+    assert "cannot write to the standard output" in done.stderr
+    assert len(done.stderr.strip().splitlines()) <= 2
+
+
+def test_a_closed_pipe_behind_the_output_ends_without_a_word(store: Path) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "patchhub", "--repo", str(store), "log"]
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
+def test_a_wrong_editor_is_refused_before_anything_is_loaded(store: Path) -> None:
+    check = CHECK.replace("assert not done.code, done.code", "assert done.code == 2, done.code")
+    command = [sys.executable, "-c", check, "--repo", str(store), "bench", "foo", "--suite", str(store / "facts.json")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "there is no editor 'foo'" in done.stderr
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGKILL])
 @pytest.mark.parametrize("seconds", [0.5, 3.0, 5.0, 7.0])

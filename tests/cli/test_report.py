@@ -39,7 +39,7 @@ def test_what_cannot_be_written_is_said(run: Run, tmp_path: Path) -> None:
     mine = tmp_path / "notes.html"
     mine.write_text("mine", encoding="utf-8")
     assert "is no report" in run("report", "--out", str(mine), code=2).stderr
-    assert "is a folder" in run("report", "--out", str(tmp_path), code=2).stderr
+    assert "holds a patchhub store" in run("report", "--out", str(tmp_path), code=2).stderr
     assert "cannot write" in run("report", "--out", str(mine / "under a file"), code=6).stderr
     assert "nowhere" in run("report", "nowhere", "--out", str(tmp_path / "page.html"), code=5).stderr
     assert mine.read_text(encoding="utf-8") == "mine"

@@ -14,7 +14,7 @@ from patchhub.evaluation.metrics import score_targets
 from patchhub.models.checkpoint import open_checkpoint
 from patchhub.models.fingerprint import fingerprint
 from patchhub.store.repository import Repository
-from tests.cli.conftest import FACTS, MODEL, Run, invoke
+from tests.cli.conftest import FACTS, MODEL, Run, invoke, snapshot_of
 
 
 def tensors(folder: Path) -> dict[str, object]:
@@ -45,6 +45,23 @@ def test_an_empty_history_is_no_error(tmp_path: Path) -> None:
     assert json.loads(invoke(tmp_path, "log", "--json").stdout) == []
     assert "No commits yet" in invoke(tmp_path, "status").stdout
     assert "unpatched model" in invoke(tmp_path, "show", code=5).stderr
+
+
+def test_a_fact_that_the_base_answers_already_is_no_loss(tmp_path: Path) -> None:
+    invoke(tmp_path, "init", str(MODEL))
+    known = ("--prompt", "The author of {} is", "--subject", "Emma", "--target", "Jane Austen", "-m", "known")
+    done = invoke(tmp_path, "commit", *known)
+    assert "1 of them is now the model's answer" in done.stdout
+    assert "warning" not in done.stderr
+
+
+def test_a_commit_of_which_nothing_holds_says_what_to_do(tmp_path: Path) -> None:
+    invoke(tmp_path, "init", str(MODEL))
+    hard = ("--prompt", "The capital of {} is", "--subject", "Norway", "--target", "Lyon", "-m", "hard")
+    weak = ("--set", "steps=1", "--set", "learning_rate=0.0001", "--force")
+    done = invoke(tmp_path, "commit", *hard, *weak)
+    assert "0 of them are now the model's answer" in done.stdout
+    assert "patchhub tune" in done.stderr
 
 
 def test_the_facts_hold_and_can_be_seen(run: Run, store: Path) -> None:
@@ -82,6 +99,22 @@ def test_the_applied_checkpoint_is_the_loaded_model(run: Run, store: Path, tmp_p
     assert out.keys() == base.keys()
     assert changed == set(json.loads(run("diff", "--json").stdout)["norms"])
     assert "--overwrite" in run("apply", "HEAD", "--out", str(tmp_path / "out"), code=2).stderr
+
+
+@pytest.mark.parametrize("place", [".", "..", ".patchhub", ".patchhub/objects", "link"])
+@pytest.mark.parametrize(
+    "verb",
+    [["apply"], ["export", "checkpoint"], ["export", "diff"], ["export", "peft"], ["metric", "export"], ["report"]],
+)
+def test_no_export_harms_a_store(run: Run, store: Path, verb: list[str], place: str) -> None:
+    before = snapshot_of(store)
+    (store / "link").symlink_to(store / ".patchhub" / "HEAD.json")
+    target = [str(store / place)] if verb[0] == "metric" else ["--out", str(store / place)]
+    revision = [] if verb[0] in ("metric", "report") else ["HEAD"]
+    if verb[-1] == "peft" and place in (".", ".."):
+        return  # it writes a new folder inside, which harms nothing
+    assert run(*verb, *revision, *target, "--overwrite", code=2).stderr
+    assert snapshot_of(store) == before
 
 
 def test_revert_gives_the_base_bit_for_bit_and_revert_of_revert_the_patch(run: Run, tmp_path: Path) -> None:
@@ -150,6 +183,43 @@ def test_one_fact_from_the_command_line(run: Run) -> None:
     assert "already" in run("commit", "-m", "one", *arguments, code=3).stderr
 
 
+def test_the_option_that_a_fact_lacks_is_named(run: Run) -> None:
+    for target in ([], ["--target", ""]):
+        error = run("commit", "-m", "x", "--prompt", "{} is", "--subject", "Ada", *target, code=3).stderr
+        assert "--target is missing or empty" in error
+    assert "there are no facts" in run("commit", "-m", "x", code=3).stderr
+
+
+def test_what_to_do_about_contradictions_depends_on_where_they_are(run: Run) -> None:
+    fact, other = ({**FACTS[0], "target_new": target} for target in ("Nowhere", "Elsewhere"))
+    assert "--on-conflict replace" in run("commit", "-", "-m", "x", stdin=json.dumps([fact]), code=4).stderr
+    inner = run("commit", "-", "-m", "x", stdin=json.dumps([fact, other]), code=4).stderr
+    assert "Keep one of them" in inner
+
+
+def test_a_patch_is_not_shown_but_named_as_one(run: Run) -> None:
+    document = json.loads(run("show", "--json").stdout)
+    (patch,) = document["patches"]
+    error = run("show", patch[:8], code=5).stderr
+    assert "is a patch" in error
+    assert f"patchhub show {document['id'][:12]}" in error
+
+
+def test_the_place_of_the_base_is_a_folder_with_a_model(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "facts").mkdir()
+    before = run("config", "base.path").stdout
+    assert "no config.json" in run("config", "base.path", str(tmp_path / "facts"), code=2).stderr
+    assert "has no default" in run("config", "base.path", "--unset", code=2).stderr
+    assert run("config", "base.path").stdout == before
+
+
+def test_a_store_without_its_operation_log_is_not_said_to_be_repairable(run: Run, store: Path) -> None:
+    (store / ".patchhub" / "patchhub.db").write_bytes(b"")
+    error = run("log", code=7).stderr
+    assert "clone again" in error
+    assert "--reindex" not in error
+
+
 def test_exact_duplicates_count_once_with_a_warning(run: Run) -> None:
     result = run("commit", "-", "-m", "twice", stdin="\n".join([json.dumps(FACTS[11])] * 3), code=0)
     assert "2 exact duplicates counted once" in result.stderr
@@ -182,3 +252,19 @@ def test_load_passes_arguments_through(store: Path, dtype: torch.dtype) -> None:
     model = patchhub.load(store, dtype=dtype, attn_implementation="eager")
     assert model.dtype == dtype
     assert model.config._attn_implementation == "eager"
+
+
+def test_attaching_closes_the_store_and_hashes_the_base_once(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    closed: list[Path] = []
+    close = Repository.close
+    monkeypatch.setattr(Repository, "close", lambda self: (closed.append(self.root), close(self))[1])
+    model = AutoModelForCausalLM.from_pretrained(MODEL)
+    for revision in ("HEAD", "base", "HEAD"):
+        patchhub.attach(model, store, revision)
+    assert len(closed) == 3
+    assert (store / ".patchhub" / "cache" / "tensor-digests.json").is_file()
+
+
+def test_the_package_names_what_it_offers() -> None:
+    assert set(patchhub.__all__) <= set(dir(patchhub))
+    assert all(getattr(patchhub, name) is not None for name in patchhub.__all__)

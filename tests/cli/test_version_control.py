@@ -87,10 +87,28 @@ def test_the_dry_run_names_contradictions_and_losses(run: Run) -> None:
         ["branch", "-d"],
         ["tag", "-d", "v1", "HEAD"],
         ["merge", "side", "--ours", "--choices", "nowhere.json"],
+        ["merge", "side", "--ours", "--theirs"],
     ],
 )
 def test_forms_that_mean_nothing_are_refused(run: Run, arguments: list[str]) -> None:
     assert run(*arguments, code=3 if "--choices" in arguments else 2).stderr.startswith("error:")
+
+
+def test_a_name_that_is_not_there_is_not_to_be_made_where_that_is_not_what_was_asked(run: Run) -> None:
+    for verb in (("branch", "-d", "nope"), ("reflog", "nope")):
+        assert "-c nope" not in run(*verb, code=5).stderr
+    assert "-c nope" in run("switch", "nope", code=5).stderr
+    assert "refs/" not in run("branch", "", code=5).stderr
+
+
+def test_nothing_is_committed_over_a_stopped_merge(run: Run) -> None:
+    run("merge", "side", code=4)
+    before = run("log").stdout
+    fact = ("--prompt", "The capital of {} is", "--subject", "France", "--target", "Lyon")
+    for verb in (("commit", "-m", "x", *fact), ("revert", "HEAD"), ("cherry-pick", "side")):
+        assert "merge --abort" in run(*verb, code=6).stderr
+    assert run("log").stdout == before
+    assert "stopped" in run("status").stdout
 
 
 def test_branches_tags_and_their_moves(run: Run) -> None:

@@ -223,7 +223,7 @@ def test_the_screens_say_what_is_in_shards(run: Run, made: Path) -> None:
     assert "(gave way)" in run("show", "HEAD~2").stdout
     assert "+2 -0 (5 active)" in run("log", "--oneline").stdout
     assert FIRST[0]["target_new"] in run("diff", "base", "HEAD~3").stdout
-    assert "5 active facts are in shards" in run("blame", OTHER).stdout
+    assert "5 active facts in shards" in run("blame", OTHER).stdout
     assert "active" in run("search", FIRST[0]["subject"]).stdout
     assert "sound" in run("fsck").stdout
 
@@ -279,6 +279,13 @@ def test_an_applied_checkpoint_routes_when_patchhub_loads_it(made: Path, tmp_pat
     victim.write_bytes(data)
     with pytest.raises(CorruptStoreError, match="do not hash"):
         patchhub.load(out)
+
+
+def test_what_only_a_store_can_give_is_refused_of_an_applied_checkpoint(made: Path, tmp_path: Path) -> None:
+    invoke(made, "apply", "HEAD", "--out", str(tmp_path / "out"))
+    for choice in ({"revision": "HEAD~1"}, {"base": MODEL}, {"verify": True}, {"side_path": True}):
+        with pytest.raises(patchhub.PatchhubError, match=f"{next(iter(choice))} cannot be chosen"):
+            patchhub.load(tmp_path / "out", **choice)
 
 
 def test_shards_are_routed_to_where_deltas_run_beside_the_weights(made: Path, tokenizer: Any) -> None:

@@ -206,3 +206,9 @@ def test_a_tokenizer_without_offsets_is_refused_with_a_remedy():
 def test_a_context_has_one_slot(context):
     with pytest.raises(SettingsError, match="template"):
         encode_prompt(tokenizer_of("word level"), context, request_of("{} is", "Paris", "London"))
+
+
+def test_a_token_that_is_of_subject_and_target_is_refused():
+    whole = Tokenizer(models.WordLevel({"<unk>": 0, "Paris London": 1}, unk_token="<unk>"))  # one token for any text
+    with pytest.raises(RequestError, match="end of the subject 'Paris' and the beginning of the target 'London'"):
+        encode_prompt(PreTrainedTokenizerFast(tokenizer_object=whole), "{}", request_of("{}", "Paris", "London"))

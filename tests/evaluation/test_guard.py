@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from patchhub.canonical import canonical_json
+from patchhub.cli.guarding import guard_lines
 from patchhub.evaluation.guard import Drifted, Limits, Measured, Report, Share, is_guessing, judge
 
 HEALTHY = Measured(
@@ -60,12 +61,18 @@ def test_a_healthy_change_passes() -> None:
         ("misfit", {"unmet": Share(90, 100)}),
         ("drift", {"drift": Drifted(0.13, 0.9, 2.2, 800)}),
         ("drift", {"drift": Drifted(0.13, float("nan"), 2.2, 800)}),
+        ("total", {"drift": Drifted(2.4, 2.6, 8.0, 800)}),
         ("spectrum", {"spectrum": {"w": {"base": 2.0, "change": 9.0, "state": 120.0}}}),
         ("survival", {"survival": {"w": 0.99, "v": 0.05}}),
     ],
 )
 def test_each_check_fails_alone(check: str, broken: dict[str, object]) -> None:
     assert failed(replace(HEALTHY, **broken)) == [check]
+
+
+def test_a_change_that_leads_back_to_the_base_is_not_held_against_the_whole_way() -> None:
+    assert failed(replace(HEALTHY, drift=Drifted(4.0, 3.9, 9.0, 800))) == []
+    assert failed(replace(HEALTHY, drift=Drifted(3.9, 4.0, 9.0, 800))) == ["total"]
 
 
 def test_few_facts_are_excused_by_chance_and_may_drift_less() -> None:
@@ -77,13 +84,19 @@ def test_few_facts_are_excused_by_chance_and_may_drift_less() -> None:
 
 
 @given(st.integers(0, 500), st.integers(0, 500))
-def test_more_facts_may_drift_more_up_to_the_limit(one: int, other: int) -> None:
+def test_more_facts_may_drift_more(one: int, other: int) -> None:
     few, many = sorted((one, other))
-    assert 0 < LIMITS.drift_limit(few) <= LIMITS.drift_limit(many) <= LIMITS.drift
+    assert 0 < LIMITS.drift_limit(few) <= LIMITS.drift_limit(many) <= LIMITS.drift * max(1.0, many / 100)
+    assert LIMITS.drift_limit(34) == LIMITS.drift_limit(100) == LIMITS.drift
+
+
+@given(st.integers(1, 50))
+def test_one_batch_may_drift_as_much_as_its_facts_in_hundreds(hundreds: int) -> None:
+    assert LIMITS.drift_limit(100 * hundreds) == pytest.approx(hundreds * LIMITS.drift_limit(100))
 
 
 def test_what_a_guessing_base_says_is_not_held_against_the_change() -> None:
-    drifted = Drifted(0.0, 3.0, 9.0, 800, guessing=True)
+    drifted = Drifted(0.0, 2.0, 6.0, 800, guessing=True)
     assert failed(replace(HEALTHY, own=Share(0, 100), drift=drifted)) == []
     assert failed(replace(HEALTHY, own=Share(0, 100), drift=replace(drifted, guessing=False))) == ["drift", "own"]
 
@@ -120,3 +133,12 @@ def test_a_report_survives_its_json(found: Measured) -> None:
 )
 def test_a_check_of_another_make_is_no_report(check: dict[str, object]) -> None:
     assert Report.from_json({"forced": False, **check}) is None
+
+
+def test_one_fact_is_one_in_words() -> None:
+    found = replace(HEALTHY, own=Share(0, 1), unmet=Share(1, 1))
+    (words,) = (finding.words for finding in judge(found, replace(LIMITS, own=0.9)) if finding.check == "own")
+    assert words == "0 of 1 new fact is the model's answer"
+    lines = list(guard_lines(Report(found, (), False).to_json()))
+    assert any("0 of 1 new fact is the model's answer" in line for line in lines)
+    assert any("8 of 80 earlier facts that were read and held are lost" in line for line in lines)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from patchhub.export.foreign import from_difference
 from patchhub.porcelain.change import revert
 from patchhub.porcelain.columns import read_additive, read_columns, read_state, weight_shapes
 from patchhub.porcelain.export import export_peft
+from patchhub.porcelain.history import show
 from patchhub.porcelain.importing import import_change
 from patchhub.porcelain.merge import merge
 from patchhub.porcelain.model import apply
@@ -164,6 +166,21 @@ def test_an_import_lives_with_facts(tmp_path: Path) -> None:
         assert check(store).sound
 
 
+def test_changes_that_cancel_make_a_commit_too(tmp_path: Path) -> None:
+    base, weight = model_folder(tmp_path / "base", "llama"), "model.layers.1.mlp.down_proj.weight"
+    model = load_base(base)
+    parameter = model.get_parameter(weight)
+    stored = (64 * parameter.data).round() / 64  # sums of such numbers are exact
+    change = torch.randint(-9, 9, stored.shape, generator=torch.Generator().manual_seed(0)) / 64
+    for name, factor in (("base", 0), ("up", 1), ("down", -1)):
+        parameter.data = stored + factor * change
+        model.save_pretrained(tmp_path / name)
+    with model_store(tmp_path / "store", base) as store:
+        for name in ("up", "down"):
+            imported(store, tmp_path / name)
+        assert store.commit(str(store.head[1])).check["proof"][weight] == 0.0
+
+
 def test_columns_on_top_ask_for_the_rest() -> None:
     generator = np.random.default_rng(0)
     keys = generator.standard_normal((2, 5))
@@ -211,6 +228,7 @@ def test_malformed_adapters_are_refused(tmp_path: Path) -> None:
             {"lora_alpha": "16"},
             {"lora_alpha": float("inf")},
             {"alpha_pattern": {"(": 3}},
+            {"alpha_pattern": {"(?i)down_proj": 3}},
             {"alpha_pattern": 3},
             {"tensors": {"other": np.zeros(3, np.float32)}},
             {"tensors": {name: np.zeros((3, 3), np.float32)}},
@@ -231,5 +249,13 @@ def test_what_was_exported_comes_back(tmp_path: Path) -> None:
     with model_store(tmp_path / "made", base, range(3)) as made:
         folder = export_peft(made, "HEAD", tmp_path / "out", Silent()).out
     with model_store(tmp_path / "store", base) as store:
-        imported(store, folder)
+        imported(store, tmp_path / "out")  # the one adapter in it
+        entry = show(store).entry
+        assert (entry.added, entry.active, entry.imported, entry.active_imports) == (0, 0, 1, 1)
+    shutil.copytree(folder, tmp_path / "out" / "second")
+    with model_store(tmp_path / "other", base) as store:
+        with pytest.raises(RequestError, match="2 adapters"):
+            imported(store, tmp_path / "out")
+        with pytest.raises(RequestError, match=r"adapter_config\.json.*config\.json"):
+            imported(store, tmp_path / "store")
     assert distance(logits(patchhub.load(tmp_path / "store")), logits(patchhub.load(tmp_path / "made"))) < 1e-5

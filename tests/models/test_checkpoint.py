@@ -290,6 +290,31 @@ def test_no_existing_folder_is_harmed(llama: Path, tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["llama", "out"]
 
 
+def test_only_a_models_folder_is_replaced(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, mine = open_checkpoint(llama), tmp_path / "project"
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    mine.mkdir()
+    for content in ("", "5", '{"name": "no model"}'):
+        (mine / "config.json").write_text(content)
+        with pytest.raises(SettingsError, match="not a model's folder"):
+            write_patched(base, mine, {}, overwrite=True)
+    (tmp_path / "home").mkdir()
+    for target in (tmp_path / "home", Path("/")):
+        with pytest.raises(SettingsError, match=r"home folder|base itself"):
+            write_patched(base, target, {}, overwrite=True)
+    assert (mine / "config.json").read_text() == content
+
+
+def test_a_symbolic_link_stands_for_the_folder_that_it_names(llama: Path, tmp_path: Path) -> None:
+    base, real, link = open_checkpoint(llama), tmp_path / "real", tmp_path / "link"
+    link.symlink_to(real)
+    for _ in range(2):
+        write_patched(base, link, {LLAMA_WEIGHT: negated}, overwrite=True)
+        assert link.is_symlink()
+        assert differing_tensors(base, open_checkpoint(real)) == {LLAMA_WEIGHT}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "llama", "real"]
+
+
 def test_a_failure_leaves_nothing(llama: Path, tmp_path: Path) -> None:
     def interrupted(tensor: Tensor) -> Tensor:
         raise KeyboardInterrupt

@@ -15,9 +15,13 @@ import torch
 from accelerate import hooks
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from patchhub.delta import LowRank
+from patchhub.editing.locate import Encoded
 from patchhub.editing.sites import BlockOutput, Projections, Rows
+from patchhub.editing.wise_descent import _edit_loss, _margin_loss, _read_texts, _rows
+from patchhub.editing.wise_keys import read_tokens
 from patchhub.models.side_path import SidePath
 from patchhub.models.tracing import Prefix, Stack
 from tests.tiny_models import VOCABULARY, tiny_stack
@@ -41,7 +45,7 @@ def move(module: nn.Module, device: torch.device, mode: FakeTensorMode) -> None:
 def spread(request: pytest.FixtureRequest) -> Iterator[Stack]:
     """A model as accelerate spreads it: the first two blocks with the embedding, the others with the head."""
     stack = tiny_stack(request.param, attn_implementation="eager")
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+    with FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv()) as mode:  # shapes that numbers decide
         move(stack.model, NEAR, mode)
         far = [*stack.blocks[2:], stack._norm, stack.model.get_output_embeddings()]
         for module in far:
@@ -109,3 +113,22 @@ def test_a_side_path_follows_its_module(spread: Stack) -> None:
     rows = opened(spread, 0)
     assert rows.start.run(rows.hidden, 0, 4).device == NEAR
     handle.remove()
+
+
+@pytest.mark.parametrize("layer", [1, 2, 3])
+def test_the_tokens_of_side_memories_meet_where_their_layer_is(spread: Stack, layer: int) -> None:
+    tokens = read_tokens(spread, layer, [[1, 2, 3], [4, 5]])
+    devices = {tokens.keys.device, tokens.lengths.device, tokens.text.device}
+    assert devices == {spread.device_of(layer)}
+    change = torch.zeros(spread.architecture.shapes[layer], device=spread.device_of(layer))
+    assert tokens.distances(change, "max").device == change.device
+
+
+@pytest.mark.parametrize("layer", [1, 2, 3])
+def test_the_descent_of_a_side_memory_runs_where_its_layer_is(spread: Stack, layer: int) -> None:
+    rows = _rows(spread, layer, [(Encoded((1, 2, 3, 4), 1, (2, 4)), 1.0), (Encoded((5, 6, 7), 0, (1, 3)), 1.0)])
+    texts = _read_texts(spread, layer, [[1, 2, 3], [4, 5]])
+    change = torch.zeros(spread.architecture.shapes[layer], device=spread.device_of(layer), requires_grad=True)
+    loss = _edit_loss(spread, layer, rows, change) + _margin_loss([rows], [texts], change, (1.0, 2.0, 3.0), "max")
+    [gradient] = torch.autograd.grad(loss, change)
+    assert (gradient.device, gradient.shape) == (change.device, change.shape)

@@ -103,7 +103,7 @@ def test_the_base_is_accepted_and_another_model_refused_by_name(folder: Path) ->
     flip_a_byte(checkpoint, WEIGHT)
     check_tensors(base, checkpoint, ["model.layers.0.mlp.down_proj.weight"])
     for names in ([WEIGHT], None):
-        with pytest.raises(BaseError, match="1 tensors differ") as caught:
+        with pytest.raises(BaseError, match="1 tensor differs") as caught:
             check_tensors(base, checkpoint, names)
         assert caught.value.facts["differing"] == [WEIGHT]
         assert caught.value.remedy is not None

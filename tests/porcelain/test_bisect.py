@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from patchhub.cli.main import main
 from patchhub.errors import RequestError, RevisionError, SettingsError
 from patchhub.objects import Request
-from patchhub.porcelain.bisect import Outcome, Verdict, ancestor_sets, bisect, first_bad, metric_check
+from patchhub.porcelain.bisect import Outcome, Verdict, ancestor_sets, bisect, first_bad
+from patchhub.porcelain.bisect_checks import facts_to_measure, metric_check
 from patchhub.porcelain.progress import Silent
 from patchhub.store.graph import ancestors, oldest_first
 from patchhub.store.repository import Repository
@@ -164,6 +165,13 @@ def test_metrics_are_measured_commit_by_commit(repository: Repository, metric: s
     assert len(set(values)) > 1 or metric == "paraphrase"
     if metric == "locality":
         assert values[0] == 1.0
+
+
+def test_from_the_base_on_the_facts_are_those_of_the_bad_end(repository: Repository) -> None:
+    at_head = facts_to_measure(repository, "locality", "base", "HEAD")
+    assert facts_to_measure(repository, "efficacy", "base", "HEAD") == at_head != []
+    held = facts_to_measure(repository, "efficacy", "HEAD~2", "HEAD")
+    assert 0 < len(held) < len(at_head)
 
 
 def test_checks_that_cannot_work_are_refused(repository: Repository) -> None:

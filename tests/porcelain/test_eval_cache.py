@@ -205,7 +205,10 @@ def test_what_cannot_be_evaluated_is_refused(
 def test_a_base_that_is_gone_is_named(repository: Repository, tmp_path: Path) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
+    config = empty / "config.json"
+    config.write_text("{}", encoding="utf-8")
     config_set(repository, "base.path", str(empty))
+    config.unlink()
     with pytest.raises(BaseError, match="empty"):
         run(repository)
 

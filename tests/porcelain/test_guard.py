@@ -155,6 +155,21 @@ def test_a_subject_at_the_first_token_is_warned_about(tmp_path: Path) -> None:
     assert not report.failed
 
 
+def test_in_a_chat_the_template_stands_before_a_subject(tmp_path: Path) -> None:
+    from tests.tiny_models import tiny_model, tiny_tokenizer
+
+    tiny_model("gpt2").save_pretrained(tmp_path / "model")
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}Q: {{ m.content }} A: {% endfor %}"
+    tokenizer.save_pretrained(tmp_path / "model")
+    init(tmp_path, str(tmp_path / "model"), Silent(), author=AUTHOR, time=TIME)
+    with Repository.open(tmp_path) as repository:
+        for key, value in (("metric.tokens", "1500"), ("memit.layers", "1"), ("memit.steps", "2"), ("chat", "true")):
+            config_set(repository, key, value)
+        write(repository, [Request.make("{} is located in", "The", "Lyon")])
+        assert report_at(repository).measured.first_token == 0
+
+
 def test_a_revert_asks_the_model_when_it_is_told_to(repository: Repository) -> None:
     write(repository, FACTS[6:9])
     revert(repository, "HEAD~1", Stamp(AUTHOR, TIME, ""))

@@ -9,12 +9,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from patchhub.delta import Delta, Dense, LowRank, add, from_sparse, to_dense
+from patchhub.delta import Delta, Dense, LowRank, add, from_sparse, to_dense, write_deltas
 from patchhub.errors import GuardError
 from patchhub.evaluation.guard import Measured, Report, Share
 from patchhub.models.checkpoint import open_checkpoint
 from patchhub.models.structure import Orientation
-from patchhub.objects import Request
+from patchhub.objects import Patch, Request, requests_json
 from patchhub.porcelain import refs
 from patchhub.porcelain.base_weights import open_weight, survival
 from patchhub.porcelain.change import revert
@@ -23,7 +23,7 @@ from patchhub.porcelain.guard import Guarding
 from patchhub.porcelain.guard_vectors import from_vectors, most_moved, prepared
 from patchhub.porcelain.merge import Merged, merge
 from patchhub.porcelain.settings import config_set
-from patchhub.porcelain.snapshot import Draft, prepare
+from patchhub.porcelain.snapshot import Draft, prepare, snapshot
 from patchhub.porcelain.spectrum import largest_of_delta, largest_singular_value
 from patchhub.runtime import compose
 from tests.porcelain.synthetic import BY, SHAPES, Synthetic, make_request, make_store, stamp
@@ -74,6 +74,34 @@ def test_what_is_prepared_is_what_is_recorded(store: Synthetic) -> None:
     assert state.keys() == found.after.keys()
     for weight, shape in SHAPES.items():
         assert np.array_equal(to_dense(add(state[weight], shape)), to_dense(add(found.after[weight], shape)))
+
+
+def test_facts_beside_an_imported_change_are_held_against_the_whole_state(store: Synthetic) -> None:
+    """Their columns are solved on top of it, so facts of before and of after it get what they ask for."""
+    store.commit(*map(make_request, NAMES))
+    repository, rng = store.repository, np.random.default_rng(1)
+    deltas = {weight: Dense(0.7 * rng.standard_normal(shape).astype(np.float32)) for weight, shape in SHAPES.items()}
+    patch = Patch(
+        base=repository.config.base_id,
+        kind="additive",
+        made_on=None,
+        method="difference",
+        metric=None,
+        requests=(),
+        requests_blob=repository.objects.put(requests_json(())),
+        settings={},
+        tensors=repository.objects.put(write_deltas(deltas)),
+        weights=SHAPES,
+    )
+    repository.objects.put(patch.to_json())
+    _, head = repository.head
+    metric = repository.commit(str(head)).metric
+    draft = Draft((str(head),), store.active() | patch.elements, metric, "import", {"patch": patch.id})
+    found = from_vectors(repository, prepared(repository, prepare(repository, draft, stamp())))
+    assert (found.unmet, found.crushed) == (Share(0, 0), Share(0, len(NAMES)))
+    snapshot(repository, draft, stamp())
+    found = look(store, make_request("Eve"), make_request("Zoe"))
+    assert (found.unmet, found.crushed) == (Share(0, 2), Share(0, len(NAMES)))
 
 
 def test_those_that_the_change_moves_most_come_first(store: Synthetic) -> None:
@@ -165,6 +193,13 @@ def test_a_change_beyond_the_type_does_not_survive(tmp_path: Path) -> None:
     weight = open_weight(checkpoint_of(tmp_path, torch.ones(3, 2, dtype=torch.float16)), "w", "out_in")
     assert weight is not None
     assert survival(weight, [Dense(np.full((3, 2), 1e6, np.float32))]) == 0.0
+
+
+def test_a_change_that_is_rounding_errors_is_not_judged(tmp_path: Path) -> None:
+    weight = open_weight(checkpoint_of(tmp_path, torch.ones(3, 2, dtype=torch.float16)), "w", "out_in")
+    assert weight is not None
+    assert survival(weight, [Dense(np.full((3, 2), 5e-7, np.float32))]) == 1.0
+    assert survival(weight, [Dense(np.full((3, 2), 5e-6, np.float32))]) == 0.0
 
 
 def test_bfloat16_is_rounded_as_torch_rounds_it(tmp_path: Path) -> None:

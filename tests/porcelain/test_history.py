@@ -20,7 +20,7 @@ from patchhub.delta import Dense, from_factors, inner, numerical_rank, to_dense
 from patchhub.errors import RequestError, SettingsError
 from patchhub.objects import Commit, Element
 from patchhub.porcelain.columns import read_state
-from patchhub.porcelain.difference import changed_answers, weight_steps
+from patchhub.porcelain.difference import changed_answers, diff, weight_steps
 from patchhub.porcelain.facts import active_requests
 from patchhub.porcelain.history import log, nearest
 from patchhub.porcelain.progress import Silent
@@ -28,6 +28,8 @@ from patchhub.porcelain.times import duration, instant
 from patchhub.store.graph import ancestors
 from patchhub.store.lookup import Selection
 from patchhub.store.repository import Repository
+from tests.porcelain.synthetic import make_request
+from tests.porcelain.synthetic import make_store as make_synthetic
 from tests.porcelain.taught import PLACES, TONGUES, fact, make_store
 from tests.store.builders import make_commit, make_repository, move, put_patch, record
 
@@ -206,6 +208,18 @@ def test_nearest_are_the_wanted_commits_reached_without_passing_another(steps: l
 
 
 # --- diff -----------------------------------------------------------------------------------------------------------
+
+
+def test_facts_of_one_prompt_with_several_targets_are_all_told(tmp_path: Path) -> None:
+    made = make_synthetic(tmp_path)
+    french, german, dutch = (make_request("Ann", target) for target in ("French", "German", "Dutch"))
+    made.commit(french, german)
+    made.commit(dutch, remove=made.active())
+    gone = diff(made.repository, "HEAD~1", "base")
+    assert set(gone.removed) == {french, german}
+    found = diff(made.repository, "HEAD~1", "HEAD")
+    assert [pair.after for pair in found.retargeted] == [dutch]
+    assert {*found.removed, *(pair.before for pair in found.retargeted)} == {french, german}
 
 
 def test_the_weights_differ_by_what_their_matrices_say(repository: Repository) -> None:

@@ -269,7 +269,11 @@ def test_only_a_report_is_replaced(store: Synthetic, tmp_path: Path) -> None:
         write_report(store.repository, out, Silent(), time=TIME)
     assert out.read_text(encoding="utf-8") == "my own page"
     write_report(store.repository, out, Silent(), time=TIME, overwrite=True)
+    folder = tmp_path / "folder"
+    folder.mkdir()
     with pytest.raises(SettingsError, match="is a folder"):
+        write_report(store.repository, folder, Silent(), time=TIME)
+    with pytest.raises(SettingsError, match="holds a patchhub store"):
         write_report(store.repository, tmp_path, Silent(), time=TIME)
 
 

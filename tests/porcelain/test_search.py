@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -92,6 +93,23 @@ def test_a_prompt_is_looked_up_among_the_active_facts(store: Synthetic) -> None:
     assert mentioned(store.repository, "Louis Pasteur was") == []
     assert [f.target_new for f in mentioned(store.repository, "Louis Pasteur was", "HEAD~2")] == ["French"]
     assert [f.target_new for f in mentioned(store.repository, "Marie Curie spoke")] == ["Polish"]
+
+
+def test_facts_that_were_recorded_again_and_again_leave_room_for_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("patchhub.porcelain.search._READ", 4)
+    made = make_store(tmp_path)
+    for _ in range(12):
+        gone = frozenset(e for e in made.active() if e[1] == make_request("Ann").id)
+        made.commit(make_request("Ann"), remove=gone)
+    for name in ("Ann Lee", "Ann Poe"):
+        made.commit(make_request(name))
+    for limit in (1, 2, 3, 4):
+        found = search(made.repository, "tongue french", limit=limit)
+        assert len({item.fact.request for item in found}) == len(found) == min(limit, 3)
+    about = mentioned(made.repository, "Of Ann Lee and Ann Poe")
+    assert {fact.subject for fact in about} == {"Ann", "Ann Lee", "Ann Poe"}
 
 
 def test_the_command_prints_words_or_json(store: Synthetic) -> None:

@@ -21,6 +21,7 @@ from patchhub.porcelain.export import export_diff, export_peft
 from patchhub.porcelain.facts import active_requests
 from patchhub.porcelain.history import log, show, status
 from patchhub.porcelain.merge import Merged, Stopped, continue_merge, merge, plan
+from patchhub.porcelain.prediction import predict
 from patchhub.porcelain.progress import Silent
 from patchhub.porcelain.reshape import plan_shards, shrink
 from patchhub.porcelain.routing_state import routing_at, stored_shard
@@ -284,6 +285,19 @@ def both_continue(store: Synthetic) -> tuple[Patch, Patch, Patch]:
     theirs = commit_shard(store.repository, facts("there"), follows=first.id)
     refs.switch(store.repository, "main", BY)
     return first, ours, theirs
+
+
+def test_the_dry_run_counts_the_facts_of_shards_as_the_merge_does(store: Synthetic) -> None:
+    first = commit_shard(store.repository, facts("a"))
+    refs.create_branch(store.repository, "side", "HEAD", BY)
+    commit_shard(store.repository, facts("here"), follows=first.id)
+    refs.switch(store.repository, "side", BY)
+    commit_shard(store.repository, facts("there", "and there", "and here"))
+    refs.switch(store.repository, "main", BY)
+    predicted = predict(store.repository, "side")
+    done = merge(store.repository, "side", stamp())
+    assert isinstance(done, Merged)
+    assert (predicted.from_ours, predicted.from_theirs) == (len(done.from_ours), len(done.from_theirs)) == (1, 3)
 
 
 def test_where_both_sides_continued_a_shard_both_stay_and_the_old_one_goes(store: Synthetic) -> None:

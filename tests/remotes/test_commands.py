@@ -11,7 +11,9 @@ import pytest
 from click.testing import CliRunner, Result
 
 from patchhub.cli.main import main
+from patchhub.errors import RepositoryError
 from patchhub.objects import Request
+from patchhub.porcelain.loading import open_path
 from patchhub.store.repository import Repository
 from tests.export.models import model_folder, model_store
 from tests.remotes.stores import add_batch, add_patch, move
@@ -37,6 +39,46 @@ def ours(base: Path, tmp_path: Path) -> Path:
         move(store, {"refs/tags/v1": (None, str(store.resolve("HEAD~1")))})
     run(folder, "remote", "add", "origin", str(tmp_path / "shared"))
     return folder
+
+
+@pytest.mark.parametrize("address", ["", "nosuch://q", "simplecache::nosuch://q"])
+def test_addresses_that_nothing_opens_are_refused_at_once(address: str, ours: Path) -> None:
+    before = run(ours, "remote", "list").stdout
+    assert "hf://user/repo" in run(ours, "remote", "add", "x", address, code=2).stderr
+    assert run(ours, "remote", "list").stdout == before
+
+
+def test_undo_says_what_it_undid_and_that_a_push_stays(ours: Path) -> None:
+    run(ours, "push")
+    told = run(ours, "undo").stdout
+    assert "`push` undone: origin/main" in told
+    assert "not taken back" in told
+    again = run(ours, "redo").stdout
+    assert "`push` done again" in again
+    assert "not taken back" not in again
+    run(ours, "branch", "new")
+    run(ours, "undo")
+    run(ours, "redo")
+    assert "`branch` undone: new" in run(ours, "undo").stdout
+
+
+def test_a_damaged_object_is_fetched_again_as_the_error_says(ours: Path) -> None:
+    run(ours, "push")
+    with Repository.open(ours) as store:
+        path = store.objects.path(str(store.commit(str(store.resolve("HEAD"))).tensors))
+    path.chmod(0o600)
+    path.write_bytes(b"damaged")
+    assert "fetch --repair" in run(ours, "fsck", code=7).stdout
+    assert "1 object repaired" in run(ours, "fetch", "--repair").stdout
+    run(ours, "fsck")
+    assert "Nothing new" in run(ours, "fetch", "--repair").stdout
+
+
+def test_a_remote_is_to_be_cloned_not_loaded(ours: Path, tmp_path: Path) -> None:
+    run(ours, "push")
+    with pytest.raises(RepositoryError) as caught:
+        open_path(tmp_path / "shared")
+    assert "patchhub clone" in str(caught.value.remedy)
 
 
 def test_push_clone_and_pull(ours: Path, base: Path, tmp_path: Path) -> None:
@@ -71,7 +113,7 @@ def test_a_pull_that_stops_says_who_says_what(ours: Path, base: Path, tmp_path: 
         with Repository.open(folder) as store:
             add_patch(store, [Request.make("The mother tongue of {} is", "Ada", target)])
     run(theirs, "push")
-    said = run(ours, "pull", code=1).stdout
+    said = run(ours, "pull", code=4).stdout
     assert all(part in said for part in ("The mother tongue of Ada is", "Dutch", "Welsh", "merge --continue"))
     run(ours, "merge", "--continue", "--theirs")
     run(ours, "push")
@@ -125,7 +167,9 @@ def test_export_and_import(ours: Path, base: Path, tmp_path: Path) -> None:
     model_store(other, base).close()
     assert "rank" in run(other, "import", done["out"]).stdout
     assert "active already" in run(other, "import", done["out"], code=3).stderr
-    assert "1 active" in run(other, "log").stdout
+    assert "(0 active), 1 imported change" in run(other, "log").stdout
+    assert "an imported change of" in run(other, "show").stdout
+    assert "0 active facts and 1 imported change" in run(other, "status").stdout
     run(other, "revert", "HEAD")
     run(other, "import", str(tmp_path / "fused"))
     assert json.loads(run(other, "fsck", "--json").stdout)["sound"]

@@ -201,6 +201,22 @@ def test_texts_can_be_withheld_and_stay_withheld(connect: Connect, tmp_path: Pat
     assert len(subjects) == 7
 
 
+def test_a_fetch_needs_no_cache(connect: Connect, tmp_path: Path) -> None:
+    push(make_history(tmp_path / "ours"), connect())
+    theirs = make_store(tmp_path / "theirs")
+    shutil.rmtree(theirs.cache)
+    fetch(theirs, connect())
+    assert check(theirs).sound
+
+
+def test_a_tag_that_shows_texts_is_no_success_of_withholding(connect: Connect, tmp_path: Path) -> None:
+    ours = make_history(tmp_path / "ours")
+    push(ours, connect())
+    with pytest.raises(RemoteError, match="shows the texts"):
+        push(ours, connect(), "v1", private_facts=True)
+    assert push(ours, connect(), "v1") == []
+
+
 def test_texts_that_were_pushed_before_are_taken_out(connect: Connect, tmp_path: Path) -> None:
     ours, theirs = make_history(tmp_path / "ours"), make_store(tmp_path / "theirs")
     push(ours, connect())
@@ -335,3 +351,25 @@ def test_branches_may_have_slashes(connect: Connect, tmp_path: Path) -> None:
     push(ours, connect())
     fetch(theirs, connect())
     assert theirs.refs()["refs/remotes/origin/team/ada"] == ours.refs()["refs/heads/team/ada"]
+
+
+def test_a_listing_without_sizes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = FsspecFiles(f"file://{tmp_path}/remote")
+    files.write("objects/ab/cd", b"data")
+    assert files.sizes("objects") == {"objects/ab/cd": 4}
+    monkeypatch.setattr(files._fs, "find", lambda path, detail: {path + "/ab/cd": {"size": None}})
+    with pytest.raises(RemoteError, match="how large"):
+        files.sizes("objects")
+
+
+def test_a_folder_is_listed_once_for_each_view(tmp_path: Path) -> None:
+    ours = make_history(tmp_path / "ours")
+    files = FsspecFiles(f"file://{tmp_path}/remote")
+    remote, listed, sizes = FileRemote("there", files), list[str](), files.sizes
+    files.sizes = lambda folder: (listed.append(folder), sizes(folder))[1]  # type: ignore[method-assign]
+    push(ours, remote, "main")
+    listed.clear()
+    for expected in (1, 2):
+        tip = remote.view().tips["refs/heads/main"]
+        assert remote.sizes(tip) == remote.sizes(tip) != {}
+        assert len(listed) == expected

@@ -22,13 +22,16 @@ from safetensors.numpy import load, save
 from patchhub.canonical import canonical_json, object_id
 from patchhub.errors import PatchhubError, RemoteError
 from patchhub.objects import Commit, set_digest
+from patchhub.porcelain.change import largest_proof
+from patchhub.porcelain.difference import diff
+from patchhub.porcelain.history import log, show
 from patchhub.remotes.addresses import open_remote
 from patchhub.remotes.file import object_path
 from patchhub.remotes.manifest import read_branch, read_folder
 from patchhub.store.fsck import check
 from patchhub.store.repository import Repository
 from tests.benchmarks.synthetic_store import HastyDisk
-from tests.remotes.stores import make_history, make_store
+from tests.remotes.stores import SHAPES, make_history, make_store
 from tests.remotes.test_conformance import fetch, push
 
 MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
@@ -350,6 +353,64 @@ def test_a_remote_with_a_mutated_object(honest: Path, data: st.DataObject) -> No
         refs = {"refs/heads/main": object_id(raw)}
         replace_file(remote / "patchhub.json", canonical_json({**manifest, "notes": {}, "refs": refs}))
         survives(remote, repository)
+
+
+def with_commit(remote: Path, commit: dict[str, Any]) -> str:
+    """Put a commit onto the remote as all that its main branch has; returns its id."""
+    raw = Commit.from_json(canonical_json(commit)).to_json()
+    replace_file(remote / object_path(object_id(raw)), raw)
+    manifest = json.loads((remote / "patchhub.json").read_bytes())
+    refs = {"refs/heads/main": object_id(raw)}
+    replace_file(remote / "patchhub.json", canonical_json({**manifest, "notes": {}, "refs": refs}))
+    return object_id(raw)
+
+
+WEIGHT = next(iter(SHAPES))
+
+
+@pytest.mark.parametrize(
+    "measured",
+    [
+        {},
+        {"norms": 5, "proof": 5, "guard": 5},
+        {"norms": [], "proof": None},
+        {"norms": {WEIGHT: 1.0}, "proof": {WEIGHT: "small"}},
+        {"norms": {WEIGHT: {"base": 1.0}, "elsewhere": {"base": 1.0, "change": 1.0, "state": 1.0}}, "proof": {}},
+    ],
+)
+def test_a_check_of_another_form_is_taken_as_not_measured(measured: dict[str, Any], honest: Path) -> None:
+    with attacked(honest) as (remote, repository):
+        manifest = json.loads((remote / "patchhub.json").read_bytes())
+        commit = json.loads((remote / object_path(manifest["refs"]["refs/tags/v1"])).read_bytes())
+        identity = with_commit(remote, {**commit, "check": measured})
+        fetch(repository, open_remote(str(remote)))
+        (entry,) = log(repository, "origin/main", sizes=True)
+        assert entry.id == identity
+        assert entry.size is not None
+        assert entry.size.weight in {None, "elsewhere"}
+        assert show(repository, identity).entry.id == identity
+        assert diff(repository, "base", identity).norms == {}
+        assert largest_proof(repository.commit(identity)) == 0.0
+
+
+@pytest.mark.parametrize(
+    "stated",
+    [
+        *({"layers": 3}, {"layers": [-1]}, {"layers": ["0"]}, {"contexts": "{}"}, {"contexts": [1]}, {"ridge": "much"}),
+        *({"chat": "yes"}, {"chat": {"before": ""}}, {"refreshes": ["../.."]}, {"refreshes": 1}),
+    ],
+)
+def test_settings_of_other_types_are_refused(stated: dict[str, Any], honest: Path) -> None:
+    with attacked(honest) as (remote, repository):
+        manifest = json.loads((remote / "patchhub.json").read_bytes())
+        commit = json.loads((remote / object_path(manifest["refs"]["refs/tags/v1"])).read_bytes())
+        ((identity, requests),) = commit["added"]
+        patch = json.loads((remote / object_path(identity)).read_bytes())
+        raw = canonical_json({**patch, "settings": {**patch["settings"], **stated}})
+        replace_file(remote / object_path(object_id(raw)), raw)
+        added = [[object_id(raw), requests]]
+        with_commit(remote, {**commit, "added": added, "set": digest_of(added)})
+        refused(remote, repository, f"settings.{next(iter(stated))}")
 
 
 def test_texts_of_other_facts_are_refused(honest: Path) -> None:

@@ -129,6 +129,8 @@ def test_survival_at_its_ends() -> None:
     assert survival(w0, deltas, full, orientation="out_in") == pytest.approx(1.0, abs=1e-5)
     assert survival(w0, deltas, w0, orientation="out_in") == pytest.approx(0.0, abs=1e-6)
     assert survival(w0, [], w0, orientation="out_in") == 1.0
+    nearly = random_deltas(1, 48, 64, ["low"], 1e-9)
+    assert survival(w0, nearly, w0, orientation="out_in") == 1.0
     losses = [
         survival(w0, small, compose(w0, small, orientation="out_in", dtype=w0.dtype), orientation="out_in")
         for small in (random_deltas(1, 48, 64, ["low"], scale) for scale in (1e-4, 1e-3, 1e-2, 1e-1))

@@ -245,7 +245,7 @@ def test_known_digests_do_not_hide_a_change(llama: Checkpoint, tmp_path: Path) -
     with open(entry.file, "r+b") as stream:
         stream.seek(entry.begin)
         stream.write(bytes(16))
-    with pytest.raises(BaseError, match="1 tensors differ"):
+    with pytest.raises(BaseError, match="1 tensor differs"):
         load_patched(llama, state, cache=tmp_path / "cache")
 
 

@@ -166,14 +166,37 @@ def test_leftovers_and_unused_factors_go(repository: Repository) -> None:
     inside.write_bytes(b"12")
     beside.mkdir()
     (beside / "x").write_bytes(b"1")
+    download = repository.cache / "receive-abc"
+    (download / "0").mkdir(parents=True)
+    (download / "0" / "object").write_bytes(b"1234")
     found = collect(repository, ALWAYS, dry_run=False)
     assert {(item.kind, item.path, item.size) for item in found} == {
         ("cache", unused, 3),
         ("temporary", inside, 2),
         ("temporary", beside, 1),
+        ("temporary", download, 4),
     }
     assert used.is_dir()
-    assert not any(path.exists() for path in (unused, inside, beside))
+    assert not any(path.exists() for path in (unused, inside, beside, download))
+
+
+def test_files_that_a_writer_renames_meanwhile_are_skipped(
+    repository: Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone = repository.root / "objects" / "ab" / ".ab00.tmp"
+    monkeypatch.setattr(repository.objects, "temporary_files", lambda: iter([gone]))
+    assert gone not in {item.path for item in collect(repository, ALWAYS, dry_run=True)}
+
+
+def test_a_pinned_metric_that_is_lost_is_found(repository: Repository) -> None:
+    metric = Metric(repository.config.base_id, "covariance", {"epsilon": 0.01}, {"kind": "file"}, "0" * 64, 1, 1)
+    identity = repository.objects.put(metric.to_json())
+    config = repository.config
+    repository.write_config(Config(config.base, config.settings, Recording(identity, ("{}",))))
+    assert check(repository).sound
+    repository.objects.path(identity).unlink()
+    with Repository.open(repository.root.parent) as fresh:
+        assert not check(fresh).sound
 
 
 def test_a_damaged_store_loses_nothing_more(repository: Repository) -> None:

@@ -24,6 +24,14 @@ def graphs(draw: st.DrawFn) -> Graph:
     return made
 
 
+def ranks(history: Graph, data: st.DataObject) -> dict[str, int]:
+    """Any numbers that are larger than those of all parents."""
+    rank: dict[str, int] = {}
+    for commit, parents in history.items():
+        rank[commit] = max([data.draw(st.integers(0, 3)), *(rank[parent] + 1 for parent in parents)])
+    return rank
+
+
 def reach(history: Graph) -> set[tuple[str, str]]:
     """All pairs (commit, ancestor), itself included: the transitive closure by repetition."""
     pairs = {(commit, commit) for commit in history}
@@ -60,9 +68,7 @@ def test_a_criss_cross_has_two_merge_bases() -> None:
 @given(graphs(), st.data())
 def test_walk_is_each_ancestor_once_children_first(history: Graph, data: st.DataObject) -> None:
     starts = data.draw(st.lists(st.sampled_from(sorted(history)), min_size=1))
-    rank: dict[str, int] = {}
-    for commit, parents in history.items():
-        rank[commit] = max([data.draw(st.integers(0, 3)), *(rank[parent] + 1 for parent in parents)])
+    rank = ranks(history, data)
     order = list(graph.walk(starts, history.__getitem__, rank.__getitem__))
     assert sorted(order) == sorted(graph.ancestors(starts, history.__getitem__))
     assert [rank[commit] for commit in order] == sorted((rank[commit] for commit in order), reverse=True)
@@ -77,6 +83,28 @@ def test_oldest_first_is_each_ancestor_once_parents_first(history: Graph, data: 
     assert sorted(order) == sorted(graph.ancestors(starts, history.__getitem__))
     place = {commit: position for position, commit in enumerate(order)}
     assert all(place[parent] < place[commit] for commit in order for parent in history[commit])
+
+
+@given(graphs(), st.data())
+def test_apart_counts_what_only_one_side_has(history: Graph, data: st.DataObject) -> None:
+    left, right = (data.draw(st.sets(st.sampled_from(sorted(history)), max_size=2)) for _ in range(2))
+    rank = ranks(history, data)
+    below = [graph.ancestors(side, history.__getitem__) for side in (left, right)]
+    expected = (len(below[0] - below[1]), len(below[1] - below[0]))
+    assert graph.apart(left, right, history.__getitem__, rank.__getitem__) == expected
+
+
+def test_apart_stops_at_what_both_have() -> None:
+    asked: list[int] = []
+
+    def parents(commit: str) -> list[str]:
+        asked.append(int(commit))
+        return [str(int(commit) - 1)]
+
+    assert graph.apart(["1000000"], ["999990"], parents, int) == (10, 0)
+    assert graph.apart(["999990"], ["1000000"], parents, int) == (0, 10)
+    assert graph.apart(["7"], ["7"], parents, int) == (0, 0)
+    assert len(asked) <= 20
 
 
 def test_walk_is_lazy() -> None:

@@ -29,7 +29,7 @@ from faults import QUICK
 
 from patchhub.errors import CorruptStoreError, RepositoryError, RevisionError, StaleRefError
 from patchhub.objects import EMPTY_SET, set_digest
-from patchhub.store.config import Config
+from patchhub.store.config import Config, Recording
 from patchhub.store.repository import Repository
 
 
@@ -95,6 +95,30 @@ def test_config_is_replaced_but_not_its_base(repository: Repository, tmp_path: P
         assert reopened.config.settings == {"method": "pmet"}
     with pytest.raises(RepositoryError, match="base"):
         repository.write_config(Config({"id": "0" * 64}, {}))
+
+
+def test_a_change_of_the_config_keeps_what_others_changed_meanwhile(repository: Repository, tmp_path: Path) -> None:
+    with Repository.open(tmp_path) as other:
+        other.change_config(lambda config: dataclasses.replace(config, settings={"method": "pmet"}))
+    recording = Recording("1" * 64, ("{}",))
+    repository.change_config(lambda config: dataclasses.replace(config, recording=recording))
+    with Repository.open(tmp_path) as reopened:
+        assert reopened.config == dataclasses.replace(repository.config, settings={"method": "pmet"})
+        assert reopened.config.recording == recording
+
+
+def test_a_metric_that_another_process_pinned_stays(repository: Repository, tmp_path: Path) -> None:
+    first, second = Recording("1" * 64, ("{}",)), Recording("2" * 64, ("{}",))
+    with Repository.open(tmp_path) as other:
+        other.change_config(lambda config: dataclasses.replace(config, recording=first))
+    for late in (second, None):
+        with pytest.raises(RepositoryError, match="meanwhile") as raised:
+            repository.change_config(lambda config, late=late: dataclasses.replace(config, recording=late))
+        assert "again" in str(raised.value.remedy)
+    repository.change_config(lambda config: dataclasses.replace(config, recording=first))
+    with Repository.open(tmp_path) as reopened:
+        assert reopened.config.recording == first
+        reopened.change_config(lambda config: dataclasses.replace(config, recording=second))
 
 
 def test_recorded_commits_read_back(repository: Repository, tmp_path: Path) -> None:

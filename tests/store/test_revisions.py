@@ -98,8 +98,8 @@ def test_resolves(revision: str, commit: str | None) -> None:
         ("HEAD~4", "beyond the first", "base"),
         ("HEAD^3", "beyond the first", "base"),
         ("base~1", "beyond the first", "base"),
-        ("main@{2}", "did not exist 2 operations ago", "operations"),
-        ("main@{999999999}", "did not exist", "operations"),
+        ("main@{2}", "did not exist 2 operations ago", "reflog"),
+        ("main@{999999999}", "did not exist", "reflog"),
         ("none@{1}", "nothing", "log"),
         ("HEAD~99999999999999999999", "nothing", "log"),
         ("~1", "not a revision", "Write"),
@@ -140,6 +140,7 @@ def test_usable_names(ref: str) -> None:
     [
         *("", "HEAD", "base", "refs/heads/x", "-x", ".x", "x.", "/x", "x/", "a//b", "a..b", "a b", "a~b", "a^b", "a:b"),
         *("a?b", "a*b", "a[b", "a\\b", "a@{b", "@", "a.lock", "a.lock/b", "a/.b", "a\x00b", "a\nb", "x\n", A, "a" * 40),
+        *("a\x7fb", "a\x9bb", "a\udce9b"),
     ],
 )
 def test_names_with_another_meaning_are_refused(name: str) -> None:
