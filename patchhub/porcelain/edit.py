@@ -114,17 +114,7 @@ def commit(
     checkpoint = open_base(repository)
     edit = _chosen_edit(repository, checkpoint, method, settings or {}, text, strict, memory)
     progress.stage("loading the base", 0)
-    deltas = state_without(repository, plan, read_state(repository, plan.parent))
-    opened = open_model(
-        repository,
-        checkpoint,
-        edit.architecture,
-        edit.weights,
-        deltas,
-        placement or placement_of(repository),
-        chat=_in_chat(repository, method, chat),
-    )
-    _check_lengths(opened, plan)
+    opened = _open(repository, checkpoint, edit, plan, placement, chat=_in_chat(repository, method, chat))
     if runs_beside(opened.model) and (method == METHOD or active_shards(repository, plan.kept)):
         raise SettingsError(
             "WISE's side memories need a base in float32 while facts are written",
@@ -200,10 +190,16 @@ def _chosen_edit(
     return _Edit(architecture, [architecture.ffn_weight(layer) for layer in chosen.layers], write)
 
 
-def _check_lengths(opened: Opened, plan: Plan) -> None:
-    """Refuse facts that are longer than the model reads, before anything is computed with them."""
+def _open(
+    repository: Repository, checkpoint: Checkpoint, edit: _Edit, plan: Plan, placement: Placement | None, *, chat: bool
+) -> Opened:
+    """The base in the state that the plan is written on; facts that are longer than it reads are refused here."""
+    deltas = state_without(repository, plan, read_state(repository, plan.parent))
+    place = placement or placement_of(repository)
+    opened = open_model(repository, checkpoint, edit.architecture, edit.weights, deltas, place, chat=chat)
     limit = context_length(opened.model)
     encode_facts(opened.tokenizer, plan.requests, (SLOT,), chat=opened.chat, limit=limit)
+    return opened
 
 
 def _in_chat(repository: Repository, method: str, asked: bool | None) -> bool:
