@@ -119,6 +119,10 @@ EMPTY_SET: Final = set_digest(())
 """The set digest of the unpatched model."""
 
 
+SLOT: Final = "{}"
+"""The place of the subject in the prompt of a request."""
+
+
 # --- requests -------------------------------------------------------------------------------------------------------
 
 

@@ -199,7 +199,7 @@ def revert(
     its facts is trained again, on the others.
     """
     from patchhub.porcelain.change import revert as run
-    from patchhub.porcelain.guard import Guarding
+    from patchhub.porcelain.judging import Guarding
 
     repository = open_repository(repo)
     by, guarding = stamp(repository, author, message), Guarding(force, check)
@@ -236,7 +236,7 @@ def cherry_pick(
 ) -> None:
     """Do what the commit REV changed once more on the current branch, from its recorded columns: no model runs."""
     from patchhub.porcelain.change import cherry_pick as run
-    from patchhub.porcelain.guard import Guarding
+    from patchhub.porcelain.judging import Guarding
 
     repository = open_repository(repo)
     by, guarding = stamp(repository, author, message), Guarding(force, check)

@@ -131,8 +131,8 @@ def import_(
 
     Only weights that patchhub can edit may differ from the base. Pickled files are never opened.
     """
-    from patchhub.porcelain.guard import Guarding
     from patchhub.porcelain.importing import import_change as run
+    from patchhub.porcelain.judging import Guarding
 
     repository = open_repository(repo)
     with bars() as progress:

@@ -80,7 +80,7 @@ def merge(
     differently the merge stops and lists both answers. The weights are solved from recorded columns: no model runs.
     """
     from patchhub.porcelain import merge as porcelain
-    from patchhub.porcelain.guard import Guarding
+    from patchhub.porcelain.judging import Guarding
 
     if sum([rev is not None, resume, abort]) != 1 or (dry_run and rev is None):
         raise SettingsError(

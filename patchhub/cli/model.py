@@ -78,27 +78,28 @@ def config(key: str | None, value: str | None, unset: bool, repo: Path | None, a
       patchhub config author "Ada <ada@example.org>"
       patchhub config memit.layers 3-5
     """
-    from patchhub.porcelain import settings
+    from patchhub.porcelain import configure
+    from patchhub.porcelain.settings import SETTINGS
 
     repository = open_repository(repo)
     if key is None:
-        values = settings.config_values(repository)
+        values = configure.config_values(repository)
     elif unset:
-        settings.config_unset(repository, key)
+        configure.config_unset(repository, key)
         values = {key: None}
     elif value is not None:
-        values = {key: settings.config_set(repository, key, value)}
+        values = {key: configure.config_set(repository, key, value)}
     else:
-        values = {key: settings.config_get(repository, key)}
+        values = {key: configure.config_get(repository, key)}
     if as_json:
         print_json(values)
         return
     for name, found in values.items():
         say(f"{name} = {'(default)' if found is None else found}")
     if key is None:
-        unset_keys = [name for name in settings.SETTINGS if name not in values]
+        unset_keys = [name for name in SETTINGS if name not in values]
         for name in unset_keys:
-            say(f"{name:20} {settings.SETTINGS[name].purpose}", dim=True)
+            say(f"{name:20} {SETTINGS[name].purpose}", dim=True)
 
 
 @click.command()

@@ -8,8 +8,8 @@ from typing import Any, Final
 
 from transformers import PreTrainedTokenizerBase
 
-from patchhub.editing.record_shapes import SLOT
 from patchhub.errors import SettingsError
+from patchhub.objects import SLOT
 
 _QUESTION: Final = "questionqxz"
 _ANSWER: Final = "answerqxz"

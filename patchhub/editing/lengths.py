@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Final
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from patchhub.errors import RequestError
+from patchhub.errors import RequestError, UnsupportedModelError
 
 _QUOTED: Final = 60  # characters of a long text that a message shows
 
@@ -45,3 +45,45 @@ def too_long(text: str, count: int, limit: int) -> RequestError:
         tokens=count,
         limit=limit,
     )
+
+
+Span = tuple[int, int]
+
+
+def tokenise(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, special_tokens: bool = True
+) -> list[tuple[tuple[int, ...], Sequence[Span]]]:
+    """Ids and character offsets of each text, without the special tokens that the tokenizer appends.
+
+    Args:
+        special_tokens: let the tokenizer put its own in front; False for texts that spell them out.
+
+    Raises:
+        UnsupportedModelError: the tokenizer gives no character offsets.
+    """
+    if not tokenizer.is_fast:
+        raise UnsupportedModelError(
+            f"the tokenizer {type(tokenizer).__name__} does not say which characters a token covers",
+            remedy="load a fast tokenizer (tokenizer.json) for this model",
+        )
+    if not texts:
+        return []
+    batch = tokenizer(
+        list(texts),
+        add_special_tokens=special_tokens,
+        padding=False,
+        truncation=False,
+        return_attention_mask=False,
+        return_offsets_mapping=True,
+        return_special_tokens_mask=True,
+        verbose=False,
+    )
+    tokenised = []
+    for ids, offsets, special in zip(
+        batch["input_ids"], batch["offset_mapping"], batch["special_tokens_mask"], strict=True
+    ):
+        stop = len(ids)
+        while stop and special[stop - 1]:
+            stop -= 1
+        tokenised.append((tuple(ids[:stop]), offsets[:stop]))
+    return tokenised

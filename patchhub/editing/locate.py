@@ -15,11 +15,9 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from patchhub.editing.chat import Chat
-from patchhub.editing.record_shapes import SLOT
-from patchhub.errors import RequestError, SettingsError, UnsupportedModelError
-from patchhub.objects import Request
-
-Span = tuple[int, int]
+from patchhub.editing.lengths import Span, tokenise
+from patchhub.errors import RequestError, SettingsError
+from patchhub.objects import SLOT, Request
 
 
 @dataclass(frozen=True)
@@ -142,45 +140,6 @@ def _split(template: str) -> tuple[str, str]:
             template=template,
         )
     return parts[0], parts[1]
-
-
-def tokenise(
-    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, special_tokens: bool = True
-) -> list[tuple[tuple[int, ...], Sequence[Span]]]:
-    """Ids and character offsets of each text, without the special tokens that the tokenizer appends.
-
-    Args:
-        special_tokens: let the tokenizer put its own in front; False for texts that spell them out.
-
-    Raises:
-        UnsupportedModelError: the tokenizer gives no character offsets.
-    """
-    if not tokenizer.is_fast:
-        raise UnsupportedModelError(
-            f"the tokenizer {type(tokenizer).__name__} does not say which characters a token covers",
-            remedy="load a fast tokenizer (tokenizer.json) for this model",
-        )
-    if not texts:
-        return []
-    batch = tokenizer(
-        list(texts),
-        add_special_tokens=special_tokens,
-        padding=False,
-        truncation=False,
-        return_attention_mask=False,
-        return_offsets_mapping=True,
-        return_special_tokens_mask=True,
-        verbose=False,
-    )
-    tokenised = []
-    for ids, offsets, special in zip(
-        batch["input_ids"], batch["offset_mapping"], batch["special_tokens_mask"], strict=True
-    ):
-        stop = len(ids)
-        while stop and special[stop - 1]:
-            stop -= 1
-        tokenised.append((tuple(ids[:stop]), offsets[:stop]))
-    return tokenised
 
 
 def _encoded(ids: tuple[int, ...], offsets: Sequence[Span], item: Marked) -> Encoded:

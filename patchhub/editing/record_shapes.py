@@ -12,11 +12,10 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from patchhub.errors import RequestError
-from patchhub.objects import Request, nfc
+from patchhub.objects import SLOT, Request, nfc
 
 Record = Mapping[str, Any]
 
-SLOT = "{}"
 REQUIRED_FIELDS = frozenset({"prompt", "subject", "target_new"})
 OPTIONAL_FIELDS = frozenset({"target_true", "paraphrases", "neighborhood"})
 ZSRE_FIELDS = frozenset({"src", "alt"})

@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
-from patchhub.editing.locate import tokenise
+from patchhub.editing.lengths import tokenise
 from patchhub.models.tracing import Stack
 
 # The five openings of the published MEMIT code (memit_main.py, get_context_templates).

@@ -10,12 +10,12 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from patchhub.editing.facts import encode_facts
-from patchhub.editing.locate import Marked, encode_marked, mark_text, tokenise
-from patchhub.editing.record_shapes import SLOT
+from patchhub.editing.lengths import tokenise
+from patchhub.editing.locate import Marked, encode_marked, mark_text
 from patchhub.editing.sampling import continue_tokens
 from patchhub.editing.values import Fact
 from patchhub.models.tracing import Stack
-from patchhub.objects import Request
+from patchhub.objects import SLOT, Request
 
 SHARE_OF_BARE = 0.5
 """What the bare prompt weighs among a request's rows; all others share the rest."""

@@ -12,13 +12,12 @@ from dataclasses import dataclass
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from patchhub.editing.chat import Chat
-from patchhub.editing.record_shapes import SLOT
 from patchhub.errors import SettingsError
 from patchhub.evaluation.estimates import mean_or_none
 from patchhub.evaluation.generation import continue_greedily
 from patchhub.evaluation.metrics import BATCH_TOKENS
 from patchhub.evaluation.suites import Scores, scored
-from patchhub.objects import Request
+from patchhub.objects import SLOT, Request
 
 BARE = SLOT
 

@@ -12,8 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicCache
 
 from patchhub.editing.chat import Chat
-from patchhub.editing.lengths import context_length
-from patchhub.editing.locate import tokenise
+from patchhub.editing.lengths import context_length, tokenise
 from patchhub.errors import RequestError, SettingsError
 from patchhub.evaluation.metrics import BATCH_TOKENS, cut, reading
 from patchhub.models.tracing import left_padded

@@ -21,8 +21,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicCache
 
 from patchhub.editing.chat import Chat
-from patchhub.editing.lengths import beginning, context_length, too_long
-from patchhub.editing.locate import encode_targets, tokenise
+from patchhub.editing.lengths import beginning, context_length, tokenise, too_long
+from patchhub.editing.locate import encode_targets
 from patchhub.errors import EditError, RequestError, SettingsError
 from patchhub.models.tracing import Prefix, fast, left_padded, right_padded
 

@@ -13,11 +13,11 @@ from patchhub.editing.requests import contradiction_error, find_contradictions
 from patchhub.errors import RequestError, RevisionError
 from patchhub.objects import Commit, Element, Request, set_digest
 from patchhub.porcelain.facts import active_requests, distinct, left_and_entered
-from patchhub.porcelain.guard import GUARDED, Guarding
+from patchhub.porcelain.judging import GUARDED, Guarding
 from patchhub.porcelain.progress import Progress, Silent
 from patchhub.porcelain.recorded import one_metric, recorded_again, stale_requests
 from patchhub.porcelain.report_checks import numbers
-from patchhub.porcelain.reshape import ShardPlan, plan_shards, shards_among, shrink, train_reshaped
+from patchhub.porcelain.reshape import ShardPlan, plan_shards, shards_among, shrink
 from patchhub.porcelain.selection import Change, facts_of, selected
 from patchhub.porcelain.shards import stale_shards, without_shards
 from patchhub.porcelain.snapshot import Draft, Stamp, snapshot
@@ -197,6 +197,8 @@ def _carry_out(
     _refuse_contradictions(repository, head, before, after, shards)
     trained: tuple[str, ...] = ()
     if shards.train:
+        from patchhub.porcelain.edit_shard import train_reshaped
+
         after, trained = train_reshaped(repository, before, after, shards, progress)
     draft = Draft((head,) if head else (), after, metric, command, arguments)
     identity = snapshot(repository, draft, stamp, judge=guarding.judge(repository, progress))

@@ -11,19 +11,18 @@ from typing import Any
 from patchhub.editing.editors import EDITORS
 from patchhub.editing.facts import encode_facts
 from patchhub.editing.lengths import context_length
-from patchhub.editing.record_shapes import SLOT
 from patchhub.editing.requests import Batch
 from patchhub.errors import SettingsError
 from patchhub.models.architectures import Architecture, describe, read_config
 from patchhub.models.checkpoint import Checkpoint
 from patchhub.models.placement import Placement, runs_beside
-from patchhub.objects import Request
+from patchhub.objects import SLOT, Request
 from patchhub.porcelain.columns import read_state
 from patchhub.porcelain.competition import Rival
 from patchhub.porcelain.edit_closed_form import state_without, write_closed_form
 from patchhub.porcelain.edit_settings import chosen_settings
 from patchhub.porcelain.edit_shard import forget_replaced, write_shards
-from patchhub.porcelain.guard import judge_edit
+from patchhub.porcelain.judging import judge_edit
 from patchhub.porcelain.loading import SURVIVAL_LIMIT, open_base
 from patchhub.porcelain.opened import Opened, open_model
 from patchhub.porcelain.placements import placement_of

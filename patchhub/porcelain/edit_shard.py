@@ -109,3 +109,27 @@ def _next(
     kept = tuple(request for request in texts_of(repository, current) if request.id not in gone)
     subspace = {name: record.training[name] for name in ("seed", "mask_ratio") if name in record.training}
     return Making(replace(settings, **subspace), record.number, current, kept)
+
+
+def train_reshaped(
+    repository: Repository,
+    before: frozenset[Element],
+    after: frozenset[Element],
+    shards: ShardPlan,
+    progress: Progress,
+) -> tuple[frozenset[Element], tuple[str, ...]]:
+    """A set with the shards of ``shards.train`` trained again, and their ids. Loads the base.
+
+    Args:
+        before: HEAD's set.
+        after: the set, with the shards that are to be trained as they were.
+
+    Raises:
+        BaseError: the base is missing, changed or cannot be edited.
+        RepositoryError: the texts of a shard are withheld.
+        EditError: a training is not finite.
+    """
+    opened = open_for_shards(repository, before, after, progress)
+    done = trained(repository, opened, after, ShardPlan(train=shards.train), progress)
+    progress.close()
+    return done, tuple(sorted(patch for patch, _ in done - after))

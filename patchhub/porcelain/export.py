@@ -23,12 +23,11 @@ from patchhub.export.peft import (
 from patchhub.fsio import os_errors, write_atomically
 from patchhub.porcelain.columns import read_state, weight_shapes
 from patchhub.porcelain.facts import active_requests, distinct
-from patchhub.porcelain.out_path import refuse_store
 from patchhub.porcelain.progress import Progress
 from patchhub.porcelain.scores import notes_of
 from patchhub.porcelain.shards import shards_at
 from patchhub.remotes.card import AdapterNote, Card, ScoreLine, adapter_name, write_card
-from patchhub.store.repository import Repository
+from patchhub.store.repository import Repository, refuse_store
 
 TOLERANCE: Final = 1e-3
 """Relative error per weight up to which a recompressed adapter is offered, with the error stated."""

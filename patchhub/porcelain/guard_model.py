@@ -12,12 +12,11 @@ from sys import float_info
 from typing import Final
 
 from patchhub.editing.locate import encode_prompts
-from patchhub.editing.record_shapes import SLOT
 from patchhub.errors import EditError
 from patchhub.evaluation.drift import Drift, TextReading, drift, leading, read_text, room
 from patchhub.evaluation.guard import Drifted, Measured, Report, Share, is_guessing
 from patchhub.evaluation.metrics import score_targets
-from patchhub.objects import Metric, Request
+from patchhub.objects import SLOT, Metric, Request
 from patchhub.porcelain.columns import weight_shapes
 from patchhub.porcelain.facts import active_requests
 from patchhub.porcelain.guard_vectors import Prepared, from_vectors, most_moved

@@ -17,7 +17,7 @@ from patchhub.models.checkpoint import Checkpoint, open_checkpoint
 from patchhub.models.fingerprint import tensor_digest
 from patchhub.objects import Base, Patch, requests_json
 from patchhub.porcelain.columns import weight_shapes
-from patchhub.porcelain.guard import GUARDED, Guarding
+from patchhub.porcelain.judging import GUARDED, Guarding
 from patchhub.porcelain.loading import base_object, open_base
 from patchhub.porcelain.progress import Progress
 from patchhub.porcelain.snapshot import Draft, Stamp, snapshot

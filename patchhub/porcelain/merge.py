@@ -16,11 +16,11 @@ from patchhub.objects import Element, Request
 from patchhub.porcelain.change import largest_proof
 from patchhub.porcelain.contradictions import Contradiction, Decided, Resolution, Side, decide, find
 from patchhub.porcelain.facts import left_and_entered
-from patchhub.porcelain.guard import GUARDED, Guarding
+from patchhub.porcelain.judging import GUARDED, Guarding
 from patchhub.porcelain.progress import Progress, Silent
 from patchhub.porcelain.recorded import one_metric, stale_requests
 from patchhub.porcelain.refs import current_ref
-from patchhub.porcelain.reshape import ShardPlan, shrink, train_reshaped
+from patchhub.porcelain.reshape import ShardPlan, shrink
 from patchhub.porcelain.shards import stale_shards, superseded
 from patchhub.porcelain.snapshot import Draft, Stamp, snapshot
 from patchhub.porcelain.stopped_merge import StoppedMerge, forget, keep, refuse_stopped, stopped_merge
@@ -238,6 +238,8 @@ def _finish(
         return Stopped(merge, planned.open, planned.unchecked)
     trained: tuple[str, ...] = ()
     if planned.shards.train:
+        from patchhub.porcelain.edit_shard import train_reshaped
+
         merged, trained = train_reshaped(repository, planned.ours, planned.merged, planned.shards, progress)
         planned = replace(planned, merged=merged)
     metric = planned.metric or repository.commit(merge.ours).metric

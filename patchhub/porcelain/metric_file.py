@@ -18,9 +18,8 @@ from patchhub.errors import CorruptStoreError, PatchhubError, RepositoryError
 from patchhub.fsio import CHUNK, os_errors, temporary_path, write_atomically
 from patchhub.objects import FORMAT, Metric
 from patchhub.porcelain.metric import Shown, editable_weights, refuse_other, show
-from patchhub.porcelain.out_path import refuse_store
 from patchhub.porcelain.recording import metric_cache, pin
-from patchhub.store.repository import Repository
+from patchhub.store.repository import Repository, refuse_store
 
 MANIFEST: Final = "metric.json"
 _TEXT: Final = "text.json"

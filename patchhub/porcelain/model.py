@@ -27,7 +27,6 @@ from patchhub.porcelain.base_check import keep_digests, open_checked
 from patchhub.porcelain.chat_form import chat_form
 from patchhub.porcelain.columns import read_state
 from patchhub.porcelain.loading import SURVIVAL_LIMIT, base_object, not_finite, state_at
-from patchhub.porcelain.out_path import refuse_store
 from patchhub.porcelain.placements import placement_of
 from patchhub.porcelain.progress import Progress, increments
 from patchhub.porcelain.routing_state import chosen_mode
@@ -35,7 +34,7 @@ from patchhub.porcelain.shards import shards_at
 from patchhub.runtime.compose import compose, survival
 from patchhub.runtime.patched_model import attach, switch
 from patchhub.runtime.routing import Mode
-from patchhub.store.repository import DIRECTORY, Repository
+from patchhub.store.repository import DIRECTORY, Repository, refuse_store
 
 _TOP = 5
 _CONTINUATION = 12

@@ -11,13 +11,12 @@ from patchhub.errors import SettingsError
 from patchhub.evaluation.definitions import DEFINITIONS
 from patchhub.fsio import os_errors, write_atomically
 from patchhub.objects import Element
-from patchhub.porcelain.out_path import refuse_store
 from patchhub.porcelain.page.render import is_page, render
 from patchhub.porcelain.progress import Progress
 from patchhub.porcelain.report_commits import CommitRow, commit_rows, edited_weights, reachable
 from patchhub.porcelain.report_facts import FactRow, fact_rows
 from patchhub.porcelain.report_scores import ScoreRow, score_rows
-from patchhub.store.repository import Repository
+from patchhub.store.repository import Repository, refuse_store
 from patchhub.store.revisions import HEAD
 
 if TYPE_CHECKING:

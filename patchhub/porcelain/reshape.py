@@ -11,7 +11,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from patchhub.objects import Element, Request
-from patchhub.porcelain.progress import Progress
 from patchhub.porcelain.shards import active_shards, earlier_shards, followers, withheld
 from patchhub.store.repository import Repository
 
@@ -106,32 +105,6 @@ def shrink(repository: Repository, forgotten: Mapping[str, frozenset[str]]) -> S
     for shard, facts in sorted(forgotten.items()):
         found += _shaped(repository, shard, _facts(repository, shard) - facts, None)
     return found
-
-
-def train_reshaped(
-    repository: Repository,
-    before: frozenset[Element],
-    after: frozenset[Element],
-    shards: ShardPlan,
-    progress: Progress,
-) -> tuple[frozenset[Element], tuple[str, ...]]:
-    """A set with the shards of ``shards.train`` trained again, and their ids. Loads the base.
-
-    Args:
-        before: HEAD's set.
-        after: the set, with the shards that are to be trained as they were.
-
-    Raises:
-        BaseError: the base is missing, changed or cannot be edited.
-        RepositoryError: the texts of a shard are withheld.
-        EditError: a training is not finite.
-    """
-    from patchhub.porcelain.edit_shard import open_for_shards, trained
-
-    opened = open_for_shards(repository, before, after, progress)
-    done = trained(repository, opened, after, ShardPlan(train=shards.train), progress)
-    progress.close()
-    return done, tuple(sorted(patch for patch, _ in done - after))
 
 
 def _replaced(

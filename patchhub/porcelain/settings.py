@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Final
 
 from patchhub.errors import RepositoryError, SettingsError
@@ -211,81 +210,17 @@ SETTINGS: Mapping[str, Setting] = {
 }
 
 
-def config_values(repository: Repository) -> dict[str, Any]:
-    """Every setting that differs from its default."""
-    values = {"base.path": repository.config.base["path"], **repository.config.settings}
-    return dict(sorted(values.items()))
-
-
-def config_get(repository: Repository, key: str) -> Any:
-    """One setting, None where the default holds.
-
-    Raises:
-        SettingsError: there is no such key.
-    """
-    _known(key)
-    return config_values(repository).get(key)
-
-
-def config_set(repository: Repository, key: str, text: str) -> Any:
-    """Set one key from text; returns the value.
-
-    Raises:
-        SettingsError: no such key, or the value cannot be used.
-        RepositoryError: facts are recorded with the metric already, so its settings are fixed.
-    """
-    _known(key)
-    _refuse_fixed(repository, key)
-    value = read_setting(key, text)
-    if key == "base.path":
-        if not Path(value).is_dir():
-            raise SettingsError(f"there is no folder {value}", remedy="Give the base model's folder.")
-        if not (Path(value) / "config.json").is_file():
-            raise SettingsError(
-                f"there is no model in {value}: it has no config.json", remedy="Give the base model's folder."
-            )
-        place = {"path": str(Path(value).resolve()), "revision": None}
-        repository.change_config(lambda config: replace(config, base={**config.base, **place}))
-    else:
-        repository.change_config(
-            lambda config: _without_metric(key, replace(config, settings={**config.settings, key: value}))
-        )
-    return value
-
-
 def read_setting(key: str, text: str) -> Any:
     """The value of a key that a text stands for.
 
     Raises:
         SettingsError: no such key, or the value cannot be used.
     """
-    setting = _known(key)
+    setting = known_setting(key)
     try:
         return setting.read(text)
     except ValueError as error:
         raise SettingsError(f"{key} cannot be {text!r}: {error}", remedy=f"`{key}`: {setting.purpose}.") from None
-
-
-def config_unset(repository: Repository, key: str) -> None:
-    """Go back to the default.
-
-    Raises:
-        SettingsError: there is no such key, or it has no default.
-        RepositoryError: as in `config_set`.
-    """
-    _known(key)
-    if key == "base.path":
-        raise SettingsError(
-            "base.path has no default: a store is about one base",
-            remedy="Say where it is: `patchhub config base.path FOLDER`.",
-        )
-    _refuse_fixed(repository, key)
-
-    def without(config: Config) -> Config:
-        kept = {name: value for name, value in config.settings.items() if name != key}
-        return _without_metric(key, replace(config, settings=kept))
-
-    repository.change_config(without)
 
 
 def metric_settings(repository: Repository) -> tuple[str, dict[str, float]]:
@@ -301,7 +236,7 @@ def is_metric_used(repository: Repository) -> bool:
     return any(reference.kind == "commit" for reference in recorded(changes))
 
 
-def _known(key: str) -> Setting:
+def known_setting(key: str) -> Setting:
     if key not in SETTINGS:
         close = difflib.get_close_matches(key, SETTINGS, n=1)
         hint = f"Did you mean {close[0]}?" if close else f"The settings are {', '.join(SETTINGS)}."
@@ -309,12 +244,12 @@ def _known(key: str) -> Setting:
     return SETTINGS[key]
 
 
-def _without_metric(key: str, config: Config) -> Config:
+def without_metric(key: str, config: Config) -> Config:
     """The config with no metric pinned, where the key is one of the metric's: the next use computes it anew."""
     return replace(config, recording=None) if key.startswith("metric.") else config
 
 
-def _refuse_fixed(repository: Repository, key: str) -> None:
+def refuse_fixed(repository: Repository, key: str) -> None:
     if key.startswith("metric.") and repository.config.recording is not None and is_metric_used(repository):
         raise RepositoryError(
             f"{key} is fixed: one repository has one metric, and facts are recorded with this one's",

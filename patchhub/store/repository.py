@@ -7,12 +7,13 @@ one transaction. Whoever reads goes the other way round, so a crash leaves at mo
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
 
-from patchhub.errors import CorruptStoreError, RepositoryError
+from patchhub.errors import CorruptStoreError, RepositoryError, SettingsError
 from patchhub.fsio import DISK, Disk, writer_lock
 from patchhub.objects import Commit, Note, Operation
 from patchhub.store import graph, index, operations, revisions
@@ -254,3 +255,19 @@ class Repository(Reading):
 
     def _is_indexed(self, commit: str) -> bool:
         return index.rank_and_active(self.connection, commit) is not None
+
+
+def refuse_store(repository: Repository, out: Path) -> None:
+    """Refuse a file or folder to write that is in a store, is one, or holds one; symbolic links are followed.
+
+    Raises:
+        SettingsError: writing or replacing ``out`` would damage a store.
+    """
+    target, store = Path(os.path.realpath(out)), Path(os.path.realpath(repository.root))
+    if store in (target, *target.parents) or DIRECTORY in target.parts:
+        what = "is in a patchhub store"
+    elif target in store.parents or (target / DIRECTORY).exists():
+        what = "holds a patchhub store"
+    else:
+        return
+    raise SettingsError(f"{out} {what}", remedy="Choose a place outside of it, such as a new folder.", out=str(out))

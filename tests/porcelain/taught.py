@@ -7,10 +7,10 @@ from pathlib import Path
 
 from patchhub.editing.requests import Batch, Origin
 from patchhub.objects import Request
+from patchhub.porcelain.configure import config_set
 from patchhub.porcelain.edit import commit
 from patchhub.porcelain.model import init
 from patchhub.porcelain.progress import Silent
-from patchhub.porcelain.settings import config_set
 from patchhub.porcelain.snapshot import Stamp
 from patchhub.store.repository import Repository
 from tests.tiny_models import tiny_model, tiny_tokenizer

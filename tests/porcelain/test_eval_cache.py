@@ -14,12 +14,12 @@ from patchhub.errors import BaseError, EditError, RequestError, SettingsError
 from patchhub.porcelain import measuring
 from patchhub.porcelain.change import revert
 from patchhub.porcelain.collect import collect
+from patchhub.porcelain.configure import config_set
 from patchhub.porcelain.evaluate import Evaluation, evaluate, evaluate_history
 from patchhub.porcelain.evaluation_facts import Facts, metrics_for
 from patchhub.porcelain.progress import Silent
 from patchhub.porcelain.score_cache import StateResults, item_key, state_key
 from patchhub.porcelain.scores import notes_of
-from patchhub.porcelain.settings import config_set
 from patchhub.porcelain.snapshot import Stamp
 from patchhub.store.repository import Repository
 from tests.porcelain.taught import AUTHOR, PLACES, TIME, TONGUES, fact, make_store, teach

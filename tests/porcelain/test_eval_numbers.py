@@ -21,13 +21,13 @@ from patchhub.editing.requests import Batch, read_requests
 from patchhub.evaluation.definitions import LEADING
 from patchhub.evaluation.fluency import fluency
 from patchhub.porcelain.columns import read_state, weight_shapes
+from patchhub.porcelain.configure import config_set
 from patchhub.porcelain.edit import commit
 from patchhub.porcelain.evaluate import evaluate
 from patchhub.porcelain.evaluation_facts import Facts
 from patchhub.porcelain.measuring import CONTEXTS, Measurer, Questions
 from patchhub.porcelain.model import init
 from patchhub.porcelain.progress import Silent
-from patchhub.porcelain.settings import config_set
 from patchhub.porcelain.snapshot import Stamp
 from patchhub.store.repository import Repository
 from tests.porcelain.taught import AUTHOR, TIME

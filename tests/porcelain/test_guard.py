@@ -15,13 +15,14 @@ from patchhub.errors import GuardError
 from patchhub.evaluation.guard import Report
 from patchhub.objects import Request
 from patchhub.porcelain.change import revert
+from patchhub.porcelain.configure import config_set
 from patchhub.porcelain.edit import Committed, commit
-from patchhub.porcelain.guard import Guarding, limits_of
+from patchhub.porcelain.guard import limits_of
 from patchhub.porcelain.guard_model import Budget
 from patchhub.porcelain.integrity import fsck
+from patchhub.porcelain.judging import Guarding
 from patchhub.porcelain.model import init
 from patchhub.porcelain.progress import Silent
-from patchhub.porcelain.settings import config_set
 from patchhub.porcelain.snapshot import Stamp
 from patchhub.store.repository import Repository
 from tests.porcelain.taught import AUTHOR, TIME

@@ -19,10 +19,10 @@ from patchhub.porcelain import refs
 from patchhub.porcelain.base_weights import open_weight, survival
 from patchhub.porcelain.change import revert
 from patchhub.porcelain.columns import read_state
-from patchhub.porcelain.guard import Guarding
+from patchhub.porcelain.configure import config_set
 from patchhub.porcelain.guard_vectors import from_vectors, most_moved, prepared
+from patchhub.porcelain.judging import Guarding
 from patchhub.porcelain.merge import Merged, merge
-from patchhub.porcelain.settings import config_set
 from patchhub.porcelain.snapshot import Draft, prepare, snapshot
 from patchhub.porcelain.spectrum import largest_of_delta, largest_singular_value
 from patchhub.runtime import compose

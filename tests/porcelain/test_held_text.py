@@ -10,13 +10,13 @@ import pytest
 from patchhub.editing.requests import Batch, Origin
 from patchhub.models.architectures import describe, read_config
 from patchhub.objects import Metric, Text
+from patchhub.porcelain.configure import config_set
 from patchhub.porcelain.edit import commit
 from patchhub.porcelain.held_text import held_documents, kept_documents, measured_part, set_aside
 from patchhub.porcelain.loading import open_base
 from patchhub.porcelain.model import init
 from patchhub.porcelain.opened import Opened, open_model
 from patchhub.porcelain.progress import Silent
-from patchhub.porcelain.settings import config_set
 from patchhub.porcelain.snapshot import Stamp
 from patchhub.store.repository import Repository
 from tests.porcelain.taught import AUTHOR, TIME, fact
