@@ -14,16 +14,16 @@ __all__ = ["PatchhubError", "__version__", "attach", "detach", "load", "open_rep
 
 if TYPE_CHECKING:
     from patchhub.errors import PatchhubError
-    from patchhub.porcelain.loading import attach, load
-    from patchhub.porcelain.loading import open_path as open_repository
     from patchhub.runtime.patched_model import detach
+    from patchhub.worktree.loading import attach, load
+    from patchhub.worktree.loading import open_path as open_repository
 
 _HOMES = {
     "PatchhubError": ("patchhub.errors", "PatchhubError"),
-    "attach": ("patchhub.porcelain.loading", "attach"),
+    "attach": ("patchhub.worktree.loading", "attach"),
     "detach": ("patchhub.runtime.patched_model", "detach"),
-    "load": ("patchhub.porcelain.loading", "load"),
-    "open_repository": ("patchhub.porcelain.loading", "open_path"),
+    "load": ("patchhub.worktree.loading", "load"),
+    "open_repository": ("patchhub.worktree.loading", "open_path"),
 }
 
 

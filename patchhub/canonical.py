@@ -2,8 +2,7 @@
 
 A dataclass states for each field how it is kept: ``base: Annotated[str, IDENTIFIER]``, with the field's name in JSON
 as a third argument where it differs. Writing normalises text to NFC. Reading refuses every byte string that writing
-would not have produced, so ``from_json(data).to_json() == data`` always holds.
-"""
+would not have produced, so ``from_json(data).to_json() == data`` always holds."""
 
 from __future__ import annotations
 

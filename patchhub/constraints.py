@@ -9,8 +9,7 @@ moment C of the base's keys, u_i = C^-1 k_i and the weight lambda_i, the change 
 model nor C, only the recorded columns, so D is a function of a *set*: order, batches and branches do not matter.
 
 Arrays here hold one request per row: keys (n, in), preimages u (n, in), residuals (n, out), ridge (n,). Stored values are
-rounded to float32 first; everything after is float64.
-"""
+rounded to float32 first; everything after is float64."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
 """Changes of weights: the three forms of docs/format.md, their algebra and their bytes. NumPy only.
 
 A delta is the change dW of one weight, always of shape (out, in) whatever the checkpoint's orientation. Stored values are
-float32 or float16; arithmetic is float64.
-"""
+float32 or float16; arithmetic is float64."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
 """The error tree: everything that patchhub raises on bad input or a bad world.
 
 Each error is one sentence on what was wrong and where, one sentence on what to do (``remedy``), the facts as
-fields (``facts``, which ``--json`` prints) and an exit code per kind. A traceback on the terminal is a bug.
-"""
+fields (``facts``, which ``--json`` prints) and an exit code per kind. A traceback on the terminal is a bug."""
 
 from __future__ import annotations
 

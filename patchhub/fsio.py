@@ -1,7 +1,6 @@
 """Writing to disk so that a crash at any instant leaves the old state or the new one, and the writers' lock.
 
-Every step that changes the disk is one method of `Disk`; a test passes a disk that fails at the step it wants.
-"""
+Every step that changes the disk is one method of `Disk`; a test passes a disk that fails at the step it wants."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
 """How two sets of columns get in each other's way, told from K, U and R alone. NumPy only, no model.
 
 Two requests interfere where their keys point the same way in the metric and their residuals do not: the weight is then asked for two
-different outputs at nearly one input, and the joint solution gives both up in part. Arrays are rows as in `constraints`.
-"""
+different outputs at nearly one input, and the joint solution gives both up in part. Arrays are rows as in `constraints`."""
 
 from __future__ import annotations
 

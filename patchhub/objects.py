@@ -1,18 +1,16 @@
 """The objects of store format 1 as frozen dataclasses (``docs/format.md``); `canonical` says how they become bytes.
 
-Each class has ``to_json()``, ``from_json(data)`` and ``id``. Requests blobs and sets, which are JSON lists, have
-functions instead.
-"""
+The digest of an active set is a sum of one number per element, so a change of the set costs what it changes (decision 5)."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Final, NamedTuple
 
 from patchhub.canonical import (
     COUNT,
-    FORMAT,
     IDENTIFIER,
     INSTANT,
     MAPPING,
@@ -32,35 +30,25 @@ from patchhub.canonical import (
     tuple_of,
 )
 from patchhub.errors import RequestError
-from patchhub.set_digest import digest_of_sum, element_sum
 
-__all__ = [
-    "EMPTY_SET",
-    "FORMAT",
-    "PATCH_KINDS",
-    "Base",
-    "Commit",
-    "Element",
-    "Keyframe",
-    "Metric",
-    "Neighbor",
-    "Note",
-    "Operation",
-    "Patch",
-    "Request",
-    "StoredObject",
-    "TensorRecord",
-    "Text",
-    "canonical_json",
-    "groups_of",
-    "nfc",
-    "object_id",
-    "requests_from_json",
-    "requests_json",
-    "set_digest",
-    "set_from_json",
-    "set_json",
-]
+WIDTH: Final = 2048
+"""Bytes of an element's number and of a sum."""
+
+
+def element_sum(elements: Iterable[tuple[str, str | None]]) -> int:
+    """The sum of the numbers of distinct elements, not reduced; sums of disjoint sets add up."""
+    return sum(_number(patch, request) for patch, request in elements)
+
+
+def digest_of_sum(total: int) -> str:
+    """The set digest that a sum stands for, 64 hexadecimal digits; `total` may be negative or too large by multiples."""
+    return hashlib.sha256((total % (1 << 8 * WIDTH)).to_bytes(WIDTH, "little")).hexdigest()
+
+
+def _number(patch: str, request: str | None) -> int:
+    name = patch + (request or "")
+    return int.from_bytes(hashlib.shake_256(name.encode("ascii")).digest(WIDTH), "little")
+
 
 PATCH_KINDS: Final = ("closed_form", "additive", "shard")
 METRIC_KINDS: Final = ("covariance", "null_space")
@@ -111,7 +99,7 @@ def set_from_json(data: bytes) -> frozenset[Element]:
 
 
 def set_digest(elements: Iterable[Element]) -> str:
-    """The digest of a set, by which sets are compared; see `patchhub.set_digest`."""
+    """The digest of a set, by which sets are compared; see `patchhub.objects`."""
     return digest_of_sum(element_sum(frozenset(elements)))
 
 

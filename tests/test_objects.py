@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from patchhub.canonical import canonical_json, object_id
 from patchhub.errors import CorruptStoreError, RequestError
 from patchhub.objects import (
     EMPTY_SET,
@@ -26,9 +27,7 @@ from patchhub.objects import (
     StoredObject,
     TensorRecord,
     Text,
-    canonical_json,
     groups_of,
-    object_id,
     requests_from_json,
     requests_json,
     set_digest,

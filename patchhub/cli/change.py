@@ -1,4 +1,4 @@
-"""Commands that change the active facts or the refs: commit, revert, undo, redo."""
+"""Commands that change the active facts or the refs: commit, update, revert, cherry-pick, undo, redo."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from patchhub.cli.guarding import check_option, force_option
-from patchhub.cli.placing import chat_option, memory_option, placement_options
+from patchhub.cli.options import chat_option, check_option, force_option, memory_option, placement_options
 from patchhub.cli.terminal import (
     author_of,
     author_option,
@@ -34,7 +33,7 @@ from patchhub.objects import EMPTY_SET
 if TYPE_CHECKING:
     from patchhub.objects import Operation
     from patchhub.porcelain.change import Changed
-    from patchhub.porcelain.edit import Committed
+    from patchhub.porcelain.commit import Committed
     from patchhub.store.repository import Repository
 
 
@@ -109,9 +108,9 @@ def commit(
     With --method wise the facts go into a side memory beside the model, and queries are routed to it.
     """
     from patchhub.editing.requests import Batch, Origin, one_request, read_requests
-    from patchhub.porcelain.edit import commit as run
-    from patchhub.porcelain.edit_settings import read_overrides
-    from patchhub.porcelain.placements import placement_of
+    from patchhub.porcelain.commit import commit as run
+    from patchhub.porcelain.commit import read_overrides
+    from patchhub.worktree.opening import placement_of
 
     repository = open_repository(repo)
     method = method or repository.config.settings.get("method", "memit")
@@ -199,7 +198,7 @@ def revert(
     its facts is trained again, on the others.
     """
     from patchhub.porcelain.change import revert as run
-    from patchhub.porcelain.judging import Guarding
+    from patchhub.worktree.judging import Guarding
 
     repository = open_repository(repo)
     by, guarding = stamp(repository, author, message), Guarding(force, check)
@@ -236,7 +235,7 @@ def cherry_pick(
 ) -> None:
     """Do what the commit REV changed once more on the current branch, from its recorded columns: no model runs."""
     from patchhub.porcelain.change import cherry_pick as run
-    from patchhub.porcelain.judging import Guarding
+    from patchhub.worktree.judging import Guarding
 
     repository = open_repository(repo)
     by, guarding = stamp(repository, author, message), Guarding(force, check)
@@ -252,7 +251,7 @@ def cherry_pick(
 @reports_errors
 def undo(author: str | None, repo: Path | None, as_json: bool) -> None:
     """Put every branch back to where it was before the last command; repeated, walk further back."""
-    from patchhub.porcelain.steps import undo as run
+    from patchhub.porcelain.refs import undo as run
 
     repository = open_repository(repo)
     who = author_of(repository.config.settings, author)
@@ -266,7 +265,7 @@ def undo(author: str | None, repo: Path | None, as_json: bool) -> None:
 @reports_errors
 def redo(author: str | None, repo: Path | None, as_json: bool) -> None:
     """Reverse the last undo."""
-    from patchhub.porcelain.steps import redo as run
+    from patchhub.porcelain.refs import redo as run
 
     repository = open_repository(repo)
     who = author_of(repository.config.settings, author)
@@ -322,4 +321,61 @@ def _report_change(repository: Repository, done: Changed, as_json: bool) -> None
     say_stale_shards(len(done.stale_shards))
 
 
-COMMANDS = (commit, revert, cherry_pick, undo, redo)
+@click.command()
+@click.option("--subject", required=True, help="Whose fact.")
+@click.option("--target", required=True, help="What the model shall say now.")
+@click.option("--prompt", help="Which of the subject's facts, where there are several.")
+@click.option("-m", "--message", default="", help="Why. Default: the fact, its old target and the new one.")
+@click.option("--method", help="The editor: memit (default) or pmet.")
+@set_option
+@strict_option
+@force_option
+@author_option
+@repo_option
+@json_option
+@reports_errors
+def update(
+    subject: str,
+    target: str,
+    prompt: str | None,
+    message: str,
+    method: str | None,
+    overrides: tuple[str, ...],
+    strict: bool,
+    force: bool,
+    author: str | None,
+    repo: Path | None,
+    as_json: bool,
+) -> None:
+    """Give one active fact another target: one commit that removes the old request and adds the new one."""
+    from patchhub.porcelain.commit import read_overrides
+    from patchhub.porcelain.commit import update as run
+
+    repository = open_repository(repo)
+    method = method or str(repository.config.settings.get("method", "memit"))
+    settings = read_overrides(overrides, method)
+    by = stamp(repository, author, message)
+    with bars() as progress:
+        done = run(
+            repository,
+            subject,
+            target,
+            by,
+            progress,
+            prompt=prompt,
+            method=method,
+            settings=settings,
+            strict=strict,
+            force=force,
+        )
+    report_committed(repository, done, as_json)
+
+
+COMMANDS = (
+    commit,
+    revert,
+    cherry_pick,
+    undo,
+    redo,
+    update,
+)

@@ -32,10 +32,9 @@ def run(keep: Path | None, progress: Any) -> None:
 def _story(folder: Path, model: Path, facts: Path, progress: Any) -> None:
     from patchhub.editing.requests import read_requests
     from patchhub.porcelain.change import revert
-    from patchhub.porcelain.edit import commit
-    from patchhub.porcelain.model import apply, init
-    from patchhub.porcelain.snapshot import Stamp
-    from patchhub.porcelain.verify import differing_tensors, score_facts
+    from patchhub.porcelain.commit import commit
+    from patchhub.porcelain.model import apply, differing_tensors, init, score_facts
+    from patchhub.sets.commits import Stamp
     from patchhub.store.repository import Repository
 
     author = author_of({}, None)

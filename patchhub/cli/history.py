@@ -1,9 +1,9 @@
-"""Commands that look: log, show, status, diff, fsck."""
+"""Commands that look at history: log, show, status; and the history as a drawing."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import repeat
 from math import acos, degrees
 from pathlib import Path
@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
-from patchhub.cli.guarding import guard_lines, guard_summary
-from patchhub.cli.score_text import measured_on, say_compared, say_scores, score_line, summary
+from patchhub.cli.measure import measured_on, say_compared, say_scores, score_line, summary
+from patchhub.cli.options import guard_lines, guard_summary
 from patchhub.cli.terminal import (
     bars,
     count,
@@ -29,9 +29,63 @@ from patchhub.evaluation.definitions import DEFINITIONS
 
 if TYPE_CHECKING:
     from patchhub.objects import Patch, Request
-    from patchhub.porcelain.difference import ChangedAnswer, WeightStep
-    from patchhub.porcelain.divergence import Divergence
-    from patchhub.porcelain.history import Entry, Size
+    from patchhub.porcelain.history import Divergence, Entry, Size
+    from patchhub.porcelain.search import ChangedAnswer, WeightStep
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """One commit: its own row, the rows that lead to the lanes after it, and a row of those lanes."""
+
+    commit: str
+    edges: tuple[str, ...]
+    lanes: str
+
+    def beside(self, lines: Sequence[str]) -> Iterator[str]:
+        """The drawing with text to its right: the first line at the commit, the others at edges and lanes."""
+        rows = [self.commit, *self.edges]
+        rows += [self.lanes] * (len(lines) - len(rows))
+        width = max(map(len, [*rows, self.lanes])) + 1
+        for row, line in zip(rows, [*lines, *[""] * (len(rows) - len(lines))], strict=True):
+            yield f"{row:<{width}}{line}".rstrip()
+
+
+def draw(commits: Iterable[tuple[str, Sequence[str]]]) -> Iterator[Drawing]:
+    """One drawing per commit.
+
+    Each lane waits for one commit. A commit's lane goes on to its first parent, further lanes open to its right for other
+    parents, and a lane whose parent another one waits for already joins that one.
+
+    Args:
+        commits: (id, ids of its parents), every child before its parents.
+    """
+    lanes: list[str] = []
+    for commit, parents in commits:
+        if commit not in lanes:
+            lanes.append(commit)
+        place = lanes.index(commit)
+        fresh = [parent for parent in dict.fromkeys(parents) if parent not in lanes]
+        after = [*lanes[:place], *fresh, *lanes[place + 1 :]]
+        edges = [(column, after.index(lane)) for column, lane in enumerate(lanes) if column != place]
+        edges += [(place, after.index(parent)) for parent in dict.fromkeys(parents)]
+        row = " ".join("*" if column == place else "|" for column in range(len(lanes)))
+        yield Drawing(row, tuple(_transition(edges)), " ".join("|" for _ in after))
+        lanes = after
+
+
+def _transition(edges: Iterable[tuple[int, int]]) -> Iterator[str]:
+    """Rows in which every edge (column now, column wanted) moves at most one column, until all have arrived."""
+    moving = set(edges)
+    while any(here != wanted for here, wanted in moving):
+        cells: dict[int, str] = {}
+        for here, wanted in moving:
+            step = (wanted > here) - (wanted < here)
+            sign = {-1: "/", 0: "|", 1: "\\"}[step]
+            cell = 2 * here + step
+            cells[cell] = sign if cells.get(cell, sign) == sign else "X"
+        moving = {(here + (wanted > here) - (wanted < here), wanted) for here, wanted in moving}
+        yield "".join(cells.get(cell, " ") for cell in range(max(cells) + 1))
+
 
 _SHOWN = 20
 
@@ -65,10 +119,9 @@ def log(
     as_json: bool,
 ) -> None:
     """The commits below REV, newest first."""
-    from patchhub.cli.lanes import draw
     from patchhub.porcelain.history import log as run
-    from patchhub.porcelain.times import instant
     from patchhub.store.lookup import Selection
+    from patchhub.who import instant
 
     only = Selection(
         about,
@@ -96,8 +149,8 @@ def log(
 @reports_errors
 def show(rev: str, everything: bool, repo: Path | None, as_json: bool) -> None:
     """One commit: its facts, how they were written, and what was measured."""
+    from patchhub.porcelain.history import measured_norms, numbers
     from patchhub.porcelain.history import show as run
-    from patchhub.porcelain.report_checks import measured_norms, numbers
 
     shown = run(open_repository(repo), rev)
     if as_json:
@@ -190,8 +243,8 @@ def diff(
 
     Default: from the base to HEAD.
     """
-    from patchhub.porcelain.difference import changed_answers, weight_steps
-    from patchhub.porcelain.difference import diff as run
+    from patchhub.porcelain.search import changed_answers, weight_steps
+    from patchhub.porcelain.search import diff as run
 
     repository = open_repository(repo)
     found = run(repository, old, new)
@@ -230,7 +283,7 @@ def diff(
 @reports_errors
 def fsck(reindex: bool, repo: Path | None, as_json: bool) -> None:
     """Check every stored byte and every link between objects."""
-    from patchhub.porcelain.integrity import fsck as run
+    from patchhub.porcelain.upkeep import fsck as run
 
     with bars() as progress:
         report = run(open_repository(repo), progress, rebuild=reindex)
@@ -373,4 +426,10 @@ def _answers(answers: list[ChangedAnswer], old: str, new: str) -> None:
             say(f"    {revision}: {click.style(first, fg=colour)}  ({top[0].strip()!r} {top[1]:.1%})")
 
 
-COMMANDS = (status, log, show, diff, fsck)
+COMMANDS = (
+    status,
+    log,
+    show,
+    diff,
+    fsck,
+)

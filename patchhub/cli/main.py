@@ -9,21 +9,7 @@ from typing import Any
 import click
 
 from patchhub import __version__
-from patchhub.cli import (
-    branches,
-    change,
-    evaluating,
-    exporting,
-    fitting,
-    history,
-    inspect,
-    merging,
-    model,
-    remote,
-    reporting,
-    updating,
-    upkeep,
-)
+from patchhub.cli import change, exchange, history, measure, merge, model, refs, search, share, tune, upkeep
 from patchhub.cli.terminal import quiet_libraries
 
 
@@ -70,21 +56,7 @@ def main(repo: Path | None) -> None:
     quiet_libraries()
 
 
-MODULES = (
-    model,
-    change,
-    updating,
-    fitting,
-    history,
-    evaluating,
-    branches,
-    merging,
-    inspect,
-    reporting,
-    remote,
-    exporting,
-    upkeep,
-)
+MODULES = (model, change, tune, history, measure, refs, merge, search, share, exchange, upkeep)
 
 for module in MODULES:
     for command in module.COMMANDS:

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from patchhub.cli.placing import chat_option, placement_options
+from patchhub.cli.options import chat_option, placement_options
 from patchhub.cli.terminal import (
     author_of,
     bars,
@@ -78,19 +78,19 @@ def config(key: str | None, value: str | None, unset: bool, repo: Path | None, a
       patchhub config author "Ada <ada@example.org>"
       patchhub config memit.layers 3-5
     """
-    from patchhub.porcelain import configure
-    from patchhub.porcelain.settings import SETTINGS
+    from patchhub.porcelain import upkeep
+    from patchhub.sets.settings import SETTINGS
 
     repository = open_repository(repo)
     if key is None:
-        values = configure.config_values(repository)
+        values = upkeep.config_values(repository)
     elif unset:
-        configure.config_unset(repository, key)
+        upkeep.config_unset(repository, key)
         values = {key: None}
     elif value is not None:
-        values = {key: configure.config_set(repository, key, value)}
+        values = {key: upkeep.config_set(repository, key, value)}
     else:
-        values = {key: configure.config_get(repository, key)}
+        values = {key: upkeep.config_get(repository, key)}
     if as_json:
         print_json(values)
         return
@@ -168,7 +168,7 @@ def ask(
 ) -> None:
     """What the model says to PROMPT, at one revision beside another: likely next words and a short continuation."""
     from patchhub.porcelain.model import ask as run
-    from patchhub.porcelain.placements import placement_of
+    from patchhub.worktree.opening import placement_of
 
     repository = open_repository(repo)
     placement = placement_of(repository, device=device, dtype=dtype, quantization=quantization)

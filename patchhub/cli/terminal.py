@@ -26,8 +26,9 @@ if TYPE_CHECKING:
     from click._termui_impl import ProgressBar
 
     from patchhub.objects import Request
-    from patchhub.porcelain.snapshot import Stamp
+    from patchhub.sets.commits import Stamp
     from patchhub.store.repository import Repository
+
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -76,7 +77,7 @@ def author_of(settings: Mapping[str, Any], given: str | None) -> str:
 
 
 def stamp(repository: Repository, author: str | None, message: str) -> Stamp:
-    from patchhub.porcelain.snapshot import Stamp
+    from patchhub.sets.commits import Stamp
 
     return Stamp(author_of(repository.config.settings, author), now(), message)
 

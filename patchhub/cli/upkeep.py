@@ -34,7 +34,7 @@ def squash(span: str, message: str, author: str | None, repo: Path | None, as_js
     The active facts stay the same, and the weights to 1e-6; no model runs. Merges in between become plain. The old commits
     stay in the operation log: `patchhub undo` brings them back.
     """
-    from patchhub.porcelain.squash import squash as run
+    from patchhub.porcelain.change import squash as run
 
     repository = open_repository(repo)
     done = run(repository, span, stamp(repository, author, message))
@@ -60,8 +60,8 @@ def gc(dry_run: bool, grace: str, repo: Path | None, as_json: bool) -> None:
     Whatever a branch, a tag, a remote branch, a note or any operation of the log leads to is kept, however old, so `undo` always
     works. Use --grace 0 only when no other command runs.
     """
-    from patchhub.porcelain.collect import collect
-    from patchhub.porcelain.times import duration
+    from patchhub.porcelain.upkeep import collect
+    from patchhub.who import duration
 
     done = collect(open_repository(repo), now=now(), grace=duration(grace), dry_run=dry_run)
     if as_json:

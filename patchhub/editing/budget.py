@@ -2,8 +2,7 @@
 
 The memory of one step is what autograd keeps: per position and block the inputs of its products and activations, per predicted token the
 logits, and per row the frozen keys and values. `Footprint` counts these from the model's sizes; it need not be exact, since a
-batch that does not fit all the same is halved and run again.
-"""
+batch that does not fit all the same is halved and run again."""
 
 from __future__ import annotations
 
@@ -18,7 +17,7 @@ from typing import Final, TypeVar
 import torch
 
 from patchhub.errors import EditError
-from patchhub.models import host_memory
+from patchhub.models import placement
 from patchhub.models.tracing import Stack
 
 POSITIONS: Final = 1536
@@ -67,7 +66,7 @@ def free_memory(device: torch.device) -> int:
     """Bytes that could be taken now: of the GPU, or of the machine; see `host_memory`."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    return host_memory.free_memory()
+    return placement.free_memory()
 
 
 def resident_memory() -> int:

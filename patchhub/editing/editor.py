@@ -1,24 +1,59 @@
-"""A closed-form editor: what MEMIT and PMET have in common, with the three things in which they differ as fields."""
+"""The closed-form editors: MEMIT and PMET as two rows of one editor, which differ in three fields.
+
+MEMIT: Meng et al. 2023, "Mass-Editing Memory in a Transformer". PMET: Li et al. 2024, "PMET: Precise Model Editing in a Transformer".
+docs/methods.md maps their symbols to functions."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from patchhub.editing.facts import encode_facts
-from patchhub.editing.kept_values import KeptValues
-from patchhub.editing.key_rows import key_rows
-from patchhub.editing.lengths import context_length
+from patchhub.editing.keys import key_rows
+from patchhub.editing.locate import encode_marked, encode_prompts, mark_text
 from patchhub.editing.metric import MetricCache
 from patchhub.editing.record import Edit, Spread, State, record
-from patchhub.editing.settings import EditSettings
-from patchhub.editing.sites import Site
-from patchhub.editing.values import ValueSettings, optimise_values
+from patchhub.editing.rows import BlockOutput, Projections, Site
+from patchhub.editing.settings import EditSettings, default_layers, inner_width, is_narrow
+from patchhub.editing.values import Fact, KeptValues, ValueSettings, optimise_values
 from patchhub.models.architectures import Architecture
 from patchhub.models.tracing import Stack
 from patchhub.objects import Request
+from patchhub.text.tokens import Chat, check_lengths, context_length
+
+_ESSENCE = " is a"  # the KL prompt is "{subject} is a" in the published code of both editors
+
+
+def encode_facts(
+    tokenizer: PreTrainedTokenizerBase,
+    requests: Sequence[Request],
+    contexts: Sequence[str],
+    *,
+    chat: Chat | None = None,
+    limit: int | None = None,
+) -> list[Fact]:
+    """Every request in every context (templates with one ``{}``; the first is the bare prompt), in two tokenizer calls.
+
+    Args:
+        chat: put each of these texts, and the prompt of the KL term, into a chat as the user's message.
+        limit: refuse texts of more tokens, before any of them is given to the model; None: any length will do.
+
+    Raises:
+        RequestError: a text is longer than ``limit``, or a subject or target has no token of its own.
+    """
+    pairs = [(context, request) for request in requests for context in contexts]
+    rows = encode_prompts(tokenizer, pairs, chat=chat)
+    essences = [mark_text("", request.subject, _ESSENCE, chat=chat) for request in requests]
+    count = len(contexts)
+    encoded = encode_marked(tokenizer, essences, chat=chat)
+    if limit is not None:
+        texts = [request.text + " " + request.target_new for _, request in pairs]
+        check_lengths(zip(texts, (len(row.input_ids) for row in rows), strict=True), limit)
+        subjects = [request.subject + _ESSENCE for request in requests]
+        check_lengths(zip(subjects, (len(text.input_ids) for text in encoded), strict=True), limit)
+    return [Fact(tuple(rows[i * count : (i + 1) * count]), essence) for i, essence in enumerate(encoded)]
 
 
 @dataclass(frozen=True)
@@ -86,3 +121,48 @@ class Editor:
             progress=lambda done: progress("layers", done),
         )
         return Edit(recording, values)
+
+
+EQUAL_SHARES = Spread("block", lambda left: left)
+"""What is missing in the residual stream after the last layer, over the number of layers left (algorithm 1)."""
+
+
+def memit_settings(architecture: Architecture) -> EditSettings:
+    """The published settings, with layers and lambda from the model's size (docs/methods.md gives the measurements)."""
+    narrow = is_narrow(architecture)
+    return EditSettings(
+        layers=default_layers(architecture),
+        ridge=inner_width(architecture) / 8,
+        steps=20,
+        learning_rate=1.0 if narrow else 0.5,
+        weight_decay=0.5,
+        kl_factor=0.0625,
+        clamp=2.0 if narrow else 0.75,
+    )
+
+
+MEMIT = Editor(memit_settings, BlockOutput, EQUAL_SHARES, until_sure=False)
+
+
+ROOT_SHARES = Spread("projection", math.sqrt)
+"""What is missing at the last layer's feed-forward output, over the root of the number of layers left."""
+
+
+def pmet_settings(architecture: Architecture) -> EditSettings:
+    """The published settings, with layers and lambda from the model's size (docs/methods.md gives the measurements)."""
+    narrow = is_narrow(architecture)
+    return EditSettings(
+        layers=default_layers(architecture),
+        ridge=inner_width(architecture) / 16,
+        steps=30,
+        learning_rate=0.5 if narrow else 0.2,
+        weight_decay=0.5,
+        kl_factor=0.25 if narrow else 1.0,
+        clamp=8.0 if narrow else 0.75,
+    )
+
+
+PMET = Editor(pmet_settings, Projections, ROOT_SHARES, until_sure=True)
+
+
+EDITORS: Mapping[str, Editor] = {"memit": MEMIT, "pmet": PMET}

@@ -4,8 +4,7 @@ A text is tokenised once, as a whole: context, prompt and target together, as th
 read off the tokenizer's own character offsets, never off token strings, so byte-level BPE, SentencePiece-like and
 word-level tokenizers, characters that are several tokens and tokens that span a boundary need no case of their own.
 Special tokens that the tokenizer puts in front (`<s>`) stay; those that it puts at the end (`</s>`) are dropped,
-because a text that goes on must not end. Inside a chat template (`chat`) the text spells out its special tokens.
-"""
+because a text that goes on must not end. Inside a chat template (`chat`) the text spells out its special tokens."""
 
 from __future__ import annotations
 
@@ -14,10 +13,9 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from patchhub.editing.chat import Chat
-from patchhub.editing.lengths import Span, tokenise
 from patchhub.errors import RequestError, SettingsError
 from patchhub.objects import SLOT, Request
+from patchhub.text.tokens import Chat, Span, tokenise
 
 
 @dataclass(frozen=True)

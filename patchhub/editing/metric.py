@@ -1,27 +1,209 @@
-"""Second moments of the keys of each edited weight, and the matrices that preimages are read from, kept on disk.
+"""The metric: second moments of the keys of each edited weight, and how a preimage u of a key k follows from them.
 
-One truncated pass over the text serves as many weights as the memory holds sums for. What is kept of each weight is a float32 .npy file
-under the metric's id, written once, and memory-mapped when it is used, so never more than one weight's matrix is in
-memory with its factor.
-"""
+Preimages differ between kinds of metric: u = C^-1 k for a covariance, a projection for AlphaEdit's null space. The matrices that they are
+read from are kept on disk. Second moments that published editors computed are read from their own files (one .npz per layer,
+``transformer.h.3.mlp.c_proj_float32_mom2_100000.npz``)."""
 
 from __future__ import annotations
 
+import hashlib
 import io
-from collections.abc import Callable, Iterator, Sequence
+import zipfile
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import ClassVar, Final, NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.linalg import solve_triangular
 
-from patchhub.editing.preimages import Covariance, Preimages
-from patchhub.errors import EditError
+from patchhub.errors import EditError, SettingsError
 from patchhub.fsio import write_atomically
 from patchhub.models.tracing import Stack, right_padded
+
+_BLOCK = 1024  # rows of a factor that are in float64 at a time
+
+
+class Preimages(ABC):
+    """One kind of metric with its settings.
+
+    Attributes:
+        keeps: what the kept matrix is called in file names.
+    """
+
+    keeps: ClassVar[str]
+
+    @abstractmethod
+    def prepare(self, moment: Float[Tensor, "in in"], weight: str) -> Float[Tensor, "in kept"]:
+        """The matrix that is kept of a weight's second moment, in float64. ``moment`` is left as it was.
+
+        Raises:
+            EditError: this moment gives no preimages; ``weight`` is named.
+        """
+
+    @abstractmethod
+    def of(self, kept: Float[Tensor, "in kept"], keys: Float[Tensor, "n in"]) -> Float[Tensor, "n in"]:
+        """u of each row k, in float64."""
+
+
+@dataclass(frozen=True)
+class Covariance(Preimages):
+    """u = C^-1 k with C = M + epsilon m I, see `regularised`; kept is the Cholesky factor of C (MEMIT, PMET)."""
+
+    epsilon: float = 0.0
+
+    keeps: ClassVar[str] = "factor"
+
+    def prepare(self, moment: Float[Tensor, "in in"], weight: str) -> Float[Tensor, "in kept"]:
+        """F with C = F F^T.
+
+        Raises:
+            EditError: C is not positive definite (the text is shorter than the width and epsilon is zero).
+        """
+        factor: Tensor
+        factor, failed = torch.linalg.cholesky_ex(regularised(moment, self.epsilon))
+        if int(failed):
+            raise EditError(
+                f"the second moment of {weight} is not positive definite",
+                remedy="Use more text, or a larger `metric.epsilon`.",
+                weight=weight,
+            )
+        return factor
+
+    def of(self, kept: Float[Tensor, "in kept"], keys: Float[Tensor, "n in"]) -> Float[Tensor, "n in"]:
+        solved = keys.double().T.clone()
+        blocks = [slice(start, start + _BLOCK) for start in range(0, len(kept), _BLOCK)]
+        for rows in blocks:  # L y = k
+            solved[rows] -= kept[rows, : rows.start].double() @ solved[: rows.start]
+            solved[rows] = solve_triangular(kept[rows, rows].double(), solved[rows], upper=False)
+        for rows in reversed(blocks):  # L^T u = y
+            solved[rows] -= kept[rows.stop :, rows].double().T @ solved[rows.stop :]
+            solved[rows] = solve_triangular(kept[rows, rows].double().T, solved[rows], upper=True)
+        return solved.T
+
+
+@dataclass(frozen=True)
+class NullSpace(Preimages):
+    """u = P k / l2, P the projection on the eigenvectors of M whose eigenvalue is below ``threshold`` (AlphaEdit, Fang et al. 2025).
+
+    AlphaEdit's update for keys K, residuals R and all earlier keys K_0 is R K^T P ((K K^T + K_0 K_0^T) P + l2 I)^-1. That is
+    what adding the columns (k, u, r, lambda = 1) to the earlier ones changes about D(S), by the same identity as MEMIT's form. Kept is an
+    orthonormal basis of the eigenvectors at or above the threshold, which are few where text uses few directions.
+    """
+
+    threshold: float
+    l2: float
+
+    keeps: ClassVar[str] = "complement"
+
+    def prepare(self, moment: Float[Tensor, "in in"], weight: str) -> Float[Tensor, "in kept"]:
+        """V with P = I - V V^T.
+
+        Raises:
+            EditError: the moment is not finite, or no eigenvalue is below the threshold.
+        """
+        if not bool(torch.isfinite(moment).all()):
+            raise EditError(
+                f"the second moment of {weight} is not finite", remedy="Check the base for NaN.", weight=weight
+            )
+        vectors: Tensor
+        values, vectors = torch.linalg.eigh(moment.double())
+        free = int((values < self.threshold).sum())
+        if not free:
+            raise EditError(
+                f"no direction of {weight} has a second moment below {self.threshold:g}; the smallest is {float(values[0]):.3g}",
+                remedy="Raise `metric.threshold`.",
+                weight=weight,
+                smallest=float(values[0]),
+            )
+        return vectors[:, free:]
+
+    def of(self, kept: Float[Tensor, "in kept"], keys: Float[Tensor, "n in"]) -> Float[Tensor, "n in"]:
+        used, keys = kept.double(), keys.double()
+        projected: Tensor = keys - (keys @ used) @ used.T
+        return projected / self.l2
+
+
+def regularised(moment: Float[Tensor, "in in"], epsilon: float) -> Float[Tensor, "in in"]:
+    """C = M + epsilon m I in float64, m the median of M's diagonal.
+
+    The median, because the first position of a text gives a few inputs second moments that are orders of magnitude larger in many
+    models; their mean would drown all other directions.
+    """
+    metric = moment.to(torch.float64, copy=True)
+    metric.diagonal().add_(epsilon * float(moment.diagonal().median()))
+    return metric
+
+
+_SUM, _COUNT = "mom2.mom2", "mom2.count"
+_ASYMMETRY = 1e-3  # relative to the largest entry; float32 sums of one triangle and the other differ by rounding alone
+
+
+class PublishedMoment(NamedTuple):
+    """The mean of k k^T in float32, and the number of tokens that it is over."""
+
+    moment: Float[np.ndarray, "in in"]
+    tokens: int
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the moment in row-major order."""
+        return hashlib.sha256(np.ascontiguousarray(self.moment, "<f4").data).hexdigest()
+
+
+def read_moment(path: Path, width: int) -> PublishedMoment:
+    """Read one file.
+
+    Args:
+        width: inputs of the weight that it is for.
+
+    Raises:
+        SettingsError: it is not such a file, is of another width, or holds no second moment.
+    """
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+            total, count = archive[_SUM], int(archive[_COUNT])
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+        raise _unusable(path, reason, "Give the .npz files of rome's or memit's layer_stats.") from None
+    if total.shape != (width, width) or total.dtype.kind != "f":
+        raise _unusable(
+            path, f"its sum has shape {total.shape}, not {(width, width)}", "Is it of another model or layer?"
+        )
+    if count < 1 or not np.isfinite(total).all():
+        raise _unusable(path, "its sum or count is not a number above 0", "Download or compute the file again.")
+    moment = (total / np.float64(count)).astype(np.float32)
+    size = float(np.abs(moment).max())
+    if moment.diagonal().min() < 0 or float(np.abs(moment - moment.T).max()) > _ASYMMETRY * size:
+        raise _unusable(path, "its sum is not symmetric with a diagonal of at least 0", "Is it a second moment?")
+    return PublishedMoment(moment, count)
+
+
+def weight_of(path: Path, weights: Iterable[str]) -> str:
+    """The weight that a file is for, by its name.
+
+    Raises:
+        SettingsError: its name begins with no weight's.
+    """
+    weights = list(weights)
+    for weight in weights:
+        module = weight.removesuffix(".weight")
+        if path.stem == module or path.stem.startswith(f"{module}_"):
+            return weight
+    raise SettingsError(
+        f"the name of {path} does not say which weight it is for",
+        remedy=f"Name it like {weights[0].removesuffix('.weight')}_float32_mom2_100000.npz, or say the layer: 3={path}",
+        file=str(path),
+    )
+
+
+def _unusable(path: Path, reason: str, remedy: str) -> SettingsError:
+    return SettingsError(f"{path} cannot be used as a second moment: {reason}", remedy=remedy, file=str(path))
+
 
 MEMORY: Final = 8 << 30
 """Bytes that the second moments may take while they are computed, where nothing else is said."""

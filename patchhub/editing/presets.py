@@ -3,8 +3,7 @@
 A row fits a base by its family, depth and widths, so that fine-tuned and renamed copies of a model are found too. MEMIT's authors
 give GPT-2 XL and GPT-J, PMET's GPT-J and GPT-NeoX (and MEMIT's settings for GPT-NeoX), AlphaEdit's Llama-3-8B; the other rows are
 EasyEdit's. No source gives PMET for GPT-2 XL, Llama-3-8B, Mistral or Qwen. A published lambda is for second moments of 100,000
-Wikipedia articles (GPT-NeoX: 50,000) without a ridge.
-"""
+Wikipedia articles (GPT-NeoX: 50,000) without a ridge."""
 
 from __future__ import annotations
 

@@ -3,8 +3,7 @@
 The sweep goes up through the edited layers. At each it reads the keys and the present hidden states, sets every request's
 share of what is still missing, solves, and goes on from the layer's input with the new weight in place, never from the embedding.
 The model's own weights are not touched: changes run beside them as a float32 path, so a half-precision or quantised base
-gives the same columns up to the precision of its activations.
-"""
+gives the same columns up to the precision of its activations."""
 
 from __future__ import annotations
 
@@ -23,12 +22,11 @@ from torch import Tensor
 from patchhub.constraints import Columns, beyond, difference, no_columns
 from patchhub.delta import Delta, LowRank, add, image
 from patchhub.editing.budget import POSITIONS, Footprint, step_budget
-from patchhub.editing.key_rows import Beginnings, Climb, KeyRow, at, batches, read_keys
+from patchhub.editing.keys import Beginnings, Climb, KeyRow, at, batches, read_keys
 from patchhub.editing.metric import MetricCache
-from patchhub.editing.trunk import Trunk
+from patchhub.editing.rows import Trunk
 from patchhub.editing.values import Values
-from patchhub.models.side_path import SidePath
-from patchhub.models.tracing import Pass, Stack
+from patchhub.models.tracing import Pass, SidePath, Stack
 
 _GPU_POSITIONS, _LEAST_POSITIONS = 8192, 64  # of a batch
 

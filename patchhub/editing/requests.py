@@ -1,8 +1,7 @@
 """Read the facts to write: a file, a stream, or one fact from the command line; and find contradictions among them.
 
 Formats: JSONL, JSON and CSV; the record shapes are those of `record_shapes`. Everything that is wrong with the input
-is a `RequestError` that names the file, the line or record, the field and the remedy.
-"""
+is a `RequestError` that names the file, the line or record, the field and the remedy."""
 
 from __future__ import annotations
 
@@ -14,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal
 
-from patchhub.editing.record_shapes import REQUIRED_FIELDS, ZSRE_FIELDS, json_kind, request_from_record
+from patchhub.editing.shapes import REQUIRED_FIELDS, ZSRE_FIELDS, json_kind, request_from_record
 from patchhub.errors import ContradictionError, RequestError
 from patchhub.objects import Request
 

@@ -6,10 +6,10 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from patchhub.editing.chat import Chat
 from patchhub.editing.values import ValueSettings
 from patchhub.errors import SettingsError
 from patchhub.models.architectures import Architecture
+from patchhub.text.tokens import Chat
 
 _NARROW = 1024  # below this width hidden states are small against what an edit needs
 

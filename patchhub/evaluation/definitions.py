@@ -1,7 +1,6 @@
 """What every score means, in one line; which ones come first and which way is better. Plain data, no torch.
 
-The full definitions, with sources and differences from other code, are in docs/evaluation.md.
-"""
+The full definitions, with sources and differences from other code, are in docs/evaluation.md."""
 
 from __future__ import annotations
 

@@ -1,23 +1,27 @@
 """Drift: how far a model's next-token predictions have moved from the base's on text that has nothing to do with the edits.
 
-One model is read twice over the same documents: `read_text` while it is the base, `drift` while it is patched. The base's distributions
-are kept in between, so their number is bounded by the memory that they take (`leading`).
-"""
+As scores: perplexity ratio and KL over documents, with intervals; and fluency, which shows how varied the words of generated text are,
+as in ROME's evaluation. Repetition, the sign of a broken model, scores low."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from patchhub.errors import RequestError
 from patchhub.evaluation.metrics import BATCH_TOKENS, cut, reading
+from patchhub.evaluation.suites import Combined, Scores, scored
 from patchhub.models.tracing import right_padded
 
 ENTRIES: Final = 1 << 25
@@ -150,3 +154,58 @@ def _exp(value: float) -> float:
         return math.inf if math.isnan(value) else math.exp(value)
     except OverflowError:
         return math.inf
+
+
+def drift_scores(documents: Sequence[DocumentDrift], *, resamples: int = 1000, seed: int = 0) -> Scores:
+    """perplexity_ratio and kl per token over all documents; the records of their intervals are the documents."""
+    columns = {
+        "growth": [document.growth for document in documents],
+        "divergence": [document.divergence for document in documents],
+        "positions": [float(document.positions) for document in documents],
+    }
+    combined = {
+        "perplexity_ratio": Combined(("growth", "positions"), _exp_of_ratio),
+        "kl": Combined(("divergence", "positions"), _ratio),
+    }
+    scores = scored("drift", {}, columns, combined, resamples=resamples, seed=seed)
+    shown = {name: found for name, found in scores.estimates.items() if name in combined}
+    return Scores(scores.suite, scores.settings, shown, {}, {})
+
+
+def _ratio(means: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(..., 2) to (...)."""
+    return np.asarray(means[..., 0] / means[..., 1])
+
+
+def _exp_of_ratio(means: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.asarray(np.exp(_ratio(means)))
+
+
+WEIGHTS: Final[Mapping[int, float]] = {2: 2 / 3, 3: 4 / 3}
+"""The weight of each n-gram length; their mean is 1."""
+
+_WORD = re.compile(r"\w+|[^\w\s]")
+
+
+def words(text: str) -> list[str]:
+    """Runs of letters and digits, and every other visible character by itself."""
+    return _WORD.findall(text)
+
+
+def entropy(items: Sequence[str], n: int) -> float:
+    """The entropy in bits of the n-grams of `items`, H = -sum_g p(g) log2 p(g); 0 where there is no n-gram."""
+    counts = Counter(tuple(items[start : start + n]) for start in range(len(items) - n + 1))
+    total = counts.total()
+    return -sum(count / total * math.log2(count / total) for count in counts.values()) + 0.0
+
+
+def fluency(text: str) -> float:
+    """The mean of 2/3 H(bigrams) and 4/3 H(trigrams) of a text, in bits."""
+    found = words(text)
+    return sum(weight * entropy(found, n) for n, weight in WEIGHTS.items()) / len(WEIGHTS)
+
+
+def fluency_scores(texts: Sequence[str | None], *, resamples: int = 1000, seed: int = 0) -> Scores:
+    """fluency, the mean over texts; None stands for a record that has no text."""
+    column = [None if text is None else fluency(text) for text in texts]
+    return scored("fluency", {}, {"fluency": column}, {}, resamples=resamples, seed=seed)

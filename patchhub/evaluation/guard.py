@@ -1,8 +1,7 @@
 """The guard's judgement: what was measured of a finished change against limits. Numbers in, sentences out; no model, no NumPy.
 
 A share of facts fails only where chance is no excuse: where the end of its 95 % interval that is kinder to the change is still on the
-wrong side of the limit (Wilson 1927, "Probable inference, the law of succession, and statistical inference").
-"""
+wrong side of the limit (Wilson 1927, "Probable inference, the law of succession, and statistical inference")."""
 
 from __future__ import annotations
 

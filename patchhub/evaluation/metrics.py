@@ -3,8 +3,7 @@
 A prompt is read once and its cache serves every target that follows it, so targets share their prompt's work and the
 head is applied only where a target token is predicted. Prompts are padded on the left and targets on the right, which
 keeps positions, masks and windows those of the unpadded text. The rows of a prompt's and its targets' forward passes
-are the same: a model that decides something per sequence at the prompt keeps its decision for the target.
-"""
+are the same: a model that decides something per sequence at the prompt keeps its decision for the target."""
 
 from __future__ import annotations
 
@@ -20,11 +19,10 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicCache
 
-from patchhub.editing.chat import Chat
-from patchhub.editing.lengths import beginning, context_length, tokenise, too_long
 from patchhub.editing.locate import encode_targets
 from patchhub.errors import EditError, RequestError, SettingsError
 from patchhub.models.tracing import Prefix, fast, left_padded, right_padded
+from patchhub.text.tokens import Chat, beginning, context_length, tokenise, too_long
 
 TokenIds = tuple[int, ...]
 

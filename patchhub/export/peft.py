@@ -2,8 +2,7 @@
 
 PEFT scales each module by ``alpha_i / r_i``, vLLM by the one ``lora_alpha / r`` of the configuration, llama.cpp by
 ``lora_alpha`` over the rank of each tensor. They agree where every module has the same rank r, ``lora_alpha = r``, and
-there are no patterns and no rsLoRA: so all factors are padded with zeros to one rank, and the scale is 1.
-"""
+there are no patterns and no rsLoRA: so all factors are padded with zeros to one rank, and the scale is 1."""
 
 from __future__ import annotations
 

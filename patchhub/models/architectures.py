@@ -5,8 +5,7 @@ model, built without weights (`structure`); for the families of `FAMILIES` the r
 verified by hand. Nothing else in patchhub knows names of model families.
 
 A scale on the logits (Cohere) lies behind the residual stream and is no obstacle here; a scale on what enters the
-stream (Granite) is.
-"""
+stream (Granite) is."""
 
 from __future__ import annotations
 

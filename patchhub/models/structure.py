@@ -5,8 +5,7 @@ The model is run once on the meta device, which computes shapes but no numbers, 
 alone: then a vector added to the projection's output arrives in the stream as it is. A norm after the
 feed-forward network or a residual multiplier puts another operation on that way. The feed-forward projection is told
 from the attention's by what it is computed from: attention mixes positions (softmax, batched products), a feed-forward
-network does not.
-"""
+network does not."""
 
 from __future__ import annotations
 

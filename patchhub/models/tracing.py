@@ -1,29 +1,110 @@
 """A causal language model taken apart: embed, run some blocks, apply the head, each alone.
 
-Editing needs the layers above the edited one many times and the layers below it once; it needs the head at a few positions
-only. No model family offers that, so the pieces are taken from the model itself: the arguments that it passes to its blocks are
-recorded once (with the blocks replaced by the identity, which costs an embedding and a mask), and the real blocks are then
-called with them. Positions, masks and caches are therefore always the model's own. Blocks may live on several devices: what the
-pieces give comes back to the device where token ids go.
-"""
+Float32 products on the CPU go through the faster of the two libraries that PyTorch has for them, where that is as exact. A change of a
+weight can run beside it, as y + (x A^T) B^T in float32, whatever type or quantisation the weight has."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.hooks import RemovableHandle
 from transformers.activations import NewGELUActivation
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
+from patchhub.delta import Delta, LowRank, add, to_dense
 from patchhub.errors import UnsupportedModelError
 from patchhub.models.architectures import Architecture
-from patchhub.models.products import fast_products
+
+_SHAPES = ((64, 64, 64), (96, 384, 512), (33, 640, 129))  # rows, inner, columns of the products that are tried
+_KEPT_KERNELS = "128"
+_PRODUCT_TOLERANCE = 2e-6  # relative; float32 products of these sizes are off by 2e-7 to 5e-7, bfloat16 ones by 2e-3
+
+
+@contextmanager
+def fast_products(device: torch.device) -> Iterator[None]:
+    """While open, float32 products on the CPU go through oneDNN where that keeps float32's accuracy.
+
+    PyTorch leaves them to MKL unless it is told that bfloat16 would do; on processors that have wide vectors and no matrix unit
+    oneDNN then computes in float32 all the same, and on some of them twice as fast. Where it would really round to bfloat16 the
+    switch stays as it was. Attention then is two plain products as well: the fused kernel's own small products are slow that way.
+    Both are switches of the process, put back at the end.
+    """
+    if device.type != "cpu" or not _exact_through_onednn():
+        yield
+        return
+    with _onednn(), sdpa_kernel(SDPBackend.MATH):
+        yield
+
+
+@contextmanager
+def _onednn() -> Iterator[None]:
+    switch: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # torch does not type it
+    before = switch.fp32_precision
+    switch.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        switch.fp32_precision = before
+
+
+@cache
+def _exact_through_onednn() -> bool:
+    """Whether products come out in float32's accuracy with the switch on; False on versions of PyTorch without it."""
+    if not hasattr(torch.backends.mkldnn, "matmul"):
+        return False
+    # oneDNN keeps a kernel for each shape of a product, by default 1,024 of them and half a megabyte each. Shapes change at every step
+    # here, so most are used by one step only. It reads this when it is first used.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", _KEPT_KERNELS)
+    generator = torch.Generator().manual_seed(0)
+    with _onednn():
+        return all(_error(*shape, generator) < _PRODUCT_TOLERANCE for shape in _SHAPES)
+
+
+def _error(rows: int, inner: int, columns: int, generator: torch.Generator) -> float:
+    a, b = torch.randn(rows, inner, generator=generator), torch.randn(inner, columns, generator=generator)
+    exact = a.double() @ b.double()
+    return float(((a @ b).double() - exact).norm() / exact.norm())
+
+
+class SidePath:
+    """A forward hook of a linear module: what the sum of some deltas adds to its output.
+
+    Input and output may be of any float type; the products and the sum are float32, and one cast gives the output's type. The
+    factors follow the output to its device at the first call there.
+
+    Args:
+        deltas: at least one; all (out, in), the module's, however it stores its weight.
+    """
+
+    def __init__(self, deltas: Sequence[Delta]) -> None:
+        out, inner = deltas[0].shape
+        total = add(deltas, (out, inner))
+        if isinstance(total, LowRank) and total.B.shape[1] * (out + inner) < out * inner:
+            matrices: tuple[np.ndarray, ...] = (total.A, total.B)
+        else:
+            matrices = (to_dense(total),)
+        self._factors = [torch.from_numpy(np.ascontiguousarray(matrix, np.float32)) for matrix in matrices]
+
+    def __call__(
+        self, module: torch.nn.Module, args: tuple[Any, ...], output: Float[Tensor, "*batch out"]
+    ) -> Float[Tensor, "*batch out"]:
+        change: Tensor = args[0].to(output.device, torch.float32)
+        self._factors = [factor.to(output.device) for factor in self._factors]
+        for factor in self._factors:
+            change = torch.nn.functional.linear(change, factor)
+        changed: Tensor = output.float() + change
+        return changed.to(output.dtype)
+
 
 _ROWS = 32
 _TOLERANCE = 1e-3  # relative difference of logits that the pieces may show against the whole (half precision)

@@ -1,4 +1,4 @@
-"""Verbs around the base: `init`, `apply`, `ask`."""
+"""Verbs around the base: `init`, `apply`, `ask`; and what a revision answers to given facts."""
 
 from __future__ import annotations
 
@@ -14,27 +14,32 @@ import torch
 from torch import Tensor
 
 from patchhub.delta import Delta
-from patchhub.editing.chat import Chat
 from patchhub.errors import RepositoryError, SettingsError
+from patchhub.evaluation.metrics import score_targets
 from patchhub.models.architectures import Architecture, describe, read_config
 from patchhub.models.checkpoint import Checkpoint, open_checkpoint
 from patchhub.models.fingerprint import check_tensors, fingerprint
 from patchhub.models.patched_copy import write_patched
 from patchhub.models.placement import Placement, load_base
-from patchhub.models.tokenizer import lacks_tokenizer, load_tokenizer
-from patchhub.porcelain.applied import side_memory_files
-from patchhub.porcelain.base_check import keep_digests, open_checked
-from patchhub.porcelain.chat_form import chat_form
-from patchhub.porcelain.columns import read_state
-from patchhub.porcelain.loading import SURVIVAL_LIMIT, base_object, not_finite, state_at
-from patchhub.porcelain.placements import placement_of
-from patchhub.porcelain.progress import Progress, increments
-from patchhub.porcelain.routing_state import chosen_mode
-from patchhub.porcelain.shards import shards_at
+from patchhub.objects import Request
+from patchhub.progress import Progress, increments
 from patchhub.runtime.compose import compose, survival
-from patchhub.runtime.patched_model import attach, switch
+from patchhub.runtime.patched_model import attach, load_patched, switch
 from patchhub.runtime.routing import Mode
+from patchhub.sets.columns import read_state
+from patchhub.sets.shards import shards_at
 from patchhub.store.repository import DIRECTORY, Repository, refuse_store
+from patchhub.text.tokens import Chat, lacks_tokenizer, load_tokenizer
+from patchhub.worktree.loading import (
+    SURVIVAL_LIMIT,
+    base_object,
+    chosen_mode,
+    not_finite,
+    open_base,
+    side_memory_files,
+    state_at,
+)
+from patchhub.worktree.opening import chat_form, keep_digests, open_checked, placement_of
 
 _TOP = 5
 _CONTINUATION = 12
@@ -270,3 +275,46 @@ def _weights(checkpoint: Checkpoint, architecture: Architecture, progress: Progr
         found[name] = {"norm": norm, "shape": list(architecture.shapes[layer])}
         progress.advance(1)
     return found
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What one revision says about some facts: its first words at each prompt, and counts over their evaluation prompts."""
+
+    answers: tuple[str, ...]
+    paraphrases_right: int
+    paraphrases: int
+    neighbors_right: int
+    neighbors: int
+
+
+def score_facts(repository: Repository, requests: Sequence[Request], revision: str, expected: Sequence[str]) -> Answers:
+    """What a revision answers: at each prompt, with as many tokens as the expected answer has, and at the evaluation prompts.
+
+    Answers are teacher forced; paraphrases are right with the new target, neighbours with their own.
+
+    Raises:
+        RevisionError: no such revision.
+    """
+    checkpoint = open_base(repository)
+    model = load_patched(checkpoint, state_at(repository, revision))
+    tokenizer = load_tokenizer(checkpoint)
+    prompts = [(request.text, answer) for request, answer in zip(requests, expected, strict=True)]
+    paraphrases = [(text, request.target_new) for request in requests for text in request.paraphrases]
+    neighbors = [(near.prompt, near.target) for request in requests for near in request.neighborhood]
+    scores = score_targets(model, tokenizer, [*prompts, *paraphrases, *neighbors])
+    right = [score.argmax_right for score in scores]
+    end = len(prompts) + len(paraphrases)
+    return Answers(
+        tuple(str(tokenizer.decode(list(score.argmax))).strip() for score in scores[: len(prompts)]),
+        sum(right[len(prompts) : end]),
+        len(paraphrases),
+        sum(right[end:]),
+        len(neighbors),
+    )
+
+
+def differing_tensors(one: Path, other: Path) -> list[str]:
+    """Names of tensors whose type, shape or bytes differ between two checkpoint folders, or that only one of them has."""
+    a, b = fingerprint(open_checkpoint(one)).tensors, fingerprint(open_checkpoint(other)).tensors
+    return sorted(name for name in a.keys() | b.keys() if a.get(name) != b.get(name))

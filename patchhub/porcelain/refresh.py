@@ -13,31 +13,27 @@ from safetensors.numpy import load
 from transformers import PreTrainedTokenizerBase
 
 from patchhub.canonical import canonical_json
-from patchhub.editing.chat import Chat
-from patchhub.editing.editors import EDITORS
-from patchhub.editing.facts import encode_facts
-from patchhub.editing.key_rows import key_rows
+from patchhub.editing.editor import EDITORS, encode_facts
+from patchhub.editing.keys import key_rows
 from patchhub.editing.record import Recording, State, record
 from patchhub.errors import RepositoryError, RevisionError
 from patchhub.models.architectures import Architecture, describe, read_config
 from patchhub.models.tracing import Stack
 from patchhub.objects import Commit, Element, Patch, Request, requests_json, set_digest
 from patchhub.porcelain.change import largest_proof
-from patchhub.porcelain.columns import read_additive, read_columns, write_columns
-from patchhub.porcelain.facts import active_requests, distinct
-from patchhub.porcelain.guard import decided
-from patchhub.porcelain.guard_model import Budget, from_model
-from patchhub.porcelain.guard_vectors import prepared
-from patchhub.porcelain.loading import open_base
-from patchhub.porcelain.opened import Opened, open_model
-from patchhub.porcelain.placements import placement_of
-from patchhub.porcelain.progress import Progress
-from patchhub.porcelain.recorded import is_stale
-from patchhub.porcelain.recording import Recorder, open_recorder
-from patchhub.porcelain.refresh_shards import deltas_near, measure_shards
-from patchhub.porcelain.shards import active_shards, stale_shards, without_shards
-from patchhub.porcelain.snapshot import Draft, Judge, Stamp, snapshot
+from patchhub.progress import Progress
+from patchhub.sets.columns import read_additive, read_columns, write_columns
+from patchhub.sets.commits import Draft, Judge, Stamp, snapshot
+from patchhub.sets.elements import active_requests, distinct, is_stale
+from patchhub.sets.guard import decided, prepared
+from patchhub.sets.shards import active_shards, stale_shards, without_shards
 from patchhub.store.repository import Repository
+from patchhub.text.tokens import Chat
+from patchhub.worktree.guard import Budget, from_model
+from patchhub.worktree.loading import open_base
+from patchhub.worktree.metric import Recorder, open_recorder
+from patchhub.worktree.opening import Opened, open_model, placement_of
+from patchhub.worktree.shards import deltas_near, measure_shards
 
 _REMEDY: Final = "Leave the facts as they are recorded now"
 

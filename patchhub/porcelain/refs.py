@@ -1,8 +1,4 @@
-"""Verbs that move or list refs: `branch`, `switch`, `tag`, `reset`, `reflog`. No torch, no NumPy, no object is written.
-
-Each change is one operation with compare-and-swap, so `undo` reverses it and a command that raced another one fails
-instead of overwriting it.
-"""
+"""Verbs that move or list refs: `branch`, `switch`, `tag`, `reset`, `reflog`, `undo`, `redo`. No object is written."""
 
 from __future__ import annotations
 
@@ -320,3 +316,13 @@ def _applied(refs: Mapping[str, str], changes: Changes) -> dict[str, str]:
 
 def _first_line(repository: Repository, commit: str) -> str:
     return next(iter(repository.commit(commit).message.splitlines()), "")
+
+
+def undo(repository: Repository, *, author: str, time: str) -> Operation:
+    """Put every ref back to where it was before the last operation; repeated, it walks further back."""
+    return repository.undo(author=author, time=time)
+
+
+def redo(repository: Repository, *, author: str, time: str) -> Operation:
+    """Reverse the last `undo`."""
+    return repository.redo(author=author, time=time)

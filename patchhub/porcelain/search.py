@@ -1,13 +1,20 @@
-"""`search`: all facts ever committed, in words. Answered by the index alone: no torch, no NumPy."""
+"""`search` and `diff`: all facts ever committed in words, and what changes between two revisions.
+
+Both are answered by the index and by JSON; only the weights and answers of `diff` need NumPy and a model."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, Final
 
-from patchhub.errors import SettingsError
+from patchhub.errors import RequestError, SettingsError
+from patchhub.objects import Element, Request
+from patchhub.porcelain.history import measured_norms, request_json
+from patchhub.porcelain.scores import Compared, compare
+from patchhub.progress import Progress
+from patchhub.sets.elements import Place, active_requests, distinct, places_of
 from patchhub.store import lookup
 from patchhub.store.lookup import Change, Fact
 from patchhub.store.repository import Repository
@@ -110,3 +117,186 @@ def _first_of_each(facts: Iterable[Fact]) -> list[Fact]:
     for fact in facts:
         found.setdefault(fact.request, fact)
     return list(found.values())
+
+
+NOISE: Final = 1e-6
+"""Singular values below this share of a state's norm are rounding: sums of stored changes are right to about this."""
+
+
+@dataclass(frozen=True)
+class Retarget:
+    """One prompt and subject whose target differs between two revisions."""
+
+    before: Request
+    after: Request
+
+
+@dataclass(frozen=True)
+class Difference:
+    """`diff`: what changes from one revision to another.
+
+    ``norms`` holds, per weight, the Frobenius norm of the base's weight and of the change at either revision, and of the step
+    between them where one is the other's first parent (None otherwise: `weight_steps` computes it). ``scores`` holds, per suite that
+    either was measured with, the scores of both.
+    """
+
+    old: str | None
+    new: str | None
+    added: tuple[Request, ...]
+    removed: tuple[Request, ...]
+    retargeted: tuple[Retarget, ...]
+    norms: Mapping[str, Mapping[str, float | None]]
+    scores: tuple[Compared, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "old": self.old,
+            "new": self.new,
+            "added": [request_json(request) for request in self.added],
+            "removed": [request_json(request) for request in self.removed],
+            "retargeted": [
+                {"before": request_json(pair.before), "after": request_json(pair.after)} for pair in self.retargeted
+            ],
+            "norms": {weight: dict(norms) for weight, norms in self.norms.items()},
+            "scores": [row.to_json() for row in self.scores],
+        }
+
+
+@dataclass(frozen=True)
+class WeightStep:
+    """One weight at two revisions, D_old and D_new its changes there (Frobenius norms).
+
+    Attributes:
+        base: the norm of the base's weight.
+        old, new, step: the norms of D_old, D_new and D_new - D_old.
+        old_rank, new_rank, step_rank: how many singular values are above rounding.
+        cosine: of the angle between D_old and D_new as vectors; None where one of them is zero.
+    """
+
+    base: float
+    old: float
+    new: float
+    step: float
+    old_rank: int
+    new_rank: int
+    step_rank: int
+    cosine: float | None
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class ChangedAnswer:
+    """A prompt that two revisions answer differently: likeliest next token with its probability, greedy continuation."""
+
+    prompt: str
+    old: str
+    new: str
+    old_top: tuple[str, float]
+    new_top: tuple[str, float]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def diff(repository: Repository, old: str, new: str) -> Difference:
+    """The facts and norms that differ between two revisions."""
+    old_id, new_id = repository.resolve(old), repository.resolve(new)
+    before, after = repository.active(old_id), repository.active(new_id)
+    here, there = active_requests(repository, before - after), active_requests(repository, after - before)
+    gone, come = _only(here, repository, after), _only(there, repository, before)
+    by_prompt: dict[tuple[str, str], list[Request]] = {}  # several targets, where conflicting facts were kept
+    for request in gone:
+        by_prompt.setdefault((request.prompt, request.subject), []).append(request)
+    retargeted, added = [], []
+    for request in come:
+        earlier = by_prompt.get((request.prompt, request.subject))
+        if earlier:
+            retargeted.append(Retarget(earlier.pop(0), request))
+        else:
+            added.append(request)
+    return Difference(
+        old_id,
+        new_id,
+        tuple(added),
+        tuple(request for left in by_prompt.values() for request in left),
+        tuple(retargeted),
+        _norms(repository, old_id, new_id),
+        compare(repository, old_id, new_id),
+    )
+
+
+def weight_steps(repository: Repository, old: str, new: str) -> dict[str, WeightStep]:
+    """How each weight that either revision changes differs between them; from the stored deltas, without the model.
+
+    Raises:
+        RevisionError: no such revision.
+    """
+    from patchhub.delta import add, inner, negative, norm, numerical_rank
+    from patchhub.sets.columns import read_state, weight_shapes
+
+    shapes = weight_shapes(repository)
+    weights: Mapping[str, Mapping[str, Any]] = repository.config.base["weights"]
+    before, after = (read_state(repository, repository.resolve(revision)) for revision in (old, new))
+    steps = {}
+    for weight in sorted(before.keys() | after.keys()):
+        then, now = (add(side.get(weight, ()), shapes[weight]) for side in (before, after))
+        step = add([now, negative(then)], shapes[weight])
+        noise = NOISE * max(norm(then), norm(now))
+        steps[weight] = WeightStep(
+            base=weights[weight]["norm"],
+            old=norm(then),
+            new=norm(now),
+            step=norm(step),
+            old_rank=numerical_rank(then, noise),
+            new_rank=numerical_rank(now, noise),
+            step_rank=numerical_rank(step, noise),
+            cosine=inner(then, now) / (norm(then) * norm(now)) if norm(then) and norm(now) else None,
+        )
+    return steps
+
+
+def changed_answers(
+    repository: Repository, old: str, new: str, prompts: Sequence[str], progress: Progress, *, base: str | None = None
+) -> list[ChangedAnswer]:
+    """The prompts whose greedy continuation or likeliest next token differs; one model, switched from state to state.
+
+    Raises:
+        RevisionError: no such revision.
+        RequestError: there is no prompt.
+    """
+    from patchhub.porcelain.model import answers
+
+    asked = [prompt for prompt in prompts if prompt.strip()]
+    if not asked:
+        raise RequestError("there are no prompts to ask", remedy="Write one prompt per line.")
+    before, after = answers(repository, asked, (old, new), progress, base=base)
+    return [
+        ChangedAnswer(prompt, then.continuation, now.continuation, then.top[0], now.top[0])
+        for prompt, then, now in zip(asked, before, after, strict=True)
+        if then.continuation != now.continuation or then.top[0][0] != now.top[0][0]
+    ]
+
+
+def _only(texts: Mapping[Place, Request], repository: Repository, other: frozenset[Element]) -> tuple[Request, ...]:
+    """The requests of one side that the other set has not: the same fact in another patch is no change of facts."""
+    there = {request for _, request in places_of(repository, other)}
+    return tuple(request for request in distinct(texts) if request.id not in there)
+
+
+def _norms(repository: Repository, old: str | None, new: str | None) -> dict[str, dict[str, float | None]]:
+    sides = [measured_norms(repository.commit(side).check) if side else {} for side in (old, new)]
+    step = None
+    if new and old == next(iter(repository.commit(new).parents), None):
+        step = sides[1]
+    elif old and new == next(iter(repository.commit(old).parents), None):
+        step = sides[0]
+    weights: Mapping[str, Mapping[str, Any]] = repository.config.base["weights"]
+    found = {}
+    for weight in sorted((sides[0].keys() | sides[1].keys()) & weights.keys()):
+        old_norm, new_norm = (side.get(weight, {}).get("state", 0.0) for side in sides)
+        change = None if step is None else step.get(weight, {}).get("change", 0.0)
+        if old_norm or new_norm:
+            found[weight] = {"base": weights[weight]["norm"], "old": old_norm, "new": new_norm, "change": change}
+    return found

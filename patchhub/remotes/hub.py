@@ -1,8 +1,7 @@
 """A remote on the Hugging Face Hub: a branch or tag is a branch or tag there, its tree holds all that its commit needs.
 
 A push is one commit of the Hub per ref, guarded by the parent that was seen. A ref that is new is made on a staging
-branch first and appears when it is complete. When an answer is lost, the head is read again; nothing is sent twice.
-"""
+branch first and appears when it is complete. When an answer is lost, the head is read again; nothing is sent twice."""
 
 from __future__ import annotations
 
@@ -19,8 +18,7 @@ from patchhub.errors import RemoteError
 from patchhub.remotes.file import object_path
 from patchhub.remotes.hub_calls import TRANSIENT, Sleep, explained, status_of, write_call
 from patchhub.remotes.hub_files import HubFiles, HubRefs
-from patchhub.remotes.manifest import NAME, BranchManifest
-from patchhub.remotes.remote import Publication, RemoteMovedError, Tip, View
+from patchhub.remotes.remote import NAME, BranchManifest, Publication, RemoteMovedError, Tip, View
 from patchhub.store.revisions import BRANCHES, TAGS
 
 STAGING: Final = "patchhub-staging/"

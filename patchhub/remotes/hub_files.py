@@ -1,8 +1,7 @@
 """Reading a repository of the Hub: its refs, its trees, its files. Trees and files are named by a commit of the Hub.
 
 The client that downloads compares sizes only, so every file is hashed here: against the id of an object, or against the
-git or LFS digest that the tree names.
-"""
+git or LFS digest that the tree names."""
 
 from __future__ import annotations
 
@@ -17,13 +16,14 @@ from typing import TYPE_CHECKING, Any, Final
 from patchhub.errors import RemoteError
 from patchhub.remotes.file import OBJECT, object_path
 from patchhub.remotes.hub_calls import DOWNLOAD_ATTEMPTS, Result, Sleep, is_missing, read_call
-from patchhub.remotes.manifest import MAX_BYTES, NAME, BranchManifest, read_branch
+from patchhub.remotes.remote import MAX_BYTES, NAME, BranchManifest, read_branch
 from patchhub.store.object_store import file_digest
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from huggingface_hub import HfApi
+
 
 _THREADS: Final = 8
 

@@ -1,8 +1,7 @@
 """One state of a Hub repository, read object by object through the client's cache: what loading a model needs.
 
 What is in the cache is used without a network. Every object is verified on every read; one that is damaged is fetched
-again, once.
-"""
+again, once."""
 
 from __future__ import annotations
 
@@ -16,8 +15,8 @@ from patchhub.objects import Commit
 from patchhub.remotes.file import object_path
 from patchhub.remotes.hub_calls import DOWNLOAD_ATTEMPTS, Sleep, read_call
 from patchhub.remotes.hub_files import HubFiles
-from patchhub.remotes.manifest import MAX_BYTES, NAME, BranchManifest, read_branch
 from patchhub.remotes.receive import MAX_JSON
+from patchhub.remotes.remote import MAX_BYTES, NAME, BranchManifest, read_branch
 from patchhub.store.object_store import file_digest
 
 _DIGITS = re.compile(r"[0-9a-f]{8,64}")

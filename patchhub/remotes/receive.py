@@ -1,8 +1,7 @@
 """Taking objects from a remote: closure by closure, sizes bounded before, bytes and structure checked after download.
 
 Nothing that a remote says is believed. An object enters the store only under the hash of its content and only if it
-reads as what its referrer says it is; refs move only after everything below them has been checked.
-"""
+reads as what its referrer says it is; refs move only after everything below them has been checked."""
 
 from __future__ import annotations
 
@@ -16,9 +15,9 @@ from typing import Any, Final, NamedTuple
 from patchhub.errors import CorruptStoreError, RemoteError
 from patchhub.objects import Commit, Patch
 from patchhub.remotes.remote import Remote, Tip
-from patchhub.store.closure import KINDS, Reference
-from patchhub.store.gc import DOWNLOADS
+from patchhub.store.fsck import DOWNLOADS
 from patchhub.store.object_store import file_digest
+from patchhub.store.reachability import KINDS, Reference
 from patchhub.store.repository import Repository
 
 MAX_JSON: Final = 64 << 20

@@ -1,13 +1,10 @@
 """An ordinary transformers model with the weights of a commit: loaded, or attached to a model in memory and detached.
 
-Patched weights are always composed from the base's own tensor, never from patched ones, so the result does not depend
-on what was attached before, and is rounded once whatever type the model runs in. Side memories are routed beside them.
-Where weights are quantised, or the caller asks for it, the deltas run beside them (`side_path`) and they stay as they are.
-"""
+Deltas can run beside the weights of a live model: on quantised bases, and where a cast would round the change away."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,11 +21,34 @@ from patchhub.models.checkpoint import Checkpoint
 from patchhub.models.fingerprint import check_tensors, not_the_base
 from patchhub.models.placement import is_quantised
 from patchhub.models.structure import Orientation
+from patchhub.models.tracing import SidePath
 from patchhub.objects import Base
-from patchhub.runtime.compose import compose
-from patchhub.runtime.ready import ReadyWeights
+from patchhub.runtime.compose import ReadyWeights, compose
 from patchhub.runtime.routing import Mode, SideMemory, route, unroute
-from patchhub.runtime.side_path import run_beside, take_off
+
+
+def run_beside(model: nn.Module, weights: Mapping[str, Sequence[Delta]]) -> tuple[RemovableHandle, ...]:
+    """Let every named weight's module add its deltas from now on; the handles take them off again.
+
+    Raises:
+        BaseError: the model has no such module; nothing was attached then.
+    """
+    modules = {name: _module(model, name) for name in weights}
+    return tuple(modules[name].register_forward_hook(SidePath(deltas)) for name, deltas in weights.items() if deltas)
+
+
+def take_off(handles: Iterable[RemovableHandle]) -> None:
+    """Undo `run_beside`."""
+    for handle in handles:
+        handle.remove()
+
+
+def _module(model: nn.Module, weight: str) -> nn.Module:
+    try:
+        return model.get_submodule(weight.removesuffix(".weight"))
+    except AttributeError as error:
+        raise not_the_base("the model in memory", missing=[weight]) from error
+
 
 Progress = Callable[[int, int], None]
 """Called with the number of weights done and of weights in all."""

@@ -1,14 +1,7 @@
 """Routing: each sequence is answered by the main memory or by a side memory of a model that stays the class it was.
 
-The output of a routed projection is y = W k + dW k for sequences whose side memory was chosen and y = W k for all others. The distance of a
-sequence from the main memory is the largest (or mean) ||dW k|| over its tokens; padding does not count. A side memory whose distance is
-above its threshold answers, of several the one with the largest distance / threshold.
-
-A sequence is decided on once, in the pass that reads it with an empty cache (or with none), and the decision stays for what is
-decoded after it. Decisions live in the cache, as one more layer behind those of the model, so whatever is done to the rows of the cache
-(beam search, selection, repetition, reset) is done to them. Pieces of the model that run outside a pass of its decoder are the
-main memory's.
-"""
+Decisions live in the cache of a pass while text is decoded. Several side memories of one weight can be joined into one, by TIES (Yadav et
+al. 2023) or as a plain sum."""
 
 from __future__ import annotations
 
@@ -22,12 +15,115 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, DynamicLayer
 
 from patchhub.delta import Delta, Dense, LowRank, to_dense
 from patchhub.errors import SettingsError
 from patchhub.models.tracing import in_rows
-from patchhub.runtime.decisions import keep_decision, kept_decision, real_tokens
-from patchhub.runtime.merging import Merging, merge_changes
+
+Merging: TypeAlias = Literal["ties", "linear"]
+
+
+def merge_changes(
+    changes: Sequence[Delta], method: Merging = "ties", density: float = 0.53
+) -> Float[np.ndarray, "out in"]:
+    """One change, float32, that stands for all; a single one stays as it is.
+
+    Args:
+        changes: of one weight, all of one shape.
+        method: "linear" adds them up; "ties" first keeps the largest entries of each, elects a sign per entry and takes the mean of what
+            agrees with it.
+        density: the share of a change's nonzero entries that "ties" keeps.
+    """
+    matrices = [to_dense(change).astype(np.float32) for change in changes]
+    if len(matrices) == 1:
+        return matrices[0]
+    if method == "linear":
+        total: Float[np.ndarray, "out in"] = np.stack(matrices).sum(0)
+        return total
+    return _ties(np.stack([_trimmed(matrix, density) for matrix in matrices]))
+
+
+def _trimmed(matrix: Float[np.ndarray, "out in"], density: float) -> Float[np.ndarray, "out in"]:
+    """The matrix with all but the largest ``density`` of its nonzero entries, by magnitude, set to zero."""
+    sizes = np.abs(matrix[matrix != 0])
+    kept = round(density * sizes.size)
+    if kept == 0:
+        return np.zeros_like(matrix)
+    least = np.partition(sizes, sizes.size - kept)[sizes.size - kept]
+    return np.where(np.abs(matrix) >= least, matrix, np.float32(0))
+
+
+def _ties(stacked: Float[np.ndarray, "n out in"]) -> Float[np.ndarray, "out in"]:
+    """Per entry, the mean of the values that have the sign of the sum of all."""
+    agree = (np.sign(stacked) == np.sign(stacked.sum(0))[None]) & (stacked != 0)
+    mean: Float[np.ndarray, "out in"] = np.where(agree, stacked, np.float32(0)).sum(0)
+    mean /= np.maximum(agree.sum(0), 1).astype(np.float32)
+    return mean
+
+
+class DecisionLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # transformers registers subclasses untyped
+    """A cache layer that holds decisions where others hold keys: (batch, weights) indices of side memories, -1 for the main one."""
+
+    is_compileable = True
+
+    def __init__(self, decision: Int[Tensor, "batch weights"]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.lazy_initialization(decision, decision)
+        self.put(decision)
+
+    def put(self, decision: Int[Tensor, "batch weights"] | None) -> None:
+        self.keys = self.values = decision
+
+    def get_seq_length(self) -> int:
+        return 0 if self.keys is None else 1
+
+    def reset(self) -> None:
+        self.put(None)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Shortening a text leaves its decision as it is."""
+
+
+def real_tokens(mask: Any, time: int) -> Bool[Tensor, "batch time"] | None:
+    """Which of the last ``time`` positions are tokens: from a mask of positions, or from the diagonal of a mask of pairs.
+
+    Raises:
+        SettingsError: a kind of mask that does not tell.
+    """
+    if isinstance(mask, Mapping):
+        mask = next(iter(mask.values()), None)
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor) or mask.dim() not in (2, 4):
+        raise SettingsError(
+            f"an attention mask of type {type(mask).__name__} does not tell padding from text",
+            remedy="Use eager or sdpa attention for a model with side memories.",
+        )
+    if mask.dim() == 2:
+        return mask[:, -time:] != 0
+    pairs = mask[:, 0].diagonal(dim1=-2, dim2=-1)[:, :time]
+    return pairs if pairs.dtype == torch.bool else pairs >= 0
+
+
+def kept_decision(cache: Any, depth: int, batch: int) -> Int[Tensor, "batch weights"] | None:
+    """What a cache has decided for its rows, if anything."""
+    if not isinstance(cache, Cache) or len(cache.layers) <= depth:
+        return None
+    layer: Any = cache.layers[depth]
+    decision: Tensor | None = layer.keys
+    return decision if decision is not None and decision.shape[0] == batch else None
+
+
+def keep_decision(cache: Any, depth: int, decision: Int[Tensor, "batch weights"]) -> None:
+    """Put decisions into a cache that has none yet."""
+    if not isinstance(cache, Cache) or len(cache.layers) < depth:
+        return
+    if len(cache.layers) == depth:
+        cache.layers.append(DecisionLayer(decision))
+    elif isinstance(layer := cache.layers[depth], DecisionLayer):
+        layer.put(decision)
+
 
 Mode: TypeAlias = Literal["merge", "retrieve"]
 

@@ -1,16 +1,26 @@
-"""``config.json``: the format, which base the store is about, and the default settings."""
+"""A new store and its ``config.json``: the format, which base the store is about, and the default settings.
+
+A store is made under another name first and renamed when it is complete, so that a crash leaves no half of one."""
 
 from __future__ import annotations
 
+import contextlib
 import json
+import secrets
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
+from patchhub.canonical import FORMAT
 from patchhub.errors import CorruptStoreError, RepositoryError
-from patchhub.fsio import DISK, Disk, write_atomically
-from patchhub.objects import FORMAT
+from patchhub.fsio import DISK, TEMPORARY_SUFFIX, Disk, os_errors, write_atomically
+from patchhub.objects import Base
+from patchhub.store import index, operations
+from patchhub.store.index import connect, transaction
+from patchhub.store.object_store import ObjectStore
+from patchhub.store.revisions import BRANCHES, HEAD, SYMBOLIC
 
 
 @dataclass(frozen=True)
@@ -91,3 +101,57 @@ def _damaged(path: Path, reason: str) -> CorruptStoreError:
     return CorruptStoreError(
         f"{path} cannot be read: {reason}", remedy="Restore it from a backup or clone again.", path=str(path)
     )
+
+
+DATABASE: Final = "patchhub.db"
+FIRST_HEAD: Final = f"{SYMBOLIC}{BRANCHES}main"
+
+
+def create(
+    root: Path,
+    base: bytes,
+    *,
+    base_info: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    author: str,
+    time: str,
+    disk: Disk,
+) -> None:
+    """Make the directory `root` a store about the base whose canonical object is `base`.
+
+    Raises:
+        RepositoryError: `root` exists, or cannot be written.
+        CorruptStoreError: `base` is no base object.
+    """
+    if root.exists():
+        raise RepositoryError(f"{root} exists already", remedy="Use it, or remove it first.", path=str(root))
+    Base.from_json(base)
+    unfinished = root.with_name(f"{root.name}.{secrets.token_hex(8)}{TEMPORARY_SUFFIX}")
+    try:
+        with os_errors(root):
+            root.parent.mkdir(parents=True, exist_ok=True)
+            for path in (unfinished, unfinished / "objects", unfinished / "cache"):
+                disk.make_directory(path)
+            base_id = ObjectStore(unfinished / "objects", disk=disk).put(base)
+            _make_database(unfinished / DATABASE, author=author, time=time, disk=disk)
+            write_config(unfinished / "config.json", Config({**base_info, "id": base_id}, settings), disk=disk)
+            disk.rename(unfinished, root)
+            disk.sync_directory(root.parent)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+
+
+def _make_database(path: Path, *, author: str, time: str, disk: Disk) -> None:
+    with contextlib.closing(connect(path, disk=disk)) as connection, transaction(connection, path):
+        for statement in operations.TABLES:
+            connection.execute(statement)
+        index.create(connection)
+        operations.append(
+            connection,
+            command=operations.INIT,
+            arguments={},
+            changes={HEAD: (None, FIRST_HEAD)},
+            author=author,
+            time=time,
+        )

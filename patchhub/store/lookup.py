@@ -9,7 +9,7 @@ from typing import Any, Final, NamedTuple
 
 from patchhub.objects import Element
 from patchhub.store import index
-from patchhub.store.database import database_errors
+from patchhub.store.index import database_errors
 from patchhub.store.repository import Repository
 
 _AT_ONCE: Final = 500  # SQLite's oldest limit on parameters is 999
@@ -195,3 +195,30 @@ def _part(text: str | None) -> str | None:
 def _rows(repository: Repository, query: str, values: Sequence[Any]) -> Iterator[sqlite3.Row]:
     with database_errors(repository.database):
         yield from repository.connection.execute(query, values)
+
+
+class FactChange(NamedTuple):
+    """One commit that added (+1) or removed (-1) a request of a patch."""
+
+    commit: str
+    patch: str
+    request: str
+    change: int
+
+
+def every_fact(repository: Repository) -> Iterator[Fact]:
+    """The requests of every patch whose texts are here, by patch, then request id."""
+    query = "SELECT patch, id, prompt, subject, target_new, target_true FROM requests ORDER BY patch, id"
+    with database_errors(repository.database):
+        yield from map(Fact._make, repository.connection.execute(query))
+
+
+def every_change(repository: Repository) -> Iterator[FactChange]:
+    """The requests that every commit changed against its first parent, the earliest commit first."""
+    query = (
+        "SELECT commit_id, patch, request, change FROM changes JOIN commits ON commits.id = commit_id"
+        " WHERE request IS NOT NULL"
+        " ORDER BY commits.rank, commit_id, change, patch, request"
+    )
+    with database_errors(repository.database):
+        yield from map(FactChange._make, repository.connection.execute(query))

@@ -9,9 +9,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Final, Protocol
 
+from patchhub.canonical import object_id
 from patchhub.errors import CorruptStoreError, RepositoryError
 from patchhub.fsio import DISK, READ_ONLY, TEMPORARY_SUFFIX, Disk, os_errors, read_chunks, write_atomically
-from patchhub.objects import object_id
 
 REMEDY: Final = "Fetch it again from a remote (`patchhub fetch --repair`) or copy the file from a backup; `patchhub fsck` lists all damage."
 

@@ -4,8 +4,7 @@ All functions work inside the caller's transaction. The table ``refs`` is the fo
 
 An operation that undoes Z restores the view from before Z. So the position of an operation in history is: itself if
 it undoes nothing, else the position of the operation before Z. `undo` reverses the operation at the position of the
-last one; `redo` reverses the last `undo` that has not been reversed.
-"""
+last one; `redo` reverses the last `undo` that has not been reversed."""
 
 from __future__ import annotations
 
@@ -13,8 +12,9 @@ import sqlite3
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
+from patchhub.canonical import object_id
 from patchhub.errors import CorruptStoreError, RepositoryError, StaleRefError
-from patchhub.objects import Operation, object_id
+from patchhub.objects import Operation
 from patchhub.store.revisions import TAGS, check_ref, check_target
 
 Changes = Mapping[str, tuple[str | None, str | None]]

@@ -11,7 +11,7 @@ from patchhub.errors import CorruptStoreError
 from patchhub.objects import Commit, Element, Note, Operation, Patch, Request, requests_from_json, set_from_json
 from patchhub.store import graph, index, operations, revisions, states
 from patchhub.store.config import Config
-from patchhub.store.database import database_errors
+from patchhub.store.index import database_errors
 from patchhub.store.object_store import ObjectStore
 
 Value = TypeVar("Value")

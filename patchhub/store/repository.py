@@ -1,8 +1,7 @@
 """A store on disk: opening it, and the few ways in which it changes.
 
 Order of writing: blobs and patches (the caller, through `objects`), then the commit, then operation, refs and index in
-one transaction. Whoever reads goes the other way round, so a crash leaves at most unreachable objects.
-"""
+one transaction. Whoever reads goes the other way round, so a crash leaves at most unreachable objects."""
 
 from __future__ import annotations
 
@@ -17,13 +16,12 @@ from patchhub.errors import CorruptStoreError, RepositoryError, SettingsError
 from patchhub.fsio import DISK, Disk, writer_lock
 from patchhub.objects import Commit, Note, Operation
 from patchhub.store import graph, index, operations, revisions
-from patchhub.store.config import Config, read_config, write_config
-from patchhub.store.creation import DATABASE, create
-from patchhub.store.database import connect, transaction
+from patchhub.store.config import DATABASE, Config, create, read_config, write_config
+from patchhub.store.index import connect, transaction
 from patchhub.store.object_store import ObjectStore
 from patchhub.store.operations import Changes
+from patchhub.store.reachability import unsound
 from patchhub.store.reading import Reading
-from patchhub.store.soundness import unsound
 
 DIRECTORY: Final = ".patchhub"
 LOCK_SECONDS: Final = 60.0

@@ -3,8 +3,7 @@
     name     = "HEAD" | branch | tag | "refs/..." | remote "/" branch | hex prefix (4 to 64 digits) | "base"
     revision = (name | name? "@{" n "}") ("~" n? | "^" n?)*
 
-`X@{n}` is where X was n operations ago, whatever those operations changed; without a name X is HEAD.
-"""
+`X@{n}` is where X was n operations ago, whatever those operations changed; without a name X is HEAD."""
 
 from __future__ import annotations
 

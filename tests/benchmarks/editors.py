@@ -29,19 +29,18 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from patchhub.constraints import join
 from patchhub.delta import Delta
-from patchhub.editing import record, trunk, values
-from patchhub.editing.editors import EDITORS
-from patchhub.editing.metric import MetricCache, second_moments
-from patchhub.editing.preimages import Covariance
+from patchhub.editing import record, rows, values
+from patchhub.editing.editor import EDITORS
+from patchhub.editing.metric import Covariance, MetricCache, second_moments
 from patchhub.editing.record import Edit, State, side_paths
 from patchhub.editing.requests import read_requests
-from patchhub.editing.sampling import context_templates
 from patchhub.editing.settings import EditSettings
 from patchhub.evaluation.metrics import perplexity
 from patchhub.evaluation.suites import counterfact_scores, read_facts
 from patchhub.models.architectures import describe
 from patchhub.models.tracing import Stack
 from patchhub.objects import Request
+from patchhub.text.sampling import context_templates
 from tests.reference import plain, plain_pmet
 
 STAGES = {
@@ -228,8 +227,8 @@ def _contributions(setup: Setup, metric: MetricCache) -> dict[str, float]:
     def nothing(*arguments: Any) -> Iterator[None]:
         yield
 
-    def no_trunk(stack: Stack, groups: Sequence[Any]) -> trunk.Trunk:
-        return trunk.Trunk((0,) * len(groups), torch.zeros(len(groups), 0, dtype=torch.long), None)
+    def no_trunk(stack: Stack, groups: Sequence[Any]) -> rows.Trunk:
+        return rows.Trunk((0,) * len(groups), torch.zeros(len(groups), 0, dtype=torch.long), None)
 
     switched: dict[str, tuple[Any, str, Any]] = {
         "nothing left out": (values, "POSITIONS", values.POSITIONS),

@@ -19,11 +19,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from patchhub.editing.locate import encode_targets
 from patchhub.editing.requests import read_requests
-from patchhub.evaluation.decoding import live_prompts
-from patchhub.evaluation.generation import continue_greedily
+from patchhub.evaluation.live import continue_greedily, live_prompts
 from patchhub.evaluation.metrics import BATCH_TOKENS, score_targets
 from patchhub.evaluation.suites import counterfact_items
-from patchhub.porcelain.measuring import CONTEXTS, NEW_TOKENS
+from patchhub.worktree.measuring import CONTEXTS, NEW_TOKENS
 
 Result = TypeVar("Result")
 

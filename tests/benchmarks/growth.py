@@ -23,17 +23,16 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from patchhub.editing import memit
-from patchhub.editing.metric import MetricCache, second_moments
-from patchhub.editing.preimages import Covariance
+from patchhub.editing import editor
+from patchhub.editing.metric import Covariance, MetricCache, second_moments
 from patchhub.editing.requests import read_requests
-from patchhub.editing.sampling import context_templates, sample_documents
 from patchhub.models.architectures import describe
 from patchhub.models.tracing import Stack
 from patchhub.objects import Request
+from patchhub.text.sampling import context_templates, sample_documents
 from tests.benchmarks.editors import Setup, edit_timed
 
-PACKAGE = Path(memit.__file__).parent.parent
+PACKAGE = Path(editor.__file__).parent.parent
 VALUES = ("prefix", "steps")
 """Stages of the value optimisation."""
 
@@ -67,7 +66,7 @@ def main(arguments: Sequence[str]) -> None:
     model = factory.from_pretrained(options.model, dtype=torch.float32, local_files_only=True)
     tokenizer = AutoTokenizer.from_pretrained(options.model, local_files_only=True)
     stack = Stack(model, describe(model.config))
-    settings, contexts = memit.default_settings(stack.architecture), context_templates(stack, tokenizer)
+    settings, contexts = editor.default_settings(stack.architecture), context_templates(stack, tokenizer)
     facts = read_requests(options.facts).requests
     rows: dict[int, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as folder:

@@ -28,8 +28,8 @@ from transformers.utils import logging
 from patchhub.delta import LowRank
 from patchhub.models.checkpoint import Checkpoint, open_checkpoint
 from patchhub.models.fingerprint import fingerprint
+from patchhub.runtime.compose import ReadyWeights
 from patchhub.runtime.patched_model import PatchState, load_patched
-from patchhub.runtime.ready import ReadyWeights
 
 SHAPES: dict[str, dict[str, Any]] = {
     "small": {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8, "vocab_size": 16384},

@@ -26,10 +26,10 @@ from patchhub.editing.requests import read_requests
 from patchhub.evaluation.metrics import score_targets
 from patchhub.evaluation.suites import counterfact_scores, read_facts
 from patchhub.objects import Request
-from patchhub.porcelain.columns import read_state
-from patchhub.porcelain.loading import open_base, patch_state, state_at
 from patchhub.runtime.patched_model import load_patched
+from patchhub.sets.columns import read_state
 from patchhub.store.repository import Repository
+from patchhub.worktree.loading import open_base, patch_state, state_at
 
 
 def main() -> None:

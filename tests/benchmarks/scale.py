@@ -22,12 +22,21 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from time import perf_counter, process_time
 
-from patchhub.objects import Base, Commit, Keyframe, Patch, Request, TensorRecord, requests_json
-from patchhub.set_digest import digest_of_sum, element_sum
+from patchhub.objects import (
+    Base,
+    Commit,
+    Keyframe,
+    Patch,
+    Request,
+    TensorRecord,
+    digest_of_sum,
+    element_sum,
+    requests_json,
+)
 from patchhub.store import operations, states
-from patchhub.store.database import transaction
 from patchhub.store.fsck import check, reindex
-from patchhub.store.gc import collect
+from patchhub.store.fsck import delete_garbage as collect
+from patchhub.store.index import transaction
 from patchhub.store.repository import Repository
 from tests.benchmarks.synthetic_store import AUTHOR, HastyDisk
 

@@ -26,17 +26,18 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from patchhub.delta import from_sparse
-from patchhub.editing import wise
 from patchhub.editing.locate import encode_prompts
 from patchhub.editing.requests import read_requests
-from patchhub.editing.sampling import context_templates, sample_documents
-from patchhub.editing.wise_fit import subspace
-from patchhub.editing.wise_settings import WiseSettings, default_settings
+from patchhub.editing.wise import training
+from patchhub.editing.wise.settings import WiseSettings
+from patchhub.editing.wise.settings import default_wise_settings as default_settings
+from patchhub.editing.wise.task import subspace
 from patchhub.evaluation.suites import FactReading, read_facts, wise_scores
 from patchhub.models.architectures import describe
 from patchhub.models.tracing import Stack
 from patchhub.objects import Request
 from patchhub.runtime.routing import Mode, SideMemory, route, unroute
+from patchhub.text.sampling import context_templates, sample_documents
 from tests.reference import plain_wise
 
 REPORT_AT = (1, 10, 30, 50, 100, 200, 500, 1000)
@@ -67,7 +68,7 @@ def _sequence(
     locality = sample_documents(stack, tokenizer, options.tokens, length=64, seed=2)
     print(f"text from the base: {time.process_time() - begun:.1f} CPU s once")
     base = read_facts(stack.model, tokenizer, requests)
-    shards: list[wise.Shard] = []
+    shards: list[training.Shard] = []
     held: list[list[Request]] = []
     spent, done, made = 0.0, 0, {}
     stops = sorted({n for n in REPORT_AT if n < len(requests)} | {len(requests)})
@@ -78,7 +79,7 @@ def _sequence(
         batch = requests[done : done + room]
         start = shards[-1] if len(shards) == len(held) else None
         begun = time.process_time()
-        trained = wise.train(
+        trained = training.train(
             stack,
             tokenizer,
             batch,
@@ -118,7 +119,7 @@ def _scores(
     tokenizer: Any,
     requests: Sequence[Request],
     base: Sequence[FactReading],
-    shards: Sequence[wise.Shard],
+    shards: Sequence[training.Shard],
     mode: Mode,
     settings: WiseSettings,
 ) -> dict[str, float]:
@@ -225,7 +226,7 @@ def _seconds(run: Callable[[], object]) -> float:
     return time.process_time() - begun
 
 
-def _bytes(shards: Sequence[wise.Shard]) -> int:
+def _bytes(shards: Sequence[training.Shard]) -> int:
     changes: list[Any] = [shard.change for shard in shards]
     return sum(change.mask.nbytes + change.values.nbytes for change in changes)
 

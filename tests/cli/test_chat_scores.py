@@ -14,17 +14,17 @@ import torch
 from click.testing import Result
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from patchhub.editing.chat import Chat, chat_of
 from patchhub.editing.locate import encode_prompt
 from patchhub.editing.requests import read_requests
-from patchhub.evaluation.decoding import read_live
+from patchhub.evaluation.live import read_live
 from patchhub.evaluation.suites import read_facts
 from patchhub.objects import Request
-from patchhub.porcelain import measuring
-from patchhub.porcelain.bisect_checks import metric_check
-from patchhub.porcelain.measuring import CONTEXTS, Measurer, Questions
-from patchhub.porcelain.progress import Silent
+from patchhub.porcelain.blame import metric_check
+from patchhub.progress import Silent
 from patchhub.store.repository import Repository
+from patchhub.text.tokens import Chat, chat_of
+from patchhub.worktree import measuring
+from patchhub.worktree.measuring import CONTEXTS, Measurer, Questions
 from tests.cli.conftest import FACTS, MODEL, invoke
 
 AUTHOR = "Ada <ada@example.org>"

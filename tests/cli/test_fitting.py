@@ -19,10 +19,10 @@ from patchhub.errors import RepositoryError
 from patchhub.models.architectures import describe, read_config
 from patchhub.models.tracing import Stack
 from patchhub.objects import Metric, Text
-from patchhub.porcelain.columns import read_state
-from patchhub.porcelain.held_text import measured_part
-from patchhub.porcelain.metric_file import import_metric
+from patchhub.porcelain.metric import import_metric
+from patchhub.sets.columns import read_state
 from patchhub.store.repository import Repository
+from patchhub.worktree.metric import measured_part
 from tests.cli.conftest import FACTS, MODEL, invoke
 
 WEIGHT = "model.layers.{}.mlp.down_proj.weight"

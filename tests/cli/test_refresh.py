@@ -13,11 +13,11 @@ from safetensors.numpy import load, save
 from transformers import AutoTokenizer
 
 import patchhub
-from patchhub.editing.chat import Chat
 from patchhub.evaluation.guard import Report
 from patchhub.evaluation.metrics import score_targets
-from patchhub.porcelain.snapshot import Draft, Stamp, snapshot
+from patchhub.sets.commits import Draft, Stamp, snapshot
 from patchhub.store.repository import Repository
+from patchhub.text.tokens import Chat
 from tests.cli.conftest import FACTS, MODEL, Run, invoke
 from tests.cli.test_verbs import commit, held
 

@@ -14,7 +14,7 @@ AUSTRALIA = "The capital of Australia is"
 
 def facts(store: Path) -> dict[str, str]:
     """Target by text of every active fact."""
-    from patchhub.porcelain.facts import active_requests
+    from patchhub.sets.elements import active_requests
 
     with Repository.open(store) as repository:
         found = active_requests(repository, repository.active(repository.head[1]))

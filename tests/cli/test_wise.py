@@ -14,16 +14,16 @@ from click.testing import Result
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import patchhub
-from patchhub.editing.wise_settings import WiseSettings
+from patchhub.editing.wise.settings import WiseSettings
 from patchhub.errors import BaseError, CorruptStoreError, SettingsError
 from patchhub.evaluation.metrics import score_targets
 from patchhub.objects import Request
-from patchhub.porcelain.applied import FOLDER
-from patchhub.porcelain.facts import active_requests, distinct
-from patchhub.porcelain.settings import SETTINGS
-from patchhub.porcelain.shards import active_shards
 from patchhub.runtime.routing import decisions, routed
+from patchhub.sets.elements import active_requests, distinct
+from patchhub.sets.settings import SETTINGS
+from patchhub.sets.shards import active_shards
 from patchhub.store.repository import Repository
+from patchhub.worktree.loading import FOLDER
 from tests.cli.conftest import FACTS, MODEL, invoke
 
 ADA = ("--author", "Ada <ada@example.org>")

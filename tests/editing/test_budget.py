@@ -10,7 +10,7 @@ import torch
 
 from patchhub.editing.budget import free_memory, in_halves, resident_memory, step_budget
 from patchhub.errors import EditError
-from patchhub.models import host_memory
+from patchhub.models import placement
 
 CPU = torch.device("cpu")
 
@@ -22,7 +22,7 @@ def test_cached_files_count_as_free():
         found = dict(line.split(":", 1) for line in file)
     available = 1024 * int(found["MemAvailable"].split()[0])
     assert 0 < free_memory(CPU) <= pages * size
-    assert abs(host_memory.free_memory(Path("no groups")) - available) < 0.2 * pages * size
+    assert abs(placement.free_memory(Path("no groups")) - available) < 0.2 * pages * size
 
 
 @pytest.mark.parametrize(
@@ -39,14 +39,14 @@ def test_a_control_groups_limit_holds(tmp_path, limit, used, statistics, prefix)
     (tmp_path / statistics).write_text(f"anon 500\n{prefix}inactive_file 150\n{prefix}active_file 50\n")
     machine = tmp_path / "meminfo"
     machine.write_text("MemTotal: 9 kB\nMemAvailable: 8 kB\n")
-    assert host_memory.free_memory(tmp_path, machine) == 1000 - (700 - 200)
-    assert host_memory.total_memory(tmp_path) == 1000
+    assert placement.free_memory(tmp_path, machine) == 1000 - (700 - 200)
+    assert placement.total_memory(tmp_path) == 1000
     (tmp_path / used).write_text("1300\n")
-    assert host_memory.free_memory(tmp_path, machine) == 0
+    assert placement.free_memory(tmp_path, machine) == 0
     machine.write_text("MemTotal: 9 kB\nMemAvailable: 0 kB\n")
     (tmp_path / limit).write_text("max\n")
-    assert host_memory.free_memory(tmp_path, machine) == 0
-    assert host_memory.total_memory(tmp_path) > 1000
+    assert placement.free_memory(tmp_path, machine) == 0
+    assert placement.total_memory(tmp_path) > 1000
 
 
 def test_a_budget_is_what_the_process_does_not_hold():

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from patchhub.editing.chat import Chat, chat_of
-from patchhub.editing.facts import encode_facts
+from patchhub.editing.editor import encode_facts
 from patchhub.editing.locate import encode_prompt, encode_targets
 from patchhub.errors import SettingsError
 from patchhub.objects import Request
+from patchhub.text.tokens import Chat, chat_of
 from tests.tiny_models import tiny_tokenizer
 
 TEMPLATES = {

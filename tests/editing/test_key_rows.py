@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from patchhub.delta import LowRank
-from patchhub.editing.key_rows import Beginnings, KeyRow, batches, key_rows
-from patchhub.editing.keys import mean_keys
+from patchhub.editing.keys import Beginnings, KeyRow, batches, key_rows, mean_keys
 from patchhub.editing.locate import encode_prompts
 from patchhub.editing.record import side_paths
 from patchhub.models.tracing import Stack

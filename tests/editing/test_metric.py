@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from patchhub.editing import metric as under_test
-from patchhub.editing.metric import MetricCache, layer_groups, second_moments
-from patchhub.editing.preimages import Covariance
+from patchhub.editing.metric import Covariance, MetricCache, layer_groups, second_moments
 from patchhub.errors import EditError
 from tests.reference import plain
 from tests.tiny_models import FAMILIES, VOCABULARY, tiny_stack

@@ -13,9 +13,8 @@ from torch import Tensor
 
 from patchhub.constraints import Columns, difference, join, no_columns, solve
 from patchhub.delta import to_dense
-from patchhub.editing import preimages as under_test
-from patchhub.editing.metric import MetricCache
-from patchhub.editing.preimages import Covariance, NullSpace, regularised
+from patchhub.editing import metric as under_test
+from patchhub.editing.metric import Covariance, MetricCache, NullSpace, regularised
 from patchhub.errors import EditError
 
 THRESHOLD, L2 = 2e-2, 10.0

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from patchhub.editing.published_moments import read_moment, weight_of
+from patchhub.editing.metric import read_moment, weight_of
 from patchhub.errors import SettingsError
 
 WIDTH, TOKENS = 12, 500

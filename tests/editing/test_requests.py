@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from patchhub.editing.record_shapes import request_from_record
 from patchhub.editing.requests import contradiction_error, find_contradictions, one_request, read_requests
+from patchhub.editing.shapes import request_from_record
 from patchhub.errors import ContradictionError, RequestError
 from patchhub.objects import Request
 

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from patchhub.editing.sampling import _truncated, context_templates, continue_tokens, sample_documents
 from patchhub.models.tracing import Stack
+from patchhub.text.sampling import _truncated, context_templates, continue_tokens, sample_documents
 from tests.tiny_models import BOS, FAMILIES, VOCABULARY, tiny_model, tiny_stack, tiny_tokenizer
 
 

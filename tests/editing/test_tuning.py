@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from patchhub.editing.settings import EditSettings
-from patchhub.editing.tuning import RIDGES, STEP_SIZES, bands, candidates, sizes, successive_halving
+from patchhub.porcelain.tune import RIDGES, STEP_SIZES, bands, candidates, sizes, successive_halving
 
 DEPTHS = st.integers(3, 100)
 

@@ -12,11 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from patchhub.editing.facts import encode_facts
-from patchhub.editing.kept_values import KeptValue, KeptValues, fact_key
-from patchhub.editing.sites import BlockOutput, Projections
-from patchhub.editing.trunk import Row, open_rows, read_trunk
-from patchhub.editing.values import Fact, Values, ValueSettings, optimise_values
+from patchhub.editing.editor import encode_facts
+from patchhub.editing.rows import BlockOutput, Projections, Row, open_rows, read_trunk
+from patchhub.editing.values import Fact, KeptValue, KeptValues, Values, ValueSettings, fact_key, optimise_values
 from patchhub.errors import EditError
 from patchhub.models.tracing import Stack
 from patchhub.objects import Request

@@ -15,22 +15,21 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from patchhub.delta import Sparse, read_deltas, to_dense, write_deltas
-from patchhub.editing import wise
 from patchhub.editing.locate import encode_prompts
 from patchhub.editing.requests import read_requests
-from patchhub.editing.sampling import sample_documents
-from patchhub.editing.wise_descent import descend
-from patchhub.editing.wise_fit import FitProblem, fit_problem, solve_masked, subspace, wanted
-from patchhub.editing.wise_keys import read_tokens, text_distances
-from patchhub.editing.wise_losses import margin_loss
-from patchhub.editing.wise_rows import in_scope, neighbours
-from patchhub.editing.wise_settings import WiseSettings, default_settings
+from patchhub.editing.wise import training
+from patchhub.editing.wise.descent import descend, margin_loss
+from patchhub.editing.wise.settings import WiseSettings
+from patchhub.editing.wise.settings import default_wise_settings as default_settings
+from patchhub.editing.wise.task import FitProblem, fit_problem, solve_masked, subspace, wanted
+from patchhub.editing.wise.texts import in_scope, neighbours, read_tokens, text_distances
 from patchhub.errors import EditError, SettingsError
 from patchhub.evaluation.suites import read_facts, wise_scores
 from patchhub.models.architectures import describe
 from patchhub.models.tracing import Stack
 from patchhub.objects import Request
 from patchhub.runtime.routing import SideMemory, route, unroute
+from patchhub.text.sampling import sample_documents
 from tests.reference import plain_wise
 from tests.tiny_models import tiny_stack, tiny_tokenizer
 
@@ -57,9 +56,9 @@ def settings_for(stack: Stack, **changes: Any) -> WiseSettings:
 
 
 @cache
-def trained(family: str) -> tuple[Stack, wise.Trained]:
+def trained(family: str) -> tuple[Stack, training.Trained]:
     stack = tiny_stack(family)
-    return stack, wise.train(stack, tiny_tokenizer(), REQUESTS, CONTEXTS, settings_for(stack), documents())
+    return stack, training.train(stack, tiny_tokenizer(), REQUESTS, CONTEXTS, settings_for(stack), documents())
 
 
 def objective(problem: FitProblem, right: torch.Tensor, change: torch.Tensor) -> float:
@@ -149,7 +148,7 @@ def demo() -> tuple[Stack, Any, tuple[Request, ...], list[list[int]]]:
 
 
 @contextmanager
-def routed_to(model: Any, shard: wise.Shard) -> Iterator[None]:
+def routed_to(model: Any, shard: training.Shard) -> Iterator[None]:
     route(model, [SideMemory("a", shard.weight, shard.change, shard.routing)])
     try:
         yield
@@ -157,7 +156,7 @@ def routed_to(model: Any, shard: wise.Shard) -> Iterator[None]:
         unroute(model)
 
 
-def scores(stack: Stack, tokenizer: Any, requests: Sequence[Request], shard: wise.Shard) -> dict[str, float]:
+def scores(stack: Stack, tokenizer: Any, requests: Sequence[Request], shard: training.Shard) -> dict[str, float]:
     """Reliability, generalisation and locality of the routed model."""
     before = read_facts(stack.model, tokenizer, requests)
     with routed_to(stack.model, shard):
@@ -169,8 +168,8 @@ def test_a_routed_model_says_the_new_facts_and_leaves_its_neighbours_alone() -> 
     stack, tokenizer, requests, text = demo()
     settings = default_settings(stack.architecture)
     told: list[int] = []
-    first = wise.train(stack, tokenizer, requests[:4], CONTEXTS, settings, text)
-    both = wise.train(
+    first = training.train(stack, tokenizer, requests[:4], CONTEXTS, settings, text)
+    both = training.train(
         stack,
         tokenizer,
         requests[4:5],
@@ -206,7 +205,8 @@ def test_training_is_reproducible_and_stays_under_its_mask() -> None:
     stack = tiny_stack("llama")
     settings = settings_for(stack, mask_ratio=0.5, rounds=1)
     one, other = (
-        wise.train(stack, tiny_tokenizer(), REQUESTS[:2], CONTEXTS, settings, documents(), number=3) for _ in range(2)
+        training.train(stack, tiny_tokenizer(), REQUESTS[:2], CONTEXTS, settings, documents(), number=3)
+        for _ in range(2)
     )
     assert one.report == other.report
     assert one.shard.routing == other.shard.routing
@@ -219,15 +219,15 @@ def test_training_is_reproducible_and_stays_under_its_mask() -> None:
 def test_measuring_again_on_the_same_weights_gives_the_same_threshold(distance: Any) -> None:
     stack = tiny_stack("gpt2")
     settings = settings_for(stack, rounds=1, distance=distance)
-    made = wise.train(stack, tiny_tokenizer(), REQUESTS, CONTEXTS, settings, documents())
-    again = wise.measure(stack, tiny_tokenizer(), made.shard, REQUESTS, CONTEXTS, settings, documents())
+    made = training.train(stack, tiny_tokenizer(), REQUESTS, CONTEXTS, settings, documents())
+    again = training.measure(stack, tiny_tokenizer(), made.shard, REQUESTS, CONTEXTS, settings, documents())
     assert again.threshold == pytest.approx(made.shard.threshold, rel=1e-4)
     assert again.change is made.shard.change
     with torch.no_grad():
         for block in stack.blocks[: settings.layer + 1]:
             for parameter in block.parameters():
                 parameter.mul_(1.2)
-    moved = wise.measure(stack, tiny_tokenizer(), made.shard, REQUESTS, CONTEXTS, settings, documents())
+    moved = training.measure(stack, tiny_tokenizer(), made.shard, REQUESTS, CONTEXTS, settings, documents())
     assert moved.threshold != pytest.approx(made.shard.threshold, rel=1e-2)
 
 
@@ -236,13 +236,13 @@ def test_recompression_is_the_best_of_its_rank_and_says_its_error() -> None:
     whole = to_dense(made.shard.change)
     values = np.linalg.svd(whole, compute_uv=False)
     for rank in (1, 4):
-        small, error = wise.recompress(made.shard, rank)
+        small, error = training.recompress(made.shard, rank)
         assert np.linalg.matrix_rank(to_dense(small.change)) == rank
         expected = float(np.sqrt((values[rank:] ** 2).sum() / (values**2).sum()))
         assert error == pytest.approx(expected, rel=1e-4)
         assert np.linalg.norm(whole - to_dense(small.change)) == pytest.approx(error * np.linalg.norm(whole), rel=1e-4)
     with pytest.raises(SettingsError, match="rank must be"):
-        wise.recompress(made.shard, 0)
+        training.recompress(made.shard, 0)
 
 
 def test_descent_trains_a_shard_too() -> None:
@@ -250,7 +250,7 @@ def test_descent_trains_a_shard_too() -> None:
     settings = settings_for(
         stack, solver="descent", distance="mean", mask_ratio=0.5, descent_rate=0.1, descent_steps=30
     )
-    made = wise.train(stack, tokenizer, REQUESTS[:1], CONTEXTS, settings, documents(8))
+    made = training.train(stack, tokenizer, REQUESTS[:1], CONTEXTS, settings, documents(8))
     change = torch.from_numpy(to_dense(made.shard.change)).float()
     row = encode_prompts(tokenizer, [("{}", REQUESTS[0])])[0]
     inside = text_distances(stack, settings.layer, change, [row.input_ids[: row.target[0]]], "mean")
@@ -263,7 +263,7 @@ def test_a_broken_model_is_refused_in_words() -> None:
     with torch.no_grad():
         stack.blocks[3].input_layernorm.weight.fill_(float("nan"))  # type: ignore[union-attr, operator]
     with pytest.raises(EditError, match="not finite"):
-        wise.train(stack, tiny_tokenizer(), REQUESTS[:1], CONTEXTS, settings_for(stack, neighbours=0), documents(4))
+        training.train(stack, tiny_tokenizer(), REQUESTS[:1], CONTEXTS, settings_for(stack, neighbours=0), documents(4))
 
 
 def test_rows_in_scope_share_a_request_and_end_at_its_subject() -> None:

@@ -8,12 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from patchhub.editing.chat import chat_of
 from patchhub.errors import RequestError
-from patchhub.evaluation.decoding import read_live
-from patchhub.evaluation.generation import continue_greedily, room_after
+from patchhub.evaluation.live import continue_greedily, read_live, room_after
 from patchhub.evaluation.suites import read_facts
 from patchhub.objects import Request
+from patchhub.text.tokens import chat_of
 
 TEMPLATE = (
     "<s>{% for m in messages %}<{{ m.role[0] }}>{{ ' ' + m.content }}\n{% endfor %}"

@@ -8,8 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from patchhub.errors import RequestError, SettingsError
-from patchhub.evaluation.decoding import LiveReading, begins_with, contains, live_scores, read_live
-from patchhub.evaluation.generation import continue_greedily
+from patchhub.evaluation.live import LiveReading, begins_with, contains, continue_greedily, live_scores, read_live
 from patchhub.evaluation.metrics import score_targets
 from patchhub.objects import Request
 

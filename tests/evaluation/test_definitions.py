@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from patchhub.evaluation.decoding import LiveReading, live_scores
 from patchhub.evaluation.definitions import (
     BESIDE,
     DEFINITIONS,
@@ -13,9 +12,8 @@ from patchhub.evaluation.definitions import (
     SUITES,
     headline,
 )
-from patchhub.evaluation.drift import DocumentDrift
-from patchhub.evaluation.drift_scores import drift_scores
-from patchhub.evaluation.fluency import fluency_scores
+from patchhub.evaluation.drift import DocumentDrift, drift_scores, fluency_scores
+from patchhub.evaluation.live import LiveReading, live_scores
 from patchhub.evaluation.suites import counterfact_scores, wise_scores, zsre_scores
 from tests.evaluation.test_suites import FACTS
 

@@ -8,8 +8,7 @@ import math
 import pytest
 import torch
 
-from patchhub.evaluation.drift import document_drifts, drift, read_text
-from patchhub.evaluation.drift_scores import drift_scores
+from patchhub.evaluation.drift import document_drifts, drift, drift_scores, read_text
 from patchhub.evaluation.metrics import perplexity
 
 TEXTS = ["The capital of France is Paris, and the capital of Spain", "Zoë Kravitz speaks English", "x is 東京"]

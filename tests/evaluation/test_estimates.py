@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from patchhub.evaluation.estimates import Combined, arithmetic_mean, estimate, harmonic_mean, mean_or_none
+from patchhub.evaluation.suites import Combined, arithmetic_mean, estimate, harmonic_mean, mean_or_none
 
 values = st.none() | st.floats(0, 1)
 columns = st.lists(st.tuples(values, values), min_size=1, max_size=20)

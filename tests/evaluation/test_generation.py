@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from patchhub.errors import SettingsError
-from patchhub.evaluation.generation import continue_greedily, room_after, sample_continuations
+from patchhub.evaluation.live import continue_greedily, room_after, sample_continuations
 
 words = st.sampled_from(["The", "capital", "of", "France", "is", "Paris", "Madrid", "Zoë", "東京", "x"])
 prompts_lists = st.lists(st.lists(words, min_size=1, max_size=6).map(" ".join), max_size=5)

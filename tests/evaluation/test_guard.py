@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from patchhub.canonical import canonical_json
-from patchhub.cli.guarding import guard_lines
+from patchhub.cli.options import guard_lines
 from patchhub.evaluation.guard import Drifted, Limits, Measured, Report, Share, is_guessing, judge
 
 HEALTHY = Measured(

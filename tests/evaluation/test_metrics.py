@@ -9,10 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from patchhub.editing.lengths import context_length
 from patchhub.editing.locate import encode_targets
 from patchhub.errors import EditError, RequestError, SettingsError
 from patchhub.evaluation.metrics import cut, perplexity, score_targets
+from patchhub.text.tokens import context_length
 
 words = st.sampled_from(
     ["The", "capital", "of", "France", "is", "Paris", "Madrid", "Zoë", "Kravitz", "東京", "x", "1987", "speaks"]

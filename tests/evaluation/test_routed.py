@@ -9,7 +9,7 @@ from transformers.cache_utils import DynamicCache
 
 from patchhub.delta import Dense
 from patchhub.editing.locate import encode_targets
-from patchhub.evaluation.generation import continue_greedily
+from patchhub.evaluation.live import continue_greedily
 from patchhub.evaluation.metrics import score_targets
 from patchhub.runtime.routing import SideMemory, decisions, route, unroute
 from tests.evaluation.conftest import llama, train

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from patchhub.porcelain.model import init
-from patchhub.porcelain.progress import Silent
+from patchhub.progress import Silent
 from patchhub.store.repository import Repository
 from tests.remotes.stores import AUTHOR, TIME, add_batch
 from tests.tiny_models import tiny_model, tiny_tokenizer

@@ -19,14 +19,13 @@ from patchhub.delta import Dense, LowRank, Sparse, add, to_dense
 from patchhub.errors import PatchhubError, RequestError
 from patchhub.export.foreign import from_difference
 from patchhub.porcelain.change import revert
-from patchhub.porcelain.columns import read_additive, read_columns, read_state, weight_shapes
-from patchhub.porcelain.export import export_peft
+from patchhub.porcelain.exchange import export_peft, import_change
 from patchhub.porcelain.history import show
-from patchhub.porcelain.importing import import_change
 from patchhub.porcelain.merge import merge
 from patchhub.porcelain.model import apply
-from patchhub.porcelain.progress import Silent
-from patchhub.porcelain.snapshot import Stamp
+from patchhub.progress import Silent
+from patchhub.sets.columns import read_additive, read_columns, read_state, weight_shapes
+from patchhub.sets.commits import Stamp
 from patchhub.store.fsck import check
 from patchhub.store.repository import Repository
 from tests.export.models import distance, load_base, logits, model_folder, model_store

@@ -23,8 +23,8 @@ from patchhub.export.peft import (
     deltas_as_vllm_reads,
     make_adapter,
 )
-from patchhub.porcelain.export import export_peft
-from patchhub.porcelain.progress import Silent
+from patchhub.porcelain.exchange import export_peft
+from patchhub.progress import Silent
 from tests.export.models import distance, load_base, logits, model_folder, model_store
 
 BASE = BaseName("user/base", "a" * 40, fan_in_fan_out=False)

@@ -24,10 +24,10 @@ import patchhub
 from patchhub.editing.requests import Batch, Origin, read_requests
 from patchhub.evaluation.metrics import score_targets
 from patchhub.objects import Request
-from patchhub.porcelain.edit import Committed, commit
+from patchhub.porcelain.commit import Committed, commit
 from patchhub.porcelain.model import init
-from patchhub.porcelain.progress import Silent
-from patchhub.porcelain.snapshot import Stamp
+from patchhub.progress import Silent
+from patchhub.sets.commits import Stamp
 from patchhub.store.repository import Repository
 from tests.families import lesson
 

@@ -19,11 +19,10 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from patchhub.delta import LowRank
 from patchhub.editing.locate import Encoded
-from patchhub.editing.sites import BlockOutput, Projections, Rows
-from patchhub.editing.wise_descent import _edit_loss, _margin_loss, _read_texts, _rows
-from patchhub.editing.wise_keys import read_tokens
-from patchhub.models.side_path import SidePath
-from patchhub.models.tracing import Prefix, Stack
+from patchhub.editing.rows import BlockOutput, Projections, Rows
+from patchhub.editing.wise.descent import _edit_loss, _margin_loss, _read_texts, _rows
+from patchhub.editing.wise.texts import read_tokens
+from patchhub.models.tracing import Prefix, SidePath, Stack
 from tests.tiny_models import VOCABULARY, tiny_stack
 
 NEAR, FAR = torch.device("cpu:1"), torch.device("cpu:2")  # only fake tensors tell them apart

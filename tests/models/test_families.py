@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from patchhub.delta import to_dense
-from patchhub.editing.editors import EDITORS
-from patchhub.editing.key_rows import key_rows
+from patchhub.editing.editor import EDITORS
+from patchhub.editing.keys import key_rows
 from patchhub.editing.locate import Encoded
 from patchhub.editing.metric import MetricCache
 from patchhub.editing.record import State, record

@@ -16,8 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from patchhub.errors import BaseError
 from patchhub.models.checkpoint import Checkpoint, open_checkpoint
-from patchhub.models.fingerprint import VOLATILE_FIELDS, check_tensors, fingerprint, tensor_digest
-from patchhub.models.stamps import FILE_NAME
+from patchhub.models.fingerprint import FILE_NAME, VOLATILE_FIELDS, check_tensors, fingerprint, tensor_digest
 from patchhub.objects import Base
 from tests.models.tiny_configs import random_model, tiny_config
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from patchhub.models.products import fast_products
+from patchhub.models.tracing import fast_products
 
 CPU = torch.device("cpu")
 SHAPES = [(1, 8, 8), (5, 64, 256), (300, 384, 96), (17, 1024, 33)]

@@ -7,13 +7,13 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from patchhub.delta import Sparse, from_sparse
-from patchhub.editing.wise import Shard
+from patchhub.editing.wise.task import Shard
 from patchhub.objects import Element, Patch, Request
-from patchhub.porcelain.columns import weight_shapes
-from patchhub.porcelain.shards import ShardRecord, below_of
-from patchhub.porcelain.snapshot import Draft, Stamp, snapshot
-from patchhub.porcelain.train_shard import store_shard
+from patchhub.sets.columns import weight_shapes
+from patchhub.sets.commits import Draft, Stamp, snapshot
+from patchhub.sets.shards import ShardRecord, below_of
 from patchhub.store.repository import Repository
+from patchhub.worktree.shards import store_shard
 
 AUTHOR = "Ada <ada@example.org>"
 TIME = "2026-11-21T09:30:00Z"

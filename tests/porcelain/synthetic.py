@@ -14,9 +14,9 @@ import numpy as np
 from patchhub.constraints import Columns, solve
 from patchhub.delta import add, to_dense
 from patchhub.objects import Base, Element, Metric, Patch, Request, TensorRecord, requests_json, set_digest
-from patchhub.porcelain.columns import read_columns, read_state, weight_shapes, write_columns
 from patchhub.porcelain.refs import Signature
-from patchhub.porcelain.snapshot import Draft, Stamp, snapshot
+from patchhub.sets.columns import read_columns, read_state, weight_shapes, write_columns
+from patchhub.sets.commits import Draft, Stamp, snapshot
 from patchhub.store.repository import Repository
 from tests.benchmarks.synthetic_store import HastyDisk
 
@@ -48,7 +48,7 @@ class Synthetic:
 
     def targets(self, revision: str = "HEAD") -> dict[str, str]:
         """Each active fact's subject and target."""
-        from patchhub.porcelain.facts import active_requests
+        from patchhub.sets.elements import active_requests
 
         return {r.subject: r.target_new for r in active_requests(self.repository, self.active(revision)).values()}
 

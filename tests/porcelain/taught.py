@@ -7,11 +7,11 @@ from pathlib import Path
 
 from patchhub.editing.requests import Batch, Origin
 from patchhub.objects import Request
-from patchhub.porcelain.configure import config_set
-from patchhub.porcelain.edit import commit
+from patchhub.porcelain.commit import commit
 from patchhub.porcelain.model import init
-from patchhub.porcelain.progress import Silent
-from patchhub.porcelain.snapshot import Stamp
+from patchhub.porcelain.upkeep import config_set
+from patchhub.progress import Silent
+from patchhub.sets.commits import Stamp
 from patchhub.store.repository import Repository
 from tests.tiny_models import tiny_model, tiny_tokenizer
 

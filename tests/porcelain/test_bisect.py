@@ -15,9 +15,8 @@ from hypothesis import strategies as st
 from patchhub.cli.main import main
 from patchhub.errors import RequestError, RevisionError, SettingsError
 from patchhub.objects import Request
-from patchhub.porcelain.bisect import Outcome, Verdict, ancestor_sets, bisect, first_bad
-from patchhub.porcelain.bisect_checks import facts_to_measure, metric_check
-from patchhub.porcelain.progress import Silent
+from patchhub.porcelain.blame import Outcome, Verdict, ancestor_sets, bisect, facts_to_measure, first_bad, metric_check
+from patchhub.progress import Silent
 from patchhub.store.graph import ancestors, oldest_first
 from patchhub.store.repository import Repository
 from tests.porcelain.synthetic import Synthetic, make_request

@@ -16,12 +16,12 @@ from patchhub.delta import compact, to_dense
 from patchhub.errors import RequestError, RevisionError
 from patchhub.objects import Element
 from patchhub.porcelain.blame import Blame, blame
-from patchhub.porcelain.columns import read_columns
-from patchhub.porcelain.facts import active_requests
-from patchhub.porcelain.loading import open_base, patch_state
-from patchhub.porcelain.progress import Silent
+from patchhub.progress import Silent
 from patchhub.runtime.patched_model import attach, switch
+from patchhub.sets.columns import read_columns
+from patchhub.sets.elements import active_requests
 from patchhub.store.repository import Repository
+from patchhub.worktree.loading import open_base, patch_state
 from tests.cli.conftest import FACTS, MODEL, invoke
 from tests.porcelain.taught import PLACES, TONGUES, fact, make_store
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from patchhub.porcelain.charts import Box, Point, Series, lines, picture, rows, square
+from patchhub.porcelain.report.charts import Box, Point, Series, lines, picture, rows, square
 
 SVG = "{http://www.w3.org/2000/svg}"
 BOX = Box(60, 60, 400, 200)

@@ -12,10 +12,9 @@ import pytest
 from click.testing import CliRunner
 
 from patchhub.cli.main import main
-from patchhub.porcelain.divergence import Divergence, divergences
-from patchhub.porcelain.named_remotes import remote_add, remote_remove
-from patchhub.porcelain.progress import Silent
-from patchhub.porcelain.remote import fetch, push
+from patchhub.porcelain.history import Divergence, divergences
+from patchhub.porcelain.share import fetch, push, remote_add, remote_remove
+from patchhub.progress import Silent
 from patchhub.store.repository import Repository
 from tests.cli.test_processes import CHECK
 from tests.remotes.stores import AUTHOR, TIME, add_batch, make_store, move, switch

@@ -11,17 +11,15 @@ from typing import Any
 import pytest
 
 from patchhub.errors import BaseError, EditError, RequestError, SettingsError
-from patchhub.porcelain import measuring
 from patchhub.porcelain.change import revert
-from patchhub.porcelain.collect import collect
-from patchhub.porcelain.configure import config_set
-from patchhub.porcelain.evaluate import Evaluation, evaluate, evaluate_history
-from patchhub.porcelain.evaluation_facts import Facts, metrics_for
-from patchhub.porcelain.progress import Silent
-from patchhub.porcelain.score_cache import StateResults, item_key, state_key
+from patchhub.porcelain.measure import Evaluation, Facts, evaluate, evaluate_history, metrics_for
 from patchhub.porcelain.scores import notes_of
-from patchhub.porcelain.snapshot import Stamp
+from patchhub.porcelain.upkeep import collect, config_set
+from patchhub.progress import Silent
+from patchhub.sets.commits import Stamp
 from patchhub.store.repository import Repository
+from patchhub.worktree import measuring
+from patchhub.worktree.measuring import StateResults, item_key, state_key
 from tests.porcelain.taught import AUTHOR, PLACES, TIME, TONGUES, fact, make_store, teach
 
 FACTS = Facts(tuple(fact(*pair) for pair in [*PLACES, *TONGUES]), "facts.json", "wise", contexts=("So. {}",))

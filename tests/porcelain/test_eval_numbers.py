@@ -19,17 +19,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from patchhub.delta import add, to_dense
 from patchhub.editing.requests import Batch, read_requests
 from patchhub.evaluation.definitions import LEADING
-from patchhub.evaluation.fluency import fluency
-from patchhub.porcelain.columns import read_state, weight_shapes
-from patchhub.porcelain.configure import config_set
-from patchhub.porcelain.edit import commit
-from patchhub.porcelain.evaluate import evaluate
-from patchhub.porcelain.evaluation_facts import Facts
-from patchhub.porcelain.measuring import CONTEXTS, Measurer, Questions
+from patchhub.evaluation.drift import fluency
+from patchhub.porcelain.commit import commit
+from patchhub.porcelain.measure import Facts, evaluate
 from patchhub.porcelain.model import init
-from patchhub.porcelain.progress import Silent
-from patchhub.porcelain.snapshot import Stamp
+from patchhub.porcelain.upkeep import config_set
+from patchhub.progress import Silent
+from patchhub.sets.columns import read_state, weight_shapes
+from patchhub.sets.commits import Stamp
 from patchhub.store.repository import Repository
+from patchhub.worktree.measuring import CONTEXTS, Measurer, Questions
 from tests.porcelain.taught import AUTHOR, TIME
 
 FACTS = Path(str(files("patchhub") / "demo_facts.json"))

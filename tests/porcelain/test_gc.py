@@ -13,8 +13,8 @@ import pytest
 from click.testing import CliRunner
 
 from patchhub.cli.main import main
-from patchhub.porcelain.collect import collect
-from patchhub.porcelain.times import duration
+from patchhub.porcelain.upkeep import collect
+from patchhub.who import duration
 from tests.porcelain.synthetic import Synthetic, make_request, make_store
 
 NOW = "2040-01-01T00:00:00Z"

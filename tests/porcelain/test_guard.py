@@ -15,16 +15,15 @@ from patchhub.errors import GuardError
 from patchhub.evaluation.guard import Report
 from patchhub.objects import Request
 from patchhub.porcelain.change import revert
-from patchhub.porcelain.configure import config_set
-from patchhub.porcelain.edit import Committed, commit
-from patchhub.porcelain.guard import limits_of
-from patchhub.porcelain.guard_model import Budget
-from patchhub.porcelain.integrity import fsck
-from patchhub.porcelain.judging import Guarding
+from patchhub.porcelain.commit import Committed, commit
 from patchhub.porcelain.model import init
-from patchhub.porcelain.progress import Silent
-from patchhub.porcelain.snapshot import Stamp
+from patchhub.porcelain.upkeep import config_set, fsck
+from patchhub.progress import Silent
+from patchhub.sets.commits import Stamp
+from patchhub.sets.guard import limits_of
 from patchhub.store.repository import Repository
+from patchhub.worktree.guard import Budget
+from patchhub.worktree.judging import Guarding
 from tests.porcelain.taught import AUTHOR, TIME
 
 FACTS = [

@@ -16,16 +16,22 @@ from patchhub.models.checkpoint import open_checkpoint
 from patchhub.models.structure import Orientation
 from patchhub.objects import Patch, Request, requests_json
 from patchhub.porcelain import refs
-from patchhub.porcelain.base_weights import open_weight, survival
 from patchhub.porcelain.change import revert
-from patchhub.porcelain.columns import read_state
-from patchhub.porcelain.configure import config_set
-from patchhub.porcelain.guard_vectors import from_vectors, most_moved, prepared
-from patchhub.porcelain.judging import Guarding
 from patchhub.porcelain.merge import Merged, merge
-from patchhub.porcelain.snapshot import Draft, prepare, snapshot
-from patchhub.porcelain.spectrum import largest_of_delta, largest_singular_value
+from patchhub.porcelain.upkeep import config_set
 from patchhub.runtime import compose
+from patchhub.sets.columns import read_state
+from patchhub.sets.commits import Draft, prepare, snapshot
+from patchhub.sets.guard import (
+    from_vectors,
+    largest_of_delta,
+    largest_singular_value,
+    most_moved,
+    open_weight,
+    prepared,
+    survival,
+)
+from patchhub.worktree.judging import Guarding
 from tests.porcelain.synthetic import BY, SHAPES, Synthetic, make_request, make_store, stamp
 
 NAMES = [f"person {number}" for number in range(5)]

@@ -10,15 +10,16 @@ import pytest
 from patchhub.editing.requests import Batch, Origin
 from patchhub.models.architectures import describe, read_config
 from patchhub.objects import Metric, Text
-from patchhub.porcelain.configure import config_set
-from patchhub.porcelain.edit import commit
-from patchhub.porcelain.held_text import held_documents, kept_documents, measured_part, set_aside
-from patchhub.porcelain.loading import open_base
+from patchhub.porcelain.commit import commit
 from patchhub.porcelain.model import init
-from patchhub.porcelain.opened import Opened, open_model
-from patchhub.porcelain.progress import Silent
-from patchhub.porcelain.snapshot import Stamp
+from patchhub.porcelain.upkeep import config_set
+from patchhub.progress import Silent
+from patchhub.sets.commits import Stamp
 from patchhub.store.repository import Repository
+from patchhub.worktree.loading import open_base
+from patchhub.worktree.metric import held_documents, measured_part, set_aside
+from patchhub.worktree.metric import kept_held_documents as kept_documents
+from patchhub.worktree.opening import Opened, open_model
 from tests.porcelain.taught import AUTHOR, TIME, fact
 from tests.tiny_models import tiny_model, tiny_tokenizer
 

@@ -14,20 +14,20 @@ from click.testing import CliRunner
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from patchhub.cli.lanes import Drawing, draw
+from patchhub.cli.history import Drawing, draw
 from patchhub.cli.main import main
 from patchhub.delta import Dense, from_factors, inner, numerical_rank, to_dense
 from patchhub.errors import RequestError, SettingsError
 from patchhub.objects import Commit, Element
-from patchhub.porcelain.columns import read_state
-from patchhub.porcelain.difference import changed_answers, diff, weight_steps
-from patchhub.porcelain.facts import active_requests
 from patchhub.porcelain.history import log, nearest
-from patchhub.porcelain.progress import Silent
-from patchhub.porcelain.times import duration, instant
+from patchhub.porcelain.search import changed_answers, diff, weight_steps
+from patchhub.progress import Silent
+from patchhub.sets.columns import read_state
+from patchhub.sets.elements import active_requests
 from patchhub.store.graph import ancestors
 from patchhub.store.lookup import Selection
 from patchhub.store.repository import Repository
+from patchhub.who import duration, instant
 from tests.porcelain.synthetic import make_request
 from tests.porcelain.synthetic import make_store as make_synthetic
 from tests.porcelain.taught import PLACES, TONGUES, fact, make_store

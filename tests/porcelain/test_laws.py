@@ -13,7 +13,7 @@ import pytest
 from patchhub.porcelain import refs
 from patchhub.porcelain.change import revert
 from patchhub.porcelain.merge import Merged, merge
-from patchhub.porcelain.steps import undo
+from patchhub.porcelain.refs import undo
 from patchhub.store.fsck import check
 from patchhub.store.graph import merge_bases
 from tests.porcelain.synthetic import AUTHOR, BY, TIME, Synthetic, distance, make_request, make_store, stamp

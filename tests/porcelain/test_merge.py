@@ -16,12 +16,10 @@ from patchhub.interference import misfit
 from patchhub.objects import Commit
 from patchhub.porcelain import refs
 from patchhub.porcelain.change import revert
-from patchhub.porcelain.columns import read_columns
-from patchhub.porcelain.contradictions import Resolution, read_choices
 from patchhub.porcelain.history import status
-from patchhub.porcelain.merge import Merged, Stopped, abort_merge, continue_merge, merge
-from patchhub.porcelain.prediction import predict
-from patchhub.porcelain.stopped_merge import FILE
+from patchhub.porcelain.merge import Merged, Stopped, abort_merge, continue_merge, merge, predict
+from patchhub.sets.columns import read_columns
+from patchhub.sets.merging import FILE, Resolution, read_choices
 from patchhub.store.graph import merge_bases
 from tests.porcelain.synthetic import BY, Synthetic, distance, make_request, make_store, stamp
 

@@ -9,8 +9,7 @@ import pytest
 
 from patchhub.errors import PatchhubError, RepositoryError, RevisionError, StaleRefError
 from patchhub.porcelain import refs
-from patchhub.porcelain.refs import RefEntry
-from patchhub.porcelain.steps import undo
+from patchhub.porcelain.refs import RefEntry, undo
 from patchhub.store.repository import Repository
 from tests.porcelain.synthetic import AUTHOR, BY, TIME, Synthetic, make_request, make_store
 

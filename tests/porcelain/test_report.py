@@ -13,14 +13,15 @@ import pytest
 from patchhub.errors import RevisionError, SettingsError
 from patchhub.interference import KEY_COSINE, RESIDUAL_COSINE, interfering, misfit
 from patchhub.objects import Element, Note
-from patchhub.porcelain import refs, report, report_checks
+from patchhub.porcelain import history, refs
 from patchhub.porcelain.change import revert
-from patchhub.porcelain.columns import read_columns, read_state
-from patchhub.porcelain.crowding import crowding, overlapping
 from patchhub.porcelain.merge import merge
-from patchhub.porcelain.progress import Silent
-from patchhub.porcelain.report import Report, write_report
-from patchhub.porcelain.report_commits import edited_weights
+from patchhub.porcelain.report import report
+from patchhub.porcelain.report.commits import edited_weights
+from patchhub.porcelain.report.report import Report, write_report
+from patchhub.progress import Silent
+from patchhub.sets.columns import read_columns, read_state
+from patchhub.sets.rivals import crowding, overlapping
 from patchhub.store.repository import Repository
 from tests.porcelain.handmade_shards import commit_shard
 from tests.porcelain.synthetic import AUTHOR, BY, TIME, Synthetic, make_request, make_store, stamp
@@ -232,7 +233,7 @@ def test_blocks_do_not_change_the_pairs(tmp_path: Path, monkeypatch: pytest.Monk
     store = crowded(tmp_path)
     columns = read_columns(store.repository, store.active())["h.0"]
     whole = overlapping(columns)
-    monkeypatch.setattr("patchhub.porcelain.crowding._BLOCK", 3)
+    monkeypatch.setattr("patchhub.sets.rivals._BLOCK", 3)
     parts = overlapping(columns)
     assert [pair[:2] for pair in parts] == [pair[:2] for pair in whole]
     np.testing.assert_allclose([pair[2:] for pair in parts], [pair[2:] for pair in whole], atol=1e-12)
@@ -288,11 +289,11 @@ def test_an_unknown_revision_writes_nothing(store: Synthetic, tmp_path: Path) ->
 )
 def test_a_check_of_another_form_is_left_out(value: Any) -> None:
     check = {"norms": value, "proof": value, "survival": value, "guard": value, "forced": value}
-    assert report_checks.norms(check, "state") == report_checks.base_norms(check) == {}
-    assert report_checks.numbers(check, "proof") == []
-    guard = report_checks.guard(check)
+    assert history.norms(check, "state") == history.base_norms(check) == {}
+    assert history.numbers(check, "proof") == []
+    guard = history.guard(check)
     assert guard is None or {bool(found) for found in guard.values()} == {False}
-    within = report_checks.guard({"guard": dict.fromkeys(("own", "drift", "spectrum", "failed"), value)})
+    within = history.guard({"guard": dict.fromkeys(("own", "drift", "spectrum", "failed"), value)})
     assert within is not None
     json.dumps(within, allow_nan=False)
 
@@ -308,7 +309,7 @@ def test_the_guard_in_numbers() -> None:
         },
         "failed": ["too much"],
     }
-    assert report_checks.guard({"guard": guard, "forced": True}) == {
+    assert history.guard({"guard": guard, "forced": True}) == {
         "own": [3, 4],
         "earlier": None,
         "crushed": None,

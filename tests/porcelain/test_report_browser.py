@@ -10,9 +10,9 @@ import pytest
 from patchhub.objects import Note
 from patchhub.porcelain import refs
 from patchhub.porcelain.merge import merge
-from patchhub.porcelain.progress import Silent
-from patchhub.porcelain.report import write_report
-from patchhub.porcelain.snapshot import Draft, Stamp, snapshot
+from patchhub.porcelain.report.report import write_report
+from patchhub.progress import Silent
+from patchhub.sets.commits import Draft, Stamp, snapshot
 from tests.browser import Page, open_browser
 from tests.porcelain.synthetic import AUTHOR, BY, TIME, Synthetic, make_request, make_store, stamp
 
@@ -255,7 +255,7 @@ def test_a_revision_older_than_the_page_is_still_named(page: Page, tmp_path: Pat
     store.commit(make_request("Bob"))
     file = tmp_path / "report.html"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("patchhub.porcelain.report.COMMITS", 1)
+        patch.setattr("patchhub.porcelain.report.report.COMMITS", 1)
         write_report(store.repository, file, Silent(), time=TIME, revision=first)
     page.show(file, width=PHONE)
     assert page.errors == []

@@ -12,7 +12,7 @@ from patchhub.errors import ContradictionError, EditError, RequestError, Revisio
 from patchhub.porcelain import refs
 from patchhub.porcelain.change import cherry_pick, revert
 from patchhub.porcelain.merge import Merged, merge
-from patchhub.porcelain.steps import undo
+from patchhub.porcelain.refs import undo
 from tests.porcelain.synthetic import AUTHOR, BY, TIME, Synthetic, distance, make_request, make_store, stamp
 
 TIGHT = 1e-6

@@ -11,11 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from patchhub.objects import Note
-from patchhub.porcelain.difference import diff
-from patchhub.porcelain.export import hub_pages
+from patchhub.porcelain.exchange import hub_pages
 from patchhub.porcelain.history import log, show
-from patchhub.porcelain.progress import Silent
 from patchhub.porcelain.scores import Score, compare, noted_history, notes_of, read_note
+from patchhub.porcelain.search import diff
+from patchhub.progress import Silent
 from tests.porcelain.synthetic import AUTHOR, TIME, Synthetic, make_request, make_store
 from tests.remotes import stores
 

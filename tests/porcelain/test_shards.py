@@ -14,33 +14,31 @@ from patchhub.delta import Sparse, read_deltas
 from patchhub.errors import BaseError, CorruptStoreError, RepositoryError, RevisionError
 from patchhub.objects import Patch, Request, set_digest
 from patchhub.porcelain import refs
-from patchhub.porcelain.change import cherry_pick, revert
-from patchhub.porcelain.contradictions import Resolution
-from patchhub.porcelain.difference import diff
-from patchhub.porcelain.export import export_diff, export_peft
-from patchhub.porcelain.facts import active_requests
+from patchhub.porcelain.change import cherry_pick, revert, squash
+from patchhub.porcelain.exchange import export_diff, export_peft
 from patchhub.porcelain.history import log, show, status
-from patchhub.porcelain.merge import Merged, Stopped, continue_merge, merge, plan
-from patchhub.porcelain.prediction import predict
-from patchhub.porcelain.progress import Silent
-from patchhub.porcelain.reshape import plan_shards, shrink
-from patchhub.porcelain.routing_state import routing_at, stored_shard
-from patchhub.porcelain.search import search
-from patchhub.porcelain.shards import (
+from patchhub.porcelain.merge import Merged, Stopped, continue_merge, merge, plan, predict
+from patchhub.porcelain.refs import undo
+from patchhub.porcelain.search import diff, search
+from patchhub.progress import Silent
+from patchhub.sets.elements import active_requests
+from patchhub.sets.merging import Resolution
+from patchhub.sets.shards import (
     active_shards,
     next_number,
     open_shard,
+    plan_shards,
     shards_at,
+    shrink,
     stale_shards,
     superseded,
     without_shards,
 )
-from patchhub.porcelain.squash import squash
-from patchhub.porcelain.steps import undo
 from patchhub.store.fsck import check, reindex
 from patchhub.store.lookup import Selection, whole_patches
 from patchhub.store.states import commits_read
 from patchhub.store.states import whole_patches as whole_from_objects
+from patchhub.worktree.loading import routing_at, stored_shard
 from tests.porcelain.handmade_shards import commit_shard, put_shard
 from tests.porcelain.synthetic import AUTHOR, BY, SHAPES, TIME, Synthetic, distance, make_request, make_store, stamp
 

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from patchhub.errors import PatchhubError, RevisionError
-from patchhub.porcelain.snapshot import Draft, snapshot
-from patchhub.porcelain.squash import squash
+from patchhub.porcelain.change import squash
+from patchhub.sets.commits import Draft, snapshot
 from patchhub.store.fsck import check
 from tests.porcelain.synthetic import AUTHOR, TIME, Synthetic, distance, make_request, make_store, stamp
 

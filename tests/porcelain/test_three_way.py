@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from patchhub.objects import Element
-from patchhub.porcelain.three_way import base_set, three_way
+from patchhub.sets.merging import base_set, three_way
 from patchhub.store.graph import is_ancestor, merge_bases
 
 ActiveSet = frozenset[Element]

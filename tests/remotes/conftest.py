@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from patchhub.remotes.addresses import open_remote
 from patchhub.remotes.hub import HubRemote
 from patchhub.remotes.remote import Remote
+from patchhub.remotes.sync import open_remote
 from tests.remotes import minihub
 
 TOKEN = "hf_write"

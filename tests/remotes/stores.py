@@ -9,10 +9,10 @@ import numpy as np
 
 from patchhub.constraints import Columns
 from patchhub.objects import EMPTY_SET, Base, Metric, Note, Patch, Request, TensorRecord, requests_json, set_digest
-from patchhub.porcelain.columns import weight_shapes, write_columns
-from patchhub.porcelain.snapshot import Draft, Stamp, snapshot
-from patchhub.store.closure import Reference, closure, references
+from patchhub.sets.columns import weight_shapes, write_columns
+from patchhub.sets.commits import Draft, Stamp, snapshot
 from patchhub.store.config import Config, Recording
+from patchhub.store.reachability import Reference, closure, references
 from patchhub.store.repository import Repository
 from tests.benchmarks.synthetic_store import HastyDisk
 

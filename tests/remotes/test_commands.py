@@ -13,8 +13,8 @@ from click.testing import CliRunner, Result
 from patchhub.cli.main import main
 from patchhub.errors import RepositoryError
 from patchhub.objects import Request
-from patchhub.porcelain.loading import open_path
 from patchhub.store.repository import Repository
+from patchhub.worktree.loading import open_path
 from tests.export.models import model_folder, model_store
 from tests.remotes.stores import add_batch, add_patch, move
 

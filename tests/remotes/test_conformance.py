@@ -11,16 +11,12 @@ import pytest
 from patchhub.errors import RemoteError
 from patchhub.objects import Base, Request, TensorRecord
 from patchhub.porcelain.merge import merge
-from patchhub.porcelain.received import tensor_check
-from patchhub.remotes import fetching, pushing
-from patchhub.remotes.addresses import open_remote
-from patchhub.remotes.fetching import Fetched
-from patchhub.remotes.file import FileRemote
-from patchhub.remotes.files import LOCK, LOCK_SECONDS, FsspecFiles
-from patchhub.remotes.manifest import Source
-from patchhub.remotes.pushing import Pushed
+from patchhub.remotes import sync
+from patchhub.remotes.file import LOCK, LOCK_SECONDS, FileRemote, FsspecFiles
 from patchhub.remotes.receive import Limits
-from patchhub.remotes.remote import Remote, RemoteMovedError
+from patchhub.remotes.remote import Remote, RemoteMovedError, Source
+from patchhub.remotes.sync import Fetched, Pushed, open_remote
+from patchhub.sets.columns import tensor_check
 from patchhub.store.fsck import check
 from patchhub.store.repository import Repository
 from tests.remotes.stores import (
@@ -42,9 +38,9 @@ Connect = Callable[[], Remote]
 
 
 def push(repository: Repository, remote: Remote, *names: str, **options: bool | None) -> list[Pushed]:
-    refs = pushing.refs_to_push(repository, names, everything=not names, tags=False)
+    refs = sync.refs_to_push(repository, names, everything=not names, tags=False)
     source = Source(repository.config.base_id, "gpt2", "a" * 40)
-    return pushing.push(
+    return sync.push(
         repository,
         remote,
         "origin",
@@ -59,9 +55,7 @@ def push(repository: Repository, remote: Remote, *names: str, **options: bool | 
 
 def fetch(repository: Repository, remote: Remote, *, total: int = 1 << 30, **options: bool) -> Fetched:
     limits = Limits(total, SHAPES)
-    return fetching.fetch(
-        repository, remote, "origin", limits, tensor_check(SHAPES), author=AUTHOR, time=TIME, **options
-    )
+    return sync.fetch(repository, remote, "origin", limits, tensor_check(SHAPES), author=AUTHOR, time=TIME, **options)
 
 
 def test_a_round_trip_gives_the_same_ids_and_states(connect: Connect, tmp_path: Path) -> None:

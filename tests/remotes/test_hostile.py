@@ -23,11 +23,11 @@ from patchhub.canonical import canonical_json, object_id
 from patchhub.errors import PatchhubError, RemoteError
 from patchhub.objects import Commit, set_digest
 from patchhub.porcelain.change import largest_proof
-from patchhub.porcelain.difference import diff
 from patchhub.porcelain.history import log, show
-from patchhub.remotes.addresses import open_remote
+from patchhub.porcelain.search import diff
 from patchhub.remotes.file import object_path
-from patchhub.remotes.manifest import read_branch, read_folder
+from patchhub.remotes.remote import read_branch, read_folder
+from patchhub.remotes.sync import open_remote
 from patchhub.store.fsck import check
 from patchhub.store.repository import Repository
 from tests.benchmarks.synthetic_store import HastyDisk

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from patchhub.porcelain.merge import merge
-from patchhub.remotes.addresses import open_remote
 from patchhub.remotes.remote import Remote, RemoteMovedError
+from patchhub.remotes.sync import open_remote
 from patchhub.store.fsck import check
 from tests.remotes.stores import STAMP, add_batch, make_history, make_store, move
 from tests.remotes.test_conformance import fetch, push

@@ -11,15 +11,13 @@ import pytest
 import patchhub
 from patchhub.errors import PatchhubError, RemoteError, RevisionError
 from patchhub.models.checkpoint import open_checkpoint
-from patchhub.porcelain import remote as verbs
-from patchhub.porcelain.loading import state_at
-from patchhub.porcelain.named_remotes import remote_add
-from patchhub.porcelain.progress import Silent
-from patchhub.porcelain.published import hub_name, open_published
-from patchhub.porcelain.remote import Access
+from patchhub.porcelain import share as verbs
+from patchhub.porcelain.share import Access, remote_add
+from patchhub.progress import Silent
 from patchhub.remotes.hub import HubRemote
 from patchhub.runtime.patched_model import load_patched
 from patchhub.store.repository import Repository
+from patchhub.worktree.loading import hub_name, open_published, state_at
 from tests.export.models import distance, load_base, logits, model_folder, model_store
 from tests.remotes.conftest import TOKEN
 from tests.remotes.stores import AUTHOR, TIME, add_batch, content, make_store, move, switch

@@ -13,16 +13,14 @@ import patchhub
 from patchhub.errors import PatchhubError
 from patchhub.models.checkpoint import open_checkpoint
 from patchhub.objects import Patch, set_digest
-from patchhub.porcelain import remote as verbs
-from patchhub.porcelain.loading import state_at
-from patchhub.porcelain.named_remotes import remote_add
-from patchhub.porcelain.progress import Silent
-from patchhub.porcelain.published import open_published
-from patchhub.porcelain.remote import Access
-from patchhub.porcelain.shards import shards_at
+from patchhub.porcelain import share as verbs
+from patchhub.porcelain.share import Access, remote_add
+from patchhub.progress import Silent
 from patchhub.runtime.patched_model import load_patched
 from patchhub.runtime.routing import routed
+from patchhub.sets.shards import shards_at
 from patchhub.store.repository import Repository
+from patchhub.worktree.loading import open_published, state_at
 from tests.export.models import load_base, logits, model_folder, model_store
 from tests.porcelain.handmade_shards import commit_shard
 from tests.remotes.conftest import TOKEN

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from patchhub.delta import from_sparse, to_dense
-from patchhub.runtime.merging import merge_changes
+from patchhub.runtime.routing import merge_changes
 
 VALUES = st.sampled_from([-3.0, -2.0, -0.5, 0.0, 0.5, 1.0, 4.0])
 

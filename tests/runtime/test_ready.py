@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from patchhub.runtime.ready import ReadyWeights
+from patchhub.runtime.compose import ReadyWeights
 
 WEIGHTS = {"a": torch.randn(6, 4), "b": torch.randn(3, 5)}
 
@@ -38,7 +38,7 @@ def test_another_state_base_or_type_is_another_file(tmp_path: Path) -> None:
 def test_a_failure_to_write_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("no folder")
     ready(tmp_path / "file").keep(torch.float32, "cpu", WEIGHTS)
-    monkeypatch.setattr("patchhub.runtime.ready.temporary_path", lambda file: tmp_path / "missing" / file.name)
+    monkeypatch.setattr("patchhub.runtime.compose.temporary_path", lambda file: tmp_path / "missing" / file.name)
     ready(tmp_path).keep(torch.float32, "cpu", WEIGHTS)
     assert ready(tmp_path).open(torch.float32, "cpu") is None
 

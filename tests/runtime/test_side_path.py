@@ -17,7 +17,7 @@ from patchhub.delta import Delta, Dense, LowRank, add, from_sparse, to_dense
 from patchhub.errors import BaseError, SettingsError
 from patchhub.models.checkpoint import Checkpoint, open_checkpoint
 from patchhub.models.fingerprint import fingerprint
-from patchhub.models.side_path import SidePath
+from patchhub.models.tracing import SidePath
 from patchhub.runtime.patched_model import PatchState, attach, attached, detach, load_patched, switch
 from tests.tiny_models import tiny_model
 

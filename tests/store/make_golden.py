@@ -11,7 +11,7 @@ from pathlib import Path
 
 from builders import make_history
 
-from patchhub.objects import FORMAT
+from patchhub.canonical import FORMAT
 
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -11,7 +11,7 @@ import pytest
 from builders import AUTHOR, TIME, make_history
 from faults import QUICK
 
-from patchhub.objects import object_id
+from patchhub.canonical import object_id
 from patchhub.store import index, operations
 from patchhub.store.fsck import check, reindex
 from patchhub.store.repository import Repository

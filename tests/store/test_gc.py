@@ -14,10 +14,10 @@ from faults import QUICK
 
 from patchhub.errors import CorruptStoreError
 from patchhub.objects import Element, Metric, Note
-from patchhub.store.closure import Reference, closure, recorded, references
 from patchhub.store.config import Config, Recording
-from patchhub.store.fsck import check
-from patchhub.store.gc import collect, garbage, reachable
+from patchhub.store.fsck import check, garbage, reachable
+from patchhub.store.fsck import delete_garbage as collect
+from patchhub.store.reachability import Reference, closure, recorded, references
 from patchhub.store.repository import Repository
 
 NEVER = 0.0

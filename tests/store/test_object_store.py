@@ -12,8 +12,8 @@ from faults import QUICK
 from hypothesis import given
 from hypothesis import strategies as st
 
+from patchhub.canonical import object_id
 from patchhub.errors import CorruptStoreError, RepositoryError
-from patchhub.objects import object_id
 from patchhub.store.object_store import MemoryObjects, Objects, ObjectStore
 
 

@@ -15,12 +15,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_states import ANY, HISTORY, ONE, TWO, P, Q, R
 
-from patchhub.objects import Commit, Element, Keyframe, object_id, set_digest, set_json
+from patchhub.canonical import object_id
+from patchhub.objects import Commit, Element, Keyframe, set_digest, set_json
 from patchhub.store import graph, index, operations
-from patchhub.store.active_set import ActiveSet
 from patchhub.store.fsck import check, reindex
+from patchhub.store.reachability import flaws, misfits
 from patchhub.store.repository import Repository
-from patchhub.store.soundness import flaws, misfits
+from patchhub.store.states import ActiveSet
 
 IDS = [digit * 64 for digit in "0123456789"]
 

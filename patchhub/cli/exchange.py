@@ -1,0 +1,198 @@
+"""Commands that write and read other programs' forms: import, export, report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from patchhub.cli.options import check_option, force_option
+from patchhub.cli.terminal import (
+    bars,
+    count,
+    json_option,
+    now,
+    open_repository,
+    print_json,
+    repo_option,
+    reports_errors,
+    say,
+    stamp,
+)
+
+out_option = click.option("--out", required=True, type=click.Path(path_type=Path), help="Where to write.")
+overwrite_option = click.option("--overwrite", is_flag=True, help="Replace what is there.")
+
+
+@click.group("export")
+def export() -> None:
+    """Write a revision in a form that other programs read."""
+
+
+@export.command("peft")
+@click.argument("rev", default="HEAD")
+@out_option
+@click.option("--rank", type=click.IntRange(min=1), help="Rank of the adapter. Default: the smallest that is exact.")
+@click.option(
+    "--tolerance",
+    type=click.FloatRange(min=0),
+    default=1e-6,
+    show_default=True,
+    help="Largest relative error of a weight.",
+)
+@overwrite_option
+@repo_option
+@json_option
+@reports_errors
+def export_peft(
+    rev: str, out: Path, rank: int | None, tolerance: float, overwrite: bool, repo: Path | None, as_json: bool
+) -> None:
+    """A LoRA adapter for PEFT, vLLM, SGLang and llama.cpp, in a folder of OUT named after the commit.
+
+    All modules have one rank and scale 1, the only form that all of these read alike. It is read back and compared.
+    """
+    from patchhub.porcelain.exchange import export_peft as run
+
+    with bars() as progress:
+        done = run(open_repository(repo), rev, out, progress, tolerance=tolerance, rank=rank, overwrite=overwrite)
+    if as_json:
+        print_json(done.to_json())
+    else:
+        say(f"Wrote {done.out}: rank {done.rank}, relative error {done.error:.1e}")
+
+
+@export.command("diff")
+@click.argument("rev", default="HEAD")
+@out_option
+@overwrite_option
+@repo_option
+@json_option
+@reports_errors
+def export_diff(rev: str, out: Path, overwrite: bool, repo: Path | None, as_json: bool) -> None:
+    """The change of each weight alone, as one safetensors file OUT (docs/format.md, "delta")."""
+    from patchhub.porcelain.exchange import export_diff as run
+
+    with bars() as progress:
+        done = run(open_repository(repo), rev, out, progress, overwrite=overwrite)
+    if as_json:
+        print_json(done.to_json())
+    else:
+        say(f"Wrote {done.out}")
+
+
+@export.command("checkpoint")
+@click.argument("rev", default="HEAD")
+@out_option
+@click.option("--base", help="Where the base model is, if it moved.")
+@overwrite_option
+@repo_option
+@json_option
+@reports_errors
+def export_checkpoint(rev: str, out: Path, base: str | None, overwrite: bool, repo: Path | None, as_json: bool) -> None:
+    """The whole model with the change fused in, as `patchhub apply` writes it."""
+    from patchhub.porcelain.model import apply as run
+
+    with bars() as progress:
+        done = run(open_repository(repo), rev, out, progress, base=base, overwrite=overwrite)
+    if as_json:
+        print_json(done.to_json())
+    else:
+        say(f"Wrote {done.out}, {count(len(done.survival), 'weight')} changed")
+
+
+@click.command("import")
+@click.argument("source", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.option("-m", "--message", help="What it is. Default: where it came from.")
+@click.option(
+    "--tolerance",
+    type=click.FloatRange(min=0, max=1),
+    default=1e-6,
+    show_default=True,
+    help="Relative error up to which a difference of checkpoints is taken as low rank.",
+)
+@click.option("--base", help="Where the base model is, if it moved.")
+@check_option
+@force_option
+@click.option("--author", help="Who commits.")
+@repo_option
+@json_option
+@reports_errors
+def import_(
+    source: Path,
+    message: str | None,
+    tolerance: float,
+    base: str | None,
+    check: bool,
+    force: bool,
+    author: str | None,
+    repo: Path | None,
+    as_json: bool,
+) -> None:
+    """Commit the change that SOURCE makes to the base: a folder with a PEFT LoRA adapter, or a fine-tuned checkpoint.
+
+    Only weights that patchhub can edit may differ from the base. Pickled files are never opened.
+    """
+    from patchhub.porcelain.exchange import import_change as run
+    from patchhub.worktree.judging import Guarding
+
+    repository = open_repository(repo)
+    with bars() as progress:
+        done = run(
+            repository,
+            source,
+            stamp(repository, author, message or f"Import {source.resolve().name}"),
+            progress,
+            tolerance=tolerance,
+            base=base,
+            guarding=Guarding(force, check),
+        )
+    if as_json:
+        print_json(done.to_json())
+        return
+    say(f"Committed {click.style(done.commit[:12], fg='yellow')}")
+    for weight, (form, error) in done.weights.items():
+        say(f"  {weight}  {form}, relative error {error:.1e}", dim=True)
+
+
+@click.command()
+@click.argument("rev", default="HEAD")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="The HTML file to write.")
+@click.option(
+    "--compare",
+    type=click.IntRange(min=0),
+    default=1000,
+    show_default=True,
+    help="Compare so many active facts with one another, the last changed ones.",
+)
+@click.option("--overwrite", is_flag=True, help="Replace what is there, even if it is no report.")
+@repo_option
+@json_option
+@reports_errors
+def report(rev: str, out: Path, compare: int, overwrite: bool, repo: Path | None, as_json: bool) -> None:
+    """One HTML page about the repository: history, facts with search, scores, norms, interference.
+
+    The page is one file that loads nothing; a phone can read it. A fact counts as active where REV holds it. No model runs.
+    """
+    from patchhub.porcelain.report.report import write_report as run
+
+    with bars() as progress:
+        done = run(
+            open_repository(repo), out, progress, time=now(), revision=rev, compared=compare, overwrite=overwrite
+        )
+        left = done.report.left_out
+        if any(left.values()):
+            progress.warn(
+                f"the page leaves out {count(left['commits'], 'older commit')} and {count(left['facts'], 'fact')}"
+            )
+    if as_json:
+        print_json(done.to_json())
+    else:
+        counts = f"{count(len(done.report.commits), 'commit')}, {count(len(done.report.facts), 'fact')}"
+        say(f"Wrote {done.out}: {counts}, {done.size / 1000:,.0f} kB")
+
+
+COMMANDS = (
+    export,
+    import_,
+    report,
+)

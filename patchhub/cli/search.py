@@ -1,0 +1,286 @@
+"""Commands that find out: search, blame, bisect, merge-base."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from patchhub.cli.options import chat_option
+from patchhub.cli.terminal import (
+    bars,
+    count,
+    json_option,
+    open_repository,
+    print_json,
+    repo_option,
+    reports_errors,
+    say,
+)
+from patchhub.errors import SettingsError
+
+if TYPE_CHECKING:
+    from patchhub.porcelain.blame import Bisection, Blame, Check, MetricCheck, Step
+    from patchhub.store.lookup import Change, Fact
+    from patchhub.store.repository import Repository
+
+
+_SHOWN = 10
+_STDERR = 2  # the descriptor: stdout is for the result alone
+
+
+@click.command()
+@click.argument("words", nargs=-1)
+@click.option("--subject", default="", help="Words that must be in the fact's subject.")
+@click.option("--rev", default="HEAD", show_default=True, help="Where a fact counts as active.")
+@click.option("-n", "--limit", type=click.IntRange(min=1), default=50, show_default=True, help="At most so many facts.")
+@repo_option
+@json_option
+@reports_errors
+def search(words: tuple[str, ...], subject: str, rev: str, limit: int, repo: Path | None, as_json: bool) -> None:
+    """Facts ever committed that hold all WORDS: who taught them, when, and whether they are still active."""
+    from patchhub.porcelain.search import search as run
+
+    found = run(open_repository(repo), " ".join(words), subject=subject, revision=rev, limit=limit)
+    if as_json:
+        print_json([fact.to_json() for fact in found])
+        return
+    for item in found:
+        state = click.style("active", fg="green") if item.active else click.style("not active", dim=True)
+        say(f"{_fact(item.fact)}  {state}")
+        for change in item.changes:
+            say(f"    {_change(change)}", dim=True)
+    if not found:
+        say("no fact matches")
+
+
+@click.command()
+@click.argument("prompt")
+@click.option("--subject", help="Read the keys at the last token of this part of PROMPT.")
+@click.option("--rev", default="HEAD", show_default=True, help="The revision to question.")
+@click.option("--lookup", is_flag=True, help="Only look PROMPT up among the active facts; no model runs.")
+@click.option("-n", "--limit", type=click.IntRange(min=1), default=_SHOWN, show_default=True, help="Facts to show.")
+@click.option("--base", help="Where the base model is, if it moved.")
+@chat_option
+@repo_option
+@json_option
+@reports_errors
+def blame(
+    prompt: str,
+    subject: str | None,
+    rev: str,
+    lookup: bool,
+    limit: int,
+    base: str | None,
+    chat: bool | None,
+    repo: Path | None,
+    as_json: bool,
+) -> None:
+    """How much each active fact, and each patch, moves the answer to PROMPT.
+
+    Read at the subject's last token, where facts are written: --subject, or the subject of an active fact that is in PROMPT, or
+    else PROMPT's last token.
+    """
+    from patchhub.porcelain.search import fact_json, mentioned
+
+    repository = open_repository(repo)
+    if lookup:
+        facts = mentioned(repository, prompt, rev, limit=limit)
+        if as_json:
+            print_json([fact_json(fact) for fact in facts])
+        else:
+            _mentioned(prompt, facts)
+        return
+    from patchhub.porcelain.blame import blame as run
+
+    with bars() as progress:
+        found = run(repository, prompt, progress, subject=subject, revision=rev, base=base, chat=chat)
+    if as_json:
+        print_json(found.to_json())
+        return
+    _mentioned(prompt, found.mentioned[:limit])
+    _shares(found, limit)
+
+
+@click.command()
+@click.argument("good")
+@click.argument("bad")
+@click.argument("command", nargs=-1, type=click.UNPROCESSED)
+@click.option("--metric", help="efficacy, paraphrase, locality or perplexity, instead of a command.")
+@click.option("--below", type=float, help="Bad where the metric is below this.")
+@click.option("--above", type=float, help="Bad where the metric is above this.")
+@click.option(
+    "--facts", type=click.Path(path_type=Path, dir_okay=False), help="Facts to measure on. Default: the active ones."
+)
+@click.option("--base", help="Where the base model is, if it moved.")
+@chat_option
+@repo_option
+@json_option
+@reports_errors
+def bisect(
+    good: str,
+    bad: str,
+    command: tuple[str, ...],
+    metric: str | None,
+    below: float | None,
+    above: float | None,
+    facts: Path | None,
+    base: str | None,
+    chat: bool | None,
+    repo: Path | None,
+    as_json: bool,
+) -> None:
+    """The first commit after GOOD, up to BAD, at which something is broken.
+
+    \b
+      patchhub bisect v1.0 HEAD --metric locality --below 0.9
+      patchhub bisect base HEAD -- python check.py
+
+    COMMAND runs with the applied checkpoint in PATCHHUB_MODEL and the commit in PATCHHUB_COMMIT; exit code 0 means good, 125
+    cannot say, anything else bad. What it prints goes to stderr.
+    """
+    from patchhub.porcelain.blame import bisect as run
+
+    repository = open_repository(repo)
+    with bars() as progress:
+        if bool(command) == (metric is not None):
+            raise SettingsError(
+                "bisect needs a command or a metric", remedy="Write `-- COMMAND` or --metric, not both."
+            )
+        if metric is None:
+            if chat:
+                raise SettingsError("a command asks the model in its own way", remedy="Leave --chat out.")
+            found = run(repository, good, bad, _command_check(repository, command, base), progress)
+        else:
+            check = _metric_check(repository, metric, good, bad, (below, above), facts, base, chat)
+            found = run(repository, good, bad, check, progress, chat=check.chat)
+    if as_json:
+        print_json(found.to_json())
+    else:
+        _bisection(found)
+
+
+@click.command("merge-base")
+@click.argument("one")
+@click.argument("other")
+@repo_option
+@json_option
+@reports_errors
+def merge_base(one: str, other: str, repo: Path | None, as_json: bool) -> None:
+    """The newest commits that ONE and OTHER both have; `base` if they share nothing else."""
+    from patchhub.porcelain.history import merge_bases
+
+    found = merge_bases(open_repository(repo), one, other)
+    if as_json:
+        print_json(found)
+        return
+    for commit in found or ["base"]:
+        say(commit)
+
+
+def _command_check(repository: Repository, command: tuple[str, ...], base: str | None) -> Check:
+    from patchhub.porcelain.blame import command_check
+    from patchhub.progress import Silent
+
+    def run(model: Path, commit: str | None) -> int:
+        environment = {**os.environ, "PATCHHUB_MODEL": str(model), "PATCHHUB_COMMIT": commit or "base"}
+        try:
+            return subprocess.run(command, env=environment, stdout=_STDERR, check=False).returncode
+        except OSError as error:
+            raise SettingsError(
+                f"cannot run {command[0]!r}: {error.strerror}", remedy="Give a program and its arguments after `--`."
+            ) from error
+
+    return command_check(repository, run, Silent(), base=base)
+
+
+def _metric_check(
+    repository: Repository,
+    metric: str,
+    good: str,
+    bad: str,
+    bounds: tuple[float | None, float | None],
+    facts: Path | None,
+    base: str | None,
+    chat: bool | None,
+) -> MetricCheck:
+    from patchhub.editing.requests import read_requests
+    from patchhub.porcelain.blame import facts_to_measure, metric_check
+
+    requests: Any = read_requests(facts).requests if facts else facts_to_measure(repository, metric, good, bad)
+    return metric_check(repository, metric, requests, below=bounds[0], above=bounds[1], base=base, chat=chat)
+
+
+def _bisection(found: Bisection) -> None:
+    if found.chat is not None:
+        say("asked in the base's chat form", dim=True)
+    for step in found.steps:
+        say(_step(step), dim=True)
+    if found.entry is None:
+        say("It is one of these; skipped commits hide which:")
+        for suspect in found.suspects:
+            say(f"  {suspect[:12]}")
+        return
+    commit = found.entry.commit
+    say(f"{click.style(found.entry.id, fg='yellow')} is the first bad commit")
+    say(f"Author: {commit.author}")
+    say(f"Date:   {commit.time}")
+    say(f"    {commit.message.splitlines()[0] if commit.message else ''}")
+    for sign, colour, requests in (("+", "green", found.added), ("-", "red", found.removed)):
+        for request in requests:
+            say(f"  {click.style(sign, fg=colour)} {request.text} {click.style(request.target_new, bold=True)}")
+
+
+def _step(step: Step) -> str:
+    value = "" if step.value is None else f"  ({step.value:.4g})"
+    return f"{step.commit[:12] if step.commit else 'base':<12} {step.verdict}{value}"
+
+
+def _mentioned(prompt: str, facts: Any) -> None:
+    exact = [fact for fact in facts if fact.text == prompt.strip()]
+    for fact in exact:
+        say(f"this is the prompt of an active fact: {_fact(fact)}  (patch {fact.patch[:12]})")
+    others = [fact for fact in facts if fact not in exact]
+    if others:
+        say("active facts about a subject in this prompt:")
+    for fact in others:
+        say(f"  {_fact(fact)}  (patch {fact.patch[:12]})")
+    if not facts:
+        say("no active fact has a subject that is in this prompt")
+
+
+def _shares(found: Blame, limit: int) -> None:
+    form = "" if found.chat is None else " in the base's chat form"
+    say(f"keys read at {found.token[0]!r}{form}; the answer begins with {found.answer[0]!r} ({found.answer[1]:.1%})")
+    for share in found.requests[:limit]:
+        text = share.request_id[:12] if share.request is None else f"{share.request.text} {share.request.target_new}"
+        say(f"  {share.share:6.1%}  {text}  {click.style(f'patch {share.patch[:12]}', dim=True)}")
+    if len(found.requests) > limit:
+        say(f"          ... and {len(found.requests) - limit} more", dim=True)
+    for patch, value in list(found.patches.items())[:limit]:
+        say(f"  {value:6.1%}  patch {patch[:12]} in all", dim=True)
+    for weight, value in found.change.items():
+        say(f"  {weight}: the edits are {value:.1%} of its output there", dim=True)
+    if found.shards:
+        say(
+            f"{count(found.shards, 'active fact')} in shards, which answer beside the weights, "
+            f"{'has' if found.shards == 1 else 'have'} no share here",
+            dim=True,
+        )
+
+
+def _fact(fact: Fact) -> str:
+    was = f"  (was {fact.target_true})" if fact.target_true else ""
+    return f"{fact.text} {click.style(fact.target_new, bold=True)}{was}"
+
+
+def _change(change: Change) -> str:
+    verb = "added" if change.change > 0 else "removed"
+    subject = change.message.splitlines()[0] if change.message else ""
+    return f"{verb} in {change.commit[:12]} by {change.author}, {change.time}: {subject}"
+
+
+COMMANDS = (search, blame, bisect, merge_base)

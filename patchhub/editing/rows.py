@@ -1,0 +1,219 @@
+"""Rows of text opened for value optimisation: where a value enters the last edited layer, and the batch that runs from there on.
+
+What cannot change while values are optimised is run once and kept: hidden states below the edited layer, keys and values of the
+positions before the subject's last token."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from patchhub.editing.locate import Encoded
+from patchhub.models.tracing import Pass, Prefix, Stack, left_padded, right_padded
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Rows of one batch from the subject's last token on (column 0), over a frozen prefix."""
+
+    start: Pass
+    ids: Int[Tensor, "rows time"]
+    mask: Int[Tensor, "rows all"]
+    positions: Int[Tensor, "rows time"]
+    prefix: Prefix | None
+    hidden: Float[Tensor, "rows time d"]  # before the first block that runs at each step
+    fact: Int[Tensor, " rows"]  # index into the batch's facts
+
+    def select(self, rows: Int[Tensor, " kept"], fact: Int[Tensor, " kept"]) -> Rows:
+        prefix = self.prefix.select(rows) if self.prefix is not None else None
+        ids, mask, positions = self.ids[rows], self.mask[rows], self.positions[rows]
+        start = self.start.stack.begin(ids, mask, positions, prefix)
+        return Rows(start, ids, mask, positions, prefix, self.hidden[rows], fact)
+
+
+class Site(ABC):
+    """Where the change enters a layer: which blocks run again at each step, and what the change is added to.
+
+    A change has one vector per part; part 0 is the one that is written into weights.
+    """
+
+    parts: int
+
+    def __init__(self, stack: Stack, layer: int) -> None:
+        self.stack, self.layer = stack, layer
+
+    @property
+    @abstractmethod
+    def first(self) -> int:
+        """The first block that runs at each step."""
+
+    @abstractmethod
+    def run(
+        self, rows: Rows, change: Float[Tensor, "rows parts d"], row: Int[Tensor, " m"], column: Int[Tensor, " m"]
+    ) -> Float[Tensor, "m d"]:
+        """Hidden states after the last block at some positions, with the change added in column 0."""
+
+    @abstractmethod
+    def unedited(self, rows: Rows) -> Float[Tensor, "rows parts d"]:
+        """What the change is added to."""
+
+
+class BlockOutput(Site):
+    """The output of the layer's block: MEMIT's site."""
+
+    parts = 1
+
+    @property
+    def first(self) -> int:
+        return self.layer + 1
+
+    def run(
+        self, rows: Rows, change: Float[Tensor, "rows parts d"], row: Int[Tensor, " m"], column: Int[Tensor, " m"]
+    ) -> Float[Tensor, "m d"]:
+        first = (rows.hidden[:, 0].float() + change[:, 0]).to(rows.hidden.dtype)
+        hidden = torch.cat([first[:, None], rows.hidden[:, 1:]], dim=1)
+        return rows.start.finish(hidden, self.first, row, column)
+
+    def unedited(self, rows: Rows) -> Float[Tensor, "rows parts d"]:
+        return rows.hidden[:, :1].float()
+
+
+class Projections(Site):
+    """The outputs of the layer's feed-forward (part 0) and attention (part 1) projections: PMET's site."""
+
+    parts = 2
+
+    @property
+    def first(self) -> int:
+        return self.layer
+
+    @property
+    def _modules(self) -> tuple[nn.Module, nn.Module]:
+        block = self.stack.blocks[self.layer]
+        return self.stack.ffn_out[self.layer], block.get_submodule(self.stack.architecture.attn_out)
+
+    def run(
+        self, rows: Rows, change: Float[Tensor, "rows parts d"], row: Int[Tensor, " m"], column: Int[Tensor, " m"]
+    ) -> Float[Tensor, "m d"]:
+        def adding(part: int) -> Any:
+            def add(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+                found = output.view(rows.hidden.shape)  # OPT's feed-forward part has no rows
+                first = (found[:, 0].float() + change[:, part].to(output.device)).to(output.dtype)
+                return torch.cat([first[:, None], found[:, 1:]], dim=1).view(output.shape)
+
+            return add
+
+        handles = [module.register_forward_hook(adding(part)) for part, module in enumerate(self._modules)]
+        blocks = len(self.stack.blocks)
+        try:
+            if self.layer < blocks - 1:
+                return rows.start.finish(rows.hidden, self.first, row, column)
+            # The change enters the last feed-forward part itself, which then runs everywhere.
+            return rows.start.run(rows.hidden, self.first, blocks)[row, column]
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @torch.no_grad()
+    def unedited(self, rows: Rows) -> Float[Tensor, "rows parts d"]:
+        found: dict[int, Tensor] = {}
+
+        def keeping(part: int) -> Any:
+            def keep(module: nn.Module, args: Any, output: Tensor) -> None:
+                found[part] = output.view(rows.hidden.shape)[:, 0].float().to(self.stack.device)
+
+            return keep
+
+        handles = [module.register_forward_hook(keeping(part)) for part, module in enumerate(self._modules)]
+        try:
+            rows.start.run(rows.hidden, self.layer, self.layer + 1)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return torch.stack([found[0], found[1]], dim=1)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A text to open: how many positions are needed from the subject's last token on, its trunk, and its fact in the batch."""
+
+    encoded: Encoded
+    kept: int
+    trunk: int
+    fact: int
+
+
+@dataclass(frozen=True, eq=False)
+class Trunk:
+    """The common beginnings of groups of texts. Row ``g`` of ``prefix`` belongs to group ``g``; rows are padded on the left."""
+
+    lengths: tuple[int, ...]
+    mask: Int[Tensor, "groups time"]
+    prefix: Prefix | None
+
+
+def read_trunk(stack: Stack, groups: Sequence[Sequence[Encoded]]) -> Trunk:
+    """Run what the texts of each group have in common before their subjects' last tokens."""
+    return run_trunk(stack, [common_beginning([text.input_ids[: text.subject_last] for text in g]) for g in groups])
+
+
+def run_trunk(stack: Stack, common: Sequence[tuple[int, ...]]) -> Trunk:
+    """Run the beginnings, one for each group, on the model's present weights."""
+    lengths = tuple(map(len, common))
+    if not any(lengths):
+        return Trunk(lengths, torch.zeros(len(common), 0, dtype=torch.long, device=stack.device), None)
+    ids, mask, positions = left_padded(common, stack.device)
+    return Trunk(lengths, mask, stack.read_prefix(ids, mask, positions))
+
+
+def common_beginning(texts: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+    """The longest beginning of all texts: that of the smallest and the largest in alphabetical order."""
+    first, last = min(texts), max(texts)
+    length = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
+    return first[:length]
+
+
+@torch.no_grad()
+def open_rows(site: Site, rows: Sequence[Row], trunk: Trunk) -> Rows:
+    """Run what cannot change of the rows, and the blocks below the site for the rest."""
+    stack = site.stack
+    prefix, prefix_mask = _read_prefix(stack, rows, trunk)
+    before = torch.tensor([row.encoded.subject_last for row in rows], device=stack.device)
+    after = [row.encoded.input_ids[row.encoded.subject_last :][: row.kept] for row in rows]
+    ids, mask, positions = right_padded(after, stack.device)
+    positions, mask = positions + before[:, None], torch.cat([prefix_mask, mask], dim=1)
+    start = stack.begin(ids, mask, positions, prefix)
+    hidden = start.run(start.hidden, 0, site.first)
+    fact = torch.tensor([row.fact for row in rows], device=stack.device)
+    return Rows(start, ids, mask, positions, prefix, hidden, fact)
+
+
+def _read_prefix(stack: Stack, rows: Sequence[Row], trunk: Trunk) -> tuple[Prefix | None, Int[Tensor, "rows time"]]:
+    """Keys and values of everything before each row's subject's last token, padded on the left, and their mask."""
+    of_row = torch.tensor([row.trunk for row in rows], device=stack.device)
+    shared = trunk.prefix.select(of_row) if trunk.prefix is not None else None
+    lengths = torch.tensor([trunk.lengths[row.trunk] for row in rows], device=stack.device)
+    own = [row.encoded.input_ids[trunk.lengths[row.trunk] : row.encoded.subject_last] for row in rows]
+    if not any(own):
+        return shared, trunk.mask[of_row]
+    ids, mask, positions = right_padded(own, stack.device)
+    whole = torch.cat([trunk.mask[of_row], mask], dim=1)
+    prefix = stack.read_prefix(ids, whole, positions + lengths[:, None], shared)
+    place, mask = _to_the_right(whole)
+    return prefix.rearrange(place), mask
+
+
+def _to_the_right(
+    mask: Int[Tensor, "rows time"],
+) -> tuple[Int[Tensor, "rows kept"], Int[Tensor, "rows kept"]]:
+    """Where each position comes from when all padding goes to the left and as much of it as can be is cut, and the new mask."""
+    place = mask.sort(dim=1, stable=True).indices
+    kept = int(mask.sum(1).max())
+    place = place[:, place.shape[1] - kept :]
+    return place, mask.gather(1, place)

@@ -1,0 +1,269 @@
+"""Live decoding: what the model writes by itself after many prompts at once, and whether that is the answer.
+
+Text is continued greedily, or sampled with a random stream of each prompt's own."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import DynamicCache
+
+from patchhub.errors import RequestError, SettingsError
+from patchhub.evaluation.metrics import BATCH_TOKENS, cut, reading
+from patchhub.evaluation.suites import Scores, mean_or_none, scored
+from patchhub.models.tracing import left_padded
+from patchhub.objects import SLOT, Request
+from patchhub.text.tokens import Chat, context_length, tokenise
+
+Choose = Callable[[Float[Tensor, "rows vocabulary"], int], Int[Tensor, " rows"]]
+"""The next token of every row, given the logits and how many tokens were written before."""
+
+
+def continue_greedily(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    *,
+    chat: Chat | None = None,
+    max_new_tokens: int = 32,
+    batch_tokens: int = BATCH_TOKENS,
+) -> list[str]:
+    """The most probable continuation of each prompt, token by token, up to the end of text or `max_new_tokens`.
+
+    The model's own sampling settings are not used. Equal prompts are continued once.
+
+    Args:
+        chat: the prompts are the user's messages of this chat form; what is written is the answer.
+
+    Raises:
+        RequestError: a prompt has no token, or leaves no room for the continuation.
+    """
+    room, limit = room_after(model, tokenizer, prompts, max_new_tokens, chat=chat), context_length(model)
+    for prompt in prompts:
+        if room[prompt] < max_new_tokens:
+            raise RequestError(
+                f"'{prompt}' is empty or leaves no room: the model reads {limit} tokens, {max_new_tokens} of them new",
+                remedy="Shorten the prompt or ask for fewer new tokens.",
+                prompt=prompt,
+            )
+    written = _written(model, tokenizer, room, batch_tokens, lambda batch: lambda logits, step: logits.argmax(-1), chat)
+    return [written[prompt] for prompt in prompts]
+
+
+def sample_continuations(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    *,
+    total_tokens: int = 100,
+    top_k: int = 5,
+    seed: int = 0,
+    batch_tokens: int = BATCH_TOKENS,
+) -> list[str]:
+    """A sampled continuation of each prompt up to the end of text or `total_tokens`, the prompt's included.
+
+    Each token is drawn from the `top_k` most probable ones. The draws depend on `seed` and the prompt's text alone, so
+    neither the batch nor the other prompts change a text. A prompt without room is continued by nothing.
+    """
+    if top_k < 1:
+        raise SettingsError(f"top_k is {top_k}", remedy="Give a number of tokens above 0.")
+    room = room_after(model, tokenizer, prompts, total_tokens, whole=True)
+
+    def choose(batch: Sequence[str]) -> Choose:
+        draws = torch.stack([_draws(prompt, seed, total_tokens) for prompt in batch])
+        return lambda logits, step: _drawn(logits, draws[:, step], top_k)
+
+    written = _written(model, tokenizer, room, batch_tokens, choose)
+    return [written[prompt] for prompt in prompts]
+
+
+def room_after(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    tokens: int,
+    *,
+    chat: Chat | None = None,
+    whole: bool = False,
+) -> dict[str, int]:
+    """How many tokens may be written after each prompt: at most `tokens`, or so many that the text has `tokens` in the `whole`."""
+    unique = list(dict.fromkeys(prompts))
+    limit = context_length(model)
+    room = {}
+    for prompt, ids in zip(unique, _tokens(tokenizer, unique, chat), strict=True):
+        left = min(limit, tokens) - len(ids) if whole else min(limit - len(ids), tokens)
+        room[prompt] = max(left, 0) if ids else 0
+    return room
+
+
+def _written(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    room: Mapping[str, int],
+    batch_tokens: int,
+    choose: Callable[[Sequence[str]], Choose],
+    chat: Chat | None = None,
+) -> dict[str, str]:
+    """What is written after each prompt; `choose` makes the rule of one batch."""
+    tokens = dict(zip(room, _tokens(tokenizer, list(room), chat), strict=True))
+    order = sorted((prompt for prompt in room if room[prompt]), key=lambda prompt: len(tokens[prompt]))
+    written = dict.fromkeys(room, "")
+    with reading(model):
+        for part in cut([len(tokens[prompt]) + room[prompt] for prompt in order], batch_tokens):
+            batch = order[part]
+            rows = _continue(
+                model, [tokens[prompt] for prompt in batch], [room[prompt] for prompt in batch], choose(batch)
+            )
+            texts = (str(tokenizer.decode(row, skip_special_tokens=True)) for row in rows)
+            written.update(zip(batch, texts, strict=True))
+    return written
+
+
+def _tokens(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], chat: Chat | None) -> list[tuple[int, ...]]:
+    """The tokens after which is written: the prompt's, in a chat those up to where the answer begins."""
+    texts = prompts if chat is None else [chat.asking(prompt) for prompt in prompts]
+    return [ids for ids, _ in tokenise(tokenizer, texts, special_tokens=chat is None)]
+
+
+def _continue(
+    model: PreTrainedModel, rows: Sequence[Sequence[int]], room: Sequence[int], choose: Choose
+) -> list[list[int]]:
+    """One batch: each row's new tokens, up to its end of text or its room. The prompts are read once, then one token at a time."""
+    ends = _end_tokens(model)
+    cache, last = DynamicCache(), context_length(model) - 1
+    ids, mask, positions = left_padded(rows, model.device)
+    written: list[list[int]] = [[] for _ in rows]
+    going = set(range(len(rows)))
+    for step in range(max(room)):
+        logits = model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits[:, -1]
+        ids = choose(logits, step)[:, None].to(mask.device)
+        tokens = ids[:, 0].tolist()
+        going = {row for row in going if tokens[row] not in ends and step < room[row]}
+        for row in going:
+            written[row].append(tokens[row])
+        if not going:
+            break
+        mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
+        positions = (mask.sum(1, keepdim=True) - 1).clamp(max=last)  # a row without room goes on, unheard
+    return written
+
+
+def _drawn(logits: Float[Tensor, "rows vocabulary"], draws: Float[Tensor, " rows"], top_k: int) -> Int[Tensor, " rows"]:
+    """The token at which the cumulated probabilities of the top k reach each row's draw from [0, 1); in float64 on the CPU."""
+    top = logits.double().cpu().topk(min(top_k, logits.shape[-1]))
+    cumulated = top.values.softmax(-1).cumsum(-1)
+    place = (cumulated < draws[:, None]).sum(-1).clamp(max=cumulated.shape[-1] - 1)
+    return top.indices.gather(-1, place[:, None])[:, 0]
+
+
+def _draws(prompt: str, seed: int, steps: int) -> Float[Tensor, " steps"]:
+    digest = hashlib.sha256(f"{seed}\0{prompt}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    return torch.rand(steps, generator=generator, dtype=torch.float64)
+
+
+def _end_tokens(model: PreTrainedModel) -> set[int]:
+    ends = model.generation_config.eos_token_id if model.generation_config else None
+    return set() if ends is None else {ends} if isinstance(ends, int) else set(ends)
+
+
+BARE = SLOT
+
+
+@dataclass(frozen=True)
+class LiveReading:
+    """What a model wrote after one request's prompt, bare and then in each context, and the target that it was to write.
+
+    None stands for a context in which the prompt leaves no room to write.
+    """
+
+    request_id: str
+    target: str
+    continuations: tuple[str | None, ...]
+
+
+def check_contexts(contexts: Sequence[str]) -> None:
+    """Refuse a context without exactly one `{}` for the prompt."""
+    for context in contexts:
+        if context.count(SLOT) != 1:
+            raise SettingsError(f"the context '{context}' does not contain {SLOT} once", remedy=f"Mark one {SLOT}.")
+
+
+def live_prompts(request: Request, contexts: Sequence[str]) -> list[str]:
+    """The texts that `LiveReading.continuations` continue: the bare prompt, then the prompt in each context."""
+    return [template.replace(SLOT, request.text) for template in (BARE, *contexts)]
+
+
+def read_live(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    requests: Sequence[Request],
+    *,
+    contexts: Sequence[str] = (),
+    chat: Chat | None = None,
+    max_new_tokens: int = 32,
+    batch_tokens: int = BATCH_TOKENS,
+) -> list[LiveReading]:
+    """Continue every request's prompt, bare and inside each context (a template with one `{}` for the prompt).
+
+    In a chat each of these texts is a user's message, and what is written is the answer to it.
+    """
+    check_contexts(contexts)
+    prompts = [prompt for request in requests for prompt in live_prompts(request, contexts)]
+    written = continue_greedily(
+        model, tokenizer, prompts, chat=chat, max_new_tokens=max_new_tokens, batch_tokens=batch_tokens
+    )
+    size = 1 + len(contexts)
+    return [
+        LiveReading(request.id, request.target_new, tuple(written[start : start + size]))
+        for request, start in zip(requests, range(0, len(written), size), strict=True)
+    ]
+
+
+def live_scores(readings: Sequence[LiveReading], *, resamples: int = 1000, seed: int = 0) -> Scores:
+    """exact and contained after the bare prompt; exact_in_context and contained_in_context, means over the contexts."""
+    columns: dict[str, list[float | None]] = {}
+    for name, matches in (("exact", begins_with), ("contained", contains)):
+        found = [
+            [None if text is None else float(matches(text, fact.target)) for text in fact.continuations]
+            for fact in readings
+        ]
+        columns[name] = [row[0] for row in found]
+        columns[f"{name}_in_context"] = [
+            mean_or_none([value for value in row[1:] if value is not None]) for row in found
+        ]
+    return scored("live", {}, columns, {}, resamples=resamples, seed=seed)
+
+
+def begins_with(text: str, target: str) -> bool:
+    """`text`, white space before it aside, begins with `target` and the word ends there."""
+    rest = text.lstrip()
+    return rest.startswith(target) and not _goes_on(target, rest[len(target) :])
+
+
+def contains(text: str, target: str) -> bool:
+    """`target` occurs somewhere in `text` as whole words."""
+    start = text.find(target)
+    while start >= 0:
+        if not _goes_on(target, text[start + len(target) :]) and not _goes_on(text[:start], target):
+            return True
+        start = text.find(target, start + 1)
+    return False
+
+
+def _goes_on(left: str, right: str) -> bool:
+    """The last word of `left` goes on in `right`."""
+    return left[-1:].isalnum() and right[:1].isalnum()

@@ -1,0 +1,363 @@
+"""`import` and `export`: the change that another program made to the base, and states in other programs' forms. NumPy only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from patchhub.delta import Delta, add, compact, norm, read_deltas, write_deltas
+from patchhub.errors import BaseError, RepositoryError, RequestError, SettingsError
+from patchhub.evaluation.definitions import DEFINITIONS
+from patchhub.export.foreign import form_of, from_difference, is_nothing, read_adapter
+from patchhub.export.peft import CONFIG, EXACT, WEIGHTS, Adapter, BaseName, adapter_files, check_adapter, make_adapter
+from patchhub.fsio import os_errors, write_atomically
+from patchhub.models.checkpoint import Checkpoint, open_checkpoint
+from patchhub.models.fingerprint import tensor_digest
+from patchhub.objects import Base, Patch, requests_json
+from patchhub.porcelain.scores import notes_of
+from patchhub.progress import Progress
+from patchhub.remotes.card import AdapterNote, Card, ScoreLine, adapter_name, write_card
+from patchhub.sets.columns import read_state, weight_shapes
+from patchhub.sets.commits import Draft, Stamp, snapshot
+from patchhub.sets.elements import active_requests, distinct
+from patchhub.sets.merging import refuse_stopped
+from patchhub.sets.shards import shards_at
+from patchhub.store.repository import Repository, refuse_store
+from patchhub.worktree.judging import GUARDED, Guarding
+from patchhub.worktree.loading import base_object, open_base
+
+_MANY_FACTS: Final = 100
+"""What a change that does not say how many facts it brings may drift as much as (docs/guard.md)."""
+_REMEDY: Final = "Import a smaller change, such as an adapter with a lower lora_alpha, or raise the limit in the config"
+
+
+@dataclass(frozen=True)
+class Imported:
+    """What `import` committed: for each weight the form of its change, and what that form leaves out (relative)."""
+
+    commit: str
+    patch: str
+    weights: Mapping[str, tuple[str, float]]
+
+    def to_json(self) -> dict[str, Any]:
+        weights = {weight: {"form": form, "error": error} for weight, (form, error) in self.weights.items()}
+        return {"commit": self.commit, "patch": self.patch, "weights": weights}
+
+
+@dataclass(frozen=True)
+class _Change:
+    """A change from elsewhere: how it was found, and per weight its delta, the form's name and its relative error."""
+
+    method: str
+    deltas: Mapping[str, tuple[Delta, str, float]]
+
+
+def import_change(
+    repository: Repository,
+    folder: Path,
+    stamp: Stamp,
+    progress: Progress,
+    *,
+    tolerance: float,
+    base: str | None = None,
+    guarding: Guarding = GUARDED,
+) -> Imported:
+    """Commit what a LoRA adapter or a fine-tuned checkpoint changes, on top of HEAD.
+
+    Facts that are active keep what they ask for: their columns are solved again on top of what was imported.
+
+    Args:
+        folder: holds ``adapter_config.json`` (or one folder below it does), or a checkpoint of the base's architecture.
+        tolerance: relative error up to which a difference of checkpoints is taken as low rank.
+        base: where the base is, if it moved; needed for checkpoints only.
+
+    Raises:
+        RequestError: it is neither, changes what patchhub does not edit, changes nothing, or is active already.
+        RepositoryError: a stopped merge waits on HEAD.
+        BaseError: the base or the checkpoint cannot be read.
+        GuardError: a check of the new state failed; nothing was committed.
+    """
+    refuse_stopped(repository)
+    folder = _holder(folder)
+    if (folder / CONFIG).exists():
+        found = _from_adapter(folder, repository)
+    else:
+        found = _from_checkpoint(repository, open_base(repository, base), open_checkpoint(folder), tolerance, progress)
+    if not found.deltas:
+        raise RequestError(f"{folder} changes nothing", remedy="Give an adapter or a checkpoint that differs.")
+    shapes = weight_shapes(repository)
+    patch = Patch(
+        base=repository.config.base_id,
+        kind="additive",
+        made_on=None,
+        method=found.method,
+        metric=None,
+        requests=(),
+        requests_blob=repository.objects.put(requests_json(())),
+        settings={"tolerance": tolerance},
+        tensors=repository.objects.put(write_deltas({weight: entry[0] for weight, entry in found.deltas.items()})),
+        weights={weight: shapes[weight] for weight in found.deltas},
+    )
+    identity = repository.objects.put(patch.to_json())
+    _, head = repository.head
+    active = repository.active(head)
+    if patch.elements <= active:
+        raise RequestError(f"what {folder} changes is active already", remedy="See `patchhub status`.", patch=identity)
+    metric = repository.commit(head).metric if head else None
+    draft = Draft((head,) if head else (), active | patch.elements, metric, "import", {"patch": identity})
+    progress.stage("writing the commit", 0)
+    judge = guarding.judge(repository, progress, facts=_MANY_FACTS, remedy=_REMEDY)
+    commit = snapshot(repository, draft, stamp, judge=judge)
+    progress.close()
+    return Imported(commit, identity, {weight: entry[1:] for weight, entry in found.deltas.items()})
+
+
+def _holder(folder: Path) -> Path:
+    """The folder itself, or the one below it that has an adapter: `export peft` names it after the commit.
+
+    Raises:
+        RequestError: there is neither an adapter nor a checkpoint, or several adapters below.
+    """
+    if (folder / CONFIG).exists() or (folder / "config.json").exists():
+        return folder
+    below = sorted(path.parent for path in folder.glob(f"*/{CONFIG}"))
+    if len(below) == 1:
+        return below[0]
+    if below:
+        raise RequestError(
+            f"{folder} holds {len(below)} adapters: {', '.join(path.name for path in below)}",
+            remedy="Name one of them.",
+        )
+    raise RequestError(
+        f"{folder} holds neither an adapter ({CONFIG}) nor a checkpoint (config.json)",
+        remedy="Give the folder with a PEFT LoRA adapter, or with a fine-tuned checkpoint.",
+    )
+
+
+def _from_adapter(folder: Path, repository: Repository) -> _Change:
+    deltas = read_adapter(folder, weight_shapes(repository)).items()
+    return _Change("lora", {weight: (delta, form_of(delta), 0.0) for weight, delta in deltas if not is_nothing(delta)})
+
+
+def _from_checkpoint(
+    repository: Repository, base: Checkpoint, other: Checkpoint, tolerance: float, progress: Progress
+) -> _Change:
+    """The difference of two checkpoints, weight by weight; every other tensor must be the same."""
+    shapes = weight_shapes(repository)
+    stored = {base.resolve_name(weight): weight for weight in shapes}
+    progress.stage("comparing", len(other.tensors))
+    differing = _differing(base_object(repository), other, progress.advance)
+    foreign = [name for name in differing if name not in stored]
+    if foreign:
+        noun = "tensor" if len(foreign) == 1 else "tensors"
+        raise RequestError(
+            f"{other.name} differs from the base in {len(foreign)} {noun} that patchhub does not edit "
+            f"({', '.join(foreign[:3])}{', ...' if len(foreign) > 3 else ''})",
+            remedy="Only feed-forward output projections can be imported.",
+            tensors=foreign,
+        )
+    transposed = repository.config.base["orientation"] == "in_out"
+    progress.stage("decomposing", len(differing))
+    deltas = {}
+    for name in differing:
+        change = (other.read(name).double() - base.read(name).double()).numpy()
+        if not bool(np.isfinite(change).all()):
+            raise BaseError(f"{name} of {other.name} is not finite", remedy="Use a sound checkpoint.", tensor=name)
+        deltas[stored[name]] = from_difference(change.T if transposed else change, tolerance)
+        progress.advance(1)
+    return _Change("difference", dict(sorted(deltas.items())))
+
+
+def _differing(base: Base, other: Checkpoint, advance: Callable[[int], None]) -> list[str]:
+    """Names of tensors of a checkpoint whose values are not the base's; both must have the same tensors."""
+    shapes = {name: entry.shape for name, entry in other.tensors.items()}
+    if shapes != {name: record.shape for name, record in base.tensors.items()}:
+        raise RequestError(
+            f"{other.name} has other tensors or shapes than the base", remedy="Give a checkpoint made from the base."
+        )
+    found = []
+    for name in sorted(shapes):
+        if tensor_digest(other, name) != base.tensors[name].sha256:
+            found.append(name)
+        advance(1)
+    return found
+
+
+TOLERANCE: Final = 1e-3
+"""Relative error per weight up to which a recompressed adapter is offered, with the error stated."""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What an export wrote: the folder or file, the commit, and how near it is to the state (relative, the worst weight)."""
+
+    out: Path
+    commit: str | None
+    rank: int | None
+    error: float
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "out": str(self.out)}
+
+
+def export_peft(
+    repository: Repository,
+    revision: str,
+    out: Path,
+    progress: Progress,
+    *,
+    tolerance: float = EXACT,
+    rank: int | None = None,
+    overwrite: bool = False,
+) -> Exported:
+    """Write a PEFT LoRA adapter of a revision into the folder ``out/<name>-<commit>``, read it back and compare.
+
+    Args:
+        tolerance: largest relative error of a weight; the default accepts exact adapters only.
+        rank: the rank of the adapter; None: the smallest that servers know and that is exact.
+
+    Raises:
+        RevisionError: no such revision.
+        RepositoryError: the state has no adapter within the tolerance.
+        SettingsError: the folder is there already, or in a store.
+    """
+    commit = repository.resolve(revision)
+    progress.stage("decomposing", 0)
+    state = read_state(repository, commit)
+    adapter = _adapter(repository, commit, tolerance=tolerance, rank=rank)
+    files = adapter_files(adapter, _base_name(repository))
+    error = check_adapter(files, state, weight_shapes(repository))
+    if error > max(tolerance, EXACT):
+        raise RepositoryError(
+            f"the written adapter differs from the state by {error:.1e}",
+            remedy="Report this: it is a bug.",
+            error=error,
+        )
+    folder = out / adapter_name(out.name or "facts", commit or "base")
+    refuse_store(repository, folder)
+    _write(folder, files, overwrite=overwrite)
+    progress.close()
+    return Exported(folder, commit, adapter.rank, error)
+
+
+def export_diff(
+    repository: Repository, revision: str, out: Path, progress: Progress, *, overwrite: bool = False
+) -> Exported:
+    """Write the change of each weight against the base as one safetensors file, in the forms of docs/format.md.
+
+    Raises:
+        RevisionError: no such revision.
+        RepositoryError: the state has shards.
+        SettingsError: the file is there already, or in a store.
+    """
+    refuse_store(repository, out)
+    commit = repository.resolve(revision)
+    _refuse_routed(repository, commit, "file of weight changes")
+    shapes = weight_shapes(repository)
+    progress.stage("adding deltas", 0)
+    totals = {weight: add(deltas, shapes[weight]) for weight, deltas in read_state(repository, commit).items()}
+    data = write_deltas({weight: compact(total) for weight, total in totals.items()})
+    read_deltas(data, shapes)  # what is written can be read
+    _write(out.parent, {out.name: data}, overwrite=overwrite)
+    progress.close()
+    return Exported(out, commit, None, 0.0)
+
+
+def hub_pages(
+    repository: Repository, repo: str, commit: str, progress: Progress, *, withheld: bool
+) -> Mapping[str, bytes | None]:
+    """What the root of a Hub repository holds beside the store: the card, and the adapter where there can be one."""
+    note: AdapterNote | str
+    files: dict[str, bytes | None] = {CONFIG: None, WEIGHTS: None}
+    try:
+        adapter = _adapter(repository, commit, tolerance=TOLERANCE, rank=None)
+    except RepositoryError as error:
+        note = error.message
+        progress.warn(f"no PEFT adapter is pushed: {note}")
+    else:
+        files |= adapter_files(adapter, _base_name(repository))
+        note = AdapterNote(adapter.rank, adapter.error)
+        if adapter.error > EXACT:
+            progress.warn(f"the PEFT adapter is recompressed; its relative error is {adapter.error:.1e}")
+    return {**files, "README.md": write_card(_card(repository, repo, commit, note, withheld=withheld))}
+
+
+def _adapter(repository: Repository, commit: str | None, *, tolerance: float, rank: int | None) -> Adapter:
+    _refuse_routed(repository, commit, "LoRA adapter")
+    return make_adapter(read_state(repository, commit), weight_shapes(repository), tolerance=tolerance, rank=rank)
+
+
+def _refuse_routed(repository: Repository, commit: str | None, what: str) -> None:
+    shards = shards_at(repository, commit)
+    if shards:
+        raise RepositoryError(
+            f"this state routes queries to a side memory, which no {what} can do",
+            remedy="Load it with patchhub, or write a checkpoint with its side memory beside it: `patchhub apply`.",
+            patches=list(shards),
+        )
+
+
+def _card(repository: Repository, repo: str, commit: str, adapter: AdapterNote | str, *, withheld: bool) -> Card:
+    found = repository.commit(commit)
+    elements = repository.active(commit)
+    requests = distinct(active_requests(repository, elements))
+    base = _base_name(repository)
+    shapes = weight_shapes(repository)
+    weights: Mapping[str, Mapping[str, float]] = repository.config.base["weights"]
+    totals = {weight: norm(add(deltas, shapes[weight])) for weight, deltas in read_state(repository, commit).items()}
+    return Card(
+        repo=repo,
+        commit=commit,
+        message=found.message,
+        author=found.author,
+        time=found.time,
+        base=repository.config.base_id,
+        base_model=base.model,
+        base_revision=base.revision,
+        requests=None if withheld or (elements and not requests) else requests,
+        active=repository.active_count(commit),
+        methods=sorted({repository.patch(patch).method for patch in {patch for patch, _ in elements}}),
+        adapter=adapter,
+        changes={weight: total / (weights[weight]["norm"] or 1.0) for weight, total in totals.items()},
+        scores=_score_lines(repository, commit),
+    )
+
+
+def _score_lines(repository: Repository, commit: str) -> list[ScoreLine]:
+    """What is noted about a commit."""
+    return [
+        ScoreLine(
+            suite=f"{noted.kind}, {noted.facts} facts" if noted.facts else noted.suite,
+            name=name,
+            value=score.value,
+            interval=None if score.low is None or score.high is None else (score.low, score.high),
+            base=score.base,
+            meaning=DEFINITIONS.get(name, ""),
+        )
+        for noted in notes_of(repository, commit)
+        for name, score in noted.scores.items()
+    ]
+
+
+def _base_name(repository: Repository) -> BaseName:
+    base = repository.config.base
+    on_hub = base.get("revision") is not None
+    return BaseName(
+        base["path"] if on_hub else None,
+        base["revision"] if on_hub else None,
+        fan_in_fan_out=base["orientation"] == "in_out",
+    )
+
+
+def _write(folder: Path, files: Mapping[str, bytes], *, overwrite: bool) -> None:
+    there = [name for name in files if (folder / name).exists()]
+    if there and not overwrite:
+        raise SettingsError(f"{folder / there[0]} is there already", remedy="Choose another place, or --overwrite.")
+    with os_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    for name, data in files.items():
+        write_atomically(folder / name, (data,))

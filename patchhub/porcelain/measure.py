@@ -1,0 +1,541 @@
+"""`eval` and `bench`: how well a revision holds facts, what that costs elsewhere, and editors compared on one list of facts.
+
+Definitions are in docs/evaluation.md. `bench` edits each branch of a temporary repository with one editor."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import random
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+from patchhub.canonical import canonical_json, object_id
+from patchhub.editing.editor import EDITORS
+from patchhub.editing.requests import Batch, Origin
+from patchhub.editing.shapes import ZSRE_FIELDS
+from patchhub.errors import EditError, RequestError, SettingsError
+from patchhub.evaluation import suites
+from patchhub.evaluation.definitions import BESIDE, DEFINITIONS, LEADING, SUITES
+from patchhub.evaluation.drift import drift_scores, fluency_scores
+from patchhub.evaluation.live import check_contexts, live_scores
+from patchhub.evaluation.suites import Scores
+from patchhub.models.architectures import describe, read_config
+from patchhub.models.placement import Placement
+from patchhub.objects import Metric, Note, Request, Text, requests_json
+from patchhub.porcelain.commit import Committed, chosen_settings, commit
+from patchhub.porcelain.metric import compute
+from patchhub.porcelain.model import init
+from patchhub.porcelain.refs import Signature, switch_to_new
+from patchhub.porcelain.scores import Noted, Score, notes_of, read_note
+from patchhub.progress import Progress
+from patchhub.sets.commits import Stamp
+from patchhub.sets.settings import Contender
+from patchhub.store.repository import Repository
+from patchhub.worktree.loading import open_base
+from patchhub.worktree.measuring import (
+    BASE,
+    CONTEXTS,
+    FLUENCY_FACTS,
+    FLUENCY_TOKENS,
+    FLUENCY_TOP_K,
+    Measured,
+    Measurer,
+    Questions,
+)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What to evaluate on.
+
+    Attributes:
+        requests: the facts, in their order.
+        file: the name of the file that they are from.
+        metrics: whose scores: counterfact, zsre or wise.
+        limit: at most so many of them: the first, or with `seed` a random choice.
+        seed: of that choice, of sampled text and of the intervals; None: the first facts, and 0.
+        text: files to measure drift on; none: the text that the repository keeps aside, or samples.
+        contexts: what live decoding puts the prompt into, beside the bare prompt: templates with one `{}`.
+    """
+
+    requests: tuple[Request, ...]
+    file: str = ""
+    metrics: str = "counterfact"
+    limit: int | None = None
+    seed: int | None = None
+    text: tuple[Path, ...] = ()
+    contexts: tuple[str, ...] = CONTEXTS
+
+    @property
+    def chosen(self) -> tuple[Request, ...]:
+        if self.limit is None or self.limit >= len(self.requests):
+            return self.requests
+        if self.seed is None:
+            return self.requests[: self.limit]
+        places = sorted(random.Random(self.seed).sample(range(len(self.requests)), self.limit))
+        return tuple(self.requests[place] for place in places)
+
+
+def metrics_for(file: Path) -> str:
+    """zsre where the first record of a file has zsRE's fields, else counterfact."""
+    try:
+        head = file.read_text(encoding="utf-8", errors="replace")[:4096]
+    except OSError:
+        return "counterfact"
+    header = {cell.strip().strip('"') for cell in head.partition("\n")[0].split(",")}
+    return "zsre" if header >= ZSRE_FIELDS or all(f'"{name}":' in head for name in ZSRE_FIELDS) else "counterfact"
+
+
+VERSION: Final = 1
+"""Of the definitions; raised when a score of the same name is computed differently."""
+RESAMPLES: Final = 1000
+_FUNCTIONS: Final[Mapping[str, Callable[..., Scores]]] = {
+    "counterfact": suites.counterfact_scores,
+    "zsre": suites.zsre_scores,
+    "wise": suites.wise_scores,
+}
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The scores of one revision.
+
+    Attributes:
+        commit: None for the unpatched model.
+        facts: what it was measured on.
+        suite: the name of what was measured with these settings.
+        settings: all that the numbers depend on beside the commit.
+        groups: teacher forced, live, fluency, drift.
+        base: each score of the unpatched model.
+        note: the note that keeps the scores, if one does.
+    """
+
+    commit: str | None
+    facts: tuple[Request, ...]
+    suite: str
+    settings: Mapping[str, Any]
+    groups: tuple[Scores, ...]
+    base: Mapping[str, float]
+    note: str | None = None
+
+    @property
+    def chat(self) -> bool:
+        """Facts were asked in the base's chat form."""
+        return "chat" in self.settings
+
+    @property
+    def scores(self) -> dict[str, Score]:
+        """All scores by name, in the order of their definitions."""
+        found = {name: estimate for group in self.groups for name, estimate in group.estimates.items()}
+        return {
+            name: Score(
+                found[name].value, *_bounds(found[name].low, found[name].high), self.base.get(name), found[name].records
+            )
+            for name in DEFINITIONS
+            if name in found
+        }
+
+    @property
+    def relations(self) -> dict[str, dict[str, float]]:
+        """The teacher-forced and live scores of the facts of each prompt template, with `facts`, their number."""
+        return {
+            template: {"facts": len(rows), **self.groups[0].of(rows), **self.groups[1].of(rows)}
+            for template, rows in suites.relations(self.facts).items()
+        }
+
+    def records(self) -> Iterator[dict[str, Any]]:
+        """One row per fact: what it is, and its own value of every score."""
+        columns = {name: column for group in self.groups for name, column in group.columns.items()}
+        for place, request in enumerate(self.facts):
+            fact = {"request": request.id, "prompt": request.text, "target_new": request.target_new}
+            yield {**fact, **{name: column[place] for name, column in columns.items()}}
+
+    def to_json(self) -> dict[str, Any]:
+        scores = self.scores
+        return {
+            "commit": self.commit,
+            "facts": len(self.facts),
+            "suite": self.suite,
+            "settings": dict(self.settings),
+            "scores": {name: score.to_json() for name, score in scores.items()},
+            "definitions": {name: DEFINITIONS[name] for name in scores},
+            "relations": self.relations,
+            "note": self.note,
+        }
+
+
+@dataclass(frozen=True)
+class HistoryRow:
+    """One commit of a walk: its scores, and whether they were measured now; without scores where it could not be measured."""
+
+    commit: str
+    time: str
+    message: str
+    noted: Noted | None
+    fresh: bool
+
+    def to_json(self) -> dict[str, Any]:
+        noted = self.noted.to_json() if self.noted else None
+        return {"commit": self.commit, "time": self.time, "message": self.message, "fresh": self.fresh, "noted": noted}
+
+
+class Evaluator:
+    """Evaluates revisions on one list of facts. The base is measured once; see `Measurer` for what is cached.
+
+    Raises:
+        SettingsError: there are no such metrics, a context has not one `{}`, or there is no chat template to ask in.
+        RequestError: there are no facts, or the text for drift cannot be read.
+    """
+
+    def __init__(
+        self,
+        repository: Repository,
+        facts: Facts,
+        progress: Progress,
+        *,
+        placement: Placement | None = None,
+        dtype: torch.dtype | None = None,
+        chat: bool | None = None,
+    ) -> None:
+        if facts.metrics not in SUITES:
+            raise SettingsError(
+                f"there are no metrics {facts.metrics!r}", remedy=f"The metrics are {', '.join(SUITES)}."
+            )
+        self.requests = facts.chosen
+        if not self.requests:
+            raise RequestError("there are no facts to evaluate", remedy="Give --suite FILE with at least one record.")
+        self._repository, self._facts, self._progress = repository, facts, progress
+        check_contexts(facts.contexts)
+        questions = Questions(self.requests, seed=facts.seed or 0, text=facts.text, contexts=facts.contexts)
+        self._measurer = Measurer(repository, questions, progress, placement=placement, dtype=dtype, chat=chat)
+        self.settings = self._settings(questions)
+        named = {name: value for name, value in self.settings.items() if name != "file"}
+        asked = "-chat" if self._measurer.chat else ""
+        self.suite = f"{facts.metrics}{asked}-{object_id(canonical_json(named))[:12]}"
+
+    @cached_property
+    def _base(self) -> Measured:
+        return self._measurer.measure(BASE)
+
+    def evaluate(self, revision: str) -> Evaluation:
+        """The scores of a revision beside the base's.
+
+        Raises:
+            RevisionError: no such revision.
+            BaseError: the base is not where it was, or is another model now.
+            EditError: the model's logits are not numbers.
+        """
+        commit = self._repository.resolve(revision)
+        after = self._base if commit is None else self._measurer.measure(commit)
+        groups, base = self._groups(after, RESAMPLES), self._groups(self._base, 1)
+        values = {name: found.value for group in base for name, found in group.estimates.items()}
+        self._progress.close()
+        return Evaluation(commit, self.requests, self.suite, self.settings, groups, values)
+
+    def keep(self, commit: str, done: Evaluation, *, author: str, time: str) -> Noted:
+        """Write scores as the note of a commit for this suite.
+
+        Scores that are not finite numbers are left out, since the format has none.
+        """
+        scores = {name: score.to_json() for name, score in done.scores.items() if math.isfinite(score.value)}
+        note = Note(commit=commit, made_by=author, scores=scores, settings=self.settings, suite=self.suite)
+        identity = self._repository.add_note(
+            note, command="eval", arguments={"suite": self.suite}, author=author, time=time
+        )
+        return read_note(identity, note)
+
+    def _groups(self, found: Measured, resamples: int) -> tuple[Scores, ...]:
+        options = {"resamples": resamples, "seed": self._facts.seed or 0}
+        forced = _FUNCTIONS[self._facts.metrics](found.facts, self._base.facts, **options)
+        return (
+            forced,
+            live_scores(found.live, **options),
+            fluency_scores(found.texts, **options),
+            drift_scores(found.documents, **options),
+        )
+
+    def _settings(self, questions: Questions) -> dict[str, Any]:
+        documents = self._measurer.documents
+        return {
+            "metrics": self._facts.metrics,
+            "file": self._facts.file,
+            "facts": len(self.requests),
+            "items": object_id(requests_json(self.requests)),
+            "seed": questions.seed,
+            "resamples": RESAMPLES,
+            "contexts": list(questions.contexts),
+            "new_tokens": self._measurer.new_tokens,
+            "fluency": {"facts": FLUENCY_FACTS, "tokens": FLUENCY_TOKENS, "top_k": FLUENCY_TOP_K},
+            "text": {"id": Text(documents).id, "tokens": sum(map(len, documents))},
+            **self._measurer.running,
+            **self._measurer.asking,
+            "version": VERSION,
+        }
+
+
+def evaluate(
+    repository: Repository,
+    revision: str,
+    facts: Facts,
+    progress: Progress,
+    *,
+    author: str,
+    time: str,
+    keep: bool = True,
+    placement: Placement | None = None,
+    dtype: torch.dtype | None = None,
+    chat: bool | None = None,
+) -> Evaluation:
+    """Evaluate one revision; the scores of a commit are kept as its note unless told otherwise.
+
+    Args:
+        placement, dtype, chat: as in `Measurer`.
+
+    Raises:
+        SettingsError, RequestError, RevisionError, BaseError, EditError: as in `Evaluator`.
+    """
+    evaluator = Evaluator(repository, facts, progress, placement=placement, dtype=dtype, chat=chat)
+    done = evaluator.evaluate(revision)
+    if not keep or done.commit is None:
+        return done
+    noted = evaluator.keep(done.commit, done, author=author, time=time)
+    return replace(done, note=noted.note)
+
+
+def evaluate_history(
+    repository: Repository,
+    revision: str,
+    facts: Facts,
+    progress: Progress,
+    *,
+    author: str,
+    time: str,
+    placement: Placement | None = None,
+    chat: bool | None = None,
+) -> list[HistoryRow]:
+    """Evaluate every commit below a revision that has no note of this suite yet; all of them, newest first.
+
+    A commit whose model gives no numbers is warned about and left without scores.
+
+    Args:
+        placement, chat: as in `Measurer`.
+    """
+    evaluator = Evaluator(repository, facts, progress, placement=placement, chat=chat)
+    start = repository.resolve(revision)
+    rows = []
+    for identity, found in repository.log(start) if start else ():
+        known = next((noted for noted in notes_of(repository, identity) if noted.suite == evaluator.suite), None)
+        noted = known
+        if known is None:
+            try:
+                noted = evaluator.keep(identity, evaluator.evaluate(identity), author=author, time=time)
+            except EditError as error:
+                progress.warn(f"commit {identity[:12]} is left out: {error.message}")
+        rows.append(HistoryRow(identity, found.time, found.message, noted, known is None))
+    return rows
+
+
+def _bounds(low: float, high: float) -> tuple[float | None, float | None]:
+    """An interval, or nothing where it is not finite."""
+    return (low, high) if math.isfinite(low) and math.isfinite(high) else (None, None)
+
+
+_SHARED_CACHE: Final = ("metric", "held")
+COSTS: Final[Mapping[str, str]] = {
+    "held": "share of the facts that were the model's answer (argmax) when they were committed",
+    "seconds": "wall time of the commits per fact, without the metric",
+    "kB": "bytes that the commits added to the store, per fact, in thousands",
+}
+
+
+@dataclass(frozen=True)
+class BenchRow:
+    """What one contender reached, and at what cost per fact; the first row is the base's, which costs nothing.
+
+    Attributes:
+        scores: empty where its edit was refused, with the reason in `failure`.
+        costs: by the names in `COSTS`.
+    """
+
+    name: str
+    scores: Mapping[str, Score]
+    costs: Mapping[str, float]
+    failure: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        scores = {name: score.to_json() for name, score in self.scores.items()}
+        return {"name": self.name, "scores": scores, "costs": dict(self.costs), "failure": self.failure}
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A comparison: what it was on, and a row per contender below the base's."""
+
+    settings: Mapping[str, Any]
+    rows: tuple[BenchRow, ...]
+
+    @property
+    def titles(self) -> list[str]:
+        """The columns of a table: the leading scores, what is said beside them, drift, fluency and costs."""
+        names = (*LEADING[self.settings["metrics"]], *BESIDE, "kl", "fluency")
+        return [*(name for name in names if any(name in row.scores for row in self.rows)), *COSTS]
+
+    @property
+    def definitions(self) -> dict[str, str]:
+        return {title: COSTS.get(title) or DEFINITIONS[title] for title in self.titles}
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "settings": dict(self.settings),
+            "rows": [row.to_json() for row in self.rows],
+            "definitions": {**{name: DEFINITIONS[name] for row in self.rows for name in row.scores}, **COSTS},
+        }
+
+
+def bench(
+    repository: Repository,
+    contenders: Sequence[Contender],
+    facts: Facts,
+    progress: Progress,
+    *,
+    author: str,
+    time: str,
+    batch: int | None = None,
+    chat: bool | None = None,
+) -> Bench:
+    """Write the facts with each contender, on the base alone, and evaluate what comes out.
+
+    The repository gives the base, the settings and the metric, and stays as it is; `scratch_repository` makes one from a base alone.
+    An edit that fails, or that its method does not do, is a row with the reason; what only the guard would refuse is measured all the
+    same.
+
+    Args:
+        batch: commit so many facts at a time; None: all at once.
+        chat: write and ask the facts in the base's chat form; None: as the repository's config says.
+
+    Raises:
+        SettingsError, RequestError, BaseError: as in `commit` and `Evaluator`.
+    """
+    with _beside(repository, author=author, time=time) as trial:
+        _complete_metric(trial, contenders, progress)
+        evaluator = Evaluator(trial, facts, progress, chat=chat)
+        rows = [BenchRow(BASE, evaluator.evaluate(BASE).scores, {})]
+        chosen = evaluator.requests
+        for number, one in enumerate(contenders):
+            switch_to_new(trial, f"trial-{number}", BASE, Signature(author, time))
+            before = _stored(trial)
+            try:
+                stamp = Stamp(author, time, one.name)
+                made = list(_commits(trial, one, chosen, batch or len(chosen), stamp, progress, chat))
+                done = evaluator.evaluate("HEAD")
+            except (EditError, SettingsError) as error:
+                rows.append(BenchRow(one.name, {}, {}, error.message))
+                continue
+            rows.append(BenchRow(one.name, done.scores, _costs(made, _stored(trial) - before, len(chosen))))
+    return Bench({**evaluator.settings, "batch": batch}, tuple(rows))
+
+
+@contextmanager
+def scratch_repository(base: str, progress: Progress, *, author: str, time: str) -> Iterator[Repository]:
+    """A repository about a base that is gone afterwards."""
+    with tempfile.TemporaryDirectory(prefix="patchhub-bench-") as name:
+        init(Path(name), base, progress, author=author, time=time)
+        with Repository.open(Path(name)) as repository:
+            yield repository
+
+
+def bench_csv(found: Bench) -> str:
+    """One line per contender, in full precision."""
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(["editor", *found.titles])
+    for row in found.rows:
+        writer.writerow([row.name, *("" if value is None else value for value in row_values(found, row))])
+    return buffer.getvalue()
+
+
+def row_values(found: Bench, row: BenchRow) -> list[float | None]:
+    """The numbers of one row under the comparison's titles."""
+    known = {**{name: score.value for name, score in row.scores.items()}, **row.costs}
+    return [known.get(title) for title in found.titles]
+
+
+@contextmanager
+def _beside(repository: Repository, *, author: str, time: str) -> Iterator[Repository]:
+    """A temporary repository with the same base, settings and metric, and without commits."""
+    with tempfile.TemporaryDirectory(prefix="patchhub-bench-") as name:
+        config, root = repository.config, Path(name)
+        with Repository.init(
+            root,
+            repository.objects.get(config.base_id),
+            base_info=config.base,
+            settings=config.settings,
+            author=author,
+            time=time,
+        ) as trial:
+            _share_cache(repository, trial)
+            if config.recording is not None:
+                data = repository.objects.get(config.recording.metric)
+                text = Metric.from_json(data).text
+                trial.objects.put(data)
+                if text is not None and text in repository.objects:
+                    trial.objects.put(repository.objects.get(text))
+                trial.write_config(config)
+            yield trial
+
+
+def _share_cache(repository: Repository, trial: Repository) -> None:
+    """Second moments and held text are the same for the same metric, and dear."""
+    trial.cache.mkdir(exist_ok=True)
+    for part in _SHARED_CACHE:
+        source = (repository.cache / part).resolve()
+        source.mkdir(parents=True, exist_ok=True)
+        (trial.cache / part).symlink_to(source, target_is_directory=True)
+
+
+def _complete_metric(trial: Repository, contenders: Sequence[Contender], progress: Progress) -> None:
+    """Compute what the editors need of the metric beforehand, so that no one of them pays for it."""
+    architecture = describe(read_config(open_base(trial).folder))
+    layers = {
+        layer
+        for one in contenders
+        if one.method in EDITORS
+        for layer in chosen_settings(trial, one.method, architecture, one.settings).layers
+    }
+    compute(trial, progress, layers=sorted(layers))
+
+
+def _commits(
+    trial: Repository,
+    one: Contender,
+    facts: Sequence[Request],
+    size: int,
+    stamp: Stamp,
+    progress: Progress,
+    chat: bool | None,
+) -> Iterator[Committed]:
+    for start in range(0, len(facts), size):
+        part = tuple(facts[start : start + size])
+        batch = Batch(part, tuple(Origin(one.name) for _ in part), 0)
+        yield commit(trial, batch, stamp, progress, method=one.method, settings=one.settings, force=True, chat=chat)
+
+
+def _costs(made: Sequence[Committed], size: int, facts: int) -> dict[str, float]:
+    return {
+        "held": sum(done.held for done in made) / facts,
+        "seconds": sum(done.seconds for done in made) / facts,
+        "kB": size / facts / 1000,
+    }
+
+
+def _stored(repository: Repository) -> int:
+    return sum(repository.objects.path(identity).stat().st_size for identity in repository.objects.ids())

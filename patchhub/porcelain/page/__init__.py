@@ -1,1 +1,0 @@
-"""The report's page: template, style and script as files, and how they become one."""

@@ -1,0 +1,1 @@
+"""`report` and the pictures of scores: a repository as one page."""

@@ -1,0 +1,304 @@
+"""`report`: one HTML page about a repository; docs/report.md says what is on it. No model runs.
+
+Its facts are all requests that its commits ever added or removed; its scores are what was noted about its commits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Final
+
+from patchhub.errors import SettingsError
+from patchhub.evaluation.definitions import DEFINITIONS
+from patchhub.fsio import os_errors, write_atomically
+from patchhub.objects import Element
+from patchhub.porcelain.report.commits import CommitRow, commit_rows, edited_weights, reachable
+from patchhub.porcelain.report.page import is_page, render
+from patchhub.porcelain.scores import Noted, Score, noted_commits, read_note
+from patchhub.progress import Progress
+from patchhub.store.lookup import Fact, every_change, every_fact
+from patchhub.store.repository import Repository, refuse_store
+from patchhub.store.revisions import HEAD
+
+if TYPE_CHECKING:
+    from patchhub.sets.rivals import Overlap
+
+
+@dataclass(frozen=True)
+class FactRow:
+    """One request.
+
+    Attributes:
+        texts: the request in words; None where they are withheld.
+        changes: (place of the commit on the page, +1 added, -1 removed, 0 recorded again), the earliest first; commits that are
+            not on the page are left out.
+        last: the order of its last change among all changes; larger is later.
+        column: the recorded columns that are active; None where it is not active, or only as part of a whole patch.
+        active: whether the state holds it.
+    """
+
+    FIELDS: ClassVar = ("id", "prompt", "subject", "target_new", "target_true", "active", "misfit", "changes")
+
+    id: str
+    texts: Fact | None
+    changes: tuple[tuple[int, int], ...]
+    last: int
+    column: Element | None
+    active: bool
+
+    def to_json(self, misfit: float | None) -> list[Any]:
+        """The row in the order of `FIELDS`; the id cut to the length that names it on the page."""
+        words = self.texts
+        texts = [None] * 4 if words is None else [words.prompt, words.subject, words.target_new, words.target_true]
+        share = None if misfit is None else round(misfit, 4)
+        return [self.id[:16], *texts, int(self.active), share, [list(change) for change in self.changes]]
+
+
+def fact_rows(
+    repository: Repository, active: AbstractSet[Element], reachable: AbstractSet[str], places: Mapping[str, int]
+) -> list[FactRow]:
+    """Every request that a reachable commit added or removed, the last changed first.
+
+    Args:
+        active: the active set that the page is about.
+        reachable: ids of the commits that count.
+        places: for those that are on the page, their place there.
+    """
+    steps: dict[str, dict[str, int]] = {}
+    last: dict[str, int] = {}
+    for moment, (commit, _, request, change) in enumerate(every_change(repository)):
+        if commit not in reachable:
+            continue
+        found = steps.setdefault(request, {})
+        found[commit] = found.get(commit, 0) + change
+        last[request] = moment
+    texts = {fact.request: fact for fact in every_fact(repository)}
+    columns = {element[1]: element for element in active if element[1] is not None}
+    whole = {request for patch, one in active if one is None for request in repository.patch(patch).requests}
+    rows = [
+        FactRow(
+            request,
+            texts.get(request),
+            tuple((places[commit], max(-1, min(1, change))) for commit, change in found.items() if commit in places),
+            last[request],
+            columns.get(request),
+            request in columns or request in whole,
+        )
+        for request, found in steps.items()
+    ]
+    return sorted(rows, key=lambda row: (-row.last, row.id))
+
+
+@dataclass(frozen=True)
+class ScoreRow:
+    """One note, and the place of its commit on the page."""
+
+    commit: int
+    noted: Noted
+
+    def to_json(self) -> dict[str, Any]:
+        """Each score as [value, low, high, the base's], null for what is not known."""
+        found = self.noted
+        facts = f"{found.facts:,} fact{'' if found.facts == 1 else 's'}" if found.facts else ""
+        return {
+            "commit": self.commit,
+            "suite": found.suite,
+            "title": ", ".join(filter(None, [found.kind, found.file, facts])),
+            "made_by": found.made_by,
+            "scores": {name: _row(score) for name, score in found.scores.items()},
+        }
+
+
+def score_rows(repository: Repository, places: Mapping[str, int]) -> Iterator[ScoreRow]:
+    """The notes about commits that are on the page, the newest commit first."""
+    noted = noted_commits(repository.refs())
+    for commit, place in sorted(places.items(), key=lambda item: item[1]):
+        for identity in noted.get(commit, ()):
+            yield ScoreRow(place, read_note(identity, repository.note(identity)))
+
+
+def _row(score: Score) -> list[float | None]:
+    bounds = (score.value, score.low, score.high, score.base)
+    return [None if bound is None else float(f"{bound:.5g}") for bound in bounds]
+
+
+COMMITS: Final = 5_000
+FACTS: Final = 50_000
+"""What a page holds at most, the newest first."""
+OVERLAPS: Final = 200
+COMPARED: Final = 1_000
+"""Comparing facts takes their number squared: with 1,000 of them seconds on a model of 1,000 dimensions."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything on the page.
+
+    Attributes:
+        name: the folder that holds the store.
+        made: the instant at which this was gathered.
+        base: id and model type.
+        branch: the current one; None where HEAD is detached.
+        revision: the name of the commit at which facts count as active, and ``commit`` its id; None for the unpatched model.
+        commits: those below any branch, tag or remote branch and below the revision, newest first.
+        facts: every request that one of them added or removed, the last changed first.
+        scores: the latest note of each commit and suite.
+        overlaps, pairs: the pairs of active facts with the nearest keys, and how many there are; see `crowding`.
+        misfits: by request id, of the active facts that were compared.
+        left_out: how many commits and facts the page does not hold.
+    """
+
+    name: str
+    made: str
+    base: Mapping[str, str]
+    branch: str | None
+    revision: str
+    commit: str | None
+    commits: tuple[CommitRow, ...]
+    facts: tuple[FactRow, ...]
+    scores: tuple[ScoreRow, ...]
+    overlaps: tuple[Overlap, ...]
+    pairs: int
+    misfits: Mapping[str, float]
+    left_out: Mapping[str, int]
+
+    def to_json(self) -> dict[str, Any]:
+        """The document that the page's script reads. Commits and facts are named by their place in the lists."""
+        places = {row.id: place for place, row in enumerate(self.commits)}
+        facts = {row.id: place for place, row in enumerate(self.facts)}
+        weights = edited_weights(self.commits)
+        return {
+            "name": self.name,
+            "made": self.made,
+            "base": dict(self.base),
+            "branch": self.branch,
+            "revision": self.revision,
+            "commit_id": self.commit,
+            "commit": None if self.commit is None else places.get(self.commit),
+            "weights": [[name, float(f"{norm:.6g}")] for name, norm in weights.items()],
+            "commits": [row.to_json(places, list(weights)) for row in self.commits],
+            "fact_fields": list(FactRow.FIELDS),
+            "facts": [row.to_json(self.misfits.get(row.id)) for row in self.facts],
+            "scores": [row.to_json() for row in self.scores],
+            "compared": len(self.misfits),
+            "pairs": self.pairs,
+            "overlaps": [
+                [facts[pair.left], facts[pair.right], pair.weight, pair.key_cosine, pair.residual_cosine]
+                for pair in self.overlaps
+            ],
+            "definitions": {
+                name: DEFINITIONS[name] for name in DEFINITIONS if any(name in row.noted.scores for row in self.scores)
+            },
+            "left_out": dict(self.left_out),
+        }
+
+
+@dataclass(frozen=True)
+class Written:
+    """The file of a report and its bytes."""
+
+    out: Path
+    size: int
+    report: Report
+
+    def to_json(self) -> dict[str, Any]:
+        found = self.report
+        counts = {"commits": len(found.commits), "facts": len(found.facts), "scores": len(found.scores)}
+        return {"out": str(self.out), "bytes": self.size, **counts, "left_out": dict(found.left_out)}
+
+
+def write_report(
+    repository: Repository,
+    out: Path,
+    progress: Progress,
+    *,
+    time: str,
+    revision: str = HEAD,
+    compared: int = COMPARED,
+    overwrite: bool = False,
+) -> Written:
+    """Write the page of `report` to the file `out`, in one step; a page that was written there before is replaced.
+
+    Raises:
+        RevisionError: no such revision.
+        SettingsError: `out` is a folder; or something else is there, and not `overwrite`.
+        RepositoryError: the disk refuses the write.
+    """
+    refuse_store(repository, out)
+    _refuse_loss(out, overwrite=overwrite)
+    found = report(repository, progress, time=time, revision=revision, compared=compared)
+    data = render(found.to_json(), title=f"{found.name}: what was taught, when, and by whom")
+    with os_errors(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(out, (data,))
+    progress.close()
+    return Written(out, len(data), found)
+
+
+def report(
+    repository: Repository, progress: Progress, *, time: str, revision: str = HEAD, compared: int = COMPARED
+) -> Report:
+    """What the page shows.
+
+    Args:
+        time: the present instant, which the page names.
+        revision: where a fact counts as active.
+        compared: at most so many active facts, the last changed ones, are compared with one another; 0 needs no NumPy.
+
+    Raises:
+        RevisionError: no such revision.
+        CorruptStoreError: an object that the page needs is damaged.
+    """
+    commit = repository.resolve(revision)
+    progress.stage("reading the history", 0)
+    every = reachable(repository, commit)
+    commits = tuple(commit_rows(repository, every[:COMMITS]))
+    places = {row.id: place for place, row in enumerate(commits)}
+    facts = fact_rows(repository, repository.active(commit), set(every), places)
+    shown = tuple(facts[:FACTS])
+    overlaps, pairs, misfits = _compared(repository, commit, shown, progress, compared)
+    config = repository.config
+    return Report(
+        name=_readable(repository.root.absolute().parent.name),
+        made=time,
+        base={"id": config.base_id, "model_type": str(config.base.get("model_type", ""))},
+        branch=repository.head[0],
+        revision=revision,
+        commit=commit,
+        commits=commits,
+        facts=shown,
+        scores=tuple(score_rows(repository, places)),
+        overlaps=overlaps,
+        pairs=pairs,
+        misfits=misfits,
+        left_out={"commits": len(every) - len(commits), "facts": len(facts) - len(shown)},
+    )
+
+
+def _compared(
+    repository: Repository, commit: str | None, facts: tuple[FactRow, ...], progress: Progress, limit: int
+) -> tuple[tuple[Overlap, ...], int, Mapping[str, float]]:
+    """Overlaps, how many pairs overlap, and misfits, of the last changed active facts."""
+    columns: list[Element] = [row.column for row in facts if row.column is not None][:limit]
+    if commit is None or not columns:
+        return (), 0, {}
+    from patchhub.sets.rivals import crowding
+
+    found = crowding(repository, commit, frozenset(columns), progress, shown=OVERLAPS)
+    return found.overlaps, found.pairs, found.misfits
+
+
+def _readable(name: str) -> str:
+    """A file name as text; bytes that are none, which Python keeps as surrogates, become question marks."""
+    return name.encode(errors="replace").decode()
+
+
+def _refuse_loss(out: Path, *, overwrite: bool) -> None:
+    if out.is_dir():
+        raise SettingsError(f"{out} is a folder", remedy=f"Name a file, such as {out / 'report.html'}.")
+    if out.exists() and not overwrite and not is_page(out):
+        raise SettingsError(
+            f"{out} is there already and is no report", remedy="Choose another place, or --overwrite.", path=str(out)
+        )

@@ -1,0 +1,359 @@
+"""Verbs that share: `remote`, `push`, `fetch`, `pull`, `clone`. NumPy, and torch in `clone` alone."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+from patchhub.errors import PatchhubError, RemoteError, RepositoryError, SettingsError
+from patchhub.porcelain.merge import Merged, Stopped, merge
+from patchhub.progress import Progress
+from patchhub.remotes import sync
+from patchhub.remotes.receive import Limits
+from patchhub.remotes.remote import Remote, Source
+from patchhub.remotes.sync import Fetched, Pushed, hub_id, normalised, open_remote
+from patchhub.sets.columns import tensor_check, weight_shapes
+from patchhub.sets.commits import Stamp
+from patchhub.store.config import Recording
+from patchhub.store.repository import DIRECTORY, Repository
+from patchhub.store.revisions import BRANCHES, HEAD, REMOTES, SYMBOLIC
+
+ORIGIN: Final = "origin"
+
+_KEY = "remote."
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+
+
+def remotes(repository: Repository) -> dict[str, str]:
+    """Address of every remote by name."""
+    settings = repository.config.settings
+    return {key[len(_KEY) :]: str(value) for key, value in sorted(settings.items()) if key.startswith(_KEY)}
+
+
+def remote_add(repository: Repository, name: str, address: str) -> str:
+    """Give an address a name; returns the address as it is kept.
+
+    Raises:
+        SettingsError: a name or an address that cannot be used, or a name that is taken.
+    """
+    if _NAME.fullmatch(name) is None:
+        raise SettingsError(f"{name!r} cannot name a remote", remedy="Use letters, digits, `-` and `_`.")
+    if name in remotes(repository):
+        raise SettingsError(f"there is a remote {name} already", remedy=f"Remove it: `patchhub remote remove {name}`.")
+    kept = normalised(address)
+    _change_settings(repository, lambda settings: {**settings, _KEY + name: kept})
+    return kept
+
+
+def remote_remove(repository: Repository, name: str, *, author: str, time: str) -> None:
+    """Forget a remote and where its branches were; `SettingsError` if there is none of that name."""
+    address_of(repository, name)
+    prefix = f"{REMOTES}{name}/"
+    gone: dict[str, tuple[str | None, str | None]] = {
+        ref: (target, None) for ref, target in repository.refs().items() if ref.startswith(prefix)
+    }
+    if gone:
+        repository.move_refs(gone, command="remote", arguments={"remove": name}, author=author, time=time)
+    _change_settings(repository, lambda settings: {k: v for k, v in settings.items() if k != _KEY + name})
+
+
+def address_of(repository: Repository, name: str) -> str:
+    """The address of a remote; `SettingsError` if there is none of that name."""
+    known = remotes(repository)
+    if name not in known:
+        listed = f"The remotes are {', '.join(known)}." if known else "Add one: `patchhub remote add NAME ADDRESS`."
+        raise SettingsError(f"there is no remote {name!r}", remedy=listed)
+    return known[name]
+
+
+def default_remote(repository: Repository) -> str:
+    """The only remote, or ``origin``."""
+    known = remotes(repository)
+    return next(iter(known)) if len(known) == 1 else ORIGIN
+
+
+def _change_settings(repository: Repository, change: Callable[[Mapping[str, Any]], Mapping[str, Any]]) -> None:
+    repository.change_config(lambda config: replace(config, settings=change(config.settings)))
+
+
+MAX_BYTES: Final = 64 << 30
+"""What one fetch may download unless told otherwise."""
+
+
+@dataclass(frozen=True)
+class Access:
+    """How the Hub is reached: None for what huggingface_hub finds by itself."""
+
+    endpoint: str | None = None
+    token: str | None = None
+
+
+DEFAULT_ACCESS: Final = Access()
+
+
+@dataclass(frozen=True)
+class Pulled:
+    """What `pull` did: what came, and what the current branch then did; None where the remote has no such branch."""
+
+    fetched: Fetched
+    merged: Merged | Stopped | None
+
+
+@dataclass(frozen=True)
+class Cloned:
+    """What `clone` made."""
+
+    store: Path
+    branch: str | None
+    commit: str | None
+    fetched: Fetched
+
+
+# --- push, fetch, pull ----------------------------------------------------------------------------------------------
+
+
+def push(
+    repository: Repository,
+    name: str,
+    revisions: Sequence[str],
+    progress: Progress,
+    *,
+    author: str,
+    time: str,
+    everything: bool = False,
+    tags: bool = False,
+    private_facts: bool | None = None,
+    dry_run: bool = False,
+    access: Access = DEFAULT_ACCESS,
+) -> list[Pushed]:
+    """Bring branches and tags to a remote; returns those that moved or, in a dry run, would.
+
+    Args:
+        revisions: names of branches and tags; none of them, the current branch.
+        everything: all branches and tags; they move one after the other, not at once.
+        tags: all tags.
+        private_facts: withhold the texts of the facts; None: as the remote has it.
+
+    Raises:
+        RemoteError: not fast-forward, not permitted, unreachable; refs that were not pushed are as they were.
+    """
+    address = address_of(repository, name)
+    refs = sync.refs_to_push(repository, revisions, everything=everything, tags=tags)
+    progress.stage("pushing", 0)
+    pushed = sync.push(
+        repository,
+        open_remote(address, endpoint=access.endpoint, token=access.token),
+        name,
+        refs,
+        _source(repository),
+        _pages(repository, address, progress),
+        author=author,
+        time=time,
+        private_facts=private_facts,
+        dry_run=dry_run,
+    )
+    progress.close()
+    return pushed
+
+
+def fetch(
+    repository: Repository,
+    name: str,
+    progress: Progress,
+    *,
+    author: str,
+    time: str,
+    repair: bool = False,
+    prune: bool = False,
+    max_bytes: int = MAX_BYTES,
+    access: Access = DEFAULT_ACCESS,
+) -> Fetched:
+    """Bring all that a remote has here, each byte verified; branches as ``refs/remotes/<name>/*``.
+
+    Args:
+        repair: check everything reachable, and fetch again what is damaged or missing here.
+        prune: forget where branches were that the remote does not have any more.
+        max_bytes: refuse to download more.
+
+    Raises:
+        RemoteError: unreachable, about another base, or it holds something the format does not allow.
+    """
+    remote = open_remote(address_of(repository, name), endpoint=access.endpoint, token=access.token)
+    return _fetch(
+        repository, remote, name, progress, author=author, time=time, repair=repair, prune=prune, max_bytes=max_bytes
+    )
+
+
+def pull(
+    repository: Repository,
+    name: str,
+    progress: Progress,
+    stamp: Stamp,
+    *,
+    max_bytes: int = MAX_BYTES,
+    access: Access = DEFAULT_ACCESS,
+) -> Pulled:
+    """`fetch`, then bring the remote's branch of the same name into the current branch: fast-forward or merge.
+
+    Raises:
+        RepositoryError: HEAD is on no branch.
+        RemoteError: as in `fetch`.
+    """
+    branch, _ = repository.head
+    if branch is None:
+        raise RepositoryError("HEAD is on no branch", remedy="Switch to a branch, or use `patchhub fetch`.")
+    fetched = fetch(
+        repository, name, progress, author=stamp.author, time=stamp.time, max_bytes=max_bytes, access=access
+    )
+    ref = f"{REMOTES}{name}/{branch}"
+    if ref not in repository.refs():
+        return Pulled(fetched, None)
+    return Pulled(fetched, merge(repository, ref, stamp))
+
+
+def _fetch(
+    repository: Repository,
+    remote: Remote,
+    name: str,
+    progress: Progress,
+    *,
+    author: str,
+    time: str,
+    repair: bool = False,
+    prune: bool = False,
+    max_bytes: int = MAX_BYTES,
+) -> Fetched:
+    progress.stage("fetching", 0)
+    if remote.view().source is None:
+        raise _nothing_at(remote.address)
+    weights = weight_shapes(repository)
+    fetched = sync.fetch(
+        repository,
+        remote,
+        name,
+        Limits(max_bytes, weights),
+        tensor_check(weights),
+        author=author,
+        time=time,
+        repair=repair,
+        prune=prune,
+        progress=progress.advance,
+    )
+    for warning in fetched.warnings:
+        progress.warn(warning)
+    progress.close()
+    _adopt_recording(repository, [moved.new for moved in fetched.moved if moved.new and moved.ref.startswith(REMOTES)])
+    return fetched
+
+
+def _nothing_at(address: str) -> RemoteError:
+    """The error for a remote that is empty, or that cannot be seen: the Hub does not tell which."""
+    private = " If it is private, log in first: `hf auth login`." if hub_id(address) else ""
+    return RemoteError(
+        f"{address} holds no patchhub store",
+        remedy=f"Check the address, or push to it first.{private}",
+        address=address,
+    )
+
+
+def _adopt_recording(repository: Repository, commits: Sequence[str]) -> None:
+    """Pin the metric and the contexts of what was fetched, if this store has none: its next facts must fit."""
+    for commit in commits if repository.config.recording is None else ():
+        for patch in map(repository.patch, sorted({patch for patch, _ in repository.active(commit)})):
+            contexts = patch.settings.get("contexts")
+            if patch.metric is not None and isinstance(contexts, list) and all(isinstance(c, str) for c in contexts):
+                _pin_if_none(repository, Recording(patch.metric, tuple(contexts)))
+                return
+
+
+def _pin_if_none(repository: Repository, recording: Recording) -> None:
+    repository.change_config(lambda config: replace(config, recording=config.recording or recording))
+
+
+def _source(repository: Repository) -> Source:
+    base = repository.config.base
+    on_hub = base.get("revision") is not None
+    return Source(repository.config.base_id, base["path"] if on_hub else None, base["revision"] if on_hub else None)
+
+
+def _pages(repository: Repository, address: str, progress: Progress) -> sync.Pages:
+    """What the Hub shows to those who have no patchhub; a folder shows nothing."""
+    name = hub_id(address)
+    if name is None:
+        return lambda commit, withheld: {}
+    from patchhub.porcelain.exchange import hub_pages
+
+    return lambda commit, withheld: hub_pages(repository, name, commit, progress, withheld=withheld)
+
+
+# --- clone ----------------------------------------------------------------------------------------------------------
+
+
+def clone(
+    address: str,
+    folder: Path,
+    progress: Progress,
+    *,
+    author: str,
+    time: str,
+    base: str | None = None,
+    max_bytes: int = MAX_BYTES,
+    access: Access = DEFAULT_ACCESS,
+) -> Cloned:
+    """A new store in ``folder`` with all that a remote has, on its ``main`` branch (or the first that it has).
+
+    Args:
+        base: the base model, a folder or a Hub id; None: where the remote says it is on the Hub.
+
+    Raises:
+        RepositoryError: there is a store already.
+        BaseError: the base cannot be read, or is not the remote's.
+        RemoteError: nothing there, unreachable, or something the format does not allow.
+    """
+    from patchhub.porcelain.model import init
+
+    kept = normalised(address)
+    remote = open_remote(kept, endpoint=access.endpoint, token=access.token)
+    source = remote.view().source
+    if source is None:
+        raise _nothing_at(kept)
+    place = base if base is not None else source.model
+    if place is None:
+        raise SettingsError(f"{address} does not say where its base is", remedy="Give the base model with --base.")
+    revision = source.revision if base is None else None
+    created = not folder.exists()
+    init(folder, place, progress, author=author, time=time, revision=revision)
+    try:
+        with Repository.open(folder) as repository:
+            if repository.config.base_id != source.base:
+                raise RemoteError(
+                    f"{place} is not the base of {address} ({repository.config.base_id[:12]}, not {source.base[:12]})",
+                    remedy="Give the right base model with --base.",
+                    base=source.base,
+                )
+            remote_add(repository, ORIGIN, kept)
+            fetched = _fetch(repository, remote, ORIGIN, progress, author=author, time=time, max_bytes=max_bytes)
+            branch, commit = _check_out(repository, author=author, time=time)
+    except (PatchhubError, KeyboardInterrupt):
+        shutil.rmtree(folder if created else folder / DIRECTORY, ignore_errors=True)
+        raise
+    return Cloned(folder / DIRECTORY, branch, commit, fetched)
+
+
+def _check_out(repository: Repository, *, author: str, time: str) -> tuple[str | None, str | None]:
+    """Make the remote's ``main``, or else its first branch, the current branch."""
+    prefix = f"{REMOTES}{ORIGIN}/"
+    refs = repository.refs()
+    found = {ref[len(prefix) :]: target for ref, target in refs.items() if ref.startswith(prefix)}
+    if not found:
+        return None, None
+    name = "main" if "main" in found else min(found)
+    changes: dict[str, tuple[str | None, str | None]] = {BRANCHES + name: (None, found[name])}
+    if refs[HEAD] != SYMBOLIC + BRANCHES + name:
+        changes[HEAD] = (refs[HEAD], SYMBOLIC + BRANCHES + name)
+    repository.move_refs(changes, command="clone", arguments={}, author=author, time=time)
+    return name, found[name]

@@ -1,0 +1,133 @@
+"""Verbs that keep a repository well: `config`, `fsck`, `gc`. No torch, no NumPy."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+from typing import Any, Final
+
+from patchhub.errors import SettingsError
+from patchhub.progress import Progress, increments
+from patchhub.sets.settings import known_setting, read_setting, refuse_fixed, without_metric
+from patchhub.store.config import Config
+from patchhub.store.fsck import Garbage, Report, check, delete_garbage, reindex
+from patchhub.store.repository import Repository
+from patchhub.who import FORMAT
+
+
+def config_values(repository: Repository) -> dict[str, Any]:
+    """Every setting that differs from its default."""
+    values = {"base.path": repository.config.base["path"], **repository.config.settings}
+    return dict(sorted(values.items()))
+
+
+def config_get(repository: Repository, key: str) -> Any:
+    """One setting, None where the default holds.
+
+    Raises:
+        SettingsError: there is no such key.
+    """
+    known_setting(key)
+    return config_values(repository).get(key)
+
+
+def config_set(repository: Repository, key: str, text: str) -> Any:
+    """Set one key from text; returns the value.
+
+    Raises:
+        SettingsError: no such key, or the value cannot be used.
+        RepositoryError: facts are recorded with the metric already, so its settings are fixed.
+    """
+    known_setting(key)
+    refuse_fixed(repository, key)
+    value = read_setting(key, text)
+    if key == "base.path":
+        if not Path(value).is_dir():
+            raise SettingsError(f"there is no folder {value}", remedy="Give the base model's folder.")
+        if not (Path(value) / "config.json").is_file():
+            raise SettingsError(
+                f"there is no model in {value}: it has no config.json", remedy="Give the base model's folder."
+            )
+        place = {"path": str(Path(value).resolve()), "revision": None}
+        repository.change_config(lambda config: replace(config, base={**config.base, **place}))
+    else:
+        repository.change_config(
+            lambda config: without_metric(key, replace(config, settings={**config.settings, key: value}))
+        )
+    return value
+
+
+def config_unset(repository: Repository, key: str) -> None:
+    """Go back to the default.
+
+    Raises:
+        SettingsError: there is no such key, or it has no default.
+        RepositoryError: as in `config_set`.
+    """
+    known_setting(key)
+    if key == "base.path":
+        raise SettingsError(
+            "base.path has no default: a store is about one base",
+            remedy="Say where it is: `patchhub config base.path FOLDER`.",
+        )
+    refuse_fixed(repository, key)
+
+    def without(config: Config) -> Config:
+        kept = {name: value for name, value in config.settings.items() if name != key}
+        return without_metric(key, replace(config, settings=kept))
+
+    repository.change_config(without)
+
+
+def fsck(repository: Repository, progress: Progress, *, rebuild: bool = False) -> Report:
+    """Check a whole store; with ``rebuild``, make its derived tables again first."""
+    if rebuild:
+        reindex(repository)
+    progress.stage("checking objects", sum(1 for _ in repository.objects.ids()))
+    report = check(repository, progress=increments(progress))
+    progress.close()
+    return report
+
+
+GRACE: Final = timedelta(days=14)
+
+
+@dataclass(frozen=True)
+class Collected:
+    """What was deleted, or would be (`dry_run`)."""
+
+    items: tuple[Garbage, ...]
+    dry_run: bool
+
+    @property
+    def size(self) -> int:
+        """Bytes in all."""
+        return sum(item.size for item in self.items)
+
+    @property
+    def counts(self) -> Mapping[str, int]:
+        """How many of each kind."""
+        return Counter(item.kind for item in self.items)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "dry_run": self.dry_run,
+            "bytes": self.size,
+            "items": [{"kind": item.kind, "path": str(item.path), "bytes": item.size} for item in self.items],
+        }
+
+
+def collect(repository: Repository, *, now: str, grace: timedelta = GRACE, dry_run: bool = False) -> Collected:
+    """Delete objects that neither refs, notes nor any operation of the log lead to, leftovers of interrupted writes, and cached
+    factors of metrics that nothing names; all of them only if older than `grace`.
+
+    What the operation log reaches is never deleted, however old: `undo` always works.
+
+    Raises:
+        CorruptStoreError: the store is damaged; nothing was deleted.
+    """
+    before = (datetime.strptime(now, FORMAT).replace(tzinfo=timezone.utc) - grace).timestamp()
+    return Collected(tuple(delete_garbage(repository, before, dry_run=dry_run)), dry_run)

@@ -1,0 +1,467 @@
+"""`push` and `fetch` without a terminal: from a store to a remote and back, and from an address to its remote."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Final
+
+from patchhub.errors import RemoteError, RepositoryError, RevisionError, SettingsError
+from patchhub.objects import Commit
+from patchhub.remotes.file import FileRemote, FsspecFiles, LocalFiles
+from patchhub.remotes.receive import CheckTensors, Limits, Received, Receiver, receiving
+from patchhub.remotes.remote import Publication, Remote, RemoteMovedError, Source, Tip, View
+from patchhub.store import graph
+from patchhub.store.reachability import Reference, closure, references
+from patchhub.store.repository import Repository
+from patchhub.store.revisions import BRANCHES, NOTES, REMOTES, SYMBOLIC, TAGS, check_ref
+
+HUB: Final = "hf://"
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*/[A-Za-z0-9][\w.\-]*", re.ASCII)
+
+
+def hub_id(address: str) -> str | None:
+    """``user/repo`` of a Hub address; None for any other address.
+
+    Raises:
+        SettingsError: a Hub address that names no repository.
+    """
+    if not address.startswith(HUB):
+        return None
+    name = address[len(HUB) :].rstrip("/")
+    if _HUB_ID.fullmatch(name) is None:
+        raise SettingsError(f"{address} names no repository of the Hub", remedy="Write hf://user/repo.")
+    return name
+
+
+def normalised(address: str) -> str:
+    """The address as it is kept: folders of this machine by their absolute path.
+
+    Raises:
+        SettingsError: it is empty, names no repository of the Hub, or has a scheme that nothing here opens.
+    """
+    if not address:
+        raise SettingsError("the address of the remote is empty", remedy="Give a folder or hf://user/repo.")
+    if hub_id(address) is not None:
+        return address.rstrip("/")
+    if "://" in address:
+        _check_schemes(address.partition("://")[0])
+        return address.rstrip("/")
+    return str(Path(address).expanduser().resolve())
+
+
+def _check_schemes(schemes: str) -> None:
+    """Refuse schemes, such as ``s3`` or chained ``simplecache::s3``, that fsspec does not know."""
+    import fsspec
+
+    known = fsspec.available_protocols()
+    for scheme in schemes.split("::"):
+        if scheme not in known:
+            raise SettingsError(
+                f"no remote can be at {scheme}://",
+                remedy=f"Give a folder, hf://user/repo, or an address that begins with one of {', '.join(sorted(known))}.",
+                scheme=scheme,
+            )
+
+
+def open_remote(address: str, *, endpoint: str | None = None, token: str | None = None) -> Remote:
+    """The remote at ``hf://user/repo``, at an fsspec address, or in a folder; nothing is read yet.
+
+    Args:
+        endpoint, token: of the Hub; None: as huggingface_hub finds them.
+    """
+    name = hub_id(address)
+    if name is not None:
+        from patchhub.remotes.hub import HubRemote
+
+        return HubRemote(name, endpoint=endpoint, token=token)
+    if "://" in address:
+        return FileRemote(address, FsspecFiles(address))
+    return FileRemote(address, LocalFiles(Path(address)))
+
+
+@dataclass(frozen=True)
+class Moved:
+    """A ref that moved, or would: where it was and where it is; None where it is not."""
+
+    ref: str
+    old: str | None
+    new: str | None
+
+
+def local_name(ref: str, remote: str) -> str:
+    """What a branch or tag of a remote is called here."""
+    return f"{REMOTES}{remote}/{ref[len(BRANCHES) :]}" if ref.startswith(BRANCHES) else ref
+
+
+def check_base(repository: Repository, remote: Remote, view: View) -> None:
+    """Refuse a remote that is about another base.
+
+    Raises:
+        RemoteError: it is.
+    """
+    if view.source is not None and view.source.base != repository.config.base_id:
+        raise RemoteError(
+            f"{remote.address} is about another base ({view.source.base[:12]}, not {repository.config.base_id[:12]})",
+            remedy="Use a remote of its own for each base; `patchhub clone` makes a store for this one.",
+            base=view.source.base,
+        )
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """What `fetch` brought.
+
+    Attributes:
+        moved: refs of this store: ``refs/remotes/...``, tags, notes.
+        received: objects and bytes that travelled.
+        warnings: refs that were left out, in words.
+    """
+
+    moved: tuple[Moved, ...]
+    received: Received
+    warnings: tuple[str, ...]
+
+
+def fetch(
+    repository: Repository,
+    remote: Remote,
+    name: str,
+    limits: Limits,
+    check: CheckTensors,
+    *,
+    author: str,
+    time: str,
+    repair: bool = False,
+    prune: bool = False,
+    progress: Callable[[int], None] = lambda size: None,
+) -> Fetched:
+    """Bring all branches, tags and notes of a remote here: branches as ``refs/remotes/<name>/*``.
+
+    Args:
+        limits: of all that is downloaded, whatever branch it belongs to.
+        repair: look also below known commits, and fetch again what is damaged here.
+        prune: forget branches that the remote does not have any more.
+
+    Raises:
+        RemoteError: unreachable, about another base, or it holds something the format does not allow.
+    """
+    view = remote.view()
+    check_base(repository, remote, view)
+    warnings = [f"{ref} of {remote.address} is left out: {reason}" for ref, reason in view.skipped.items()]
+    wanted: dict[str, str] = {}
+    with receiving(repository, remote, limits, check, repair=repair, progress=progress) as receiver:
+        for ref, tip in sorted(view.tips.items()):
+            local = local_name(ref, name)
+            try:
+                check_ref(local)
+            except RevisionError as error:
+                warnings.append(f"{ref} of {remote.address} is left out: {error.message}")
+                continue
+            receiver.take(tip, Reference("commit", tip.commit))
+            wanted[local] = tip.commit
+        wanted |= _fetch_notes(repository, remote, view, receiver)
+    moved = list(_changes(repository.refs(), wanted, warnings))
+    moved += _gone(repository.refs(), view, name) if prune else []
+    if moved:
+        changes = {move.ref: (move.old, move.new) for move in moved}
+        repository.move_refs(changes, command="fetch", arguments={"remote": name}, author=author, time=time)
+    return Fetched(tuple(moved), receiver.received, tuple(warnings))
+
+
+def _fetch_notes(repository: Repository, remote: Remote, view: View, receiver: Receiver) -> dict[str, str]:
+    """Notes that are not set here: about commits that are here by now. Notes set here stay."""
+    refs = repository.refs()
+    wanted: dict[str, str] = {}
+    for key, note in view.notes.items():
+        commit, _, suite = key.partition("/")
+        if NOTES + key in refs or commit not in repository.objects:
+            continue
+        holder = next(
+            (tip for tip in view.tips.values() if note in repository.objects or note in remote.sizes(tip)), None
+        )
+        if holder is None:
+            continue
+        receiver.take(holder, Reference("note", note), ahead=False)
+        found = repository.note(note)
+        if (found.commit, found.suite) != (commit, suite):
+            raise RemoteError(f"note {note[:12]} of {remote.address} is not about {key}", remedy="Push it again.")
+        wanted[NOTES + key] = note
+    return wanted
+
+
+def _changes(refs: Mapping[str, str], wanted: Mapping[str, str], warnings: list[str]) -> Iterator[Moved]:
+    for ref, target in wanted.items():
+        old = refs.get(ref)
+        if old == target:
+            continue
+        if ref.startswith(TAGS) and old is not None:
+            warnings.append(f"the tag {ref[len(TAGS) :]} is at {old[:12]} here and at {target[:12]} there; it stays")
+            continue
+        yield Moved(ref, old, target)
+
+
+def _gone(refs: Mapping[str, str], view: View, name: str) -> Sequence[Moved]:
+    """The branches of a remote that are known here and that it does not have any more."""
+    there = {local_name(ref, name) for ref in (*view.tips, *view.skipped)}
+    prefix = f"{REMOTES}{name}/"
+    return [Moved(ref, target, None) for ref, target in refs.items() if ref.startswith(prefix) and ref not in there]
+
+
+_PULL_FIRST: Final = "Run `patchhub pull`, then push again."
+
+Pages = Callable[[str, bool], Mapping[str, bytes | None]]
+"""For a commit, and whether texts are withheld, the files that a remote shows to readers who have no patchhub."""
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """One ref that was pushed, or would be.
+
+    Attributes:
+        moved: the ref, at the remote.
+        objects, size: how many objects and bytes travel, without the pages.
+        withdrawn: texts that were there before and that the ref does not show any more.
+    """
+
+    moved: Moved
+    objects: int
+    size: int
+    withdrawn: int
+
+
+# --- push -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """A push of one ref, ready to go."""
+
+    publication: Publication
+    pushed: Pushed
+
+
+def push(
+    repository: Repository,
+    remote: Remote,
+    name: str,
+    refs: Sequence[str],
+    source: Source,
+    pages: Pages,
+    *,
+    author: str,
+    time: str,
+    private_facts: bool | None = None,
+    dry_run: bool = False,
+) -> list[Pushed]:
+    """Bring branches and tags of this store to a remote, each fast-forward, one after the other.
+
+    Args:
+        refs: full names of branches and tags.
+        source: what the remote shall say about the base.
+        pages: called once per ref that moves.
+        private_facts: withhold the texts of requests; None: as the remote has it.
+
+    Raises:
+        RemoteMovedError: a ref of the remote is not behind ours; nothing of that ref was sent.
+        RemoteError: not permitted or unreachable, or texts are to be withheld that a tag of the remote shows already.
+    """
+    view = remote.view()
+    check_base(repository, remote, view)
+    withheld = bool(view.private) if private_facts is None else private_facts
+    done = []
+    for ref in refs:
+        plan = _plan(repository, remote, view, ref, source, withheld, asked=private_facts)
+        if plan is None:
+            continue
+        if not dry_run:
+            publication = replace(plan.publication, pages=pages(plan.publication.commit, withheld))
+            remote.publish(publication)
+            _remember(repository, name, ref, publication.commit, author=author, time=time)
+            view = remote.view() if len(refs) > 1 else view  # what was just sent need not be sent again
+        done.append(plan.pushed)
+    return done
+
+
+def refs_to_push(repository: Repository, names: Iterable[str], *, everything: bool, tags: bool) -> list[str]:
+    """Full names of what the user wants to push: the current branch if nothing is said. Branches come before tags."""
+    refs = repository.refs()
+    chosen = [_full_name(name, refs) for name in names]
+    if everything:
+        chosen += [ref for ref in refs if ref.startswith((BRANCHES, TAGS))]
+    if tags:
+        chosen += [ref for ref in refs if ref.startswith(TAGS)]
+    if not chosen:
+        branch, head = repository.head
+        if branch is None or head is None:
+            raise RepositoryError("there is no branch to push here", remedy="Name a branch that has commits.")
+        chosen = [BRANCHES + branch]
+    return sorted(set(chosen))  # refs/heads before refs/tags
+
+
+def _full_name(name: str, refs: Mapping[str, str]) -> str:
+    for prefix in (BRANCHES, TAGS, ""):
+        if (prefix + name).startswith((BRANCHES, TAGS)) and prefix + name in refs:
+            return prefix + name
+    raise RevisionError(f"there is no branch or tag {name!r}", remedy="`patchhub branch` lists them.", name=name)
+
+
+def _plan(
+    repository: Repository,
+    remote: Remote,
+    view: View,
+    ref: str,
+    source: Source,
+    withheld: bool,
+    *,
+    asked: bool | None,
+) -> _Plan | None:
+    """What must travel so that the remote's ``ref`` can be where ours is; None if it is there already.
+
+    Args:
+        withheld: whether the texts of facts stay here.
+        asked: whether the user said so, or said the contrary: then texts that were withheld from it are sent now.
+    """
+    commit = repository.refs()[ref]
+    tip = view.tips.get(ref)
+    if tip is not None and tip.commit != commit:
+        _refuse_sideways(repository, remote, ref, tip.commit, commit)
+    history = graph.ancestors([commit], repository.parents)
+    notes = _notes_of(repository, history, view)
+    near = tip or _nearest(repository, view, ref, history, commit)
+    there = remote.sizes(near) if near else {}
+    withdrawn = _texts(repository).intersection(there) if withheld else set[str]()
+    known = _already_there(repository, near, there) if withheld or asked is not False else set()
+    roots = [Reference("commit", commit), *(Reference("note", note) for note in notes.values())]
+    objects = {
+        identity: repository.objects.path(identity)
+        for identity in _lacking(repository, roots, known, withheld=withheld)
+        if identity not in there
+    }
+    same = tip is not None and tip.commit == commit
+    if same and ref.startswith(TAGS) and withdrawn and asked:
+        raise _shown_at_tag(remote, ref)
+    switched = withheld != (ref in view.private)
+    if same and (ref.startswith(TAGS) or not (notes or objects or switched or withdrawn)):
+        return None
+    size = sum(path.stat().st_size for path in objects.values())
+    publication = Publication(
+        ref=ref,
+        commit=commit,
+        expected=tip,
+        near=near,
+        objects=objects,
+        withdrawn=withdrawn,
+        source=source,
+        notes=notes,
+        private_facts=withheld,
+        pages={},
+        message=_headline(repository.commit(commit)),
+    )
+    return _Plan(
+        publication, Pushed(Moved(ref, tip.commit if tip else None, commit), len(objects), size, len(withdrawn))
+    )
+
+
+def _shown_at_tag(remote: Remote, ref: str) -> RemoteError:
+    return RemoteError(
+        f"{ref[len(TAGS) :]} of {remote.address} shows the texts of its facts, and tags do not change",
+        remedy="On the Hub delete the tag, elsewhere push a branch with --private-facts; then push the tag again.",
+        ref=ref,
+    )
+
+
+def _refuse_sideways(repository: Repository, remote: Remote, ref: str, theirs: str, ours: str) -> None:
+    if ref.startswith(TAGS):
+        raise RemoteError(
+            f"{remote.address} has another {ref[len(TAGS) :]}, and tags do not move",
+            remedy="Use another name for the tag.",
+            ref=ref,
+            theirs=theirs,
+            ours=ours,
+        )
+    known = theirs in repository.commits(theirs)
+    if not known or not graph.is_ancestor(theirs, ours, repository.parents):
+        reason = "has commits that are not in yours" if known else "has commits that you do not have"
+        raise RemoteMovedError(
+            f"{ref[len(BRANCHES) :]} of {remote.address} {reason}",
+            remedy=_PULL_FIRST,
+            ref=ref,
+            theirs=theirs,
+            ours=ours,
+        )
+
+
+def _notes_of(repository: Repository, history: Collection[str], view: View) -> dict[str, str]:
+    """Notes about those commits that the remote lacks or has otherwise, by ``commit/suite``."""
+    notes = {ref[len(NOTES) :]: target for ref, target in repository.refs().items() if ref.startswith(NOTES)}
+    return {
+        key: note for key, note in notes.items() if key.partition("/")[0] in history and view.notes.get(key) != note
+    }
+
+
+def _nearest(repository: Repository, view: View, ref: str, history: Collection[str], commit: str) -> Tip | None:
+    """A tip to start a new ref from: the same commit, else the latest ancestor, else any that shares something.
+
+    A branch that is there but holds nothing of patchhub is filled as it is.
+    """
+    if ref in view.empty:
+        return None
+    tips = sorted(view.tips.values(), key=lambda tip: tip.token)
+    same = [tip for tip in tips if tip.commit == commit]
+    below = [tip for tip in tips if tip.commit in history]
+    latest = max(below, key=lambda tip: repository.rank(tip.commit), default=None)
+    return next(iter(same), None) or latest or next(iter(tips), None)
+
+
+def _already_there(repository: Repository, tip: Tip | None, there: Mapping[str, int]) -> set[str]:
+    """Commits whose whole closure a remote must have, because it has them and they are below its tip."""
+    if tip is None or tip.commit not in repository.commits(tip.commit):
+        return set()
+    return {commit for commit in graph.ancestors([tip.commit], repository.parents) if commit in there}
+
+
+def _lacking(repository: Repository, roots: Iterable[Reference], known: set[str], *, withheld: bool) -> Iterator[str]:
+    """Ids of all that is reachable from ``roots`` without passing a known commit; texts only if not withheld."""
+
+    def follow(reference: Reference) -> list[Reference]:
+        if reference.id in known or reference.kind in ("tensors", "requests"):
+            return []
+        return references(reference.kind, repository.objects.get(reference.id))
+
+    for reference in closure(roots, follow):
+        texts = reference.kind == "requests"
+        if reference.id not in known and not (texts and (withheld or reference.id not in repository.objects)):
+            yield reference.id
+
+
+def _texts(repository: Repository) -> set[str]:
+    """Ids of the texts of all facts that this store's refs lead to, whether they are here or not."""
+
+    def follow(reference: Reference) -> list[Reference]:
+        if reference.kind not in ("commit", "patch"):
+            return []
+        return references(reference.kind, repository.objects.get(reference.id))
+
+    targets = {target for ref, target in repository.refs().items() if not ref.startswith(NOTES)}
+    roots = [Reference("commit", target) for target in targets if not target.startswith(SYMBOLIC)]
+    return {reference.id for reference in closure(roots, follow) if reference.kind == "requests"}
+
+
+def _remember(repository: Repository, name: str, ref: str, commit: str, *, author: str, time: str) -> None:
+    """Where the remote's branch is now, as the last `fetch` would have found it."""
+    if not ref.startswith(BRANCHES):
+        return
+    local = local_name(ref, name)
+    old = repository.refs().get(local)
+    if old != commit:
+        repository.move_refs(
+            {local: (old, commit)}, command="push", arguments={"remote": name, "ref": ref}, author=author, time=time
+        )
+
+
+def _headline(commit: Commit) -> str:
+    return (commit.message.strip().splitlines() or ["patchhub commit"])[0][:200]

@@ -1,0 +1,283 @@
+"""Between the store and the algebra: columns, deltas and shards of a set or a commit as arrays, read and checked. NumPy only.
+
+What tensors from elsewhere must satisfy before they enter the store is checked here too."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load, load_file, save
+
+from patchhub.canonical import COUNT, IDENTIFIER, NUMBER, TEXT, MalformedError, list_of, optional, record_of
+from patchhub.constraints import Columns, beyond, difference, join, no_columns
+from patchhub.delta import STORED_DTYPES, Delta, add, negative, read_deltas
+from patchhub.errors import CorruptStoreError
+from patchhub.objects import Element, Patch
+from patchhub.remotes.receive import CheckTensors, Owner
+from patchhub.sets.shards import shard_record
+from patchhub.store.repository import Repository
+
+Shapes = Mapping[str, tuple[int, int]]
+
+
+def read_shard_change(patch: Patch, tensors: bytes | Path, shapes: Shapes) -> tuple[str, Delta]:
+    """The weight of a shard and its change, bit for bit as the training left it.
+
+    Args:
+        patch: the shard.
+        tensors: the bytes of its tensors, or a verified file.
+        shapes: (out, in) of each weight of the base that can be edited.
+
+    Raises:
+        CorruptStoreError: its weight is not one of ``shapes``, or its tensors are not one delta of that weight.
+    """
+    if len(patch.weights) != 1 or any(shapes.get(weight) != shape for weight, shape in patch.weights.items()):
+        raise _refused(
+            patch, f"changes {', '.join(patch.weights) or 'nothing'}, not one weight of the base in its shape"
+        )
+    (weight,) = patch.weights
+    found = read_deltas(tensors, patch.weights)
+    if weight not in found:
+        raise _refused(patch, f"holds no change of {weight}")
+    return weight, found[weight]
+
+
+def _refused(patch: Patch, reason: str) -> CorruptStoreError:
+    return CorruptStoreError(f"shard {patch.id[:12]} {reason}", remedy="Do not use it.", patch=patch.id)
+
+
+_PARTS = ("k", "u", "r", "lambda")
+
+
+def weight_shapes(repository: Repository) -> dict[str, tuple[int, int]]:
+    """(out, in) of every weight of the base that can be edited."""
+    weights: Mapping[str, Mapping[str, Sequence[int]]] = repository.config.base["weights"]
+    return {name: (facts["shape"][0], facts["shape"][1]) for name, facts in weights.items()}
+
+
+def read_state(repository: Repository, commit: str | None) -> dict[str, list[Delta]]:
+    """The deltas of each changed weight at a commit, in ascending order of blob id."""
+    return read_blobs(repository, repository.state(commit))
+
+
+def read_blobs(repository: Repository, blobs: Iterable[str]) -> dict[str, list[Delta]]:
+    """The deltas of each weight that some delta blobs change, in ascending order of blob id."""
+    shapes = weight_shapes(repository)
+    state: dict[str, list[Delta]] = {}
+    for blob in sorted(blobs):
+        for weight, delta in read_deltas(repository.objects.get(blob), shapes).items():
+            state.setdefault(weight, []).append(delta)
+    return state
+
+
+def write_columns(columns: Mapping[str, Columns], targets: np.ndarray) -> bytes:
+    """The tensors of a closed-form patch: columns per weight and z (n, d)."""
+    tensors = {"z": np.ascontiguousarray(targets, np.float32)}
+    for weight, found in columns.items():
+        arrays = (found.keys, found.preimages, found.residuals, found.ridge)
+        tensors |= {f"{weight}.{part}": np.ascontiguousarray(a) for part, a in zip(_PARTS, arrays, strict=True)}
+    return save(tensors)
+
+
+def read_additive(repository: Repository, elements: Iterable[Element]) -> dict[str, list[Delta]]:
+    """The deltas of the additive patches of a set per weight, in ascending order of patch id.
+
+    Raises:
+        CorruptStoreError: a patch's tensors are not what its manifest says.
+    """
+    found: dict[str, list[Delta]] = {}
+    for identity in sorted(additive_patches(repository, elements)):
+        patch = repository.patch(identity)
+        for weight, delta in read_deltas(repository.objects.get(patch.tensors), patch.weights).items():
+            found.setdefault(weight, []).append(delta)
+    return found
+
+
+def additive_patches(repository: Repository, elements: Iterable[Element]) -> frozenset[str]:
+    """The additive patches of a set. Its shards are no part of the weights that columns are solved for."""
+    whole = (identity for identity, request in elements if request is None)
+    return frozenset(identity for identity in whole if repository.patch(identity).kind == "additive")
+
+
+def read_columns(repository: Repository, elements: Iterable[Element]) -> dict[str, Columns]:
+    """The columns of a set per weight, in the set's order (patch id, then request id).
+
+    What the set's additive patches bring at a key is taken off its residual: the columns ask for the rest.
+
+    Raises:
+        CorruptStoreError: a patch's tensors are not what its manifest says.
+    """
+    elements = frozenset(elements)
+    return _columns(repository, elements, read_additive(repository, elements))
+
+
+def solve_change(repository: Repository, before: frozenset[Element], after: frozenset[Element]) -> dict[str, Delta]:
+    """D(after) - D(before) of each weight that either set changes, from what was recorded alone (float64)."""
+    shapes = weight_shapes(repository)
+    old, new = read_additive(repository, before), read_additive(repository, after)
+    if additive_patches(repository, before) != additive_patches(repository, after):
+        return _rebased_change(repository, before, after, old, new)
+    common = _columns(repository, before & after, new)
+    added, removed = _columns(repository, after - before, new), _columns(repository, before - after, new)
+    return {
+        weight: difference(*(part.get(weight, no_columns(shapes[weight])) for part in (common, added, removed)))
+        for weight in sorted(added.keys() | removed.keys())
+    }
+
+
+def _rebased_change(
+    repository: Repository,
+    before: frozenset[Element],
+    after: frozenset[Element],
+    old: Mapping[str, Sequence[Delta]],
+    new: Mapping[str, Sequence[Delta]],
+) -> dict[str, Delta]:
+    """`solve_change` where the additive patches differ: every column's residual is another then."""
+    shapes = weight_shapes(repository)
+    gone, come = _columns(repository, before, old), _columns(repository, after, new)
+    change: dict[str, Delta] = {}
+    for weight in sorted(old.keys() | new.keys() | gone.keys() | come.keys()):
+        nothing = no_columns(shapes[weight])
+        solved = [difference(nothing, part.get(weight, nothing), nothing) for part in (come, gone)]
+        parts = [*new.get(weight, ()), solved[0], *map(negative, [*old.get(weight, ()), solved[1]])]
+        change[weight] = add(parts, shapes[weight])
+    return change
+
+
+def _columns(
+    repository: Repository, elements: Iterable[Element], additive: Mapping[str, Sequence[Delta]]
+) -> dict[str, Columns]:
+    """The columns among ``elements``, with residuals against W0 plus those additive deltas."""
+    wanted: dict[str, list[str]] = {}
+    for identity, request in sorted(elements, key=lambda element: (element[0], element[1] or "")):
+        if request is not None:
+            wanted.setdefault(identity, []).append(request)
+    parts: dict[str, list[Columns]] = {}
+    for identity, requests in wanted.items():
+        patch = repository.patch(identity)
+        place = {request: row for row, request in enumerate(patch.requests)}
+        for weight, columns in _patch_columns(repository, identity, patch).items():
+            parts.setdefault(weight, []).append(columns.take([place[request] for request in requests]))
+    joined = {weight: join(found) for weight, found in sorted(parts.items())}
+    return {weight: beyond(columns, additive.get(weight, ())) for weight, columns in joined.items()}
+
+
+def _patch_columns(repository: Repository, identity: str, patch: Patch) -> dict[str, Columns]:
+    try:
+        tensors = load(repository.objects.get(patch.tensors))
+    except SafetensorError as error:
+        raise _damaged(identity, f"its tensors cannot be read ({error})") from error
+    found = {}
+    for weight, (out, inner) in patch.weights.items():
+        n = len(patch.requests)
+        expected = [(n, inner), (n, inner), (n, out), (n,)]
+        arrays = [tensors.get(f"{weight}.{part}") for part in _PARTS]
+        valid = [a for a, shape in zip(arrays, expected, strict=True) if a is not None and _is_column(a, shape)]
+        if len(valid) != len(_PARTS):
+            raise _damaged(identity, f"the columns of {weight} are missing, misshapen or not finite")
+        found[weight] = Columns(*valid)
+    return found
+
+
+def _is_column(array: np.ndarray, shape: tuple[int, ...]) -> bool:
+    return array.shape == shape and array.dtype in (np.float32, np.float16) and bool(np.isfinite(array).all())
+
+
+def _damaged(patch: str, reason: str) -> CorruptStoreError:
+    return CorruptStoreError(
+        f"patch {patch[:12]} is damaged: {reason}", remedy="Run `patchhub fsck` to see what else is.", patch=patch
+    )
+
+
+_REMEDY = "Do not use it."
+
+
+@dataclass(frozen=True)
+class _ChatForm:
+    """The text that stood around each prompt."""
+
+    before: Annotated[str, TEXT]
+    after: Annotated[str, TEXT]
+
+
+_SETTINGS = {
+    "chat": optional(record_of(_ChatForm)),
+    "contexts": list_of(TEXT),
+    "layers": list_of(COUNT),
+    "refreshes": list_of(IDENTIFIER),
+    "ridge": NUMBER,
+}
+"""What is read of the settings of a patch of kind closed_form."""
+
+
+def tensor_check(weights: Mapping[str, tuple[int, int]]) -> CheckTensors:
+    """The check of everything that patches and commits of a base with those weights, (out, in) each, may refer to."""
+
+    def check(owner: Owner, file: Path) -> None:
+        if isinstance(owner, Patch) and owner.kind == "closed_form":
+            _check_settings(owner)
+            _check_columns(owner, file)
+        elif isinstance(owner, Patch) and owner.kind == "shard":
+            shard_record(owner)
+            _check_shard(owner, file, weights)
+        else:
+            _check_deltas(file, owner.weights if isinstance(owner, Patch) else weights)
+
+    return check
+
+
+def _check_settings(patch: Patch) -> None:
+    """The settings that other commands read must be of their types; which of them are there is for those to see."""
+    for name, codec in _SETTINGS.items():
+        if name in patch.settings:
+            try:
+                codec.decode(patch.settings[name], f"settings.{name}")
+            except MalformedError as error:
+                raise CorruptStoreError(str(error), remedy=_REMEDY, field=error.path) from None
+
+
+def _check_deltas(file: Path, weights: Mapping[str, tuple[int, int]]) -> None:
+    with _numpy_types():
+        read_deltas(file, weights)
+
+
+def _check_shard(patch: Patch, file: Path, weights: Mapping[str, tuple[int, int]]) -> None:
+    with _numpy_types():
+        read_shard_change(patch, file, weights)
+
+
+@contextmanager
+def _numpy_types() -> Iterator[None]:
+    """Refuse tensors of a type that numpy does not have."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CorruptStoreError(f"a delta has values of a forbidden type ({error})", remedy=_REMEDY) from error
+
+
+def _check_columns(patch: Patch, file: Path) -> None:
+    """The columns of every weight and z, and nothing else, finite and of the shapes that the patch states."""
+    n = len(patch.requests)
+    shapes: dict[str, tuple[int, ...]] = {}
+    for weight, (out, inner) in patch.weights.items():
+        shapes |= {f"{weight}.k": (n, inner), f"{weight}.u": (n, inner), f"{weight}.r": (n, out)}
+        shapes[f"{weight}.lambda"] = (n,)
+    try:
+        tensors = load_file(file)
+    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CorruptStoreError(f"its columns are no readable safetensors file ({error})", remedy=_REMEDY) from error
+    targets = tensors.pop("z", None)
+    found = {name: array.shape for name, array in tensors.items()}
+    if found != shapes or targets is None or targets.ndim != 2 or len(targets) != n:
+        raise CorruptStoreError("its columns do not have the shapes that the patch states", remedy=_REMEDY)
+    for name, array in {**tensors, "z": targets}.items():
+        if array.dtype not in STORED_DTYPES or not bool(np.isfinite(array).all()):
+            raise CorruptStoreError(f"its tensor {name} has a forbidden type or value", remedy=_REMEDY, tensor=name)
+        if name.endswith(".lambda") and not bool((array > 0).all()):
+            raise CorruptStoreError(f"its tensor {name} has a weight that is not above 0", remedy=_REMEDY, tensor=name)

@@ -1,0 +1,189 @@
+"""From a new active set to a commit: its delta, its state, its proof. NumPy only, no model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from patchhub.constraints import no_columns, proof
+from patchhub.delta import Delta, add, compact, negative, norm, write_deltas
+from patchhub.objects import Commit, Element, Keyframe, set_digest, set_json
+from patchhub.sets.columns import (
+    Shapes,
+    additive_patches,
+    read_additive,
+    read_columns,
+    read_state,
+    solve_change,
+    weight_shapes,
+)
+from patchhub.sets.rivals import Rival
+from patchhub.sets.shards import without_shards
+from patchhub.store.repository import Repository
+
+Judge = Callable[[Commit], Mapping[str, Any]]
+"""From a prepared commit to fields of its ``check``; it raises to refuse the commit."""
+
+
+@dataclass(frozen=True)
+class Stamp:
+    """Who makes a commit, when, and why."""
+
+    author: str
+    time: str
+    message: str
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A commit that is about to be made: the set it has, and how it came about."""
+
+    parents: tuple[str, ...]
+    elements: frozenset[Element]
+    metric: str | None
+    command: str
+    arguments: Mapping[str, Any]
+
+
+def snapshot(
+    repository: Repository,
+    draft: Draft,
+    stamp: Stamp,
+    *,
+    change: Mapping[str, Delta] | None = None,
+    judge: Judge = lambda commit: {},
+) -> str:
+    """Write the commit of ``draft`` and move the current branch to it; returns its id. See `prepare`.
+
+    Args:
+        judge: sees the commit before it is written, and says what else was measured of it or refuses it.
+    """
+    commit = prepare(repository, draft, stamp, change=change)
+    commit = replace(commit, check={**commit.check, **judge(commit)})
+    return repository.record(
+        commit, command=draft.command, arguments=draft.arguments, author=stamp.author, time=stamp.time
+    )
+
+
+def prepare(
+    repository: Repository,
+    draft: Draft,
+    stamp: Stamp,
+    *,
+    change: Mapping[str, Delta] | None = None,
+) -> Commit:
+    """The commit of ``draft``, with all that it refers to in the store; it is not in the store itself.
+
+    A set that an ancestor had takes that ancestor's state, bit for bit; otherwise the change against the first parent is
+    ``change`` or, where that is None, solved from the recorded columns. Either way the stored deltas, summed, are proven to be the joint
+    solution of the set and the proof is kept in the commit. A set of shards alone
+    has the base's weights, bit for bit: a keyframe without deltas says so.
+    """
+    parent = draft.parents[0] if draft.parents else None
+    before = repository.active(parent)
+    digest = set_digest(draft.elements)
+    same_as = repository.find_same_set(digest, *draft.parents)
+    shapes = weight_shapes(repository)
+    tensors, keyframe = None, None
+    if same_as is not None or not draft.elements:
+        state = read_state(repository, same_as)
+    else:
+        factors = solve_change(repository, before, draft.elements) if change is None else change
+        delta = {weight: compact(part) for weight, part in factors.items() if norm(part)}
+        state = _extended(read_state(repository, parent), delta) if without_shards(repository, draft.elements) else {}
+        data = write_deltas(delta) if delta else b""
+        tensors = repository.objects.put(data) if delta else None
+        keyframe = _keyframe(repository, parent, len(data), draft.elements, state, shapes)
+        if keyframe is not None and keyframe.tensors is not None:
+            state = _whole(state, shapes)
+    return Commit(
+        added=frozenset(draft.elements - before),
+        author=stamp.author,
+        base=repository.config.base_id,
+        check=_measured(repository, draft.elements, parent, state, shapes),
+        keyframe=keyframe,
+        message=stamp.message,
+        metric=draft.metric,
+        parents=draft.parents,
+        removed=frozenset(before - draft.elements),
+        same_as=same_as,
+        set_digest=digest,
+        tensors=tensors,
+        time=stamp.time,
+    )
+
+
+def _extended(state: Mapping[str, Sequence[Delta]], delta: Mapping[str, Delta]) -> dict[str, list[Delta]]:
+    return {
+        weight: [*state.get(weight, ()), *([delta[weight]] if weight in delta else [])]
+        for weight in sorted(state.keys() | delta.keys())
+    }
+
+
+def _keyframe(
+    repository: Repository,
+    parent: str | None,
+    new_bytes: int,
+    elements: frozenset[Element],
+    state: Mapping[str, Sequence[Delta]],
+    shapes: Shapes,
+) -> Keyframe | None:
+    """The whole state, where reading it commit by commit would cost too much (docs/format.md)."""
+    full = additive_patches(repository, elements)  # they may be of any rank
+    rank = max(map(max, shapes.values())) if full else len(elements)
+    whole = sum(4 * min(out * inner, rank * (out + inner)) for out, inner in (shapes[weight] for weight in state))
+    if not repository.needs_keyframe(parent, new_bytes, whole):
+        return None
+    set_id = repository.objects.put(set_json(elements))
+    deltas = {weight: found[0] for weight, found in _whole(state, shapes).items()}
+    return Keyframe(set_id, repository.objects.put(write_deltas(deltas)) if deltas else None)
+
+
+def _whole(state: Mapping[str, Sequence[Delta]], shapes: Shapes) -> dict[str, list[Delta]]:
+    return {weight: [compact(add(deltas, shapes[weight]))] for weight, deltas in state.items()}
+
+
+def _measured(
+    repository: Repository,
+    elements: frozenset[Element],
+    parent: str | None,
+    state: Mapping[str, Sequence[Delta]],
+    shapes: Shapes,
+) -> dict[str, Any]:
+    """Frobenius norms of the state and of its change, and the proof, per weight."""
+    columns, additive = read_columns(repository, elements), read_additive(repository, elements)
+    previous = read_state(repository, parent)
+    norms, proofs = {}, {}
+    for weight in sorted(state.keys() | previous.keys() | columns.keys()):
+        now, then = add(state.get(weight, ()), shapes[weight]), add(previous.get(weight, ()), shapes[weight])
+        norms[weight] = {
+            "base": repository.config.base["weights"][weight]["norm"],
+            "change": norm(add([now, negative(then)], shapes[weight])),
+            "state": norm(now),
+        }
+        solved = [*state.get(weight, ()), *map(negative, additive.get(weight, ()))]
+        if weight in columns or weight not in additive:
+            proofs[weight] = proof(solved, columns.get(weight, no_columns(shapes[weight])))
+        else:
+            proofs[weight] = norm(add(solved, shapes[weight])) / (norms[weight]["state"] or 1.0)
+    return {"norms": norms, "proof": proofs}
+
+
+@dataclass(frozen=True, eq=False)
+class Written:
+    """An edit that is finished and not committed.
+
+    Attributes:
+        patches: ids of the patches that were made.
+        elements: the active set of the commit.
+        metric: the metric of its columns; None where it has none.
+        change: the delta of each weight against HEAD; None: to be solved from the recorded columns.
+        rivals: facts that compete for a key, found before anything was optimised.
+    """
+
+    patches: tuple[str, ...]
+    elements: frozenset[Element]
+    metric: str | None
+    change: Mapping[str, Delta] | None
+    rivals: tuple[Rival, ...] = ()

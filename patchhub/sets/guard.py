@@ -1,0 +1,369 @@
+"""What the guard tells of a prepared commit from stored vectors and the base's files alone, and its judgement. NumPy only.
+
+Weights of the base are read as arrays, to tell what rounding keeps of a change and how large a change is beside its weight."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Final
+
+import numpy as np
+from jaxtyping import Float, UInt32
+
+from patchhub.constraints import Columns
+from patchhub.delta import NEGLIGIBLE, Delta, LowRank, add, image, negative, to_dense
+from patchhub.errors import BaseError, GuardError
+from patchhub.evaluation.guard import Finding, Limits, Measured, Report, Share, judge
+from patchhub.fsio import keep
+from patchhub.interference import misfit
+from patchhub.models.checkpoint import Checkpoint, open_checkpoint
+from patchhub.objects import Commit, Element
+from patchhub.sets.columns import Shapes, read_blobs, read_columns, read_state, weight_shapes
+from patchhub.sets.elements import Place, active_requests
+from patchhub.store import states
+from patchhub.store.repository import Repository
+
+_SAMPLED_ENTRIES: Final = 1 << 22
+
+
+def _widened(bits: np.ndarray) -> Float[np.ndarray, ...]:
+    """bfloat16, which NumPy does not have, from its bits."""
+    wide: UInt32[np.ndarray, ...] = bits.astype(np.uint32) << 16
+    return wide.view(np.float32)
+
+
+def _to_bfloat16(values: Float[np.ndarray, ...]) -> Float[np.ndarray, ...]:
+    """Rounded to the nearest, ties to even; still float32."""
+    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+    rounded: UInt32[np.ndarray, ...] = (bits + np.uint32(0x7FFF) + ((bits >> 16) & 1)) & np.uint32(0xFFFF0000)
+    return rounded.view(np.float32)
+
+
+def _to_float16(values: Float[np.ndarray, ...]) -> Float[np.ndarray, ...]:
+    with np.errstate(over="ignore"):
+        return values.astype(np.float16).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class _Type:
+    """How one safetensors dtype lies on disk, how it is read, and how a float32 is rounded to it."""
+
+    stored: Any
+    read: Callable[[np.ndarray], np.ndarray]
+    rounded: Callable[[np.ndarray], np.ndarray]
+
+
+_TYPES: Final[Mapping[str, _Type]] = {
+    "F16": _Type(np.float16, lambda raw: raw.astype(np.float32), _to_float16),
+    "BF16": _Type(np.uint16, _widened, _to_bfloat16),
+    "F32": _Type(np.float32, np.asarray, lambda values: values.astype(np.float32)),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class BaseWeight:
+    """One weight as the checkpoint stores it, mapped from its file.
+
+    Attributes:
+        raw: (rows, columns) in the stored type.
+        kind: that type.
+        transposed: it is stored (in, out).
+    """
+
+    raw: np.ndarray
+    kind: _Type
+    transposed: bool
+
+    def rows(self, part: slice) -> Float[np.ndarray, "some columns"]:
+        """Some rows in float32."""
+        return self.kind.read(self.raw[part])
+
+
+def open_weight(checkpoint: Checkpoint, parameter: str, orientation: str) -> BaseWeight | None:
+    """A weight of the base by its parameter name; None where it is of a type that is not read here.
+
+    Raises:
+        BaseError: the checkpoint has no such weight.
+    """
+    entry = checkpoint.entry(checkpoint.resolve_name(parameter))
+    kind = _TYPES.get(entry.dtype)
+    if kind is None:
+        return None
+    raw = np.memmap(entry.file, kind.stored, "r", entry.begin, entry.shape)
+    return BaseWeight(raw, kind, orientation == "in_out")
+
+
+def survival(weight: BaseWeight, deltas: Sequence[Delta], *, entries: int = _SAMPLED_ENTRIES) -> float:
+    """The share of a change that the cast keeps: 1 - ||(cast(W0 + D) - W0) - D|| / ||D||, D the sum of the deltas; 0 where less than none.
+
+    1 of a change that is `NEGLIGIBLE` beside the weight. As `runtime.compose.survival`, but on evenly spaced rows of about so many entries.
+    """
+    rows, columns = weight.raw.shape
+    total = add(deltas, (columns, rows) if weight.transposed else (rows, columns))
+    part = slice(0, rows, max(1, rows * columns // entries))
+    base, wanted = weight.rows(part), _base_rows(total, part, weight.transposed)
+    size = float(np.linalg.norm(wanted))
+    lost = float(np.linalg.norm(weight.kind.rounded(base + wanted) - base - wanted))
+    return 1.0 if size <= NEGLIGIBLE * float(np.linalg.norm(base)) else max(0.0, 1.0 - lost / size)
+
+
+def _base_rows(delta: Delta, part: slice, transposed: bool) -> Float[np.ndarray, "some columns"]:
+    """Some rows of a delta in the orientation of the stored weight, in float32."""
+    if isinstance(delta, LowRank):
+        left, right = (delta.A.T, delta.B.T) if transposed else (delta.B, delta.A)
+        found: Float[np.ndarray, "some columns"] = (left[part] @ right).astype(np.float32)
+        return found
+    dense = to_dense(delta)
+    return (dense.T if transposed else dense)[part].astype(np.float32)
+
+
+_STEPS: Final = 40  # the value is then right to about a per cent, whatever the gap to the next one
+
+Vector = Float[np.ndarray, " width"]
+
+
+def largest_singular_value(matrix: Float[np.ndarray, "rows columns"]) -> float:
+    """Of a matrix, from below."""
+    return _largest(lambda x: matrix @ x, lambda y: matrix.T @ y, matrix.shape[1])
+
+
+def largest_of_delta(delta: Delta) -> float:
+    """Of a delta, from below; factors are not multiplied out."""
+    if isinstance(delta, LowRank):
+        B, A = delta.B, delta.A
+        return _largest(lambda x: B @ (A @ x), lambda y: A.T @ (B.T @ y), A.shape[1])
+    return largest_singular_value(to_dense(delta))
+
+
+def _largest(apply: Callable[[Vector], Vector], back: Callable[[Vector], Vector], width: int) -> float:
+    """max ||M x|| over unit x, M given by its products with vectors from both sides."""
+    x = np.random.default_rng(0).standard_normal(width)
+    value = 0.0
+    for _ in range(_STEPS):
+        size = float(np.linalg.norm(x))
+        if size == 0.0 or not np.isfinite(size):
+            return size and value
+        y = apply(x / size)
+        value, x = float(np.linalg.norm(y)), back(y)
+    return value
+
+
+UNMET: Final = 0.5
+"""A fact whose misfit is larger at some weight gets less than half of its change there."""
+
+State = Mapping[str, Sequence[Delta]]
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """A commit that is not in the store yet.
+
+    Attributes:
+        commit: the commit.
+        elements: its active set.
+        before, after: the deltas of its first parent's state, and of its own.
+        columns: those of its set per weight, against the base's weights whatever additive patches bring, since states are held
+            against them; and `rows` which element each of their rows is of.
+    """
+
+    commit: Commit
+    elements: frozenset[Element]
+    before: State
+    after: State
+    columns: Mapping[str, Columns]
+    rows: Mapping[str, Sequence[Element]]
+
+
+def prepared(repository: Repository, commit: Commit) -> Prepared:
+    """Read what the guard needs of a commit that `snapshot.prepare` made."""
+    identity, parent = commit.id, states.first_parent(commit)
+    blobs = states.state(identity, lambda name: commit if name == identity else repository.commit(name), {})
+    elements = (repository.active(parent) - commit.removed) | commit.added
+    columns = read_columns(repository, (element for element in elements if element[1] is not None))
+    rows = _rows(repository, elements, columns)
+    return Prepared(commit, elements, read_state(repository, parent), read_blobs(repository, blobs), columns, rows)
+
+
+def from_vectors(repository: Repository, found: Prepared) -> Measured:
+    """The checks that need no model.
+
+    Those that need the base's files are left out where the files are not on this machine. A state that an ancestor had is not measured
+    again.
+    """
+    facts = len(found.commit.added)
+    if found.commit.same_as is not None or not found.elements:
+        return Measured(facts=facts)
+    unmet, crushed = _misfits(repository, found)
+    checkpoint = _local_base(repository)
+    if checkpoint is None:
+        return Measured(facts=facts, unmet=unmet, crushed=crushed)
+    return Measured(
+        facts=facts,
+        unmet=unmet,
+        crushed=crushed,
+        spectrum=_spectrum(repository, found, checkpoint),
+        survival=_survival(repository, found, checkpoint),
+    )
+
+
+def most_moved(repository: Repository, found: Prepared, places: Iterable[Place]) -> list[Place]:
+    """Some places of facts, those first whose outputs the change moves most: ||dD k|| / ||r||, the largest over the weights."""
+    shapes = weight_shapes(repository)
+    moved: dict[Place, float] = dict.fromkeys(places, 0.0)
+    for weight, columns in found.columns.items():
+        change = image(_change(found, weight, shapes[weight]), columns.keys)
+        asked = np.linalg.norm(columns.residuals.astype(np.float64), axis=1)
+        shares = np.linalg.norm(change, axis=1) / np.where(asked > 0, asked, np.inf)
+        for element, share in zip(found.rows[weight], shares.tolist(), strict=True):
+            if element in moved:
+                moved[element] = max(moved[element], share)
+    return sorted(moved, key=lambda place: (-moved[place], place[0], place[1] or ""))
+
+
+def _misfits(repository: Repository, found: Prepared) -> tuple[Share, Share]:
+    """(unmet, crushed) of `Measured`."""
+    shapes = weight_shapes(repository)
+    after = _worst_misfits(found, found.after, shapes)
+    met_before: set[Element] = set()
+    for parent in found.commit.parents:
+        state = found.before if parent == found.commit.parents[0] else read_state(repository, parent)
+        then, active = _worst_misfits(found, state, shapes), repository.active(parent)
+        met_before |= {element for element, value in then.items() if element in active and value <= UNMET}
+    new = (found.commit.added | _contradicted(repository, found)) & after.keys()
+    others = (met_before & after.keys()) - new
+    return (
+        Share(sum(after[element] > UNMET for element in new), len(new)),
+        Share(sum(after[element] > UNMET for element in others), len(others)),
+    )
+
+
+def _contradicted(repository: Repository, found: Prepared) -> frozenset[Place]:
+    """What stays although an added fact says otherwise about the same prompt and subject."""
+    texts = active_requests(repository, found.elements)
+    told = {(texts[e].prompt, texts[e].subject) for e in found.commit.added if e in texts}
+    return frozenset(
+        place
+        for place, request in texts.items()
+        if place not in found.commit.added and (request.prompt, request.subject) in told
+    )
+
+
+def _rows(repository: Repository, elements: Iterable[Element], columns: Iterable[str]) -> dict[str, list[Element]]:
+    """Which element each row of `read_columns` is of, per weight."""
+    ordered = sorted((e for e in elements if e[1] is not None), key=lambda element: (element[0], str(element[1])))
+    weights = {patch: repository.patch(patch).weights.keys() for patch in {patch for patch, _ in ordered}}
+    return {weight: [element for element in ordered if weight in weights[element[0]]] for weight in columns}
+
+
+def _worst_misfits(found: Prepared, state: State, shapes: Shapes) -> dict[Element, float]:
+    """Each element's largest misfit over the weights."""
+    worst: dict[Element, float] = {}
+    for weight, columns in found.columns.items():
+        values = misfit([add(state.get(weight, ()), shapes[weight])], columns).tolist()
+        for element, value in zip(found.rows[weight], values, strict=True):
+            worst[element] = max(worst.get(element, 0.0), value)
+    return worst
+
+
+def _change(found: Prepared, weight: str, shape: tuple[int, int]) -> Delta:
+    after, before = (add(state.get(weight, ()), shape) for state in (found.after, found.before))
+    return add([after, negative(before)], shape)
+
+
+def _spectrum(repository: Repository, found: Prepared, checkpoint: Checkpoint) -> dict[str, dict[str, float]]:
+    """Largest singular values of each weight's base, change and state."""
+    shapes = weight_shapes(repository)
+    base = _base_values(repository, found.after, checkpoint)
+    values = {}
+    for weight in sorted(base):
+        values[weight] = {
+            "base": base[weight],
+            "change": largest_of_delta(_change(found, weight, shapes[weight])),
+            "state": largest_of_delta(add(found.after.get(weight, ()), shapes[weight])),
+        }
+    return values
+
+
+def _base_values(repository: Repository, weights: Iterable[str], checkpoint: Checkpoint) -> dict[str, float]:
+    """The largest singular value of each base weight, computed once and kept in the cache."""
+    path = repository.cache / "spectrum.json"
+    try:
+        known: dict[str, float] = {str(k): float(v) for k, v in json.loads(path.read_bytes()).items()}
+    except (OSError, ValueError, AttributeError, TypeError):
+        known = {}
+    missing = [weight for weight in weights if weight not in known]
+    for weight in missing:
+        opened = open_weight(checkpoint, weight, repository.config.base["orientation"])
+        if opened is not None:
+            known[weight] = largest_singular_value(opened.rows(slice(None)))
+    if missing:
+        keep(path, [json.dumps(known, sort_keys=True).encode()])
+    return {weight: known[weight] for weight in weights if weight in known}
+
+
+def _survival(repository: Repository, found: Prepared, checkpoint: Checkpoint) -> dict[str, float]:
+    kept = {}
+    for weight, deltas in sorted(found.after.items()):
+        opened = open_weight(checkpoint, weight, repository.config.base["orientation"])
+        if opened is not None:
+            kept[weight] = survival(opened, deltas)
+    return kept
+
+
+def _local_base(repository: Repository) -> Checkpoint | None:
+    """The base's files where they are on this machine."""
+    known = repository.config.base
+    try:
+        return open_checkpoint(known["path"], known["revision"], local=True)
+    except BaseError:
+        return None
+
+
+PREFIX: Final = "guard."
+
+_REMEDIES: Final[Mapping[str, str]] = {
+    "drift": "Write fewer facts at once, or lower the editor's clamp and learning_rate",
+    "total": "Revert facts that are not needed any more, or raise guard.total",
+    "own": "Check the prompts and subjects of the facts, or look for better layers with `patchhub tune`",
+    "earlier": "Write fewer facts at once, or take back what they compete with",
+    "misfit": "Take contradicting facts back with `patchhub revert --subject`, or commit with --on-conflict replace",
+    "spectrum": "Write fewer facts at once, lower the editor's clamp and learning_rate, or raise its ridge",
+    "survival": "Use the base in a wider type, or load with the deltas beside the weights",
+}
+
+
+def limits_of(repository: Repository) -> Limits:
+    """The limits of a repository: the defaults, changed by its settings."""
+    settings = repository.config.settings
+    return Limits(**{f.name: settings[PREFIX + f.name] for f in fields(Limits) if PREFIX + f.name in settings})
+
+
+def decided(
+    repository: Repository, measured: Measured, *, force: bool, facts: int | None = None, remedy: str | None = None
+) -> dict[str, Any]:
+    """What ``check`` says of a measured change: the fields ``guard``, ``forced`` and ``survival`` of docs/format.md.
+
+    Args:
+        facts: it may drift as much as so many new facts; None: as those that it brings.
+        remedy: what to do about a refusal, where that is not a matter of how facts are written.
+
+    Raises:
+        GuardError: a check failed and ``force`` is not set.
+    """
+    judged = measured if facts is None else replace(measured, facts=facts)
+    findings = judge(judged, limits_of(repository))
+    if findings and not force:
+        raise refusal(findings, remedy)
+    return Report(measured, tuple(finding.words for finding in findings), force).to_json()
+
+
+def refusal(findings: Sequence[Finding], remedy: str | None = None) -> GuardError:
+    """The error that says what failed, what the limits are and what to do: ``remedy``, or what helps where facts are written."""
+    listed = "; ".join(f"{found.words} ({PREFIX}{found.check} is {found.limit:g})" for found in findings)
+    return GuardError(
+        f"the guard refused this change: {listed}",
+        remedy=f"{remedy or _REMEDIES[findings[0].check]}; --force writes it all the same. Nothing was committed.",
+        findings=[asdict(found) for found in findings],
+    )

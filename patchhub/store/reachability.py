@@ -1,0 +1,240 @@
+"""Which objects an object refers to, everything reachable from some of them, and what commits must satisfy beyond their form.
+
+Both are pure. The checks are linear in the changes of the commits that are checked (``docs/format.md``)."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+from patchhub.canonical import object_id
+from patchhub.objects import Base, Commit, Element, Metric, Note, Patch, Text, requests_from_json, set_from_json
+from patchhub.store import states
+from patchhub.store.graph import Parents
+from patchhub.store.revisions import NOTES, SYMBOLIC
+from patchhub.store.states import ActiveSet
+
+if TYPE_CHECKING:
+    from patchhub.store.reading import Reading
+
+
+class Reference(NamedTuple):
+    """An object as another one refers to it."""
+
+    kind: str
+    id: str
+
+
+def _nothing(_: Any) -> Iterator[Reference]:
+    return iter(())
+
+
+def _of_metric(metric: Metric) -> Iterator[Reference]:
+    yield Reference("base", metric.base)
+    sampled = metric.source.get("kind") == "sampled"
+    if sampled and metric.text is not None:  # the user's own text is known by its hash alone
+        yield Reference("text", metric.text)
+
+
+def _of_patch(patch: Patch) -> Iterator[Reference]:
+    yield Reference("base", patch.base)
+    if patch.metric is not None:
+        yield Reference("metric", patch.metric)
+    yield Reference("requests", patch.requests_blob)
+    yield Reference("tensors", patch.tensors)
+
+
+def _of_set(elements: frozenset[tuple[str, str | None]]) -> Iterator[Reference]:
+    return (Reference("patch", patch) for patch in sorted({patch for patch, _ in elements}))
+
+
+def _of_commit(commit: Commit) -> Iterator[Reference]:
+    yield Reference("base", commit.base)
+    if commit.metric is not None:
+        yield Reference("metric", commit.metric)
+    yield from (Reference("commit", parent) for parent in commit.parents)
+    if commit.same_as is not None:
+        yield Reference("commit", commit.same_as)
+    yield from _of_set(commit.added | commit.removed)
+    if commit.keyframe is not None:
+        yield Reference("set", commit.keyframe.set_id)
+        if commit.keyframe.tensors is not None:
+            yield Reference("tensors", commit.keyframe.tensors)
+    if commit.tensors is not None:
+        yield Reference("tensors", commit.tensors)
+
+
+def _of_note(note: Note) -> Iterator[Reference]:
+    yield Reference("commit", note.commit)
+
+
+class Kind(NamedTuple):
+    """How an object is read from its bytes, and what it refers to."""
+
+    read: Callable[[bytes], Any]
+    references: Callable[[Any], Iterator[Reference]]
+
+
+KINDS: Final = {
+    "base": Kind(Base.from_json, _nothing),
+    "text": Kind(Text.from_json, _nothing),
+    "metric": Kind(Metric.from_json, _of_metric),
+    "requests": Kind(requests_from_json, _nothing),
+    "patch": Kind(Patch.from_json, _of_patch),
+    "set": Kind(set_from_json, _of_set),
+    "commit": Kind(Commit.from_json, _of_commit),
+    "note": Kind(Note.from_json, _of_note),
+}
+"""Every kind of object that is JSON; what remains is ``tensors``, which is never read here."""
+
+
+def references(kind: str, data: bytes) -> list[Reference]:
+    """What an object refers to; `CorruptStoreError` if its bytes are not an object of that kind."""
+    if kind not in KINDS:
+        return []
+    reader = KINDS[kind]
+    return list(reader.references(reader.read(data)))
+
+
+def missing(commit: Commit, patch_of: Callable[[str], Patch], has: Callable[[str], bool]) -> Iterator[Reference]:
+    """What a commit needs and the store lacks: what it refers to, and what its patches refer to.
+
+    Texts of requests may be withheld, so their absence is no lack.
+    """
+    for reference in _of_commit(commit):
+        if not has(reference.id):
+            yield reference
+        elif reference.kind == "patch":
+            wanted = _of_patch(patch_of(reference.id))
+            yield from (part for part in wanted if part.kind != "requests" and not has(part.id))
+
+
+def closure(roots: Iterable[Reference], follow: Callable[[Reference], Iterable[Reference]]) -> Iterator[Reference]:
+    """`roots` and all that `follow` leads to from them, each once, every object before what only it refers to."""
+    seen = set(roots)
+    waiting = sorted(seen, reverse=True)
+    while waiting:
+        reference = waiting.pop()
+        yield reference
+        for found in follow(reference):
+            if found not in seen:
+                seen.add(found)
+                waiting.append(found)
+
+
+def recorded(changes: Iterable[Mapping[str, tuple[str | None, str | None]]]) -> set[Reference]:
+    """The commits and notes that operations' changes name: what every earlier view needs, so what must be kept."""
+    return {
+        Reference("note" if ref.startswith(NOTES) else "commit", target)
+        for change in changes
+        for ref, targets in change.items()
+        for target in targets
+        if target is not None and not target.startswith(SYMBOLIC)
+    }
+
+
+SameSets = Callable[[str], Collection[str]]
+"""The proper ancestors of a commit that have its set digest."""
+
+
+class Flaw(NamedTuple):
+    """A commit, and in words what is wrong with it."""
+
+    commit: str
+    problem: str
+
+
+def unsound(store: Reading, commits: Iterable[str], parents: Parents, same_sets: SameSets) -> Iterator[Flaw]:
+    """Everything that is wrong with those commits of a store, given that their other ancestors are sound."""
+    commits = list(commits)
+    known = set(commits)
+    above: dict[str | None, list[str]] = defaultdict(list)
+    for identity in commits:
+        above[next(iter(parents(identity)), None)].append(identity)
+    for start in [parent for parent in above if parent not in known]:
+        yield from _Walk(store, ActiveSet(store.active(start)), above, same_sets).run(above[start])
+
+
+class _Walk:
+    """One walk through a part of the forest: where it is, the set there, and the sets on the way from where it began."""
+
+    def __init__(
+        self, store: Reading, active: ActiveSet, above: Mapping[str | None, Sequence[str]], same_sets: SameSets
+    ) -> None:
+        self._store = store
+        self._active = active
+        self._above = above
+        self._same_sets = same_sets
+        self._below: dict[str, set[str]] = defaultdict(set)  # set digest -> commits on the way here
+
+    def run(self, roots: Sequence[str]) -> Iterator[Flaw]:
+        waiting: list[tuple[str, _Change | None]] = [(root, None) for root in roots]
+        while waiting:
+            identity, made = waiting.pop()
+            commit = self._store.commit(identity)
+            if made is not None:
+                self._below[commit.set_digest].remove(identity)
+                self._active.change(removed=made.added, added=made.removed)
+                continue
+            change = _Change.of(commit, self._active)
+            yield from (Flaw(identity, problem) for problem in self._problems(identity, commit, change))
+            self._below[commit.set_digest].add(identity)
+            waiting.append((identity, change))
+            waiting.extend((child, None) for child in self._above.get(identity, ()))
+
+    def _problems(self, identity: str, commit: Commit, change: _Change) -> Iterator[str]:
+        """What is wrong with one commit; its changes are made to the active set on the way."""
+        store = self._store
+        if commit.base != store.config.base_id:
+            yield f"it is about another base ({commit.base[:12]})"
+        lacking = list(missing(commit, store.patch, store.objects.__contains__))
+        yield from (f"its {part.kind} {part.id[:12]} is missing" for part in lacking)
+        yield from misfits(commit, self._active)
+        self._active.change(removed=change.removed, added=change.added)
+        yield from flaws(commit, self._active, self._ancestors_like(identity, commit))
+        if not lacking and len(store.state(identity)) > states.MAX_STATE_BLOBS:
+            yield f"its state lists more than {states.MAX_STATE_BLOBS} blobs without a keyframe"
+
+    def _ancestors_like(self, identity: str, commit: Commit) -> Collection[str]:
+        """Proper ancestors with the commit's set digest: enough of them to tell whether `same_as` is right."""
+        near = self._below[commit.set_digest]
+        settled = commit.same_as in near if commit.same_as is not None else bool(near)
+        return near if settled else self._same_sets(identity)
+
+
+class _Change(NamedTuple):
+    """What a commit really takes out of its first parent's set and puts in."""
+
+    removed: frozenset[Element]
+    added: frozenset[Element]
+
+    @classmethod
+    def of(cls, commit: Commit, before: ActiveSet) -> _Change:
+        removed = frozenset(element for element in commit.removed if element in before)
+        added = frozenset(element for element in commit.added if element not in before or element in removed)
+        return cls(removed, added)
+
+
+def misfits(commit: Commit, before: ActiveSet) -> Iterator[str]:
+    """In words, which of a commit's changes do not fit its first parent's set."""
+    if any(element not in before for element in commit.removed):
+        yield "it removes what is not active in its first parent"
+    if any(element in before for element in commit.added):
+        yield "it adds what is active in its first parent"
+
+
+def flaws(commit: Commit, after: ActiveSet, same_sets: Collection[str]) -> Iterator[str]:
+    """In words, what is wrong with a commit whose set is `after`; `same_sets`: its proper ancestors with its set digest."""
+    if after.digest != commit.set_digest:
+        yield "its set digest is not that of its first parent's set with its changes"
+    if after.doubled is not None:
+        yield f"more than one column is active for request {after.doubled[:12]}"
+    if after.mixed is not None:
+        yield f"patch {after.mixed[:12]} is active both as a whole and by request"
+    elif commit.keyframe is not None and commit.keyframe.set_id != object_id(after.data()):
+        yield "its keyframe is of another set"
+    if commit.same_as is None and same_sets:
+        yield f"its set is that of its ancestor {min(same_sets)[:12]}, which `same_as` must name"
+    if commit.same_as is not None and commit.same_as not in same_sets:
+        yield "`same_as` names a commit that is not an ancestor with the same set"

@@ -1,0 +1,204 @@
+"""Texts as tokens: the tokenizer of a base, how long a text may be, and the base's chat form.
+
+The tokenizer is loaded from the base's folder alone. The chat form is what the base's chat template puts around a user's message, up to
+where the answer begins."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from patchhub.errors import BaseError, RequestError, SettingsError, UnsupportedModelError
+from patchhub.models.checkpoint import Checkpoint
+from patchhub.objects import SLOT
+
+_FAST: Final = "tokenizer.json"
+_VOCABULARIES: Final = ("*.model", "*.tiktoken", "vocab.json", "vocab.txt", "tekken.json")
+_REMEDY: Final = "Copy the tokenizer's files (tokenizer.json and tokenizer_config.json, say) into the model's folder."
+
+
+def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
+    """The tokenizer in a checkpoint's folder.
+
+    Raises:
+        BaseError: there is none, or its files cannot be read as one.
+    """
+    lacking = lacks_tokenizer(checkpoint.folder)
+    if lacking is not None:
+        raise _refuse(checkpoint, lacking)
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(checkpoint.folder, local_files_only=True)
+    except Exception as error:  # the formats are many, and so are the ways in which their readers fail
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise _refuse(checkpoint, f"a tokenizer that cannot be read ({reason})") from error
+    return tokenizer
+
+
+def lacks_tokenizer(folder: Path) -> str | None:
+    """What is wrong with a folder's tokenizer as far as its files tell, in words that follow "has"; None: nothing."""
+    fast = folder / _FAST
+    if fast.is_file():
+        return None if _is_json(fast) else f"a {_FAST} that is not valid JSON"
+    found = any(next(folder.glob(pattern), None) for pattern in _VOCABULARIES)
+    return None if found else "no tokenizer"
+
+
+def _is_json(file: Path) -> bool:
+    try:
+        return isinstance(json.loads(file.read_bytes()), dict)
+    except (OSError, ValueError, RecursionError):
+        return False
+
+
+def _refuse(checkpoint: Checkpoint, what: str) -> BaseError:
+    folder = str(checkpoint.folder)
+    return BaseError(f"the model folder {folder} has {what}", remedy=_REMEDY, folder=folder)
+
+
+_QUOTED: Final = 60  # characters of a long text that a message shows
+
+
+def context_length(model: PreTrainedModel) -> int:
+    """The number of positions that the model reads; a large number where its configuration sets no limit."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return limit if isinstance(limit, int) and limit > 0 else 2**31
+
+
+def beginning(text: str) -> str:
+    """A text as a message quotes it: whole where it is short, else its first words."""
+    if len(text) <= _QUOTED:
+        return text
+    return text[:_QUOTED].rsplit(" ", 1)[0] + " ..."
+
+
+def check_lengths(texts: Iterable[tuple[str, int]], limit: int) -> None:
+    """Refuse texts, given with their numbers of tokens, that are longer than the model reads.
+
+    Raises:
+        RequestError: there is one.
+    """
+    for text, count in texts:
+        if count > limit:
+            raise too_long(text, count, limit)
+
+
+def too_long(text: str, count: int, limit: int) -> RequestError:
+    """The error that a text has more tokens than the model reads."""
+    return RequestError(
+        f"'{beginning(text)}' has {count:,} tokens, and the model reads up to {limit:,}",
+        remedy="Shorten the prompt, the subject or the target.",
+        text=beginning(text),
+        tokens=count,
+        limit=limit,
+    )
+
+
+Span = tuple[int, int]
+
+
+def tokenise(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, special_tokens: bool = True
+) -> list[tuple[tuple[int, ...], Sequence[Span]]]:
+    """Ids and character offsets of each text, without the special tokens that the tokenizer appends.
+
+    Args:
+        special_tokens: let the tokenizer put its own in front; False for texts that spell them out.
+
+    Raises:
+        UnsupportedModelError: the tokenizer gives no character offsets.
+    """
+    if not tokenizer.is_fast:
+        raise UnsupportedModelError(
+            f"the tokenizer {type(tokenizer).__name__} does not say which characters a token covers",
+            remedy="load a fast tokenizer (tokenizer.json) for this model",
+        )
+    if not texts:
+        return []
+    batch = tokenizer(
+        list(texts),
+        add_special_tokens=special_tokens,
+        padding=False,
+        truncation=False,
+        return_attention_mask=False,
+        return_offsets_mapping=True,
+        return_special_tokens_mask=True,
+        verbose=False,
+    )
+    tokenised = []
+    for ids, offsets, special in zip(
+        batch["input_ids"], batch["offset_mapping"], batch["special_tokens_mask"], strict=True
+    ):
+        stop = len(ids)
+        while stop and special[stop - 1]:
+            stop -= 1
+        tokenised.append((tuple(ids[:stop]), offsets[:stop]))
+    return tokenised
+
+
+_QUESTION: Final = "questionqxz"
+_ANSWER: Final = "answerqxz"
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A prompt is read as ``before + prompt + after``, and the answer follows without a space.
+
+    Both texts spell out their special tokens, so the tokenizer adds none of its own. They are kept with a patch: a template that
+    writes the day's date, or a newer tokenizer, does not change what was recorded.
+    """
+
+    before: str
+    after: str
+
+    def around(self, prompt: str) -> str:
+        """The text that the model reads for a prompt."""
+        return f"{self.before}{prompt}{self.after}"
+
+    def asking(self, prompt: str) -> str:
+        """`around` to generate from: a space before the answer is left out, since tokenizers make it part of the answer."""
+        return self.around(prompt).rstrip(" ")
+
+    def to_json(self) -> dict[str, str]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any] | None) -> Chat | None:
+        """The chat form in a patch's settings; None where facts were written as plain text."""
+        return None if value is None else cls(str(value["before"]), str(value["after"]))
+
+
+def chat_of(tokenizer: PreTrainedTokenizerBase) -> Chat:
+    """The chat form that a tokenizer's template gives one user message and its answer, without a thinking part.
+
+    It is taken from a rendered answer, not from the generation prompt, which in some templates lacks the space before an answer.
+
+    Raises:
+        SettingsError: there is no chat template, or it changes the texts that it is given.
+    """
+    if not tokenizer.chat_template:
+        raise SettingsError(
+            "the base's tokenizer has no chat template",
+            remedy="Leave --chat out: without a template, prompts are read as they are.",
+        )
+    messages = [{"role": "user", "content": _QUESTION}, {"role": "assistant", "content": _ANSWER}]
+    try:
+        text = str(tokenizer.apply_chat_template(messages, tokenize=False, enable_thinking=False))
+    except Exception as error:  # the model's own template runs here
+        reason = str(error).partition("\n")[0]
+        raise SettingsError(
+            f"the base's chat template cannot be used ({reason})", remedy="Correct the tokenizer's chat template."
+        ) from error
+    before, _, rest = text.partition(_QUESTION)
+    after, answer, end = rest.partition(_ANSWER)
+    if not answer or _QUESTION in rest or _ANSWER in before + end or SLOT in before + after:
+        raise SettingsError(
+            "the base's chat template does not write a message once and as it is",
+            remedy="Leave --chat out, and write the template into the prompts yourself.",
+            template=text,
+        )
+    return Chat(before, after)

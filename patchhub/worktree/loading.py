@@ -1,0 +1,430 @@
+"""The base and its patched states as models: from a store, from the Hub, or from a checkpoint that `apply` wrote.
+
+Side memories come along: the shards of a commit become memories that a model can be routed to."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Final, Literal
+
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from patchhub.canonical import IDENTIFIER, StoredObject, choice, list_of, object_id, optional
+from patchhub.delta import Delta, read_deltas
+from patchhub.editing.wise.task import Shard
+from patchhub.errors import BaseError, CorruptStoreError, RemoteError, RepositoryError, SettingsError
+from patchhub.models.architectures import describe, read_config
+from patchhub.models.checkpoint import Checkpoint, open_checkpoint
+from patchhub.models.fingerprint import check_tensors
+from patchhub.objects import Base, Patch, set_from_json
+from patchhub.remotes.hub_snapshot import HubSnapshot
+from patchhub.remotes.receive import delta_limit
+from patchhub.remotes.remote import NAME as REMOTE
+from patchhub.remotes.sync import HUB
+from patchhub.runtime import patched_model
+from patchhub.runtime.compose import ReadyWeights
+from patchhub.runtime.patched_model import UNROUTED, PatchState, Routing, add_routing
+from patchhub.runtime.routing import Mode, SideMemory
+from patchhub.sets.columns import Shapes, read_shard_change, read_state, weight_shapes
+from patchhub.sets.shards import ShardRecord, shard_record, shards_at
+from patchhub.store import states
+from patchhub.store.repository import DIRECTORY, Repository
+
+FOLDER: Final = "patchhub_side_memory"
+MANIFEST: Final = "routing.json"
+
+
+@dataclass(frozen=True)
+class _Manifest(StoredObject):
+    """``routing.json``: the commit, how its queries are routed by default, and its shards."""
+
+    TYPE: ClassVar[str] = "routing"
+    commit: Annotated[str | None, optional(IDENTIFIER)]
+    mode: Annotated[str, choice(*MODES)]
+    shards: Annotated[tuple[str, ...], list_of(IDENTIFIER)]
+
+
+def side_memory_files(
+    repository: Repository, commit: str | None, shards: Mapping[str, Patch], mode: Mode
+) -> dict[str, bytes]:
+    """What lies beside the checkpoint of a commit with shards, by path relative to it; nothing without any."""
+    if not shards:
+        return {}
+    files = {MANIFEST: _Manifest(commit, mode, tuple(shards)).to_json()}
+    for identity, patch in shards.items():
+        files |= {identity: patch.to_json(), patch.tensors: repository.objects.get(patch.tensors)}
+    return {f"{FOLDER}/{name}": data for name, data in files.items()}
+
+
+def is_applied(folder: Path) -> bool:
+    """Whether a folder is a checkpoint with side memories beside it."""
+    return (folder / FOLDER / MANIFEST).is_file()
+
+
+def load_applied(folder: Path, mode: Mode | None, **from_pretrained: Any) -> PreTrainedModel:
+    """A checkpoint that `apply` wrote, with its side memories.
+
+    Args:
+        mode: None stands for what `apply` was told.
+
+    Raises:
+        CorruptStoreError: a file of the side memories is missing or damaged.
+        BaseError: the checkpoint cannot be read.
+    """
+    place = folder / FOLDER
+    try:
+        manifest = _Manifest.from_json((place / MANIFEST).read_bytes())
+    except OSError as error:
+        raise _damaged(place / MANIFEST, str(error)) from error
+    patches = {identity: Patch.from_json(_verified(place, identity)) for identity in manifest.shards}
+    architecture = describe(read_config(folder))
+    shapes = {architecture.ffn_weight(layer): architecture.shapes[layer] for layer in range(architecture.n_layers)}
+    chosen = checked_mode(mode or manifest.mode)
+    routing = read_routing(patches, lambda identity: _verified(place, identity), shapes, chosen)
+    factory: Any = AutoModelForCausalLM
+    model: PreTrainedModel = factory.from_pretrained(folder, **{"local_files_only": True, **from_pretrained})
+    add_routing(model, routing)
+    return model
+
+
+def _verified(folder: Path, identity: str) -> bytes:
+    try:
+        data = (folder / identity).read_bytes()
+    except OSError as error:
+        raise _damaged(folder / identity, str(error)) from error
+    if object_id(data) != identity:
+        raise _damaged(folder / identity, "its bytes do not hash to its name")
+    return data
+
+
+def _damaged(path: Path, reason: str) -> CorruptStoreError:
+    return CorruptStoreError(
+        f"the side memory {path} cannot be used: {reason}",
+        remedy="Write the checkpoint again with `patchhub apply`.",
+        path=str(path),
+    )
+
+
+MODES: Final[tuple[Mode, ...]] = ("retrieve", "merge")
+
+
+def routing_at(repository: Repository, commit: str | None, mode: Mode | None = None) -> Routing:
+    """How a commit routes queries: `UNROUTED` where no shard is active.
+
+    Args:
+        mode: None stands for the repository's ``wise.mode``, and that for "retrieve".
+
+    Raises:
+        SettingsError: there is no such mode.
+    """
+    chosen = chosen_mode(repository, mode)
+    return read_routing(shards_at(repository, commit), repository.objects.get, weight_shapes(repository), chosen)
+
+
+def read_routing(
+    patches: Mapping[str, Patch], tensors_of: Callable[[str], bytes | Path], shapes: Shapes, mode: Mode
+) -> Routing:
+    """Side memories of the shards among some patches, in ascending order of id.
+
+    Args:
+        patches: by id; those of another kind are left out.
+        tensors_of: the bytes, or a verified file, of a tensors object.
+        shapes: (out, in) of each weight of the base that can be edited.
+
+    Raises:
+        CorruptStoreError: a shard is not what its manifest says.
+    """
+    shards = {identity: patch for identity, patch in sorted(patches.items()) if patch.kind == "shard"}
+    if not shards:
+        return UNROUTED
+    records = {identity: shard_record(patch) for identity, patch in shards.items()}
+    memories = [
+        SideMemory(identity, *read_shard_change(patch, tensors_of(patch.tensors), shapes), records[identity].routing)
+        for identity, patch in shards.items()
+    ]
+    return Routing(memories, mode, *_merging(records.values()))
+
+
+def stored_shard(repository: Repository, identity: str) -> Shard:
+    """A shard of this store, bit for bit as its training left it."""
+    patch = repository.patch(identity)
+    change = read_shard_change(patch, repository.objects.get(patch.tensors), weight_shapes(repository))
+    return Shard(*change, shard_record(patch).routing)
+
+
+def chosen_mode(repository: Repository, mode: Mode | None) -> Mode:
+    """``mode``, or where that is None what the repository's config says."""
+    return checked_mode(mode or repository.config.settings.get("wise.mode", MODES[0]))
+
+
+def checked_mode(mode: Any) -> Mode:
+    """``mode`` if it is one; `SettingsError` otherwise."""
+    if mode not in MODES:
+        raise SettingsError(f"there is no way {mode!r} to route to shards", remedy=f"Choose {' or '.join(MODES)}.")
+    found: Mode = mode
+    return found
+
+
+def _merging(records: Iterable[ShardRecord]) -> tuple[Literal["ties", "linear"], float]:
+    """How shards are joined: as the first of them says.
+
+    Raises:
+        CorruptStoreError: it says what there is not.
+    """
+    training = next(iter(records)).training
+    method = training.get("merge_method", UNROUTED.merge_method)
+    density = training.get("merge_density", UNROUTED.merge_density)
+    if method not in ("ties", "linear") or type(density) not in (int, float) or not 0 < density <= 1:
+        raise CorruptStoreError(
+            f"a shard says that shards are joined by {method!r} at density {density!r}, which cannot be",
+            remedy="Do not use it.",
+        )
+    return method, float(density)
+
+
+MAIN: Final = "main"
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*/[A-Za-z0-9][\w.\-]*", re.ASCII)
+
+
+def hub_name(path: str | Path) -> str | None:
+    """``user/repo`` if that is what is named: with ``hf://``, or in a form that no existing folder has."""
+    text = str(path)
+    name = text.removeprefix(HUB)
+    if isinstance(path, Path) or _HUB_ID.fullmatch(name) is None:
+        return None
+    return name if text.startswith(HUB) or not Path(text).exists() else None
+
+
+def open_published(
+    repo: str,
+    revision: str,
+    *,
+    base: str | Path | None = None,
+    verify: bool = False,
+    wise: Mode | None = None,
+) -> tuple[Checkpoint, PatchState]:
+    """The base and the state of a revision of ``hf://repo``, for `load` and `attach`.
+
+    Raises:
+        RemoteError: unreachable and not in the cache, or it holds something the format does not allow.
+        RevisionError: no such revision.
+        BaseError: the base cannot be read; with ``verify``, it is another model, which loading finds out by itself of what it patches.
+    """
+    snapshot = HubSnapshot(repo, MAIN if revision == "HEAD" else revision)
+    manifest = snapshot.manifest
+    place = base if base is not None else manifest.base_model
+    if place is None:
+        raise SettingsError(f"hf://{repo} does not say where its base is", remedy="Give the base model: base=...")
+    checkpoint = open_checkpoint(place, manifest.base_revision if base is None else None)
+    architecture = describe(read_config(checkpoint.folder))
+    shapes = {architecture.ffn_weight(layer): architecture.shapes[layer] for layer in range(architecture.n_layers)}
+    try:
+        about = Base.from_json(snapshot.read(manifest.base))
+        blobs = states.state(snapshot.commit, snapshot.read_commit, {})
+        limit = delta_limit(shapes)
+        weights: dict[str, list[Delta]] = {}
+        for blob in sorted(blobs):
+            for weight, delta in read_deltas(snapshot.file(blob, limit=limit), shapes).items():
+                weights.setdefault(weight, []).append(delta)
+        routing = _routing(snapshot, shapes, limit, checked_mode(wise or MODES[0]))
+    except (CorruptStoreError, KeyError, TypeError) as error:
+        raise RemoteError(f"hf://{repo} is refused: {error}", remedy="Do not use it.", remote=repo) from error
+    if verify:
+        check_tensors(about, checkpoint, None)
+    return checkpoint, PatchState(about, architecture.orientation, weights, snapshot.commit, routing)
+
+
+def _routing(snapshot: HubSnapshot, shapes: Shapes, limit: int, mode: Mode) -> Routing:
+    """The side memories of the snapshot's commit; of its patches only those that are active as a whole are read."""
+    whole = states.whole_patches(snapshot.commit, snapshot.read_commit, lambda i: set_from_json(snapshot.read(i)))
+    patches = {identity: Patch.from_json(snapshot.read(identity)) for identity in sorted(whole)}
+    return read_routing(patches, lambda identity: snapshot.file(identity, limit=limit), shapes, mode)
+
+
+SURVIVAL_LIMIT = 0.9  # warn when rounding to the base's type loses more than a tenth of a change
+
+
+def load(
+    path_or_repo: str | Path,
+    revision: str = "HEAD",
+    *,
+    base: str | Path | None = None,
+    verify: bool = False,
+    wise: Mode | None = None,
+    side_path: bool = False,
+    **kwargs: Any,
+) -> Any:
+    """The model at a revision, as an ordinary transformers model; side memories of WISE shards are routed to.
+
+    Args:
+        path_or_repo: the folder that holds a store, the store itself, ``user/repo`` on the Hub, or a checkpoint that `apply` wrote of a
+            state with shards.
+        revision: a branch, tag, commit, ``HEAD~2``, ... ; ``base`` is the unpatched model.
+        base: where the base model is, if not where the repository says.
+        verify: hash every tensor of the base, not only those that the patch touches.
+        wise: keep shards apart and let each query choose ("retrieve"), or join them into one side memory ("merge"). Default: the
+            repository's ``wise.mode``, which is "retrieve" unless it was set.
+        side_path: leave the weights as they are and run the changes beside them in float32, so that none is lost to rounding.
+            A quantised model always does.
+        kwargs: passed to ``AutoModelForCausalLM.from_pretrained``: dtype, device_map, quantization_config, ...
+
+    Raises:
+        RevisionError: no such revision.
+        BaseError: the model found is not the repository's base.
+        SettingsError: a checkpoint that `apply` wrote is named, and what only a store can give.
+    """
+    published = hub_name(path_or_repo)
+    if published is not None:
+        checkpoint, state = open_published(published, revision, base=base, verify=verify, wise=wise)
+        return patched_model.load_patched(checkpoint, state, side_path=side_path, **kwargs)
+    if is_applied(Path(path_or_repo)):
+        _refuse_choices(path_or_repo, revision, base=base, verify=verify, side_path=side_path)
+        return load_applied(Path(path_or_repo), wise, **kwargs)
+    with open_path(path_or_repo) as repository:
+        state = state_at(repository, revision, wise)
+        checkpoint = open_base(repository, base, verify=verify)
+        ready = ReadyWeights(repository.cache / "weights", repository.config.base_id, repository.state(state.commit))
+        return patched_model.load_patched(
+            checkpoint, state, cache=repository.cache, ready=ready, side_path=side_path, **kwargs
+        )
+
+
+def _refuse_choices(folder: str | Path, revision: str, **choices: Any) -> None:
+    """Refuse what cannot be chosen for a checkpoint that `apply` wrote: it has one state, on its own weights."""
+    given = [*(["revision"] if revision != "HEAD" else []), *(name for name, value in choices.items() if value)]
+    if given:
+        raise SettingsError(
+            f"{folder} was written by apply, and {', '.join(given)} cannot be chosen for it",
+            remedy="Leave that out, or load from the repository.",
+            given=given,
+        )
+
+
+def attach(
+    model: Any,
+    path_or_repo: str | Path,
+    revision: str = "HEAD",
+    *,
+    base: str | Path | None = None,
+    wise: Mode | None = None,
+    side_path: bool = False,
+) -> Any:
+    """Put a model that is in memory, the base or any patched state of it, into the state of a revision.
+
+    The base's own tensors are kept, so any later `attach` or `detach` is exact. ``wise`` and ``side_path`` are as in `load`; a model that
+    has a patch keeps to the way in which that is attached.
+
+    Raises:
+        RevisionError, BaseError: as in `load`.
+    """
+    published = hub_name(path_or_repo)
+    if published is not None:
+        checkpoint, state = open_published(published, revision, base=base, wise=wise)
+        _attach(model, checkpoint, state, side_path=side_path)
+        return model
+    with open_path(path_or_repo) as repository:
+        checkpoint, state = open_base(repository, base), state_at(repository, revision, wise)
+        _attach(model, checkpoint, state, side_path=side_path, cache=repository.cache)
+    return model
+
+
+def _attach(
+    model: Any, checkpoint: Checkpoint, state: PatchState, *, side_path: bool, cache: Path | None = None
+) -> None:
+    if patched_model.is_attached(model):
+        patched_model.switch(model, checkpoint, state, cache=cache)
+    else:
+        patched_model.attach(model, checkpoint, state, cache=cache, side_path=side_path)
+
+
+def open_path(path: str | Path) -> Repository:
+    """The store in a folder, or the store itself."""
+    folder = Path(path)
+    if not folder.is_dir():
+        raise RepositoryError(
+            f"{path} is not a folder with a patchhub store", remedy="Give the folder in which `patchhub init` was run."
+        )
+    if (folder / REMOTE).is_file() and not (folder / DIRECTORY).is_dir():
+        raise RepositoryError(
+            f"{path} is a remote, not a store", remedy=f"Clone it: `patchhub clone {path} FOLDER`.", path=str(path)
+        )
+    return Repository.open(folder.parent if folder.name == DIRECTORY else folder)
+
+
+def open_base(repository: Repository, path: str | Path | None = None, *, verify: bool = False) -> Checkpoint:
+    """The repository's base model; with ``verify``, every tensor is hashed."""
+    known = repository.config.base
+    checkpoint = open_checkpoint(path if path is not None else known["path"], None if path else known["revision"])
+    if verify:
+        check_tensors(base_object(repository), checkpoint, None)
+    return checkpoint
+
+
+def base_object(repository: Repository) -> Base:
+    return Base.from_json(repository.objects.get(repository.config.base_id))
+
+
+class StoredDeltas(Mapping[str, Sequence[Delta]]):
+    """The deltas of a commit per weight, read from the store when they are first asked for."""
+
+    def __init__(self, repository: Repository, commit: str | None) -> None:
+        self._repository, self._commit = repository, commit
+        self._read: dict[str, list[Delta]] | None = None
+
+    @property
+    def _deltas(self) -> dict[str, list[Delta]]:
+        if self._read is None:
+            self._read = read_state(self._repository, self._commit)
+        return self._read
+
+    def __getitem__(self, weight: str) -> Sequence[Delta]:
+        return self._deltas[weight]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._deltas)
+
+    def __len__(self) -> int:
+        return len(self._deltas)
+
+
+def state_at(repository: Repository, revision: str, wise: Mode | None = None) -> PatchState:
+    """What is to be attached for a revision: its deltas, which are read on first use, and its side memories."""
+    commit = repository.resolve(revision)
+    return patch_state(
+        repository, StoredDeltas(repository, commit), commit, routing=routing_at(repository, commit, wise)
+    )
+
+
+def main_state_at(repository: Repository, revision: str) -> PatchState:
+    """The main weights of a revision, without its side memories."""
+    commit = repository.resolve(revision)
+    return patch_state(repository, StoredDeltas(repository, commit), commit)
+
+
+def patch_state(
+    repository: Repository,
+    deltas: Mapping[str, Sequence[Delta]],
+    commit: str | None,
+    *,
+    routing: Routing = UNROUTED,
+) -> PatchState:
+    return PatchState(
+        base=base_object(repository),
+        orientation=repository.config.base["orientation"],
+        weights=deltas,
+        commit=commit,
+        routing=routing,
+    )
+
+
+def not_finite(model: str, tensor: str) -> BaseError:
+    """The error that a base has NaN or infinity among its weights."""
+    return BaseError(
+        f"{model} has values in {tensor} that are not finite (NaN or infinity)",
+        remedy="Download or convert the model again.",
+        tensor=tensor,
+    )

@@ -1,0 +1,344 @@
+"""Measuring revisions: what is asked of a model, and one model in memory that is switched from state to state to answer it.
+
+Raw results are kept by the state that was measured and the item that was asked. Losing them costs time only."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from patchhub.canonical import canonical_json, object_id
+from patchhub.editing.locate import encode_targets
+from patchhub.evaluation import drift, suites
+from patchhub.evaluation.drift import DocumentDrift, TextReading
+from patchhub.evaluation.live import LiveReading, continue_greedily, live_prompts, room_after, sample_continuations
+from patchhub.evaluation.metrics import TargetScore, score_targets
+from patchhub.evaluation.suites import FactReading
+from patchhub.fsio import keep
+from patchhub.models.architectures import describe, read_config
+from patchhub.models.placement import Placement, chosen_dtype, load_base, name_of
+from patchhub.models.tracing import Stack
+from patchhub.objects import Metric, Request, Text
+from patchhub.progress import Progress
+from patchhub.runtime.patched_model import attach, switch
+from patchhub.store.fsck import SCORE_CACHE
+from patchhub.store.repository import Repository
+from patchhub.text.tokens import Chat, load_tokenizer
+from patchhub.worktree.loading import state_at
+from patchhub.worktree.metric import held_documents, read_documents
+from patchhub.worktree.metric import kept_held_documents as kept_documents
+from patchhub.worktree.opening import chat_form, open_checked, placement_of
+
+VERSION: Final = 1
+"""Raised whenever an item's result is computed differently."""
+
+
+def state_key(**inputs: Any) -> str:
+    """The identity of a measured model: of its base, changes, type, tokenizer and whatever else decides what it says."""
+    return object_id(canonical_json({**inputs, "version": VERSION}))
+
+
+def item_key(kind: str, **inputs: Any) -> str:
+    """The identity of one question to a model, with every setting that the answer depends on."""
+    return object_id(canonical_json({**inputs, "kind": kind}))
+
+
+class StateResults(Mapping[str, Any]):
+    """Results of one state by item key, as JSON values; those of a missing or damaged file are simply not there.
+
+    The file is the SHA-256 of what follows in its first line, then one JSON object.
+    """
+
+    def __init__(self, cache: Path, state: str) -> None:
+        self._path = cache / SCORE_CACHE / f"{state}.json"
+        self._known = _read(self._path)
+
+    def __getitem__(self, item: str) -> Any:
+        return self._known[item]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._known)
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def keep(self, found: Mapping[str, Any]) -> None:
+        """Add results; the file is replaced in one step."""
+        if found:
+            self._known = {**_read(self._path), **self._known, **found}
+            data = json.dumps(self._known, separators=(",", ":")).encode("utf-8")
+            keep(self._path, (object_id(data).encode("ascii"), b"\n", data))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        digest, _, data = path.read_bytes().partition(b"\n")
+    except OSError:
+        return {}
+    return dict(json.loads(data)) if digest.decode("ascii", "replace") == object_id(data) else {}
+
+
+Tokens = tuple[int, ...]
+
+CONTEXTS: Final = ("It had rained all morning, and when we came home the house was quiet. {}",)
+"""What stands before the prompt in live decoding, on purpose none of the contexts that the editors optimise in."""
+NEW_TOKENS: Final = 20
+"""Tokens that live decoding writes; more where a target is longer."""
+FLUENCY_FACTS: Final = 100
+FLUENCY_TOKENS: Final = 100
+FLUENCY_TOP_K: Final = 5
+BASE: Final = "base"
+
+
+@dataclass(frozen=True)
+class Questions:
+    """What is asked of every state.
+
+    Attributes:
+        requests: the facts.
+        seed: of sampled text.
+        text: files to measure drift on; none: the text that the repository keeps aside, or samples.
+        contexts: templates with one `{}` that live decoding puts the prompt into, beside the bare prompt.
+        fluency_facts: text is sampled after the prompts of that many facts.
+    """
+
+    requests: tuple[Request, ...]
+    seed: int = 0
+    text: tuple[Path, ...] = ()
+    contexts: tuple[str, ...] = CONTEXTS
+    fluency_facts: int = FLUENCY_FACTS
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a state answered.
+
+    Attributes:
+        facts, live: one per request.
+        texts: prompt and sampled continuation of the first facts, None for the others.
+        documents: per document, how far it is from the base.
+    """
+
+    facts: tuple[FactReading, ...]
+    live: tuple[LiveReading, ...]
+    texts: tuple[str | None, ...]
+    documents: tuple[DocumentDrift, ...]
+
+
+class Measurer:
+    """Answers questions for one revision after another; see `measure`.
+
+    Args:
+        placement: on which device, in which type or quantisation the model runs; None: as the repository's config says.
+        dtype: a type instead of the placement's.
+        chat: ask the facts' prompts, contexts and neighbours in the base's chat form; None: as the repository's config says. Text is
+            sampled and drift is measured outside it.
+
+    Raises:
+        SettingsError: the base has no chat template that can be used, under ``chat``.
+        BaseError: the base is not where it was.
+        RequestError: the text for drift cannot be read.
+    """
+
+    def __init__(
+        self,
+        repository: Repository,
+        questions: Questions,
+        progress: Progress,
+        *,
+        placement: Placement | None = None,
+        dtype: torch.dtype | None = None,
+        chat: bool | None = None,
+    ) -> None:
+        self.repository, self.questions, self.progress = repository, questions, progress
+        self._checkpoint, self._placement = open_checked(repository), placement or placement_of(repository)
+        self.dtype = dtype or chosen_dtype(self._checkpoint, self._placement)
+        self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(self._checkpoint)
+        self.chat = chat_form(repository, self.tokenizer, chat)
+        self._loaded: tuple[PreTrainedModel, str] | None = None
+        self._base_text: TextReading | None = None
+        self._tokenizer_id = object_id(self.tokenizer.backend_tokenizer.to_str().encode("utf-8"))
+        self.new_tokens = max(NEW_TOKENS, 1 + _longest_target(self.tokenizer, questions.requests, self.chat))
+        self.documents = self._documents()
+
+    @property
+    def running(self) -> dict[str, Any]:
+        """How models run here, as far as it changes what they say."""
+        settings = self.repository.config.settings
+        return {
+            "dtype": name_of(self.dtype),
+            "quantization": self._placement.quantization,
+            "routing": {name: value for name, value in settings.items() if name.startswith("wise.")},
+        }
+
+    @property
+    def asking(self) -> dict[str, Any]:
+        """The chat form in which facts are asked; nothing where they are asked as they are, as in all that was kept before."""
+        return {} if self.chat is None else {"chat": self.chat.to_json()}
+
+    def measure(self, revision: str) -> Measured:
+        """What a revision answers.
+
+        Raises:
+            RevisionError: no such revision.
+            BaseError: the base is not where it was, or is another model now.
+            EditError: the model's logits are not numbers.
+        """
+        results = StateResults(self.repository.cache, self._state_key(revision))
+        return Measured(
+            facts=tuple(self._facts(revision, results)),
+            live=tuple(self._live(revision, results)),
+            texts=tuple(self._texts(revision, results)),
+            documents=tuple(self._drift(revision, results)),
+        )
+
+    # --- the four kinds of question ---------------------------------------------------------------------------------
+
+    def _facts(self, revision: str, results: StateResults) -> list[FactReading]:
+        requests = self.questions.requests
+        items = [item for request in requests for item in suites.counterfact_items(request)]
+
+        def key(item: tuple[str, str]) -> str:
+            return item_key("target", prompt=item[0], target=item[1], **self.asking)
+
+        def ask(missing: list[tuple[str, str]]) -> list[Any]:
+            scores = score_targets(self._model(revision), self.tokenizer, missing, chat=self.chat)
+            return [[score.tokens, score.logprob, score.argmax] for score in scores]
+
+        found = self._answers(f"reading {_short(revision)}", results, items, key, ask)
+        scores = (TargetScore(tuple(tokens), logprob, tuple(argmax)) for tokens, logprob, argmax in found)
+        return suites.readings(requests, scores)
+
+    def _live(self, revision: str, results: StateResults) -> list[LiveReading]:
+        requests, contexts = self.questions.requests, self.questions.contexts
+        prompts = [prompt for request in requests for prompt in live_prompts(request, contexts)]
+
+        def key(prompt: str) -> str:
+            return item_key("greedy", prompt=prompt, new_tokens=self.new_tokens, **self.asking)
+
+        def ask(missing: list[str]) -> list[Any]:
+            model = self._model(revision)
+            room = room_after(model, self.tokenizer, missing, self.new_tokens, chat=self.chat)
+            fitting = [prompt for prompt in missing if room[prompt] == self.new_tokens]
+            texts = continue_greedily(model, self.tokenizer, fitting, chat=self.chat, max_new_tokens=self.new_tokens)
+            written = dict(zip(fitting, texts, strict=True))
+            return [written.get(prompt) for prompt in missing]
+
+        found = self._answers(f"live decoding {_short(revision)}", results, prompts, key, ask)
+        size = 1 + len(contexts)
+        rows = [tuple(found[start : start + size]) for start in range(0, len(found), size)]
+        return [LiveReading(request.id, request.target_new, row) for request, row in zip(requests, rows, strict=True)]
+
+    def _texts(self, revision: str, results: StateResults) -> list[str | None]:
+        asked = [request.text for request in self.questions.requests[: self.questions.fluency_facts]]
+        settings = {"seed": self.questions.seed, "total_tokens": FLUENCY_TOKENS, "top_k": FLUENCY_TOP_K}
+
+        def key(prompt: str) -> str:
+            return item_key("sampled", prompt=prompt, **settings)
+
+        def ask(missing: list[str]) -> list[Any]:
+            return sample_continuations(self._model(revision), self.tokenizer, missing, **settings)
+
+        found = self._answers(f"sampling text {_short(revision)}", results, asked, key, ask)
+        texts = [prompt + written if written else None for prompt, written in zip(asked, found, strict=True)]
+        return texts + [None] * (len(self.questions.requests) - len(texts))
+
+    def _drift(self, revision: str, results: StateResults) -> list[DocumentDrift]:
+        digest = Text(self.documents).id
+
+        def ask(missing: list[None]) -> list[Any]:
+            if self._base_text is None:
+                self._base_text = drift.read_text(self._model(BASE), self.documents)
+            parts = drift.document_drifts(self._model(revision), self._base_text)
+            return [[[part.growth, part.divergence, part.positions] for part in parts]]
+
+        label = f"drift {_short(revision)}"
+        [found] = self._answers(label, results, [None], lambda item: item_key("drift", text=digest), ask)
+        return [DocumentDrift(growth, divergence, positions) for growth, divergence, positions in found]
+
+    # --- the model and its cache ------------------------------------------------------------------------------------
+
+    def _answers(
+        self,
+        label: str,
+        results: StateResults,
+        items: Sequence[Any],
+        key: Callable[[Any], str],
+        ask: Callable[[list[Any]], list[Any]],
+    ) -> list[Any]:
+        """The answer to each item: those that are known, and those that `ask` finds now, which are kept."""
+        keys = [key(item) for item in items]
+        missing = {name: item for name, item in zip(keys, items, strict=True) if name not in results}
+        if missing:
+            self.progress.stage(label, 0)
+            results.keep(dict(zip(missing, ask(list(missing.values())), strict=True)))
+        return [results[name] for name in keys]
+
+    def _model(self, revision: str) -> PreTrainedModel:
+        """The model in the state of a revision."""
+        state, cache = state_at(self.repository, revision), self.repository.cache
+        if self._loaded is None:
+            model: PreTrainedModel = self._load().eval()
+            attach(model, self._checkpoint, state, cache=cache)
+        else:
+            model, present = self._loaded
+            if present != revision:
+                switch(model, self._checkpoint, state, cache=cache)
+        self._loaded = model, revision
+        return model
+
+    def _load(self) -> Any:
+        if self.dtype == chosen_dtype(self._checkpoint, self._placement):
+            return load_base(self._checkpoint, self._placement)
+        folder = self._checkpoint.folder
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=self.dtype, local_files_only=True)
+
+    def _state_key(self, revision: str) -> str:
+        commit = self.repository.resolve(revision)
+        patches = sorted({patch for patch, request in self.repository.active(commit) if request is None})
+        return state_key(
+            base=self.repository.config.base_id,
+            deltas=sorted(self.repository.state(commit)),
+            shards=[patch for patch in patches if self.repository.patch(patch).kind == "shard"],
+            tokenizer=self._tokenizer_id,
+            **self.running,
+            versions=[torch.__version__, transformers.__version__],
+        )
+
+    def _documents(self) -> tuple[Tokens, ...]:
+        """The text to measure drift on, as much of it as is read at once."""
+        config = read_config(self._checkpoint.folder)
+        vocabulary = int(config.get_text_config().vocab_size)
+        return tuple(drift.leading(self._text(config), drift.room(vocabulary)))
+
+    def _text(self, config: PreTrainedConfig) -> Sequence[Sequence[int]]:
+        recording = self.repository.config.recording
+        if self.questions.text:
+            return read_documents(Stack(self._model(BASE), describe(config)), self.tokenizer, self.questions.text)
+        metric = None if recording is None else Metric.from_json(self.repository.objects.get(recording.metric))
+        kept = kept_documents(self.repository, metric)
+        if kept is not None:
+            return kept
+        stack = Stack(self._model(BASE), describe(config))
+        return held_documents(self.repository, metric, stack, self.tokenizer)
+
+
+def _longest_target(tokenizer: PreTrainedTokenizerBase, requests: Sequence[Request], chat: Chat | None) -> int:
+    """In tokens, in a chat where the template joins prompt and target."""
+    if chat is not None:
+        pairs = [(request.text, request.target_new) for request in requests]
+        spans = (text.target for text in encode_targets(tokenizer, pairs, chat=chat))
+        return max((stop - start for start, stop in spans), default=0)
+    encoded = tokenizer([f" {request.target_new}" for request in requests])["input_ids"]
+    return max(map(len, encoded), default=0)
+
+
+def _short(revision: str) -> str:
+    return revision[:12]

@@ -1,0 +1,332 @@
+"""What all recordings of a repository share: one metric and one list of contexts, made once and pinned in its config.
+
+The text of the metric comes from the user's files or from the base itself. A tenth of its documents is held aside to measure drift on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+from transformers import PreTrainedTokenizerBase
+
+from patchhub.editing.metric import MEMORY, Covariance, MetricCache, NullSpace, Preimages, layer_groups, second_moments
+from patchhub.errors import PatchhubError, RepositoryError, RequestError
+from patchhub.evaluation.drift import leading
+from patchhub.fsio import keep
+from patchhub.models.tracing import Stack
+from patchhub.objects import Metric, Text
+from patchhub.progress import Progress
+from patchhub.runtime.patched_model import unpatched
+from patchhub.sets.settings import metric_settings
+from patchhub.store.config import Recording
+from patchhub.store.repository import Repository
+from patchhub.text.sampling import context_templates, sample_documents
+
+_EVERY: Final = 10
+_KEPT_POSITIONS: Final = 16_384
+_SAMPLED_TOKENS: Final = 2_048
+_HELD_LENGTH: Final = 64
+_SEED_STEP: Final = 1  # fallback text must not be the text that the metric was sampled with
+
+Documents = Sequence[Sequence[int]]
+
+
+def set_aside(documents: Documents) -> tuple[list[list[int]], list[list[int]]]:
+    """(measured, held): the second moments' documents, and every tenth one."""
+    measured = [list(document) for number, document in enumerate(documents, 1) if number % _EVERY]
+    return measured, [list(document) for document in documents[_EVERY - 1 :: _EVERY]]
+
+
+def measured_part(documents: Documents, metric: Metric) -> list[list[int]]:
+    """Of all documents of a metric's text, those that its second moments are of."""
+    return set_aside(documents)[0] if metric.source.get("held") else [list(document) for document in documents]
+
+
+def keep_held(repository: Repository, metric: Metric, held: Documents) -> None:
+    """Keep the held documents of the user's own text, which is no object, in the cache."""
+    if held and metric.source.get("kind") != "sampled":
+        _write(repository, metric.id, leading(held, _KEPT_POSITIONS))
+
+
+def kept_held_documents(repository: Repository, metric: Metric | None) -> list[tuple[int, ...]] | None:
+    """The held documents of a metric that are at hand without a model; None where `held_documents` has to sample them."""
+    if metric is None:
+        return _read(repository, repository.config.base_id)
+    sampled = metric.source.get("kind") == "sampled" and metric.source.get("held")
+    if sampled and metric.text is not None and metric.text in repository.objects:
+        return [tuple(d) for d in set_aside(Text.from_json(repository.objects.get(metric.text)).token_ids)[1]]
+    return _read(repository, metric.id)
+
+
+def held_documents(
+    repository: Repository, metric: Metric | None, stack: Stack, tokenizer: PreTrainedTokenizerBase
+) -> list[tuple[int, ...]]:
+    """The held documents of a metric, as token ids.
+
+    Where there are none (a metric of an earlier version or another origin, a clone, an emptied cache) they are sampled from the base
+    and kept in the cache.
+
+    Args:
+        metric: None for a store without one.
+        stack: the base, unpatched.
+    """
+    kept = kept_held_documents(repository, metric)
+    if kept is None:
+        seed = int(metric.source.get("seed", 0) if metric else 0) + _SEED_STEP
+        kept = [
+            tuple(document)
+            for document in sample_documents(stack, tokenizer, _SAMPLED_TOKENS, length=_HELD_LENGTH, seed=seed)
+        ]
+        _write(repository, metric.id if metric else repository.config.base_id, kept)
+    return kept
+
+
+def _read(repository: Repository, name: str) -> list[tuple[int, ...]] | None:
+    """What the cache holds; None where it is missing or damaged."""
+    try:
+        return list(Text.from_json((repository.cache / "held" / f"{name}.json").read_bytes()).token_ids)
+    except (OSError, PatchhubError):
+        return None
+
+
+def _write(repository: Repository, name: str, documents: Documents) -> None:
+    folder = repository.cache / "held"
+    text = Text(tuple(tuple(document) for document in documents))
+    keep(folder / f"{name}.json", [text.to_json()])
+
+
+_SAMPLED_TOKENS_PER_INPUT = 20  # tokens of sampled text per input of the widest FFN; see docs/methods.md
+_SAMPLED_LENGTH = 64
+_LONGEST = 1024
+
+
+def text_of(documents: Sequence[Sequence[int]]) -> Text:
+    """The object that identifies documents."""
+    return Text(tuple(tuple(document) for document in documents))
+
+
+def sampled_documents(
+    repository: Repository, stack: Stack, tokenizer: PreTrainedTokenizerBase, progress: Progress
+) -> tuple[Documents, dict[str, Any]]:
+    """Documents that the base writes, as the repository's settings say, and the metric's `source`."""
+    settings = repository.config.settings
+    seed = int(settings.get("metric.seed", 0))
+    width = max(inner for _, inner in stack.architecture.shapes)
+    total = int(settings.get("metric.tokens", _SAMPLED_TOKENS_PER_INPUT * width))
+    progress.stage("text from the base", total)
+    documents = sample_documents(stack, tokenizer, total, length=_SAMPLED_LENGTH, seed=seed, progress=progress.advance)
+    return documents, {"kind": "sampled", "seed": seed}
+
+
+def kept_documents(repository: Repository, metric: Metric, weights: Sequence[str]) -> Documents:
+    """The documents of a metric whose text the store keeps.
+
+    Args:
+        weights: what the documents are wanted for, to be named where there are none.
+
+    Raises:
+        RepositoryError: the text is not kept, or the metric's moments were computed elsewhere.
+    """
+    if metric.text is not None and metric.source.get("kind") == "sampled":
+        return [list(document) for document in Text.from_json(repository.objects.get(metric.text)).token_ids]
+    if metric.source.get("kind") == "imported":
+        raise RepositoryError(
+            f"metric {metric.id[:12]} was imported, and the cache has nothing of it for {', '.join(weights)}",
+            remedy="Import the same files again with `patchhub metric import`, or edit layers that they have.",
+            weights=list(weights),
+        )
+    raise RepositoryError(
+        f"the second moments of metric {metric.id[:12]} are not in the cache, and its text is not kept",
+        remedy=f"Give the same text again: --text {' '.join(metric.source.get('names', ['FILE']))}",
+        weights=list(weights),
+    )
+
+
+def read_documents(stack: Stack, tokenizer: PreTrainedTokenizerBase, files: Sequence[Path]) -> Documents:
+    """Token ids of every document of the files, each cut to what the model can read at once (at most 1,024).
+
+    Raises:
+        RequestError: a file cannot be read, or there is no text in any.
+    """
+    limit = min(int(getattr(stack.model.config.get_text_config(), "max_position_embeddings", _LONGEST)), _LONGEST)
+    documents: list[list[int]] = []
+    for path in files:
+        encoded = tokenizer(_texts_of(path), verbose=False)["input_ids"]
+        documents += [list(ids[start : start + limit]) for ids in encoded for start in range(0, len(ids), limit)]
+    if not any(documents):
+        raise RequestError("the text given by --text has no words", remedy="Give running text.")
+    return [document for document in documents if document]
+
+
+def _texts_of(path: Path) -> list[str]:
+    """A JSON list of texts, JSON lines of texts or {"text": ...}, or plain text with one document per line."""
+    try:
+        content = path.read_text(encoding="utf-8")
+        if path.suffix == ".json":
+            records = json.loads(content)
+        elif path.suffix in (".jsonl", ".ndjson"):
+            records = [json.loads(line) for line in content.split("\n") if line.strip()]
+        else:
+            records = content.splitlines()
+    except (OSError, ValueError) as error:
+        raise RequestError(
+            f"the text {path} cannot be read ({error})", remedy="Give a UTF-8 text or JSON file."
+        ) from error
+    if not isinstance(records, list):
+        raise _no_texts(path)
+    texts: list[Any] = [record.get("text") if isinstance(record, dict) else record for record in records]
+    if not all(isinstance(text, str) for text in texts):
+        raise _no_texts(path)
+    return [text for text in texts if text.strip()]
+
+
+def _no_texts(path: Path) -> RequestError:
+    return RequestError(
+        f"the text {path} is not a list of texts",
+        remedy='Give plain text, a JSON list of strings, or JSON lines with a "text" field.',
+    )
+
+
+@dataclass(frozen=True)
+class Recorder:
+    """The metric's id and what is kept of it, and the contexts."""
+
+    metric: str
+    cache: MetricCache
+    contexts: tuple[str, ...]
+
+
+def open_recorder(
+    repository: Repository,
+    stack: Stack,
+    tokenizer: PreTrainedTokenizerBase,
+    layers: Sequence[int],
+    text: Sequence[Path],
+    progress: Progress,
+    *,
+    memory: int = MEMORY,
+) -> Recorder:
+    """The repository's metric with all that ``layers`` need, computed and pinned now if there is none yet.
+
+    Args:
+        stack: the base in any state; text is sampled and second moments are computed with the patch taken away.
+        text: files to compute the metric from; none: the base writes it.
+        memory: bytes that sums and factors may take.
+
+    Raises:
+        RepositoryError: another text is given than the one that the metric was made from, or its factors are not in the
+            cache and cannot be made again without that text.
+        RequestError: a text file cannot be read.
+    """
+    pinned = repository.config.recording
+    if pinned is None:
+        return start_recorder(repository, stack, tokenizer, layers, text, progress, memory=memory)
+    metric = Metric.from_json(repository.objects.get(pinned.metric))
+    documents = read_documents(stack, tokenizer, text) if text else None
+    if documents is not None and text_of(documents).id != metric.text:
+        raise RepositoryError(
+            f"this repository's metric {metric.id[:12]} was made from other text than --text gives",
+            remedy="Leave --text out: one repository has one metric, which `patchhub metric compute --text` replaces until a commit.",
+        )
+    cache = metric_cache(repository, metric)
+    _complete(repository, metric, cache, stack, layers, documents, progress, memory)
+    return Recorder(metric.id, cache, pinned.contexts)
+
+
+def start_recorder(
+    repository: Repository,
+    stack: Stack,
+    tokenizer: PreTrainedTokenizerBase,
+    layers: Sequence[int],
+    text: Sequence[Path],
+    progress: Progress,
+    *,
+    memory: int = MEMORY,
+) -> Recorder:
+    """A new metric as the repository's settings say, and contexts, pinned in place of what was pinned before.
+
+    Args and errors are those of `open_recorder`.
+    """
+    if text:
+        documents, source = read_documents(stack, tokenizer, text), _from_files(text)
+    else:
+        with unpatched(stack.model):
+            documents, source = sampled_documents(repository, stack, tokenizer, progress)
+    metric = _new_metric(repository, documents, source)
+    cache = metric_cache(repository, metric)
+    _complete(repository, metric, cache, stack, layers, documents, progress, memory)
+    with unpatched(stack.model):
+        contexts = context_templates(stack, tokenizer)
+    pin(repository, metric, contexts)
+    return Recorder(metric.id, cache, contexts)
+
+
+def pin(repository: Repository, metric: Metric, contexts: tuple[str, ...]) -> None:
+    """Make this the metric and the contexts of the repository."""
+    identity = repository.objects.put(metric.to_json())
+    repository.change_config(lambda config: replace(config, recording=Recording(identity, contexts)))
+
+
+def metric_cache(repository: Repository, metric: Metric) -> MetricCache:
+    """What the repository's cache holds of a metric."""
+    return MetricCache(repository.cache / "metric" / metric.id, preimages_by(metric))
+
+
+def preimages_by(metric: Metric) -> Preimages:
+    """The kind of a metric as a computation."""
+    numbers = {name: float(value) for name, value in metric.settings.items()}
+    return NullSpace(**numbers) if metric.kind == "null_space" else Covariance(**numbers)
+
+
+def _new_metric(repository: Repository, documents: Documents, source: Mapping[str, Any]) -> Metric:
+    """The metric object of a text; keeps the text where it may, and the held part."""
+    measured, held = set_aside(documents)
+    text = text_of(documents)
+    if source["kind"] == "sampled":
+        repository.objects.put(text.to_json())
+    kind, numbers = metric_settings(repository)
+    metric = Metric(
+        base=repository.config.base_id,
+        kind=kind,
+        settings=numbers,
+        source={**source, "held": len(held)},
+        text=text.id,
+        tokens=sum(map(len, measured)),
+        truncation=max(map(len, documents)),
+    )
+    keep_held(repository, metric, held)
+    return metric
+
+
+def _from_files(files: Sequence[Path]) -> dict[str, Any]:
+    return {"kind": "file", "names": [path.name for path in files]}
+
+
+def _complete(
+    repository: Repository,
+    metric: Metric,
+    cache: MetricCache,
+    stack: Stack,
+    layers: Sequence[int],
+    documents: Documents | None,
+    progress: Progress,
+    memory: int,
+) -> None:
+    """Compute what the cache lacks for ``layers``: one pass over the text per group of layers that fits into memory."""
+    weights = {layer: stack.architecture.ffn_weight(layer) for layer in layers}
+    missing = [layer for layer, weight in weights.items() if not cache.has(weight)]
+    if not missing:
+        return
+    texts = documents or kept_documents(repository, metric, [weights[layer] for layer in missing])
+    measured = measured_part(texts, metric)
+    width = max(stack.architecture.shapes[layer][1] for layer in missing)
+    groups = layer_groups(missing, width, memory)
+    progress.stage("second moments", len(groups) * sum(map(len, measured)))
+    for group in groups:
+        with unpatched(stack.model):
+            moments = second_moments(stack, group, measured, progress=progress.advance)
+        for layer in group:
+            cache.store(weights[layer], moments.pop(layer))
