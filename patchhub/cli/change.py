@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from patchhub.objects import Operation
     from patchhub.porcelain.change import Changed
     from patchhub.porcelain.commit import Committed
-    from patchhub.store.repository import Repository
+    from patchhub.store.store import Store
 
 
 set_option = click.option(
@@ -149,7 +149,7 @@ def commit(
     report_committed(repository, done, as_json)
 
 
-def report_committed(repository: Repository, done: Committed, as_json: bool) -> None:
+def report_committed(repository: Store, done: Committed, as_json: bool) -> None:
     """What `commit` and `update` print."""
     if as_json:
         print_json(done.to_json())
@@ -272,7 +272,7 @@ def redo(author: str | None, repo: Path | None, as_json: bool) -> None:
     _report_step(repository, run(repository, author=who, time=now()), "done again", as_json)
 
 
-def _report_step(repository: Repository, operation: Operation, past: str, as_json: bool) -> None:
+def _report_step(repository: Store, operation: Operation, past: str, as_json: bool) -> None:
     branch, head = repository.head
     if as_json:
         changes = {ref: list(change) for ref, change in operation.changes.items()}
@@ -289,14 +289,14 @@ def _report_step(repository: Repository, operation: Operation, past: str, as_jso
     say(f"{branch or 'HEAD'} is at {head[:12] if head else 'the base'}")
 
 
-def _reversed_command(repository: Repository, operation: Operation) -> str:
+def _reversed_command(repository: Store, operation: Operation) -> str:
     """The command whose effect an undo took away or a redo brought back."""
     commands = dict(repository.operations())
     target = commands[str(operation.undoes)]
     return target.command if target.undoes is None else _reversed_command(repository, target)
 
 
-def _report_change(repository: Repository, done: Changed, as_json: bool) -> None:
+def _report_change(repository: Store, done: Changed, as_json: bool) -> None:
     if as_json:
         print_json(done.to_json())
         return

@@ -35,7 +35,7 @@ def _story(folder: Path, model: Path, facts: Path, progress: Any) -> None:
     from patchhub.porcelain.commit import commit
     from patchhub.porcelain.model import apply, differing_tensors, init, score_facts
     from patchhub.sets.commits import Stamp
-    from patchhub.store.repository import Repository
+    from patchhub.store.store import Store
 
     author = author_of({}, None)
     batch = read_requests(facts)
@@ -44,7 +44,7 @@ def _story(folder: Path, model: Path, facts: Path, progress: Any) -> None:
     done = init(folder, str(model), progress, author=author, time=now())
     say(f"  {done.tensors} tensors, {done.gigabytes * 1000:.1f} MB, identity {done.base[:12]}")
 
-    with Repository.open(folder) as repository:
+    with Store.open(folder) as repository:
         _step(f"patchhub commit {facts.name} -m 'An alternative world'", f"{len(batch.requests)} facts become a patch.")
         made = commit(repository, batch, Stamp(author, now(), "An alternative world"), progress)
         size = sum(repository.objects.path(blob).stat().st_size for blob in repository.state(made.commit))

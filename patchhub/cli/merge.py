@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from patchhub.porcelain.refresh import Refreshed
     from patchhub.sets.commits import Stamp
     from patchhub.sets.merging import Contradiction, Resolution, Side
-    from patchhub.store.repository import Repository
+    from patchhub.store.store import Store
 
 
 _SHOWN = 8
@@ -151,7 +151,7 @@ def refresh(message: str, force: bool, author: str | None, repo: Path | None, as
         _report_refreshed(done)
 
 
-def _refresh(repository: Repository, by: Stamp, *, force: bool) -> Refreshed:
+def _refresh(repository: Store, by: Stamp, *, force: bool) -> Refreshed:
     from patchhub.porcelain.refresh import refresh as run
 
     with bars() as progress:
@@ -174,7 +174,7 @@ def _resolution(choices: Path | None, *, ours: bool, theirs: bool) -> Resolution
     return Resolution(read_choices(choices) if choices else {}, prefer)
 
 
-def _predict(repository: Repository, rev: str, resolution: Resolution, as_json: bool) -> None:
+def _predict(repository: Store, rev: str, resolution: Resolution, as_json: bool) -> None:
     from patchhub.porcelain.merge import predict
 
     found = predict(repository, rev, resolution=resolution)
@@ -184,7 +184,7 @@ def _predict(repository: Repository, rev: str, resolution: Resolution, as_json: 
         _report_prediction(found)
 
 
-def report_merged(repository: Repository, done: Merged) -> None:
+def report_merged(repository: Store, done: Merged) -> None:
     branch, _ = repository.head
     at = f"[{branch or 'detached'} {done.commit[:12] if done.commit else 'base'}]"
     if done.outcome != "merged":

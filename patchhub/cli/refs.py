@@ -22,7 +22,7 @@ from patchhub.errors import SettingsError
 
 if TYPE_CHECKING:
     from patchhub.porcelain.refs import Moved, Named, Signature
-    from patchhub.store.repository import Repository
+    from patchhub.store.store import Store
 
 
 @click.command()
@@ -151,7 +151,7 @@ def _only_name(name: str | None, rev: str | None) -> str:
     return name
 
 
-def _signature(repository: Repository, author: str | None) -> Signature:
+def _signature(repository: Store, author: str | None) -> Signature:
     from patchhub.porcelain.refs import Signature
 
     return Signature(author_of(repository.config.settings, author), now())

@@ -25,7 +25,7 @@ from patchhub.errors import SettingsError
 if TYPE_CHECKING:
     from patchhub.porcelain.blame import Bisection, Blame, Check, MetricCheck, Step
     from patchhub.store.lookup import Change, Fact
-    from patchhub.store.repository import Repository
+    from patchhub.store.store import Store
 
 
 _SHOWN = 10
@@ -181,7 +181,7 @@ def merge_base(one: str, other: str, repo: Path | None, as_json: bool) -> None:
         say(commit)
 
 
-def _command_check(repository: Repository, command: tuple[str, ...], base: str | None) -> Check:
+def _command_check(repository: Store, command: tuple[str, ...], base: str | None) -> Check:
     from patchhub.porcelain.blame import command_check
     from patchhub.progress import Silent
 
@@ -198,7 +198,7 @@ def _command_check(repository: Repository, command: tuple[str, ...], base: str |
 
 
 def _metric_check(
-    repository: Repository,
+    repository: Store,
     metric: str,
     good: str,
     bad: str,

@@ -26,7 +26,7 @@ from patchhub.errors import ContradictionError
 if TYPE_CHECKING:
     from patchhub.porcelain.merge import Merged, Stopped
     from patchhub.remotes.sync import Fetched, Moved, Pushed
-    from patchhub.store.repository import Repository
+    from patchhub.store.store import Store
 
 
 author_option = click.option("--author", help="Who is recorded in the operation log.")
@@ -205,7 +205,7 @@ def pull(remote: str | None, max_size: float, author: str | None, repo: Path | N
     from patchhub.porcelain.share import default_remote
     from patchhub.porcelain.share import pull as run
 
-    repository: Repository = open_repository(repo)
+    repository: Store = open_repository(repo)
     with bars() as progress:
         pulled = run(
             repository,
@@ -300,7 +300,7 @@ def _say_fetched(fetched: Fetched) -> None:
         say("Nothing new")
 
 
-def _say_merged(repository: Repository, merged: Merged | Stopped | None) -> None:
+def _say_merged(repository: Store, merged: Merged | Stopped | None) -> None:
     from patchhub.cli.merge import report_merged, report_stopped
     from patchhub.porcelain.merge import Stopped
 

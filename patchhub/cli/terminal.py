@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from patchhub.objects import Request
     from patchhub.sets.commits import Stamp
-    from patchhub.store.repository import Repository
+    from patchhub.store.store import Store
 
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -46,14 +46,14 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print one JS
 _NOT_ESCAPED_IN_JSON = re.compile("[\x7f-\x9f\ud800-\udfff]")
 
 
-def open_repository(repo: Path | None) -> Repository:
+def open_repository(repo: Path | None) -> Store:
     """The store named by --repo (on the command or before it), or the one found upward from the working directory."""
-    from patchhub.store.repository import DIRECTORY, Repository
+    from patchhub.store.store import DIRECTORY, Store
 
     chosen = repo or click.get_current_context().find_root().params.get("repo")
     if chosen is not None:
-        return Repository.open(chosen.parent if chosen.name == DIRECTORY else chosen)
-    return Repository.discover(Path.cwd())
+        return Store.open(chosen.parent if chosen.name == DIRECTORY else chosen)
+    return Store.discover(Path.cwd())
 
 
 def now() -> str:
@@ -76,7 +76,7 @@ def author_of(settings: Mapping[str, Any], given: str | None) -> str:
     return author
 
 
-def stamp(repository: Repository, author: str | None, message: str) -> Stamp:
+def stamp(repository: Store, author: str | None, message: str) -> Stamp:
     from patchhub.sets.commits import Stamp
 
     return Stamp(author_of(repository.config.settings, author), now(), message)
@@ -155,7 +155,7 @@ def say_stale_shards(number: int) -> None:
         )
 
 
-def say_trained(repository: Repository, shards: Sequence[str]) -> None:
+def say_trained(repository: Store, shards: Sequence[str]) -> None:
     """Which shards were trained again, and on how many facts."""
     for shard in shards:
         patch = repository.patch(shard)

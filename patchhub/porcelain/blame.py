@@ -33,7 +33,7 @@ from patchhub.sets.shards import without_shards
 from patchhub.store import graph, lookup
 from patchhub.store.graph import Parents
 from patchhub.store.lookup import Fact
-from patchhub.store.repository import Repository
+from patchhub.store.store import Store
 from patchhub.text.tokens import Chat, load_tokenizer
 from patchhub.worktree.loading import main_state_at, open_base
 from patchhub.worktree.opening import chat_form
@@ -101,7 +101,7 @@ class _Reading:
 
 
 def blame(
-    repository: Repository,
+    repository: Store,
     prompt: str,
     progress: Progress,
     *,
@@ -161,7 +161,7 @@ def blame(
     )
 
 
-def _owners(repository: Repository, elements: frozenset[Element], weight: str) -> list[Element]:
+def _owners(repository: Store, elements: frozenset[Element], weight: str) -> list[Element]:
     """Whose column each row of `read_columns` is, for one weight."""
     ordered = sorted((patch, request) for patch, request in elements if request is not None)
     return [element for element in ordered if weight in repository.patch(element[0]).weights]
@@ -183,7 +183,7 @@ def _norms(
 
 @torch.no_grad()
 def _read(
-    repository: Repository,
+    repository: Store,
     prompt: str,
     subject: str | None,
     weights: Sequence[str],
@@ -346,7 +346,7 @@ def _best_split(candidates: Sequence[str], below: Mapping[str, int], excluded: C
 
 
 def bisect(
-    repository: Repository, good: str, bad: str, check: Check, progress: Progress, *, chat: Chat | None = None
+    repository: Store, good: str, bad: str, check: Check, progress: Progress, *, chat: Chat | None = None
 ) -> Bisection:
     """Find the first bad commit between two revisions, both of which are checked first.
 
@@ -430,7 +430,7 @@ class MetricCheck:
 
 
 def command_check(
-    repository: Repository, run: Callable[[Path, str | None], int], progress: Progress, *, base: str | None = None
+    repository: Store, run: Callable[[Path, str | None], int], progress: Progress, *, base: str | None = None
 ) -> Check:
     """A check by a program on the applied checkpoint: exit code 0 is good, 125 skips, anything else is bad.
 
@@ -450,7 +450,7 @@ def command_check(
 
 
 def metric_check(
-    repository: Repository,
+    repository: Store,
     metric: str,
     requests: Sequence[Request],
     *,
@@ -489,7 +489,7 @@ def metric_check(
     return MetricCheck(measure, below, above, form)
 
 
-def facts_to_measure(repository: Repository, metric: str, good: str, bad: str) -> list[Request]:
+def facts_to_measure(repository: Store, metric: str, good: str, bad: str) -> list[Request]:
     """The facts that a metric is about by default.
 
     What must hold all along, efficacy and paraphrases: the facts active at both ends, or, where there are none, at the bad end.
@@ -503,7 +503,7 @@ def facts_to_measure(repository: Repository, metric: str, good: str, bad: str) -
 
 
 def _measurement(
-    repository: Repository, metric: str, requests: Sequence[Request], base: str | None, chat: bool | None
+    repository: Store, metric: str, requests: Sequence[Request], base: str | None, chat: bool | None
 ) -> tuple[Callable[[str | None], float], Chat | None]:
     """commit -> the number, on one model that is loaded now; and the form in which it is asked."""
     import torch

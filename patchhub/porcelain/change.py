@@ -27,8 +27,8 @@ from patchhub.sets.elements import (
 from patchhub.sets.merging import refuse_stopped
 from patchhub.sets.shards import ShardPlan, plan_shards, shards_among, shrink, stale_shards, without_shards
 from patchhub.store import graph
-from patchhub.store.repository import Repository
 from patchhub.store.revisions import BRANCHES, HEAD
+from patchhub.store.store import Store
 from patchhub.worktree.judging import GUARDED, Guarding
 
 OnConflict = Literal["refuse", "replace"]
@@ -73,7 +73,7 @@ class Changed:
 
 
 def revert(
-    repository: Repository,
+    repository: Store,
     revision: str | None,
     stamp: Stamp,
     *,
@@ -120,7 +120,7 @@ def revert(
 
 
 def cherry_pick(
-    repository: Repository,
+    repository: Store,
     revision: str,
     stamp: Stamp,
     *,
@@ -152,7 +152,7 @@ def cherry_pick(
     return _carry_out(repository, change, forgotten, stamp, "cherry-pick", arguments, progress or Silent(), guarding)
 
 
-def _replacing(repository: Repository, change: Change) -> tuple[Change, dict[str, frozenset[str]]]:
+def _replacing(repository: Store, change: Change) -> tuple[Change, dict[str, frozenset[str]]]:
     """A change that also removes what its facts contradict: columns, and per shard the ids of facts."""
     active = repository.active(repository.head[1])
     staying = active_requests(repository, active - change.remove)
@@ -175,7 +175,7 @@ def largest_proof(commit: Commit) -> float:
 
 
 def _carry_out(
-    repository: Repository,
+    repository: Store,
     change: Change,
     forgotten: Mapping[str, frozenset[str]],
     stamp: Stamp,
@@ -226,13 +226,13 @@ def _carry_out(
     )
 
 
-def _shard_change(repository: Repository, active: frozenset[Element], change: Change) -> ShardPlan:
+def _shard_change(repository: Store, active: frozenset[Element], change: Change) -> ShardPlan:
     leaving, entering = shards_among(repository, change.remove), shards_among(repository, change.restore)
     return plan_shards(repository, active, leaving, entering, change.chosen)
 
 
 def _refuse_contradictions(
-    repository: Repository, head: str | None, before: frozenset[Element], after: frozenset[Element], shards: ShardPlan
+    repository: Store, head: str | None, before: frozenset[Element], after: frozenset[Element], shards: ShardPlan
 ) -> None:
     """Refuse what would come in beside a fact that says otherwise, unless the two were active together below HEAD before."""
     entering = dict(active_requests(repository, after - before))
@@ -251,12 +251,12 @@ def _refuse_contradictions(
         raise contradiction_error(found, active=True)
 
 
-def _named(repository: Repository, change: Change, requests: frozenset[str]) -> tuple[Request, ...]:
+def _named(repository: Store, change: Change, requests: frozenset[str]) -> tuple[Request, ...]:
     texts = active_requests(repository, change.remove | change.restore)
     return distinct({place: request for place, request in texts.items() if request.id in requests})
 
 
-def _commit(repository: Repository, revision: str) -> tuple[str, Commit]:
+def _commit(repository: Store, revision: str) -> tuple[str, Commit]:
     identity = repository.resolve(revision)
     if identity is None:
         raise RevisionError(f"{revision} is the unpatched model; it changes nothing", remedy="Name a commit.")
@@ -267,7 +267,7 @@ def _title(identity: str, commit: Commit) -> str:
     return f"“{next(iter(commit.message.splitlines()), '') or identity[:12]}”"
 
 
-def _words(repository: Repository, change: Change, title: str, partly: bool) -> str:
+def _words(repository: Store, change: Change, title: str, partly: bool) -> str:
     """What is reverted: a commit, some facts of one, or some facts."""
     if not partly:
         return title
@@ -300,7 +300,7 @@ class Squashed:
         return {"commit": self.commit, "replaced": list(self.replaced), "active": self.active, "proof": self.proof}
 
 
-def squash(repository: Repository, span: str, stamp: Stamp) -> Squashed:
+def squash(repository: Store, span: str, stamp: Stamp) -> Squashed:
     """Replace the commits of `span` by one and move the current branch to it.
 
     Args:
@@ -329,7 +329,7 @@ def squash(repository: Repository, span: str, stamp: Stamp) -> Squashed:
     return Squashed(identity, tuple(replaced), repository.active_count(identity), max(proofs, default=0.0))
 
 
-def _span(repository: Repository, span: str, head: str | None) -> tuple[Sequence[str], str | None]:
+def _span(repository: Store, span: str, head: str | None) -> tuple[Sequence[str], str | None]:
     """The commits to replace, newest first, and the one below them (None: they go down to the base)."""
     if head is None:
         raise RevisionError("there is no commit yet", remedy="Commit some facts first.")
@@ -357,7 +357,7 @@ def _span(repository: Repository, span: str, head: str | None) -> tuple[Sequence
     return commits, parent
 
 
-def _below(repository: Repository, span: str, head: str) -> str | None:
+def _below(repository: Store, span: str, head: str) -> str | None:
     """FROM of ``FROM..TO``, after checking that TO is HEAD."""
     start, dots, end = span.partition("..")
     if not (start and dots):

@@ -36,7 +36,7 @@ from patchhub.sets.merging import refuse_stopped
 from patchhub.sets.rivals import Rival, competition, refuse, suspects, warnings
 from patchhub.sets.settings import metric_settings, read_setting
 from patchhub.sets.shards import METHOD, active_shards, without_shards
-from patchhub.store.repository import Repository
+from patchhub.store.store import Store
 from patchhub.text.tokens import context_length
 from patchhub.worktree.judging import judge_edit
 from patchhub.worktree.loading import SURVIVAL_LIMIT, open_base
@@ -48,7 +48,7 @@ _NULL_SPACE_RIDGE = 1.0  # AlphaEdit weighs requests by 1 and the norm of the ch
 
 
 def chosen_settings(
-    repository: Repository, method: str, architecture: Architecture, given: Mapping[str, Any]
+    repository: Store, method: str, architecture: Architecture, given: Mapping[str, Any]
 ) -> EditSettings:
     """The settings of a closed-form editor in this repository.
 
@@ -88,14 +88,14 @@ def read_overrides(texts: Sequence[str], method: str) -> dict[str, Any]:
     return found
 
 
-def _configured(repository: Repository, method: str) -> dict[str, Any]:
+def _configured(repository: Store, method: str) -> dict[str, Any]:
     settings = repository.config.settings
     named = {"preset": settings["preset"]} if "preset" in settings else {}
     prefix = f"{method}."
     return named | {key[len(prefix) :]: value for key, value in settings.items() if key.startswith(prefix)}
 
 
-def _kind(repository: Repository) -> str:
+def _kind(repository: Store) -> str:
     """The kind of the metric that is pinned, else of the one that will be."""
     pinned = repository.config.recording
     if pinned is None:
@@ -103,7 +103,7 @@ def _kind(repository: Repository) -> str:
     return Metric.from_json(repository.objects.get(pinned.metric)).kind
 
 
-def state_without(repository: Repository, plan: Plan, state: Mapping[str, Sequence[Delta]]) -> dict[str, list[Delta]]:
+def state_without(repository: Store, plan: Plan, state: Mapping[str, Sequence[Delta]]) -> dict[str, list[Delta]]:
     """The deltas of the state that the new facts are recorded on: HEAD's, without the facts they replace."""
     found = {weight: list(deltas) for weight, deltas in state.items()}
     if plan.replaced:
@@ -113,7 +113,7 @@ def state_without(repository: Repository, plan: Plan, state: Mapping[str, Sequen
 
 
 def write_closed_form(
-    repository: Repository,
+    repository: Store,
     opened: Opened,
     plan: Plan,
     method: str,
@@ -157,7 +157,7 @@ def write_closed_form(
 
 
 def _rivals(
-    repository: Repository, opened: Opened, plan: Plan, recorder: Recorder, settings: EditSettings, below: State
+    repository: Store, opened: Opened, plan: Plan, recorder: Recorder, settings: EditSettings, below: State
 ) -> tuple[Rival, ...]:
     """What the batch competes with, from its keys at the lowest edited layer."""
     layer = settings.layers[0]
@@ -178,7 +178,7 @@ def _rivals(
 
 
 def _edit(
-    repository: Repository,
+    repository: Store,
     opened: Opened,
     plan: Plan,
     recorder: Recorder,
@@ -214,7 +214,7 @@ def _edit(
 
 
 def _kept_values(
-    repository: Repository, opened: Opened, plan: Plan, method: str, layer: int, values: ValueSettings
+    repository: Store, opened: Opened, plan: Plan, method: str, layer: int, values: ValueSettings
 ) -> KeptValues:
     """Where the values of facts are kept that are optimised on this state with these settings."""
     config = opened.model.config
@@ -231,7 +231,7 @@ def _kept_values(
 
 
 def _store_patch(
-    repository: Repository, plan: Plan, recorder: Recorder, method: str, settings: EditSettings, edit: Edit
+    repository: Store, plan: Plan, recorder: Recorder, method: str, settings: EditSettings, edit: Edit
 ) -> Patch:
     columns = edit.recording.columns
     patch = Patch(
@@ -284,7 +284,7 @@ class Committed:
 
 
 def commit(
-    repository: Repository,
+    repository: Store,
     batch: Batch,
     stamp: Stamp,
     progress: Progress,
@@ -364,11 +364,11 @@ class _Edit:
 
     architecture: Architecture
     weights: Sequence[str]
-    write: Callable[[Repository, Opened, Plan, Progress], Written]
+    write: Callable[[Store, Opened, Plan, Progress], Written]
 
 
 def _chosen_edit(
-    repository: Repository,
+    repository: Store,
     checkpoint: Checkpoint,
     method: str,
     given: Mapping[str, Any],
@@ -392,7 +392,7 @@ def _chosen_edit(
         )
     chosen = chosen_settings(repository, method, architecture, given)
 
-    def write(repository: Repository, opened: Opened, plan: Plan, progress: Progress) -> Written:
+    def write(repository: Store, opened: Opened, plan: Plan, progress: Progress) -> Written:
         written = write_closed_form(
             repository, opened, plan, method, chosen, text, progress, strict=strict, memory=memory
         )
@@ -402,7 +402,7 @@ def _chosen_edit(
 
 
 def _open(
-    repository: Repository, checkpoint: Checkpoint, edit: _Edit, plan: Plan, placement: Placement | None, *, chat: bool
+    repository: Store, checkpoint: Checkpoint, edit: _Edit, plan: Plan, placement: Placement | None, *, chat: bool
 ) -> Opened:
     """The base in the state that the plan is written on; facts that are longer than it reads are refused here."""
     deltas = state_without(repository, plan, read_state(repository, plan.parent))
@@ -413,7 +413,7 @@ def _open(
     return opened
 
 
-def _in_chat(repository: Repository, method: str, asked: bool | None) -> bool:
+def _in_chat(repository: Store, method: str, asked: bool | None) -> bool:
     """Whether facts are written in a chat.
 
     Raises:
@@ -444,7 +444,7 @@ _LISTED = 8
 
 
 def update(
-    repository: Repository,
+    repository: Store,
     subject: str,
     target: str,
     stamp: Stamp,

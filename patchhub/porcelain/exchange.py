@@ -26,7 +26,7 @@ from patchhub.sets.commits import Draft, Stamp, snapshot
 from patchhub.sets.elements import active_requests, distinct
 from patchhub.sets.merging import refuse_stopped
 from patchhub.sets.shards import shards_at
-from patchhub.store.repository import Repository, refuse_store
+from patchhub.store.store import Store, refuse_store
 from patchhub.worktree.judging import GUARDED, Guarding
 from patchhub.worktree.loading import base_object, open_base
 
@@ -57,7 +57,7 @@ class _Change:
 
 
 def import_change(
-    repository: Repository,
+    repository: Store,
     folder: Path,
     stamp: Stamp,
     progress: Progress,
@@ -138,13 +138,13 @@ def _holder(folder: Path) -> Path:
     )
 
 
-def _from_adapter(folder: Path, repository: Repository) -> _Change:
+def _from_adapter(folder: Path, repository: Store) -> _Change:
     deltas = read_adapter(folder, weight_shapes(repository)).items()
     return _Change("lora", {weight: (delta, form_of(delta), 0.0) for weight, delta in deltas if not is_nothing(delta)})
 
 
 def _from_checkpoint(
-    repository: Repository, base: Checkpoint, other: Checkpoint, tolerance: float, progress: Progress
+    repository: Store, base: Checkpoint, other: Checkpoint, tolerance: float, progress: Progress
 ) -> _Change:
     """The difference of two checkpoints, weight by weight; every other tensor must be the same."""
     shapes = weight_shapes(repository)
@@ -205,7 +205,7 @@ class Exported:
 
 
 def export_peft(
-    repository: Repository,
+    repository: Store,
     revision: str,
     out: Path,
     progress: Progress,
@@ -245,7 +245,7 @@ def export_peft(
 
 
 def export_diff(
-    repository: Repository, revision: str, out: Path, progress: Progress, *, overwrite: bool = False
+    repository: Store, revision: str, out: Path, progress: Progress, *, overwrite: bool = False
 ) -> Exported:
     """Write the change of each weight against the base as one safetensors file, in the forms of docs/format.md.
 
@@ -268,7 +268,7 @@ def export_diff(
 
 
 def hub_pages(
-    repository: Repository, repo: str, commit: str, progress: Progress, *, withheld: bool
+    repository: Store, repo: str, commit: str, progress: Progress, *, withheld: bool
 ) -> Mapping[str, bytes | None]:
     """What the root of a Hub repository holds beside the store: the card, and the adapter where there can be one."""
     note: AdapterNote | str
@@ -286,12 +286,12 @@ def hub_pages(
     return {**files, "README.md": write_card(_card(repository, repo, commit, note, withheld=withheld))}
 
 
-def _adapter(repository: Repository, commit: str | None, *, tolerance: float, rank: int | None) -> Adapter:
+def _adapter(repository: Store, commit: str | None, *, tolerance: float, rank: int | None) -> Adapter:
     _refuse_routed(repository, commit, "LoRA adapter")
     return make_adapter(read_state(repository, commit), weight_shapes(repository), tolerance=tolerance, rank=rank)
 
 
-def _refuse_routed(repository: Repository, commit: str | None, what: str) -> None:
+def _refuse_routed(repository: Store, commit: str | None, what: str) -> None:
     shards = shards_at(repository, commit)
     if shards:
         raise RepositoryError(
@@ -301,7 +301,7 @@ def _refuse_routed(repository: Repository, commit: str | None, what: str) -> Non
         )
 
 
-def _card(repository: Repository, repo: str, commit: str, adapter: AdapterNote | str, *, withheld: bool) -> Card:
+def _card(repository: Store, repo: str, commit: str, adapter: AdapterNote | str, *, withheld: bool) -> Card:
     found = repository.commit(commit)
     elements = repository.active(commit)
     requests = distinct(active_requests(repository, elements))
@@ -327,7 +327,7 @@ def _card(repository: Repository, repo: str, commit: str, adapter: AdapterNote |
     )
 
 
-def _score_lines(repository: Repository, commit: str) -> list[ScoreLine]:
+def _score_lines(repository: Store, commit: str) -> list[ScoreLine]:
     """What is noted about a commit."""
     return [
         ScoreLine(
@@ -343,7 +343,7 @@ def _score_lines(repository: Repository, commit: str) -> list[ScoreLine]:
     ]
 
 
-def _base_name(repository: Repository) -> BaseName:
+def _base_name(repository: Store) -> BaseName:
     base = repository.config.base
     on_hub = base.get("revision") is not None
     return BaseName(

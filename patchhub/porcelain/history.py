@@ -19,8 +19,8 @@ from patchhub.sets.shards import active_shards, shard_record, shards_at, stale_s
 from patchhub.store import graph, lookup
 from patchhub.store.graph import Parents, Rank
 from patchhub.store.lookup import Selection
-from patchhub.store.repository import Repository
 from patchhub.store.revisions import REMOTES, SYMBOLIC
+from patchhub.store.store import Store
 
 SHARES: Final = ("own", "earlier", "crushed")
 """The guard's counts of facts, each {"count", "of"}; see docs/guard.md."""
@@ -119,7 +119,7 @@ class Divergence:
         return asdict(self)
 
 
-def divergences(repository: Repository) -> tuple[Divergence, ...]:
+def divergences(repository: Store) -> tuple[Divergence, ...]:
     """One for each remote that has a branch of the current branch's name, by name of the remote; none where HEAD is detached."""
     branch, head = repository.head
     here = [] if head is None else [head]
@@ -262,7 +262,7 @@ class Status:
 
 
 def log(
-    repository: Repository,
+    repository: Store,
     revision: str = "HEAD",
     *,
     limit: int | None = None,
@@ -301,7 +301,7 @@ def log(
         )
 
 
-def _graph(repository: Repository, *, whole: bool) -> tuple[Parents, Rank]:
+def _graph(repository: Store, *, whole: bool) -> tuple[Parents, Rank]:
     """Parents and ranks, asked for one by one or, with `whole`, read at once."""
     if not whole:
         return repository.parents, repository.rank
@@ -325,7 +325,7 @@ def nearest(starts: Sequence[str], wanted: AbstractSet[str], parents: Parents) -
     return tuple(found)
 
 
-def merge_bases(repository: Repository, one: str, other: str) -> list[str]:
+def merge_bases(repository: Store, one: str, other: str) -> list[str]:
     """The best common ancestors of two revisions; none where they only share the unpatched model.
 
     Raises:
@@ -336,7 +336,7 @@ def merge_bases(repository: Repository, one: str, other: str) -> list[str]:
     return graph.merge_bases(left, right, lambda commit: known[commit][1]) if left and right else []
 
 
-def show(repository: Repository, revision: str = "HEAD") -> Shown:
+def show(repository: Store, revision: str = "HEAD") -> Shown:
     """One commit with its facts.
 
     Raises:
@@ -369,7 +369,7 @@ def show(repository: Repository, revision: str = "HEAD") -> Shown:
     )
 
 
-def _refuse_patch(repository: Repository, name: str) -> None:
+def _refuse_patch(repository: Store, name: str) -> None:
     """Raise `RevisionError` where a name is the id of one patch, or a prefix of it: it says which commit brought that."""
     found = lookup.patches_named(repository, name) if len(name) >= _DIGITS else {}
     if len(found) == 1:
@@ -382,7 +382,7 @@ def _refuse_patch(repository: Repository, name: str) -> None:
         ) from None
 
 
-def status(repository: Repository) -> Status:
+def status(repository: Store) -> Status:
     """Where HEAD is, also beside the remotes, what is active, and whether the base is where it was."""
     branch, head = repository.head
     names = _names(repository.refs())
@@ -405,7 +405,7 @@ def status(repository: Repository) -> Status:
     )
 
 
-def _shards(repository: Repository, head: str | None) -> tuple[ActiveShard, ...]:
+def _shards(repository: Store, head: str | None) -> tuple[ActiveShard, ...]:
     shards = shards_at(repository, head)
     stale = set(stale_shards(repository, repository.active(head))) if shards else set()
     return tuple(
@@ -448,7 +448,7 @@ def _names(refs: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
 
 
 def _entry(
-    repository: Repository,
+    repository: Store,
     identity: str,
     commit: Commit,
     names: Mapping[str, tuple[str, ...]],
@@ -469,11 +469,11 @@ def _entry(
     )
 
 
-def _scores(repository: Repository, notes: Sequence[str]) -> tuple[Noted, ...]:
+def _scores(repository: Store, notes: Sequence[str]) -> tuple[Noted, ...]:
     return tuple(read_note(identity, repository.note(identity)) for identity in notes)
 
 
-def _size(repository: Repository, commit: Commit) -> Size:
+def _size(repository: Store, commit: Commit) -> Size:
     delta, keyframe = (
         repository.objects.path(blob).stat().st_size if blob is not None else 0
         for blob in (commit.tensors, commit.keyframe.tensors if commit.keyframe else None)

@@ -39,7 +39,7 @@ from patchhub.porcelain.scores import Noted, Score, notes_of, read_note
 from patchhub.progress import Progress
 from patchhub.sets.commits import Stamp
 from patchhub.sets.settings import Contender
-from patchhub.store.repository import Repository
+from patchhub.store.store import Store
 from patchhub.worktree.loading import open_base
 from patchhub.worktree.measuring import (
     BASE,
@@ -198,7 +198,7 @@ class Evaluator:
 
     def __init__(
         self,
-        repository: Repository,
+        repository: Store,
         facts: Facts,
         progress: Progress,
         *,
@@ -283,7 +283,7 @@ class Evaluator:
 
 
 def evaluate(
-    repository: Repository,
+    repository: Store,
     revision: str,
     facts: Facts,
     progress: Progress,
@@ -312,7 +312,7 @@ def evaluate(
 
 
 def evaluate_history(
-    repository: Repository,
+    repository: Store,
     revision: str,
     facts: Facts,
     progress: Progress,
@@ -402,7 +402,7 @@ class Bench:
 
 
 def bench(
-    repository: Repository,
+    repository: Store,
     contenders: Sequence[Contender],
     facts: Facts,
     progress: Progress,
@@ -445,11 +445,11 @@ def bench(
 
 
 @contextmanager
-def scratch_repository(base: str, progress: Progress, *, author: str, time: str) -> Iterator[Repository]:
+def scratch_repository(base: str, progress: Progress, *, author: str, time: str) -> Iterator[Store]:
     """A repository about a base that is gone afterwards."""
     with tempfile.TemporaryDirectory(prefix="patchhub-bench-") as name:
         init(Path(name), base, progress, author=author, time=time)
-        with Repository.open(Path(name)) as repository:
+        with Store.open(Path(name)) as repository:
             yield repository
 
 
@@ -470,11 +470,11 @@ def row_values(found: Bench, row: BenchRow) -> list[float | None]:
 
 
 @contextmanager
-def _beside(repository: Repository, *, author: str, time: str) -> Iterator[Repository]:
+def _beside(repository: Store, *, author: str, time: str) -> Iterator[Store]:
     """A temporary repository with the same base, settings and metric, and without commits."""
     with tempfile.TemporaryDirectory(prefix="patchhub-bench-") as name:
         config, root = repository.config, Path(name)
-        with Repository.init(
+        with Store.init(
             root,
             repository.objects.get(config.base_id),
             base_info=config.base,
@@ -493,7 +493,7 @@ def _beside(repository: Repository, *, author: str, time: str) -> Iterator[Repos
             yield trial
 
 
-def _share_cache(repository: Repository, trial: Repository) -> None:
+def _share_cache(repository: Store, trial: Store) -> None:
     """Second moments and held text are the same for the same metric, and dear."""
     trial.cache.mkdir(exist_ok=True)
     for part in _SHARED_CACHE:
@@ -502,7 +502,7 @@ def _share_cache(repository: Repository, trial: Repository) -> None:
         (trial.cache / part).symlink_to(source, target_is_directory=True)
 
 
-def _complete_metric(trial: Repository, contenders: Sequence[Contender], progress: Progress) -> None:
+def _complete_metric(trial: Store, contenders: Sequence[Contender], progress: Progress) -> None:
     """Compute what the editors need of the metric beforehand, so that no one of them pays for it."""
     architecture = describe(read_config(open_base(trial).folder))
     layers = {
@@ -515,7 +515,7 @@ def _complete_metric(trial: Repository, contenders: Sequence[Contender], progres
 
 
 def _commits(
-    trial: Repository,
+    trial: Store,
     one: Contender,
     facts: Sequence[Request],
     size: int,
@@ -537,5 +537,5 @@ def _costs(made: Sequence[Committed], size: int, facts: int) -> dict[str, float]
     }
 
 
-def _stored(repository: Repository) -> int:
+def _stored(repository: Store) -> int:
     return sum(repository.objects.path(identity).stat().st_size for identity in repository.objects.ids())

@@ -40,8 +40,8 @@ from patchhub.sets.merging import (
 )
 from patchhub.sets.shards import ShardPlan, shrink, stale_shards, superseded
 from patchhub.store.graph import is_ancestor
-from patchhub.store.repository import Repository
 from patchhub.store.revisions import BRANCHES, REMOTES, TAGS, resolve_ref
+from patchhub.store.store import Store
 from patchhub.worktree.judging import GUARDED, Guarding
 
 Outcome = Literal["up to date", "fast-forward", "merged"]
@@ -139,7 +139,7 @@ class Plan:
 
 
 def merge(
-    repository: Repository,
+    repository: Store,
     revision: str,
     stamp: Stamp,
     *,
@@ -183,7 +183,7 @@ def merge(
 
 
 def continue_merge(
-    repository: Repository,
+    repository: Store,
     stamp: Stamp,
     *,
     resolution: Resolution,
@@ -203,7 +203,7 @@ def continue_merge(
     return _finish(repository, waiting, stamp, resolution, guarding, progress or Silent(), begun)
 
 
-def abort_merge(repository: Repository) -> None:
+def abort_merge(repository: Store) -> None:
     """Forget a stopped merge; no ref moved when it stopped, so none moves now.
 
     Raises:
@@ -213,7 +213,7 @@ def abort_merge(repository: Repository) -> None:
         raise RepositoryError("there is no stopped merge to abort", remedy="Begin one with `patchhub merge REV`.")
 
 
-def plan(repository: Repository, ours: str, theirs: str, resolution: Resolution) -> Plan:
+def plan(repository: Store, ours: str, theirs: str, resolution: Resolution) -> Plan:
     """What merging two commits would give; nothing is written.
 
     Raises:
@@ -238,7 +238,7 @@ def _forgotten(merged: frozenset[Element], decided: Decided) -> dict[str, frozen
 
 
 def _finish(
-    repository: Repository,
+    repository: Store,
     merge: StoppedMerge,
     stamp: Stamp,
     resolution: Resolution,
@@ -288,7 +288,7 @@ def _finish(
     )
 
 
-def _moved(repository: Repository, outcome: Outcome, before: str | None, after: str | None, begun: float) -> Merged:
+def _moved(repository: Store, outcome: Outcome, before: str | None, after: str | None, begun: float) -> Merged:
     """The report of a merge without a commit of its own."""
     ours, theirs = repository.active(before), repository.active(after)
     left, entered = left_and_entered(repository, ours, theirs)
@@ -308,14 +308,14 @@ def _moved(repository: Repository, outcome: Outcome, before: str | None, after: 
     )
 
 
-def _apart(repository: Repository, planned: Plan) -> tuple[Facts, Facts, Facts, Facts]:
+def _apart(repository: Store, planned: Plan) -> tuple[Facts, Facts, Facts, Facts]:
     """from_ours, from_theirs, removed_by_ours and removed_by_theirs of `Merged`."""
     removed_by_ours, from_ours = left_and_entered(repository, planned.theirs, planned.merged)
     removed_by_theirs, from_theirs = left_and_entered(repository, planned.ours, planned.merged)
     return from_ours, from_theirs, removed_by_ours, removed_by_theirs
 
 
-def _describe(repository: Repository, revision: str) -> str:
+def _describe(repository: Store, revision: str) -> str:
     """What is merged, as a default message names it."""
     ref = resolve_ref(revision, repository.refs()) or ""
     for namespace, kind in ((BRANCHES, "branch"), (REMOTES, "remote branch"), (TAGS, "tag")):
@@ -388,9 +388,7 @@ class Prediction:
         }
 
 
-def predict(
-    repository: Repository, revision: str, *, resolution: Resolution = UNDECIDED, loss: float = LOSS
-) -> Prediction:
+def predict(repository: Store, revision: str, *, resolution: Resolution = UNDECIDED, loss: float = LOSS) -> Prediction:
     """What merging a revision into HEAD would bring.
 
     Raises:
@@ -438,7 +436,7 @@ class _Near:
     residual_cosine: float
 
 
-def _side(repository: Repository, side: Side, commit: str, elements: frozenset[Element]) -> _Alone:
+def _side(repository: Store, side: Side, commit: str, elements: frozenset[Element]) -> _Alone:
     columns = read_columns(repository, elements)
     weights = {patch: repository.patch(patch).weights.keys() for patch in {patch for patch, _ in elements}}
     ordered = sorted(
@@ -468,7 +466,7 @@ def _nearest(left: _Alone, right: _Alone) -> dict[Element, _Near]:
 
 
 def _losses(
-    repository: Repository,
+    repository: Store,
     side: _Alone,
     merged: Mapping[str, Sequence[Delta]],
     nearest: Mapping[Element, _Near],

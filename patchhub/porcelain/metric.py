@@ -25,7 +25,7 @@ from patchhub.models.architectures import describe, read_config
 from patchhub.objects import Metric
 from patchhub.progress import Progress
 from patchhub.sets.settings import is_metric_used, metric_settings
-from patchhub.store.repository import Repository, refuse_store
+from patchhub.store.store import Store, refuse_store
 from patchhub.text.sampling import context_templates
 from patchhub.worktree.loading import open_base
 from patchhub.worktree.metric import metric_cache, pin
@@ -62,7 +62,7 @@ class Shown:
         return asdict(self)
 
 
-def show(repository: Repository) -> Shown:
+def show(repository: Store) -> Shown:
     """The repository's metric."""
     pinned = repository.config.recording
     used = is_metric_used(repository)
@@ -85,14 +85,14 @@ def show(repository: Repository) -> Shown:
     )
 
 
-def _columns(repository: Repository, weight: str, path: Path) -> int:
+def _columns(repository: Store, weight: str, path: Path) -> int:
     """Columns of the float32 matrix in a .npy file that has a row for every input of the weight."""
     inner = int(repository.config.base["weights"][weight]["shape"][1])
     return path.stat().st_size // (4 * inner)  # the header is shorter than a column
 
 
 def compute(
-    repository: Repository,
+    repository: Store,
     progress: Progress,
     *,
     layers: Sequence[int] = (),
@@ -130,12 +130,12 @@ def compute(
     return show(repository)
 
 
-def editable_weights(repository: Repository) -> list[str]:
+def editable_weights(repository: Store) -> list[str]:
     """Every weight of the base that can be edited, by layer; the config has them in order of text."""
     return sorted(repository.config.base["weights"], key=lambda name: [int(n) for n in re.findall(r"\d+", name)])
 
 
-def edited_layers(repository: Repository, architecture: Architecture) -> tuple[int, ...]:
+def edited_layers(repository: Store, architecture: Architecture) -> tuple[int, ...]:
     """The layers that the repository's closed-form editor writes to."""
     from patchhub.editing.editor import EDITORS
     from patchhub.porcelain.commit import chosen_settings
@@ -144,7 +144,7 @@ def edited_layers(repository: Repository, architecture: Architecture) -> tuple[i
     return chosen_settings(repository, method if method in EDITORS else "memit", architecture, {}).layers
 
 
-def refuse_other(repository: Repository, metric: Metric) -> None:
+def refuse_other(repository: Store, metric: Metric) -> None:
     """Raise if facts are recorded with another metric than this one."""
     pinned = repository.config.recording
     if pinned is not None and pinned.metric != metric.id and is_metric_used(repository):
@@ -155,7 +155,7 @@ def refuse_other(repository: Repository, metric: Metric) -> None:
         )
 
 
-def import_moments(repository: Repository, sources: Sequence[str], progress: Progress) -> Shown:
+def import_moments(repository: Store, sources: Sequence[str], progress: Progress) -> Shown:
     """Make a metric from files of second moments and pin it, with the kind and numbers that the repository's settings say.
 
     One matrix is in memory at a time. Whether the moments are of this base cannot be checked beyond their shape.
@@ -191,7 +191,7 @@ def import_moments(repository: Repository, sources: Sequence[str], progress: Pro
     return show(repository)
 
 
-def _files(repository: Repository, sources: Sequence[str]) -> dict[str, Path]:
+def _files(repository: Store, sources: Sequence[str]) -> dict[str, Path]:
     """The file of each weight, in the order of the layers."""
     weights = editable_weights(repository)
     found: dict[str, Path] = {}
@@ -226,7 +226,7 @@ def _twice(path: Path) -> SettingsError:
     return SettingsError(f"{path} is the second file for one weight", remedy="Give one file for each weight.")
 
 
-def _contexts(repository: Repository, progress: Progress) -> tuple[str, ...]:
+def _contexts(repository: Store, progress: Progress) -> tuple[str, ...]:
     checkpoint = open_base(repository)
     progress.stage("loading the base", 0)
     opened = open_model(
@@ -251,7 +251,7 @@ def is_metric_file(path: Path) -> bool:
         return False
 
 
-def export_metric(repository: Repository, out: Path, *, overwrite: bool = False) -> str:
+def export_metric(repository: Store, out: Path, *, overwrite: bool = False) -> str:
     """Write the repository's metric with all that its cache holds; returns the file's SHA-256.
 
     The same metric gives the same bytes. Matrices are streamed.
@@ -297,7 +297,7 @@ def export_metric(repository: Repository, out: Path, *, overwrite: bool = False)
     return _digest(out)
 
 
-def import_metric(repository: Repository, path: Path) -> Shown:
+def import_metric(repository: Store, path: Path) -> Shown:
     """Take a metric and what it was exported with into the repository, and pin it.
 
     Every member is checked before it counts: its hash, type, shape and that its numbers are finite. The metric's object is the
@@ -386,7 +386,7 @@ def _take(
         received.unlink(missing_ok=True)
 
 
-def _take_text(archive: zipfile.ZipFile, path: Path, repository: Repository, metric: Metric) -> None:
+def _take_text(archive: zipfile.ZipFile, path: Path, repository: Store, metric: Metric) -> None:
     """Keep the text that the metric was computed from, if the file has it: other layers can be computed from it."""
     if _TEXT not in archive.namelist() or metric.text is None or metric.text in repository.objects:
         return
@@ -410,7 +410,7 @@ def _is_matrix(path: Path, inner: int) -> bool:
     return all(bool(np.isfinite(matrix[start : start + step]).all()) for start in range(0, inner, step))
 
 
-def _inner(repository: Repository, weight: str) -> int:
+def _inner(repository: Store, weight: str) -> int:
     return int(repository.config.base["weights"][weight]["shape"][1])
 
 

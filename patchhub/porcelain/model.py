@@ -28,7 +28,7 @@ from patchhub.runtime.patched_model import attach, load_patched, switch
 from patchhub.runtime.routing import Mode
 from patchhub.sets.columns import read_state
 from patchhub.sets.shards import shards_at
-from patchhub.store.repository import DIRECTORY, Repository, refuse_store
+from patchhub.store.store import DIRECTORY, Store, refuse_store
 from patchhub.text.tokens import Chat, lacks_tokenizer, load_tokenizer
 from patchhub.worktree.loading import (
     SURVIVAL_LIMIT,
@@ -118,7 +118,7 @@ def init(
             "orientation": architecture.orientation,
             "weights": _weights(checkpoint, architecture, progress),
         }
-        with Repository.init(
+        with Store.init(
             folder, identity.to_json(), base_info=info, settings={}, author=author, time=time
         ) as repository:
             keep_digests(repository, Path(kept))
@@ -136,7 +136,7 @@ def init(
 
 
 def apply(
-    repository: Repository,
+    repository: Store,
     revision: str,
     out: Path,
     progress: Progress,
@@ -194,7 +194,7 @@ def apply(
 
 
 def ask(
-    repository: Repository,
+    repository: Store,
     prompt: str,
     revisions: Sequence[str],
     progress: Progress,
@@ -218,7 +218,7 @@ def ask(
 
 
 def answers(
-    repository: Repository,
+    repository: Store,
     prompts: Sequence[str],
     revisions: Sequence[str],
     progress: Progress,
@@ -288,7 +288,7 @@ class Answers:
     neighbors: int
 
 
-def score_facts(repository: Repository, requests: Sequence[Request], revision: str, expected: Sequence[str]) -> Answers:
+def score_facts(repository: Store, requests: Sequence[Request], revision: str, expected: Sequence[str]) -> Answers:
     """What a revision answers: at each prompt, with as many tokens as the expected answer has, and at the evaluation prompts.
 
     Answers are teacher forced; paraphrases are right with the new target, neighbours with their own.

@@ -27,7 +27,7 @@ from patchhub.sets.commits import Draft, Judge, Stamp, snapshot
 from patchhub.sets.elements import active_requests, distinct, is_stale
 from patchhub.sets.guard import decided, prepared
 from patchhub.sets.shards import active_shards, stale_shards, without_shards
-from patchhub.store.repository import Repository
+from patchhub.store.store import Store
 from patchhub.text.tokens import Chat
 from patchhub.worktree.guard import Budget, from_model
 from patchhub.worktree.loading import open_base
@@ -80,7 +80,7 @@ class _Group:
     targets: np.ndarray
 
 
-def refresh(repository: Repository, stamp: Stamp, progress: Progress, *, force: bool = False) -> Refreshed:
+def refresh(repository: Store, stamp: Stamp, progress: Progress, *, force: bool = False) -> Refreshed:
     """Record what is due again on the state that holds all other facts, as a new patch in a commit on HEAD.
 
     Due are stale columns and, on a merge commit, those of the facts that it brought to its first parent: they were recorded
@@ -130,7 +130,7 @@ def refresh(repository: Repository, stamp: Stamp, progress: Progress, *, force: 
     )
 
 
-def _judge(repository: Repository, opened: Opened, progress: Progress, *, force: bool) -> Judge:
+def _judge(repository: Store, opened: Opened, progress: Progress, *, force: bool) -> Judge:
     """The judge of a refresh, with the model that recorded. No fact is new: what is asked is whether those that held still do."""
 
     def look(commit: Commit) -> Mapping[str, Any]:
@@ -166,7 +166,7 @@ def _withheld_error(shards: Sequence[str]) -> RevisionError:
     )
 
 
-def _due(repository: Repository, head: str | None) -> frozenset[Element]:
+def _due(repository: Store, head: str | None) -> frozenset[Element]:
     active = repository.active(head)
     commit = repository.commit(head) if head else None
     brought = commit.added if commit is not None and len(commit.parents) > 1 else frozenset()
@@ -174,7 +174,7 @@ def _due(repository: Repository, head: str | None) -> frozenset[Element]:
     return frozenset(e for e in active if e[1] is not None and (e in brought or e[0] in stale))
 
 
-def _groups(repository: Repository, texts: Mapping[Element, Request]) -> list[_Group]:
+def _groups(repository: Store, texts: Mapping[Element, Request]) -> list[_Group]:
     """The facts by method and settings, in order of request id."""
     found: dict[bytes, list[tuple[Element, Request]]] = {}
     for (identity, request_id), request in texts.items():
@@ -191,7 +191,7 @@ def _groups(repository: Repository, texts: Mapping[Element, Request]) -> list[_G
     return groups
 
 
-def _refuse_incomplete(repository: Repository, group: _Group, architecture: Architecture) -> None:
+def _refuse_incomplete(repository: Store, group: _Group, architecture: Architecture) -> None:
     """Raise `RepositoryError` for settings, which may come from another store, that do not say how columns are recorded."""
     weights = {weight for patch in group.patches for weight in repository.patch(patch).weights}
     whole = group.method in EDITORS and {"contexts", "layers", "ridge"} <= group.settings.keys()
@@ -203,7 +203,7 @@ def _refuse_incomplete(repository: Repository, group: _Group, architecture: Arch
         )
 
 
-def _targets(repository: Repository, elements: Sequence[Element]) -> np.ndarray:
+def _targets(repository: Store, elements: Sequence[Element]) -> np.ndarray:
     """z of each element."""
     stored: dict[Element, np.ndarray] = {}
     for identity in {identity for identity, _ in elements}:
@@ -214,7 +214,7 @@ def _targets(repository: Repository, elements: Sequence[Element]) -> np.ndarray:
 
 
 def _open(
-    repository: Repository,
+    repository: Store,
     groups: Iterable[_Group],
     active: frozenset[Element],
     staying: frozenset[Element],
@@ -234,7 +234,7 @@ def _open(
 
 
 def _record_groups(
-    repository: Repository,
+    repository: Store,
     opened: Opened,
     groups: Sequence[_Group],
     staying: frozenset[Element],
@@ -270,9 +270,7 @@ def _record(
     )
 
 
-def _store(
-    repository: Repository, group: _Group, metric: str, below: frozenset[Element], recording: Recording
-) -> Patch:
+def _store(repository: Store, group: _Group, metric: str, below: frozenset[Element], recording: Recording) -> Patch:
     patch = Patch(
         base=repository.config.base_id,
         kind="closed_form",

@@ -11,8 +11,8 @@ from typing import Any
 from patchhub.errors import RepositoryError, RevisionError
 from patchhub.objects import Operation
 from patchhub.store.operations import Changes, invert
-from patchhub.store.repository import Repository
 from patchhub.store.revisions import BRANCHES, HEAD, REMOTES, SYMBOLIC, TAGS, check_ref, follow, resolve_ref
+from patchhub.store.store import Store
 
 
 @dataclass(frozen=True)
@@ -63,22 +63,22 @@ class RefEntry:
         return asdict(self)
 
 
-def branches(repository: Repository) -> list[Named]:
+def branches(repository: Store) -> list[Named]:
     """Every branch that has a commit, by name."""
     return _listed(repository, BRANCHES)
 
 
-def remote_branches(repository: Repository) -> list[Named]:
+def remote_branches(repository: Store) -> list[Named]:
     """Every branch of a remote, where it was when it was last fetched or pushed, by name."""
     return _listed(repository, REMOTES)
 
 
-def tags(repository: Repository) -> list[Named]:
+def tags(repository: Store) -> list[Named]:
     """Every tag, by name."""
     return _listed(repository, TAGS)
 
 
-def create_branch(repository: Repository, name: str, revision: str, by: Signature) -> Moved:
+def create_branch(repository: Store, name: str, revision: str, by: Signature) -> Moved:
     """Make a branch at a revision; HEAD stays where it is.
 
     Raises:
@@ -88,7 +88,7 @@ def create_branch(repository: Repository, name: str, revision: str, by: Signatur
     return _create(repository, BRANCHES + name, revision, "branch", by)
 
 
-def create_tag(repository: Repository, name: str, revision: str, by: Signature) -> Moved:
+def create_tag(repository: Store, name: str, revision: str, by: Signature) -> Moved:
     """Make a tag at a revision; it never moves.
 
     Raises:
@@ -98,7 +98,7 @@ def create_tag(repository: Repository, name: str, revision: str, by: Signature) 
     return _create(repository, TAGS + name, revision, "tag", by)
 
 
-def delete_branch(repository: Repository, name: str, by: Signature) -> Moved:
+def delete_branch(repository: Store, name: str, by: Signature) -> Moved:
     """Remove a branch, not its commits: the operation log still leads to them.
 
     Raises:
@@ -113,12 +113,12 @@ def delete_branch(repository: Repository, name: str, by: Signature) -> Moved:
     return _delete(repository, ref, "branch", by)
 
 
-def delete_tag(repository: Repository, name: str, by: Signature) -> Moved:
+def delete_tag(repository: Store, name: str, by: Signature) -> Moved:
     """Remove a tag; `RevisionError` if there is none of that name."""
     return _delete(repository, _existing(repository, TAGS, name, "`patchhub tag` lists what there is."), "tag", by)
 
 
-def switch(repository: Repository, name: str, by: Signature) -> Moved:
+def switch(repository: Store, name: str, by: Signature) -> Moved:
     """Put HEAD on a branch. One that only a remote has is made here first, where the remote's is.
 
     Raises:
@@ -131,7 +131,7 @@ def switch(repository: Repository, name: str, by: Signature) -> Moved:
     return _move_head(repository, SYMBOLIC + _existing(repository, BRANCHES, name, new), by)
 
 
-def _of_remotes(repository: Repository, name: str) -> list[str]:
+def _of_remotes(repository: Store, name: str) -> list[str]:
     """The refs of remotes' branches of that name, where there is no branch of that name here."""
     refs = repository.refs()
     if BRANCHES + name in refs or refs[HEAD] == SYMBOLIC + BRANCHES + name:
@@ -150,7 +150,7 @@ def _only(refs: Sequence[str], name: str) -> str:
     return refs[0]
 
 
-def switch_to_new(repository: Repository, name: str, revision: str, by: Signature) -> Moved:
+def switch_to_new(repository: Store, name: str, revision: str, by: Signature) -> Moved:
     """Make a branch at a revision and put HEAD on it. At `base` the branch begins with the next commit.
 
     Raises:
@@ -164,12 +164,12 @@ def switch_to_new(repository: Repository, name: str, revision: str, by: Signatur
     return _move_head(repository, SYMBOLIC + ref, by, made)
 
 
-def detach(repository: Repository, revision: str, by: Signature) -> Moved:
+def detach(repository: Store, revision: str, by: Signature) -> Moved:
     """Put HEAD on a commit, on no branch; `RevisionError` if there is no such commit."""
     return _move_head(repository, _commit(repository, revision), by)
 
 
-def reset(repository: Repository, revision: str, by: Signature) -> Moved:
+def reset(repository: Store, revision: str, by: Signature) -> Moved:
     """Move the current branch (or a detached HEAD) to a revision; at `base`, a branch has no commits any more.
 
     Raises:
@@ -184,7 +184,7 @@ def reset(repository: Repository, revision: str, by: Signature) -> Moved:
     return Moved(ref, before, target)
 
 
-def reflog(repository: Repository, name: str = HEAD, *, limit: int | None = None) -> Iterator[RefEntry]:
+def reflog(repository: Store, name: str = HEAD, *, limit: int | None = None) -> Iterator[RefEntry]:
     """Each operation that moved a ref, the last one first; ``name@{ago}`` resolves to its commit.
 
     Branches and tags that were deleted are found as well. Following HEAD means following the branch it was on.
@@ -201,7 +201,7 @@ def reflog(repository: Repository, name: str = HEAD, *, limit: int | None = None
         yield from entries
 
 
-def current_ref(repository: Repository) -> str:
+def current_ref(repository: Store) -> str:
     """The full name of the branch that HEAD is on; ``HEAD`` itself where it is detached."""
     target = repository.refs()[HEAD]
     return target[len(SYMBOLIC) :] if target.startswith(SYMBOLIC) else HEAD
@@ -212,7 +212,7 @@ def short(ref: str) -> str:
     return ref.removeprefix(BRANCHES).removeprefix(TAGS)
 
 
-def _listed(repository: Repository, namespace: str) -> list[Named]:
+def _listed(repository: Store, namespace: str) -> list[Named]:
     current = current_ref(repository)
     return [
         Named(ref[len(namespace) :], commit, _first_line(repository, commit), ref == current)
@@ -221,20 +221,20 @@ def _listed(repository: Repository, namespace: str) -> list[Named]:
     ]
 
 
-def _create(repository: Repository, ref: str, revision: str, command: str, by: Signature) -> Moved:
+def _create(repository: Store, ref: str, revision: str, command: str, by: Signature) -> Moved:
     _refuse_existing(repository, ref)
     commit = _commit(repository, revision)
     _move(repository, {ref: (None, commit)}, command, {"name": short(ref), "revision": revision}, by)
     return Moved(ref, None, commit)
 
 
-def _delete(repository: Repository, ref: str, command: str, by: Signature) -> Moved:
+def _delete(repository: Store, ref: str, command: str, by: Signature) -> Moved:
     commit = repository.refs()[ref]
     _move(repository, {ref: (commit, None)}, command, {"delete": short(ref)}, by)
     return Moved(ref, commit, None)
 
 
-def _move_head(repository: Repository, target: str, by: Signature, made: Changes | None = None) -> Moved:
+def _move_head(repository: Store, target: str, by: Signature, made: Changes | None = None) -> Moved:
     refs = repository.refs()
     if made or refs[HEAD] != target:
         changes = {HEAD: (refs[HEAD], target), **(made or {})}
@@ -242,13 +242,11 @@ def _move_head(repository: Repository, target: str, by: Signature, made: Changes
     return Moved(HEAD, follow(HEAD, refs), follow(HEAD, repository.refs()))
 
 
-def _move(
-    repository: Repository, changes: Changes, command: str, arguments: Mapping[str, Any], by: Signature
-) -> Operation:
+def _move(repository: Store, changes: Changes, command: str, arguments: Mapping[str, Any], by: Signature) -> Operation:
     return repository.move_refs(changes, command=command, arguments=arguments, author=by.author, time=by.time)
 
 
-def _commit(repository: Repository, revision: str) -> str:
+def _commit(repository: Store, revision: str) -> str:
     commit = repository.resolve(revision)
     if commit is None:
         raise RevisionError(
@@ -258,7 +256,7 @@ def _commit(repository: Repository, revision: str) -> str:
     return commit
 
 
-def _refuse_existing(repository: Repository, ref: str) -> None:
+def _refuse_existing(repository: Store, ref: str) -> None:
     check_ref(ref)
     refs = repository.refs()
     if ref in refs or refs[HEAD] == SYMBOLIC + ref:
@@ -272,7 +270,7 @@ _MOVE = "Use another name, or switch to it and move it with `patchhub reset REV`
 _REFLOG = "`patchhub reflog` lists what HEAD was; `patchhub branch` and `patchhub tag` list what there is."
 
 
-def _existing(repository: Repository, namespace: str, name: str, remedy: str) -> str:
+def _existing(repository: Store, namespace: str, name: str, remedy: str) -> str:
     """The full name of a branch or tag that exists; a branch that HEAD is on and that has no commit yet counts.
 
     Raises:
@@ -289,7 +287,7 @@ def _existing(repository: Repository, namespace: str, name: str, remedy: str) ->
     raise RevisionError(f"there is no {kind} {name!r}", remedy=hint, name=name)
 
 
-def _ref_ever(repository: Repository, name: str) -> str:
+def _ref_ever(repository: Store, name: str) -> str:
     """The full name of a ref that exists, or else of the branch or tag that may have had that name."""
     present = resolve_ref(name, repository.refs())
     if present is not None or name.startswith("refs/"):
@@ -298,7 +296,7 @@ def _ref_ever(repository: Repository, name: str) -> str:
     return next((prefix + name for prefix in (BRANCHES, TAGS) if prefix + name in moved), BRANCHES + name)
 
 
-def _ref_entries(repository: Repository, ref: str) -> Iterator[RefEntry]:
+def _ref_entries(repository: Store, ref: str) -> Iterator[RefEntry]:
     view = repository.refs()
     for ago, (_, operation) in enumerate(repository.operations()):
         earlier = _applied(view, invert(operation.changes))
@@ -314,15 +312,15 @@ def _applied(refs: Mapping[str, str], changes: Changes) -> dict[str, str]:
     return {ref: target for ref, target in targets.items() if target is not None}
 
 
-def _first_line(repository: Repository, commit: str) -> str:
+def _first_line(repository: Store, commit: str) -> str:
     return next(iter(repository.commit(commit).message.splitlines()), "")
 
 
-def undo(repository: Repository, *, author: str, time: str) -> Operation:
+def undo(repository: Store, *, author: str, time: str) -> Operation:
     """Put every ref back to where it was before the last operation; repeated, it walks further back."""
     return repository.undo(author=author, time=time)
 
 
-def redo(repository: Repository, *, author: str, time: str) -> Operation:
+def redo(repository: Store, *, author: str, time: str) -> Operation:
     """Reverse the last `undo`."""
     return repository.redo(author=author, time=time)

@@ -9,8 +9,8 @@ from typing import Any
 
 from patchhub.evaluation.definitions import DEFINITIONS, headline
 from patchhub.objects import Note
-from patchhub.store.repository import Repository
 from patchhub.store.revisions import NOTES
+from patchhub.store.store import Store
 
 _OPTIONAL = ("low", "high", "base")
 
@@ -127,7 +127,7 @@ def noted_commits(refs: Mapping[str, str]) -> dict[str, list[str]]:
     return found
 
 
-def notes_of(repository: Repository, commit: str | None) -> tuple[Noted, ...]:
+def notes_of(repository: Store, commit: str | None) -> tuple[Noted, ...]:
     """What is noted about a commit now; nothing about the unpatched model."""
     notes = noted_commits(repository.refs()).get(commit or "", [])
     return tuple(read_note(identity, repository.note(identity)) for identity in notes)
@@ -149,7 +149,7 @@ def read_note(identity: str, note: Note) -> Noted:
     )
 
 
-def noted_history(repository: Repository, revision: str, suite: str) -> list[Noted]:
+def noted_history(repository: Store, revision: str, suite: str) -> list[Noted]:
     """The notes of one suite about the commits below a revision, the oldest first."""
     notes = noted_commits(repository.refs())
     start = repository.resolve(revision)
@@ -158,7 +158,7 @@ def noted_history(repository: Repository, revision: str, suite: str) -> list[Not
     return [noted for noted in found if noted.suite == suite]
 
 
-def compare(repository: Repository, old: str | None, new: str | None) -> tuple[Compared, ...]:
+def compare(repository: Store, old: str | None, new: str | None) -> tuple[Compared, ...]:
     """The suites that two commits (None: the unpatched model) were measured with, each with its scores at both."""
     sides = [{found.suite: found for found in notes_of(repository, commit)} for commit in (old, new)]
     if old is None or new is None:  # what a suite says about the base stands in its notes about any commit

@@ -17,7 +17,7 @@ from patchhub.progress import Progress
 from patchhub.sets.elements import Place, active_requests, distinct, places_of
 from patchhub.store import lookup
 from patchhub.store.lookup import Change, Fact
-from patchhub.store.repository import Repository
+from patchhub.store.store import Store
 
 _READ: Final = 500
 """How many rows are read at first; those that are not active are left out."""
@@ -45,9 +45,7 @@ class Found:
         }
 
 
-def search(
-    repository: Repository, words: str, *, subject: str = "", revision: str = "HEAD", limit: int = 50
-) -> list[Found]:
+def search(repository: Store, words: str, *, subject: str = "", revision: str = "HEAD", limit: int = 50) -> list[Found]:
     """Facts whose text or targets hold every word, the best match first.
 
     Args:
@@ -68,7 +66,7 @@ def search(
     return [Found(fact, tuple(lookup.changes(repository, fact.request)), fact.request in active) for fact in facts]
 
 
-def mentioned(repository: Repository, prompt: str, revision: str = "HEAD", *, limit: int = 20) -> list[Fact]:
+def mentioned(repository: Store, prompt: str, revision: str = "HEAD", *, limit: int = 20) -> list[Fact]:
     """The facts active at a revision whose subject occurs in a prompt: those of just this text first.
 
     Raises:
@@ -200,7 +198,7 @@ class ChangedAnswer:
         return asdict(self)
 
 
-def diff(repository: Repository, old: str, new: str) -> Difference:
+def diff(repository: Store, old: str, new: str) -> Difference:
     """The facts and norms that differ between two revisions."""
     old_id, new_id = repository.resolve(old), repository.resolve(new)
     before, after = repository.active(old_id), repository.active(new_id)
@@ -227,7 +225,7 @@ def diff(repository: Repository, old: str, new: str) -> Difference:
     )
 
 
-def weight_steps(repository: Repository, old: str, new: str) -> dict[str, WeightStep]:
+def weight_steps(repository: Store, old: str, new: str) -> dict[str, WeightStep]:
     """How each weight that either revision changes differs between them; from the stored deltas, without the model.
 
     Raises:
@@ -258,7 +256,7 @@ def weight_steps(repository: Repository, old: str, new: str) -> dict[str, Weight
 
 
 def changed_answers(
-    repository: Repository, old: str, new: str, prompts: Sequence[str], progress: Progress, *, base: str | None = None
+    repository: Store, old: str, new: str, prompts: Sequence[str], progress: Progress, *, base: str | None = None
 ) -> list[ChangedAnswer]:
     """The prompts whose greedy continuation or likeliest next token differs; one model, switched from state to state.
 
@@ -279,13 +277,13 @@ def changed_answers(
     ]
 
 
-def _only(texts: Mapping[Place, Request], repository: Repository, other: frozenset[Element]) -> tuple[Request, ...]:
+def _only(texts: Mapping[Place, Request], repository: Store, other: frozenset[Element]) -> tuple[Request, ...]:
     """The requests of one side that the other set has not: the same fact in another patch is no change of facts."""
     there = {request for _, request in places_of(repository, other)}
     return tuple(request for request in distinct(texts) if request.id not in there)
 
 
-def _norms(repository: Repository, old: str | None, new: str | None) -> dict[str, dict[str, float | None]]:
+def _norms(repository: Store, old: str | None, new: str | None) -> dict[str, dict[str, float | None]]:
     sides = [measured_norms(repository.commit(side).check) if side else {} for side in (old, new)]
     step = None
     if new and old == next(iter(repository.commit(new).parents), None):

@@ -19,8 +19,8 @@ from patchhub.remotes.sync import Fetched, Pushed, hub_id, normalised, open_remo
 from patchhub.sets.columns import tensor_check, weight_shapes
 from patchhub.sets.commits import Stamp
 from patchhub.store.config import Recording
-from patchhub.store.repository import DIRECTORY, Repository
 from patchhub.store.revisions import BRANCHES, HEAD, REMOTES, SYMBOLIC
+from patchhub.store.store import DIRECTORY, Store
 
 ORIGIN: Final = "origin"
 
@@ -28,13 +28,13 @@ _KEY = "remote."
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
 
-def remotes(repository: Repository) -> dict[str, str]:
+def remotes(repository: Store) -> dict[str, str]:
     """Address of every remote by name."""
     settings = repository.config.settings
     return {key[len(_KEY) :]: str(value) for key, value in sorted(settings.items()) if key.startswith(_KEY)}
 
 
-def remote_add(repository: Repository, name: str, address: str) -> str:
+def remote_add(repository: Store, name: str, address: str) -> str:
     """Give an address a name; returns the address as it is kept.
 
     Raises:
@@ -49,7 +49,7 @@ def remote_add(repository: Repository, name: str, address: str) -> str:
     return kept
 
 
-def remote_remove(repository: Repository, name: str, *, author: str, time: str) -> None:
+def remote_remove(repository: Store, name: str, *, author: str, time: str) -> None:
     """Forget a remote and where its branches were; `SettingsError` if there is none of that name."""
     address_of(repository, name)
     prefix = f"{REMOTES}{name}/"
@@ -61,7 +61,7 @@ def remote_remove(repository: Repository, name: str, *, author: str, time: str) 
     _change_settings(repository, lambda settings: {k: v for k, v in settings.items() if k != _KEY + name})
 
 
-def address_of(repository: Repository, name: str) -> str:
+def address_of(repository: Store, name: str) -> str:
     """The address of a remote; `SettingsError` if there is none of that name."""
     known = remotes(repository)
     if name not in known:
@@ -70,13 +70,13 @@ def address_of(repository: Repository, name: str) -> str:
     return known[name]
 
 
-def default_remote(repository: Repository) -> str:
+def default_remote(repository: Store) -> str:
     """The only remote, or ``origin``."""
     known = remotes(repository)
     return next(iter(known)) if len(known) == 1 else ORIGIN
 
 
-def _change_settings(repository: Repository, change: Callable[[Mapping[str, Any]], Mapping[str, Any]]) -> None:
+def _change_settings(repository: Store, change: Callable[[Mapping[str, Any]], Mapping[str, Any]]) -> None:
     repository.change_config(lambda config: replace(config, settings=change(config.settings)))
 
 
@@ -117,7 +117,7 @@ class Cloned:
 
 
 def push(
-    repository: Repository,
+    repository: Store,
     name: str,
     revisions: Sequence[str],
     progress: Progress,
@@ -161,7 +161,7 @@ def push(
 
 
 def fetch(
-    repository: Repository,
+    repository: Store,
     name: str,
     progress: Progress,
     *,
@@ -189,7 +189,7 @@ def fetch(
 
 
 def pull(
-    repository: Repository,
+    repository: Store,
     name: str,
     progress: Progress,
     stamp: Stamp,
@@ -216,7 +216,7 @@ def pull(
 
 
 def _fetch(
-    repository: Repository,
+    repository: Store,
     remote: Remote,
     name: str,
     progress: Progress,
@@ -260,7 +260,7 @@ def _nothing_at(address: str) -> RemoteError:
     )
 
 
-def _adopt_recording(repository: Repository, commits: Sequence[str]) -> None:
+def _adopt_recording(repository: Store, commits: Sequence[str]) -> None:
     """Pin the metric and the contexts of what was fetched, if this store has none: its next facts must fit."""
     for commit in commits if repository.config.recording is None else ():
         for patch in map(repository.patch, sorted({patch for patch, _ in repository.active(commit)})):
@@ -270,17 +270,17 @@ def _adopt_recording(repository: Repository, commits: Sequence[str]) -> None:
                 return
 
 
-def _pin_if_none(repository: Repository, recording: Recording) -> None:
+def _pin_if_none(repository: Store, recording: Recording) -> None:
     repository.change_config(lambda config: replace(config, recording=config.recording or recording))
 
 
-def _source(repository: Repository) -> Source:
+def _source(repository: Store) -> Source:
     base = repository.config.base
     on_hub = base.get("revision") is not None
     return Source(repository.config.base_id, base["path"] if on_hub else None, base["revision"] if on_hub else None)
 
 
-def _pages(repository: Repository, address: str, progress: Progress) -> sync.Pages:
+def _pages(repository: Store, address: str, progress: Progress) -> sync.Pages:
     """What the Hub shows to those who have no patchhub; a folder shows nothing."""
     name = hub_id(address)
     if name is None:
@@ -328,7 +328,7 @@ def clone(
     created = not folder.exists()
     init(folder, place, progress, author=author, time=time, revision=revision)
     try:
-        with Repository.open(folder) as repository:
+        with Store.open(folder) as repository:
             if repository.config.base_id != source.base:
                 raise RemoteError(
                     f"{place} is not the base of {address} ({repository.config.base_id[:12]}, not {source.base[:12]})",
@@ -344,7 +344,7 @@ def clone(
     return Cloned(folder / DIRECTORY, branch, commit, fetched)
 
 
-def _check_out(repository: Repository, *, author: str, time: str) -> tuple[str | None, str | None]:
+def _check_out(repository: Store, *, author: str, time: str) -> tuple[str | None, str | None]:
     """Make the remote's ``main``, or else its first branch, the current branch."""
     prefix = f"{REMOTES}{ORIGIN}/"
     refs = repository.refs()

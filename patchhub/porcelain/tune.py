@@ -29,7 +29,7 @@ from patchhub.models.checkpoint import Checkpoint
 from patchhub.objects import Request
 from patchhub.porcelain.commit import chosen_settings
 from patchhub.progress import Progress
-from patchhub.store.repository import Repository
+from patchhub.store.store import Store
 from patchhub.text.tokens import context_length
 from patchhub.worktree.loading import open_base
 from patchhub.worktree.metric import Recorder, open_recorder
@@ -289,7 +289,7 @@ class Tuned:
 
 
 def tune(
-    repository: Repository,
+    repository: Store,
     requests: Sequence[Request],
     progress: Progress,
     *,
@@ -338,7 +338,7 @@ def tune(
 
 
 def _open(
-    repository: Repository,
+    repository: Store,
     checkpoint: Checkpoint,
     architecture: Architecture,
     layers: Sequence[int],
@@ -380,7 +380,7 @@ def _counted(
     return counting
 
 
-def _write(repository: Repository, method: str, best: EditSettings, present: EditSettings) -> dict[str, Any]:
+def _write(repository: Store, method: str, best: EditSettings, present: EditSettings) -> dict[str, Any]:
     """Set what differs from the present settings in the config."""
     values = {name: value for name in TUNED if (value := getattr(best, name)) != getattr(present, name)}
     keys = {f"{method}.{name}": list(value) if name == "layers" else value for name, value in values.items()}

@@ -14,17 +14,17 @@ from patchhub.progress import Progress, increments
 from patchhub.sets.settings import known_setting, read_setting, refuse_fixed, without_metric
 from patchhub.store.config import Config
 from patchhub.store.fsck import Garbage, Report, check, delete_garbage, reindex
-from patchhub.store.repository import Repository
+from patchhub.store.store import Store
 from patchhub.who import FORMAT
 
 
-def config_values(repository: Repository) -> dict[str, Any]:
+def config_values(repository: Store) -> dict[str, Any]:
     """Every setting that differs from its default."""
     values = {"base.path": repository.config.base["path"], **repository.config.settings}
     return dict(sorted(values.items()))
 
 
-def config_get(repository: Repository, key: str) -> Any:
+def config_get(repository: Store, key: str) -> Any:
     """One setting, None where the default holds.
 
     Raises:
@@ -34,7 +34,7 @@ def config_get(repository: Repository, key: str) -> Any:
     return config_values(repository).get(key)
 
 
-def config_set(repository: Repository, key: str, text: str) -> Any:
+def config_set(repository: Store, key: str, text: str) -> Any:
     """Set one key from text; returns the value.
 
     Raises:
@@ -60,7 +60,7 @@ def config_set(repository: Repository, key: str, text: str) -> Any:
     return value
 
 
-def config_unset(repository: Repository, key: str) -> None:
+def config_unset(repository: Store, key: str) -> None:
     """Go back to the default.
 
     Raises:
@@ -82,7 +82,7 @@ def config_unset(repository: Repository, key: str) -> None:
     repository.change_config(without)
 
 
-def fsck(repository: Repository, progress: Progress, *, rebuild: bool = False) -> Report:
+def fsck(repository: Store, progress: Progress, *, rebuild: bool = False) -> Report:
     """Check a whole store; with ``rebuild``, make its derived tables again first."""
     if rebuild:
         reindex(repository)
@@ -120,7 +120,7 @@ class Collected:
         }
 
 
-def collect(repository: Repository, *, now: str, grace: timedelta = GRACE, dry_run: bool = False) -> Collected:
+def collect(repository: Store, *, now: str, grace: timedelta = GRACE, dry_run: bool = False) -> Collected:
     """Delete objects that neither refs, notes nor any operation of the log lead to, leftovers of interrupted writes, and cached
     factors of metrics that nothing names; all of them only if older than `grace`.
 

@@ -18,7 +18,7 @@ from patchhub.remotes.remote import Remote, Tip
 from patchhub.store.fsck import DOWNLOADS
 from patchhub.store.object_store import file_digest
 from patchhub.store.reachability import KINDS, Reference
-from patchhub.store.repository import Repository
+from patchhub.store.store import Store
 
 MAX_JSON: Final = 64 << 20
 """Bytes of the largest JSON object that is read."""
@@ -74,7 +74,7 @@ def columns_limit(patch: Patch) -> int:
 
 @contextlib.contextmanager
 def receiving(
-    repository: Repository,
+    repository: Store,
     remote: Remote,
     limits: Limits,
     check: CheckTensors,
@@ -100,7 +100,7 @@ class Receiver:
 
     def __init__(
         self,
-        repository: Repository,
+        repository: Store,
         remote: Remote,
         limits: Limits,
         check: CheckTensors,

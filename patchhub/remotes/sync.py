@@ -15,8 +15,8 @@ from patchhub.remotes.receive import CheckTensors, Limits, Received, Receiver, r
 from patchhub.remotes.remote import Publication, Remote, RemoteMovedError, Source, Tip, View
 from patchhub.store import graph
 from patchhub.store.reachability import Reference, closure, references
-from patchhub.store.repository import Repository
 from patchhub.store.revisions import BRANCHES, NOTES, REMOTES, SYMBOLIC, TAGS, check_ref
+from patchhub.store.store import Store
 
 HUB: Final = "hf://"
 
@@ -97,7 +97,7 @@ def local_name(ref: str, remote: str) -> str:
     return f"{REMOTES}{remote}/{ref[len(BRANCHES) :]}" if ref.startswith(BRANCHES) else ref
 
 
-def check_base(repository: Repository, remote: Remote, view: View) -> None:
+def check_base(repository: Store, remote: Remote, view: View) -> None:
     """Refuse a remote that is about another base.
 
     Raises:
@@ -127,7 +127,7 @@ class Fetched:
 
 
 def fetch(
-    repository: Repository,
+    repository: Store,
     remote: Remote,
     name: str,
     limits: Limits,
@@ -172,7 +172,7 @@ def fetch(
     return Fetched(tuple(moved), receiver.received, tuple(warnings))
 
 
-def _fetch_notes(repository: Repository, remote: Remote, view: View, receiver: Receiver) -> dict[str, str]:
+def _fetch_notes(repository: Store, remote: Remote, view: View, receiver: Receiver) -> dict[str, str]:
     """Notes that are not set here: about commits that are here by now. Notes set here stay."""
     refs = repository.refs()
     wanted: dict[str, str] = {}
@@ -245,7 +245,7 @@ class _Plan:
 
 
 def push(
-    repository: Repository,
+    repository: Store,
     remote: Remote,
     name: str,
     refs: Sequence[str],
@@ -286,7 +286,7 @@ def push(
     return done
 
 
-def refs_to_push(repository: Repository, names: Iterable[str], *, everything: bool, tags: bool) -> list[str]:
+def refs_to_push(repository: Store, names: Iterable[str], *, everything: bool, tags: bool) -> list[str]:
     """Full names of what the user wants to push: the current branch if nothing is said. Branches come before tags."""
     refs = repository.refs()
     chosen = [_full_name(name, refs) for name in names]
@@ -310,7 +310,7 @@ def _full_name(name: str, refs: Mapping[str, str]) -> str:
 
 
 def _plan(
-    repository: Repository,
+    repository: Store,
     remote: Remote,
     view: View,
     ref: str,
@@ -374,7 +374,7 @@ def _shown_at_tag(remote: Remote, ref: str) -> RemoteError:
     )
 
 
-def _refuse_sideways(repository: Repository, remote: Remote, ref: str, theirs: str, ours: str) -> None:
+def _refuse_sideways(repository: Store, remote: Remote, ref: str, theirs: str, ours: str) -> None:
     if ref.startswith(TAGS):
         raise RemoteError(
             f"{remote.address} has another {ref[len(TAGS) :]}, and tags do not move",
@@ -395,7 +395,7 @@ def _refuse_sideways(repository: Repository, remote: Remote, ref: str, theirs: s
         )
 
 
-def _notes_of(repository: Repository, history: Collection[str], view: View) -> dict[str, str]:
+def _notes_of(repository: Store, history: Collection[str], view: View) -> dict[str, str]:
     """Notes about those commits that the remote lacks or has otherwise, by ``commit/suite``."""
     notes = {ref[len(NOTES) :]: target for ref, target in repository.refs().items() if ref.startswith(NOTES)}
     return {
@@ -403,7 +403,7 @@ def _notes_of(repository: Repository, history: Collection[str], view: View) -> d
     }
 
 
-def _nearest(repository: Repository, view: View, ref: str, history: Collection[str], commit: str) -> Tip | None:
+def _nearest(repository: Store, view: View, ref: str, history: Collection[str], commit: str) -> Tip | None:
     """A tip to start a new ref from: the same commit, else the latest ancestor, else any that shares something.
 
     A branch that is there but holds nothing of patchhub is filled as it is.
@@ -417,14 +417,14 @@ def _nearest(repository: Repository, view: View, ref: str, history: Collection[s
     return next(iter(same), None) or latest or next(iter(tips), None)
 
 
-def _already_there(repository: Repository, tip: Tip | None, there: Mapping[str, int]) -> set[str]:
+def _already_there(repository: Store, tip: Tip | None, there: Mapping[str, int]) -> set[str]:
     """Commits whose whole closure a remote must have, because it has them and they are below its tip."""
     if tip is None or tip.commit not in repository.commits(tip.commit):
         return set()
     return {commit for commit in graph.ancestors([tip.commit], repository.parents) if commit in there}
 
 
-def _lacking(repository: Repository, roots: Iterable[Reference], known: set[str], *, withheld: bool) -> Iterator[str]:
+def _lacking(repository: Store, roots: Iterable[Reference], known: set[str], *, withheld: bool) -> Iterator[str]:
     """Ids of all that is reachable from ``roots`` without passing a known commit; texts only if not withheld."""
 
     def follow(reference: Reference) -> list[Reference]:
@@ -438,7 +438,7 @@ def _lacking(repository: Repository, roots: Iterable[Reference], known: set[str]
             yield reference.id
 
 
-def _texts(repository: Repository) -> set[str]:
+def _texts(repository: Store) -> set[str]:
     """Ids of the texts of all facts that this store's refs lead to, whether they are here or not."""
 
     def follow(reference: Reference) -> list[Reference]:
@@ -451,7 +451,7 @@ def _texts(repository: Repository) -> set[str]:
     return {reference.id for reference in closure(roots, follow) if reference.kind == "requests"}
 
 
-def _remember(repository: Repository, name: str, ref: str, commit: str, *, author: str, time: str) -> None:
+def _remember(repository: Store, name: str, ref: str, commit: str, *, author: str, time: str) -> None:
     """Where the remote's branch is now, as the last `fetch` would have found it."""
     if not ref.startswith(BRANCHES):
         return

@@ -21,7 +21,7 @@ from patchhub.errors import CorruptStoreError
 from patchhub.objects import Element, Patch
 from patchhub.remotes.receive import CheckTensors, Owner
 from patchhub.sets.shards import shard_record
-from patchhub.store.repository import Repository
+from patchhub.store.store import Store
 
 Shapes = Mapping[str, tuple[int, int]]
 
@@ -55,18 +55,18 @@ def _refused(patch: Patch, reason: str) -> CorruptStoreError:
 _PARTS = ("k", "u", "r", "lambda")
 
 
-def weight_shapes(repository: Repository) -> dict[str, tuple[int, int]]:
+def weight_shapes(repository: Store) -> dict[str, tuple[int, int]]:
     """(out, in) of every weight of the base that can be edited."""
     weights: Mapping[str, Mapping[str, Sequence[int]]] = repository.config.base["weights"]
     return {name: (facts["shape"][0], facts["shape"][1]) for name, facts in weights.items()}
 
 
-def read_state(repository: Repository, commit: str | None) -> dict[str, list[Delta]]:
+def read_state(repository: Store, commit: str | None) -> dict[str, list[Delta]]:
     """The deltas of each changed weight at a commit, in ascending order of blob id."""
     return read_blobs(repository, repository.state(commit))
 
 
-def read_blobs(repository: Repository, blobs: Iterable[str]) -> dict[str, list[Delta]]:
+def read_blobs(repository: Store, blobs: Iterable[str]) -> dict[str, list[Delta]]:
     """The deltas of each weight that some delta blobs change, in ascending order of blob id."""
     shapes = weight_shapes(repository)
     state: dict[str, list[Delta]] = {}
@@ -85,7 +85,7 @@ def write_columns(columns: Mapping[str, Columns], targets: np.ndarray) -> bytes:
     return save(tensors)
 
 
-def read_additive(repository: Repository, elements: Iterable[Element]) -> dict[str, list[Delta]]:
+def read_additive(repository: Store, elements: Iterable[Element]) -> dict[str, list[Delta]]:
     """The deltas of the additive patches of a set per weight, in ascending order of patch id.
 
     Raises:
@@ -99,13 +99,13 @@ def read_additive(repository: Repository, elements: Iterable[Element]) -> dict[s
     return found
 
 
-def additive_patches(repository: Repository, elements: Iterable[Element]) -> frozenset[str]:
+def additive_patches(repository: Store, elements: Iterable[Element]) -> frozenset[str]:
     """The additive patches of a set. Its shards are no part of the weights that columns are solved for."""
     whole = (identity for identity, request in elements if request is None)
     return frozenset(identity for identity in whole if repository.patch(identity).kind == "additive")
 
 
-def read_columns(repository: Repository, elements: Iterable[Element]) -> dict[str, Columns]:
+def read_columns(repository: Store, elements: Iterable[Element]) -> dict[str, Columns]:
     """The columns of a set per weight, in the set's order (patch id, then request id).
 
     What the set's additive patches bring at a key is taken off its residual: the columns ask for the rest.
@@ -117,7 +117,7 @@ def read_columns(repository: Repository, elements: Iterable[Element]) -> dict[st
     return _columns(repository, elements, read_additive(repository, elements))
 
 
-def solve_change(repository: Repository, before: frozenset[Element], after: frozenset[Element]) -> dict[str, Delta]:
+def solve_change(repository: Store, before: frozenset[Element], after: frozenset[Element]) -> dict[str, Delta]:
     """D(after) - D(before) of each weight that either set changes, from what was recorded alone (float64)."""
     shapes = weight_shapes(repository)
     old, new = read_additive(repository, before), read_additive(repository, after)
@@ -132,7 +132,7 @@ def solve_change(repository: Repository, before: frozenset[Element], after: froz
 
 
 def _rebased_change(
-    repository: Repository,
+    repository: Store,
     before: frozenset[Element],
     after: frozenset[Element],
     old: Mapping[str, Sequence[Delta]],
@@ -151,7 +151,7 @@ def _rebased_change(
 
 
 def _columns(
-    repository: Repository, elements: Iterable[Element], additive: Mapping[str, Sequence[Delta]]
+    repository: Store, elements: Iterable[Element], additive: Mapping[str, Sequence[Delta]]
 ) -> dict[str, Columns]:
     """The columns among ``elements``, with residuals against W0 plus those additive deltas."""
     wanted: dict[str, list[str]] = {}
@@ -168,7 +168,7 @@ def _columns(
     return {weight: beyond(columns, additive.get(weight, ())) for weight, columns in joined.items()}
 
 
-def _patch_columns(repository: Repository, identity: str, patch: Patch) -> dict[str, Columns]:
+def _patch_columns(repository: Store, identity: str, patch: Patch) -> dict[str, Columns]:
     try:
         tensors = load(repository.objects.get(patch.tensors))
     except SafetensorError as error:

@@ -20,7 +20,7 @@ from patchhub.sets.columns import (
 )
 from patchhub.sets.rivals import Rival
 from patchhub.sets.shards import without_shards
-from patchhub.store.repository import Repository
+from patchhub.store.store import Store
 
 Judge = Callable[[Commit], Mapping[str, Any]]
 """From a prepared commit to fields of its ``check``; it raises to refuse the commit."""
@@ -47,7 +47,7 @@ class Draft:
 
 
 def snapshot(
-    repository: Repository,
+    repository: Store,
     draft: Draft,
     stamp: Stamp,
     *,
@@ -67,7 +67,7 @@ def snapshot(
 
 
 def prepare(
-    repository: Repository,
+    repository: Store,
     draft: Draft,
     stamp: Stamp,
     *,
@@ -122,7 +122,7 @@ def _extended(state: Mapping[str, Sequence[Delta]], delta: Mapping[str, Delta]) 
 
 
 def _keyframe(
-    repository: Repository,
+    repository: Store,
     parent: str | None,
     new_bytes: int,
     elements: frozenset[Element],
@@ -145,7 +145,7 @@ def _whole(state: Mapping[str, Sequence[Delta]], shapes: Shapes) -> dict[str, li
 
 
 def _measured(
-    repository: Repository,
+    repository: Store,
     elements: frozenset[Element],
     parent: str | None,
     state: Mapping[str, Sequence[Delta]],

@@ -15,13 +15,13 @@ from patchhub.errors import EditError, RequestError
 from patchhub.objects import EMPTY_SET, Element, Request, set_digest
 from patchhub.sets.shards import active_shards, without_shards
 from patchhub.store.lookup import patches_ever_whole
-from patchhub.store.repository import Repository
+from patchhub.store.store import Store
 
 Place: TypeAlias = tuple[str, str | None]
 """Where a fact is kept: (patch id, request id). For a column that is its element; a shard's element is (patch id, None)."""
 
 
-def active_requests(repository: Repository, elements: Iterable[Element]) -> dict[Place, Request]:
+def active_requests(repository: Store, elements: Iterable[Element]) -> dict[Place, Request]:
     """The request at each place of a set: its columns and all that its shards hold, in order of patch and request id.
 
     Additive patches and withheld texts have none. A fact that two shards hold is there twice.
@@ -40,13 +40,13 @@ def active_requests(repository: Repository, elements: Iterable[Element]) -> dict
     }
 
 
-def places_of(repository: Repository, elements: Iterable[Element]) -> frozenset[Place]:
+def places_of(repository: Store, elements: Iterable[Element]) -> frozenset[Place]:
     """Every place of a set, also those of withheld texts; an additive patch has its element alone."""
     elements = frozenset(elements)
     return without_shards(repository, elements) | shard_places(repository, elements)
 
 
-def shard_places(repository: Repository, elements: Iterable[Element]) -> frozenset[Place]:
+def shard_places(repository: Store, elements: Iterable[Element]) -> frozenset[Place]:
     """The places of a set that are in shards."""
     shards = active_shards(repository, elements)
     return frozenset((shard, fact) for shard, patch in shards.items() for fact in patch.requests)
@@ -57,14 +57,14 @@ def distinct(requests: Mapping[Place, Request]) -> tuple[Request, ...]:
     return tuple({request.id: request for request in requests.values()}.values())
 
 
-def imports_of(repository: Repository) -> frozenset[Element]:
+def imports_of(repository: Store) -> frozenset[Element]:
     """The elements of all imported changes that were ever active: they hold no facts, and the index counts each as one."""
     return frozenset(
         (patch, None) for patch in patches_ever_whole(repository) if repository.patch(patch).kind == "additive"
     )
 
 
-def count_changed(repository: Repository, removed: frozenset[Element], added: frozenset[Element]) -> tuple[int, int]:
+def count_changed(repository: Store, removed: frozenset[Element], added: frozenset[Element]) -> tuple[int, int]:
     """How many facts a change of elements takes out and puts in, counted as `left_and_entered` lists them."""
     out, into = ({request for _, request in shard_places(repository, side)} for side in (removed, added))
     columns = [len(without_shards(repository, side)) for side in (removed, added)]
@@ -72,7 +72,7 @@ def count_changed(repository: Repository, removed: frozenset[Element], added: fr
 
 
 def left_and_entered(
-    repository: Repository, before: frozenset[Element], after: frozenset[Element]
+    repository: Store, before: frozenset[Element], after: frozenset[Element]
 ) -> tuple[tuple[Request, ...], tuple[Request, ...]]:
     """The facts whose columns left a set or came into it, and those that its shards forgot or took in.
 
@@ -82,7 +82,7 @@ def left_and_entered(
     return _beyond(repository, before, after), _beyond(repository, after, before)
 
 
-def _beyond(repository: Repository, one: frozenset[Element], other: frozenset[Element]) -> tuple[Request, ...]:
+def _beyond(repository: Store, one: frozenset[Element], other: frozenset[Element]) -> tuple[Request, ...]:
     """Facts of columns that the other set has not, and of shards that none of the other's shards holds."""
     held = {request for _, request in shard_places(repository, other)}
     texts = active_requests(repository, one - other)
@@ -106,9 +106,7 @@ class Change:
     chosen: frozenset[str] | None = None
 
 
-def selected(
-    repository: Repository, change: Change, subjects: Sequence[str], prefixes: Sequence[str], where: str
-) -> Change:
+def selected(repository: Store, change: Change, subjects: Sequence[str], prefixes: Sequence[str], where: str) -> Change:
     """The part of a change that is about the named facts; ``where`` says in messages what the change is.
 
     Raises:
@@ -132,7 +130,7 @@ def selected(
     return Change(change.remove & (named | whole), change.restore & (named | whole), chosen)
 
 
-def facts_of(repository: Repository, change: Change) -> list[Request]:
+def facts_of(repository: Store, change: Change) -> list[Request]:
     """The facts that a change is about, in words."""
     leaving, entering = _places(repository, change)
     elements = change.remove | change.restore
@@ -141,7 +139,7 @@ def facts_of(repository: Repository, change: Change) -> list[Request]:
     return [request for place, request in active_requests(repository, elements).items() if place in wanted]
 
 
-def _places(repository: Repository, change: Change) -> tuple[frozenset[Place], frozenset[Place]]:
+def _places(repository: Store, change: Change) -> tuple[frozenset[Place], frozenset[Place]]:
     """The places that leave and that enter, without the facts of shards that stay in shards."""
     out, into = shard_places(repository, change.remove), shard_places(repository, change.restore)
     staying = {request for _, request in out} & {request for _, request in into}
@@ -169,20 +167,20 @@ def _with_prefix(places: frozenset[Place], prefix: str, where: str) -> set[Place
     return found
 
 
-def stale_requests(repository: Repository, elements: frozenset[Element]) -> int:
+def stale_requests(repository: Store, elements: frozenset[Element]) -> int:
     """How many columns of a set were recorded on a state that is not part of the set."""
     patches = [patch for patch, request in elements if request is not None]
     stale = {patch for patch in set(patches) if is_stale(repository, patch, elements)}
     return sum(patch in stale for patch in patches)
 
 
-def is_stale(repository: Repository, patch: str, elements: frozenset[Element]) -> bool:
+def is_stale(repository: Store, patch: str, elements: frozenset[Element]) -> bool:
     """Whether a patch was recorded on a state that is not part of a set, or that no commit here tells."""
     below = _recorded_on(repository, patch)
     return below is None or not below <= elements
 
 
-def one_metric(repository: Repository, elements: Iterable[Element]) -> str | None:
+def one_metric(repository: Store, elements: Iterable[Element]) -> str | None:
     """The metric of all columns of a set; None where nothing in it has one.
 
     Raises:
@@ -199,7 +197,7 @@ def one_metric(repository: Repository, elements: Iterable[Element]) -> str | Non
     return next(iter(metrics), None)
 
 
-def _recorded_on(repository: Repository, identity: str) -> frozenset[Element] | None:
+def _recorded_on(repository: Store, identity: str) -> frozenset[Element] | None:
     """The set that a patch was recorded on: that of a commit, or what the commit that brought the patch left of its parent's."""
     made_on = repository.patch(identity).made_on
     if made_on in (None, EMPTY_SET):
@@ -210,12 +208,12 @@ def _recorded_on(repository: Repository, identity: str) -> frozenset[Element] | 
     return next((below for below in left if set_digest(below) == made_on), None) if known is None else known
 
 
-def _changes(repository: Repository, identity: str) -> list[tuple[str, str, int]]:
+def _changes(repository: Store, identity: str) -> list[tuple[str, str, int]]:
     requests = repository.patch(identity).requests
     return repository.changes_of(requests[0]) if requests else []
 
 
-def recorded_again(repository: Repository, gone: frozenset[Element], active: frozenset[Element]) -> frozenset[Element]:
+def recorded_again(repository: Store, gone: frozenset[Element], active: frozenset[Element]) -> frozenset[Element]:
     """The active elements that `refresh` put in the place of some that are not active any more."""
     requests = {request for _, request in gone}
     return frozenset(
@@ -225,7 +223,7 @@ def recorded_again(repository: Repository, gone: frozenset[Element], active: fro
     )
 
 
-def _refreshed(repository: Repository, identity: str) -> Iterator[str]:
+def _refreshed(repository: Store, identity: str) -> Iterator[str]:
     """The patches whose columns a patch holds anew, as far back as this store has them."""
     if identity not in repository.objects:
         return
@@ -258,7 +256,7 @@ class Plan:
     already_active: int
 
 
-def plan_batch(repository: Repository, batch: Batch, on_conflict: OnConflict) -> Plan:
+def plan_batch(repository: Store, batch: Batch, on_conflict: OnConflict) -> Plan:
     """What committing ``batch`` on HEAD would change.
 
     Raises:

@@ -23,7 +23,7 @@ from patchhub.objects import Commit, Element
 from patchhub.sets.columns import Shapes, read_blobs, read_columns, read_state, weight_shapes
 from patchhub.sets.elements import Place, active_requests
 from patchhub.store import states
-from patchhub.store.repository import Repository
+from patchhub.store.store import Store
 
 _SAMPLED_ENTRIES: Final = 1 << 22
 
@@ -176,7 +176,7 @@ class Prepared:
     rows: Mapping[str, Sequence[Element]]
 
 
-def prepared(repository: Repository, commit: Commit) -> Prepared:
+def prepared(repository: Store, commit: Commit) -> Prepared:
     """Read what the guard needs of a commit that `snapshot.prepare` made."""
     identity, parent = commit.id, states.first_parent(commit)
     blobs = states.state(identity, lambda name: commit if name == identity else repository.commit(name), {})
@@ -186,7 +186,7 @@ def prepared(repository: Repository, commit: Commit) -> Prepared:
     return Prepared(commit, elements, read_state(repository, parent), read_blobs(repository, blobs), columns, rows)
 
 
-def from_vectors(repository: Repository, found: Prepared) -> Measured:
+def from_vectors(repository: Store, found: Prepared) -> Measured:
     """The checks that need no model.
 
     Those that need the base's files are left out where the files are not on this machine. A state that an ancestor had is not measured
@@ -208,7 +208,7 @@ def from_vectors(repository: Repository, found: Prepared) -> Measured:
     )
 
 
-def most_moved(repository: Repository, found: Prepared, places: Iterable[Place]) -> list[Place]:
+def most_moved(repository: Store, found: Prepared, places: Iterable[Place]) -> list[Place]:
     """Some places of facts, those first whose outputs the change moves most: ||dD k|| / ||r||, the largest over the weights."""
     shapes = weight_shapes(repository)
     moved: dict[Place, float] = dict.fromkeys(places, 0.0)
@@ -222,7 +222,7 @@ def most_moved(repository: Repository, found: Prepared, places: Iterable[Place])
     return sorted(moved, key=lambda place: (-moved[place], place[0], place[1] or ""))
 
 
-def _misfits(repository: Repository, found: Prepared) -> tuple[Share, Share]:
+def _misfits(repository: Store, found: Prepared) -> tuple[Share, Share]:
     """(unmet, crushed) of `Measured`."""
     shapes = weight_shapes(repository)
     after = _worst_misfits(found, found.after, shapes)
@@ -239,7 +239,7 @@ def _misfits(repository: Repository, found: Prepared) -> tuple[Share, Share]:
     )
 
 
-def _contradicted(repository: Repository, found: Prepared) -> frozenset[Place]:
+def _contradicted(repository: Store, found: Prepared) -> frozenset[Place]:
     """What stays although an added fact says otherwise about the same prompt and subject."""
     texts = active_requests(repository, found.elements)
     told = {(texts[e].prompt, texts[e].subject) for e in found.commit.added if e in texts}
@@ -250,7 +250,7 @@ def _contradicted(repository: Repository, found: Prepared) -> frozenset[Place]:
     )
 
 
-def _rows(repository: Repository, elements: Iterable[Element], columns: Iterable[str]) -> dict[str, list[Element]]:
+def _rows(repository: Store, elements: Iterable[Element], columns: Iterable[str]) -> dict[str, list[Element]]:
     """Which element each row of `read_columns` is of, per weight."""
     ordered = sorted((e for e in elements if e[1] is not None), key=lambda element: (element[0], str(element[1])))
     weights = {patch: repository.patch(patch).weights.keys() for patch in {patch for patch, _ in ordered}}
@@ -272,7 +272,7 @@ def _change(found: Prepared, weight: str, shape: tuple[int, int]) -> Delta:
     return add([after, negative(before)], shape)
 
 
-def _spectrum(repository: Repository, found: Prepared, checkpoint: Checkpoint) -> dict[str, dict[str, float]]:
+def _spectrum(repository: Store, found: Prepared, checkpoint: Checkpoint) -> dict[str, dict[str, float]]:
     """Largest singular values of each weight's base, change and state."""
     shapes = weight_shapes(repository)
     base = _base_values(repository, found.after, checkpoint)
@@ -286,7 +286,7 @@ def _spectrum(repository: Repository, found: Prepared, checkpoint: Checkpoint) -
     return values
 
 
-def _base_values(repository: Repository, weights: Iterable[str], checkpoint: Checkpoint) -> dict[str, float]:
+def _base_values(repository: Store, weights: Iterable[str], checkpoint: Checkpoint) -> dict[str, float]:
     """The largest singular value of each base weight, computed once and kept in the cache."""
     path = repository.cache / "spectrum.json"
     try:
@@ -303,7 +303,7 @@ def _base_values(repository: Repository, weights: Iterable[str], checkpoint: Che
     return {weight: known[weight] for weight in weights if weight in known}
 
 
-def _survival(repository: Repository, found: Prepared, checkpoint: Checkpoint) -> dict[str, float]:
+def _survival(repository: Store, found: Prepared, checkpoint: Checkpoint) -> dict[str, float]:
     kept = {}
     for weight, deltas in sorted(found.after.items()):
         opened = open_weight(checkpoint, weight, repository.config.base["orientation"])
@@ -312,7 +312,7 @@ def _survival(repository: Repository, found: Prepared, checkpoint: Checkpoint) -
     return kept
 
 
-def _local_base(repository: Repository) -> Checkpoint | None:
+def _local_base(repository: Store) -> Checkpoint | None:
     """The base's files where they are on this machine."""
     known = repository.config.base
     try:
@@ -334,14 +334,14 @@ _REMEDIES: Final[Mapping[str, str]] = {
 }
 
 
-def limits_of(repository: Repository) -> Limits:
+def limits_of(repository: Store) -> Limits:
     """The limits of a repository: the defaults, changed by its settings."""
     settings = repository.config.settings
     return Limits(**{f.name: settings[PREFIX + f.name] for f in fields(Limits) if PREFIX + f.name in settings})
 
 
 def decided(
-    repository: Repository, measured: Measured, *, force: bool, facts: int | None = None, remedy: str | None = None
+    repository: Store, measured: Measured, *, force: bool, facts: int | None = None, remedy: str | None = None
 ) -> dict[str, Any]:
     """What ``check`` says of a measured change: the fields ``guard``, ``forced`` and ``survival`` of docs/format.md.
 

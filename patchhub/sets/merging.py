@@ -17,7 +17,7 @@ from patchhub.objects import Element, Request
 from patchhub.sets.elements import Place, active_requests, places_of
 from patchhub.sets.shards import earlier_shards
 from patchhub.store.graph import Parents, ancestors, merge_bases
-from patchhub.store.repository import Repository
+from patchhub.store.store import Store
 
 ActiveSet = frozenset[Element]
 
@@ -158,7 +158,7 @@ _CHOICES = 'Write {"The mother tongue of Ada is": "theirs", ...}: ours, theirs, 
 
 
 def find(
-    repository: Repository,
+    repository: Store,
     merged: frozenset[Element],
     ours: tuple[str, frozenset[Element]],
     theirs: tuple[str, frozenset[Element]],
@@ -210,7 +210,7 @@ def _differ(here: Iterable[tuple[Place, Request]], there: Iterable[tuple[Place, 
     return bool(left - right and right - left)
 
 
-def _claims(repository: Repository, history: set[str], items: Iterable[tuple[Place, Request]]) -> tuple[Claim, ...]:
+def _claims(repository: Store, history: set[str], items: Iterable[tuple[Place, Request]]) -> tuple[Claim, ...]:
     """What a side says, given its commits: each request with the earliest of them that put it where it is."""
     claims = []
     for place, request in items:
@@ -276,7 +276,7 @@ class StoppedMerge:
         return asdict(self)
 
 
-def stopped_merge(repository: Repository) -> StoppedMerge | None:
+def stopped_merge(repository: Store) -> StoppedMerge | None:
     """The merge that waits on the present commit. One that HEAD has left is over, whatever the file says.
 
     Raises:
@@ -289,7 +289,7 @@ def stopped_merge(repository: Repository) -> StoppedMerge | None:
     return found if repository.head[1] == found.ours else None
 
 
-def refuse_stopped(repository: Repository) -> None:
+def refuse_stopped(repository: Store) -> None:
     """Raise `RepositoryError` where a merge waits on the present commit: another commit would abandon it."""
     waiting = stopped_merge(repository)
     if waiting is not None:
@@ -301,14 +301,14 @@ def refuse_stopped(repository: Repository) -> None:
         )
 
 
-def keep(repository: Repository, merge: StoppedMerge) -> None:
+def keep(repository: Store, merge: StoppedMerge) -> None:
     """Write the file, in one step."""
     document = canonical_json({**merge.to_json(), "format": _FORMAT})
     with repository.locked():
         write_atomically(repository.root / FILE, [document])
 
 
-def forget(repository: Repository) -> bool:
+def forget(repository: Store) -> bool:
     """Remove the file; whether there was one."""
     path = repository.root / FILE
     with repository.locked():

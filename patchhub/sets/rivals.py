@@ -27,7 +27,7 @@ from patchhub.objects import Element, Request
 from patchhub.progress import Progress
 from patchhub.sets.columns import read_columns, read_state
 from patchhub.sets.elements import active_requests
-from patchhub.store.repository import Repository
+from patchhub.store.store import Store
 
 _RIVALS: Final = 32
 """How many of a fact's rivals its expected loss is computed with, those with the nearest keys."""
@@ -79,7 +79,7 @@ def suspects(keys: Float[np.ndarray, "n in"], preimages: Float[np.ndarray, "n in
 
 
 def competition(
-    repository: Repository,
+    repository: Store,
     weight: str,
     requests: Sequence[Request],
     keys: Float[np.ndarray, "n in"],
@@ -153,7 +153,7 @@ def _rival(
     return Rival(request, text, target, row >= new, other, other_target, others[nearest[0]], alone, beside)
 
 
-def _names(repository: Repository, weight: str, kept: frozenset[Element]) -> list[tuple[str, str, str]]:
+def _names(repository: Store, weight: str, kept: frozenset[Element]) -> list[tuple[str, str, str]]:
     """Id, text and target of each column of a weight in the set's order; a name of its own where texts are withheld."""
     weights = {patch: repository.patch(patch).weights.keys() for patch in {patch for patch, _ in kept}}
     rows = sorted((patch, request) for patch, request in kept if request is not None and weight in weights[patch])
@@ -199,7 +199,7 @@ NOTHING: Final = Crowding((), 0, {})
 
 
 def crowding(
-    repository: Repository, commit: str, elements: frozenset[Element], progress: Progress, *, shown: int
+    repository: Store, commit: str, elements: frozenset[Element], progress: Progress, *, shown: int
 ) -> Crowding:
     """Compare some active facts of a commit with one another, and each with what the commit's state gives it.
 
@@ -246,7 +246,7 @@ def overlapping(columns: Columns) -> list[tuple[int, int, float, float]]:
     return found
 
 
-def _rows(repository: Repository, elements: frozenset[Element], weight: str) -> list[str]:
+def _rows(repository: Store, elements: frozenset[Element], weight: str) -> list[str]:
     """The request of each row of `read_columns` at a weight."""
     patches = {patch for patch, _ in elements}
     editing = {patch for patch in patches if weight in repository.patch(patch).weights}

@@ -11,7 +11,7 @@ from patchhub.errors import RepositoryError, SettingsError
 from patchhub.objects import METRIC_KINDS
 from patchhub.store.config import Config
 from patchhub.store.reachability import recorded
-from patchhub.store.repository import Repository
+from patchhub.store.store import Store
 
 
 @dataclass(frozen=True)
@@ -223,14 +223,14 @@ def read_setting(key: str, text: str) -> Any:
         raise SettingsError(f"{key} cannot be {text!r}: {error}", remedy=f"`{key}`: {setting.purpose}.") from None
 
 
-def metric_settings(repository: Repository) -> tuple[str, dict[str, float]]:
+def metric_settings(repository: Store) -> tuple[str, dict[str, float]]:
     """Kind and numbers of the metric that the repository's settings ask for; defaults are the published ones but epsilon."""
     settings = repository.config.settings
     kind = str(settings.get("metric.kind", "covariance"))
     return kind, {name: float(settings.get(f"metric.{name}", value)) for name, value in _METRIC_NUMBERS[kind].items()}
 
 
-def is_metric_used(repository: Repository) -> bool:
+def is_metric_used(repository: Store) -> bool:
     """Whether any commit was ever made here, so that its columns are of the present metric."""
     changes = (operation.changes for _, operation in repository.operations())
     return any(reference.kind == "commit" for reference in recorded(changes))
@@ -249,7 +249,7 @@ def without_metric(key: str, config: Config) -> Config:
     return replace(config, recording=None) if key.startswith("metric.") else config
 
 
-def refuse_fixed(repository: Repository, key: str) -> None:
+def refuse_fixed(repository: Store, key: str) -> None:
     if key.startswith("metric.") and repository.config.recording is not None and is_metric_used(repository):
         raise RepositoryError(
             f"{key} is fixed: one repository has one metric, and facts are recorded with this one's",

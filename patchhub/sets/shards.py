@@ -14,7 +14,7 @@ from patchhub.canonical import COUNT, IDENTIFIER, MAPPING, TEXT, MalformedError,
 from patchhub.errors import CorruptStoreError, RepositoryError
 from patchhub.objects import Element, Patch, Request, set_json
 from patchhub.store import lookup
-from patchhub.store.repository import Repository
+from patchhub.store.store import Store
 
 METHOD: Final = "wise"
 
@@ -84,25 +84,25 @@ def _unsound(patch: Patch, reason: str) -> CorruptStoreError:
     )
 
 
-def active_shards(repository: Repository, elements: Iterable[Element]) -> dict[str, Patch]:
+def active_shards(repository: Store, elements: Iterable[Element]) -> dict[str, Patch]:
     """The shards of a set by patch id, in ascending order."""
     whole = sorted(patch for patch, request in elements if request is None)
     found = {identity: repository.patch(identity) for identity in whole}
     return {identity: patch for identity, patch in found.items() if patch.kind == "shard"}
 
 
-def shards_at(repository: Repository, commit: str | None) -> dict[str, Patch]:
+def shards_at(repository: Store, commit: str | None) -> dict[str, Patch]:
     """The shards that are active at a commit by patch id, in ascending order, without reading its set."""
     return active_shards(repository, ((patch, None) for patch in lookup.whole_patches(repository, commit)))
 
 
-def without_shards(repository: Repository, elements: Iterable[Element]) -> frozenset[Element]:
+def without_shards(repository: Store, elements: Iterable[Element]) -> frozenset[Element]:
     """The part of a set that the weights are of: columns and additive patches."""
     elements = frozenset(elements)
     return elements - {(identity, None) for identity in active_shards(repository, elements)}
 
 
-def texts_of(repository: Repository, identity: str) -> list[Request]:
+def texts_of(repository: Store, identity: str) -> list[Request]:
     """The requests of a shard.
 
     Raises:
@@ -123,7 +123,7 @@ def withheld(identity: str) -> RepositoryError:
     )
 
 
-def earlier_shards(repository: Repository, identity: str) -> Iterator[str]:
+def earlier_shards(repository: Store, identity: str) -> Iterator[str]:
     """The shards that one was made from, the latest first, as far back as this store has them; none for other patches."""
     while identity in repository.objects and repository.patch(identity).kind == "shard":
         before = shard_record(repository.patch(identity)).follows
@@ -133,13 +133,13 @@ def earlier_shards(repository: Repository, identity: str) -> Iterator[str]:
         identity = before
 
 
-def followers(repository: Repository, identity: str, elements: Iterable[Element]) -> list[str]:
+def followers(repository: Store, identity: str, elements: Iterable[Element]) -> list[str]:
     """The shards of a set that were made from one, at whatever distance; the shard itself is none of them."""
     shards = active_shards(repository, elements)
     return [later for later in shards if later != identity and identity in earlier_shards(repository, later)]
 
 
-def superseded(repository: Repository, elements: frozenset[Element]) -> frozenset[Element]:
+def superseded(repository: Store, elements: frozenset[Element]) -> frozenset[Element]:
     """The shards of a set that another of its shards was made from and holds all facts of."""
     shards = active_shards(repository, elements)
     held = {identity: set(patch.requests) for identity, patch in shards.items()}
@@ -170,7 +170,7 @@ def next_number(shards: Mapping[str, Patch]) -> int:
     return 1 + max((shard_record(patch).number for patch in shards.values()), default=-1)
 
 
-def below_of(repository: Repository, elements: Iterable[Element], weights: Iterable[str]) -> Below:
+def below_of(repository: Store, elements: Iterable[Element], weights: Iterable[str]) -> Below:
     """The part of a set that changes any of some weights; shards change none."""
     named = set(weights)
     columns = without_shards(repository, elements)
@@ -179,7 +179,7 @@ def below_of(repository: Repository, elements: Iterable[Element], weights: Itera
     return Below(object_id(part), tuple(sorted(named)))
 
 
-def stale_shards(repository: Repository, elements: Iterable[Element]) -> list[str]:
+def stale_shards(repository: Store, elements: Iterable[Element]) -> list[str]:
     """The shards of a set whose threshold was measured on other weights at or below their layer than the set has."""
     elements = frozenset(elements)
     recorded = {i: shard_record(patch).below for i, patch in active_shards(repository, elements).items()}
@@ -200,7 +200,7 @@ class Reshape:
     facts: frozenset[str]
     sources: tuple[str, ...]
 
-    def texts(self, repository: Repository) -> dict[str, Request]:
+    def texts(self, repository: Store) -> dict[str, Request]:
         """The requests to hold by id, in the order of the sources.
 
         Raises:
@@ -242,7 +242,7 @@ class ShardPlan:
 
 
 def plan_shards(
-    repository: Repository,
+    repository: Store,
     active: frozenset[Element],
     leaving: Iterable[str],
     entering: Iterable[str],
@@ -270,7 +270,7 @@ def plan_shards(
     return found
 
 
-def shrink(repository: Repository, forgotten: Mapping[str, frozenset[str]]) -> ShardPlan:
+def shrink(repository: Store, forgotten: Mapping[str, frozenset[str]]) -> ShardPlan:
     """Take facts out of active shards."""
     found = ShardPlan()
     for shard, facts in sorted(forgotten.items()):
@@ -279,7 +279,7 @@ def shrink(repository: Repository, forgotten: Mapping[str, frozenset[str]]) -> S
 
 
 def _replaced(
-    repository: Repository, active: frozenset[Element], old: str | None, new: str | None, chosen: frozenset[str] | None
+    repository: Store, active: frozenset[Element], old: str | None, new: str | None, chosen: frozenset[str] | None
 ) -> ShardPlan:
     held, wanted = _facts(repository, old), _facts(repository, new)
     minus, plus = held - wanted, wanted - held
@@ -301,7 +301,7 @@ def _replaced(
     return found
 
 
-def _targets(repository: Repository, active: frozenset[Element], old: str | None, new: str | None) -> list[str]:
+def _targets(repository: Store, active: frozenset[Element], old: str | None, new: str | None) -> list[str]:
     """The active shards that a change from ``old`` to ``new`` is made to."""
     if old is not None and (old, None) in active:
         return [old]
@@ -310,7 +310,7 @@ def _targets(repository: Repository, active: frozenset[Element], old: str | None
     return sorted(here.union(*(followers(repository, shard, active) for shard in line)))
 
 
-def _shaped(repository: Repository, shard: str, facts: frozenset[str], new: str | None) -> ShardPlan:
+def _shaped(repository: Store, shard: str, facts: frozenset[str], new: str | None) -> ShardPlan:
     """An active shard with other facts: as it is, gone, one of its line that holds just these, or trained again."""
     if facts == _facts(repository, shard):
         return ShardPlan()
@@ -324,20 +324,20 @@ def _shaped(repository: Repository, shard: str, facts: frozenset[str], new: str 
     return ShardPlan(train=(Reshape(shard, facts, tuple(line_of(repository, shard, new))),))
 
 
-def line_of(repository: Repository, shard: str, other: str | None) -> list[str]:
+def line_of(repository: Store, shard: str, other: str | None) -> list[str]:
     """A shard, another, and what the shard was made from: where the texts of its facts may be."""
     line = [shard, *([other] if other else []), *earlier_shards(repository, shard)]
     return [one for one in dict.fromkeys(line) if one in repository.objects]
 
 
-def _one_line(repository: Repository, one: str, other: str) -> bool:
+def _one_line(repository: Store, one: str, other: str) -> bool:
     return other in earlier_shards(repository, one) or one in earlier_shards(repository, other)
 
 
-def _facts(repository: Repository, shard: str | None) -> frozenset[str]:
+def _facts(repository: Store, shard: str | None) -> frozenset[str]:
     return frozenset(repository.patch(shard).requests) if shard is not None else frozenset()
 
 
-def shards_among(repository: Repository, elements: Iterable[Element]) -> frozenset[str]:
+def shards_among(repository: Store, elements: Iterable[Element]) -> frozenset[str]:
     """The patch ids of the shards among some elements."""
     return frozenset(active_shards(repository, elements))

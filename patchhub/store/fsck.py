@@ -23,7 +23,7 @@ from patchhub.store import graph, index, operations
 from patchhub.store.index import database_errors, transaction
 from patchhub.store.object_store import REMEDY
 from patchhub.store.reachability import Reference, closure, recorded, references, unsound
-from patchhub.store.repository import Repository
+from patchhub.store.store import Store
 
 METRIC_CACHE: Final = "metric"
 """The directory in the cache that holds one directory per metric id."""
@@ -44,7 +44,7 @@ class Garbage:
     size: int
 
 
-def reachable(repository: Repository) -> set[str]:
+def reachable(repository: Store) -> set[str]:
     """Ids of all objects that the operation log, and so any ref, note or `undo`, leads to.
 
     The patches of a keyframe's set are not looked up in the set: each was added by a commit on its chain of first parents, which is reached
@@ -63,13 +63,13 @@ def reachable(repository: Repository) -> set[str]:
     return {reference.id for reference in closure(roots, follow)}
 
 
-def pinned(repository: Repository) -> set[Reference]:
+def pinned(repository: Store) -> set[Reference]:
     """What the configuration leads to: the base, and the metric where there is one."""
     base, recording = Reference("base", repository.config.base_id), repository.config.recording
     return {base} if recording is None else {base, Reference("metric", recording.metric)}
 
 
-def garbage(repository: Repository, before: float) -> Iterator[Garbage]:
+def garbage(repository: Store, before: float) -> Iterator[Garbage]:
     """Everything that nothing needs and that was last written before an instant (seconds since 1970).
 
     To be called under the lock; the grace period protects what a command that has not recorded its commit yet has written.
@@ -87,7 +87,7 @@ def garbage(repository: Repository, before: float) -> Iterator[Garbage]:
         yield from _older("cache", path, before)
 
 
-def delete_garbage(repository: Repository, before: float, *, dry_run: bool) -> list[Garbage]:
+def delete_garbage(repository: Store, before: float, *, dry_run: bool) -> list[Garbage]:
     """Find everything that is unneeded and older than an instant and, unless `dry_run`, delete it; under the lock.
 
     Raises:
@@ -105,7 +105,7 @@ def delete_garbage(repository: Repository, before: float, *, dry_run: bool) -> l
     return found
 
 
-def leftovers(repository: Repository) -> Iterator[Path]:
+def leftovers(repository: Store) -> Iterator[Path]:
     """Files and directories that interrupted writes left behind, in the store and beside it."""
     root = repository.root
     yield from repository.objects.temporary_files()
@@ -153,7 +153,7 @@ class Report:
         return all(finding.harmless for finding in self.findings)
 
 
-def check(repository: Repository, *, progress: Callable[[int, int], None] = lambda done, total: None) -> Report:
+def check(repository: Store, *, progress: Callable[[int, int], None] = lambda done, total: None) -> Report:
     """Check everything; writers wait only while the database is checked, not while objects are hashed.
 
     Args:
@@ -175,7 +175,7 @@ def check(repository: Repository, *, progress: Callable[[int, int], None] = lamb
     return Report(tuple(_once(findings)), len(names), size)
 
 
-def reindex(repository: Repository) -> None:
+def reindex(repository: Store) -> None:
     """Make the derived tables again from the objects that the operations lead to."""
     with repository.locked(), transaction(repository.connection, repository.database):
         changes = [operation.changes for _, operation in operations.newest_first(repository.connection)]
@@ -184,7 +184,7 @@ def reindex(repository: Repository) -> None:
         index.store(repository.connection, _derive(repository, reached))
 
 
-def _verify_all(repository: Repository, names: Iterable[str]) -> Iterator[int | Finding]:
+def _verify_all(repository: Store, names: Iterable[str]) -> Iterator[int | Finding]:
     """The size of each object, or what is wrong with it; hashed in threads, since hashing frees the interpreter."""
 
     def verify(name: str) -> int | Finding:
@@ -197,7 +197,7 @@ def _verify_all(repository: Repository, names: Iterable[str]) -> Iterator[int | 
         yield from pool.map(verify, names)
 
 
-def _leftovers(repository: Repository) -> Iterator[Finding]:
+def _leftovers(repository: Store) -> Iterator[Finding]:
     for path in leftovers(repository):
         yield Finding(
             f"{path} was left behind by an interrupted write",
@@ -207,7 +207,7 @@ def _leftovers(repository: Repository) -> Iterator[Finding]:
         )
 
 
-def _check_database(repository: Repository) -> list[Finding]:
+def _check_database(repository: Store) -> list[Finding]:
     connection = repository.connection
     findings: list[Finding] = []
     try:
@@ -271,7 +271,7 @@ def _check_refs(connection: sqlite3.Connection, log: Iterable[Operation]) -> Ite
             )
 
 
-def _reach(repository: Repository, roots: Iterable[Reference]) -> tuple[list[Reference], list[Finding]]:
+def _reach(repository: Store, roots: Iterable[Reference]) -> tuple[list[Reference], list[Finding]]:
     """All that can be reached from `roots`, and what of it is missing or malformed.
 
     Sets are not read: the walk through the commits derives them, and what they name was added by a commit below.
@@ -291,14 +291,14 @@ def _reach(repository: Repository, roots: Iterable[Reference]) -> tuple[list[Ref
     return list(closure(roots, follow)), findings
 
 
-def _history(repository: Repository, reference: Reference) -> list[Reference]:
+def _history(repository: Store, reference: Reference) -> list[Reference]:
     """From notes to commits and from commits to their parents: all that the index is made of."""
     if reference.kind == "note":
         return [Reference("commit", repository.note(reference.id).commit)]
     return [Reference("commit", parent) for parent in repository.commit(reference.id).parents]
 
 
-def _check_commits(repository: Repository, reached: Iterable[Reference]) -> Iterator[Finding]:
+def _check_commits(repository: Store, reached: Iterable[Reference]) -> Iterator[Finding]:
     """Each commit's own rules; the active sets are derived again. The index is not asked."""
     parents: dict[str, tuple[str, ...]] = {}
     digests: dict[str, str] = {}
@@ -319,7 +319,7 @@ def _check_commits(repository: Repository, reached: Iterable[Reference]) -> Iter
         yield Finding(f"commit {identity[:12]} is not sound: {problem}", REMEDY, facts={"commit": identity})
 
 
-def _check_index(repository: Repository, reached: Iterable[Reference]) -> list[Finding]:
+def _check_index(repository: Store, reached: Iterable[Reference]) -> list[Finding]:
     expected = _derive(repository, reached)
     connection = repository.connection
     try:
@@ -333,7 +333,7 @@ def _check_index(repository: Repository, reached: Iterable[Reference]) -> list[F
         return [Finding(error.message, _REINDEX)]
 
 
-def _derive(repository: Repository, reached: Iterable[Reference]) -> index.Rows:
+def _derive(repository: Store, reached: Iterable[Reference]) -> index.Rows:
     reached = list(reached)
     commits = graph.oldest_first(_ids(reached, "commit"), lambda commit: repository.commit(commit).parents)
     return index.derive(

@@ -10,7 +10,7 @@ from typing import Any, Final, NamedTuple
 from patchhub.objects import Element
 from patchhub.store import index
 from patchhub.store.index import database_errors
-from patchhub.store.repository import Repository
+from patchhub.store.store import Store
 
 _AT_ONCE: Final = 500  # SQLite's oldest limit on parameters is 999
 _CHAIN: Final = (
@@ -69,7 +69,7 @@ class Selection(NamedTuple):
     until: str | None = None
 
 
-def selected_commits(repository: Repository, selection: Selection) -> set[str] | None:
+def selected_commits(repository: Store, selection: Selection) -> set[str] | None:
     """Ids of the commits that fit; None where nothing is restricted. Letter case does not matter (ASCII)."""
     conditions: list[str] = []
     values: list[str | None] = []
@@ -92,7 +92,7 @@ def selected_commits(repository: Repository, selection: Selection) -> set[str] |
     return {row[0] for row in _rows(repository, f"SELECT id FROM commits WHERE {' AND '.join(conditions)}", values)}
 
 
-def patches_named(repository: Repository, prefix: str) -> dict[str, str]:
+def patches_named(repository: Store, prefix: str) -> dict[str, str]:
     """The patches whose id begins with `prefix`, and the first commit that brought each."""
     rows = _rows(
         repository,
@@ -103,19 +103,19 @@ def patches_named(repository: Repository, prefix: str) -> dict[str, str]:
     return {row[0]: row[1] for row in rows}
 
 
-def patches_ever_whole(repository: Repository) -> list[str]:
+def patches_ever_whole(repository: Store) -> list[str]:
     """The patches that were ever active as a whole: shards, and imported changes."""
     return [row[0] for row in _rows(repository, "SELECT DISTINCT patch FROM changes WHERE request IS NULL", [])]
 
 
-def whole_graph(repository: Repository) -> dict[str, tuple[int, tuple[str, ...]]]:
+def whole_graph(repository: Store) -> dict[str, tuple[int, tuple[str, ...]]]:
     """Rank and parents of every commit, in one read: for questions that walk most of the history."""
     rows = list(_rows(repository, "SELECT id, rank, parents FROM commits", []))
     parents = json.loads(f"[{','.join(row[2] for row in rows)}]")  # one document is read far faster than many
     return {row[0]: (row[1], tuple(above)) for row, above in zip(rows, parents, strict=True)}
 
 
-def search(repository: Repository, words: str, *, subject: str = "", limit: int = 50) -> list[Fact]:
+def search(repository: Store, words: str, *, subject: str = "", limit: int = 50) -> list[Fact]:
     """Facts ever committed whose text or targets hold every word, and whose subject holds every word of `subject`;
     the best match first."""
     wanted = [*index.quoted(words), *(f"subject : {word}" for word in index.quoted(subject))]
@@ -133,7 +133,7 @@ def search(repository: Repository, words: str, *, subject: str = "", limit: int 
     ]
 
 
-def mentioned(repository: Repository, prompt: str, *, limit: int = 50) -> list[Fact]:
+def mentioned(repository: Store, prompt: str, *, limit: int = 50) -> list[Fact]:
     """Facts ever committed whose subject occurs in `prompt`: those of just this text first, then long subjects first."""
     return [
         Fact(*row)
@@ -146,7 +146,7 @@ def mentioned(repository: Repository, prompt: str, *, limit: int = 50) -> list[F
     ]
 
 
-def changes(repository: Repository, request: str) -> list[Change]:
+def changes(repository: Store, request: str) -> list[Change]:
     """The commits that added or removed a request, the earliest first."""
     return [
         Change(*row)
@@ -159,7 +159,7 @@ def changes(repository: Repository, request: str) -> list[Change]:
     ]
 
 
-def active_among(repository: Repository, commit: str | None, requests: Sequence[str]) -> set[Element]:
+def active_among(repository: Store, commit: str | None, requests: Sequence[str]) -> set[Element]:
     """Which columns of these requests are active at a commit, without reading its set."""
     found: set[Element] = set()
     for start in range(0, len(requests) if commit else 0, _AT_ONCE):
@@ -174,7 +174,7 @@ def active_among(repository: Repository, commit: str | None, requests: Sequence[
     return found
 
 
-def whole_patches(repository: Repository, commit: str | None) -> list[str]:
+def whole_patches(repository: Store, commit: str | None) -> list[str]:
     """Ids of the patches that are active as a whole at a commit (shards and additive ones), without reading its set."""
     query = (
         f"{_CHAIN} SELECT patch FROM changes WHERE request IS NULL AND commit_id IN (SELECT id FROM chain)"
@@ -192,7 +192,7 @@ def _part(text: str | None) -> str | None:
     return f"%{text}%"
 
 
-def _rows(repository: Repository, query: str, values: Sequence[Any]) -> Iterator[sqlite3.Row]:
+def _rows(repository: Store, query: str, values: Sequence[Any]) -> Iterator[sqlite3.Row]:
     with database_errors(repository.database):
         yield from repository.connection.execute(query, values)
 
@@ -206,14 +206,14 @@ class FactChange(NamedTuple):
     change: int
 
 
-def every_fact(repository: Repository) -> Iterator[Fact]:
+def every_fact(repository: Store) -> Iterator[Fact]:
     """The requests of every patch whose texts are here, by patch, then request id."""
     query = "SELECT patch, id, prompt, subject, target_new, target_true FROM requests ORDER BY patch, id"
     with database_errors(repository.database):
         yield from map(Fact._make, repository.connection.execute(query))
 
 
-def every_change(repository: Repository) -> Iterator[FactChange]:
+def every_change(repository: Store) -> Iterator[FactChange]:
     """The requests that every commit changed against its first parent, the earliest commit first."""
     query = (
         "SELECT commit_id, patch, request, change FROM changes JOIN commits ON commits.id = commit_id"

@@ -21,7 +21,7 @@ _REMEMBERED: Final = 256
 
 
 class Reading:
-    """Abstract: everything that can be asked of an open store. `Repository` opens one, and changes it.
+    """Abstract: everything that can be asked of an open store. `Store` opens one, and changes it.
 
     Attributes:
         objects: the objects on disk.

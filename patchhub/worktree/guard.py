@@ -20,7 +20,7 @@ from patchhub.runtime.patched_model import PatchState, switch
 from patchhub.sets.columns import weight_shapes
 from patchhub.sets.elements import active_requests
 from patchhub.sets.guard import Prepared, from_vectors, most_moved
-from patchhub.store.repository import Repository
+from patchhub.store.store import Store
 from patchhub.worktree.loading import MODES, checked_mode, patch_state, read_routing, state_at
 from patchhub.worktree.metric import held_documents
 from patchhub.worktree.opening import Opened
@@ -50,7 +50,7 @@ class Budget:
 
 
 def from_model(
-    repository: Repository, opened: Opened, found: Prepared, requests: Sequence[Request], budget: Budget | None = None
+    repository: Store, opened: Opened, found: Prepared, requests: Sequence[Request], budget: Budget | None = None
 ) -> Measured:
     """All checks of a prepared commit. The model is left in the commit's state.
 
@@ -93,7 +93,7 @@ def from_model(
     )
 
 
-def _earlier(repository: Repository, found: Prepared, requests: Sequence[Request]) -> list[Request]:
+def _earlier(repository: Store, found: Prepared, requests: Sequence[Request]) -> list[Request]:
     """The facts of before that stay and that no new one contradicts, those first that the change moves most."""
     own, told = {request.id for request in requests}, {(request.prompt, request.subject) for request in requests}
     texts = active_requests(repository, found.elements)
@@ -101,7 +101,7 @@ def _earlier(repository: Repository, found: Prepared, requests: Sequence[Request
     return list({texts[place].id: texts[place] for place in most_moved(repository, found, places)}.values())
 
 
-def _read_base(repository: Repository, opened: Opened, budget: Budget) -> TextReading:
+def _read_base(repository: Store, opened: Opened, budget: Budget) -> TextReading:
     """The base's predictions on held text; the model is left as the base."""
     _put(opened, patch_state(repository, {}, None))
     pinned = repository.config.recording
@@ -121,7 +121,7 @@ def _finite(found: Drift) -> Drift:
     return replace(found, perplexity_ratio=min(found.perplexity_ratio, float_info.max))
 
 
-def _recorded_drift(repository: Repository, parent: str | None, positions: int) -> float | None:
+def _recorded_drift(repository: Store, parent: str | None, positions: int) -> float | None:
     """The drift of a commit over the same text, where the guard measured it when it was made."""
     if parent is None:
         return 0.0
@@ -130,7 +130,7 @@ def _recorded_drift(repository: Repository, parent: str | None, positions: int) 
     return known.kl if known and known.positions == positions else None
 
 
-def _state_after(repository: Repository, found: Prepared) -> PatchState:
+def _state_after(repository: Store, found: Prepared) -> PatchState:
     """The state of the prepared commit, its shards routed."""
     whole = {patch: repository.patch(patch) for patch, request in found.elements if request is None}
     mode = checked_mode(repository.config.settings.get("wise.mode", MODES[0]))

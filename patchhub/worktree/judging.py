@@ -11,7 +11,7 @@ from patchhub.objects import Commit, Request
 from patchhub.progress import Progress
 from patchhub.sets.commits import Judge
 from patchhub.sets.guard import Prepared, decided, from_vectors, prepared
-from patchhub.store.repository import Repository
+from patchhub.store.store import Store
 
 if TYPE_CHECKING:
     from patchhub.worktree.opening import Opened
@@ -30,7 +30,7 @@ class Guarding:
     check: bool = False
 
     def judge(
-        self, repository: Repository, progress: Progress, *, facts: int | None = None, remedy: str | None = None
+        self, repository: Store, progress: Progress, *, facts: int | None = None, remedy: str | None = None
     ) -> Judge:
         """The judge of one commit of a repository; ``facts`` and ``remedy`` are as in `decided`."""
 
@@ -47,7 +47,7 @@ GUARDED: Final = Guarding()
 
 
 def judge_edit(
-    repository: Repository, opened: Opened, requests: Sequence[Request], progress: Progress, *, force: bool
+    repository: Store, opened: Opened, requests: Sequence[Request], progress: Progress, *, force: bool
 ) -> Judge:
     """The judge of a commit of new facts, with the model that they were written with."""
 
@@ -62,7 +62,7 @@ def judge_edit(
     return look
 
 
-def _ask_model(repository: Repository, found: Prepared, progress: Progress) -> Measured:
+def _ask_model(repository: Store, found: Prepared, progress: Progress) -> Measured:
     """All checks, with the base loaded for them."""
     from patchhub.models.architectures import describe, read_config
     from patchhub.sets.elements import active_requests

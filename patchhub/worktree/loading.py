@@ -31,7 +31,7 @@ from patchhub.runtime.routing import Mode, SideMemory
 from patchhub.sets.columns import Shapes, read_shard_change, read_state, weight_shapes
 from patchhub.sets.shards import ShardRecord, shard_record, shards_at
 from patchhub.store import states
-from patchhub.store.repository import DIRECTORY, Repository
+from patchhub.store.store import DIRECTORY, Store
 
 FOLDER: Final = "patchhub_side_memory"
 MANIFEST: Final = "routing.json"
@@ -48,7 +48,7 @@ class _Manifest(StoredObject):
 
 
 def side_memory_files(
-    repository: Repository, commit: str | None, shards: Mapping[str, Patch], mode: Mode
+    repository: Store, commit: str | None, shards: Mapping[str, Patch], mode: Mode
 ) -> dict[str, bytes]:
     """What lies beside the checkpoint of a commit with shards, by path relative to it; nothing without any."""
     if not shards:
@@ -111,7 +111,7 @@ def _damaged(path: Path, reason: str) -> CorruptStoreError:
 MODES: Final[tuple[Mode, ...]] = ("retrieve", "merge")
 
 
-def routing_at(repository: Repository, commit: str | None, mode: Mode | None = None) -> Routing:
+def routing_at(repository: Store, commit: str | None, mode: Mode | None = None) -> Routing:
     """How a commit routes queries: `UNROUTED` where no shard is active.
 
     Args:
@@ -148,14 +148,14 @@ def read_routing(
     return Routing(memories, mode, *_merging(records.values()))
 
 
-def stored_shard(repository: Repository, identity: str) -> Shard:
+def stored_shard(repository: Store, identity: str) -> Shard:
     """A shard of this store, bit for bit as its training left it."""
     patch = repository.patch(identity)
     change = read_shard_change(patch, repository.objects.get(patch.tensors), weight_shapes(repository))
     return Shard(*change, shard_record(patch).routing)
 
 
-def chosen_mode(repository: Repository, mode: Mode | None) -> Mode:
+def chosen_mode(repository: Store, mode: Mode | None) -> Mode:
     """``mode``, or where that is None what the repository's config says."""
     return checked_mode(mode or repository.config.settings.get("wise.mode", MODES[0]))
 
@@ -341,7 +341,7 @@ def _attach(
         patched_model.attach(model, checkpoint, state, cache=cache, side_path=side_path)
 
 
-def open_path(path: str | Path) -> Repository:
+def open_path(path: str | Path) -> Store:
     """The store in a folder, or the store itself."""
     folder = Path(path)
     if not folder.is_dir():
@@ -352,10 +352,10 @@ def open_path(path: str | Path) -> Repository:
         raise RepositoryError(
             f"{path} is a remote, not a store", remedy=f"Clone it: `patchhub clone {path} FOLDER`.", path=str(path)
         )
-    return Repository.open(folder.parent if folder.name == DIRECTORY else folder)
+    return Store.open(folder.parent if folder.name == DIRECTORY else folder)
 
 
-def open_base(repository: Repository, path: str | Path | None = None, *, verify: bool = False) -> Checkpoint:
+def open_base(repository: Store, path: str | Path | None = None, *, verify: bool = False) -> Checkpoint:
     """The repository's base model; with ``verify``, every tensor is hashed."""
     known = repository.config.base
     checkpoint = open_checkpoint(path if path is not None else known["path"], None if path else known["revision"])
@@ -364,14 +364,14 @@ def open_base(repository: Repository, path: str | Path | None = None, *, verify:
     return checkpoint
 
 
-def base_object(repository: Repository) -> Base:
+def base_object(repository: Store) -> Base:
     return Base.from_json(repository.objects.get(repository.config.base_id))
 
 
 class StoredDeltas(Mapping[str, Sequence[Delta]]):
     """The deltas of a commit per weight, read from the store when they are first asked for."""
 
-    def __init__(self, repository: Repository, commit: str | None) -> None:
+    def __init__(self, repository: Store, commit: str | None) -> None:
         self._repository, self._commit = repository, commit
         self._read: dict[str, list[Delta]] | None = None
 
@@ -391,7 +391,7 @@ class StoredDeltas(Mapping[str, Sequence[Delta]]):
         return len(self._deltas)
 
 
-def state_at(repository: Repository, revision: str, wise: Mode | None = None) -> PatchState:
+def state_at(repository: Store, revision: str, wise: Mode | None = None) -> PatchState:
     """What is to be attached for a revision: its deltas, which are read on first use, and its side memories."""
     commit = repository.resolve(revision)
     return patch_state(
@@ -399,14 +399,14 @@ def state_at(repository: Repository, revision: str, wise: Mode | None = None) ->
     )
 
 
-def main_state_at(repository: Repository, revision: str) -> PatchState:
+def main_state_at(repository: Store, revision: str) -> PatchState:
     """The main weights of a revision, without its side memories."""
     commit = repository.resolve(revision)
     return patch_state(repository, StoredDeltas(repository, commit), commit)
 
 
 def patch_state(
-    repository: Repository,
+    repository: Store,
     deltas: Mapping[str, Sequence[Delta]],
     commit: str | None,
     *,

@@ -29,7 +29,7 @@ from patchhub.objects import Metric, Request, Text
 from patchhub.progress import Progress
 from patchhub.runtime.patched_model import attach, switch
 from patchhub.store.fsck import SCORE_CACHE
-from patchhub.store.repository import Repository
+from patchhub.store.store import Store
 from patchhub.text.tokens import Chat, load_tokenizer
 from patchhub.worktree.loading import state_at
 from patchhub.worktree.metric import held_documents, read_documents
@@ -149,7 +149,7 @@ class Measurer:
 
     def __init__(
         self,
-        repository: Repository,
+        repository: Store,
         questions: Questions,
         progress: Progress,
         *,

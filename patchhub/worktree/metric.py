@@ -22,7 +22,7 @@ from patchhub.progress import Progress
 from patchhub.runtime.patched_model import unpatched
 from patchhub.sets.settings import metric_settings
 from patchhub.store.config import Recording
-from patchhub.store.repository import Repository
+from patchhub.store.store import Store
 from patchhub.text.sampling import context_templates, sample_documents
 
 _EVERY: Final = 10
@@ -45,13 +45,13 @@ def measured_part(documents: Documents, metric: Metric) -> list[list[int]]:
     return set_aside(documents)[0] if metric.source.get("held") else [list(document) for document in documents]
 
 
-def keep_held(repository: Repository, metric: Metric, held: Documents) -> None:
+def keep_held(repository: Store, metric: Metric, held: Documents) -> None:
     """Keep the held documents of the user's own text, which is no object, in the cache."""
     if held and metric.source.get("kind") != "sampled":
         _write(repository, metric.id, leading(held, _KEPT_POSITIONS))
 
 
-def kept_held_documents(repository: Repository, metric: Metric | None) -> list[tuple[int, ...]] | None:
+def kept_held_documents(repository: Store, metric: Metric | None) -> list[tuple[int, ...]] | None:
     """The held documents of a metric that are at hand without a model; None where `held_documents` has to sample them."""
     if metric is None:
         return _read(repository, repository.config.base_id)
@@ -62,7 +62,7 @@ def kept_held_documents(repository: Repository, metric: Metric | None) -> list[t
 
 
 def held_documents(
-    repository: Repository, metric: Metric | None, stack: Stack, tokenizer: PreTrainedTokenizerBase
+    repository: Store, metric: Metric | None, stack: Stack, tokenizer: PreTrainedTokenizerBase
 ) -> list[tuple[int, ...]]:
     """The held documents of a metric, as token ids.
 
@@ -84,7 +84,7 @@ def held_documents(
     return kept
 
 
-def _read(repository: Repository, name: str) -> list[tuple[int, ...]] | None:
+def _read(repository: Store, name: str) -> list[tuple[int, ...]] | None:
     """What the cache holds; None where it is missing or damaged."""
     try:
         return list(Text.from_json((repository.cache / "held" / f"{name}.json").read_bytes()).token_ids)
@@ -92,7 +92,7 @@ def _read(repository: Repository, name: str) -> list[tuple[int, ...]] | None:
         return None
 
 
-def _write(repository: Repository, name: str, documents: Documents) -> None:
+def _write(repository: Store, name: str, documents: Documents) -> None:
     folder = repository.cache / "held"
     text = Text(tuple(tuple(document) for document in documents))
     keep(folder / f"{name}.json", [text.to_json()])
@@ -109,7 +109,7 @@ def text_of(documents: Sequence[Sequence[int]]) -> Text:
 
 
 def sampled_documents(
-    repository: Repository, stack: Stack, tokenizer: PreTrainedTokenizerBase, progress: Progress
+    repository: Store, stack: Stack, tokenizer: PreTrainedTokenizerBase, progress: Progress
 ) -> tuple[Documents, dict[str, Any]]:
     """Documents that the base writes, as the repository's settings say, and the metric's `source`."""
     settings = repository.config.settings
@@ -121,7 +121,7 @@ def sampled_documents(
     return documents, {"kind": "sampled", "seed": seed}
 
 
-def kept_documents(repository: Repository, metric: Metric, weights: Sequence[str]) -> Documents:
+def kept_documents(repository: Store, metric: Metric, weights: Sequence[str]) -> Documents:
     """The documents of a metric whose text the store keeps.
 
     Args:
@@ -200,7 +200,7 @@ class Recorder:
 
 
 def open_recorder(
-    repository: Repository,
+    repository: Store,
     stack: Stack,
     tokenizer: PreTrainedTokenizerBase,
     layers: Sequence[int],
@@ -237,7 +237,7 @@ def open_recorder(
 
 
 def start_recorder(
-    repository: Repository,
+    repository: Store,
     stack: Stack,
     tokenizer: PreTrainedTokenizerBase,
     layers: Sequence[int],
@@ -264,13 +264,13 @@ def start_recorder(
     return Recorder(metric.id, cache, contexts)
 
 
-def pin(repository: Repository, metric: Metric, contexts: tuple[str, ...]) -> None:
+def pin(repository: Store, metric: Metric, contexts: tuple[str, ...]) -> None:
     """Make this the metric and the contexts of the repository."""
     identity = repository.objects.put(metric.to_json())
     repository.change_config(lambda config: replace(config, recording=Recording(identity, contexts)))
 
 
-def metric_cache(repository: Repository, metric: Metric) -> MetricCache:
+def metric_cache(repository: Store, metric: Metric) -> MetricCache:
     """What the repository's cache holds of a metric."""
     return MetricCache(repository.cache / "metric" / metric.id, preimages_by(metric))
 
@@ -281,7 +281,7 @@ def preimages_by(metric: Metric) -> Preimages:
     return NullSpace(**numbers) if metric.kind == "null_space" else Covariance(**numbers)
 
 
-def _new_metric(repository: Repository, documents: Documents, source: Mapping[str, Any]) -> Metric:
+def _new_metric(repository: Store, documents: Documents, source: Mapping[str, Any]) -> Metric:
     """The metric object of a text; keeps the text where it may, and the held part."""
     measured, held = set_aside(documents)
     text = text_of(documents)
@@ -306,7 +306,7 @@ def _from_files(files: Sequence[Path]) -> dict[str, Any]:
 
 
 def _complete(
-    repository: Repository,
+    repository: Store,
     metric: Metric,
     cache: MetricCache,
     stack: Stack,

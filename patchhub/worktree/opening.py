@@ -17,12 +17,12 @@ from patchhub.models.fingerprint import FILE_NAME, check_tensors
 from patchhub.models.placement import DEFAULT, Placement, load_base, runs_beside
 from patchhub.models.tracing import Stack
 from patchhub.runtime.patched_model import attach, switch
-from patchhub.store.repository import Repository
+from patchhub.store.store import Store
 from patchhub.text.tokens import Chat, chat_of, load_tokenizer
 from patchhub.worktree.loading import base_object, not_finite, open_base, patch_state
 
 
-def open_checked(repository: Repository, path: str | Path | None = None) -> Checkpoint:
+def open_checked(repository: Store, path: str | Path | None = None) -> Checkpoint:
     """The repository's base model, every tensor checked.
 
     Raises:
@@ -33,7 +33,7 @@ def open_checked(repository: Repository, path: str | Path | None = None) -> Chec
     return checkpoint
 
 
-def check_base(repository: Repository, checkpoint: Checkpoint) -> None:
+def check_base(repository: Store, checkpoint: Checkpoint) -> None:
     """Check every tensor of a checkpoint; those of files that have not changed since the last check by their files' size and time alone.
 
     Raises:
@@ -42,7 +42,7 @@ def check_base(repository: Repository, checkpoint: Checkpoint) -> None:
     check_tensors(base_object(repository), checkpoint, None, cache=repository.cache)
 
 
-def keep_digests(repository: Repository, folder: Path) -> None:
+def keep_digests(repository: Store, folder: Path) -> None:
     """Put digests that ``fingerprint`` kept in another folder, made before there was a store, into the store's cache."""
     kept = folder / FILE_NAME
     if kept.is_file():
@@ -50,7 +50,7 @@ def keep_digests(repository: Repository, folder: Path) -> None:
 
 
 def placement_of(
-    repository: Repository, *, device: str | None = None, dtype: str | None = None, quantization: str | None = None
+    repository: Store, *, device: str | None = None, dtype: str | None = None, quantization: str | None = None
 ) -> Placement:
     """The placement that the arguments ask for; where they are None, the repository's settings, then the default rule.
 
@@ -63,9 +63,7 @@ def placement_of(
     return Placement(**{name: value for name, value in chosen.items() if value is not None})
 
 
-def load_for_editing(
-    repository: Repository, checkpoint: Checkpoint, weights: Sequence[str], placement: Placement
-) -> Any:
+def load_for_editing(repository: Store, checkpoint: Checkpoint, weights: Sequence[str], placement: Placement) -> Any:
     """The base in memory, checked against the repository's base, the edited weights by their bytes in any case.
 
     Raises:
@@ -80,7 +78,7 @@ def load_for_editing(
     return model
 
 
-def chat_form(repository: Repository, tokenizer: PreTrainedTokenizerBase, asked: bool | None) -> Chat | None:
+def chat_form(repository: Store, tokenizer: PreTrainedTokenizerBase, asked: bool | None) -> Chat | None:
     """The base's chat form where prompts are read in it; None where they are read as they are.
 
     Args:
@@ -115,14 +113,14 @@ class Opened:
     deltas: Mapping[str, Sequence[Delta]]
     chat: Chat | None = None
 
-    def moved(self, repository: Repository, deltas: Mapping[str, Sequence[Delta]]) -> Opened:
+    def moved(self, repository: Store, deltas: Mapping[str, Sequence[Delta]]) -> Opened:
         """The same model, put into another state; this value no longer says what state it is in."""
         switch(self.model, self.checkpoint, patch_state(repository, deltas, None))
         return replace(self, deltas=deltas)
 
 
 def open_model(
-    repository: Repository,
+    repository: Store,
     checkpoint: Checkpoint,
     architecture: Architecture,
     weights: Sequence[str],

@@ -41,7 +41,7 @@ from patchhub.sets.shards import (
     stale_shards,
     texts_of,
 )
-from patchhub.store.repository import Repository
+from patchhub.store.store import Store
 from patchhub.text.sampling import context_templates, sample_documents
 from patchhub.worktree.loading import open_base, patch_state, stored_shard
 from patchhub.worktree.opening import Opened, open_model, placement_of
@@ -60,7 +60,7 @@ class WiseText:
     locality: tuple[tuple[int, ...], ...]
 
 
-def open_wise_text(repository: Repository, opened: Opened, seed: int, progress: Progress) -> WiseText:
+def open_wise_text(repository: Store, opened: Opened, seed: int, progress: Progress) -> WiseText:
     """The text for a seed, sampled from the unpatched base and kept in the cache: a function of base and seed."""
     path = repository.cache / "wise" / f"{repository.config.base_id}-{seed}.json"
     known = _read(path)
@@ -91,7 +91,7 @@ def _read(path: Path) -> WiseText | None:
 
 
 @contextmanager
-def _unpatched(repository: Repository, opened: Opened) -> Iterator[None]:
+def _unpatched(repository: Store, opened: Opened) -> Iterator[None]:
     """The model as the base while the block runs."""
     switch(opened.model, opened.checkpoint, patch_state(repository, {}, None))
     try:
@@ -120,7 +120,7 @@ class Making:
 
 
 def wise_settings(
-    repository: Repository, architecture: Architecture, given: Mapping[str, Any]
+    repository: Store, architecture: Architecture, given: Mapping[str, Any]
 ) -> tuple[WiseSettings, int | None]:
     """The default rule, changed by the repository's config, changed by what was given; and the rank to recompress to.
 
@@ -136,7 +136,7 @@ def wise_settings(
 
 
 def train_shard(
-    repository: Repository,
+    repository: Store,
     opened: Opened,
     beside: frozenset[Element],
     requests: Sequence[Request],
@@ -187,7 +187,7 @@ def train_shard(
 
 
 def measure_again(
-    repository: Repository, opened: Opened, beside: frozenset[Element], identity: str, progress: Progress
+    repository: Store, opened: Opened, beside: frozenset[Element], identity: str, progress: Progress
 ) -> Patch:
     """The shard of a patch with its threshold measured again on the present main weights, as a new patch.
 
@@ -214,7 +214,7 @@ def measure_again(
 
 
 def train_again(
-    repository: Repository, opened: Opened, beside: frozenset[Element], reshape: Reshape, progress: Progress
+    repository: Store, opened: Opened, beside: frozenset[Element], reshape: Reshape, progress: Progress
 ) -> Patch:
     """The shard that ``reshape`` asks for: continued where it only takes facts in, trained anew where it forgets some.
 
@@ -232,7 +232,7 @@ def train_again(
     return train_shard(repository, opened, beside, requests, making, progress)
 
 
-def made_like(repository: Repository, architecture: Architecture, identity: str) -> Making:
+def made_like(repository: Store, architecture: Architecture, identity: str) -> Making:
     """How to make a shard anew in the place of a stored one."""
     record = shard_record(repository.patch(identity))
     settings = _settings(architecture, dict(record.training))
@@ -240,7 +240,7 @@ def made_like(repository: Repository, architecture: Architecture, identity: str)
 
 
 def store_shard(
-    repository: Repository, shard: Shard, record: ShardRecord, requests: Sequence[Request], beside: frozenset[Element]
+    repository: Store, shard: Shard, record: ShardRecord, requests: Sequence[Request], beside: frozenset[Element]
 ) -> Patch:
     """Write a shard and its patch; ``beside`` is the set that it was made on."""
     patch = Patch(
@@ -276,9 +276,7 @@ def _settings(architecture: Architecture, chosen: Mapping[str, Any]) -> WiseSett
     return settings
 
 
-def deltas_near(
-    repository: Repository, active: frozenset[Element], elements: frozenset[Element]
-) -> dict[str, list[Delta]]:
+def deltas_near(repository: Store, active: frozenset[Element], elements: frozenset[Element]) -> dict[str, list[Delta]]:
     """The deltas of a set that is near HEAD's, which is ``active``."""
     deltas = {weight: list(found) for weight, found in read_state(repository, repository.head[1]).items()}
     for weight, part in solve_change(repository, active, elements).items():
@@ -287,7 +285,7 @@ def deltas_near(
 
 
 def measure_shards(
-    repository: Repository,
+    repository: Store,
     opened: Opened,
     active: frozenset[Element],
     elements: frozenset[Element],
@@ -311,7 +309,7 @@ def measure_shards(
 
 
 def write_shards(
-    repository: Repository,
+    repository: Store,
     opened: Opened,
     plan: Plan,
     settings: WiseSettings,
@@ -343,9 +341,7 @@ def write_shards(
     return Written(tuple(made), elements, metric, None if replaced_columns else {})
 
 
-def forget_replaced(
-    repository: Repository, opened: Opened, plan: Plan, written: Written, progress: Progress
-) -> Written:
+def forget_replaced(repository: Store, opened: Opened, plan: Plan, written: Written, progress: Progress) -> Written:
     """A closed-form edit, with the shards of its state trained again where they hold facts that it replaces."""
     if not plan.shrunk:
         return written
@@ -361,7 +357,7 @@ def forget_replaced(
 
 
 def open_for_shards(
-    repository: Repository, before: frozenset[Element], after: frozenset[Element], progress: Progress
+    repository: Store, before: frozenset[Element], after: frozenset[Element], progress: Progress
 ) -> Opened:
     """The base in the main weights of a set that is about to be committed on HEAD, whose set is ``before``.
 
@@ -377,7 +373,7 @@ def open_for_shards(
 
 
 def trained(
-    repository: Repository, opened: Opened, elements: frozenset[Element], plan: ShardPlan, progress: Progress
+    repository: Store, opened: Opened, elements: frozenset[Element], plan: ShardPlan, progress: Progress
 ) -> frozenset[Element]:
     """A set after what ``plan`` asks of its shards; ``opened`` is in the main weights of that set."""
     elements = (elements - plan.remove) | plan.restore
@@ -388,7 +384,7 @@ def trained(
 
 
 def _next(
-    repository: Repository, elements: frozenset[Element], current: str | None, plan: Plan, settings: WiseSettings
+    repository: Store, elements: frozenset[Element], current: str | None, plan: Plan, settings: WiseSettings
 ) -> Making:
     """How the next shard is made: from the open one, in its subspace, or a new one."""
     if current is None:
@@ -401,7 +397,7 @@ def _next(
 
 
 def train_reshaped(
-    repository: Repository,
+    repository: Store,
     before: frozenset[Element],
     after: frozenset[Element],
     shards: ShardPlan,

@@ -16,7 +16,7 @@ import time
 from itertools import islice
 from pathlib import Path
 
-from patchhub.store.repository import Repository
+from patchhub.store.store import Store
 from tests.benchmarks.synthetic_store import build
 
 RUNS = 11
@@ -27,7 +27,7 @@ LOG = (sys.executable, "-m", "patchhub", "log", "-n", "20")
 def open_and_read(directory: Path) -> float:
     """Seconds to open the store and read 20 commits, within a running program."""
     start = time.perf_counter()
-    with Repository.open(directory) as repository:
+    with Store.open(directory) as repository:
         tip = repository.resolve("HEAD")
         assert tip is not None
         assert len(list(islice(repository.log(tip), 20))) == 20

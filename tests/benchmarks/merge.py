@@ -28,7 +28,7 @@ from patchhub.evaluation.suites import counterfact_scores, read_facts
 from patchhub.objects import Request
 from patchhub.runtime.patched_model import load_patched
 from patchhub.sets.columns import read_state
-from patchhub.store.repository import Repository
+from patchhub.store.store import Store
 from patchhub.worktree.loading import open_base, patch_state, state_at
 
 
@@ -54,7 +54,7 @@ def main() -> None:
             _patchhub(folder, "reset", "HEAD~1")
         _patchhub(folder, "revert", "a")
         _report(folder, "a reverted", {"b": b}, gone=a)
-        with Repository.open(folder) as repository:
+        with Store.open(folder) as repository:
             states = [repository.state(repository.resolve(revision)) for revision in ("HEAD", "b")]
             print(f"a reverted has the state of b alone, bit for bit: {states[0] == states[1]}")
             _subtract(repository, a, b)
@@ -63,7 +63,7 @@ def main() -> None:
                 _print(label, model, repository.config.base["path"], {"b": b}, gone=a)
 
 
-def _subtract(repository: Repository, a: list[Request], b: list[Request]) -> None:
+def _subtract(repository: Store, a: list[Request], b: list[Request]) -> None:
     """The state of the merge with the delta of branch a's commit subtracted."""
     merged, first = (read_state(repository, repository.resolve(rev)) for rev in ("HEAD~1", "a"))
     deltas = {weight: [*merged[weight], *map(negative, first.get(weight, ()))] for weight in merged}

@@ -37,7 +37,7 @@ from patchhub.store import operations, states
 from patchhub.store.fsck import check, reindex
 from patchhub.store.fsck import delete_garbage as collect
 from patchhub.store.index import transaction
-from patchhub.store.repository import Repository
+from patchhub.store.store import Store
 from tests.benchmarks.synthetic_store import AUTHOR, HastyDisk
 
 RUNS = 5
@@ -88,7 +88,7 @@ class Builder:
         self.base = Base(architecture={"model_type": "example"}, tensors=tensors)
         weights = {name: {"norm": 1.0, "shape": [shape.out, shape.inner]} for name in self.names}
         info = {"model_type": "example", "path": str(folder), "revision": None, "weights": weights}
-        self.repository = Repository.init(
+        self.repository = Store.init(
             folder, self.base.to_json(), base_info=info, settings={}, author=AUTHOR, time=_time(0), disk=HastyDisk()
         )
         self.made = 0
@@ -223,14 +223,14 @@ def report_verbs(folder: Path, commits: int) -> None:
 def report_upkeep(folder: Path, commits: int) -> None:
     """gc and fsck of a history: their processor time per object shows whether they are linear."""
 
-    def unneeded(repository: Repository) -> None:
+    def unneeded(repository: Store) -> None:
         assert collect(repository, 2.0**40, dry_run=True) == []
 
-    def sound(repository: Repository) -> None:
+    def sound(repository: Store) -> None:
         assert check(repository).sound
 
     for name, verb in (("gc --dry-run", unneeded), ("fsck", sound)):
-        with Repository.open(folder) as repository:
+        with Store.open(folder) as repository:
             objects = sum(1 for _ in repository.objects.ids())
             start = process_time()
             verb(repository)
@@ -253,7 +253,7 @@ def report_hashing(folder: Path, megabytes: int) -> None:
     start = perf_counter()
     hashlib.sha256(data).hexdigest()
     one = size / MEGABYTE / (perf_counter() - start)
-    with Repository.open(folder) as repository:
+    with Store.open(folder) as repository:
         start = perf_counter()
         report = check(repository)
         elapsed = perf_counter() - start

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from patchhub.fsio import Disk
 from patchhub.objects import EMPTY_SET, Base, Commit, Patch, Request, requests_json, set_digest
-from patchhub.store.repository import Repository
+from patchhub.store.store import Store
 
 AUTHOR = "Ada <ada@example.org>"
 START = datetime(2026, 1, 1)
@@ -33,7 +33,7 @@ class HastyDisk(Disk):
 def build(directory: Path, commits: int) -> None:
     """Make a store in `directory` whose `main` has a linear history of that many commits."""
     base = Base(architecture={"model_type": "example"}, tensors={})
-    with Repository.init(
+    with Store.init(
         directory, base.to_json(), base_info={}, settings={}, author=AUTHOR, time=_time(0), disk=HastyDisk()
     ) as repository:
         requests = [Request.make("The mother tongue of {} is", f"Person {n}", "French") for n in range(commits)]
@@ -62,7 +62,7 @@ def build(directory: Path, commits: int) -> None:
         repository.move_refs(changes, command="build", arguments={}, author=AUTHOR, time=_time(commits))
 
 
-def _put_patch(repository: Repository, base: Base, requests: list[Request]) -> str:
+def _put_patch(repository: Store, base: Base, requests: list[Request]) -> str:
     patch = Patch(
         base=base.id,
         kind="closed_form",

@@ -21,7 +21,7 @@ from patchhub.evaluation.suites import read_facts
 from patchhub.objects import Request
 from patchhub.porcelain.blame import metric_check
 from patchhub.progress import Silent
-from patchhub.store.repository import Repository
+from patchhub.store.store import Store
 from patchhub.text.tokens import Chat, chat_of
 from patchhub.worktree import measuring
 from patchhub.worktree.measuring import CONTEXTS, Measurer, Questions
@@ -130,7 +130,7 @@ def test_what_is_kept_in_a_chat_is_what_the_model_says_there(
 ) -> None:
     """Teacher forced and live, though the same prompts were asked outside it before."""
     requests = tuple(read_requests(Path(suite[1])).requests)
-    with Repository.open(tmp_path) as repository:
+    with Store.open(tmp_path) as repository:
         plain, chat = (Measurer(repository, Questions(requests), Silent(), chat=asked) for asked in (False, True))
         outside, inside = plain.measure("base"), chat.measure("base")
     model: Any = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
@@ -147,7 +147,7 @@ def test_there_is_room_for_the_longest_target_as_the_template_joins_it(run: Aske
     """It has more tokens where no space stands before it."""
     requests = (Request.make("The capital of {} is", "Peru", "Rome" + " and Rome" * 20),)
     run("config", "base.path", str(blunt))
-    with Repository.open(tmp_path) as repository:
+    with Store.open(tmp_path) as repository:
         plain, chat = (Measurer(repository, Questions(requests), Silent(), chat=asked) for asked in (False, True))
     asked, whole = (f"user:The capital of Peru isassistant:{answer}" for answer in ("", requests[0].target_new))
     length, begin = (len(chat.tokenizer(text).input_ids) for text in (whole, asked))
@@ -196,7 +196,7 @@ def test_bisect_measures_what_eval_does(run: Asked, suite: tuple[str, str]) -> N
 def test_bisect_asks_every_commit_in_the_chat(run: Asked, blunt: Path, tmp_path: Path) -> None:
     known = [Request.make(fact["prompt"], fact["subject"], fact["target_true"]) for fact in FACTS[3:6]]
     run("config", "base.path", str(blunt))
-    with Repository.open(tmp_path) as repository:
+    with Store.open(tmp_path) as repository:
         for asked, value in ((False, 1.0), (True, 0.0)):
             assert metric_check(repository, "efficacy", known, above=0.5, chat=asked)(None)[1] == value
 
@@ -233,10 +233,10 @@ def test_editors_are_compared_in_a_chat(run: Asked, suite: tuple[str, str]) -> N
 
 def test_running_text_is_measured_outside_the_chat(run: Asked, suite: tuple[str, str], tmp_path: Path) -> None:
     requests = read_requests(Path(suite[1])).requests
-    with Repository.open(tmp_path) as repository:
+    with Store.open(tmp_path) as repository:
         before = metric_check(repository, "perplexity", requests, above=2)(None)
         run("config", "chat", "true")
-    with Repository.open(tmp_path) as repository:
+    with Store.open(tmp_path) as repository:
         check = metric_check(repository, "perplexity", requests, above=2)
         assert (check.chat, check(None)) == (None, before)
         assert metric_check(repository, "locality", requests, below=1).chat == Chat(**FORM)

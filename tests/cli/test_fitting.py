@@ -21,7 +21,7 @@ from patchhub.models.tracing import Stack
 from patchhub.objects import Metric, Text
 from patchhub.porcelain.metric import import_metric
 from patchhub.sets.columns import read_state
-from patchhub.store.repository import Repository
+from patchhub.store.store import Store
 from patchhub.worktree.metric import measured_part
 from tests.cli.conftest import FACTS, MODEL, invoke
 
@@ -69,7 +69,7 @@ def commit_of(folder: Path, *options: str) -> dict[str, Any]:
 
 def moments_of(folder: Path) -> tuple[dict[int, torch.Tensor], int]:
     """The second moments of the shipped model on the text that a store's metric was sampled from."""
-    with Repository.open(folder) as repository:
+    with Store.open(folder) as repository:
         metric = Metric.from_json(repository.objects.get(shown(folder)["id"]))
         documents = measured_part(Text.from_json(repository.objects.get(str(metric.text))).token_ids, metric)
     stack = Stack(patchhub.load(folder, "base", dtype=torch.float32), describe(read_config(MODEL)))
@@ -182,7 +182,7 @@ def test_a_null_space_metric_writes_facts_and_leaves_the_texts_directions_alone(
     assert found["settings"] == {"l2": 2.0, "threshold": 0.01}
     for layer in (1, 2, 3):
         assert found["protected"][WEIGHT.format(layer)] == factor(tmp_path, layer, "complement").shape[1]
-    with Repository.open(tmp_path) as repository:
+    with Store.open(tmp_path) as repository:
         state = read_state(repository, done["commit"])
         (patch,) = {patch for patch, _ in repository.active(done["commit"])}
         assert repository.patch(patch).settings["ridge"] == 1.0
@@ -265,7 +265,7 @@ def test_a_damaged_metric_file_changes_nothing(empty: Path, tmp_path: Path) -> N
     locked[locked.rindex(b"PK\x01\x02") + 8] |= 1  # the flag of the last member in the directory
     (tmp_path / "locked.zip").write_bytes(locked)
     assert "encrypted" in invoke(other, "metric", "import", str(tmp_path / "locked.zip"), code=7).stderr
-    with Repository.open(other) as repository, pytest.raises(RepositoryError, match="cannot be read"):
+    with Store.open(other) as repository, pytest.raises(RepositoryError, match="cannot be read"):
         import_metric(repository, tmp_path / "vanished.zip")
     assert shown(other)["id"] is None
     (tmp_path / "cut.zip").write_bytes(file.read_bytes()[:2000])
@@ -317,7 +317,7 @@ def test_tune_writes_what_is_better_and_only_then(empty: Path, tmp_path: Path) -
     if best["score"] > present["score"]:
         assert written.items() >= {key: v for key, v in wanted.items() if v != present[key[6:]]}.items()
         commit_of(empty)
-        with Repository.open(empty) as repository:
+        with Store.open(empty) as repository:
             (patch,) = {patch for patch, _ in repository.active(repository.head[1])}
             assert repository.patch(patch).settings["layers"] == best["layers"]
     else:

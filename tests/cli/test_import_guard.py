@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from patchhub.evaluation.guard import Report
-from patchhub.store.repository import Repository
+from patchhub.store.store import Store
 from tests.cli.conftest import FACTS, Run
 
 
@@ -29,7 +29,7 @@ def times(folder: Path, factor: float) -> str:
 
 
 def report_at(folder: Path) -> Report:
-    with Repository.open(folder) as repository:
+    with Store.open(folder) as repository:
         report = Report.from_json(repository.commit(str(repository.head[1])).check)
     assert report is not None
     return report

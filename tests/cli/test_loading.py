@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, BitsAndBytesConfig
 
 import patchhub
 from patchhub.evaluation.metrics import score_targets
-from patchhub.store.repository import Repository
+from patchhub.store.store import Store
 from tests.cli.conftest import FACTS, MODEL, Run, invoke
 
 AUTHOR = "Ada <ada@example.org>"
@@ -71,7 +71,7 @@ def chatty(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_facts_in_a_chat_are_recorded_and_asked_in_it(chatty: Path, tmp_path: Path) -> None:
     done = written(tmp_path, "--chat", model=chatty)
     assert done["held"] == len(FEW)
-    with Repository.open(tmp_path) as repository:
+    with Store.open(tmp_path) as repository:
         settings = repository.patch(done["patches"][0]).settings
     assert settings["chat"] == {"before": "<|endoftext|>The question is here. ", "after": " "}
     fact = FEW[0]
@@ -107,7 +107,7 @@ def test_refresh_records_in_the_chat_that_the_facts_were_written_in(chatty: Path
     invoke(tmp_path, "revert", "HEAD~1", "--author", AUTHOR)
     (model / "chat_template.jinja").write_text("{% for m in messages %}# {{ m.content }}{% endfor %}", encoding="utf-8")
     invoke(tmp_path, "refresh", "--author", AUTHOR)
-    with Repository.open(tmp_path) as repository:
+    with Store.open(tmp_path) as repository:
         [(patch, _)] = repository.active(repository.head[1])
         settings = repository.patch(patch).settings
     assert settings["refreshes"]

@@ -16,7 +16,7 @@ import patchhub
 from patchhub.evaluation.guard import Report
 from patchhub.evaluation.metrics import score_targets
 from patchhub.sets.commits import Draft, Stamp, snapshot
-from patchhub.store.repository import Repository
+from patchhub.store.store import Store
 from patchhub.text.tokens import Chat
 from tests.cli.conftest import FACTS, MODEL, Run, invoke
 from tests.cli.test_verbs import commit, held
@@ -24,14 +24,14 @@ from tests.cli.test_verbs import commit, held
 
 def columns(folder: Path, patch: str) -> dict[str, np.ndarray]:
     """The tensors of a patch with its rows in order of request id."""
-    with Repository.open(folder) as repository:
+    with Store.open(folder) as repository:
         found = repository.patch(patch)
         order = np.argsort(found.requests)
         return {name: array[order] for name, array in load(repository.objects.get(found.tensors)).items()}
 
 
 def newest_patch(folder: Path) -> str:
-    with Repository.open(folder) as repository:
+    with Store.open(folder) as repository:
         (patch,) = {patch for patch, _ in repository.commit(str(repository.head[1])).added}
         return patch
 
@@ -83,7 +83,7 @@ def branches(run: Run, store: Path) -> Run:
 
 
 def report_at(folder: Path) -> Report:
-    with Repository.open(folder) as repository:
+    with Store.open(folder) as repository:
         report = Report.from_json(repository.commit(str(repository.head[1])).check)
     assert report is not None
     return report
@@ -91,7 +91,7 @@ def report_at(folder: Path) -> Report:
 
 def spoil(folder: Path, factor: float) -> None:
     """Multiply the targets that the patch at HEAD keeps; its columns are as they were."""
-    with Repository.open(folder) as repository:
+    with Store.open(folder) as repository:
         _, head = repository.head
         found = repository.commit(str(head))
         patch = repository.patch(newest_patch(folder))
@@ -147,7 +147,7 @@ def test_settings_that_do_not_say_how_to_record_are_refused(
 ) -> None:
     """A patch of another store may have such settings."""
     branches("switch", "side")
-    with Repository.open(store) as repository:
+    with Store.open(store) as repository:
         _, head = repository.head
         found = repository.commit(str(head))
         patch = repository.patch(newest_patch(store))

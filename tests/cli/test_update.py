@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from patchhub.store.repository import Repository
+from patchhub.store.store import Store
 from tests.cli.conftest import FACTS, Run
 
 AUSTRALIA = "The capital of Australia is"
@@ -16,7 +16,7 @@ def facts(store: Path) -> dict[str, str]:
     """Target by text of every active fact."""
     from patchhub.sets.elements import active_requests
 
-    with Repository.open(store) as repository:
+    with Store.open(store) as repository:
         found = active_requests(repository, repository.active(repository.head[1]))
         return {request.text: request.target_new for request in found.values()}
 
@@ -30,7 +30,7 @@ def test_one_fact_gets_another_target_in_one_commit(run: Run, store: Path) -> No
     shown = json.loads(run("show", "--json").stdout)
     (added,) = shown["facts_added"]
     assert added["target_true"] == FACTS[0]["target_true"]
-    with Repository.open(store) as repository:
+    with Store.open(store) as repository:
         request = repository.requests(repository.patch(done["patches"][0]))[0]
         assert len(request.paraphrases) == len(FACTS[0]["paraphrases"])
     run("revert", "HEAD")
@@ -108,7 +108,7 @@ def test_settings_for_one_commit(run: Run, store: Path) -> None:
             stdin=json.dumps(FACTS[12]),
         ).stdout
     )
-    with Repository.open(store) as repository:
+    with Store.open(store) as repository:
         settings = repository.patch(done["patches"][0]).settings
     assert (settings["layers"], settings["ridge"]) == ([2, 3], 99)
     fact = json.dumps(FACTS[13])

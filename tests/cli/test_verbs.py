@@ -13,7 +13,7 @@ import patchhub
 from patchhub.evaluation.metrics import score_targets
 from patchhub.models.checkpoint import open_checkpoint
 from patchhub.models.fingerprint import fingerprint
-from patchhub.store.repository import Repository
+from patchhub.store.store import Store
 from tests.cli.conftest import FACTS, MODEL, Run, invoke, snapshot_of
 
 
@@ -238,7 +238,7 @@ def test_settings_are_typed_and_named(run: Run) -> None:
 
 def test_the_metric_is_computed_once(run: Run, store: Path) -> None:
     commit(run, FACTS[12:13], "one more")
-    with Repository.open(store) as repository:
+    with Store.open(store) as repository:
         metrics = {commit.metric for _, commit in repository.log(str(repository.head[1]))}
     assert len(metrics) == 1
     text = store / "text.txt"
@@ -256,8 +256,8 @@ def test_load_passes_arguments_through(store: Path, dtype: torch.dtype) -> None:
 
 def test_attaching_closes_the_store_and_hashes_the_base_once(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     closed: list[Path] = []
-    close = Repository.close
-    monkeypatch.setattr(Repository, "close", lambda self: (closed.append(self.root), close(self))[1])
+    close = Store.close
+    monkeypatch.setattr(Store, "close", lambda self: (closed.append(self.root), close(self))[1])
     model = AutoModelForCausalLM.from_pretrained(MODEL)
     for revision in ("HEAD", "base", "HEAD"):
         patchhub.attach(model, store, revision)

@@ -22,7 +22,7 @@ from patchhub.runtime.routing import decisions, routed
 from patchhub.sets.elements import active_requests, distinct
 from patchhub.sets.settings import SETTINGS
 from patchhub.sets.shards import active_shards
-from patchhub.store.repository import Repository
+from patchhub.store.store import Store
 from patchhub.worktree.loading import FOLDER
 from tests.cli.conftest import FACTS, MODEL, invoke
 
@@ -75,13 +75,13 @@ def tokenizer() -> Any:
 
 def shards(folder: Path, revision: str = "HEAD") -> dict[str, int]:
     """The active shards and how many facts each holds."""
-    with Repository.open(folder) as repository:
+    with Store.open(folder) as repository:
         active = repository.active(repository.resolve(revision))
         return {identity: len(patch.requests) for identity, patch in active_shards(repository, active).items()}
 
 
 def requests(folder: Path, revision: str = "HEAD") -> tuple[Request, ...]:
-    with Repository.open(folder) as repository:
+    with Store.open(folder) as repository:
         return distinct(active_requests(repository, repository.active(repository.resolve(revision))))
 
 
@@ -112,7 +112,7 @@ def test_columns_are_recorded_as_if_there_were_no_shards(made: Path, tmp_path: P
     for key, value in METRIC.items():
         invoke(tmp_path, "config", key, value)
     plain = commit(tmp_path, THIRD, method="memit")["patches"]
-    with Repository.open(made) as repository:
+    with Store.open(made) as repository:
         beside = repository.commit(str(repository.head[1])).added
     assert {patch for patch, _ in beside} == set(plain)
 
@@ -134,14 +134,14 @@ def test_a_full_shard_is_followed_by_new_ones_in_their_own_subspaces(wise: Path,
     run("config", "wise.shard_size", "4")
     assert len(commit(wise, FACTS[7:12])["patches"]) == 2  # the open one has five facts already
     assert sorted(shards(wise).values()) == [1, 4, 5]
-    with Repository.open(wise) as repository:
+    with Store.open(wise) as repository:
         numbers = [repository.patch(identity).settings["number"] for identity in shards(wise)]
     assert sorted(numbers) == [0, 1, 2]
 
 
 def test_a_shard_can_be_recompressed_and_is_closed_then(wise: Path) -> None:
     done = commit(wise, FACTS[7:8], "--set", "rank=4", "--set", "shard_size=1")
-    with Repository.open(wise) as repository:
+    with Store.open(wise) as repository:
         report = repository.patch(done["patches"][0]).settings["report"]
         files = [repository.objects.path(repository.patch(i).tensors).stat().st_size for i in shards(wise)]
     assert report["rank"] == 4

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from patchhub.porcelain.model import init
 from patchhub.progress import Silent
-from patchhub.store.repository import Repository
+from patchhub.store.store import Store
 from tests.remotes.stores import AUTHOR, TIME, add_batch
 from tests.tiny_models import tiny_model, tiny_tokenizer
 
@@ -24,10 +24,10 @@ def model_folder(folder: Path, family: str, **changes: Any) -> Path:
     return folder
 
 
-def model_store(folder: Path, base: Path, *batches: range) -> Repository:
+def model_store(folder: Path, base: Path, *batches: range) -> Store:
     """A store about the model in ``base`` with one commit per batch of random columns."""
     init(folder, str(base), Silent(), author=AUTHOR, time=TIME)
-    repository = Repository.open(folder)
+    repository = Store.open(folder)
     for numbers in batches:
         add_batch(repository, numbers)
     return repository

@@ -27,7 +27,7 @@ from patchhub.progress import Silent
 from patchhub.sets.columns import read_additive, read_columns, read_state, weight_shapes
 from patchhub.sets.commits import Stamp
 from patchhub.store.fsck import check
-from patchhub.store.repository import Repository
+from patchhub.store.store import Store
 from tests.export.models import distance, load_base, logits, model_folder, model_store
 from tests.remotes.stores import AUTHOR, TIME, add_batch, move, switch
 
@@ -35,7 +35,7 @@ STAMP = Stamp(AUTHOR, TIME, "import")
 OLD_WAY = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # PEFT asks transformers so
 
 
-def imported(repository: Repository, folder: Path, tolerance: float = 1e-6) -> dict[str, tuple[str, float]]:
+def imported(repository: Store, folder: Path, tolerance: float = 1e-6) -> dict[str, tuple[str, float]]:
     return dict(import_change(repository, folder, STAMP, Silent(), tolerance=tolerance).weights)
 
 
@@ -120,7 +120,7 @@ def test_a_difference_takes_its_smallest_form() -> None:
     assert np.linalg.norm(to_dense(near) - noisy) == pytest.approx(error * np.linalg.norm(noisy), rel=1e-3)
 
 
-def joint(store: Repository, commit: str) -> dict[str, np.ndarray]:
+def joint(store: Store, commit: str) -> dict[str, np.ndarray]:
     """X + the solve of r - X k, weight by weight, from what is active at a commit: the definition."""
     elements, shapes = store.active(commit), weight_shapes(store)
     additive = read_additive(store, elements)
@@ -132,7 +132,7 @@ def joint(store: Repository, commit: str) -> dict[str, np.ndarray]:
     return found
 
 
-def assert_joint(store: Repository) -> None:
+def assert_joint(store: Store) -> None:
     commit = str(store.head[1])
     expected, shapes, state = joint(store, commit), weight_shapes(store), read_state(store, commit)
     for weight, shape in shapes.items():

@@ -28,7 +28,7 @@ from patchhub.porcelain.commit import Committed, commit
 from patchhub.porcelain.model import init
 from patchhub.progress import Silent
 from patchhub.sets.commits import Stamp
-from patchhub.store.repository import Repository
+from patchhub.store.store import Store
 from tests.families import lesson
 
 SHIPPED = Path(str(files("patchhub") / "demo_model"))
@@ -45,7 +45,7 @@ def written(folder: Path, base: Path, requests: Sequence[Request], method: str) 
     """Committed past the guard: six facts are an eighth of all that a taught model knows, so its text drifts more than a large one's."""
     init(folder, str(base), Silent(), author=STAMP.author, time=STAMP.time)
     batch = Batch(tuple(requests), tuple(Origin("a test") for _ in requests), 0)
-    with Repository.open(folder) as repository:
+    with Store.open(folder) as repository:
         return commit(repository, batch, STAMP, Silent(), method=method, force=True)
 
 

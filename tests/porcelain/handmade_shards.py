@@ -12,7 +12,7 @@ from patchhub.objects import Element, Patch, Request
 from patchhub.sets.columns import weight_shapes
 from patchhub.sets.commits import Draft, Stamp, snapshot
 from patchhub.sets.shards import ShardRecord, below_of
-from patchhub.store.repository import Repository
+from patchhub.store.store import Store
 from patchhub.worktree.shards import store_shard
 
 AUTHOR = "Ada <ada@example.org>"
@@ -28,7 +28,7 @@ def random_change(rng: np.random.Generator, shape: tuple[int, int], density: flo
 
 
 def put_shard(
-    repository: Repository,
+    repository: Store,
     requests: Sequence[Request],
     *,
     follows: str | None = None,
@@ -58,7 +58,7 @@ def put_shard(
 
 
 def commit_shard(
-    repository: Repository,
+    repository: Store,
     requests: Sequence[Request],
     *,
     follows: str | None = None,

@@ -17,7 +17,7 @@ from patchhub.objects import Base, Element, Metric, Patch, Request, TensorRecord
 from patchhub.porcelain.refs import Signature
 from patchhub.sets.columns import read_columns, read_state, weight_shapes, write_columns
 from patchhub.sets.commits import Draft, Stamp, snapshot
-from patchhub.store.repository import Repository
+from patchhub.store.store import Store
 from tests.benchmarks.synthetic_store import HastyDisk
 
 SHAPES = {"h.0": (12, 24), "h.1": (12, 24)}
@@ -38,7 +38,7 @@ def make_request(subject: str, target: str = "French", prompt: str = "The mother
 class Synthetic:
     """A store and the distribution that its columns are drawn from."""
 
-    repository: Repository
+    repository: Store
     rng: np.random.Generator
     moment: dict[str, np.ndarray]
     keys: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
@@ -125,7 +125,7 @@ def make_store(folder: Path, seed: int = 0) -> Synthetic:
     weights = {weight: {"norm": 1.0, "shape": list(shape)} for weight, shape in SHAPES.items()}
     info = {"model_type": "example", "path": str(folder), "revision": None, "weights": weights}
     base = Base(architecture={"model_type": "example"}, tensors=tensors)
-    repository = Repository.init(
+    repository = Store.init(
         folder, base.to_json(), base_info=info, settings={}, author=AUTHOR, time=TIME, disk=HastyDisk()
     )
     return Synthetic(repository, rng, {weight: _moment(rng, inner) for weight, (_, inner) in SHAPES.items()})

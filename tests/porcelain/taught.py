@@ -12,7 +12,7 @@ from patchhub.porcelain.model import init
 from patchhub.porcelain.upkeep import config_set
 from patchhub.progress import Silent
 from patchhub.sets.commits import Stamp
-from patchhub.store.repository import Repository
+from patchhub.store.store import Store
 from tests.tiny_models import tiny_model, tiny_tokenizer
 
 AUTHOR = "Ada <ada@example.org>"
@@ -31,19 +31,19 @@ def fact(subject: str, target: str) -> Request:
     )
 
 
-def teach(repository: Repository, facts: Sequence[tuple[str, str]], message: str) -> str:
+def teach(repository: Store, facts: Sequence[tuple[str, str]], message: str) -> str:
     requests = tuple(fact(*pair) for pair in facts)
     batch = Batch(requests, tuple(Origin("a test") for _ in requests), 0)
     return commit(repository, batch, Stamp(AUTHOR, TIME, message), Silent()).commit
 
 
-def make_store(folder: Path) -> Repository:
+def make_store(folder: Path) -> Store:
     """Three facts, then three more, on a random GPT-2 of four layers."""
     model = folder / "model"
     tiny_model("gpt2").save_pretrained(model)
     tiny_tokenizer().save_pretrained(model)
     init(folder, str(model), Silent(), author=AUTHOR, time=TIME)
-    repository = Repository.open(folder)
+    repository = Store.open(folder)
     for key, value in (("metric.tokens", "1500"), ("memit.layers", "1,2"), ("memit.steps", "12")):
         config_set(repository, key, value)
     teach(repository, PLACES, "places")

@@ -18,7 +18,7 @@ from patchhub.objects import Request
 from patchhub.porcelain.blame import Outcome, Verdict, ancestor_sets, bisect, facts_to_measure, first_bad, metric_check
 from patchhub.progress import Silent
 from patchhub.store.graph import ancestors, oldest_first
-from patchhub.store.repository import Repository
+from patchhub.store.store import Store
 from tests.porcelain.synthetic import Synthetic, make_request
 from tests.porcelain.synthetic import make_store as make_synthetic
 from tests.porcelain.taught import PLACES, fact, make_store, teach
@@ -137,7 +137,7 @@ def test_skips_leave_suspects(synthetic: Synthetic) -> None:
 
 
 @pytest.fixture(scope="module")
-def repository(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Repository]:
+def repository(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
     with make_store(tmp_path_factory.mktemp("taught")) as made:
         teach(made, [("Lyon", "twin"), ("Paris", "Seattle")], "more")
         yield made
@@ -151,7 +151,7 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Repository]
         ("paraphrase", {"above": -1.0}),
     ],
 )
-def test_metrics_are_measured_commit_by_commit(repository: Repository, metric: str, bounds: dict[str, float]) -> None:
+def test_metrics_are_measured_commit_by_commit(repository: Store, metric: str, bounds: dict[str, float]) -> None:
     """Each commit measured through the switched model is what the commit gives when it is measured first."""
     requests = [fact(*pair) for pair in PLACES]
     one = metric_check(repository, metric, requests, **bounds)
@@ -166,14 +166,14 @@ def test_metrics_are_measured_commit_by_commit(repository: Repository, metric: s
         assert values[0] == 1.0
 
 
-def test_from_the_base_on_the_facts_are_those_of_the_bad_end(repository: Repository) -> None:
+def test_from_the_base_on_the_facts_are_those_of_the_bad_end(repository: Store) -> None:
     at_head = facts_to_measure(repository, "locality", "base", "HEAD")
     assert facts_to_measure(repository, "efficacy", "base", "HEAD") == at_head != []
     held = facts_to_measure(repository, "efficacy", "HEAD~2", "HEAD")
     assert 0 < len(held) < len(at_head)
 
 
-def test_checks_that_cannot_work_are_refused(repository: Repository) -> None:
+def test_checks_that_cannot_work_are_refused(repository: Store) -> None:
     bare = [Request.make("It is known that {} is", "Ann", "Lyon")]
     with pytest.raises(RequestError):
         metric_check(repository, "locality", bare, below=0.5)
@@ -185,13 +185,13 @@ def test_checks_that_cannot_work_are_refused(repository: Repository) -> None:
         metric_check(repository, "efficacy", bare)
 
 
-def run(repository: Repository, *arguments: str, code: int = 0) -> str:
+def run(repository: Store, *arguments: str, code: int = 0) -> str:
     result = CliRunner().invoke(main, ["--repo", str(repository.root.parent), "bisect", *arguments])
     assert result.exit_code == code, result.output
     return result.stdout
 
 
-def test_a_command_sees_the_applied_model(repository: Repository, tmp_path: Path) -> None:
+def test_a_command_sees_the_applied_model(repository: Store, tmp_path: Path) -> None:
     """A program that can tell by the weights' bytes finds the second commit."""
     script = tmp_path / "check.py"
     script.write_text(
@@ -213,7 +213,7 @@ def test_a_command_sees_the_applied_model(repository: Repository, tmp_path: Path
     run(repository, "base", "HEAD", "--metric", "locality", "--below", "0.5", "--", "true", code=2)
 
 
-def test_a_metric_from_the_command_line(repository: Repository) -> None:
+def test_a_metric_from_the_command_line(repository: Store) -> None:
     document = json.loads(run(repository, "base", "HEAD", "--metric", "locality", "--below", "1", "--json"))
     assert document["first_bad"] == repository.resolve("HEAD~2")
     assert document["steps"][0]["value"] == 1.0

@@ -20,20 +20,20 @@ from patchhub.progress import Silent
 from patchhub.runtime.patched_model import attach, switch
 from patchhub.sets.columns import read_columns
 from patchhub.sets.elements import active_requests
-from patchhub.store.repository import Repository
+from patchhub.store.store import Store
 from patchhub.worktree.loading import open_base, patch_state
 from tests.cli.conftest import FACTS, MODEL, invoke
 from tests.porcelain.taught import PLACES, TONGUES, fact, make_store
 
 
 @pytest.fixture(scope="module")
-def repository(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Repository]:
+def repository(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
     with make_store(tmp_path_factory.mktemp("taught")) as made:
         yield made
 
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Repository]:
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
     """The shipped model with twelve facts in two commits: a model whose facts are told apart."""
     folder = tmp_path_factory.mktemp("demo")
     invoke(folder, "init", str(MODEL), "--author", "Ada <ada@example.org>")
@@ -43,14 +43,14 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Repository]:
         invoke(
             folder, "commit", str(folder / "facts.json"), "-m", f"batch {number}", "--author", "Ada <ada@example.org>"
         )
-    with Repository.open(folder) as repository:
+    with Store.open(folder) as repository:
         yield repository
 
 
 class LeftOut:
     """The logits at a prompt's end for any subset of the active facts, solved anew."""
 
-    def __init__(self, repository: Repository) -> None:
+    def __init__(self, repository: Store) -> None:
         self.repository = repository
         self.checkpoint = open_base(repository)
         self.elements = repository.active(repository.head[1])
@@ -75,13 +75,13 @@ class LeftOut:
         return [abs(float(whole[answer] - logits[answer])) for logits in left]
 
 
-def test_responsibilities_add_up_to_the_solution(repository: Repository) -> None:
+def test_responsibilities_add_up_to_the_solution(repository: Store) -> None:
     for columns in read_columns(repository, repository.active(repository.head[1])).values():
         total = responsibilities(columns).T @ columns.preimages.astype(np.float64)
         np.testing.assert_allclose(total, to_dense(solve(columns)), rtol=1e-9, atol=1e-12)
 
 
-def test_leaving_a_fact_out_shows_whom_to_blame(demo: Repository) -> None:
+def test_leaving_a_fact_out_shows_whom_to_blame(demo: Store) -> None:
     """At each fact's prompt: that fact has the largest share, nearly always the largest effect when it is left out, and shares and
     effects go together."""
     left_out = LeftOut(demo)
@@ -98,7 +98,7 @@ def test_leaving_a_fact_out_shows_whom_to_blame(demo: Repository) -> None:
     assert np.mean(correlations) > 0.7, correlations
 
 
-def test_shares_add_up_to_at_least_everything(repository: Repository) -> None:
+def test_shares_add_up_to_at_least_everything(repository: Store) -> None:
     """One patch alone moves everything; several patches, and their requests, at least add up to it (triangle inequality)."""
     found = blame(repository, fact(*PLACES[0]).text, Silent(), revision="HEAD~1")
     assert len(found.requests) == 3
@@ -110,7 +110,7 @@ def test_shares_add_up_to_at_least_everything(repository: Repository) -> None:
     assert all(change > 0 for change in both.change.values())
 
 
-def test_the_keys_are_read_where_facts_are_written(repository: Repository) -> None:
+def test_the_keys_are_read_where_facts_are_written(repository: Store) -> None:
     prompt = fact(*TONGUES[1]).text
     by_default = blame(repository, prompt, Silent())
     assert by_default.token == blame(repository, prompt, Silent(), subject="Seattle").token
@@ -120,7 +120,7 @@ def test_the_keys_are_read_where_facts_are_written(repository: Repository) -> No
     assert elsewhere.token[0] in "moon"
 
 
-def test_blame_needs_facts_and_the_subject(repository: Repository) -> None:
+def test_blame_needs_facts_and_the_subject(repository: Store) -> None:
     with pytest.raises(RevisionError):
         blame(repository, "It is known that Seattle is", Silent(), revision="base")
     for subject in ("Berlin", ""):
@@ -130,7 +130,7 @@ def test_blame_needs_facts_and_the_subject(repository: Repository) -> None:
         blame(repository, "  ", Silent())
 
 
-def test_the_command_line(repository: Repository) -> None:
+def test_the_command_line(repository: Store) -> None:
     folder = repository.root.parent
     prompt = fact(*TONGUES[1]).text
     document = json.loads(invoke(folder, "blame", prompt, "--json").stdout)

@@ -15,13 +15,13 @@ from patchhub.cli.main import main
 from patchhub.porcelain.history import Divergence, divergences
 from patchhub.porcelain.share import fetch, push, remote_add, remote_remove
 from patchhub.progress import Silent
-from patchhub.store.repository import Repository
+from patchhub.store.store import Store
 from tests.cli.test_processes import CHECK
 from tests.remotes.stores import AUTHOR, TIME, add_batch, make_store, move, switch
 
 
 @pytest.fixture
-def ours(tmp_path: Path) -> Iterator[Repository]:
+def ours(tmp_path: Path) -> Iterator[Store]:
     """Two commits that are also at origin, a folder."""
     with shared(tmp_path, "ours") as repository:
         add_batch(repository, range(2))
@@ -30,27 +30,27 @@ def ours(tmp_path: Path) -> Iterator[Repository]:
         yield repository
 
 
-def shared(folder: Path, name: str) -> Repository:
+def shared(folder: Path, name: str) -> Store:
     repository = make_store(folder / name)
     remote_add(repository, "origin", str(folder / "shared"))
     return repository
 
 
-def pushed(repository: Repository) -> None:
+def pushed(repository: Store) -> None:
     push(repository, "origin", [], Silent(), author=AUTHOR, time=TIME)
 
 
-def fetched(repository: Repository, remote: str = "origin") -> None:
+def fetched(repository: Store, remote: str = "origin") -> None:
     fetch(repository, remote, Silent(), author=AUTHOR, time=TIME)
 
 
-def said(repository: Repository) -> str:
+def said(repository: Store) -> str:
     result = CliRunner().invoke(main, ["--repo", str(repository.root.parent), "status"])
     assert result.exit_code == 0, result.output
     return result.stdout
 
 
-def test_each_side_is_counted_from_what_was_fetched(ours: Repository, tmp_path: Path) -> None:
+def test_each_side_is_counted_from_what_was_fetched(ours: Store, tmp_path: Path) -> None:
     assert divergences(ours) == (Divergence("origin/main", 0, 0),)
     assert "On branch main\nup to date with origin/main\n" in said(ours)
     add_batch(ours, range(4, 6))
@@ -76,7 +76,7 @@ def test_each_side_is_counted_from_what_was_fetched(ours: Repository, tmp_path: 
     assert "\nbehind 1 of origin/main\n" in said(ours)
 
 
-def test_nothing_is_said_without_a_remote_branch_of_that_name(ours: Repository) -> None:
+def test_nothing_is_said_without_a_remote_branch_of_that_name(ours: Store) -> None:
     head = str(ours.head[1])
     move(ours, {"refs/heads/team/main": (None, head), "refs/heads/side": (None, head)})
     for branch in ("side", "team/main"):
@@ -87,7 +87,7 @@ def test_nothing_is_said_without_a_remote_branch_of_that_name(ours: Repository) 
     assert divergences(ours) == ()
 
 
-def test_every_remote_is_named(ours: Repository, tmp_path: Path) -> None:
+def test_every_remote_is_named(ours: Store, tmp_path: Path) -> None:
     remote_add(ours, "another", str(tmp_path / "shared"))
     fetched(ours, "another")
     add_batch(ours, range(4, 6))
@@ -97,7 +97,7 @@ def test_every_remote_is_named(ours: Repository, tmp_path: Path) -> None:
     assert divergences(ours) == (Divergence("origin/main", 0, 0),)
 
 
-def test_a_branch_with_a_slash(ours: Repository) -> None:
+def test_a_branch_with_a_slash(ours: Store) -> None:
     move(ours, {"refs/heads/team/main": (None, ours.head[1])})
     switch(ours, "team/main")
     pushed(ours)
@@ -105,7 +105,7 @@ def test_a_branch_with_a_slash(ours: Repository) -> None:
     assert divergences(ours) == (Divergence("origin/team/main", 1, 0),)
 
 
-def test_counting_imports_neither_torch_nor_numpy(ours: Repository) -> None:
+def test_counting_imports_neither_torch_nor_numpy(ours: Store) -> None:
     add_batch(ours, range(4, 6))
     command = [sys.executable, "-c", CHECK, "--repo", str(ours.root.parent), "status"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -17,7 +17,7 @@ from patchhub.porcelain.scores import notes_of
 from patchhub.porcelain.upkeep import collect, config_set
 from patchhub.progress import Silent
 from patchhub.sets.commits import Stamp
-from patchhub.store.repository import Repository
+from patchhub.store.store import Store
 from patchhub.worktree import measuring
 from patchhub.worktree.measuring import StateResults, item_key, state_key
 from tests.porcelain.taught import AUTHOR, PLACES, TIME, TONGUES, fact, make_store, teach
@@ -33,10 +33,10 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def repository(original: Path, tmp_path: Path) -> Iterator[Repository]:
+def repository(original: Path, tmp_path: Path) -> Iterator[Store]:
     """A copy that the test may change."""
     shutil.copytree(original / ".patchhub", tmp_path / ".patchhub")
-    with Repository.open(tmp_path) as opened:
+    with Store.open(tmp_path) as opened:
         yield opened
 
 
@@ -54,7 +54,7 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return asked
 
 
-def run(repository: Repository, revision: str = "HEAD", facts: Facts = FACTS, **options: Any) -> Evaluation:
+def run(repository: Store, revision: str = "HEAD", facts: Facts = FACTS, **options: Any) -> Evaluation:
     return evaluate(repository, revision, facts, Silent(), author=AUTHOR, time=TIME, **options)
 
 
@@ -62,7 +62,7 @@ def numbers(done: Evaluation) -> dict[str, Any]:
     return {**done.to_json(), "commit": None, "note": None}
 
 
-def test_the_same_question_is_asked_once(repository: Repository, loads: list[str]) -> None:
+def test_the_same_question_is_asked_once(repository: Store, loads: list[str]) -> None:
     first = run(repository)
     assert loads
     loads.clear()
@@ -74,7 +74,7 @@ def test_the_same_question_is_asked_once(repository: Repository, loads: list[str
     assert loads
 
 
-def test_a_state_that_comes_back_is_known_by_its_content(repository: Repository, loads: list[str]) -> None:
+def test_a_state_that_comes_back_is_known_by_its_content(repository: Store, loads: list[str]) -> None:
     before = run(repository, "HEAD~1")
     run(repository)
     revert(repository, "HEAD", Stamp(AUTHOR, TIME, ""))
@@ -86,7 +86,7 @@ def test_a_state_that_comes_back_is_known_by_its_content(repository: Repository,
     assert loads
 
 
-def test_a_lost_or_damaged_cache_costs_time_only(repository: Repository, loads: list[str]) -> None:
+def test_a_lost_or_damaged_cache_costs_time_only(repository: Store, loads: list[str]) -> None:
     first = run(repository)
     files = sorted((repository.cache / "scores").glob("*.json"))
     assert len(files) == 2, "the base and HEAD"
@@ -113,7 +113,7 @@ def test_results_of_two_runs_add_up(tmp_path: Path) -> None:
     assert dict(StateResults(tmp_path, "s")) == {}
 
 
-def test_a_walk_measures_what_has_no_note_of_this_suite(repository: Repository, loads: list[str]) -> None:
+def test_a_walk_measures_what_has_no_note_of_this_suite(repository: Store, loads: list[str]) -> None:
     run(repository, "HEAD~1")
     rows = evaluate_history(repository, "HEAD", FACTS, Silent(), author=AUTHOR, time=TIME)
     assert [row.fresh for row in rows] == [True, False]
@@ -128,9 +128,7 @@ def test_a_walk_measures_what_has_no_note_of_this_suite(repository: Repository, 
     assert len(notes_of(repository, repository.resolve("HEAD"))) == 2
 
 
-def test_a_commit_that_gives_no_numbers_does_not_end_a_walk(
-    repository: Repository, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_commit_that_gives_no_numbers_does_not_end_a_walk(repository: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     broken = repository.resolve("HEAD")
     real = measuring.Measurer.measure
 
@@ -146,7 +144,7 @@ def test_a_commit_that_gives_no_numbers_does_not_end_a_walk(
     assert "not numbers" in progress.warnings[0]
 
 
-def test_a_note_says_what_was_measured(repository: Repository) -> None:
+def test_a_note_says_what_was_measured(repository: Store) -> None:
     done = run(repository)
     [noted] = notes_of(repository, done.commit)
     assert (noted.note, noted.suite, noted.metrics, noted.facts) == (done.note, done.suite, "wise", 6)
@@ -166,14 +164,14 @@ def test_a_seed_draws_other_facts_and_a_limit_alone_the_first() -> None:
     assert Facts(requests, limit=99, seed=1).chosen == requests
 
 
-def test_prompts_that_leave_no_room_are_not_scored(repository: Repository) -> None:
+def test_prompts_that_leave_no_room_are_not_scored(repository: Store) -> None:
     filled = Facts(FACTS.requests, contexts=("It is so. " * 9 + "{}",))
     scores = run(repository, facts=filled, keep=False).scores
     assert "exact" in scores
     assert "exact_in_context" not in scores
 
 
-def test_text_of_ones_own_replaces_what_was_kept_aside(repository: Repository, tmp_path: Path) -> None:
+def test_text_of_ones_own_replaces_what_was_kept_aside(repository: Store, tmp_path: Path) -> None:
     text = tmp_path / "held.txt"
     text.write_text("What does the Eiffel Tower look like?\nBecause I think that you know it.\n", encoding="utf-8")
     own = run(repository, facts=Facts(FACTS.requests, text=(text,), contexts=FACTS.contexts), keep=False)
@@ -194,13 +192,13 @@ def test_text_of_ones_own_replaces_what_was_kept_aside(repository: Repository, t
     ],
 )
 def test_what_cannot_be_evaluated_is_refused(
-    repository: Repository, facts: Facts, error: type[Exception], says: str
+    repository: Store, facts: Facts, error: type[Exception], says: str
 ) -> None:
     with pytest.raises(error, match=says):
         run(repository, facts=facts)
 
 
-def test_a_base_that_is_gone_is_named(repository: Repository, tmp_path: Path) -> None:
+def test_a_base_that_is_gone_is_named(repository: Store, tmp_path: Path) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
     config = empty / "config.json"
@@ -211,7 +209,7 @@ def test_a_base_that_is_gone_is_named(repository: Repository, tmp_path: Path) ->
         run(repository)
 
 
-def test_old_results_are_collected_and_fresh_ones_stay(repository: Repository, loads: list[str]) -> None:
+def test_old_results_are_collected_and_fresh_ones_stay(repository: Store, loads: list[str]) -> None:
     first = run(repository, keep=False)
     files = sorted((repository.cache / "scores").glob("*.json"))
     os.utime(files[0], (0, 0))

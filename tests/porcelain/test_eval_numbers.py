@@ -27,7 +27,7 @@ from patchhub.porcelain.upkeep import config_set
 from patchhub.progress import Silent
 from patchhub.sets.columns import read_state, weight_shapes
 from patchhub.sets.commits import Stamp
-from patchhub.store.repository import Repository
+from patchhub.store.store import Store
 from patchhub.worktree.measuring import CONTEXTS, Measurer, Questions
 from tests.porcelain.taught import AUTHOR, TIME
 
@@ -39,10 +39,10 @@ REQUESTS = BATCH.requests[:7]
 
 
 @pytest.fixture(scope="module")
-def repository(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Repository]:
+def repository(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
     folder = tmp_path_factory.mktemp("store")
     init(folder, str(MODEL), Silent(), author=AUTHOR, time=TIME)
-    with Repository.open(folder) as opened:
+    with Store.open(folder) as opened:
         for key, value in (("metric.tokens", "4000"), ("memit.steps", "8")):
             config_set(opened, key, value)
         written = Batch(REQUESTS[:4], BATCH.origins[:4], 0)
@@ -83,7 +83,7 @@ class Plain:
         return str(self.tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True))
 
 
-def plain_model(repository: Repository, revision: str) -> Plain:
+def plain_model(repository: Store, revision: str) -> Plain:
     """The base's weights plus the sum of the stored deltas, in float64."""
     folder = repository.config.base["path"]
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
@@ -173,13 +173,13 @@ def expected_drift(plain: Plain, base: Plain, documents: Any) -> dict[str, float
 
 
 @pytest.fixture(scope="module")
-def models(repository: Repository) -> tuple[Plain, Plain]:
+def models(repository: Store) -> tuple[Plain, Plain]:
     """HEAD and the base."""
     return plain_model(repository, "HEAD"), plain_model(repository, "base")
 
 
 @pytest.fixture(scope="module")
-def beside(repository: Repository, models: tuple[Plain, Plain]) -> dict[str, float]:
+def beside(repository: Store, models: tuple[Plain, Plain]) -> dict[str, float]:
     """What is measured beside every suite."""
     measurer = Measurer(repository, Questions(REQUESTS), Silent(), dtype=torch.float64)
     texts = [text for text in measurer.measure("HEAD").texts if text]
@@ -202,7 +202,7 @@ def beside(repository: Repository, models: tuple[Plain, Plain]) -> dict[str, flo
     ],
 )
 def test_every_score_on_edited_weights(
-    repository: Repository,
+    repository: Store,
     models: tuple[Plain, Plain],
     beside: dict[str, float],
     metrics: str,

@@ -21,7 +21,7 @@ from patchhub.porcelain.upkeep import config_set, fsck
 from patchhub.progress import Silent
 from patchhub.sets.commits import Stamp
 from patchhub.sets.guard import limits_of
-from patchhub.store.repository import Repository
+from patchhub.store.store import Store
 from patchhub.worktree.guard import Budget
 from patchhub.worktree.judging import Guarding
 from tests.porcelain.taught import AUTHOR, TIME
@@ -39,31 +39,31 @@ def first(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Six facts on the shipped model."""
     folder = tmp_path_factory.mktemp("guard")
     init(folder, str(files("patchhub") / "demo_model"), Silent(), author=AUTHOR, time=TIME)
-    with Repository.open(folder) as repository:
+    with Store.open(folder) as repository:
         config_set(repository, "metric.tokens", "6000")
         write(repository, FACTS[:6])
     return folder
 
 
 @pytest.fixture
-def repository(first: Path, tmp_path: Path) -> Repository:
+def repository(first: Path, tmp_path: Path) -> Store:
     folder = tmp_path / "store"
     shutil.copytree(first, folder)
-    return Repository.open(folder)
+    return Store.open(folder)
 
 
-def write(repository: Repository, facts: list[Request], progress: Silent | None = None, **options: Any) -> Committed:
+def write(repository: Store, facts: list[Request], progress: Silent | None = None, **options: Any) -> Committed:
     batch = Batch(tuple(facts), tuple(Origin("a test") for _ in facts), 0)
     return commit(repository, batch, Stamp(AUTHOR, TIME, "facts"), progress or Silent(), **options)
 
 
-def report_at(repository: Repository, revision: str = "HEAD") -> Report:
+def report_at(repository: Store, revision: str = "HEAD") -> Report:
     report = Report.from_json(repository.commit(str(repository.resolve(revision))).check)
     assert report is not None
     return report
 
 
-def test_healthy_facts_pass_and_the_commit_says_what_was_measured(repository: Repository) -> None:
+def test_healthy_facts_pass_and_the_commit_says_what_was_measured(repository: Store) -> None:
     done = write(repository, FACTS[6:10])
     report = report_at(repository)
     found = report.measured
@@ -81,7 +81,7 @@ def test_healthy_facts_pass_and_the_commit_says_what_was_measured(repository: Re
     assert found.spectrum.keys() == found.survival.keys()
 
 
-def test_a_collapsing_edit_is_refused_and_leaves_only_garbage(repository: Repository) -> None:
+def test_a_collapsing_edit_is_refused_and_leaves_only_garbage(repository: Store) -> None:
     refs, operations = repository.refs(), sum(1 for _ in repository.operations())
     with pytest.raises(GuardError) as caught:
         write(repository, FACTS[6:9], settings=HUGE)
@@ -92,7 +92,7 @@ def test_a_collapsing_edit_is_refused_and_leaves_only_garbage(repository: Reposi
     assert fsck(repository, Silent(), rebuild=False).sound
 
 
-def test_a_forced_collapse_is_remembered(repository: Repository) -> None:
+def test_a_forced_collapse_is_remembered(repository: Store) -> None:
     write(repository, FACTS[6:9], settings=HUGE, force=True)
     report = report_at(repository)
     assert report.forced
@@ -102,12 +102,12 @@ def test_a_forced_collapse_is_remembered(repository: Repository) -> None:
     assert not report_at(repository).forced
 
 
-def test_a_single_collapsing_fact_is_refused(repository: Repository) -> None:
+def test_a_single_collapsing_fact_is_refused(repository: Store) -> None:
     with pytest.raises(GuardError):
         write(repository, FACTS[6:7], settings=HUGE)
 
 
-def test_contradictions_that_are_kept_again_and_again_are_refused(repository: Repository) -> None:
+def test_contradictions_that_are_kept_again_and_again_are_refused(repository: Store) -> None:
     """The same four prompts with ever other targets: the first such batch may pass, the tenth must not."""
     targets = [fact.target_new for fact in FACTS]
     written = 0
@@ -127,7 +127,7 @@ def test_contradictions_that_are_kept_again_and_again_are_refused(repository: Re
     assert written > 0
 
 
-def test_a_limit_of_the_config_decides(repository: Repository) -> None:
+def test_a_limit_of_the_config_decides(repository: Store) -> None:
     config_set(repository, "guard.drift", "0.0001")
     assert limits_of(repository).drift == 0.0001
     with pytest.raises(GuardError, match=r"guard\.drift"):
@@ -141,7 +141,7 @@ def test_a_subject_at_the_first_token_is_warned_about(tmp_path: Path) -> None:
     tiny_model("gpt2").save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")
     init(tmp_path, str(tmp_path / "model"), Silent(), author=AUTHOR, time=TIME)
-    with Repository.open(tmp_path) as repository:
+    with Store.open(tmp_path) as repository:
         for key, value in (("metric.tokens", "1500"), ("memit.layers", "1"), ("memit.steps", "2")):
             config_set(repository, key, value)
         heard = Silent()
@@ -163,14 +163,14 @@ def test_in_a_chat_the_template_stands_before_a_subject(tmp_path: Path) -> None:
     tokenizer.chat_template = "{% for m in messages %}Q: {{ m.content }} A: {% endfor %}"
     tokenizer.save_pretrained(tmp_path / "model")
     init(tmp_path, str(tmp_path / "model"), Silent(), author=AUTHOR, time=TIME)
-    with Repository.open(tmp_path) as repository:
+    with Store.open(tmp_path) as repository:
         for key, value in (("metric.tokens", "1500"), ("memit.layers", "1"), ("memit.steps", "2"), ("chat", "true")):
             config_set(repository, key, value)
         write(repository, [Request.make("{} is located in", "The", "Lyon")])
         assert report_at(repository).measured.first_token == 0
 
 
-def test_a_revert_asks_the_model_when_it_is_told_to(repository: Repository) -> None:
+def test_a_revert_asks_the_model_when_it_is_told_to(repository: Store) -> None:
     write(repository, FACTS[6:9])
     revert(repository, "HEAD~1", Stamp(AUTHOR, TIME, ""))
     assert report_at(repository).measured.drift is None

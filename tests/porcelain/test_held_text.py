@@ -15,7 +15,7 @@ from patchhub.porcelain.model import init
 from patchhub.porcelain.upkeep import config_set
 from patchhub.progress import Silent
 from patchhub.sets.commits import Stamp
-from patchhub.store.repository import Repository
+from patchhub.store.store import Store
 from patchhub.worktree.loading import open_base
 from patchhub.worktree.metric import held_documents, measured_part, set_aside
 from patchhub.worktree.metric import kept_held_documents as kept_documents
@@ -26,11 +26,11 @@ from tests.tiny_models import tiny_model, tiny_tokenizer
 LINES = [f"The Space Needle number {number} is located in Seattle, I think." for number in range(40)]
 
 
-def make(folder: Path, *text: Path) -> Repository:
+def make(folder: Path, *text: Path) -> Store:
     tiny_model("gpt2").save_pretrained(folder / "model")
     tiny_tokenizer().save_pretrained(folder / "model")
     init(folder, str(folder / "model"), Silent(), author=AUTHOR, time=TIME)
-    repository = Repository.open(folder)
+    repository = Store.open(folder)
     for key, value in (("metric.tokens", "1500"), ("memit.layers", "1"), ("memit.steps", "1")):
         config_set(repository, key, value)
     batch = Batch((fact("Seattle", "twin"),), (Origin("a test"),), 0)
@@ -38,12 +38,12 @@ def make(folder: Path, *text: Path) -> Repository:
     return repository
 
 
-def metric_of(repository: Repository) -> Metric:
+def metric_of(repository: Store) -> Metric:
     assert repository.config.recording is not None
     return Metric.from_json(repository.objects.get(repository.config.recording.metric))
 
 
-def opened(repository: Repository) -> Opened:
+def opened(repository: Store) -> Opened:
     checkpoint = open_base(repository)
     return open_model(repository, checkpoint, describe(read_config(checkpoint.folder)), [], {})
 

@@ -26,7 +26,7 @@ from patchhub.sets.columns import read_state
 from patchhub.sets.elements import active_requests
 from patchhub.store.graph import ancestors
 from patchhub.store.lookup import Selection
-from patchhub.store.repository import Repository
+from patchhub.store.store import Store
 from patchhub.who import duration, instant
 from tests.porcelain.synthetic import make_request
 from tests.porcelain.synthetic import make_store as make_synthetic
@@ -37,7 +37,7 @@ NOW = "2026-11-21T09:30:00Z"
 
 
 @pytest.fixture(scope="module")
-def repository(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Repository]:
+def repository(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
     with make_store(tmp_path_factory.mktemp("taught")) as made:
         yield made
 
@@ -123,7 +123,7 @@ def parents_read_off(drawings: Sequence[Drawing]) -> dict[int, set[int]]:
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Repository]:
+def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
     """first - second - merge - revert, with a side commit under the merge; one author and day each."""
     with make_repository(tmp_path_factory.mktemp("history")) as repository:
         people = (f"{name} <{name.lower()}@example.org>" for name in ("Ada", "Grace", "Ada_B", "Alan", "Ada"))
@@ -144,7 +144,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Repository]:
         yield repository
 
 
-def brute_force(repository: Repository, only: Selection) -> list[str]:
+def brute_force(repository: Store, only: Selection) -> list[str]:
     """The selection read off the objects."""
 
     def fits(commit: Commit) -> bool:
@@ -177,11 +177,11 @@ selections = st.builds(
 @given(selections)
 @example(Selection(about="Person 4"))
 @example(Selection(author="ada_b"))
-def test_a_selection_is_what_the_objects_say(store: Repository, only: Selection) -> None:
+def test_a_selection_is_what_the_objects_say(store: Store, only: Selection) -> None:
     assert [entry.id for entry in log(store, only=only)] == brute_force(store, only)
 
 
-def test_log_follows_first_parents_and_stops(store: Repository) -> None:
+def test_log_follows_first_parents_and_stops(store: Store) -> None:
     everything = [entry.id for entry in log(store)]
     assert len(everything) == 5
     chain = [entry.id for entry in log(store, first_parent=True)]
@@ -190,7 +190,7 @@ def test_log_follows_first_parents_and_stops(store: Repository) -> None:
     assert list(log(store, "base")) == []
 
 
-def test_commits_left_out_are_bridged(store: Repository) -> None:
+def test_commits_left_out_are_bridged(store: Store) -> None:
     """In a drawing of the first and the last commits the last leads to the first."""
     entries = list(log(store, only=Selection(author="Ada <")))
     assert [entry.shown_parents for entry in entries] == [(entries[1].id,), ()]
@@ -222,7 +222,7 @@ def test_facts_of_one_prompt_with_several_targets_are_all_told(tmp_path: Path) -
     assert {*found.removed, *(pair.before for pair in found.retargeted)} == {french, german}
 
 
-def test_the_weights_differ_by_what_their_matrices_say(repository: Repository) -> None:
+def test_the_weights_differ_by_what_their_matrices_say(repository: Store) -> None:
     steps = weight_steps(repository, "HEAD~1", "HEAD")
     for weight, step in steps.items():
         old, new = (
@@ -250,7 +250,7 @@ def test_inner_products_and_ranks_are_those_of_the_matrices(left: int, right: in
     assert numerical_rank(one, 1e-4) == numerical_rank(Dense(a), 1e-4) == np.linalg.matrix_rank(a, tol=1e-4)
 
 
-def test_answers_that_changed_are_those_of_the_facts(repository: Repository) -> None:
+def test_answers_that_changed_are_those_of_the_facts(repository: Store) -> None:
     prompts = [fact(*pair).text for pair in (*PLACES, *TONGUES)]
     changed = changed_answers(repository, "HEAD", "HEAD", prompts, Silent())
     assert changed == []
@@ -293,13 +293,13 @@ def test_other_text_is_refused_in_words(text: str) -> None:
 # --- the command line -----------------------------------------------------------------------------------------------
 
 
-def run(repository: Repository, *arguments: str, code: int = 0) -> str:
+def run(repository: Store, *arguments: str, code: int = 0) -> str:
     result = CliRunner().invoke(main, ["--repo", str(repository.root.parent), *arguments])
     assert result.exit_code == code, result.output
     return result.stdout
 
 
-def test_log_draws_and_says_how_much_changes(store: Repository, repository: Repository) -> None:
+def test_log_draws_and_says_how_much_changes(store: Store, repository: Store) -> None:
     lines = run(store, "log", "--graph", "--oneline").splitlines()
     assert [line[:4].rstrip() for line in lines] == [
         "* " + lines[0][2:4],
@@ -319,7 +319,7 @@ def test_log_draws_and_says_how_much_changes(store: Repository, repository: Repo
     run(repository, "log", "--since", "whenever", code=2)
 
 
-def test_diff_prints_weights_and_answers(repository: Repository, tmp_path: Path) -> None:
+def test_diff_prints_weights_and_answers(repository: Store, tmp_path: Path) -> None:
     asked = tmp_path / "prompts.txt"
     asked.write_text(fact(*TONGUES[1]).text + "\n\n", encoding="utf-8")
     document = json.loads(run(repository, "diff", "HEAD~1", "HEAD", "--weights", "--ask", str(asked), "--json"))

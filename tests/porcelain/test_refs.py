@@ -10,10 +10,10 @@ import pytest
 from patchhub.errors import PatchhubError, RepositoryError, RevisionError, StaleRefError
 from patchhub.porcelain import refs
 from patchhub.porcelain.refs import RefEntry, undo
-from patchhub.store.repository import Repository
+from patchhub.store.store import Store
 from tests.porcelain.synthetic import AUTHOR, BY, TIME, Synthetic, make_request, make_store
 
-Verb = Callable[[Repository], object]
+Verb = Callable[[Store], object]
 
 VERBS: dict[str, Verb] = {
     "branch": lambda repository: refs.create_branch(repository, "new", "HEAD~1", BY),
@@ -134,7 +134,7 @@ def test_a_mistyped_branch_is_guessed(store: Synthetic) -> None:
 
 def test_a_ref_that_another_command_moved_is_not_overwritten(store: Synthetic) -> None:
     here = str(store.repository.resolve("main"))
-    with Repository.open(store.repository.root.parent) as other:
+    with Store.open(store.repository.root.parent) as other:
         refs.reset(other, "v1", BY)
     with pytest.raises(StaleRefError):
         store.repository.move_refs(

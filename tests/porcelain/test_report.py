@@ -22,12 +22,12 @@ from patchhub.porcelain.report.report import Report, write_report
 from patchhub.progress import Silent
 from patchhub.sets.columns import read_columns, read_state
 from patchhub.sets.rivals import crowding, overlapping
-from patchhub.store.repository import Repository
+from patchhub.store.store import Store
 from tests.porcelain.handmade_shards import commit_shard
 from tests.porcelain.synthetic import AUTHOR, BY, TIME, Synthetic, make_request, make_store, stamp
 
 
-def gathered(repository: Repository, revision: str = "HEAD", **options: Any) -> Report:
+def gathered(repository: Store, revision: str = "HEAD", **options: Any) -> Report:
     return report.report(repository, Silent(), time=TIME, revision=revision, **options)
 
 

@@ -120,7 +120,7 @@ class Hub:
     def load(self, name: str) -> Repo:
         path = self._repo_path(name)
         if not path.is_file():
-            raise Refused(404, "Repository not found", "RepoNotFound")
+            raise Refused(404, "Store not found", "RepoNotFound")
         found: Repo = json.loads(path.read_text())
         return found
 

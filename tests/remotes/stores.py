@@ -13,7 +13,7 @@ from patchhub.sets.columns import weight_shapes, write_columns
 from patchhub.sets.commits import Draft, Stamp, snapshot
 from patchhub.store.config import Config, Recording
 from patchhub.store.reachability import Reference, closure, references
-from patchhub.store.repository import Repository
+from patchhub.store.store import Store
 from tests.benchmarks.synthetic_store import HastyDisk
 
 AUTHOR = "Ada <ada@example.org>"
@@ -26,7 +26,7 @@ BASE = Base(
 )
 
 
-def make_store(folder: Path, *, base: Base = BASE) -> Repository:
+def make_store(folder: Path, *, base: Base = BASE) -> Store:
     info = {
         "path": str(folder / "base"),
         "revision": None,
@@ -34,16 +34,14 @@ def make_store(folder: Path, *, base: Base = BASE) -> Repository:
         "orientation": "out_in",
         "weights": {name: {"norm": 1.0, "shape": list(shape)} for name, shape in SHAPES.items()},
     }
-    return Repository.init(
-        folder, base.to_json(), base_info=info, settings={}, author=AUTHOR, time=TIME, disk=HastyDisk()
-    )
+    return Store.init(folder, base.to_json(), base_info=info, settings={}, author=AUTHOR, time=TIME, disk=HastyDisk())
 
 
 def make_request(number: int) -> Request:
     return Request.make("The mother tongue of {} is", f"Person {number}", "French", target_true="English")
 
 
-def metric_of(repository: Repository) -> str:
+def metric_of(repository: Store) -> str:
     metric = Metric(
         repository.config.base_id, "covariance", {"epsilon": 0.01}, {"kind": "file", "names": []}, "1" * 64, 100, 10
     )
@@ -54,7 +52,7 @@ def metric_of(repository: Repository) -> str:
     return identity
 
 
-def put_patch(repository: Repository, requests: Sequence[Request], seed: Sequence[int]) -> Patch:
+def put_patch(repository: Store, requests: Sequence[Request], seed: Sequence[int]) -> Patch:
     """A patch with one random column per request and weight; requests and seed alone decide its content."""
     generator = np.random.default_rng(seed)
     columns, shapes = {}, weight_shapes(repository)
@@ -79,14 +77,14 @@ def put_patch(repository: Repository, requests: Sequence[Request], seed: Sequenc
     return patch
 
 
-def add_batch(repository: Repository, numbers: range, message: str = "") -> str:
+def add_batch(repository: Store, numbers: range, message: str = "") -> str:
     """Commit one fact per number on the current branch; the numbers alone decide their columns."""
     requests = [make_request(number) for number in numbers]
     return add_patch(repository, requests, list(numbers), message or f"facts {numbers.start} to {numbers.stop}")
 
 
 def add_patch(
-    repository: Repository, requests: Sequence[Request], seed: Sequence[int] = (0,), message: str = "facts"
+    repository: Store, requests: Sequence[Request], seed: Sequence[int] = (0,), message: str = "facts"
 ) -> str:
     """Commit facts on the current branch."""
     patch = put_patch(repository, requests, seed)
@@ -96,15 +94,15 @@ def add_patch(
     return snapshot(repository, draft, Stamp(AUTHOR, TIME, message))
 
 
-def move(repository: Repository, changes: dict[str, tuple[str | None, str | None]], command: str = "branch") -> None:
+def move(repository: Store, changes: dict[str, tuple[str | None, str | None]], command: str = "branch") -> None:
     repository.move_refs(changes, command=command, arguments={}, author=AUTHOR, time=TIME)
 
 
-def switch(repository: Repository, branch: str) -> None:
+def switch(repository: Store, branch: str) -> None:
     move(repository, {"HEAD": (repository.refs()["HEAD"], f"ref: refs/heads/{branch}")}, "switch")
 
 
-def make_history(folder: Path) -> Repository:
+def make_history(folder: Path) -> Store:
     """Three commits on two branches, a tag on the first one and a note about it."""
     repository = make_store(folder)
     first = add_batch(repository, range(3))
@@ -118,17 +116,17 @@ def make_history(folder: Path) -> Repository:
     return repository
 
 
-def published(repository: Repository) -> dict[str, str]:
+def published(repository: Store) -> dict[str, str]:
     """What of a store's refs a remote shares."""
     return {ref: target for ref, target in repository.refs().items() if ref.startswith(("refs/heads/", "refs/tags/"))}
 
 
-def content(repository: Repository, commit: str) -> tuple[str, tuple[str, ...]]:
+def content(repository: Store, commit: str) -> tuple[str, tuple[str, ...]]:
     """What a commit is: the digest of its set and the blobs of its state, whose names are their bytes."""
     return set_digest(repository.active(commit)), repository.state(commit)
 
 
-def closure_of(repository: Repository, ref: str) -> list[str]:
+def closure_of(repository: Store, ref: str) -> list[str]:
     """Ids of all that a ref needs."""
 
     def follow(reference: Reference) -> list[Reference]:

@@ -13,7 +13,7 @@ from click.testing import CliRunner, Result
 from patchhub.cli.main import main
 from patchhub.errors import RepositoryError
 from patchhub.objects import Request
-from patchhub.store.repository import Repository
+from patchhub.store.store import Store
 from patchhub.worktree.loading import open_path
 from tests.export.models import model_folder, model_store
 from tests.remotes.stores import add_batch, add_patch, move
@@ -64,7 +64,7 @@ def test_undo_says_what_it_undid_and_that_a_push_stays(ours: Path) -> None:
 
 def test_a_damaged_object_is_fetched_again_as_the_error_says(ours: Path) -> None:
     run(ours, "push")
-    with Repository.open(ours) as store:
+    with Store.open(ours) as store:
         path = store.objects.path(str(store.commit(str(store.resolve("HEAD"))).tensors))
     path.chmod(0o600)
     path.write_bytes(b"damaged")
@@ -90,9 +90,9 @@ def test_push_clone_and_pull(ours: Path, base: Path, tmp_path: Path) -> None:
     run(ours, "clone", str(tmp_path / "shared"), str(theirs), "--base", str(base))
     heads = [json.loads(run(folder, "status", "--json").stdout)["head"]["id"] for folder in (ours, theirs)]
     assert heads[0] == heads[1]
-    with Repository.open(theirs) as store:
+    with Store.open(theirs) as store:
         add_batch(store, range(10, 11))
-    with Repository.open(ours) as store:
+    with Store.open(ours) as store:
         add_batch(store, range(20, 21))
     run(theirs, "push")
     error = run(ours, "push", code=11).stderr
@@ -110,7 +110,7 @@ def test_a_pull_that_stops_says_who_says_what(ours: Path, base: Path, tmp_path: 
     theirs = tmp_path / "theirs"
     run(ours, "clone", str(tmp_path / "shared"), str(theirs), "--base", str(base))
     for folder, target in ((ours, "Dutch"), (theirs, "Welsh")):
-        with Repository.open(folder) as store:
+        with Store.open(folder) as store:
             add_patch(store, [Request.make("The mother tongue of {} is", "Ada", target)])
     run(theirs, "push")
     said = run(ours, "pull", code=4).stdout

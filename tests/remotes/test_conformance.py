@@ -18,7 +18,7 @@ from patchhub.remotes.remote import Remote, RemoteMovedError, Source
 from patchhub.remotes.sync import Fetched, Pushed, open_remote
 from patchhub.sets.columns import tensor_check
 from patchhub.store.fsck import check
-from patchhub.store.repository import Repository
+from patchhub.store.store import Store
 from tests.remotes.stores import (
     AUTHOR,
     SHAPES,
@@ -37,7 +37,7 @@ from tests.remotes.stores import (
 Connect = Callable[[], Remote]
 
 
-def push(repository: Repository, remote: Remote, *names: str, **options: bool | None) -> list[Pushed]:
+def push(repository: Store, remote: Remote, *names: str, **options: bool | None) -> list[Pushed]:
     refs = sync.refs_to_push(repository, names, everything=not names, tags=False)
     source = Source(repository.config.base_id, "gpt2", "a" * 40)
     return sync.push(
@@ -53,7 +53,7 @@ def push(repository: Repository, remote: Remote, *names: str, **options: bool | 
     )
 
 
-def fetch(repository: Repository, remote: Remote, *, total: int = 1 << 30, **options: bool) -> Fetched:
+def fetch(repository: Store, remote: Remote, *, total: int = 1 << 30, **options: bool) -> Fetched:
     limits = Limits(total, SHAPES)
     return sync.fetch(repository, remote, "origin", limits, tensor_check(SHAPES), author=AUTHOR, time=TIME, **options)
 
@@ -331,7 +331,7 @@ def test_damage_here_is_repaired(connect: Connect, tmp_path: Path) -> None:
     victims[1].chmod(0o644)
     victims[1].write_bytes(b"rot")
     theirs.close()
-    theirs = Repository.open(tmp_path / "theirs")
+    theirs = Store.open(tmp_path / "theirs")
     assert not check(theirs).sound
     fetch(theirs, connect(), repair=True)
     assert check(theirs).sound

@@ -13,7 +13,7 @@ import pytest
 from patchhub.objects import Note
 from patchhub.remotes.hub import HubRemote
 from patchhub.store.fsck import check
-from patchhub.store.repository import Repository
+from patchhub.store.store import Store
 from tests.benchmarks.synthetic_store import HastyDisk
 from tests.remotes import minihub
 from tests.remotes.conftest import TOKEN
@@ -108,8 +108,8 @@ def scenario(template: Path, folder: Path, fault: dict[str, Any] | None) -> tupl
     before = len(commits_of(server))
     server.faults.extend([fault] if fault else [])
     with (
-        Repository.open(folder / "ours", disk=HastyDisk()) as ours,
-        Repository.open(folder / "theirs", disk=HastyDisk()) as theirs,
+        Store.open(folder / "ours", disk=HastyDisk()) as ours,
+        Store.open(folder / "theirs", disk=HastyDisk()) as theirs,
     ):
         failures = heals(lambda: push(ours, connected(server)), server)
         failures += heals(lambda: fetch(theirs, connected(server)), server)

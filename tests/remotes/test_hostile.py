@@ -29,7 +29,7 @@ from patchhub.remotes.file import object_path
 from patchhub.remotes.remote import read_branch, read_folder
 from patchhub.remotes.sync import open_remote
 from patchhub.store.fsck import check
-from patchhub.store.repository import Repository
+from patchhub.store.store import Store
 from tests.benchmarks.synthetic_store import HastyDisk
 from tests.remotes.stores import SHAPES, make_history, make_store
 from tests.remotes.test_conformance import fetch, push
@@ -51,13 +51,13 @@ def honest(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @contextlib.contextmanager
-def attacked(honest: Path) -> Iterator[tuple[Path, Repository]]:
+def attacked(honest: Path) -> Iterator[tuple[Path, Store]]:
     """A copy of the remote that can be changed, and a receiver of its own."""
     with tempfile.TemporaryDirectory(dir=MEMORY) as folder:
         remote = Path(folder) / "remote"
         shutil.copytree(honest / "remote", remote)
         shutil.copytree(honest / "receiver", Path(folder) / "receiver")
-        with Repository.open(Path(folder) / "receiver", disk=HastyDisk()) as repository:
+        with Store.open(Path(folder) / "receiver", disk=HastyDisk()) as repository:
             yield remote, repository
 
 
@@ -75,7 +75,7 @@ def pulled_objects(honest: Path) -> list[Path]:
     return sorted(path for path in there if path.name not in here)
 
 
-def refused(remote: Path, repository: Repository, match: str | None = None) -> None:
+def refused(remote: Path, repository: Store, match: str | None = None) -> None:
     refs = repository.refs()
     with pytest.raises(PatchhubError, match=match):
         fetch(repository, open_remote(str(remote)))
@@ -83,7 +83,7 @@ def refused(remote: Path, repository: Repository, match: str | None = None) -> N
     assert check(repository).sound
 
 
-def survives(remote: Path, repository: Repository) -> None:
+def survives(remote: Path, repository: Store) -> None:
     """Either all is well or a declared error: nothing in between."""
     refs = repository.refs()
     failure: PatchhubError | None = None
@@ -210,7 +210,7 @@ def digest_of(groups: list[Any]) -> str:
 
 
 def honest_tensors(honest: Path, *, of_patch: bool) -> dict[str, np.ndarray]:
-    with Repository.open(honest / "ours") as ours:
+    with Store.open(honest / "ours") as ours:
         commit = ours.commit(ours.refs()["refs/tags/v1"])
         patch = ours.patch(next(iter(commit.added))[0])
         found: dict[str, np.ndarray] = load(ours.objects.get(patch.tensors if of_patch else str(commit.tensors)))

@@ -14,7 +14,7 @@ from patchhub.objects import Note
 from patchhub.remotes.hub import STAGING, HubRemote
 from patchhub.remotes.remote import RemoteMovedError
 from patchhub.store.fsck import check
-from patchhub.store.repository import Repository
+from patchhub.store.store import Store
 from tests.remotes.stores import AUTHOR, TIME, add_batch, make_history, make_store
 from tests.remotes.test_conformance import fetch, push
 
@@ -245,7 +245,7 @@ def do_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_every_error_is_one_of_ours(hub: Any, hub_remote: Connect, tmp_path: Path) -> None:
     hub.stop()
-    ours: Repository = make_history(tmp_path / "ours")
+    ours: Store = make_history(tmp_path / "ours")
     with pytest.raises(PatchhubError, match="cannot be reached"):
         push(ours, hub_remote(), "main")
     with pytest.raises(PatchhubError, match="cannot be reached"):

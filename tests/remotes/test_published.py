@@ -16,7 +16,7 @@ from patchhub.porcelain.share import Access, remote_add
 from patchhub.progress import Silent
 from patchhub.remotes.hub import HubRemote
 from patchhub.runtime.patched_model import load_patched
-from patchhub.store.repository import Repository
+from patchhub.store.store import Store
 from patchhub.worktree.loading import hub_name, open_published, state_at
 from tests.export.models import distance, load_base, logits, model_folder, model_store
 from tests.remotes.conftest import TOKEN
@@ -30,7 +30,7 @@ def base(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def store(base: Path, tmp_path: Path, hub: Any, monkeypatch: pytest.MonkeyPatch) -> Repository:
+def store(base: Path, tmp_path: Path, hub: Any, monkeypatch: pytest.MonkeyPatch) -> Store:
     """Three commits on two branches about a tiny model, pushed to ``tester/facts`` of the loopback Hub."""
     from huggingface_hub import constants, hf_api
 
@@ -50,13 +50,13 @@ def store(base: Path, tmp_path: Path, hub: Any, monkeypatch: pytest.MonkeyPatch)
     return repository
 
 
-def push(repository: Repository, hub: Any, **options: Any) -> None:
+def push(repository: Store, hub: Any, **options: Any) -> None:
     verbs.push(repository, "origin", (), Silent(), author=AUTHOR, time=TIME, access=Access(hub.url, TOKEN), **options)
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # PEFT asks transformers the old way
 @pytest.mark.parametrize("revision", ["main", "side", "v1"])
-def test_peft_loads_a_pushed_repository(revision: str, store: Repository, base: Path) -> None:
+def test_peft_loads_a_pushed_repository(revision: str, store: Store, base: Path) -> None:
     from peft import PeftModel
 
     adapted = PeftModel.from_pretrained(load_base(base), "tester/facts", revision=revision).eval()
@@ -66,7 +66,7 @@ def test_peft_loads_a_pushed_repository(revision: str, store: Repository, base: 
 
 
 def test_load_from_the_hub_and_then_offline(
-    store: Repository, base: Path, hub: Any, monkeypatch: pytest.MonkeyPatch
+    store: Store, base: Path, hub: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from huggingface_hub import constants
 
@@ -89,7 +89,7 @@ def test_load_from_the_hub_and_then_offline(
         open_published("tester/facts", "never-seen", base=base)
 
 
-def test_load_reads_no_columns_and_no_texts(store: Repository, base: Path, hub: Any) -> None:
+def test_load_reads_no_columns_and_no_texts(store: Store, base: Path, hub: Any) -> None:
     hub.log.clear()
     open_published("tester/facts", "main", base=base)
     heads = [str(store.resolve(name)) for name in ("main", "main~1")]
@@ -98,7 +98,7 @@ def test_load_reads_no_columns_and_no_texts(store: Repository, base: Path, hub: 
         assert not [entry for entry in hub.log if unneeded[2:] in entry["line"]]
 
 
-def test_load_finds_damage(store: Repository, base: Path, hub: Any) -> None:
+def test_load_finds_damage(store: Store, base: Path, hub: Any) -> None:
     hub.faults.append({"kind": "corrupt", "match": "/_cdn/", "offset": 200, "times": 1})
     open_published("tester/facts", "main", base=base)  # fetched once more
     cached = next((hub.root.parent / "hf-cache").glob(f"**/{store.state(store.head[1])[0][2:]}"))
@@ -111,7 +111,7 @@ def test_load_finds_damage(store: Repository, base: Path, hub: Any) -> None:
         open_published("tester/facts", "main", base=base)
 
 
-def test_load_checks_the_base_and_the_revision(store: Repository, base: Path, tmp_path: Path) -> None:
+def test_load_checks_the_base_and_the_revision(store: Store, base: Path, tmp_path: Path) -> None:
     with pytest.raises(RevisionError, match="no revision"):
         open_published("tester/facts", "nosuch", base=base)
     with pytest.raises(RemoteError, match="does not exist"):
@@ -124,7 +124,7 @@ def test_load_checks_the_base_and_the_revision(store: Repository, base: Path, tm
         patchhub.load("tester/facts", base=other)
 
 
-def test_a_clone_is_a_store_like_any_other(store: Repository, base: Path, hub: Any, tmp_path: Path) -> None:
+def test_a_clone_is_a_store_like_any_other(store: Store, base: Path, hub: Any, tmp_path: Path) -> None:
     done = verbs.clone(
         "hf://tester/facts",
         tmp_path / "clone",
@@ -134,7 +134,7 @@ def test_a_clone_is_a_store_like_any_other(store: Repository, base: Path, hub: A
         base=str(base),
         access=Access(hub.url, TOKEN),
     )
-    with Repository.open(tmp_path / "clone") as clone:
+    with Store.open(tmp_path / "clone") as clone:
         assert done.commit == store.resolve("main") == clone.head[1]
         assert clone.config.recording == store.config.recording
         for ours_name, name in (("main", "main"), ("side", "origin/side"), ("v1", "v1")):
@@ -146,7 +146,7 @@ def test_a_clone_is_a_store_like_any_other(store: Repository, base: Path, hub: A
                 assert bool((tensor == other).all())
 
 
-def test_a_failed_clone_leaves_nothing(store: Repository, hub: Any, base: Path, tmp_path: Path) -> None:
+def test_a_failed_clone_leaves_nothing(store: Store, hub: Any, base: Path, tmp_path: Path) -> None:
     family = json.loads((base / "config.json").read_text())["model_type"]
     other = model_folder(tmp_path / "other", family, seed=1)
     with pytest.raises(RemoteError, match="is not the base"):
@@ -162,7 +162,7 @@ def test_a_failed_clone_leaves_nothing(store: Repository, hub: Any, base: Path, 
     assert not (tmp_path / "clone").exists()
 
 
-def test_the_page_is_a_model_card(store: Repository, hub: Any) -> None:
+def test_the_page_is_a_model_card(store: Store, hub: Any) -> None:
     from huggingface_hub import ModelCard
 
     card = ModelCard((hub.root / "blobs" / tree_of(hub)["README.md"]["oid"]).read_text())
@@ -177,7 +177,7 @@ def test_the_page_is_a_model_card(store: Repository, hub: Any) -> None:
     assert "withheld" in hidden
 
 
-def test_a_second_push_costs_what_is_new(store: Repository, hub: Any) -> None:
+def test_a_second_push_costs_what_is_new(store: Store, hub: Any) -> None:
     known = set(store.objects.ids())
     add_batch(store, range(100, 200))
     new = sum(store.objects.path(name).stat().st_size for name in set(store.objects.ids()) - known)

@@ -19,7 +19,7 @@ from patchhub.progress import Silent
 from patchhub.runtime.patched_model import load_patched
 from patchhub.runtime.routing import routed
 from patchhub.sets.shards import shards_at
-from patchhub.store.repository import Repository
+from patchhub.store.store import Store
 from patchhub.worktree.loading import open_published, state_at
 from tests.export.models import load_base, logits, model_folder, model_store
 from tests.porcelain.handmade_shards import commit_shard
@@ -34,7 +34,7 @@ def base(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def store(base: Path, tmp_path: Path, hub: Any, monkeypatch: pytest.MonkeyPatch) -> Repository:
+def store(base: Path, tmp_path: Path, hub: Any, monkeypatch: pytest.MonkeyPatch) -> Store:
     """Columns, then a shard that is continued once, pushed to ``tester/facts``; every query is answered by the shard."""
     from huggingface_hub import constants, hf_api
 
@@ -52,14 +52,14 @@ def store(base: Path, tmp_path: Path, hub: Any, monkeypatch: pytest.MonkeyPatch)
     return repository
 
 
-def push(repository: Repository, hub: Any) -> Silent:
+def push(repository: Store, hub: Any) -> Silent:
     progress = Silent()
     access = Access(hub.url, TOKEN)
     verbs.push(repository, "origin", (), progress, author=AUTHOR, time=TIME, everything=True, access=access)
     return progress
 
 
-def test_the_hub_copy_routes_like_the_store(store: Repository, base: Path) -> None:
+def test_the_hub_copy_routes_like_the_store(store: Store, base: Path) -> None:
     for revision in ("main", "v1"):
         for mode in ("retrieve", "merge"):
             expected = load_patched(open_checkpoint(base), state_at(store, revision, mode))
@@ -70,7 +70,7 @@ def test_the_hub_copy_routes_like_the_store(store: Repository, base: Path) -> No
     assert not torch.equal(logits(load_base(base)), logits(loaded))
 
 
-def test_of_the_shards_only_the_active_one_is_read(store: Repository, base: Path, hub: Any) -> None:
+def test_of_the_shards_only_the_active_one_is_read(store: Store, base: Path, hub: Any) -> None:
     hub.log.clear()
     open_published("tester/facts", "main", base=base)
     ((_, now),) = shards_at(store, store.head[1]).items()
@@ -81,7 +81,7 @@ def test_of_the_shards_only_the_active_one_is_read(store: Repository, base: Path
         assert unneeded[2:] not in asked
 
 
-def test_there_is_no_adapter_and_the_card_says_why(store: Repository, hub: Any) -> None:
+def test_there_is_no_adapter_and_the_card_says_why(store: Store, hub: Any) -> None:
     tree = tree_of(hub)
     assert "adapter_config.json" not in tree
     card = (hub.root / "blobs" / tree["README.md"]["oid"]).read_text()
@@ -100,9 +100,7 @@ def test_there_is_no_adapter_and_the_card_says_why(store: Repository, hub: Any) 
         {"requests": (), "settings": {"number": 0}},
     ],
 )
-def test_what_is_no_shard_does_not_get_in(
-    change: dict[str, Any], store: Repository, base: Path, tmp_path: Path
-) -> None:
+def test_what_is_no_shard_does_not_get_in(change: dict[str, Any], store: Store, base: Path, tmp_path: Path) -> None:
     """A commit that brings a shard whose patch is wrong is refused on the way in, and nothing moves."""
     ((identity, patch),) = shards_at(store, store.head[1]).items()
     broken: Patch = replace(patch, **change)

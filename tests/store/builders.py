@@ -19,15 +19,15 @@ from patchhub.objects import (
     set_digest,
     set_json,
 )
-from patchhub.store.repository import Repository
+from patchhub.store.store import Store
 
 AUTHOR = "Ada <ada@example.org>"
 TIME = "2026-11-21T09:30:00Z"
 BASE = Base(architecture={"hidden_size": 2}, tensors={"w": TensorRecord("F32", (2, 2), "0" * 64)})
 
 
-def make_repository(directory: Path, *, disk: Disk = DISK) -> Repository:
-    return Repository.init(
+def make_repository(directory: Path, *, disk: Disk = DISK) -> Store:
+    return Store.init(
         directory,
         BASE.to_json(),
         base_info={"name": "example/base"},
@@ -42,7 +42,7 @@ def make_request(number: int) -> Request:
     return Request.make("The mother tongue of {} is", f"Person {number}", "French", target_true="English")
 
 
-def put_patch(repository: Repository, numbers: range) -> Patch:
+def put_patch(repository: Store, numbers: range) -> Patch:
     """Store a patch with one request per number, its texts and its (meaningless) tensors."""
     requests = [make_request(number) for number in numbers]
     patch = Patch(
@@ -62,7 +62,7 @@ def put_patch(repository: Repository, numbers: range) -> Patch:
 
 
 def make_commit(
-    repository: Repository,
+    repository: Store,
     *parents: str,
     added: frozenset[Element] = frozenset(),
     removed: frozenset[Element] = frozenset(),
@@ -96,11 +96,11 @@ def make_commit(
     )
 
 
-def record(repository: Repository, commit: Commit, *, ref: str | None = None) -> str:
+def record(repository: Store, commit: Commit, *, ref: str | None = None) -> str:
     return repository.record(commit, command="commit", arguments={}, author=AUTHOR, time=TIME, ref=ref)
 
 
-def add_batch(repository: Repository, numbers: range, *, ref: str | None = None) -> str:
+def add_batch(repository: Store, numbers: range, *, ref: str | None = None) -> str:
     """A patch with those requests, committed on HEAD or on `ref`."""
     patch = put_patch(repository, numbers)
     tip = repository.head[1] if ref is None else repository.refs().get(ref)
@@ -108,7 +108,7 @@ def add_batch(repository: Repository, numbers: range, *, ref: str | None = None)
     return record(repository, commit, ref=ref)
 
 
-def make_history(directory: Path, *, disk: Disk = DISK) -> Repository:
+def make_history(directory: Path, *, disk: Disk = DISK) -> Store:
     """A store with two commits, a revert, a branch, a tag, a merge and a note."""
     repository = make_repository(directory, disk=disk)
     first = add_batch(repository, range(2))
@@ -124,5 +124,5 @@ def make_history(directory: Path, *, disk: Disk = DISK) -> Repository:
     return repository
 
 
-def move(repository: Repository, changes: dict[str, tuple[str | None, str | None]], command: str) -> None:
+def move(repository: Store, changes: dict[str, tuple[str | None, str | None]], command: str) -> None:
     repository.move_refs(changes, command=command, arguments={}, author=AUTHOR, time=TIME)

@@ -20,36 +20,36 @@ from patchhub.fsio import Disk
 from patchhub.objects import Note
 from patchhub.store.config import Config
 from patchhub.store.fsck import check
-from patchhub.store.repository import Repository
+from patchhub.store.store import Store
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
 MAX_STEPS = 200
 
 
-def _record(repository: Repository) -> None:
+def _record(repository: Store) -> None:
     add_batch(repository, range(10, 12))
 
 
-def _branch(repository: Repository) -> None:
+def _branch(repository: Store) -> None:
     move(repository, {"refs/heads/other": (None, repository.head[1])}, "branch")
 
 
-def _note(repository: Repository) -> None:
+def _note(repository: Store) -> None:
     tip = repository.head[1] or ""
     note = Note(commit=tip, made_by="patchhub", scores={"S": 1.0}, settings={}, suite="zsre")
     repository.add_note(note, command="evaluate", arguments={}, author=AUTHOR, time=TIME)
 
 
-def _undo(repository: Repository) -> None:
+def _undo(repository: Store) -> None:
     repository.undo(author=AUTHOR, time=TIME)
 
 
-def _configure(repository: Repository) -> None:
+def _configure(repository: Store) -> None:
     repository.write_config(Config(repository.config.base, {"method": "pmet"}))
 
 
-ACTIONS: dict[str, Callable[[Repository], None]] = {
+ACTIONS: dict[str, Callable[[Store], None]] = {
     "record": _record,
     "branch": _branch,
     "note": _note,
@@ -58,8 +58,8 @@ ACTIONS: dict[str, Callable[[Repository], None]] = {
 }
 
 
-def _act(directory: Path, action: Callable[[Repository], None], disk: Disk) -> None:
-    with Repository.open(directory, disk=disk) as repository:
+def _act(directory: Path, action: Callable[[Store], None], disk: Disk) -> None:
+    with Store.open(directory, disk=disk) as repository:
         action(repository)
 
 
@@ -95,7 +95,7 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_crash_at_every_step(
     template: Path, tmp_path: Path, name: str, attempt: Callable[[Callable[[Disk], None], int], bool]
 ) -> None:
-    with Repository.open(template) as repository:
+    with Store.open(template) as repository:
         before = repository.refs(), repository.config.settings
     action = ACTIONS[name]
     views = []
@@ -103,7 +103,7 @@ def test_crash_at_every_step(
         directory = tmp_path / str(number)
         shutil.copytree(template, directory)
         survived = attempt(partial(_act, directory, action), number)
-        with Repository.open(directory, disk=QUICK) as repository:
+        with Store.open(directory, disk=QUICK) as repository:
             report = check(repository)
             assert report.sound, (number, report.findings)
             views.append((repository.refs(), repository.config.settings))
@@ -128,7 +128,7 @@ def test_crash_at_every_step_of_init(tmp_path: Path, attempt: Callable[[Callable
         survived = attempt(partial(_init, directory), number)
         if not (directory / ".patchhub").exists():
             make_repository(directory, disk=QUICK).close()
-        with Repository.open(directory, disk=QUICK) as repository:
+        with Store.open(directory, disk=QUICK) as repository:
             assert check(repository).sound
             add_batch(repository, range(1))
         if survived:
@@ -140,7 +140,7 @@ def test_crash_at_every_step_of_init(tmp_path: Path, attempt: Callable[[Callable
 def test_everything_is_on_the_disk_before_the_operation_names_it(tmp_path: Path) -> None:
     steps: list[str] = []
     make_repository(tmp_path).close()
-    with Repository.open(tmp_path, disk=CountingDisk(steps.append)) as repository:
+    with Store.open(tmp_path, disk=CountingDisk(steps.append)) as repository:
         identity = add_batch(repository, range(3))
     final = identity[2:]
     rename = steps.index(f"rename {final}")
@@ -160,7 +160,7 @@ def test_processes_killed_at_random_lose_nothing_that_was_acknowledged(tmp_path:
     generator = random.Random(0)
 
     def work(start: int) -> None:
-        with Repository.open(tmp_path) as repository:
+        with Store.open(tmp_path) as repository:
             for number in range(start, start + 1000):
                 identity = add_batch(repository, range(number, number + 1))
                 with open(acknowledged, "a") as file:
@@ -174,7 +174,7 @@ def test_processes_killed_at_random_lose_nothing_that_was_acknowledged(tmp_path:
         clock.sleep(generator.uniform(0.05, 0.4))
         os.kill(process, signal.SIGKILL)
         os.waitpid(process, 0)
-        with Repository.open(tmp_path) as repository:
+        with Store.open(tmp_path) as repository:
             assert check(repository).sound
             tip = repository.head[1]
             present = {identity for identity, _ in repository.log(*([tip] if tip else []))}
@@ -185,7 +185,7 @@ def test_two_writers_lose_nothing(tmp_path: Path) -> None:
     make_repository(tmp_path).close()
 
     def work(start: int) -> None:
-        with Repository.open(tmp_path) as repository:
+        with Store.open(tmp_path) as repository:
             for number in range(start, start + 8):
                 patch = put_patch(repository, range(number, number + 1))
                 while True:
@@ -207,7 +207,7 @@ def test_two_writers_lose_nothing(tmp_path: Path) -> None:
             os._exit(status)
     work(0)
     assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 0
-    with Repository.open(tmp_path) as repository:
+    with Store.open(tmp_path) as repository:
         tip = repository.head[1]
         assert tip is not None
         assert len(list(repository.log(tip))) == 16

@@ -14,7 +14,7 @@ from faults import QUICK
 from patchhub.canonical import object_id
 from patchhub.store import index, operations
 from patchhub.store.fsck import check, reindex
-from patchhub.store.repository import Repository
+from patchhub.store.store import Store
 
 
 @pytest.fixture(scope="module")
@@ -25,9 +25,9 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def repository(template: Path, tmp_path: Path) -> Iterator[Repository]:
+def repository(template: Path, tmp_path: Path) -> Iterator[Store]:
     shutil.copytree(template, tmp_path / "store")
-    with Repository.open(tmp_path / "store", disk=QUICK) as opened:
+    with Store.open(tmp_path / "store", disk=QUICK) as opened:
         yield opened
 
 
@@ -38,7 +38,7 @@ def _flip(path: Path, position: int) -> None:
     path.write_bytes(data)
 
 
-def test_a_sound_store_has_no_findings(repository: Repository) -> None:
+def test_a_sound_store_has_no_findings(repository: Store) -> None:
     calls: list[tuple[int, int]] = []
     report = check(repository, progress=lambda done, total: calls.append((done, total)))
     names = list(repository.objects.ids())
@@ -48,12 +48,12 @@ def test_a_sound_store_has_no_findings(repository: Repository) -> None:
     assert calls == [(done, len(names)) for done in range(1, len(names) + 1)]
 
 
-def test_a_flipped_byte_in_any_object_is_found(repository: Repository) -> None:
+def test_a_flipped_byte_in_any_object_is_found(repository: Store) -> None:
     for name in repository.objects.ids():
         path = repository.objects.path(name)
         for position in (0, path.stat().st_size // 2, -1):
             _flip(path, position)
-            with Repository.open(repository.root.parent) as damaged:
+            with Store.open(repository.root.parent) as damaged:
                 report = check(damaged)
             _flip(path, position)
             assert not report.sound
@@ -62,12 +62,12 @@ def test_a_flipped_byte_in_any_object_is_found(repository: Repository) -> None:
     assert check(repository).sound
 
 
-def test_a_missing_object_is_found(repository: Repository) -> None:
+def test_a_missing_object_is_found(repository: Store) -> None:
     for name in list(repository.objects.ids()):
         path = repository.objects.path(name)
         hidden = path.with_name("hidden")
         path.rename(hidden)
-        with Repository.open(repository.root.parent) as damaged:
+        with Store.open(repository.root.parent) as damaged:
             report = check(damaged)
         hidden.rename(path)
         withheld = path.read_bytes().startswith(b'[{"neighborhood"')
@@ -75,7 +75,7 @@ def test_a_missing_object_is_found(repository: Repository) -> None:
         assert not report.sound  # withheld texts leave a search index that knows too much
 
 
-def test_a_change_in_any_operation_is_found(repository: Repository) -> None:
+def test_a_change_in_any_operation_is_found(repository: Store) -> None:
     connection = repository.connection
     for sequence, name, text in list(connection.execute("SELECT seq, id, json FROM operations")):
         for position in range(0, len(text), 23):
@@ -95,7 +95,7 @@ def test_a_change_in_any_operation_is_found(repository: Repository) -> None:
     assert check(repository).sound
 
 
-def test_a_missing_operation_is_found(repository: Repository) -> None:
+def test_a_missing_operation_is_found(repository: Store) -> None:
     connection = repository.connection
     for row in list(connection.execute("SELECT seq, id, json FROM operations")):
         connection.execute("DELETE FROM operations WHERE seq = ?", row[:1])
@@ -112,7 +112,7 @@ def test_a_missing_operation_is_found(repository: Repository) -> None:
         "INSERT INTO refs VALUES ('refs/heads/new', 'x')",
     ],
 )
-def test_refs_are_the_fold_of_the_operations(repository: Repository, change: str) -> None:
+def test_refs_are_the_fold_of_the_operations(repository: Store, change: str) -> None:
     repository.connection.execute(change)
     assert [finding.facts["ref"] for finding in check(repository).findings]
 
@@ -131,7 +131,7 @@ def test_refs_are_the_fold_of_the_operations(repository: Repository, change: str
         "DROP TABLE changes",
     ],
 )
-def test_derived_tables_are_compared_and_made_again(repository: Repository, change: str) -> None:
+def test_derived_tables_are_compared_and_made_again(repository: Store, change: str) -> None:
     repository.connection.execute(change)
     report = check(repository)
     assert not report.sound
@@ -140,7 +140,7 @@ def test_derived_tables_are_compared_and_made_again(repository: Repository, chan
     assert check(repository).findings == ()
 
 
-def test_reindexing_a_sound_store_changes_no_row(repository: Repository) -> None:
+def test_reindexing_a_sound_store_changes_no_row(repository: Store) -> None:
     def rows() -> list[list[tuple[object, ...]]]:
         return [sorted(repository.connection.execute(f"SELECT * FROM {name}"), key=repr) for name in index.COLUMNS]
 
@@ -149,7 +149,7 @@ def test_reindexing_a_sound_store_changes_no_row(repository: Repository) -> None
     assert rows() == before
 
 
-def test_leftovers_are_harmless(repository: Repository) -> None:
+def test_leftovers_are_harmless(repository: Store) -> None:
     name = next(repository.objects.ids())
     (repository.root / "objects" / name[:2] / ".abc.tmp").write_bytes(b"half")
     (repository.root.parent / ".patchhub.0123.tmp").mkdir()
@@ -158,7 +158,7 @@ def test_leftovers_are_harmless(repository: Repository) -> None:
     assert len(report.findings) == 2
 
 
-def test_an_unsound_commit_is_found(repository: Repository) -> None:
+def test_an_unsound_commit_is_found(repository: Store) -> None:
     tip = repository.resolve("HEAD~1")
     assert tip is not None
     flawed = dataclasses.replace(repository.commit(tip), added=frozenset(), message="forged")

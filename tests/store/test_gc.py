@@ -18,7 +18,7 @@ from patchhub.store.config import Config, Recording
 from patchhub.store.fsck import check, garbage, reachable
 from patchhub.store.fsck import delete_garbage as collect
 from patchhub.store.reachability import Reference, closure, recorded, references
-from patchhub.store.repository import Repository
+from patchhub.store.store import Store
 
 NEVER = 0.0
 ALWAYS = 2.0**40
@@ -27,7 +27,7 @@ MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 """A disk that does not wait for other programs, where there is one."""
 
 
-def everything_below(repository: Repository) -> set[str]:
+def everything_below(repository: Store) -> set[str]:
     """All that the log leads to, sets included, by following every reference of every object."""
 
     def follow(reference: Reference) -> list[Reference]:
@@ -37,7 +37,7 @@ def everything_below(repository: Repository) -> set[str]:
     return {reference.id for reference in closure([*roots, Reference("base", repository.config.base_id)], follow)}
 
 
-def act(repository: Repository, rng: random.Random) -> None:
+def act(repository: Store, rng: random.Random) -> None:
     """One random command; some only leave objects behind that no command recorded."""
     tip = repository.head[1]
     parents = [tip] if tip else []
@@ -66,7 +66,7 @@ def act(repository: Repository, rng: random.Random) -> None:
 
 def one_history(seed: int, folder: Path) -> None:
     rng = random.Random(seed)
-    with Repository.open(folder, disk=QUICK) as repository:
+    with Store.open(folder, disk=QUICK) as repository:
         for _ in range(rng.randrange(2, 7)):
             act(repository, rng)
         needed = everything_below(repository)
@@ -115,11 +115,11 @@ def test_every_earlier_view_can_be_restored(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def repository(tmp_path: Path) -> Repository:
+def repository(tmp_path: Path) -> Store:
     return make_history(tmp_path, disk=QUICK)
 
 
-def test_a_keyframes_patches_are_reached(repository: Repository) -> None:
+def test_a_keyframes_patches_are_reached(repository: Store) -> None:
     """Sets are not read, so this must hold of the commits around them."""
     tip = repository.head[1]
     for number in range(140):
@@ -129,7 +129,7 @@ def test_a_keyframes_patches_are_reached(repository: Repository) -> None:
     assert reachable(repository) == everything_below(repository)
 
 
-def test_the_grace_period_protects_what_is_young(repository: Repository) -> None:
+def test_the_grace_period_protects_what_is_young(repository: Store) -> None:
     old, young = (repository.objects.path(repository.objects.put(data)) for data in (b"old", b"young"))
     os.utime(old, (1000, 1000))
     assert [item.path for item in garbage(repository, 2000.0)] == [old]
@@ -137,14 +137,14 @@ def test_the_grace_period_protects_what_is_young(repository: Repository) -> None
     assert young.exists()
 
 
-def test_putting_an_old_object_again_makes_it_young(repository: Repository) -> None:
+def test_putting_an_old_object_again_makes_it_young(repository: Store) -> None:
     path = repository.objects.path(repository.objects.put(b"again"))
     os.utime(path, (1000, 1000))
     repository.objects.put(b"again")
     assert list(garbage(repository, 2000.0)) == []
 
 
-def test_a_dry_run_deletes_nothing(repository: Repository) -> None:
+def test_a_dry_run_deletes_nothing(repository: Store) -> None:
     path = repository.objects.path(repository.objects.put(b"lost"))
     assert [item.size for item in collect(repository, ALWAYS, dry_run=True)] == [4]
     assert path.exists()
@@ -152,7 +152,7 @@ def test_a_dry_run_deletes_nothing(repository: Repository) -> None:
     assert not path.exists()
 
 
-def test_leftovers_and_unused_factors_go(repository: Repository) -> None:
+def test_leftovers_and_unused_factors_go(repository: Store) -> None:
     metric = Metric(repository.config.base_id, "covariance", {"epsilon": 0.01}, {"kind": "file"}, "0" * 64, 1, 1)
     used, unused = repository.cache / "metric" / metric.id, repository.cache / "metric" / ("1" * 64)
     for folder in (used, unused):
@@ -180,30 +180,28 @@ def test_leftovers_and_unused_factors_go(repository: Repository) -> None:
     assert not any(path.exists() for path in (unused, inside, beside, download))
 
 
-def test_files_that_a_writer_renames_meanwhile_are_skipped(
-    repository: Repository, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_files_that_a_writer_renames_meanwhile_are_skipped(repository: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     gone = repository.root / "objects" / "ab" / ".ab00.tmp"
     monkeypatch.setattr(repository.objects, "temporary_files", lambda: iter([gone]))
     assert gone not in {item.path for item in collect(repository, ALWAYS, dry_run=True)}
 
 
-def test_a_pinned_metric_that_is_lost_is_found(repository: Repository) -> None:
+def test_a_pinned_metric_that_is_lost_is_found(repository: Store) -> None:
     metric = Metric(repository.config.base_id, "covariance", {"epsilon": 0.01}, {"kind": "file"}, "0" * 64, 1, 1)
     identity = repository.objects.put(metric.to_json())
     config = repository.config
     repository.write_config(Config(config.base, config.settings, Recording(identity, ("{}",))))
     assert check(repository).sound
     repository.objects.path(identity).unlink()
-    with Repository.open(repository.root.parent) as fresh:
+    with Store.open(repository.root.parent) as fresh:
         assert not check(fresh).sound
 
 
-def test_a_damaged_store_loses_nothing_more(repository: Repository) -> None:
+def test_a_damaged_store_loses_nothing_more(repository: Store) -> None:
     lost = repository.objects.path(repository.objects.put(b"lost"))
     tip = repository.head[1]
     assert tip is not None
     repository.objects.path(tip).unlink()
-    with Repository.open(repository.root.parent) as fresh, pytest.raises(CorruptStoreError):
+    with Store.open(repository.root.parent) as fresh, pytest.raises(CorruptStoreError):
         collect(fresh, ALWAYS, dry_run=False)
     assert lost.exists()

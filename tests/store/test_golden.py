@@ -11,7 +11,7 @@ from builders import AUTHOR, BASE, TIME, add_batch, make_history, make_request
 from faults import QUICK
 
 from patchhub.store.fsck import check
-from patchhub.store.repository import Repository
+from patchhub.store.store import Store
 
 GOLDEN = Path(__file__).parent / "golden"
 FORMATS = sorted(path.name for path in GOLDEN.iterdir())
@@ -35,7 +35,7 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 
 def test_is_sound_and_says_what_it_said(store: Path) -> None:
-    with Repository.open(store) as repository:
+    with Store.open(store) as repository:
         assert check(repository).findings == ()
         assert repository.refs() == REFS
         assert next(repository.operations())[0] == LAST_OPERATION
@@ -51,7 +51,7 @@ def test_is_sound_and_says_what_it_said(store: Path) -> None:
 
 
 def test_can_be_continued(store: Path) -> None:
-    with Repository.open(store, disk=QUICK) as repository:
+    with Store.open(store, disk=QUICK) as repository:
         tip = repository.resolve("HEAD")
         add_batch(repository, range(20, 22))
         repository.undo(author=AUTHOR, time=TIME)

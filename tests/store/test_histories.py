@@ -14,7 +14,7 @@ from patchhub.errors import RepositoryError
 from patchhub.objects import Element, set_digest
 from patchhub.store import graph
 from patchhub.store.fsck import check
-from patchhub.store.repository import Repository
+from patchhub.store.store import Store
 
 steps = st.lists(
     st.tuples(
@@ -30,7 +30,7 @@ steps = st.lists(
 class Model:
     """The same history in plain dictionaries: each commit's set, written down when it was made."""
 
-    def __init__(self, repository: Repository) -> None:
+    def __init__(self, repository: Store) -> None:
         self.repository = repository
         self.sets: dict[str, frozenset[Element]] = {}
 
@@ -76,7 +76,7 @@ def test_random_histories(todo: list[tuple[str, int, int]]) -> None:
         model = Model(repository)
         for step in todo:
             model.act(*step)
-        with Repository.open(Path(name)) as fresh:
+        with Store.open(Path(name)) as fresh:
             assert check(fresh).findings == ()
             for identity, elements in model.sets.items():
                 commit = fresh.commit(identity)

@@ -30,22 +30,22 @@ from faults import QUICK
 from patchhub.errors import CorruptStoreError, RepositoryError, RevisionError, StaleRefError
 from patchhub.objects import EMPTY_SET, set_digest
 from patchhub.store.config import Config, Recording
-from patchhub.store.repository import Repository
+from patchhub.store.store import Store
 
 
 @pytest.fixture
-def repository(tmp_path: Path) -> Iterator[Repository]:
+def repository(tmp_path: Path) -> Iterator[Store]:
     with make_repository(tmp_path, disk=QUICK) as opened:
         yield opened
 
 
 @pytest.fixture
-def history(tmp_path: Path) -> Iterator[Repository]:
+def history(tmp_path: Path) -> Iterator[Store]:
     with make_history(tmp_path, disk=QUICK) as opened:
         yield opened
 
 
-def test_new_store_is_the_unpatched_model(repository: Repository) -> None:
+def test_new_store_is_the_unpatched_model(repository: Store) -> None:
     assert repository.head == ("main", None)
     assert repository.resolve("HEAD") is None
     assert repository.resolve("base") is None
@@ -59,9 +59,9 @@ def test_a_store_is_made_once_and_found_from_below(tmp_path: Path) -> None:
     below = tmp_path / "a" / "b"
     below.mkdir(parents=True)
     with pytest.raises(RepositoryError, match="no store"):
-        Repository.discover(below)
+        Store.discover(below)
     make_repository(tmp_path).close()
-    with Repository.discover(below) as found:
+    with Store.discover(below) as found:
         assert found.root == tmp_path / ".patchhub"
     with pytest.raises(RepositoryError, match="exists already"):
         make_repository(tmp_path)
@@ -73,59 +73,59 @@ def test_another_format_is_refused(tmp_path: Path) -> None:
     config = tmp_path / ".patchhub" / "config.json"
     config.write_text(config.read_text().replace('"format": 1', '"format": 2'))
     with pytest.raises(RepositoryError, match="format 2"):
-        Repository.open(tmp_path)
+        Store.open(tmp_path)
     config.write_text("{")
     with pytest.raises(CorruptStoreError, match=r"config\.json"):
-        Repository.open(tmp_path)
+        Store.open(tmp_path)
 
 
 def test_a_file_that_is_no_database_is_reported(tmp_path: Path) -> None:
     make_repository(tmp_path).close()
     (tmp_path / ".patchhub" / "patchhub.db").write_bytes(b"x" * 4096)
     with pytest.raises(CorruptStoreError, match="damaged"):
-        Repository.open(tmp_path)
+        Store.open(tmp_path)
     (tmp_path / ".patchhub" / "patchhub.db").unlink()
     with pytest.raises(CorruptStoreError, match="missing"):
-        Repository.open(tmp_path)
+        Store.open(tmp_path)
 
 
-def test_config_is_replaced_but_not_its_base(repository: Repository, tmp_path: Path) -> None:
+def test_config_is_replaced_but_not_its_base(repository: Store, tmp_path: Path) -> None:
     repository.write_config(Config(repository.config.base, {"method": "pmet"}))
-    with Repository.open(tmp_path) as reopened:
+    with Store.open(tmp_path) as reopened:
         assert reopened.config.settings == {"method": "pmet"}
     with pytest.raises(RepositoryError, match="base"):
         repository.write_config(Config({"id": "0" * 64}, {}))
 
 
-def test_a_change_of_the_config_keeps_what_others_changed_meanwhile(repository: Repository, tmp_path: Path) -> None:
-    with Repository.open(tmp_path) as other:
+def test_a_change_of_the_config_keeps_what_others_changed_meanwhile(repository: Store, tmp_path: Path) -> None:
+    with Store.open(tmp_path) as other:
         other.change_config(lambda config: dataclasses.replace(config, settings={"method": "pmet"}))
     recording = Recording("1" * 64, ("{}",))
     repository.change_config(lambda config: dataclasses.replace(config, recording=recording))
-    with Repository.open(tmp_path) as reopened:
+    with Store.open(tmp_path) as reopened:
         assert reopened.config == dataclasses.replace(repository.config, settings={"method": "pmet"})
         assert reopened.config.recording == recording
 
 
-def test_a_metric_that_another_process_pinned_stays(repository: Repository, tmp_path: Path) -> None:
+def test_a_metric_that_another_process_pinned_stays(repository: Store, tmp_path: Path) -> None:
     first, second = Recording("1" * 64, ("{}",)), Recording("2" * 64, ("{}",))
-    with Repository.open(tmp_path) as other:
+    with Store.open(tmp_path) as other:
         other.change_config(lambda config: dataclasses.replace(config, recording=first))
     for late in (second, None):
         with pytest.raises(RepositoryError, match="meanwhile") as raised:
             repository.change_config(lambda config, late=late: dataclasses.replace(config, recording=late))
         assert "again" in str(raised.value.remedy)
     repository.change_config(lambda config: dataclasses.replace(config, recording=first))
-    with Repository.open(tmp_path) as reopened:
+    with Store.open(tmp_path) as reopened:
         assert reopened.config.recording == first
         reopened.change_config(lambda config: dataclasses.replace(config, recording=second))
 
 
-def test_recorded_commits_read_back(repository: Repository, tmp_path: Path) -> None:
+def test_recorded_commits_read_back(repository: Store, tmp_path: Path) -> None:
     patch = put_patch(repository, range(3))
     commit = make_commit(repository, added=patch.elements)
     identity = record(repository, commit)
-    with Repository.open(tmp_path) as reopened:
+    with Store.open(tmp_path) as reopened:
         assert reopened.head == ("main", identity)
         assert reopened.commit(identity) == commit
         assert reopened.patch(patch.id) == patch
@@ -134,7 +134,7 @@ def test_recorded_commits_read_back(repository: Repository, tmp_path: Path) -> N
         assert reopened.state(identity) == (commit.tensors,)
 
 
-def test_revert_takes_the_earlier_state(repository: Repository) -> None:
+def test_revert_takes_the_earlier_state(repository: Store) -> None:
     first = add_batch(repository, range(2))
     second = add_batch(repository, range(2, 4))
     added = repository.commit(second).added
@@ -147,14 +147,14 @@ def test_revert_takes_the_earlier_state(repository: Repository) -> None:
     assert repository.active(again) == repository.active(second)
 
 
-def test_an_empty_set_has_no_deltas(repository: Repository) -> None:
+def test_an_empty_set_has_no_deltas(repository: Store) -> None:
     first = add_batch(repository, range(2))
     empty = record(repository, make_commit(repository, first, removed=repository.active(first)))
     assert repository.commit(empty).set_digest == EMPTY_SET
     assert repository.state(empty) == ()
 
 
-def test_keyframes_bound_the_state_and_agree_with_the_changes(repository: Repository) -> None:
+def test_keyframes_bound_the_state_and_agree_with_the_changes(repository: Store) -> None:
     patch = put_patch(repository, range(140))
     expected: frozenset[tuple[str, str | None]] = frozenset()
     tip: list[str] = []
@@ -181,7 +181,7 @@ def test_keyframes_bound_the_state_and_agree_with_the_changes(repository: Reposi
     ],
 )
 def test_an_unsound_commit_is_refused_and_changes_nothing(
-    repository: Repository, field: str, value: object, reason: str
+    repository: Store, field: str, value: object, reason: str
 ) -> None:
     first = add_batch(repository, range(2))
     commit = make_commit(repository, first, added=put_patch(repository, range(2, 3)).elements)
@@ -195,7 +195,7 @@ def test_an_unsound_commit_is_refused_and_changes_nothing(
     assert record(repository, commit) == repository.resolve("main")
 
 
-def test_one_column_per_request(repository: Repository) -> None:
+def test_one_column_per_request(repository: Store) -> None:
     first = add_batch(repository, range(2))
     patch = dataclasses.replace(put_patch(repository, range(2)), settings={"again": True})
     repository.objects.put(patch.to_json())
@@ -203,7 +203,7 @@ def test_one_column_per_request(repository: Repository) -> None:
         record(repository, make_commit(repository, first, added=patch.elements))
 
 
-def test_same_as_must_be_named(repository: Repository) -> None:
+def test_same_as_must_be_named(repository: Store) -> None:
     first = add_batch(repository, range(2))
     second = add_batch(repository, range(2, 3))
     commit = make_commit(repository, second, removed=repository.commit(second).added)
@@ -211,9 +211,9 @@ def test_same_as_must_be_named(repository: Repository) -> None:
         record(repository, dataclasses.replace(commit, same_as=None))
 
 
-def test_a_moved_ref_is_not_overwritten(repository: Repository, tmp_path: Path) -> None:
+def test_a_moved_ref_is_not_overwritten(repository: Store, tmp_path: Path) -> None:
     first = add_batch(repository, range(2))
-    with Repository.open(tmp_path) as other:
+    with Store.open(tmp_path) as other:
         commit = make_commit(other, first, added=put_patch(other, range(5, 6)).elements)
         second = add_batch(repository, range(2, 3))
         with pytest.raises(StaleRefError, match="refs/heads/main moved"):
@@ -223,14 +223,14 @@ def test_a_moved_ref_is_not_overwritten(repository: Repository, tmp_path: Path) 
         assert other.head == ("main", second)
 
 
-def test_all_refs_of_a_move_change_or_none(repository: Repository) -> None:
+def test_all_refs_of_a_move_change_or_none(repository: Store) -> None:
     first = add_batch(repository, range(2))
     with pytest.raises(StaleRefError):
         move(repository, {"refs/heads/a": (None, first), "refs/heads/main": (None, first)}, "move")
     assert set(repository.refs()) == {"HEAD", "refs/heads/main"}
 
 
-def test_tags_do_not_move(history: Repository) -> None:
+def test_tags_do_not_move(history: Store) -> None:
     tagged = history.refs()["refs/tags/v1"]
     with pytest.raises(RepositoryError, match="does not move"):
         move(history, {"refs/tags/v1": (tagged, history.resolve("side"))}, "tag")
@@ -239,7 +239,7 @@ def test_tags_do_not_move(history: Repository) -> None:
         history.resolve("v1")
 
 
-def test_a_ref_needs_an_object_of_its_kind(repository: Repository) -> None:
+def test_a_ref_needs_an_object_of_its_kind(repository: Store) -> None:
     with pytest.raises(CorruptStoreError, match="missing"):
         move(repository, {"refs/heads/a": (None, "0" * 64)}, "branch")
     with pytest.raises(CorruptStoreError, match="cannot be read as a commit"):
@@ -248,7 +248,7 @@ def test_a_ref_needs_an_object_of_its_kind(repository: Repository) -> None:
         move(repository, {"refs/heads/a": (None, "ref: refs/heads/main")}, "branch")
 
 
-def test_detached_head_moves_itself(history: Repository) -> None:
+def test_detached_head_moves_itself(history: Store) -> None:
     side = history.resolve("side")
     assert side is not None
     move(history, {"HEAD": ("ref: refs/heads/main", side)}, "switch")
@@ -258,7 +258,7 @@ def test_detached_head_moves_itself(history: Repository) -> None:
     assert history.resolve("side") == side
 
 
-def test_log_is_latest_first_and_children_precede_parents(history: Repository) -> None:
+def test_log_is_latest_first_and_children_precede_parents(history: Store) -> None:
     tip = history.resolve("HEAD")
     assert tip is not None
     log = [identity for identity, _ in history.log(tip)]
@@ -267,7 +267,7 @@ def test_log_is_latest_first_and_children_precede_parents(history: Repository) -
     assert all(position[identity] < position[parent] for identity in log for parent in history.commit(identity).parents)
 
 
-def test_a_clock_that_runs_backwards_does_not_disturb_the_order(repository: Repository) -> None:
+def test_a_clock_that_runs_backwards_does_not_disturb_the_order(repository: Store) -> None:
     first = add_batch(repository, range(1))
     commit = make_commit(
         repository, first, added=put_patch(repository, range(1, 2)).elements, time="1999-01-01T00:00:00Z"
@@ -276,7 +276,7 @@ def test_a_clock_that_runs_backwards_does_not_disturb_the_order(repository: Repo
     assert [identity for identity, _ in repository.log(second)] == [second, first]
 
 
-def test_search_changes_and_scores(history: Repository) -> None:
+def test_search_changes_and_scores(history: Store) -> None:
     request = make_request(4)
     assert [found for _, found in history.search("person 4")] == [request.id]
     assert history.search('" OR *') == []
@@ -288,7 +288,7 @@ def test_search_changes_and_scores(history: Repository) -> None:
     assert history.scores_of(tagged) == [("counterfact", "S", 0.5), ("counterfact", "n.ES", 1.0)]
 
 
-def test_histories_brought_from_another_store_are_checked_and_indexed(history: Repository, tmp_path: Path) -> None:
+def test_histories_brought_from_another_store_are_checked_and_indexed(history: Store, tmp_path: Path) -> None:
     tip = history.resolve("HEAD")
     assert tip is not None
     with make_repository(tmp_path / "clone") as clone:
@@ -301,7 +301,7 @@ def test_histories_brought_from_another_store_are_checked_and_indexed(history: R
         assert clone.active(tip) == history.active(tip)
 
 
-def test_withheld_texts_do_not_stop_recording(repository: Repository) -> None:
+def test_withheld_texts_do_not_stop_recording(repository: Store) -> None:
     patch = put_patch(repository, range(2))
     repository.objects.path(patch.requests_blob).unlink()
     tip = record(repository, make_commit(repository, added=patch.elements))
@@ -309,7 +309,7 @@ def test_withheld_texts_do_not_stop_recording(repository: Repository) -> None:
     assert set_digest(repository.active(tip)) == repository.commit(tip).set_digest
 
 
-def test_undo_and_redo_walk_through_the_history(history: Repository) -> None:
+def test_undo_and_redo_walk_through_the_history(history: Store) -> None:
     views = [history.refs(ago) for ago in range(len(list(history.operations())))]
     for view in views[1:]:
         history.undo(author=AUTHOR, time=TIME)
@@ -327,8 +327,8 @@ def test_reading_loads_neither_numpy_nor_sqlite_utils(tmp_path: Path) -> None:
     make_history(tmp_path).close()
     script = (
         "import sys, pathlib\n"
-        "from patchhub.store.repository import Repository\n"
-        "with Repository.discover(pathlib.Path(sys.argv[1])) as r:\n"
+        "from patchhub.store.store import Store\n"
+        "with Store.discover(pathlib.Path(sys.argv[1])) as r:\n"
         "    tip = r.resolve('HEAD'); list(r.log(tip)); r.active(tip); r.state(tip); r.search('person')\n"
         "    r.move_refs({'refs/heads/b': (None, tip)}, command='branch', arguments={}, author='A', time=sys.argv[2])\n"
         "heavy = {'numpy', 'torch', 'transformers', 'sqlite_utils'} & set(sys.modules)\n"
@@ -348,7 +348,7 @@ def test_reading_loads_neither_numpy_nor_sqlite_utils(tmp_path: Path) -> None:
 
 def test_the_database_is_durable_by_its_settings(tmp_path: Path) -> None:
     make_repository(tmp_path).close()
-    with Repository.open(tmp_path) as repository:
+    with Store.open(tmp_path) as repository:
 
         def setting(name: str) -> object:
             return repository.connection.execute(f"PRAGMA {name}").fetchone()[0]
@@ -356,7 +356,7 @@ def test_the_database_is_durable_by_its_settings(tmp_path: Path) -> None:
         assert (setting("journal_mode"), setting("synchronous"), setting("foreign_keys")) == ("delete", 2, 1)
 
 
-def test_a_locked_database_is_an_error_of_the_repository(repository: Repository, tmp_path: Path) -> None:
+def test_a_locked_database_is_an_error_of_the_repository(repository: Store, tmp_path: Path) -> None:
     repository.connection.execute("PRAGMA busy_timeout = 1")
     other = sqlite3.connect(tmp_path / ".patchhub" / "patchhub.db", isolation_level=None)
     other.execute("BEGIN EXCLUSIVE")

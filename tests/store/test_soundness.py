@@ -20,8 +20,8 @@ from patchhub.objects import Commit, Element, Keyframe, set_digest, set_json
 from patchhub.store import graph, index, operations
 from patchhub.store.fsck import check, reindex
 from patchhub.store.reachability import flaws, misfits
-from patchhub.store.repository import Repository
 from patchhub.store.states import ActiveSet
+from patchhub.store.store import Store
 
 IDS = [digit * 64 for digit in "0123456789"]
 
@@ -103,7 +103,7 @@ def test_different_sets_have_different_digests(one: frozenset[Element], other: f
 # --- whole histories ------------------------------------------------------------------------------------------------
 
 
-def plain_flaws(repository: Repository, commits: list[str]) -> set[str]:
+def plain_flaws(repository: Store, commits: list[str]) -> set[str]:
     """The same rules, commit by commit over whole sets: the oracle of the walk."""
     sets: dict[str, frozenset[Element]] = {}
     found = set()
@@ -161,7 +161,7 @@ def test_the_walk_finds_what_the_plain_rules_find(seed: int, tmp_path: Path) -> 
         assert {finding.facts["commit"] for finding in found} == expected
 
 
-def keep(repository: Repository, commit: Commit, ref: str) -> str:
+def keep(repository: Store, commit: Commit, ref: str) -> str:
     """Write a commit and a ref to it, past the checks of `record`, as a faulty program would."""
     identity = repository.objects.put(commit.to_json())
     connection = repository.connection

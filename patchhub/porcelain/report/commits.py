@@ -10,8 +10,8 @@ from patchhub.objects import Commit
 from patchhub.porcelain import history
 from patchhub.sets.elements import count_changed
 from patchhub.store import graph, lookup
-from patchhub.store.repository import Repository
 from patchhub.store.revisions import BRANCHES, HEAD, REMOTES, SYMBOLIC, TAGS
+from patchhub.store.store import Store
 
 
 @dataclass(frozen=True)
@@ -111,14 +111,14 @@ class CommitRow:
         }
 
 
-def reachable(repository: Repository, *also: str | None) -> list[str]:
+def reachable(repository: Store, *also: str | None) -> list[str]:
     """Every commit below a branch, a tag, a remote branch or ``also``, newest first, every child before its parents."""
     known = lookup.whole_graph(repository)
     starts = {commit for commit in (*_labels(repository), *also) if commit is not None}
     return list(graph.walk(starts, lambda commit: known[commit][1], lambda commit: known[commit][0]))
 
 
-def commit_rows(repository: Repository, commits: Sequence[str]) -> Iterator[CommitRow]:
+def commit_rows(repository: Store, commits: Sequence[str]) -> Iterator[CommitRow]:
     """The rows of commits that come every child before its parents.
 
     Raises:
@@ -153,7 +153,7 @@ def _in_order(weight: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isascii() and part.isdigit() else (-1, part) for part in weight.split(".")]
 
 
-def _labels(repository: Repository) -> dict[str, list[tuple[str, str]]]:
+def _labels(repository: Store) -> dict[str, list[tuple[str, str]]]:
     """For each commit the names that point to it."""
     found: dict[str, list[tuple[str, str]]] = {}
     for ref, target in sorted(repository.refs().items()):

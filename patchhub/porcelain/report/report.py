@@ -19,8 +19,8 @@ from patchhub.porcelain.report.page import is_page, render
 from patchhub.porcelain.scores import Noted, Score, noted_commits, read_note
 from patchhub.progress import Progress
 from patchhub.store.lookup import Fact, every_change, every_fact
-from patchhub.store.repository import Repository, refuse_store
 from patchhub.store.revisions import HEAD
+from patchhub.store.store import Store, refuse_store
 
 if TYPE_CHECKING:
     from patchhub.sets.rivals import Overlap
@@ -57,7 +57,7 @@ class FactRow:
 
 
 def fact_rows(
-    repository: Repository, active: AbstractSet[Element], reachable: AbstractSet[str], places: Mapping[str, int]
+    repository: Store, active: AbstractSet[Element], reachable: AbstractSet[str], places: Mapping[str, int]
 ) -> list[FactRow]:
     """Every request that a reachable commit added or removed, the last changed first.
 
@@ -111,7 +111,7 @@ class ScoreRow:
         }
 
 
-def score_rows(repository: Repository, places: Mapping[str, int]) -> Iterator[ScoreRow]:
+def score_rows(repository: Store, places: Mapping[str, int]) -> Iterator[ScoreRow]:
     """The notes about commits that are on the page, the newest commit first."""
     noted = noted_commits(repository.refs())
     for commit, place in sorted(places.items(), key=lambda item: item[1]):
@@ -210,7 +210,7 @@ class Written:
 
 
 def write_report(
-    repository: Repository,
+    repository: Store,
     out: Path,
     progress: Progress,
     *,
@@ -238,7 +238,7 @@ def write_report(
 
 
 def report(
-    repository: Repository, progress: Progress, *, time: str, revision: str = HEAD, compared: int = COMPARED
+    repository: Store, progress: Progress, *, time: str, revision: str = HEAD, compared: int = COMPARED
 ) -> Report:
     """What the page shows.
 
@@ -278,7 +278,7 @@ def report(
 
 
 def _compared(
-    repository: Repository, commit: str | None, facts: tuple[FactRow, ...], progress: Progress, limit: int
+    repository: Store, commit: str | None, facts: tuple[FactRow, ...], progress: Progress, limit: int
 ) -> tuple[tuple[Overlap, ...], int, Mapping[str, float]]:
     """Overlaps, how many pairs overlap, and misfits, of the last changed active facts."""
     columns: list[Element] = [row.column for row in facts if row.column is not None][:limit]

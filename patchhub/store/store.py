@@ -27,7 +27,7 @@ DIRECTORY: Final = ".patchhub"
 LOCK_SECONDS: Final = 60.0
 
 
-class Repository(Reading):
+class Store(Reading):
     """An open store. One instance serves one thread; close it, or use it as a context manager.
 
     Attributes:
@@ -63,7 +63,7 @@ class Repository(Reading):
         author: str,
         time: str,
         disk: Disk = DISK,
-    ) -> Repository:
+    ) -> Store:
         """Make ``directory/.patchhub`` for the base whose canonical object is `base`, and open it.
 
         Raises:
@@ -74,7 +74,7 @@ class Repository(Reading):
         return cls(root, disk=disk)
 
     @classmethod
-    def open(cls, directory: Path, *, disk: Disk = DISK) -> Repository:
+    def open(cls, directory: Path, *, disk: Disk = DISK) -> Store:
         """Open ``directory/.patchhub``; `RepositoryError` if there is none."""
         root = directory / DIRECTORY
         if not root.is_dir():
@@ -84,7 +84,7 @@ class Repository(Reading):
         return cls(root, disk=disk)
 
     @classmethod
-    def discover(cls, start: Path, *, disk: Disk = DISK) -> Repository:
+    def discover(cls, start: Path, *, disk: Disk = DISK) -> Store:
         """Open the store of `start` or of the nearest directory above it; `RepositoryError` if there is none."""
         start = start.absolute()
         for directory in (start, *start.parents):
@@ -98,7 +98,7 @@ class Repository(Reading):
         """Close the database."""
         self.connection.close()
 
-    def __enter__(self) -> Repository:
+    def __enter__(self) -> Store:
         return self
 
     def __exit__(
@@ -255,7 +255,7 @@ class Repository(Reading):
         return index.rank_and_active(self.connection, commit) is not None
 
 
-def refuse_store(repository: Repository, out: Path) -> None:
+def refuse_store(repository: Store, out: Path) -> None:
     """Refuse a file or folder to write that is in a store, is one, or holds one; symbolic links are followed.
 
     Raises:
