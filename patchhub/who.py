@@ -1,8 +1,9 @@
-"""Durations and instants as people write them: "14 days", "36h", "2 weeks ago", "2026-11-21". Pure."""
+"""Who changes something, when and why; and durations and instants as people write them: "14 days", "36h", "2 weeks ago". Pure."""
 
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass, replace
 from datetime import date, datetime, time, timedelta, timezone
 from typing import Final
 
@@ -15,6 +16,41 @@ _SECONDS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
 _DURATION: Final = re.compile(
     r"(\d{1,6})\s*(?:(seconds?|s)|(minutes?|min|m)|(hours?|h)|(days?|d)|(weeks?|w))", re.IGNORECASE
 )
+
+
+@dataclass(frozen=True)
+class Who:
+    """Who changes something, when, and why.
+
+    Attributes:
+        author: a name, or "Ada <ada@example.org>".
+        time: the instant, in `FORMAT`.
+        message: what the change is for; where it is empty, a verb that commits finds words of its own.
+
+    Raises:
+        SettingsError: the author is empty, or the time is not written in `FORMAT`.
+    """
+
+    author: str
+    time: str
+    message: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.author.strip():
+            raise SettingsError("the author is empty", remedy='Say who changes this, such as "Ada <ada@example.org>".')
+        try:
+            exact = datetime.strptime(self.time, FORMAT).strftime(FORMAT) == self.time
+        except ValueError:
+            exact = False
+        if not exact:
+            raise SettingsError(
+                f"{self.time!r} is not an instant as the store writes it",
+                remedy="Write it in UTC, to the second: 2026-11-21T09:30:00Z.",
+            )
+
+    def saying(self, message: str) -> Who:
+        """The same, with ``message`` where none was given."""
+        return self if self.message else replace(self, message=message)
 
 
 def duration(text: str) -> timedelta:

@@ -34,8 +34,8 @@ def _story(folder: Path, model: Path, facts: Path, progress: Any) -> None:
     from patchhub.porcelain.change import revert
     from patchhub.porcelain.commit import commit
     from patchhub.porcelain.model import apply, differing_tensors, init, score_facts
-    from patchhub.sets.commits import Stamp
     from patchhub.store.store import Store
+    from patchhub.who import Who
 
     author = author_of({}, None)
     batch = read_requests(facts)
@@ -46,7 +46,7 @@ def _story(folder: Path, model: Path, facts: Path, progress: Any) -> None:
 
     with Store.open(folder) as repository:
         _step(f"patchhub commit {facts.name} -m 'An alternative world'", f"{len(batch.requests)} facts become a patch.")
-        made = commit(repository, batch, Stamp(author, now(), "An alternative world"), progress)
+        made = commit(repository, batch, Who(author, now(), "An alternative world"), progress)
         size = sum(repository.objects.path(blob).stat().st_size for blob in repository.state(made.commit))
         say(
             f"  commit {made.commit[:12]}: {made.held} of {len(made.written)} facts hold; {size / 1000:.0f} kB of deltas"
@@ -71,7 +71,7 @@ def _story(folder: Path, model: Path, facts: Path, progress: Any) -> None:
         )
 
         _step("patchhub revert HEAD", "Take it back. No model runs; the weights are solved from what is recorded.")
-        reverted = revert(repository, "HEAD", Stamp(author, now(), ""))
+        reverted = revert(repository, "HEAD", Who(author, now(), ""))
         apply(repository, "HEAD", folder / "reverted", progress)
         left = differing_tensors(model, folder / "reverted")
         verdict = (

@@ -28,9 +28,9 @@ from patchhub.errors import ContradictionError, SettingsError
 if TYPE_CHECKING:
     from patchhub.porcelain.merge import Loss, Merged, Prediction, Stopped
     from patchhub.porcelain.refresh import Refreshed
-    from patchhub.sets.commits import Stamp
     from patchhub.sets.merging import Contradiction, Resolution, Side
     from patchhub.store.store import Store
+    from patchhub.who import Who
 
 
 _SHOWN = 8
@@ -151,7 +151,7 @@ def refresh(message: str, force: bool, author: str | None, repo: Path | None, as
         _report_refreshed(done)
 
 
-def _refresh(repository: Store, by: Stamp, *, force: bool) -> Refreshed:
+def _refresh(repository: Store, by: Who, *, force: bool) -> Refreshed:
     from patchhub.porcelain.refresh import refresh as run
 
     with bars() as progress:

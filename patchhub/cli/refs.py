@@ -21,8 +21,9 @@ from patchhub.cli.terminal import (
 from patchhub.errors import SettingsError
 
 if TYPE_CHECKING:
-    from patchhub.porcelain.refs import Moved, Named, Signature
+    from patchhub.porcelain.refs import Moved, Named
     from patchhub.store.store import Store
+    from patchhub.who import Who
 
 
 @click.command()
@@ -151,10 +152,10 @@ def _only_name(name: str | None, rev: str | None) -> str:
     return name
 
 
-def _signature(repository: Store, author: str | None) -> Signature:
-    from patchhub.porcelain.refs import Signature
+def _signature(repository: Store, author: str | None) -> Who:
+    from patchhub.who import Who
 
-    return Signature(author_of(repository.config.settings, author), now())
+    return Who(author_of(repository.config.settings, author), now())
 
 
 def _list(found: list[Named], as_json: bool) -> None:

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from click._termui_impl import ProgressBar
 
     from patchhub.objects import Request
-    from patchhub.sets.commits import Stamp
     from patchhub.store.store import Store
+    from patchhub.who import Who
 
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -76,10 +76,10 @@ def author_of(settings: Mapping[str, Any], given: str | None) -> str:
     return author
 
 
-def stamp(repository: Store, author: str | None, message: str) -> Stamp:
-    from patchhub.sets.commits import Stamp
+def stamp(repository: Store, author: str | None, message: str) -> Who:
+    from patchhub.who import Who
 
-    return Stamp(author_of(repository.config.settings, author), now(), message)
+    return Who(author_of(repository.config.settings, author), now(), message)
 
 
 def _login() -> str:

@@ -12,7 +12,7 @@ from patchhub.errors import RequestError, RevisionError
 from patchhub.objects import Commit, Element, Request, set_digest
 from patchhub.porcelain.history import numbers
 from patchhub.progress import Progress, Silent
-from patchhub.sets.commits import Draft, Stamp, prepare, snapshot
+from patchhub.sets.commits import Draft, prepare, snapshot
 from patchhub.sets.elements import (
     Change,
     active_requests,
@@ -29,6 +29,7 @@ from patchhub.sets.shards import ShardPlan, plan_shards, shards_among, shrink, s
 from patchhub.store import graph
 from patchhub.store.revisions import BRANCHES, HEAD
 from patchhub.store.store import Store
+from patchhub.who import Who
 from patchhub.worktree.judging import GUARDED, Guarding
 
 OnConflict = Literal["refuse", "replace"]
@@ -75,7 +76,7 @@ class Changed:
 def revert(
     repository: Store,
     revision: str | None,
-    stamp: Stamp,
+    who: Who,
     *,
     subjects: Sequence[str] = (),
     requests: Sequence[str] = (),
@@ -114,15 +115,15 @@ def revert(
         change = selected(repository, change, subjects, requests, where)
     elif revision is None:
         raise RequestError("nothing is named to revert", remedy="Name a commit, --subject or --request.")
-    message = stamp.message or f"Revert {_words(repository, change, title, bool(subjects or requests))}"
-    stamp = Stamp(stamp.author, stamp.time, message)
-    return _carry_out(repository, change, {}, stamp, "revert", arguments, progress or Silent(), guarding)
+    message = who.message or f"Revert {_words(repository, change, title, bool(subjects or requests))}"
+    who = Who(who.author, who.time, message)
+    return _carry_out(repository, change, {}, who, "revert", arguments, progress or Silent(), guarding)
 
 
 def cherry_pick(
     repository: Store,
     revision: str,
-    stamp: Stamp,
+    who: Who,
     *,
     on_conflict: OnConflict = "refuse",
     progress: Progress | None = None,
@@ -148,8 +149,8 @@ def cherry_pick(
     if on_conflict == "replace":
         change, forgotten = _replacing(repository, change)
     arguments = {"commit": identity}
-    stamp = Stamp(stamp.author, stamp.time, stamp.message or target.message)
-    return _carry_out(repository, change, forgotten, stamp, "cherry-pick", arguments, progress or Silent(), guarding)
+    who = who.saying(target.message)
+    return _carry_out(repository, change, forgotten, who, "cherry-pick", arguments, progress or Silent(), guarding)
 
 
 def _replacing(repository: Store, change: Change) -> tuple[Change, dict[str, frozenset[str]]]:
@@ -178,7 +179,7 @@ def _carry_out(
     repository: Store,
     change: Change,
     forgotten: Mapping[str, frozenset[str]],
-    stamp: Stamp,
+    who: Who,
     command: str,
     arguments: Mapping[str, Any],
     progress: Progress,
@@ -208,7 +209,7 @@ def _carry_out(
 
         after, trained = train_reshaped(repository, before, after, shards, progress)
     draft = Draft((head,) if head else (), after, metric, command, arguments)
-    identity = snapshot(repository, draft, stamp, judge=guarding.judge(repository, progress))
+    identity = snapshot(repository, draft, who, judge=guarding.judge(repository, progress))
     commit = repository.commit(identity)
     left, entered = left_and_entered(repository, before, after)
     again = {request for _, request in removed - columns.remove}
@@ -300,30 +301,30 @@ class Squashed:
         return {"commit": self.commit, "replaced": list(self.replaced), "active": self.active, "proof": self.proof}
 
 
-def squash(repository: Store, span: str, stamp: Stamp) -> Squashed:
+def squash(repository: Store, span: str, who: Who) -> Squashed:
     """Replace the commits of `span` by one and move the current branch to it.
 
     Args:
         span: a number, the last so many commits along first parents; or ``FROM..TO``, those after FROM up to TO, which must be
             HEAD (or left out).
-        stamp: without a message, the messages of the squashed commits are joined.
+        who: without a message, the messages of the squashed commits are joined.
 
     Raises:
         RevisionError: the span is not at least two commits that end at HEAD.
     """
     branch, head = repository.head
     replaced, parent = _span(repository, span, head)
-    message = stamp.message or "\n\n".join(repository.commit(commit).message for commit in reversed(replaced))
+    message = who.message or "\n\n".join(repository.commit(commit).message for commit in reversed(replaced))
     tip = repository.commit(replaced[0])
     draft = Draft((parent,) if parent else (), repository.active(replaced[0]), tip.metric, "squash", {})
-    commit = prepare(repository, draft, Stamp(stamp.author, stamp.time, message))
+    commit = prepare(repository, draft, Who(who.author, who.time, message))
     identity = repository.objects.put(commit.to_json())
     repository.move_refs(
         {HEAD if branch is None else BRANCHES + branch: (replaced[0], identity)},
         command="squash",
         arguments={"commits": list(replaced)},
-        author=stamp.author,
-        time=stamp.time,
+        author=who.author,
+        time=who.time,
     )
     proofs = [float(value) for value in commit.check["proof"].values()]
     return Squashed(identity, tuple(replaced), repository.active_count(identity), max(proofs, default=0.0))

@@ -30,7 +30,7 @@ from patchhub.models.placement import Placement, runs_beside
 from patchhub.objects import SLOT, Metric, Patch, Request, requests_json, set_digest
 from patchhub.progress import Progress
 from patchhub.sets.columns import read_additive, read_columns, read_state, solve_change, write_columns
-from patchhub.sets.commits import Draft, Stamp, Written, snapshot
+from patchhub.sets.commits import Draft, Written, snapshot
 from patchhub.sets.elements import OnConflict, Plan, active_requests, distinct, plan_batch
 from patchhub.sets.merging import refuse_stopped
 from patchhub.sets.rivals import Rival, competition, refuse, suspects, warnings
@@ -38,6 +38,7 @@ from patchhub.sets.settings import metric_settings, read_setting
 from patchhub.sets.shards import METHOD, active_shards, without_shards
 from patchhub.store.store import Store
 from patchhub.text.tokens import context_length
+from patchhub.who import Who
 from patchhub.worktree.judging import judge_edit
 from patchhub.worktree.loading import SURVIVAL_LIMIT, open_base
 from patchhub.worktree.metric import Recorder, open_recorder
@@ -286,7 +287,7 @@ class Committed:
 def commit(
     repository: Store,
     batch: Batch,
-    stamp: Stamp,
+    who: Who,
     progress: Progress,
     *,
     method: str = "memit",
@@ -336,7 +337,7 @@ def commit(
     parents = (plan.parent,) if plan.parent else ()
     draft = Draft(parents, written.elements, written.metric, "commit", {"patches": list(written.patches)})
     judge = judge_edit(repository, opened, plan.requests, progress, force=force)
-    identity = snapshot(repository, draft, stamp, change=written.change, judge=judge)
+    identity = snapshot(repository, draft, who, change=written.change, judge=judge)
     check = repository.commit(identity).check
     survival: Mapping[str, float] = check.get("survival", {})
     _warn_of_losses(survival, progress)
@@ -447,7 +448,7 @@ def update(
     repository: Store,
     subject: str,
     target: str,
-    stamp: Stamp,
+    who: Who,
     progress: Progress,
     *,
     prompt: str | None = None,
@@ -478,11 +479,11 @@ def update(
             else "Give another target.",
         )
     before = ", ".join(fact.target_new for fact in chosen)
-    message = stamp.message or f"{new.text}: {before} -> {new.target_new}"
+    message = who.message or f"{new.text}: {before} -> {new.target_new}"
     return commit(
         repository,
         Batch((new,), (Origin("update"),), 0),
-        Stamp(stamp.author, stamp.time, message),
+        Who(who.author, who.time, message),
         progress,
         method=method,
         settings=settings,

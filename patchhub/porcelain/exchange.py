@@ -22,11 +22,12 @@ from patchhub.porcelain.scores import notes_of
 from patchhub.progress import Progress
 from patchhub.remotes.card import AdapterNote, Card, ScoreLine, adapter_name, write_card
 from patchhub.sets.columns import read_state, weight_shapes
-from patchhub.sets.commits import Draft, Stamp, snapshot
+from patchhub.sets.commits import Draft, snapshot
 from patchhub.sets.elements import active_requests, distinct
 from patchhub.sets.merging import refuse_stopped
 from patchhub.sets.shards import shards_at
 from patchhub.store.store import Store, refuse_store
+from patchhub.who import Who
 from patchhub.worktree.judging import GUARDED, Guarding
 from patchhub.worktree.loading import base_object, open_base
 
@@ -59,7 +60,7 @@ class _Change:
 def import_change(
     repository: Store,
     folder: Path,
-    stamp: Stamp,
+    who: Who,
     progress: Progress,
     *,
     tolerance: float,
@@ -111,7 +112,7 @@ def import_change(
     draft = Draft((head,) if head else (), active | patch.elements, metric, "import", {"patch": identity})
     progress.stage("writing the commit", 0)
     judge = guarding.judge(repository, progress, facts=_MANY_FACTS, remedy=_REMEDY)
-    commit = snapshot(repository, draft, stamp, judge=judge)
+    commit = snapshot(repository, draft, who, judge=judge)
     progress.close()
     return Imported(commit, identity, {weight: entry[1:] for weight, entry in found.deltas.items()})
 

@@ -34,12 +34,12 @@ from patchhub.objects import Metric, Note, Request, Text, requests_json
 from patchhub.porcelain.commit import Committed, chosen_settings, commit
 from patchhub.porcelain.metric import compute
 from patchhub.porcelain.model import init
-from patchhub.porcelain.refs import Signature, switch_to_new
+from patchhub.porcelain.refs import switch_to_new
 from patchhub.porcelain.scores import Noted, Score, notes_of, read_note
 from patchhub.progress import Progress
-from patchhub.sets.commits import Stamp
 from patchhub.sets.settings import Contender
 from patchhub.store.store import Store
+from patchhub.who import Who
 from patchhub.worktree.loading import open_base
 from patchhub.worktree.measuring import (
     BASE,
@@ -431,11 +431,11 @@ def bench(
         rows = [BenchRow(BASE, evaluator.evaluate(BASE).scores, {})]
         chosen = evaluator.requests
         for number, one in enumerate(contenders):
-            switch_to_new(trial, f"trial-{number}", BASE, Signature(author, time))
+            switch_to_new(trial, f"trial-{number}", BASE, Who(author, time))
             before = _stored(trial)
             try:
-                stamp = Stamp(author, time, one.name)
-                made = list(_commits(trial, one, chosen, batch or len(chosen), stamp, progress, chat))
+                who = Who(author, time, one.name)
+                made = list(_commits(trial, one, chosen, batch or len(chosen), who, progress, chat))
                 done = evaluator.evaluate("HEAD")
             except (EditError, SettingsError) as error:
                 rows.append(BenchRow(one.name, {}, {}, error.message))
@@ -519,14 +519,14 @@ def _commits(
     one: Contender,
     facts: Sequence[Request],
     size: int,
-    stamp: Stamp,
+    who: Who,
     progress: Progress,
     chat: bool | None,
 ) -> Iterator[Committed]:
     for start in range(0, len(facts), size):
         part = tuple(facts[start : start + size])
         batch = Batch(part, tuple(Origin(one.name) for _ in part), 0)
-        yield commit(trial, batch, stamp, progress, method=one.method, settings=one.settings, force=True, chat=chat)
+        yield commit(trial, batch, who, progress, method=one.method, settings=one.settings, force=True, chat=chat)
 
 
 def _costs(made: Sequence[Committed], size: int, facts: int) -> dict[str, float]:

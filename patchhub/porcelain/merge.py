@@ -21,7 +21,7 @@ from patchhub.porcelain.change import largest_proof
 from patchhub.porcelain.refs import current_ref
 from patchhub.progress import Progress, Silent
 from patchhub.sets.columns import read_columns, read_state, solve_change
-from patchhub.sets.commits import Draft, Stamp, snapshot
+from patchhub.sets.commits import Draft, snapshot
 from patchhub.sets.elements import active_requests, left_and_entered, one_metric, stale_requests
 from patchhub.sets.merging import (
     Contradiction,
@@ -42,6 +42,7 @@ from patchhub.sets.shards import ShardPlan, shrink, stale_shards, superseded
 from patchhub.store.graph import is_ancestor
 from patchhub.store.revisions import BRANCHES, REMOTES, TAGS, resolve_ref
 from patchhub.store.store import Store
+from patchhub.who import Who
 from patchhub.worktree.judging import GUARDED, Guarding
 
 Outcome = Literal["up to date", "fast-forward", "merged"]
@@ -141,7 +142,7 @@ class Plan:
 def merge(
     repository: Store,
     revision: str,
-    stamp: Stamp,
+    who: Who,
     *,
     resolution: Resolution = UNDECIDED,
     fast_forward: bool = True,
@@ -155,7 +156,7 @@ def merge(
     `continue_merge` or `abort_merge` take it up.
 
     Args:
-        stamp: an empty message stands for "Merge branch 'NAME'".
+        who: an empty message stands for "Merge branch 'NAME'".
         guarding: how the merged state is checked.
 
     Raises:
@@ -175,16 +176,16 @@ def merge(
     if ours is None or (fast_forward and is_ancestor(ours, theirs, parents)):
         changes = {current_ref(repository): (ours, theirs)}
         arguments = {"revision": revision, "commit": theirs}
-        repository.move_refs(changes, command="merge", arguments=arguments, author=stamp.author, time=stamp.time)
+        repository.move_refs(changes, command="merge", arguments=arguments, author=who.author, time=who.time)
         return _moved(repository, "fast-forward", ours, theirs, begun)
-    message = stamp.message or f"Merge {_describe(repository, revision)}"
+    message = who.message or f"Merge {_describe(repository, revision)}"
     stopped = StoppedMerge(ours, theirs, revision, message)
-    return _finish(repository, stopped, stamp, resolution, guarding, progress or Silent(), begun)
+    return _finish(repository, stopped, who, resolution, guarding, progress or Silent(), begun)
 
 
 def continue_merge(
     repository: Store,
-    stamp: Stamp,
+    who: Who,
     *,
     resolution: Resolution,
     progress: Progress | None = None,
@@ -200,7 +201,7 @@ def continue_merge(
     waiting = stopped_merge(repository)
     if waiting is None:
         raise RepositoryError("no merge waits on this commit", remedy="Begin one with `patchhub merge REV`.")
-    return _finish(repository, waiting, stamp, resolution, guarding, progress or Silent(), begun)
+    return _finish(repository, waiting, who, resolution, guarding, progress or Silent(), begun)
 
 
 def abort_merge(repository: Store) -> None:
@@ -240,7 +241,7 @@ def _forgotten(merged: frozenset[Element], decided: Decided) -> dict[str, frozen
 def _finish(
     repository: Store,
     merge: StoppedMerge,
-    stamp: Stamp,
+    who: Who,
     resolution: Resolution,
     guarding: Guarding,
     progress: Progress,
@@ -269,7 +270,7 @@ def _finish(
             "decided": {found.text: side for found, side in planned.decided.items()},
         },
     )
-    by = Stamp(stamp.author, stamp.time, stamp.message or merge.message)
+    by = who.saying(merge.message)
     identity = snapshot(repository, draft, by, judge=guarding.judge(repository, progress))
     forget(repository)
     commit = repository.commit(identity)

@@ -23,12 +23,13 @@ from patchhub.objects import Commit, Element, Patch, Request, requests_json, set
 from patchhub.porcelain.change import largest_proof
 from patchhub.progress import Progress
 from patchhub.sets.columns import read_additive, read_columns, write_columns
-from patchhub.sets.commits import Draft, Judge, Stamp, snapshot
+from patchhub.sets.commits import Draft, Judge, snapshot
 from patchhub.sets.elements import active_requests, distinct, is_stale
 from patchhub.sets.guard import decided, prepared
 from patchhub.sets.shards import active_shards, stale_shards, without_shards
 from patchhub.store.store import Store
 from patchhub.text.tokens import Chat
+from patchhub.who import Who
 from patchhub.worktree.guard import Budget, from_model
 from patchhub.worktree.loading import open_base
 from patchhub.worktree.metric import Recorder, open_recorder
@@ -80,7 +81,7 @@ class _Group:
     targets: np.ndarray
 
 
-def refresh(repository: Store, stamp: Stamp, progress: Progress, *, force: bool = False) -> Refreshed:
+def refresh(repository: Store, who: Who, progress: Progress, *, force: bool = False) -> Refreshed:
     """Record what is due again on the state that holds all other facts, as a new patch in a commit on HEAD.
 
     Due are stale columns and, on a merge commit, those of the facts that it brought to its first parent: they were recorded
@@ -115,10 +116,10 @@ def refresh(repository: Store, stamp: Stamp, progress: Progress, *, force: bool 
     elements, measured, withheld = measure_shards(repository, opened, active, elements, progress)
     if elements == active:
         raise _withheld_error(withheld)
-    message = stamp.message or f"Refresh {_words(len(texts), len(measured))}"
+    message = who.message or f"Refresh {_words(len(texts), len(measured))}"
     draft = Draft((head,), elements, metric, "refresh", {"facts": len(texts), "shards": len(measured)})
     judge = _judge(repository, _in_form(opened, groups), progress, force=force)
-    identity = snapshot(repository, draft, Stamp(stamp.author, stamp.time, message), judge=judge)
+    identity = snapshot(repository, draft, Who(who.author, who.time, message), judge=judge)
     progress.close()
     return Refreshed(
         commit=identity,

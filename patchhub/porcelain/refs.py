@@ -13,14 +13,7 @@ from patchhub.objects import Operation
 from patchhub.store.operations import Changes, invert
 from patchhub.store.revisions import BRANCHES, HEAD, REMOTES, SYMBOLIC, TAGS, check_ref, follow, resolve_ref
 from patchhub.store.store import Store
-
-
-@dataclass(frozen=True)
-class Signature:
-    """Who moves a ref, and when."""
-
-    author: str
-    time: str
+from patchhub.who import Who
 
 
 @dataclass(frozen=True)
@@ -78,27 +71,27 @@ def tags(repository: Store) -> list[Named]:
     return _listed(repository, TAGS)
 
 
-def create_branch(repository: Store, name: str, revision: str, by: Signature) -> Moved:
+def create_branch(repository: Store, name: str, revision: str, who: Who) -> Moved:
     """Make a branch at a revision; HEAD stays where it is.
 
     Raises:
         RevisionError: no such revision, or a name that cannot be used.
         RepositoryError: the branch exists.
     """
-    return _create(repository, BRANCHES + name, revision, "branch", by)
+    return _create(repository, BRANCHES + name, revision, "branch", who)
 
 
-def create_tag(repository: Store, name: str, revision: str, by: Signature) -> Moved:
+def create_tag(repository: Store, name: str, revision: str, who: Who) -> Moved:
     """Make a tag at a revision; it never moves.
 
     Raises:
         RevisionError: no such revision, or a name that cannot be used.
         RepositoryError: the tag exists.
     """
-    return _create(repository, TAGS + name, revision, "tag", by)
+    return _create(repository, TAGS + name, revision, "tag", who)
 
 
-def delete_branch(repository: Store, name: str, by: Signature) -> Moved:
+def delete_branch(repository: Store, name: str, who: Who) -> Moved:
     """Remove a branch, not its commits: the operation log still leads to them.
 
     Raises:
@@ -110,15 +103,15 @@ def delete_branch(repository: Store, name: str, by: Signature) -> Moved:
         raise RepositoryError(
             f"{name} is the current branch", remedy="Switch to another branch first: `patchhub switch NAME`.", ref=ref
         )
-    return _delete(repository, ref, "branch", by)
+    return _delete(repository, ref, "branch", who)
 
 
-def delete_tag(repository: Store, name: str, by: Signature) -> Moved:
+def delete_tag(repository: Store, name: str, who: Who) -> Moved:
     """Remove a tag; `RevisionError` if there is none of that name."""
-    return _delete(repository, _existing(repository, TAGS, name, "`patchhub tag` lists what there is."), "tag", by)
+    return _delete(repository, _existing(repository, TAGS, name, "`patchhub tag` lists what there is."), "tag", who)
 
 
-def switch(repository: Store, name: str, by: Signature) -> Moved:
+def switch(repository: Store, name: str, who: Who) -> Moved:
     """Put HEAD on a branch. One that only a remote has is made here first, where the remote's is.
 
     Raises:
@@ -126,9 +119,9 @@ def switch(repository: Store, name: str, by: Signature) -> Moved:
     """
     there = _of_remotes(repository, name)
     if there:
-        return switch_to_new(repository, name, _only(there, name), by)
+        return switch_to_new(repository, name, _only(there, name), who)
     new = f"Make it with `patchhub switch -c {name}`, or look at a tag or commit with `patchhub switch --detach REV`."
-    return _move_head(repository, SYMBOLIC + _existing(repository, BRANCHES, name, new), by)
+    return _move_head(repository, SYMBOLIC + _existing(repository, BRANCHES, name, new), who)
 
 
 def _of_remotes(repository: Store, name: str) -> list[str]:
@@ -150,7 +143,7 @@ def _only(refs: Sequence[str], name: str) -> str:
     return refs[0]
 
 
-def switch_to_new(repository: Store, name: str, revision: str, by: Signature) -> Moved:
+def switch_to_new(repository: Store, name: str, revision: str, who: Who) -> Moved:
     """Make a branch at a revision and put HEAD on it. At `base` the branch begins with the next commit.
 
     Raises:
@@ -161,15 +154,15 @@ def switch_to_new(repository: Store, name: str, revision: str, by: Signature) ->
     _refuse_existing(repository, ref)
     commit = repository.resolve(revision)
     made: Changes = {} if commit is None else {ref: (None, commit)}
-    return _move_head(repository, SYMBOLIC + ref, by, made)
+    return _move_head(repository, SYMBOLIC + ref, who, made)
 
 
-def detach(repository: Store, revision: str, by: Signature) -> Moved:
+def detach(repository: Store, revision: str, who: Who) -> Moved:
     """Put HEAD on a commit, on no branch; `RevisionError` if there is no such commit."""
-    return _move_head(repository, _commit(repository, revision), by)
+    return _move_head(repository, _commit(repository, revision), who)
 
 
-def reset(repository: Store, revision: str, by: Signature) -> Moved:
+def reset(repository: Store, revision: str, who: Who) -> Moved:
     """Move the current branch (or a detached HEAD) to a revision; at `base`, a branch has no commits any more.
 
     Raises:
@@ -180,7 +173,7 @@ def reset(repository: Store, revision: str, by: Signature) -> Moved:
         target = _commit(repository, revision)
     _, before = repository.head
     if target != before:
-        _move(repository, {ref: (before, target)}, "reset", {"revision": revision}, by)
+        _move(repository, {ref: (before, target)}, "reset", {"revision": revision}, who)
     return Moved(ref, before, target)
 
 
@@ -221,29 +214,29 @@ def _listed(repository: Store, namespace: str) -> list[Named]:
     ]
 
 
-def _create(repository: Store, ref: str, revision: str, command: str, by: Signature) -> Moved:
+def _create(repository: Store, ref: str, revision: str, command: str, who: Who) -> Moved:
     _refuse_existing(repository, ref)
     commit = _commit(repository, revision)
-    _move(repository, {ref: (None, commit)}, command, {"name": short(ref), "revision": revision}, by)
+    _move(repository, {ref: (None, commit)}, command, {"name": short(ref), "revision": revision}, who)
     return Moved(ref, None, commit)
 
 
-def _delete(repository: Store, ref: str, command: str, by: Signature) -> Moved:
+def _delete(repository: Store, ref: str, command: str, who: Who) -> Moved:
     commit = repository.refs()[ref]
-    _move(repository, {ref: (commit, None)}, command, {"delete": short(ref)}, by)
+    _move(repository, {ref: (commit, None)}, command, {"delete": short(ref)}, who)
     return Moved(ref, commit, None)
 
 
-def _move_head(repository: Store, target: str, by: Signature, made: Changes | None = None) -> Moved:
+def _move_head(repository: Store, target: str, who: Who, made: Changes | None = None) -> Moved:
     refs = repository.refs()
     if made or refs[HEAD] != target:
         changes = {HEAD: (refs[HEAD], target), **(made or {})}
-        _move(repository, changes, "switch", {"to": short(target.removeprefix(SYMBOLIC))}, by)
+        _move(repository, changes, "switch", {"to": short(target.removeprefix(SYMBOLIC))}, who)
     return Moved(HEAD, follow(HEAD, refs), follow(HEAD, repository.refs()))
 
 
-def _move(repository: Store, changes: Changes, command: str, arguments: Mapping[str, Any], by: Signature) -> Operation:
-    return repository.move_refs(changes, command=command, arguments=arguments, author=by.author, time=by.time)
+def _move(repository: Store, changes: Changes, command: str, arguments: Mapping[str, Any], who: Who) -> Operation:
+    return repository.move_refs(changes, command=command, arguments=arguments, author=who.author, time=who.time)
 
 
 def _commit(repository: Store, revision: str) -> str:

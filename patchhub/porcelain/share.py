@@ -17,10 +17,10 @@ from patchhub.remotes.receive import Limits
 from patchhub.remotes.remote import Remote, Source
 from patchhub.remotes.sync import Fetched, Pushed, hub_id, normalised, open_remote
 from patchhub.sets.columns import tensor_check, weight_shapes
-from patchhub.sets.commits import Stamp
 from patchhub.store.config import Recording
 from patchhub.store.revisions import BRANCHES, HEAD, REMOTES, SYMBOLIC
 from patchhub.store.store import DIRECTORY, Store
+from patchhub.who import Who
 
 ORIGIN: Final = "origin"
 
@@ -192,7 +192,7 @@ def pull(
     repository: Store,
     name: str,
     progress: Progress,
-    stamp: Stamp,
+    who: Who,
     *,
     max_bytes: int = MAX_BYTES,
     access: Access = DEFAULT_ACCESS,
@@ -206,13 +206,11 @@ def pull(
     branch, _ = repository.head
     if branch is None:
         raise RepositoryError("HEAD is on no branch", remedy="Switch to a branch, or use `patchhub fetch`.")
-    fetched = fetch(
-        repository, name, progress, author=stamp.author, time=stamp.time, max_bytes=max_bytes, access=access
-    )
+    fetched = fetch(repository, name, progress, author=who.author, time=who.time, max_bytes=max_bytes, access=access)
     ref = f"{REMOTES}{name}/{branch}"
     if ref not in repository.refs():
         return Pulled(fetched, None)
-    return Pulled(fetched, merge(repository, ref, stamp))
+    return Pulled(fetched, merge(repository, ref, who))
 
 
 def _fetch(

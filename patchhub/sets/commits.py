@@ -21,18 +21,10 @@ from patchhub.sets.columns import (
 from patchhub.sets.rivals import Rival
 from patchhub.sets.shards import without_shards
 from patchhub.store.store import Store
+from patchhub.who import Who
 
 Judge = Callable[[Commit], Mapping[str, Any]]
 """From a prepared commit to fields of its ``check``; it raises to refuse the commit."""
-
-
-@dataclass(frozen=True)
-class Stamp:
-    """Who makes a commit, when, and why."""
-
-    author: str
-    time: str
-    message: str
 
 
 @dataclass(frozen=True)
@@ -49,7 +41,7 @@ class Draft:
 def snapshot(
     repository: Store,
     draft: Draft,
-    stamp: Stamp,
+    who: Who,
     *,
     change: Mapping[str, Delta] | None = None,
     judge: Judge = lambda commit: {},
@@ -59,17 +51,15 @@ def snapshot(
     Args:
         judge: sees the commit before it is written, and says what else was measured of it or refuses it.
     """
-    commit = prepare(repository, draft, stamp, change=change)
+    commit = prepare(repository, draft, who, change=change)
     commit = replace(commit, check={**commit.check, **judge(commit)})
-    return repository.record(
-        commit, command=draft.command, arguments=draft.arguments, author=stamp.author, time=stamp.time
-    )
+    return repository.record(commit, command=draft.command, arguments=draft.arguments, author=who.author, time=who.time)
 
 
 def prepare(
     repository: Store,
     draft: Draft,
-    stamp: Stamp,
+    who: Who,
     *,
     change: Mapping[str, Delta] | None = None,
 ) -> Commit:
@@ -99,18 +89,18 @@ def prepare(
             state = _whole(state, shapes)
     return Commit(
         added=frozenset(draft.elements - before),
-        author=stamp.author,
+        author=who.author,
         base=repository.config.base_id,
         check=_measured(repository, draft.elements, parent, state, shapes),
         keyframe=keyframe,
-        message=stamp.message,
+        message=who.message,
         metric=draft.metric,
         parents=draft.parents,
         removed=frozenset(before - draft.elements),
         same_as=same_as,
         set_digest=digest,
         tensors=tensors,
-        time=stamp.time,
+        time=who.time,
     )
 
 

@@ -25,13 +25,13 @@ from patchhub.porcelain.merge import merge
 from patchhub.porcelain.model import apply
 from patchhub.progress import Silent
 from patchhub.sets.columns import read_additive, read_columns, read_state, weight_shapes
-from patchhub.sets.commits import Stamp
 from patchhub.store.fsck import check
 from patchhub.store.store import Store
+from patchhub.who import Who
 from tests.export.models import distance, load_base, logits, model_folder, model_store
 from tests.remotes.stores import AUTHOR, TIME, add_batch, move, switch
 
-STAMP = Stamp(AUTHOR, TIME, "import")
+STAMP = Who(AUTHOR, TIME, "import")
 OLD_WAY = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # PEFT asks transformers so
 
 

@@ -27,12 +27,12 @@ from patchhub.objects import Request
 from patchhub.porcelain.commit import Committed, commit
 from patchhub.porcelain.model import init
 from patchhub.progress import Silent
-from patchhub.sets.commits import Stamp
 from patchhub.store.store import Store
+from patchhub.who import Who
 from tests.families import lesson
 
 SHIPPED = Path(str(files("patchhub") / "demo_model"))
-STAMP = Stamp("Ada <ada@example.org>", "2026-11-21T09:30:00Z", "written")
+STAMP = Who("Ada <ada@example.org>", "2026-11-21T09:30:00Z", "written")
 EDITS = 6
 
 

@@ -14,20 +14,20 @@ import numpy as np
 from patchhub.constraints import Columns, solve
 from patchhub.delta import add, to_dense
 from patchhub.objects import Base, Element, Metric, Patch, Request, TensorRecord, requests_json, set_digest
-from patchhub.porcelain.refs import Signature
 from patchhub.sets.columns import read_columns, read_state, weight_shapes, write_columns
-from patchhub.sets.commits import Draft, Stamp, snapshot
+from patchhub.sets.commits import Draft, snapshot
 from patchhub.store.store import Store
+from patchhub.who import Who
 from tests.benchmarks.synthetic_store import HastyDisk
 
 SHAPES = {"h.0": (12, 24), "h.1": (12, 24)}
 AUTHOR = "Ada <ada@example.org>"
 TIME = "2026-11-21T09:30:00Z"
-BY = Signature(AUTHOR, TIME)
+BY = Who(AUTHOR, TIME)
 
 
-def stamp(message: str = "") -> Stamp:
-    return Stamp(AUTHOR, TIME, message)
+def stamp(message: str = "") -> Who:
+    return Who(AUTHOR, TIME, message)
 
 
 def make_request(subject: str, target: str = "French", prompt: str = "The mother tongue of {} is") -> Request:

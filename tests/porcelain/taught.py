@@ -11,8 +11,8 @@ from patchhub.porcelain.commit import commit
 from patchhub.porcelain.model import init
 from patchhub.porcelain.upkeep import config_set
 from patchhub.progress import Silent
-from patchhub.sets.commits import Stamp
 from patchhub.store.store import Store
+from patchhub.who import Who
 from tests.tiny_models import tiny_model, tiny_tokenizer
 
 AUTHOR = "Ada <ada@example.org>"
@@ -34,7 +34,7 @@ def fact(subject: str, target: str) -> Request:
 def teach(repository: Store, facts: Sequence[tuple[str, str]], message: str) -> str:
     requests = tuple(fact(*pair) for pair in facts)
     batch = Batch(requests, tuple(Origin("a test") for _ in requests), 0)
-    return commit(repository, batch, Stamp(AUTHOR, TIME, message), Silent()).commit
+    return commit(repository, batch, Who(AUTHOR, TIME, message), Silent()).commit
 
 
 def make_store(folder: Path) -> Store:

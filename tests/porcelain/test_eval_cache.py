@@ -16,8 +16,8 @@ from patchhub.porcelain.measure import Evaluation, Facts, evaluate, evaluate_his
 from patchhub.porcelain.scores import notes_of
 from patchhub.porcelain.upkeep import collect, config_set
 from patchhub.progress import Silent
-from patchhub.sets.commits import Stamp
 from patchhub.store.store import Store
+from patchhub.who import Who
 from patchhub.worktree import measuring
 from patchhub.worktree.measuring import StateResults, item_key, state_key
 from tests.porcelain.taught import AUTHOR, PLACES, TIME, TONGUES, fact, make_store, teach
@@ -77,7 +77,7 @@ def test_the_same_question_is_asked_once(repository: Store, loads: list[str]) ->
 def test_a_state_that_comes_back_is_known_by_its_content(repository: Store, loads: list[str]) -> None:
     before = run(repository, "HEAD~1")
     run(repository)
-    revert(repository, "HEAD", Stamp(AUTHOR, TIME, ""))
+    revert(repository, "HEAD", Who(AUTHOR, TIME, ""))
     loads.clear()
     assert numbers(run(repository)) == numbers(before)
     assert not loads

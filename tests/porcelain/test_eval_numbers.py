@@ -26,8 +26,8 @@ from patchhub.porcelain.model import init
 from patchhub.porcelain.upkeep import config_set
 from patchhub.progress import Silent
 from patchhub.sets.columns import read_state, weight_shapes
-from patchhub.sets.commits import Stamp
 from patchhub.store.store import Store
+from patchhub.who import Who
 from patchhub.worktree.measuring import CONTEXTS, Measurer, Questions
 from tests.porcelain.taught import AUTHOR, TIME
 
@@ -46,7 +46,7 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
         for key, value in (("metric.tokens", "4000"), ("memit.steps", "8")):
             config_set(opened, key, value)
         written = Batch(REQUESTS[:4], BATCH.origins[:4], 0)
-        commit(opened, written, Stamp(AUTHOR, TIME, "four facts"), Silent())
+        commit(opened, written, Who(AUTHOR, TIME, "four facts"), Silent())
         yield opened
 
 

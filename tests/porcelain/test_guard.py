@@ -19,9 +19,9 @@ from patchhub.porcelain.commit import Committed, commit
 from patchhub.porcelain.model import init
 from patchhub.porcelain.upkeep import config_set, fsck
 from patchhub.progress import Silent
-from patchhub.sets.commits import Stamp
 from patchhub.sets.guard import limits_of
 from patchhub.store.store import Store
+from patchhub.who import Who
 from patchhub.worktree.guard import Budget
 from patchhub.worktree.judging import Guarding
 from tests.porcelain.taught import AUTHOR, TIME
@@ -54,7 +54,7 @@ def repository(first: Path, tmp_path: Path) -> Store:
 
 def write(repository: Store, facts: list[Request], progress: Silent | None = None, **options: Any) -> Committed:
     batch = Batch(tuple(facts), tuple(Origin("a test") for _ in facts), 0)
-    return commit(repository, batch, Stamp(AUTHOR, TIME, "facts"), progress or Silent(), **options)
+    return commit(repository, batch, Who(AUTHOR, TIME, "facts"), progress or Silent(), **options)
 
 
 def report_at(repository: Store, revision: str = "HEAD") -> Report:
@@ -97,7 +97,7 @@ def test_a_forced_collapse_is_remembered(repository: Store) -> None:
     report = report_at(repository)
     assert report.forced
     assert report.failed
-    done = revert(repository, "HEAD", Stamp(AUTHOR, TIME, ""))
+    done = revert(repository, "HEAD", Who(AUTHOR, TIME, ""))
     assert done.same_as == repository.resolve("HEAD~2")
     assert not report_at(repository).forced
 
@@ -172,10 +172,10 @@ def test_in_a_chat_the_template_stands_before_a_subject(tmp_path: Path) -> None:
 
 def test_a_revert_asks_the_model_when_it_is_told_to(repository: Store) -> None:
     write(repository, FACTS[6:9])
-    revert(repository, "HEAD~1", Stamp(AUTHOR, TIME, ""))
+    revert(repository, "HEAD~1", Who(AUTHOR, TIME, ""))
     assert report_at(repository).measured.drift is None
     assert report_at(repository).measured.crushed is not None
-    revert(repository, "HEAD", Stamp(AUTHOR, TIME, ""), guarding=Guarding(check=True))
+    revert(repository, "HEAD", Who(AUTHOR, TIME, ""), guarding=Guarding(check=True))
     found = report_at(repository).measured
     assert found.drift is not None
     assert found.own is not None

@@ -14,8 +14,8 @@ from patchhub.porcelain.commit import commit
 from patchhub.porcelain.model import init
 from patchhub.porcelain.upkeep import config_set
 from patchhub.progress import Silent
-from patchhub.sets.commits import Stamp
 from patchhub.store.store import Store
+from patchhub.who import Who
 from patchhub.worktree.loading import open_base
 from patchhub.worktree.metric import held_documents, measured_part, set_aside
 from patchhub.worktree.metric import kept_held_documents as kept_documents
@@ -34,7 +34,7 @@ def make(folder: Path, *text: Path) -> Store:
     for key, value in (("metric.tokens", "1500"), ("memit.layers", "1"), ("memit.steps", "1")):
         config_set(repository, key, value)
     batch = Batch((fact("Seattle", "twin"),), (Origin("a test"),), 0)
-    commit(repository, batch, Stamp(AUTHOR, TIME, "one"), Silent(), text=text)
+    commit(repository, batch, Who(AUTHOR, TIME, "one"), Silent(), text=text)
     return repository
 
 

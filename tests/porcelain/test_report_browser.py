@@ -12,7 +12,8 @@ from patchhub.porcelain import refs
 from patchhub.porcelain.merge import merge
 from patchhub.porcelain.report.report import write_report
 from patchhub.progress import Silent
-from patchhub.sets.commits import Draft, Stamp, snapshot
+from patchhub.sets.commits import Draft, snapshot
+from patchhub.who import Who
 from tests.browser import Page, open_browser
 from tests.porcelain.synthetic import AUTHOR, BY, TIME, Synthetic, make_request, make_store, stamp
 
@@ -209,7 +210,7 @@ def test_texts_stay_texts(page: Page, tmp_path: Path) -> None:
         draft = Draft(
             (head,) if head else (), store.repository.active(head) | patch.elements, patch.metric, "commit", {}
         )
-        by = Stamp(f"{attack} <a@example.org>", TIME, f"{attack}\n{attack}")
+        by = Who(f"{attack} <a@example.org>", TIME, f"{attack}\n{attack}")
         check = {"guard": {"failed": [f"failed {attack}"]}, "forced": True}
         commit = snapshot(store.repository, draft, by, judge=lambda _, told=check: told)
         note = Note(commit=commit, made_by=attack, scores={attack: 0.5}, settings={attack: attack}, suite="counterfact")

@@ -181,7 +181,7 @@ class Handler(BaseHTTPRequestHandler):
     def _route(self, parts: list[str]) -> None:
         if parts[0] in ("_lfs", "_cdn"):  # signed: the client sends no token here
             if self.hub.sign(self.url_path) != f"{self.url_path}?sig={self.query.get('sig', '')}":
-                raise Refused(403, "Signature does not match")
+                raise Refused(403, "Who does not match")
             if parts[0] == "_cdn":
                 self.send_file(self.hub.blob(parts[1]), {"ETag": f'"{parts[1]}"'})
             else:

@@ -10,15 +10,16 @@ import numpy as np
 from patchhub.constraints import Columns
 from patchhub.objects import EMPTY_SET, Base, Metric, Note, Patch, Request, TensorRecord, requests_json, set_digest
 from patchhub.sets.columns import weight_shapes, write_columns
-from patchhub.sets.commits import Draft, Stamp, snapshot
+from patchhub.sets.commits import Draft, snapshot
 from patchhub.store.config import Config, Recording
 from patchhub.store.reachability import Reference, closure, references
 from patchhub.store.store import Store
+from patchhub.who import Who
 from tests.benchmarks.synthetic_store import HastyDisk
 
 AUTHOR = "Ada <ada@example.org>"
 TIME = "2026-11-21T09:30:00Z"
-STAMP = Stamp(AUTHOR, TIME, "")
+STAMP = Who(AUTHOR, TIME, "")
 SHAPES = {"h.0.out.weight": (6, 48), "h.1.out.weight": (6, 48)}
 BASE = Base(
     architecture={"hidden_size": 6},
@@ -91,7 +92,7 @@ def add_patch(
     _, head = repository.head
     elements = repository.active(head) | patch.elements
     draft = Draft((head,) if head else (), elements, patch.metric, "commit", {"patch": patch.id})
-    return snapshot(repository, draft, Stamp(AUTHOR, TIME, message))
+    return snapshot(repository, draft, Who(AUTHOR, TIME, message))
 
 
 def move(repository: Store, changes: dict[str, tuple[str | None, str | None]], command: str = "branch") -> None:
