@@ -10,13 +10,11 @@ import click
 
 from patchhub.cli.options import chat_option, check_option, force_option, memory_option, placement_options
 from patchhub.cli.terminal import (
-    author_of,
     author_option,
     bars,
     count,
     json_option,
     list_facts,
-    now,
     open_repository,
     print_json,
     repo_option,
@@ -254,8 +252,7 @@ def undo(author: str | None, repo: Path | None, as_json: bool) -> None:
     from patchhub.porcelain.refs import undo as run
 
     repository = open_repository(repo)
-    who = author_of(repository.config.settings, author)
-    _report_step(repository, run(repository, author=who, time=now()), "undone", as_json)
+    _report_step(repository, run(repository, who=stamp(repository, author)), "undone", as_json)
 
 
 @click.command()
@@ -268,8 +265,7 @@ def redo(author: str | None, repo: Path | None, as_json: bool) -> None:
     from patchhub.porcelain.refs import redo as run
 
     repository = open_repository(repo)
-    who = author_of(repository.config.settings, author)
-    _report_step(repository, run(repository, author=who, time=now()), "done again", as_json)
+    _report_step(repository, run(repository, who=stamp(repository, author)), "done again", as_json)
 
 
 def _report_step(repository: Store, operation: Operation, past: str, as_json: bool) -> None:

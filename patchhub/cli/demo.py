@@ -41,7 +41,7 @@ def _story(folder: Path, model: Path, facts: Path, progress: Any) -> None:
     batch = read_requests(facts)
 
     _step("patchhub init demo_model", "The base: a small Llama that knows a thousand facts. It never changes.")
-    done = init(folder, str(model), progress, author=author, time=now())
+    done = init(folder, str(model), progress, who=Who(author, now()))
     say(f"  {done.tensors} tensors, {done.gigabytes * 1000:.1f} MB, identity {done.base[:12]}")
 
     with Store.open(folder) as repository:

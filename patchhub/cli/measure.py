@@ -21,9 +21,11 @@ from patchhub.cli.terminal import (
     repo_option,
     reports_errors,
     say,
+    stamp,
     talk,
 )
 from patchhub.errors import SettingsError
+from patchhub.who import Who
 
 if TYPE_CHECKING:
     from patchhub.porcelain.measure import Bench, Evaluation, HistoryRow
@@ -176,13 +178,13 @@ def evaluate(
     facts = Facts(read_requests(file).requests, file.name, chosen, limit, seed, text)
     facts = replace(facts, contexts=contexts) if contexts else facts
     placement = placement_of(repository, device=device, dtype=dtype, quantization=quantization)
-    who, rows = author_of(repository.config.settings, author), None
+    who, rows = stamp(repository, author), None
     with bars() as progress:
         if everything:
-            rows = walk(repository, rev, facts, progress, author=who, time=now(), placement=placement, chat=chat)
+            rows = walk(repository, rev, facts, progress, who=who, placement=placement, chat=chat)
             rev = next((row.commit for row in rows if row.noted), "base")  # the newest that gives numbers
         keep = not (no_note or everything)
-        done = run(repository, rev, facts, progress, author=who, time=now(), keep=keep, placement=placement, chat=chat)
+        done = run(repository, rev, facts, progress, who=who, keep=keep, placement=placement, chat=chat)
     if csv_file:
         noted = [(row.commit, done.suite, row.noted.scores) for row in rows or () if row.noted]
         _write(csv_file, scores_csv([(done.commit, done.suite, done.scores)] if rows is None else noted))
@@ -251,12 +253,10 @@ def bench(
     chosen = metrics_for(file) if metrics == "auto" else metrics
     facts = Facts(read_requests(file).requests, file.name, chosen, limit, seed, text)
     with bars() as progress:
-        who = author_of({}, author)
-        place = (
-            scratch_repository(base, progress, author=who, time=now()) if base else nullcontext(open_repository(repo))
-        )
+        who = Who(author_of({}, author), now())
+        place = scratch_repository(base, progress, who=who) if base else nullcontext(open_repository(repo))
         with place as repository:
-            found = run(repository, contenders, facts, progress, author=who, time=now(), batch=batch, chat=chat)
+            found = run(repository, contenders, facts, progress, who=who, batch=batch, chat=chat)
     if csv_file:
         _write(csv_file, bench_csv(found))
     if as_json:

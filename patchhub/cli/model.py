@@ -20,6 +20,7 @@ from patchhub.cli.terminal import (
     reports_errors,
     say,
 )
+from patchhub.who import Who
 
 
 @click.command()
@@ -53,7 +54,7 @@ def init(base: str, revision: str | None, author: str | None, repo: Path | None,
 
     folder = repo or click.get_current_context().find_root().params.get("repo") or Path()
     with bars() as progress:
-        done = run(folder, base, progress, author=author_of({}, author), time=now(), revision=revision)
+        done = run(folder, base, progress, who=Who(author_of({}, author), now()), revision=revision)
     if as_json:
         print_json(done.to_json())
         return

@@ -8,22 +8,19 @@ from typing import TYPE_CHECKING
 import click
 
 from patchhub.cli.terminal import (
-    author_of,
     author_option,
     json_option,
-    now,
     open_repository,
     print_json,
     repo_option,
     reports_errors,
     say,
+    stamp,
 )
 from patchhub.errors import SettingsError
 
 if TYPE_CHECKING:
     from patchhub.porcelain.refs import Moved, Named
-    from patchhub.store.store import Store
-    from patchhub.who import Who
 
 
 @click.command()
@@ -49,11 +46,11 @@ def branch(
 
     repository = open_repository(repo)
     if delete:
-        _report(refs.delete_branch(repository, _only_name(name, rev), _signature(repository, author)), as_json)
+        _report(refs.delete_branch(repository, _only_name(name, rev), stamp(repository, author)), as_json)
     elif name is None:
         _list(refs.remote_branches(repository) if remotes else refs.branches(repository), as_json)
     else:
-        _report(refs.create_branch(repository, name, rev or "HEAD", _signature(repository, author)), as_json)
+        _report(refs.create_branch(repository, name, rev or "HEAD", stamp(repository, author)), as_json)
 
 
 @click.command()
@@ -70,11 +67,11 @@ def tag(name: str | None, rev: str | None, delete: bool, author: str | None, rep
 
     repository = open_repository(repo)
     if delete:
-        _report(refs.delete_tag(repository, _only_name(name, rev), _signature(repository, author)), as_json)
+        _report(refs.delete_tag(repository, _only_name(name, rev), stamp(repository, author)), as_json)
     elif name is None:
         _list(refs.tags(repository), as_json)
     else:
-        _report(refs.create_tag(repository, name, rev or "HEAD", _signature(repository, author)), as_json)
+        _report(refs.create_tag(repository, name, rev or "HEAD", stamp(repository, author)), as_json)
 
 
 @click.command()
@@ -97,7 +94,7 @@ def switch(
             "switch takes a branch, or -c NAME [REV], or --detach REV", remedy="Give one of these forms."
         )
     repository = open_repository(repo)
-    by = _signature(repository, author)
+    by = stamp(repository, author)
     if create:
         moved = refs.switch_to_new(repository, name, rev or "HEAD", by)
     elif detach:
@@ -122,7 +119,7 @@ def reset(rev: str, author: str | None, repo: Path | None, as_json: bool) -> Non
     from patchhub.porcelain import refs
 
     repository = open_repository(repo)
-    _report(refs.reset(repository, rev, _signature(repository, author)), as_json)
+    _report(refs.reset(repository, rev, stamp(repository, author)), as_json)
 
 
 @click.command()
@@ -150,12 +147,6 @@ def _only_name(name: str | None, rev: str | None) -> str:
             "--delete takes one name", remedy="Give the name of what shall be removed, and nothing else."
         )
     return name
-
-
-def _signature(repository: Store, author: str | None) -> Who:
-    from patchhub.who import Who
-
-    return Who(author_of(repository.config.settings, author), now())
 
 
 def _list(found: list[Named], as_json: bool) -> None:

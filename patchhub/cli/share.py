@@ -22,6 +22,7 @@ from patchhub.cli.terminal import (
     stamp,
 )
 from patchhub.errors import ContradictionError
+from patchhub.who import Who
 
 if TYPE_CHECKING:
     from patchhub.porcelain.merge import Merged, Stopped
@@ -87,7 +88,7 @@ def remote_remove(name: str, author: str | None, repo: Path | None, as_json: boo
     from patchhub.porcelain.share import remote_remove as run
 
     repository = open_repository(repo)
-    run(repository, name, author=author_of(repository.config.settings, author), time=now())
+    run(repository, name, who=stamp(repository, author))
     if as_json:
         print_json({"removed": name})
     else:
@@ -135,8 +136,7 @@ def push(
             remote or default_remote(repository),
             refs,
             progress,
-            author=author_of(repository.config.settings, author),
-            time=now(),
+            who=stamp(repository, author),
             everything=everything,
             tags=tags,
             private_facts=private_facts,
@@ -180,8 +180,7 @@ def fetch(
             repository,
             remote or default_remote(repository),
             progress,
-            author=author_of(repository.config.settings, author),
-            time=now(),
+            who=stamp(repository, author),
             repair=repair,
             prune=prune,
             max_bytes=_bytes(max_size),
@@ -211,7 +210,7 @@ def pull(remote: str | None, max_size: float, author: str | None, repo: Path | N
             repository,
             remote or default_remote(repository),
             progress,
-            stamp(repository, author, ""),
+            stamp(repository, author),
             max_bytes=_bytes(max_size),
         )
     if as_json:
@@ -244,8 +243,7 @@ def clone(address: str, folder: Path, base: str | None, max_size: float, author:
             address,
             folder,
             progress,
-            author=author_of({}, author),
-            time=now(),
+            who=Who(author_of({}, author), now()),
             base=base,
             max_bytes=_bytes(max_size),
         )

@@ -76,7 +76,7 @@ def author_of(settings: Mapping[str, Any], given: str | None) -> str:
     return author
 
 
-def stamp(repository: Store, author: str | None, message: str) -> Who:
+def stamp(repository: Store, author: str | None, message: str = "") -> Who:
     from patchhub.who import Who
 
     return Who(author_of(repository.config.settings, author), now(), message)

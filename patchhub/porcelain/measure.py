@@ -241,15 +241,15 @@ class Evaluator:
         self._progress.close()
         return Evaluation(commit, self.requests, self.suite, self.settings, groups, values)
 
-    def keep(self, commit: str, done: Evaluation, *, author: str, time: str) -> Noted:
+    def keep(self, commit: str, done: Evaluation, *, who: Who) -> Noted:
         """Write scores as the note of a commit for this suite.
 
         Scores that are not finite numbers are left out, since the format has none.
         """
         scores = {name: score.to_json() for name, score in done.scores.items() if math.isfinite(score.value)}
-        note = Note(commit=commit, made_by=author, scores=scores, settings=self.settings, suite=self.suite)
+        note = Note(commit=commit, made_by=who.author, scores=scores, settings=self.settings, suite=self.suite)
         identity = self._repository.add_note(
-            note, command="eval", arguments={"suite": self.suite}, author=author, time=time
+            note, command="eval", arguments={"suite": self.suite}, author=who.author, time=who.time
         )
         return read_note(identity, note)
 
@@ -288,8 +288,7 @@ def evaluate(
     facts: Facts,
     progress: Progress,
     *,
-    author: str,
-    time: str,
+    who: Who,
     keep: bool = True,
     placement: Placement | None = None,
     dtype: torch.dtype | None = None,
@@ -307,7 +306,7 @@ def evaluate(
     done = evaluator.evaluate(revision)
     if not keep or done.commit is None:
         return done
-    noted = evaluator.keep(done.commit, done, author=author, time=time)
+    noted = evaluator.keep(done.commit, done, who=who)
     return replace(done, note=noted.note)
 
 
@@ -317,8 +316,7 @@ def evaluate_history(
     facts: Facts,
     progress: Progress,
     *,
-    author: str,
-    time: str,
+    who: Who,
     placement: Placement | None = None,
     chat: bool | None = None,
 ) -> list[HistoryRow]:
@@ -337,7 +335,7 @@ def evaluate_history(
         noted = known
         if known is None:
             try:
-                noted = evaluator.keep(identity, evaluator.evaluate(identity), author=author, time=time)
+                noted = evaluator.keep(identity, evaluator.evaluate(identity), who=who)
             except EditError as error:
                 progress.warn(f"commit {identity[:12]} is left out: {error.message}")
         rows.append(HistoryRow(identity, found.time, found.message, noted, known is None))
@@ -407,8 +405,7 @@ def bench(
     facts: Facts,
     progress: Progress,
     *,
-    author: str,
-    time: str,
+    who: Who,
     batch: int | None = None,
     chat: bool | None = None,
 ) -> Bench:
@@ -425,16 +422,16 @@ def bench(
     Raises:
         SettingsError, RequestError, BaseError: as in `commit` and `Evaluator`.
     """
-    with _beside(repository, author=author, time=time) as trial:
+    with _beside(repository, who=who) as trial:
         _complete_metric(trial, contenders, progress)
         evaluator = Evaluator(trial, facts, progress, chat=chat)
         rows = [BenchRow(BASE, evaluator.evaluate(BASE).scores, {})]
         chosen = evaluator.requests
         for number, one in enumerate(contenders):
-            switch_to_new(trial, f"trial-{number}", BASE, Who(author, time))
+            switch_to_new(trial, f"trial-{number}", BASE, who)
             before = _stored(trial)
             try:
-                who = Who(author, time, one.name)
+                who = Who(who.author, who.time, one.name)
                 made = list(_commits(trial, one, chosen, batch or len(chosen), who, progress, chat))
                 done = evaluator.evaluate("HEAD")
             except (EditError, SettingsError) as error:
@@ -445,10 +442,10 @@ def bench(
 
 
 @contextmanager
-def scratch_repository(base: str, progress: Progress, *, author: str, time: str) -> Iterator[Store]:
+def scratch_repository(base: str, progress: Progress, *, who: Who) -> Iterator[Store]:
     """A repository about a base that is gone afterwards."""
     with tempfile.TemporaryDirectory(prefix="patchhub-bench-") as name:
-        init(Path(name), base, progress, author=author, time=time)
+        init(Path(name), base, progress, who=who)
         with Store.open(Path(name)) as repository:
             yield repository
 
@@ -470,7 +467,7 @@ def row_values(found: Bench, row: BenchRow) -> list[float | None]:
 
 
 @contextmanager
-def _beside(repository: Store, *, author: str, time: str) -> Iterator[Store]:
+def _beside(repository: Store, *, who: Who) -> Iterator[Store]:
     """A temporary repository with the same base, settings and metric, and without commits."""
     with tempfile.TemporaryDirectory(prefix="patchhub-bench-") as name:
         config, root = repository.config, Path(name)
@@ -479,8 +476,8 @@ def _beside(repository: Store, *, author: str, time: str) -> Iterator[Store]:
             repository.objects.get(config.base_id),
             base_info=config.base,
             settings=config.settings,
-            author=author,
-            time=time,
+            author=who.author,
+            time=who.time,
         ) as trial:
             _share_cache(repository, trial)
             if config.recording is not None:

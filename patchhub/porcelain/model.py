@@ -30,6 +30,7 @@ from patchhub.sets.columns import read_state
 from patchhub.sets.shards import shards_at
 from patchhub.store.store import DIRECTORY, Store, refuse_store
 from patchhub.text.tokens import Chat, lacks_tokenizer, load_tokenizer
+from patchhub.who import Who
 from patchhub.worktree.loading import (
     SURVIVAL_LIMIT,
     base_object,
@@ -85,9 +86,7 @@ class Answer:
     continuation: str
 
 
-def init(
-    folder: Path, base: str, progress: Progress, *, author: str, time: str, revision: str | None = None
-) -> Initialised:
+def init(folder: Path, base: str, progress: Progress, *, who: Who, revision: str | None = None) -> Initialised:
     """Make a store for a base model; reads every byte of the base once.
 
     Args:
@@ -119,7 +118,7 @@ def init(
             "weights": _weights(checkpoint, architecture, progress),
         }
         with Store.init(
-            folder, identity.to_json(), base_info=info, settings={}, author=author, time=time
+            folder, identity.to_json(), base_info=info, settings={}, author=who.author, time=who.time
         ) as repository:
             keep_digests(repository, Path(kept))
     progress.close()

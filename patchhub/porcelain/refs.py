@@ -309,11 +309,11 @@ def _first_line(repository: Store, commit: str) -> str:
     return next(iter(repository.commit(commit).message.splitlines()), "")
 
 
-def undo(repository: Store, *, author: str, time: str) -> Operation:
+def undo(repository: Store, *, who: Who) -> Operation:
     """Put every ref back to where it was before the last operation; repeated, it walks further back."""
-    return repository.undo(author=author, time=time)
+    return repository.undo(author=who.author, time=who.time)
 
 
-def redo(repository: Store, *, author: str, time: str) -> Operation:
+def redo(repository: Store, *, who: Who) -> Operation:
     """Reverse the last `undo`."""
-    return repository.redo(author=author, time=time)
+    return repository.redo(author=who.author, time=who.time)

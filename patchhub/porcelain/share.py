@@ -49,7 +49,7 @@ def remote_add(repository: Store, name: str, address: str) -> str:
     return kept
 
 
-def remote_remove(repository: Store, name: str, *, author: str, time: str) -> None:
+def remote_remove(repository: Store, name: str, *, who: Who) -> None:
     """Forget a remote and where its branches were; `SettingsError` if there is none of that name."""
     address_of(repository, name)
     prefix = f"{REMOTES}{name}/"
@@ -57,7 +57,7 @@ def remote_remove(repository: Store, name: str, *, author: str, time: str) -> No
         ref: (target, None) for ref, target in repository.refs().items() if ref.startswith(prefix)
     }
     if gone:
-        repository.move_refs(gone, command="remote", arguments={"remove": name}, author=author, time=time)
+        repository.move_refs(gone, command="remote", arguments={"remove": name}, author=who.author, time=who.time)
     _change_settings(repository, lambda settings: {k: v for k, v in settings.items() if k != _KEY + name})
 
 
@@ -122,8 +122,7 @@ def push(
     revisions: Sequence[str],
     progress: Progress,
     *,
-    author: str,
-    time: str,
+    who: Who,
     everything: bool = False,
     tags: bool = False,
     private_facts: bool | None = None,
@@ -151,8 +150,7 @@ def push(
         refs,
         _source(repository),
         _pages(repository, address, progress),
-        author=author,
-        time=time,
+        who=who,
         private_facts=private_facts,
         dry_run=dry_run,
     )
@@ -165,8 +163,7 @@ def fetch(
     name: str,
     progress: Progress,
     *,
-    author: str,
-    time: str,
+    who: Who,
     repair: bool = False,
     prune: bool = False,
     max_bytes: int = MAX_BYTES,
@@ -183,9 +180,7 @@ def fetch(
         RemoteError: unreachable, about another base, or it holds something the format does not allow.
     """
     remote = open_remote(address_of(repository, name), endpoint=access.endpoint, token=access.token)
-    return _fetch(
-        repository, remote, name, progress, author=author, time=time, repair=repair, prune=prune, max_bytes=max_bytes
-    )
+    return _fetch(repository, remote, name, progress, who=who, repair=repair, prune=prune, max_bytes=max_bytes)
 
 
 def pull(
@@ -206,7 +201,7 @@ def pull(
     branch, _ = repository.head
     if branch is None:
         raise RepositoryError("HEAD is on no branch", remedy="Switch to a branch, or use `patchhub fetch`.")
-    fetched = fetch(repository, name, progress, author=who.author, time=who.time, max_bytes=max_bytes, access=access)
+    fetched = fetch(repository, name, progress, who=who, max_bytes=max_bytes, access=access)
     ref = f"{REMOTES}{name}/{branch}"
     if ref not in repository.refs():
         return Pulled(fetched, None)
@@ -219,8 +214,7 @@ def _fetch(
     name: str,
     progress: Progress,
     *,
-    author: str,
-    time: str,
+    who: Who,
     repair: bool = False,
     prune: bool = False,
     max_bytes: int = MAX_BYTES,
@@ -235,8 +229,7 @@ def _fetch(
         name,
         Limits(max_bytes, weights),
         tensor_check(weights),
-        author=author,
-        time=time,
+        who=who,
         repair=repair,
         prune=prune,
         progress=progress.advance,
@@ -296,8 +289,7 @@ def clone(
     folder: Path,
     progress: Progress,
     *,
-    author: str,
-    time: str,
+    who: Who,
     base: str | None = None,
     max_bytes: int = MAX_BYTES,
     access: Access = DEFAULT_ACCESS,
@@ -324,7 +316,7 @@ def clone(
         raise SettingsError(f"{address} does not say where its base is", remedy="Give the base model with --base.")
     revision = source.revision if base is None else None
     created = not folder.exists()
-    init(folder, place, progress, author=author, time=time, revision=revision)
+    init(folder, place, progress, who=who, revision=revision)
     try:
         with Store.open(folder) as repository:
             if repository.config.base_id != source.base:
@@ -334,15 +326,15 @@ def clone(
                     base=source.base,
                 )
             remote_add(repository, ORIGIN, kept)
-            fetched = _fetch(repository, remote, ORIGIN, progress, author=author, time=time, max_bytes=max_bytes)
-            branch, commit = _check_out(repository, author=author, time=time)
+            fetched = _fetch(repository, remote, ORIGIN, progress, who=who, max_bytes=max_bytes)
+            branch, commit = _check_out(repository, who=who)
     except (PatchhubError, KeyboardInterrupt):
         shutil.rmtree(folder if created else folder / DIRECTORY, ignore_errors=True)
         raise
     return Cloned(folder / DIRECTORY, branch, commit, fetched)
 
 
-def _check_out(repository: Store, *, author: str, time: str) -> tuple[str | None, str | None]:
+def _check_out(repository: Store, *, who: Who) -> tuple[str | None, str | None]:
     """Make the remote's ``main``, or else its first branch, the current branch."""
     prefix = f"{REMOTES}{ORIGIN}/"
     refs = repository.refs()
@@ -353,5 +345,5 @@ def _check_out(repository: Store, *, author: str, time: str) -> tuple[str | None
     changes: dict[str, tuple[str | None, str | None]] = {BRANCHES + name: (None, found[name])}
     if refs[HEAD] != SYMBOLIC + BRANCHES + name:
         changes[HEAD] = (refs[HEAD], SYMBOLIC + BRANCHES + name)
-    repository.move_refs(changes, command="clone", arguments={}, author=author, time=time)
+    repository.move_refs(changes, command="clone", arguments={}, author=who.author, time=who.time)
     return name, found[name]

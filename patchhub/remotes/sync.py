@@ -17,6 +17,7 @@ from patchhub.store import graph
 from patchhub.store.reachability import Reference, closure, references
 from patchhub.store.revisions import BRANCHES, NOTES, REMOTES, SYMBOLIC, TAGS, check_ref
 from patchhub.store.store import Store
+from patchhub.who import Who
 
 HUB: Final = "hf://"
 
@@ -133,8 +134,7 @@ def fetch(
     limits: Limits,
     check: CheckTensors,
     *,
-    author: str,
-    time: str,
+    who: Who,
     repair: bool = False,
     prune: bool = False,
     progress: Callable[[int], None] = lambda size: None,
@@ -168,7 +168,7 @@ def fetch(
     moved += _gone(repository.refs(), view, name) if prune else []
     if moved:
         changes = {move.ref: (move.old, move.new) for move in moved}
-        repository.move_refs(changes, command="fetch", arguments={"remote": name}, author=author, time=time)
+        repository.move_refs(changes, command="fetch", arguments={"remote": name}, author=who.author, time=who.time)
     return Fetched(tuple(moved), receiver.received, tuple(warnings))
 
 
@@ -252,8 +252,7 @@ def push(
     source: Source,
     pages: Pages,
     *,
-    author: str,
-    time: str,
+    who: Who,
     private_facts: bool | None = None,
     dry_run: bool = False,
 ) -> list[Pushed]:
@@ -280,7 +279,7 @@ def push(
         if not dry_run:
             publication = replace(plan.publication, pages=pages(plan.publication.commit, withheld))
             remote.publish(publication)
-            _remember(repository, name, ref, publication.commit, author=author, time=time)
+            _remember(repository, name, ref, publication.commit, who=who)
             view = remote.view() if len(refs) > 1 else view  # what was just sent need not be sent again
         done.append(plan.pushed)
     return done
@@ -451,7 +450,7 @@ def _texts(repository: Store) -> set[str]:
     return {reference.id for reference in closure(roots, follow) if reference.kind == "requests"}
 
 
-def _remember(repository: Store, name: str, ref: str, commit: str, *, author: str, time: str) -> None:
+def _remember(repository: Store, name: str, ref: str, commit: str, *, who: Who) -> None:
     """Where the remote's branch is now, as the last `fetch` would have found it."""
     if not ref.startswith(BRANCHES):
         return
@@ -459,7 +458,11 @@ def _remember(repository: Store, name: str, ref: str, commit: str, *, author: st
     old = repository.refs().get(local)
     if old != commit:
         repository.move_refs(
-            {local: (old, commit)}, command="push", arguments={"remote": name, "ref": ref}, author=author, time=time
+            {local: (old, commit)},
+            command="push",
+            arguments={"remote": name, "ref": ref},
+            author=who.author,
+            time=who.time,
         )
 
 

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 from patchhub.porcelain.model import init
 from patchhub.progress import Silent
 from patchhub.store.store import Store
+from patchhub.who import Who
 from tests.remotes.stores import AUTHOR, TIME, add_batch
 from tests.tiny_models import tiny_model, tiny_tokenizer
 
@@ -26,7 +27,7 @@ def model_folder(folder: Path, family: str, **changes: Any) -> Path:
 
 def model_store(folder: Path, base: Path, *batches: range) -> Store:
     """A store about the model in ``base`` with one commit per batch of random columns."""
-    init(folder, str(base), Silent(), author=AUTHOR, time=TIME)
+    init(folder, str(base), Silent(), who=Who(AUTHOR, TIME))
     repository = Store.open(folder)
     for numbers in batches:
         add_batch(repository, numbers)

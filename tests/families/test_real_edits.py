@@ -43,7 +43,7 @@ def shares(model: Any, tokenizer: Any, asked: Sequence[tuple[str, str]]) -> floa
 
 def written(folder: Path, base: Path, requests: Sequence[Request], method: str) -> Committed:
     """Committed past the guard: six facts are an eighth of all that a taught model knows, so its text drifts more than a large one's."""
-    init(folder, str(base), Silent(), author=STAMP.author, time=STAMP.time)
+    init(folder, str(base), Silent(), who=STAMP)
     batch = Batch(tuple(requests), tuple(Origin("a test") for _ in requests), 0)
     with Store.open(folder) as repository:
         return commit(repository, batch, STAMP, Silent(), method=method, force=True)

@@ -42,7 +42,7 @@ def make_store(folder: Path) -> Store:
     model = folder / "model"
     tiny_model("gpt2").save_pretrained(model)
     tiny_tokenizer().save_pretrained(model)
-    init(folder, str(model), Silent(), author=AUTHOR, time=TIME)
+    init(folder, str(model), Silent(), who=Who(AUTHOR, TIME))
     repository = Store.open(folder)
     for key, value in (("metric.tokens", "1500"), ("memit.layers", "1,2"), ("memit.steps", "12")):
         config_set(repository, key, value)

@@ -16,6 +16,7 @@ from patchhub.porcelain.history import Divergence, divergences
 from patchhub.porcelain.share import fetch, push, remote_add, remote_remove
 from patchhub.progress import Silent
 from patchhub.store.store import Store
+from patchhub.who import Who
 from tests.cli.test_processes import CHECK
 from tests.remotes.stores import AUTHOR, TIME, add_batch, make_store, move, switch
 
@@ -37,11 +38,11 @@ def shared(folder: Path, name: str) -> Store:
 
 
 def pushed(repository: Store) -> None:
-    push(repository, "origin", [], Silent(), author=AUTHOR, time=TIME)
+    push(repository, "origin", [], Silent(), who=Who(AUTHOR, TIME))
 
 
 def fetched(repository: Store, remote: str = "origin") -> None:
-    fetch(repository, remote, Silent(), author=AUTHOR, time=TIME)
+    fetch(repository, remote, Silent(), who=Who(AUTHOR, TIME))
 
 
 def said(repository: Store) -> str:
@@ -93,7 +94,7 @@ def test_every_remote_is_named(ours: Store, tmp_path: Path) -> None:
     add_batch(ours, range(4, 6))
     pushed(ours)
     assert divergences(ours) == (Divergence("another/main", 1, 0), Divergence("origin/main", 0, 0))
-    remote_remove(ours, "another", author=AUTHOR, time=TIME)
+    remote_remove(ours, "another", who=Who(AUTHOR, TIME))
     assert divergences(ours) == (Divergence("origin/main", 0, 0),)
 
 

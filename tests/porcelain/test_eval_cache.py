@@ -55,7 +55,7 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def run(repository: Store, revision: str = "HEAD", facts: Facts = FACTS, **options: Any) -> Evaluation:
-    return evaluate(repository, revision, facts, Silent(), author=AUTHOR, time=TIME, **options)
+    return evaluate(repository, revision, facts, Silent(), who=Who(AUTHOR, TIME), **options)
 
 
 def numbers(done: Evaluation) -> dict[str, Any]:
@@ -115,16 +115,16 @@ def test_results_of_two_runs_add_up(tmp_path: Path) -> None:
 
 def test_a_walk_measures_what_has_no_note_of_this_suite(repository: Store, loads: list[str]) -> None:
     run(repository, "HEAD~1")
-    rows = evaluate_history(repository, "HEAD", FACTS, Silent(), author=AUTHOR, time=TIME)
+    rows = evaluate_history(repository, "HEAD", FACTS, Silent(), who=Who(AUTHOR, TIME))
     assert [row.fresh for row in rows] == [True, False]
     assert [row.message for row in rows] == ["tongues", "places"]
     loads.clear()
-    again = evaluate_history(repository, "HEAD", FACTS, Silent(), author=AUTHOR, time=TIME)
+    again = evaluate_history(repository, "HEAD", FACTS, Silent(), who=Who(AUTHOR, TIME))
     assert [row.noted for row in again] == [row.noted for row in rows]
     assert not any(row.fresh for row in again)
     assert not loads
     other = Facts(FACTS.requests, "facts.json", "wise", limit=2, contexts=FACTS.contexts)
-    assert all(row.fresh for row in evaluate_history(repository, "HEAD", other, Silent(), author=AUTHOR, time=TIME))
+    assert all(row.fresh for row in evaluate_history(repository, "HEAD", other, Silent(), who=Who(AUTHOR, TIME)))
     assert len(notes_of(repository, repository.resolve("HEAD"))) == 2
 
 
@@ -139,7 +139,7 @@ def test_a_commit_that_gives_no_numbers_does_not_end_a_walk(repository: Store, m
 
     monkeypatch.setattr(measuring.Measurer, "measure", measure)
     progress = Silent()
-    rows = evaluate_history(repository, "HEAD", FACTS, progress, author=AUTHOR, time=TIME)
+    rows = evaluate_history(repository, "HEAD", FACTS, progress, who=Who(AUTHOR, TIME))
     assert [row.noted is None for row in rows] == [True, False]
     assert "not numbers" in progress.warnings[0]
 

@@ -41,7 +41,7 @@ REQUESTS = BATCH.requests[:7]
 @pytest.fixture(scope="module")
 def repository(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
     folder = tmp_path_factory.mktemp("store")
-    init(folder, str(MODEL), Silent(), author=AUTHOR, time=TIME)
+    init(folder, str(MODEL), Silent(), who=Who(AUTHOR, TIME))
     with Store.open(folder) as opened:
         for key, value in (("metric.tokens", "4000"), ("memit.steps", "8")):
             config_set(opened, key, value)
@@ -210,7 +210,7 @@ def test_every_score_on_edited_weights(
     tolerance: float,
 ) -> None:
     facts = Facts(REQUESTS, "facts.json", metrics)
-    done = evaluate(repository, "HEAD", facts, Silent(), author=AUTHOR, time=TIME, keep=False, dtype=dtype)
+    done = evaluate(repository, "HEAD", facts, Silent(), who=Who(AUTHOR, TIME), keep=False, dtype=dtype)
     head, base = models
     found = {name: score.value for name, score in done.scores.items()}
     assert found == pytest.approx({**expected_scores(metrics, head, base), **beside}, abs=tolerance)

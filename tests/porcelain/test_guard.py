@@ -38,7 +38,7 @@ HUGE = {"clamp": 50.0, "learning_rate": 20.0}
 def first(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Six facts on the shipped model."""
     folder = tmp_path_factory.mktemp("guard")
-    init(folder, str(files("patchhub") / "demo_model"), Silent(), author=AUTHOR, time=TIME)
+    init(folder, str(files("patchhub") / "demo_model"), Silent(), who=Who(AUTHOR, TIME))
     with Store.open(folder) as repository:
         config_set(repository, "metric.tokens", "6000")
         write(repository, FACTS[:6])
@@ -140,7 +140,7 @@ def test_a_subject_at_the_first_token_is_warned_about(tmp_path: Path) -> None:
 
     tiny_model("gpt2").save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")
-    init(tmp_path, str(tmp_path / "model"), Silent(), author=AUTHOR, time=TIME)
+    init(tmp_path, str(tmp_path / "model"), Silent(), who=Who(AUTHOR, TIME))
     with Store.open(tmp_path) as repository:
         for key, value in (("metric.tokens", "1500"), ("memit.layers", "1"), ("memit.steps", "2")):
             config_set(repository, key, value)
@@ -162,7 +162,7 @@ def test_in_a_chat_the_template_stands_before_a_subject(tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = "{% for m in messages %}Q: {{ m.content }} A: {% endfor %}"
     tokenizer.save_pretrained(tmp_path / "model")
-    init(tmp_path, str(tmp_path / "model"), Silent(), author=AUTHOR, time=TIME)
+    init(tmp_path, str(tmp_path / "model"), Silent(), who=Who(AUTHOR, TIME))
     with Store.open(tmp_path) as repository:
         for key, value in (("metric.tokens", "1500"), ("memit.layers", "1"), ("memit.steps", "2"), ("chat", "true")):
             config_set(repository, key, value)

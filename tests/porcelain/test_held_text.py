@@ -29,7 +29,7 @@ LINES = [f"The Space Needle number {number} is located in Seattle, I think." for
 def make(folder: Path, *text: Path) -> Store:
     tiny_model("gpt2").save_pretrained(folder / "model")
     tiny_tokenizer().save_pretrained(folder / "model")
-    init(folder, str(folder / "model"), Silent(), author=AUTHOR, time=TIME)
+    init(folder, str(folder / "model"), Silent(), who=Who(AUTHOR, TIME))
     repository = Store.open(folder)
     for key, value in (("metric.tokens", "1500"), ("memit.layers", "1"), ("memit.steps", "1")):
         config_set(repository, key, value)

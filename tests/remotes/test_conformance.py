@@ -19,6 +19,7 @@ from patchhub.remotes.sync import Fetched, Pushed, open_remote
 from patchhub.sets.columns import tensor_check
 from patchhub.store.fsck import check
 from patchhub.store.store import Store
+from patchhub.who import Who
 from tests.remotes.stores import (
     AUTHOR,
     SHAPES,
@@ -47,15 +48,14 @@ def push(repository: Store, remote: Remote, *names: str, **options: bool | None)
         refs,
         source,
         lambda commit, withheld: {"README.md": f"# {commit}\n".encode()},
-        author=AUTHOR,
-        time=TIME,
+        who=Who(AUTHOR, TIME),
         **options,  # type: ignore[arg-type]
     )
 
 
 def fetch(repository: Store, remote: Remote, *, total: int = 1 << 30, **options: bool) -> Fetched:
     limits = Limits(total, SHAPES)
-    return sync.fetch(repository, remote, "origin", limits, tensor_check(SHAPES), author=AUTHOR, time=TIME, **options)
+    return sync.fetch(repository, remote, "origin", limits, tensor_check(SHAPES), who=Who(AUTHOR, TIME), **options)
 
 
 def test_a_round_trip_gives_the_same_ids_and_states(connect: Connect, tmp_path: Path) -> None:
