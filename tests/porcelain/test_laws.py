@@ -16,6 +16,7 @@ from patchhub.porcelain.merge import Merged, merge
 from patchhub.porcelain.refs import undo
 from patchhub.store.fsck import check
 from patchhub.store.graph import merge_bases
+from patchhub.who import Who
 from tests.porcelain.synthetic import AUTHOR, BY, TIME, Synthetic, distance, make_request, make_store, stamp
 
 HISTORIES = 1000
@@ -108,7 +109,7 @@ def reverts_obey(store: Synthetic, rng: random.Random, tip: str) -> int:
         assert bool(alike) == (done.same_as is not None)
         seen += bool(alike)
         after = repository.refs()
-        undo(repository, author=AUTHOR, time=TIME)
+        undo(repository, who=Who(AUTHOR, TIME))
         assert repository.refs() == view
         repository.redo(author=AUTHOR, time=TIME)
         assert repository.refs() == after

@@ -11,6 +11,7 @@ from patchhub.errors import PatchhubError, RepositoryError, RevisionError, Stale
 from patchhub.porcelain import refs
 from patchhub.porcelain.refs import RefEntry, undo
 from patchhub.store.store import Store
+from patchhub.who import Who
 from tests.porcelain.synthetic import AUTHOR, BY, TIME, Synthetic, make_request, make_store
 
 Verb = Callable[[Store], object]
@@ -47,7 +48,7 @@ def test_undo_gives_every_ref_back_after_every_verb(store: Synthetic, verb: str)
     after = store.repository.refs()
     assert after != before
     assert len(list(store.repository.operations())) == operations + 1
-    undo(store.repository, author=AUTHOR, time=TIME)
+    undo(store.repository, who=Who(AUTHOR, TIME))
     assert store.repository.refs() == before
     store.repository.redo(author=AUTHOR, time=TIME)
     assert store.repository.refs() == after

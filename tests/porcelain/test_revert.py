@@ -13,6 +13,7 @@ from patchhub.porcelain import refs
 from patchhub.porcelain.change import cherry_pick, revert
 from patchhub.porcelain.merge import Merged, merge
 from patchhub.porcelain.refs import undo
+from patchhub.who import Who
 from tests.porcelain.synthetic import AUTHOR, BY, TIME, Synthetic, distance, make_request, make_store, stamp
 
 TIGHT = 1e-6
@@ -55,7 +56,7 @@ def test_random_histories_of_reverts(block: int, tmp_path: Path) -> None:
             assert bool(alike) == (done.same_as is not None)
             assert all(store.repository.state(done.commit) == store.repository.state(c) for c in alike)
             seen_again += bool(alike)
-            undo(store.repository, author=AUTHOR, time=TIME)
+            undo(store.repository, who=Who(AUTHOR, TIME))
             assert store.repository.refs() == refs_before
             assert store.repository.head[1] == before
             store.repository.redo(author=AUTHOR, time=TIME)
@@ -208,7 +209,7 @@ def test_cherry_pick_brings_one_commit_over(store: Synthetic) -> None:
     assert done.stale == 1
     assert done.proof < PROVEN
     assert distance(store.weights(), store.solution(store.active())) < TIGHT
-    undo(store.repository, author=AUTHOR, time=TIME)
+    undo(store.repository, who=Who(AUTHOR, TIME))
     assert store.repository.refs() == before
 
 

@@ -38,6 +38,7 @@ from patchhub.store.fsck import check, reindex
 from patchhub.store.lookup import Selection, whole_patches
 from patchhub.store.states import commits_read
 from patchhub.store.states import whole_patches as whole_from_objects
+from patchhub.who import Who
 from patchhub.worktree.loading import routing_at, stored_shard
 from tests.porcelain.handmade_shards import commit_shard, put_shard
 from tests.porcelain.synthetic import AUTHOR, BY, SHAPES, TIME, Synthetic, distance, make_request, make_store, stamp
@@ -211,7 +212,7 @@ def test_reverting_a_continuation_brings_the_old_shard_back_bit_for_bit(store: S
     done = revert(store.repository, "HEAD", stamp())  # and forward again
     assert at_head(store) == {second.id}
     assert subjects(done.restored) == ["c"]
-    undo(store.repository, author=AUTHOR, time=TIME)
+    undo(store.repository, who=Who(AUTHOR, TIME))
     assert at_head(store) == {first.id}
 
 

@@ -17,6 +17,7 @@ from patchhub.progress import Silent
 from patchhub.remotes.hub import HubRemote
 from patchhub.runtime.patched_model import load_patched
 from patchhub.store.store import Store
+from patchhub.who import Who
 from patchhub.worktree.loading import hub_name, open_published, state_at
 from tests.export.models import distance, load_base, logits, model_folder, model_store
 from tests.remotes.conftest import TOKEN
@@ -51,7 +52,7 @@ def store(base: Path, tmp_path: Path, hub: Any, monkeypatch: pytest.MonkeyPatch)
 
 
 def push(repository: Store, hub: Any, **options: Any) -> None:
-    verbs.push(repository, "origin", (), Silent(), author=AUTHOR, time=TIME, access=Access(hub.url, TOKEN), **options)
+    verbs.push(repository, "origin", (), Silent(), who=Who(AUTHOR, TIME), access=Access(hub.url, TOKEN), **options)
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # PEFT asks transformers the old way
@@ -129,8 +130,7 @@ def test_a_clone_is_a_store_like_any_other(store: Store, base: Path, hub: Any, t
         "hf://tester/facts",
         tmp_path / "clone",
         Silent(),
-        author=AUTHOR,
-        time=TIME,
+        who=Who(AUTHOR, TIME),
         base=str(base),
         access=Access(hub.url, TOKEN),
     )
@@ -154,8 +154,7 @@ def test_a_failed_clone_leaves_nothing(store: Store, hub: Any, base: Path, tmp_p
             "hf://tester/facts",
             tmp_path / "clone",
             Silent(),
-            author=AUTHOR,
-            time=TIME,
+            who=Who(AUTHOR, TIME),
             base=str(other),
             access=Access(hub.url, TOKEN),
         )
@@ -199,4 +198,4 @@ def test_nothing_there_is_said(hub: Any, tmp_path: Path) -> None:
     with make_store(tmp_path / "store") as repository:
         remote_add(repository, "origin", "hf://tester/facts")
         with pytest.raises(RemoteError, match="holds no patchhub store"):
-            verbs.fetch(repository, "origin", Silent(), author=AUTHOR, time=TIME, access=Access(hub.url, TOKEN))
+            verbs.fetch(repository, "origin", Silent(), who=Who(AUTHOR, TIME), access=Access(hub.url, TOKEN))

@@ -20,6 +20,7 @@ from patchhub.runtime.patched_model import load_patched
 from patchhub.runtime.routing import routed
 from patchhub.sets.shards import shards_at
 from patchhub.store.store import Store
+from patchhub.who import Who
 from patchhub.worktree.loading import open_published, state_at
 from tests.export.models import load_base, logits, model_folder, model_store
 from tests.porcelain.handmade_shards import commit_shard
@@ -55,7 +56,7 @@ def store(base: Path, tmp_path: Path, hub: Any, monkeypatch: pytest.MonkeyPatch)
 def push(repository: Store, hub: Any) -> Silent:
     progress = Silent()
     access = Access(hub.url, TOKEN)
-    verbs.push(repository, "origin", (), progress, author=AUTHOR, time=TIME, everything=True, access=access)
+    verbs.push(repository, "origin", (), progress, who=Who(AUTHOR, TIME), everything=True, access=access)
     return progress
 
 
@@ -116,9 +117,9 @@ def test_what_is_no_shard_does_not_get_in(change: dict[str, Any], store: Store, 
         set_digest=set_digest(elements),
     )
     remote, clone = tmp_path / "remote", tmp_path / "clone"
-    store.record(commit, command="commit", arguments={}, author=AUTHOR, time=TIME)
+    store.record(commit, command="commit", arguments={}, who=Who(AUTHOR, TIME))
     remote_add(store, "folder", f"file://{remote}")
-    verbs.push(store, "folder", (), Silent(), author=AUTHOR, time=TIME)
+    verbs.push(store, "folder", (), Silent(), who=Who(AUTHOR, TIME))
     with pytest.raises(PatchhubError, match=r"shard|weight|refused"):
-        verbs.clone(f"file://{remote}", clone, Silent(), author=AUTHOR, time=TIME, base=str(base))
+        verbs.clone(f"file://{remote}", clone, Silent(), who=Who(AUTHOR, TIME), base=str(base))
     assert not clone.exists()
