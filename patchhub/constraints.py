@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -28,12 +29,17 @@ _BLOCK = 64  # below this size a triangular solve is one LAPACK call
 
 @dataclass(frozen=True, eq=False)
 class Columns:
-    """What n requests ask of one weight."""
+    """What n requests ask of one weight.
+
+    Attributes:
+        labels: what each row is of, in the rows' order; none where nobody asks. The algebra carries them along and never looks.
+    """
 
     keys: Float[np.ndarray, "n in"]
     preimages: Float[np.ndarray, "n in"]
     residuals: Float[np.ndarray, "n out"]
     ridge: Float[np.ndarray, " n"]
+    labels: tuple[Any, ...] = ()
 
     def __len__(self) -> int:
         return len(self.ridge)
@@ -45,7 +51,8 @@ class Columns:
 
     def take(self, rows: Sequence[int]) -> Columns:
         index = np.asarray(rows, dtype=np.intp)
-        return Columns(self.keys[index], self.preimages[index], self.residuals[index], self.ridge[index])
+        labels = tuple(self.labels[row] for row in index) if self.labels else ()
+        return Columns(self.keys[index], self.preimages[index], self.residuals[index], self.ridge[index], labels)
 
 
 def no_columns(shape: tuple[int, int]) -> Columns:
@@ -62,6 +69,7 @@ def join(parts: Sequence[Columns]) -> Columns:
         np.concatenate([p.preimages for p in parts]),
         np.concatenate([p.residuals for p in parts]),
         np.concatenate([p.ridge for p in parts]),
+        tuple(label for p in parts for label in p.labels),
     )
 
 
@@ -70,7 +78,7 @@ def beyond(columns: Columns, deltas: Sequence[Delta]) -> Columns:
     if not deltas or not len(columns):
         return columns
     present = image(add(deltas, columns.shape), columns.keys)
-    return Columns(columns.keys, columns.preimages, columns.residuals - present, columns.ridge)
+    return Columns(columns.keys, columns.preimages, columns.residuals - present, columns.ridge, columns.labels)
 
 
 def solve(columns: Columns) -> LowRank:

@@ -107,8 +107,8 @@ def commit(
     """
     from patchhub.editing.requests import Batch, Origin, one_request, read_requests
     from patchhub.porcelain.commit import commit as run
-    from patchhub.porcelain.commit import read_overrides
     from patchhub.worktree.opening import placement_of
+    from patchhub.worktree.recording import read_overrides
 
     repository = open_repository(repo)
     method = method or repository.config.settings.get("method", "memit")
@@ -344,8 +344,8 @@ def update(
     as_json: bool,
 ) -> None:
     """Give one active fact another target: one commit that removes the old request and adds the new one."""
-    from patchhub.porcelain.commit import read_overrides
     from patchhub.porcelain.commit import update as run
+    from patchhub.worktree.recording import read_overrides
 
     repository = open_repository(repo)
     method = method or str(repository.config.settings.get("method", "memit"))

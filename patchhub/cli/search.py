@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from patchhub.cli.options import chat_option
+from patchhub.cli.options import chat_option, placement_options
 from patchhub.cli.terminal import (
     bars,
     count,
@@ -23,7 +23,7 @@ from patchhub.cli.terminal import (
 from patchhub.errors import SettingsError
 
 if TYPE_CHECKING:
-    from patchhub.porcelain.blame import Bisection, Blame, Check, MetricCheck, Step
+    from patchhub.porcelain.blame import Bisection, Blame, Check, Step
     from patchhub.store.lookup import Change, Fact
     from patchhub.store.store import Store
 
@@ -64,6 +64,7 @@ def search(words: tuple[str, ...], subject: str, rev: str, limit: int, repo: Pat
 @click.option("--lookup", is_flag=True, help="Only look PROMPT up among the active facts; no model runs.")
 @click.option("-n", "--limit", type=click.IntRange(min=1), default=_SHOWN, show_default=True, help="Facts to show.")
 @click.option("--base", help="Where the base model is, if it moved.")
+@placement_options
 @chat_option
 @repo_option
 @json_option
@@ -75,6 +76,9 @@ def blame(
     lookup: bool,
     limit: int,
     base: str | None,
+    device: str | None,
+    dtype: str | None,
+    quantization: str | None,
     chat: bool | None,
     repo: Path | None,
     as_json: bool,
@@ -95,9 +99,11 @@ def blame(
             _mentioned(prompt, facts)
         return
     from patchhub.porcelain.blame import blame as run
+    from patchhub.worktree.opening import placement_of
 
+    place = placement_of(repository, device=device, dtype=dtype, quantization=quantization)
     with bars() as progress:
-        found = run(repository, prompt, progress, subject=subject, revision=rev, base=base, chat=chat)
+        found = run(repository, prompt, progress, subject=subject, revision=rev, base=base, placement=place, chat=chat)
     if as_json:
         print_json(found.to_json())
         return
@@ -116,6 +122,7 @@ def blame(
     "--facts", type=click.Path(path_type=Path, dir_okay=False), help="Facts to measure on. Default: the active ones."
 )
 @click.option("--base", help="Where the base model is, if it moved.")
+@placement_options
 @chat_option
 @repo_option
 @json_option
@@ -129,6 +136,9 @@ def bisect(
     above: float | None,
     facts: Path | None,
     base: str | None,
+    device: str | None,
+    dtype: str | None,
+    quantization: str | None,
     chat: bool | None,
     repo: Path | None,
     as_json: bool,
@@ -155,7 +165,22 @@ def bisect(
                 raise SettingsError("a command asks the model in its own way", remedy="Leave --chat out.")
             found = run(repository, good, bad, _command_check(repository, command, base), progress)
         else:
-            check = _metric_check(repository, metric, good, bad, (below, above), facts, base, chat)
+            from patchhub.editing.requests import read_requests
+            from patchhub.porcelain.blame import facts_to_measure, metric_check
+            from patchhub.worktree.opening import placement_of
+
+            requests = read_requests(facts).requests if facts else facts_to_measure(repository, metric, good, bad)
+            check = metric_check(
+                repository,
+                metric,
+                requests,
+                below=below,
+                above=above,
+                progress=progress,
+                base=base,
+                placement=placement_of(repository, device=device, dtype=dtype, quantization=quantization),
+                chat=chat,
+            )
             found = run(repository, good, bad, check, progress, chat=check.chat)
     if as_json:
         print_json(found.to_json())
@@ -195,23 +220,6 @@ def _command_check(repository: Store, command: tuple[str, ...], base: str | None
             ) from error
 
     return command_check(repository, run, Silent(), base=base)
-
-
-def _metric_check(
-    repository: Store,
-    metric: str,
-    good: str,
-    bad: str,
-    bounds: tuple[float | None, float | None],
-    facts: Path | None,
-    base: str | None,
-    chat: bool | None,
-) -> MetricCheck:
-    from patchhub.editing.requests import read_requests
-    from patchhub.porcelain.blame import facts_to_measure, metric_check
-
-    requests: Any = read_requests(facts).requests if facts else facts_to_measure(repository, metric, good, bad)
-    return metric_check(repository, metric, requests, below=bounds[0], above=bounds[1], base=base, chat=chat)
 
 
 def _bisection(found: Bisection) -> None:

@@ -6,7 +6,10 @@ from pathlib import Path
 
 import click
 
+from patchhub.cli.options import check_option, force_option
 from patchhub.cli.terminal import (
+    author_option,
+    bars,
     count,
     json_option,
     now,
@@ -24,20 +27,26 @@ _SHOWN = 20
 @click.command()
 @click.argument("span")
 @click.option("-m", "--message", default="", help="Why. Default: the messages of the squashed commits.")
-@click.option("--author", help='Who makes this change, "Ada <ada@example.org>".')
+@check_option
+@force_option
+@author_option
 @repo_option
 @json_option
 @reports_errors
-def squash(span: str, message: str, author: str | None, repo: Path | None, as_json: bool) -> None:
+def squash(
+    span: str, message: str, check: bool, force: bool, author: str | None, repo: Path | None, as_json: bool
+) -> None:
     """Make one commit of the newest ones: SPAN is how many, or FROM..HEAD.
 
     The active facts stay the same, and the weights to 1e-6; no model runs. Merges in between become plain. The old commits
     stay in the operation log: `patchhub undo` brings them back.
     """
     from patchhub.porcelain.change import squash as run
+    from patchhub.worktree.judging import Guarding
 
     repository = open_repository(repo)
-    done = run(repository, span, stamp(repository, author, message))
+    with bars() as progress:
+        done = run(repository, span, stamp(repository, author, message), progress, guarding=Guarding(force, check))
     if as_json:
         print_json(done.to_json())
         return

@@ -67,7 +67,7 @@ def _pages(which: str) -> int:
     return os.sysconf(which) * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else _UNKNOWN
 
 
-DTYPES: Final = ("auto", "float32", "bfloat16", "float16")
+DTYPES: Final = ("auto", "float32", "bfloat16", "float16", "float64")
 QUANTIZATIONS: Final = ("none", "8bit", "4bit")
 
 

@@ -15,18 +15,17 @@ from typing import Any, Final, Literal
 import numpy as np
 import torch
 from jaxtyping import Float
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from patchhub.constraints import responsibilities
 from patchhub.editing.locate import encode_text
 from patchhub.errors import RequestError, RevisionError, SettingsError
-from patchhub.models.architectures import describe, read_config
-from patchhub.models.tracing import Stack, right_padded
+from patchhub.models.placement import Placement
+from patchhub.models.tracing import right_padded
 from patchhub.objects import Element, Request
 from patchhub.porcelain.history import Entry, request_json, show
 from patchhub.porcelain.search import fact_json, mentioned
-from patchhub.progress import Progress
-from patchhub.runtime.patched_model import attach
+from patchhub.progress import Progress, Silent
 from patchhub.sets.columns import read_columns
 from patchhub.sets.elements import active_requests, distinct, places_of
 from patchhub.sets.shards import without_shards
@@ -34,9 +33,9 @@ from patchhub.store import graph, lookup
 from patchhub.store.graph import Parents
 from patchhub.store.lookup import Fact
 from patchhub.store.store import Store
-from patchhub.text.tokens import Chat, load_tokenizer
-from patchhub.worktree.loading import main_state_at, open_base
-from patchhub.worktree.opening import chat_form
+from patchhub.text.tokens import Chat
+from patchhub.worktree.opening import Worktree, open_worktree
+from patchhub.worktree.states import main_state_at, state_at
 
 Keys = Mapping[str, Float[np.ndarray, " in"]]
 
@@ -108,6 +107,7 @@ def blame(
     subject: str | None = None,
     revision: str = "HEAD",
     base: str | None = None,
+    placement: Placement | None = None,
     chat: bool | None = None,
 ) -> Blame:
     """Split the change at a prompt's key among the active requests.
@@ -115,6 +115,7 @@ def blame(
     Args:
         subject: read the keys at the last token of this part of the prompt. Default: of the longest subject of an active fact that is
             in the prompt, since that is where facts are written; without one, the prompt's last token.
+        placement: on which device, in which type or quantisation the model runs; None: as the repository's config says.
         chat: the prompt is the user's message of the base's chat form; None: as the repository's config says.
 
     Raises:
@@ -135,13 +136,16 @@ def blame(
     facts = mentioned(repository, prompt, revision)
     place = subject if subject is not None else next((fact.subject for fact in facts), None)
     columns = read_columns(repository, elements)
-    reading = _read(repository, prompt, place, sorted(columns), revision, base, chat, progress)
+    state = main_state_at(repository, revision)
+    tree = open_worktree(repository, progress, state, base=base, placement=placement, chat=chat)
+    reading = _read(tree, prompt, place, sorted(columns))
+    progress.close()
     contributions = {
         weight: responsibilities(found) * (found.preimages.astype(np.float64) @ reading.keys[weight])[:, None]
         for weight, found in columns.items()
     }
     changes = {weight: float(np.linalg.norm(rows.sum(0))) for weight, rows in contributions.items()}
-    owners = {weight: _owners(repository, elements, weight) for weight in columns}
+    owners = {weight: found.labels for weight, found in columns.items()}
     whole = sum(changes.values()) or 1.0
     requests = _norms(contributions, owners)
     patches = _norms(contributions, {weight: [(patch, None) for patch, _ in found] for weight, found in owners.items()})
@@ -161,12 +165,6 @@ def blame(
     )
 
 
-def _owners(repository: Store, elements: frozenset[Element], weight: str) -> list[Element]:
-    """Whose column each row of `read_columns` is, for one weight."""
-    ordered = sorted((patch, request) for patch, request in elements if request is not None)
-    return [element for element in ordered if weight in repository.patch(element[0]).weights]
-
-
 def _norms(
     contributions: Mapping[str, Float[np.ndarray, "n out"]], owners: Mapping[str, Sequence[Element]]
 ) -> dict[Element, float]:
@@ -183,40 +181,28 @@ def _norms(
 
 @torch.no_grad()
 def _read(
-    repository: Store,
+    tree: Worktree,
     prompt: str,
     subject: str | None,
     weights: Sequence[str],
-    revision: str,
-    base: str | None,
-    chat: bool | None,
-    progress: Progress,
 ) -> _Reading:
-    checkpoint = open_base(repository, base)
-    progress.stage("loading the base", 0)
-    tokenizer = load_tokenizer(checkpoint)
-    form = chat_form(repository, tokenizer, chat)
-    ids, place = _place(tokenizer, prompt, subject, form)
-    model: Any = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=torch.float32, local_files_only=True)
-    attach(model, checkpoint, main_state_at(repository, revision))
-    architecture = describe(read_config(checkpoint.folder))
-    stack = Stack(model, architecture)
+    architecture, stack = tree.architecture, tree.stack
+    ids, place = _place(tree.tokenizer, prompt, subject, tree.chat)
     layers = [layer for layer in range(architecture.n_layers) if architecture.ffn_weight(layer) in weights]
     outputs: dict[int, float] = {}
     handles = [stack.ffn_out[layer].register_forward_hook(_keep_norm(outputs, layer, place)) for layer in layers]
     batch = right_padded([ids], stack.device)
     with stack.watch_keys(layers) as seen:
-        logits = model(input_ids=batch[0], attention_mask=batch[1]).logits[0, -1]
+        logits = tree.model(input_ids=batch[0], attention_mask=batch[1]).logits[0, -1]
     for handle in handles:
         handle.remove()
     best = logits.float().softmax(-1).max(-1)
-    progress.close()
     return _Reading(
         {architecture.ffn_weight(layer): seen[layer][0, place].double().cpu().numpy() for layer in layers},
         {architecture.ffn_weight(layer): outputs[layer] for layer in layers},
-        (str(tokenizer.decode([ids[place]])), place),
-        (str(tokenizer.decode([int(best.indices)])), float(best.values)),
-        form,
+        (str(tree.tokenizer.decode([ids[place]])), place),
+        (str(tree.tokenizer.decode([int(best.indices)])), float(best.values)),
+        tree.chat,
     )
 
 
@@ -456,7 +442,9 @@ def metric_check(
     *,
     below: float | None = None,
     above: float | None = None,
+    progress: Progress | None = None,
     base: str | None = None,
+    placement: Placement | None = None,
     chat: bool | None = None,
 ) -> MetricCheck:
     """A check by a measurement: bad where it is below `below` or above `above`.
@@ -466,6 +454,7 @@ def metric_check(
     model stays in memory and is switched from commit to commit.
 
     Args:
+        placement: on which device, in which type or quantisation the model runs; None: as the repository's config says.
         chat: ask prompts, neighbours' too, in the base's chat form; None: as the repository's config says. Sentences stay outside it.
 
     Raises:
@@ -485,7 +474,7 @@ def metric_check(
             f"the facts have no prompts to measure {metric} on",
             remedy=f"Give facts{_NEEDED.get(metric, ' with neighborhood prompts')} by --facts.",
         )
-    measure, form = _measurement(repository, metric, requests, base, chat)
+    measure, form = _measurement(repository, metric, requests, progress or Silent(), base, placement, chat)
     return MetricCheck(measure, below, above, form)
 
 
@@ -503,30 +492,28 @@ def facts_to_measure(repository: Store, metric: str, good: str, bad: str) -> lis
 
 
 def _measurement(
-    repository: Store, metric: str, requests: Sequence[Request], base: str | None, chat: bool | None
+    repository: Store,
+    metric: str,
+    requests: Sequence[Request],
+    progress: Progress,
+    base: str | None,
+    placement: Placement | None,
+    chat: bool | None,
 ) -> tuple[Callable[[str | None], float], Chat | None]:
     """commit -> the number, on one model that is loaded now; and the form in which it is asked."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
     from patchhub.evaluation.metrics import perplexity
     from patchhub.evaluation.suites import read_facts, wise_scores
-    from patchhub.runtime.patched_model import attach, switch
-    from patchhub.text.tokens import load_tokenizer
-    from patchhub.worktree.loading import open_base, state_at
-    from patchhub.worktree.opening import chat_form
 
-    checkpoint = open_base(repository, base)
-    tokenizer = load_tokenizer(checkpoint)
-    form = None if metric == _ON_TEXT else chat_form(repository, tokenizer, chat)
-    model: Any = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=torch.float32, local_files_only=True)
-    model.eval()
-    attach(model, checkpoint, state_at(repository, "base"))
+    unpatched_state = state_at(repository, "base")
+    # Text is read as it is, whatever the form in which facts are asked.
+    asked = False if metric == _ON_TEXT else chat
+    tree = open_worktree(repository, progress, unpatched_state, base=base, placement=placement, chat=asked)
+    model, tokenizer, form = tree.model, tree.tokenizer, tree.chat
     unpatched = [] if metric == _ON_TEXT else read_facts(model, tokenizer, requests, chat=form)
     texts = [f"{near.prompt} {near.target}" for request in requests for near in request.neighborhood]
 
     def measure(commit: str | None) -> float:
-        switch(model, checkpoint, state_at(repository, commit or "base"))
+        tree.moved(state_at(repository, commit or "base"))
         if metric == _ON_TEXT:
             return perplexity(model, tokenizer, texts)
         scores = wise_scores(read_facts(model, tokenizer, requests, chat=form), unpatched, resamples=1)

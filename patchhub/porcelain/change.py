@@ -12,7 +12,7 @@ from patchhub.errors import RequestError, RevisionError
 from patchhub.objects import Commit, Element, Request, set_digest
 from patchhub.porcelain.history import numbers
 from patchhub.progress import Progress, Silent
-from patchhub.sets.commits import Draft, prepare, snapshot
+from patchhub.sets.commits import Draft, begin, prepare, record
 from patchhub.sets.elements import (
     Change,
     active_requests,
@@ -24,13 +24,12 @@ from patchhub.sets.elements import (
     selected,
     stale_requests,
 )
-from patchhub.sets.merging import refuse_stopped
 from patchhub.sets.shards import ShardPlan, plan_shards, shards_among, shrink, stale_shards, without_shards
 from patchhub.store import graph
 from patchhub.store.revisions import BRANCHES, HEAD
 from patchhub.store.store import Store
 from patchhub.who import Who
-from patchhub.worktree.judging import GUARDED, Guarding
+from patchhub.worktree.judging import GUARDED, Guarding, judge
 
 OnConflict = Literal["refuse", "replace"]
 
@@ -115,8 +114,7 @@ def revert(
         change = selected(repository, change, subjects, requests, where)
     elif revision is None:
         raise RequestError("nothing is named to revert", remedy="Name a commit, --subject or --request.")
-    message = who.message or f"Revert {_words(repository, change, title, bool(subjects or requests))}"
-    who = Who(who.author, who.time, message)
+    who = who.saying(f"Revert {_words(repository, change, title, bool(subjects or requests))}")
     return _carry_out(repository, change, {}, who, "revert", arguments, progress or Silent(), guarding)
 
 
@@ -186,8 +184,7 @@ def _carry_out(
     guarding: Guarding,
 ) -> Changed:
     """Commit the active set with a change of it; what is already as the change wants it is skipped."""
-    refuse_stopped(repository)
-    _, head = repository.head
+    head = begin(repository)
     before = repository.active(head)
     shards = _shard_change(repository, before, change) + shrink(repository, forgotten)
     columns = Change(without_shards(repository, change.remove), without_shards(repository, change.restore))
@@ -209,8 +206,8 @@ def _carry_out(
 
         after, trained = train_reshaped(repository, before, after, shards, progress)
     draft = Draft((head,) if head else (), after, metric, command, arguments)
-    identity = snapshot(repository, draft, who, judge=guarding.judge(repository, progress))
-    commit = repository.commit(identity)
+    commit = judge(repository, prepare(repository, draft, who), progress, guarding)
+    identity = record(repository, commit, draft)
     left, entered = left_and_entered(repository, before, after)
     again = {request for _, request in removed - columns.remove}
     skipped = {e for e in columns.remove - removed if e[1] not in again} | (columns.restore - restored)
@@ -301,23 +298,29 @@ class Squashed:
         return {"commit": self.commit, "replaced": list(self.replaced), "active": self.active, "proof": self.proof}
 
 
-def squash(repository: Store, span: str, who: Who) -> Squashed:
+def squash(
+    repository: Store, span: str, who: Who, progress: Progress | None = None, *, guarding: Guarding = GUARDED
+) -> Squashed:
     """Replace the commits of `span` by one and move the current branch to it.
 
     Args:
         span: a number, the last so many commits along first parents; or ``FROM..TO``, those after FROM up to TO, which must be
             HEAD (or left out).
         who: without a message, the messages of the squashed commits are joined.
+        guarding: how the new state is checked.
 
     Raises:
         RevisionError: the span is not at least two commits that end at HEAD.
+        RepositoryError: a stopped merge waits on HEAD.
+        GuardError: a check of the new state failed; nothing was committed.
     """
-    branch, head = repository.head
+    head = begin(repository)
+    branch, _ = repository.head
     replaced, parent = _span(repository, span, head)
-    message = who.message or "\n\n".join(repository.commit(commit).message for commit in reversed(replaced))
+    who = who.saying("\n\n".join(repository.commit(commit).message for commit in reversed(replaced)))
     tip = repository.commit(replaced[0])
     draft = Draft((parent,) if parent else (), repository.active(replaced[0]), tip.metric, "squash", {})
-    commit = prepare(repository, draft, Who(who.author, who.time, message))
+    commit = judge(repository, prepare(repository, draft, who), progress or Silent(), guarding)
     identity = repository.objects.put(commit.to_json())
     repository.move_refs(
         {HEAD if branch is None else BRANCHES + branch: (replaced[0], identity)},

@@ -3,252 +3,35 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-import numpy as np
-
 from patchhub.canonical import nfc
-from patchhub.constraints import no_columns
-from patchhub.delta import Delta
-from patchhub.editing.budget import release_memory, step_budget
 from patchhub.editing.editor import EDITORS, encode_facts
-from patchhub.editing.keys import key_rows, mean_keys
-from patchhub.editing.metric import MEMORY
-from patchhub.editing.presets import preset
-from patchhub.editing.record import Edit, State
 from patchhub.editing.requests import Batch, Origin
 from patchhub.editing.settings import EditSettings
-from patchhub.editing.values import KeptValues, ValueSettings
+from patchhub.editing.wise.settings import WiseSettings
 from patchhub.errors import RequestError, SettingsError
-from patchhub.models.architectures import Architecture, additive_probe, describe, read_config
-from patchhub.models.checkpoint import Checkpoint
+from patchhub.models.architectures import Architecture
 from patchhub.models.placement import Placement, runs_beside
-from patchhub.objects import SLOT, Metric, Patch, Request, requests_json, set_digest
+from patchhub.objects import SLOT, Request
 from patchhub.progress import Progress
-from patchhub.sets.columns import read_additive, read_columns, read_state, solve_change, write_columns
-from patchhub.sets.commits import Draft, Written, snapshot
+from patchhub.sets.commits import Draft, begin, prepare, record
 from patchhub.sets.elements import OnConflict, Plan, active_requests, distinct, plan_batch
-from patchhub.sets.merging import refuse_stopped
-from patchhub.sets.rivals import Rival, competition, refuse, suspects, warnings
-from patchhub.sets.settings import metric_settings, read_setting
-from patchhub.sets.shards import METHOD, active_shards, without_shards
+from patchhub.sets.rivals import Rival
+from patchhub.sets.shards import METHOD, active_shards
 from patchhub.store.store import Store
 from patchhub.text.tokens import context_length
 from patchhub.who import Who
-from patchhub.worktree.judging import judge_edit
-from patchhub.worktree.loading import SURVIVAL_LIMIT, open_base
-from patchhub.worktree.metric import Recorder, open_recorder
-from patchhub.worktree.opening import Opened, open_model, placement_of
+from patchhub.worktree.judging import Guarding, judge
+from patchhub.worktree.loading import SURVIVAL_LIMIT
+from patchhub.worktree.opening import BaseFiles, Worktree, base_files, in_chat, open_worktree
+from patchhub.worktree.recording import chosen_settings, state_without, write_closed_form
 from patchhub.worktree.shards import forget_replaced, wise_settings, write_shards
-
-_NULL_SPACE_RIDGE = 1.0  # AlphaEdit weighs requests by 1 and the norm of the change by l2
-
-
-def chosen_settings(
-    repository: Store, method: str, architecture: Architecture, given: Mapping[str, Any]
-) -> EditSettings:
-    """The settings of a closed-form editor in this repository.
-
-    Args:
-        given: values that replace all others, by field of `EditSettings`; ``preset`` names a preset.
-
-    Raises:
-        SettingsError: a value cannot be used, or there is no such layer or preset.
-    """
-    values = {**_configured(repository, method), **given}
-    name = values.pop("preset", None)
-    settings = EDITORS[method].default_settings(architecture)
-    if name is not None:
-        settings = preset(str(name), method, architecture).settings
-    if _kind(repository) == "null_space":
-        settings = replace(settings, ridge=_NULL_SPACE_RIDGE)
-    if "layers" in values:
-        values["layers"] = tuple(values["layers"])
-        for layer in values["layers"]:
-            architecture.block(layer)
-    return replace(settings, **values)
-
-
-def read_overrides(texts: Sequence[str], method: str) -> dict[str, Any]:
-    """``KEY=VALUE`` texts as settings of one edit; a key is one of the config's, with or without the editor in front.
-
-    Raises:
-        SettingsError: not of that form, another editor's key or no key at all, or a value that cannot be used.
-    """
-    found: dict[str, Any] = {}
-    for text in texts:
-        key, equals, value = text.partition("=")
-        name = key.strip().removeprefix(f"{method}.")
-        if not equals:
-            raise SettingsError(f"{text!r} is not KEY=VALUE", remedy="For example --set layers=3-5 or --set ridge=200.")
-        found[name] = read_setting(name if name == "preset" else f"{method}.{name}", value.strip())
-    return found
-
-
-def _configured(repository: Store, method: str) -> dict[str, Any]:
-    settings = repository.config.settings
-    named = {"preset": settings["preset"]} if "preset" in settings else {}
-    prefix = f"{method}."
-    return named | {key[len(prefix) :]: value for key, value in settings.items() if key.startswith(prefix)}
-
-
-def _kind(repository: Store) -> str:
-    """The kind of the metric that is pinned, else of the one that will be."""
-    pinned = repository.config.recording
-    if pinned is None:
-        return metric_settings(repository)[0]
-    return Metric.from_json(repository.objects.get(pinned.metric)).kind
-
-
-def state_without(repository: Store, plan: Plan, state: Mapping[str, Sequence[Delta]]) -> dict[str, list[Delta]]:
-    """The deltas of the state that the new facts are recorded on: HEAD's, without the facts they replace."""
-    found = {weight: list(deltas) for weight, deltas in state.items()}
-    if plan.replaced:
-        for weight, part in solve_change(repository, repository.active(plan.parent), plan.kept).items():
-            found.setdefault(weight, []).append(part)
-    return found
-
-
-def write_closed_form(
-    repository: Store,
-    opened: Opened,
-    plan: Plan,
-    method: str,
-    settings: EditSettings,
-    text: Sequence[Path],
-    progress: Progress,
-    *,
-    strict: bool = False,
-    memory: int | None = None,
-) -> Written:
-    """Write the facts of ``plan`` with MEMIT or PMET; ``opened`` is in the state of `state_without`.
-
-    Args:
-        strict: refuse facts that compete with others for a key, before anything is optimised.
-        memory: bytes that the process may hold, the base included; None: half of what is free is used besides.
-
-    Raises:
-        InterferenceError: there are such facts, under ``strict``.
-        EditError: the optimisation or the solve is not finite.
-        UnsupportedModelError: an edited layer is not additive.
-    """
-    settings = replace(settings, chat=opened.chat)
-    for layer in settings.layers:
-        additive_probe(opened.model, opened.architecture, layer)
-    budget = step_budget(opened.stack.device, memory)
-    recorder = open_recorder(
-        repository, opened.stack, opened.tokenizer, settings.layers, text, progress, memory=min(MEMORY, budget)
-    )
-    below = State(read_columns(repository, plan.kept), opened.deltas, read_additive(repository, plan.kept))
-    rivals = _rivals(repository, opened, plan, recorder, settings, below)
-    if rivals and strict:
-        raise refuse(rivals)
-    for warning in warnings(rivals):
-        progress.warn(warning)
-    edit = _edit(repository, opened, plan, recorder, method, settings, below, memory, progress)
-    patch = _store_patch(repository, plan, recorder, method, settings, edit)
-    if memory is not None:
-        release_memory()
-    change = None if plan.replaced else edit.recording.change
-    return Written((patch.id,), plan.kept | patch.elements, recorder.metric, change, rivals)
-
-
-def _rivals(
-    repository: Store, opened: Opened, plan: Plan, recorder: Recorder, settings: EditSettings, below: State
-) -> tuple[Rival, ...]:
-    """What the batch competes with, from its keys at the lowest edited layer."""
-    layer = settings.layers[0]
-    weight = opened.architecture.ffn_weight(layer)
-    active = below.columns.get(weight, no_columns(opened.architecture.shapes[layer]))
-
-    def read(requests: Sequence[Request], contexts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        limit = context_length(opened.model)
-        facts = encode_facts(opened.tokenizer, requests, contexts, chat=settings.chat, limit=limit)
-        keys = mean_keys(opened.stack, layer, key_rows([fact.rows for fact in facts]))
-        return keys.numpy(), recorder.cache.preimages(weight, keys).numpy()
-
-    found = [plan.requests[row] for row in suspects(*read(plan.requests, recorder.contexts[:1]), active)]
-    if not found:
-        return ()
-    keys, preimages = read(found, recorder.contexts)
-    return competition(repository, weight, found, keys, preimages, settings.ridge, plan.kept, active)
-
-
-def _edit(
-    repository: Store,
-    opened: Opened,
-    plan: Plan,
-    recorder: Recorder,
-    method: str,
-    settings: EditSettings,
-    state: State,
-    memory: int | None,
-    progress: Progress,
-) -> Edit:
-    stages = {"values": ("optimising values", len(plan.requests)), "layers": ("writing layers", len(settings.layers))}
-    open_stage = ""
-
-    def report(stage: str, done: int) -> None:
-        nonlocal open_stage
-        if stage != open_stage:
-            progress.stage(*stages[stage])
-            open_stage = stage
-        progress.advance(done)
-
-    report("values", 0)
-    return EDITORS[method].edit(
-        opened.stack,
-        opened.tokenizer,
-        plan.requests,
-        recorder.contexts,
-        settings,
-        recorder.cache,
-        state,
-        memory=memory,
-        kept=lambda values: _kept_values(repository, opened, plan, method, settings.layers[-1], values),
-        progress=report,
-    )
-
-
-def _kept_values(
-    repository: Store, opened: Opened, plan: Plan, method: str, layer: int, values: ValueSettings
-) -> KeptValues:
-    """Where the values of facts are kept that are optimised on this state with these settings."""
-    config = opened.model.config
-    inputs = {
-        "base": repository.config.base_id,
-        "dtype": str(opened.model.dtype),
-        "layer": layer,
-        "method": method,
-        "quantization": str(getattr(config, "quantization_config", None)),
-        "settings": asdict(values),
-        "state": set_digest(without_shards(repository, plan.kept)),
-    }
-    return KeptValues(repository.cache / "values", inputs, opened.architecture.d_model)
-
-
-def _store_patch(
-    repository: Store, plan: Plan, recorder: Recorder, method: str, settings: EditSettings, edit: Edit
-) -> Patch:
-    columns = edit.recording.columns
-    patch = Patch(
-        base=repository.config.base_id,
-        kind="closed_form",
-        made_on=set_digest(without_shards(repository, plan.kept)),
-        method=method,
-        metric=recorder.metric,
-        requests=tuple(request.id for request in plan.requests),
-        requests_blob=repository.objects.put(requests_json(plan.requests)),
-        settings={**settings.to_json(), "contexts": list(recorder.contexts)},
-        tensors=repository.objects.put(write_columns(columns, edit.values.targets.numpy())),
-        weights={weight: found.shape for weight, found in columns.items()},
-    )
-    repository.objects.put(patch.to_json())
-    return patch
+from patchhub.worktree.states import patch_state
 
 
 @dataclass(frozen=True)
@@ -321,27 +104,27 @@ def commit(
         GuardError: the edit is finished and a check of it failed; nothing was committed.
     """
     begun = perf_counter()
-    refuse_stopped(repository)
+    begin(repository)
     plan = plan_batch(repository, batch, on_conflict)
-    checkpoint = open_base(repository)
-    edit = _chosen_edit(repository, checkpoint, method, settings or {}, text, strict, memory)
-    progress.stage("loading the base", 0)
-    opened = _open(repository, checkpoint, edit, plan, placement, chat=_in_chat(repository, method, chat))
-    if runs_beside(opened.model) and (method == METHOD or active_shards(repository, plan.kept)):
-        raise SettingsError(
-            "WISE's side memories need a base in float32 while facts are written",
-            remedy="Say --dtype float32, and leave --quantization out.",
+    files = base_files(repository)
+    editor = _editor(repository, files.architecture, method, settings or {})
+    tree = _open(repository, progress, plan, files, editor, placement, chat)
+    if isinstance(editor, SideMemories):
+        written = write_shards(repository, tree, plan, editor.settings, editor.rank, progress)
+    else:
+        written = write_closed_form(
+            repository, tree, plan, method, editor.settings, text, progress, strict=strict, memory=memory
         )
-    written = edit.write(repository, opened, plan, progress)
+        written = forget_replaced(repository, tree, plan, written, progress)
     progress.stage("writing the commit", 0)
     parents = (plan.parent,) if plan.parent else ()
     draft = Draft(parents, written.elements, written.metric, "commit", {"patches": list(written.patches)})
-    judge = judge_edit(repository, opened, plan.requests, progress, force=force)
-    identity = snapshot(repository, draft, who, change=written.change, judge=judge)
-    check = repository.commit(identity).check
-    survival: Mapping[str, float] = check.get("survival", {})
+    prepared = prepare(repository, draft, who, change=written.change)
+    made = judge(repository, prepared, progress, Guarding(force), tree=tree, written=plan.requests)
+    identity = record(repository, made, draft)
+    survival: Mapping[str, float] = made.check.get("survival", {})
     _warn_of_losses(survival, progress)
-    held = check["guard"]["own"]["count"]
+    held = made.check["guard"]["own"]["count"]
     if plan.requests and not held:
         progress.warn(_none_holds(method))
     progress.close()
@@ -360,70 +143,67 @@ def commit(
 
 
 @dataclass(frozen=True)
-class _Edit:
-    """An editor with its settings: the weights that it changes, and how it writes a plan."""
+class ClosedForm:
+    """MEMIT or PMET with its settings, and the weights that it changes."""
 
-    architecture: Architecture
-    weights: Sequence[str]
-    write: Callable[[Store, Opened, Plan, Progress], Written]
+    settings: EditSettings
+    weights: tuple[str, ...]
 
 
-def _chosen_edit(
-    repository: Store,
-    checkpoint: Checkpoint,
-    method: str,
-    given: Mapping[str, Any],
-    text: Sequence[Path],
-    strict: bool,
-    memory: int | None,
-) -> _Edit:
-    """The editor of that name.
+@dataclass(frozen=True)
+class SideMemories:
+    """WISE with its settings, the rank that shards are recompressed to (None: kept as trained), and the weight that it changes."""
+
+    settings: WiseSettings
+    rank: int | None
+    weights: tuple[str, ...]
+
+
+def _editor(
+    repository: Store, architecture: Architecture, method: str, given: Mapping[str, Any]
+) -> ClosedForm | SideMemories:
+    """The editor of that name in this repository.
 
     Raises:
         SettingsError: there is none, or a setting cannot be used.
     """
-    architecture = describe(read_config(checkpoint.folder))
     if method == METHOD:
         wise, rank = wise_settings(repository, architecture, given)
-        weights = [architecture.ffn_weight(wise.layer)]
-        return _Edit(architecture, weights, lambda r, o, p, progress: write_shards(r, o, p, wise, rank, progress))
+        return SideMemories(wise, rank, (architecture.ffn_weight(wise.layer),))
     if method not in EDITORS:
         raise SettingsError(
             f"there is no editor {method!r}", remedy=f"The editors are {', '.join((*EDITORS, METHOD))}."
         )
     chosen = chosen_settings(repository, method, architecture, given)
-
-    def write(repository: Store, opened: Opened, plan: Plan, progress: Progress) -> Written:
-        written = write_closed_form(
-            repository, opened, plan, method, chosen, text, progress, strict=strict, memory=memory
-        )
-        return forget_replaced(repository, opened, plan, written, progress)
-
-    return _Edit(architecture, [architecture.ffn_weight(layer) for layer in chosen.layers], write)
+    return ClosedForm(chosen, tuple(architecture.ffn_weight(layer) for layer in chosen.layers))
 
 
 def _open(
-    repository: Store, checkpoint: Checkpoint, edit: _Edit, plan: Plan, placement: Placement | None, *, chat: bool
-) -> Opened:
-    """The base in the state that the plan is written on; facts that are longer than it reads are refused here."""
-    deltas = state_without(repository, plan, read_state(repository, plan.parent))
-    place = placement or placement_of(repository)
-    opened = open_model(repository, checkpoint, edit.architecture, edit.weights, deltas, place, chat=chat)
-    limit = context_length(opened.model)
-    encode_facts(opened.tokenizer, plan.requests, (SLOT,), chat=opened.chat, limit=limit)
-    return opened
-
-
-def _in_chat(repository: Store, method: str, asked: bool | None) -> bool:
-    """Whether facts are written in a chat.
+    repository: Store,
+    progress: Progress,
+    plan: Plan,
+    files: BaseFiles,
+    editor: ClosedForm | SideMemories,
+    placement: Placement | None,
+    chat: bool | None,
+) -> Worktree:
+    """The base in the state that the plan is written on; facts that are longer than it reads are refused here.
 
     Raises:
-        SettingsError: they are to be, with WISE.
+        SettingsError: WISE is to write in a chat, or side memories are to be trained in another type than float32.
     """
-    chat = bool(repository.config.settings.get("chat", False)) if asked is None else asked
-    if chat and method == METHOD:
+    wise = isinstance(editor, SideMemories)
+    if wise and in_chat(repository, chat):
         raise SettingsError("WISE does not write inside a chat template", remedy="Use memit or pmet, or --no-chat.")
-    return chat
+    state = patch_state(repository, state_without(repository, plan), None)
+    tree = open_worktree(repository, progress, state, base=files, placement=placement, chat=chat, edits=editor.weights)
+    if runs_beside(tree.model) and (wise or active_shards(repository, plan.kept)):
+        raise SettingsError(
+            "WISE's side memories need a base in float32 while facts are written",
+            remedy="Say --dtype float32, and leave --quantization out.",
+        )
+    encode_facts(tree.tokenizer, plan.requests, (SLOT,), chat=tree.chat, limit=context_length(tree.model))
+    return tree
 
 
 def _none_holds(method: str) -> str:
@@ -479,11 +259,10 @@ def update(
             else "Give another target.",
         )
     before = ", ".join(fact.target_new for fact in chosen)
-    message = who.message or f"{new.text}: {before} -> {new.target_new}"
     return commit(
         repository,
         Batch((new,), (Origin("update"),), 0),
-        Who(who.author, who.time, message),
+        who.saying(f"{new.text}: {before} -> {new.target_new}"),
         progress,
         method=method,
         settings=settings,

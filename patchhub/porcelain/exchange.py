@@ -17,19 +17,19 @@ from patchhub.export.peft import CONFIG, EXACT, WEIGHTS, Adapter, BaseName, adap
 from patchhub.fsio import os_errors, write_atomically
 from patchhub.models.checkpoint import Checkpoint, open_checkpoint
 from patchhub.models.fingerprint import tensor_digest
-from patchhub.objects import Base, Patch, requests_json
+from patchhub.objects import Base
 from patchhub.porcelain.scores import notes_of
 from patchhub.progress import Progress
 from patchhub.remotes.card import AdapterNote, Card, ScoreLine, adapter_name, write_card
 from patchhub.sets.columns import read_state, weight_shapes
-from patchhub.sets.commits import Draft, snapshot
+from patchhub.sets.commits import Draft, begin, prepare, record, store_patch
 from patchhub.sets.elements import active_requests, distinct
-from patchhub.sets.merging import refuse_stopped
 from patchhub.sets.shards import shards_at
 from patchhub.store.store import Store, refuse_store
 from patchhub.who import Who
-from patchhub.worktree.judging import GUARDED, Guarding
-from patchhub.worktree.loading import base_object, open_base
+from patchhub.worktree.judging import GUARDED, Guarding, judge
+from patchhub.worktree.opening import open_base
+from patchhub.worktree.states import base_object
 
 _MANY_FACTS: Final = 100
 """What a change that does not say how many facts it brings may drift as much as (docs/guard.md)."""
@@ -82,7 +82,7 @@ def import_change(
         BaseError: the base or the checkpoint cannot be read.
         GuardError: a check of the new state failed; nothing was committed.
     """
-    refuse_stopped(repository)
+    head = begin(repository)
     folder = _holder(folder)
     if (folder / CONFIG).exists():
         found = _from_adapter(folder, repository)
@@ -91,30 +91,28 @@ def import_change(
     if not found.deltas:
         raise RequestError(f"{folder} changes nothing", remedy="Give an adapter or a checkpoint that differs.")
     shapes = weight_shapes(repository)
-    patch = Patch(
-        base=repository.config.base_id,
+    patch = store_patch(
+        repository,
         kind="additive",
-        made_on=None,
         method=found.method,
-        metric=None,
         requests=(),
-        requests_blob=repository.objects.put(requests_json(())),
         settings={"tolerance": tolerance},
-        tensors=repository.objects.put(write_deltas({weight: entry[0] for weight, entry in found.deltas.items()})),
+        tensors=write_deltas({weight: entry[0] for weight, entry in found.deltas.items()}),
         weights={weight: shapes[weight] for weight in found.deltas},
+        below=None,
     )
-    identity = repository.objects.put(patch.to_json())
-    _, head = repository.head
+    identity = patch.id
     active = repository.active(head)
     if patch.elements <= active:
         raise RequestError(f"what {folder} changes is active already", remedy="See `patchhub status`.", patch=identity)
     metric = repository.commit(head).metric if head else None
     draft = Draft((head,) if head else (), active | patch.elements, metric, "import", {"patch": identity})
     progress.stage("writing the commit", 0)
-    judge = guarding.judge(repository, progress, facts=_MANY_FACTS, remedy=_REMEDY)
-    commit = snapshot(repository, draft, who, judge=judge)
+    commit = prepare(repository, draft, who)
+    commit = judge(repository, commit, progress, guarding, facts=_MANY_FACTS, remedy=_REMEDY)
+    written = record(repository, commit, draft)
     progress.close()
-    return Imported(commit, identity, {weight: entry[1:] for weight, entry in found.deltas.items()})
+    return Imported(written, identity, {weight: entry[1:] for weight, entry in found.deltas.items()})
 
 
 def _holder(folder: Path) -> Path:

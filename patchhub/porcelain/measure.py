@@ -16,8 +16,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
-import torch
-
 from patchhub.canonical import canonical_json, object_id
 from patchhub.editing.editor import EDITORS
 from patchhub.editing.requests import Batch, Origin
@@ -31,7 +29,7 @@ from patchhub.evaluation.suites import Scores
 from patchhub.models.architectures import describe, read_config
 from patchhub.models.placement import Placement
 from patchhub.objects import Metric, Note, Request, Text, requests_json
-from patchhub.porcelain.commit import Committed, chosen_settings, commit
+from patchhub.porcelain.commit import Committed, commit
 from patchhub.porcelain.metric import compute
 from patchhub.porcelain.model import init
 from patchhub.porcelain.refs import switch_to_new
@@ -40,7 +38,6 @@ from patchhub.progress import Progress
 from patchhub.sets.settings import Contender
 from patchhub.store.store import Store
 from patchhub.who import Who
-from patchhub.worktree.loading import open_base
 from patchhub.worktree.measuring import (
     BASE,
     CONTEXTS,
@@ -51,6 +48,8 @@ from patchhub.worktree.measuring import (
     Measurer,
     Questions,
 )
+from patchhub.worktree.opening import open_base
+from patchhub.worktree.recording import chosen_settings
 
 
 @dataclass(frozen=True)
@@ -203,7 +202,6 @@ class Evaluator:
         progress: Progress,
         *,
         placement: Placement | None = None,
-        dtype: torch.dtype | None = None,
         chat: bool | None = None,
     ) -> None:
         if facts.metrics not in SUITES:
@@ -216,7 +214,7 @@ class Evaluator:
         self._repository, self._facts, self._progress = repository, facts, progress
         check_contexts(facts.contexts)
         questions = Questions(self.requests, seed=facts.seed or 0, text=facts.text, contexts=facts.contexts)
-        self._measurer = Measurer(repository, questions, progress, placement=placement, dtype=dtype, chat=chat)
+        self._measurer = Measurer(repository, questions, progress, placement=placement, chat=chat)
         self.settings = self._settings(questions)
         named = {name: value for name, value in self.settings.items() if name != "file"}
         asked = "-chat" if self._measurer.chat else ""
@@ -291,18 +289,17 @@ def evaluate(
     who: Who,
     keep: bool = True,
     placement: Placement | None = None,
-    dtype: torch.dtype | None = None,
     chat: bool | None = None,
 ) -> Evaluation:
     """Evaluate one revision; the scores of a commit are kept as its note unless told otherwise.
 
     Args:
-        placement, dtype, chat: as in `Measurer`.
+        placement, chat: as in `Measurer`.
 
     Raises:
         SettingsError, RequestError, RevisionError, BaseError, EditError: as in `Evaluator`.
     """
-    evaluator = Evaluator(repository, facts, progress, placement=placement, dtype=dtype, chat=chat)
+    evaluator = Evaluator(repository, facts, progress, placement=placement, chat=chat)
     done = evaluator.evaluate(revision)
     if not keep or done.commit is None:
         return done

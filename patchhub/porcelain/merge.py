@@ -21,7 +21,7 @@ from patchhub.porcelain.change import largest_proof
 from patchhub.porcelain.refs import current_ref
 from patchhub.progress import Progress, Silent
 from patchhub.sets.columns import read_columns, read_state, solve_change
-from patchhub.sets.commits import Draft, snapshot
+from patchhub.sets.commits import Draft, begin, prepare, record
 from patchhub.sets.elements import active_requests, left_and_entered, one_metric, stale_requests
 from patchhub.sets.merging import (
     Contradiction,
@@ -34,7 +34,6 @@ from patchhub.sets.merging import (
     find,
     forget,
     keep,
-    refuse_stopped,
     stopped_merge,
     three_way,
 )
@@ -43,7 +42,7 @@ from patchhub.store.graph import is_ancestor
 from patchhub.store.revisions import BRANCHES, REMOTES, TAGS, resolve_ref
 from patchhub.store.store import Store
 from patchhub.who import Who
-from patchhub.worktree.judging import GUARDED, Guarding
+from patchhub.worktree.judging import GUARDED, Guarding, judge
 
 Outcome = Literal["up to date", "fast-forward", "merged"]
 
@@ -167,8 +166,7 @@ def merge(
         GuardError: a check of the merged state failed; nothing was committed.
     """
     begun = perf_counter()
-    refuse_stopped(repository)
-    _, ours = repository.head
+    ours = begin(repository)
     theirs = repository.resolve(revision)
     parents = cache(repository.parents)
     if theirs is None or (ours is not None and is_ancestor(theirs, ours, parents)):
@@ -271,9 +269,9 @@ def _finish(
         },
     )
     by = who.saying(merge.message)
-    identity = snapshot(repository, draft, by, judge=guarding.judge(repository, progress))
+    commit = judge(repository, prepare(repository, draft, by), progress, guarding)
+    identity = record(repository, commit, draft)
     forget(repository)
-    commit = repository.commit(identity)
     return Merged(
         "merged",
         identity,
@@ -420,10 +418,9 @@ def predict(repository: Store, revision: str, *, resolution: Resolution = UNDECI
 
 @dataclass(frozen=True)
 class _Alone:
-    """What one side brings alone, per weight: which element each row is of, and its columns; and that side's state."""
+    """What one side brings alone, per weight; and that side's state."""
 
     side: Side
-    rows: Mapping[str, Sequence[Element]]
     columns: Mapping[str, Columns]
     state: Mapping[str, Sequence[Delta]]
 
@@ -438,13 +435,7 @@ class _Near:
 
 
 def _side(repository: Store, side: Side, commit: str, elements: frozenset[Element]) -> _Alone:
-    columns = read_columns(repository, elements)
-    weights = {patch: repository.patch(patch).weights.keys() for patch in {patch for patch, _ in elements}}
-    ordered = sorted(
-        (patch, request) for patch, request in elements if request is not None
-    )  # the order of read_columns
-    rows = {weight: [element for element in ordered if weight in weights[element[0]]] for weight in columns}
-    return _Alone(side, rows, columns, read_state(repository, commit))
+    return _Alone(side, read_columns(repository, elements), read_state(repository, commit))
 
 
 def _extended(state: Mapping[str, Sequence[Delta]], change: Mapping[str, Delta]) -> dict[str, list[Delta]]:
@@ -459,7 +450,7 @@ def _nearest(left: _Alone, right: _Alone) -> dict[Element, _Near]:
     nearest: dict[Element, _Near] = {}
     for weight in sorted(left.columns.keys() & right.columns.keys()):
         for i, j, key, residual in interfering(left.columns[weight], right.columns[weight]):
-            ends = left.rows[weight][i], right.rows[weight][j]
+            ends = left.columns[weight].labels[i], right.columns[weight].labels[j]
             for element, other in (ends, ends[::-1]):
                 if element not in nearest or abs(key) > abs(nearest[element].key_cosine):
                     nearest[element] = _Near(other, key, residual)
@@ -477,7 +468,7 @@ def _losses(
     worst: dict[Element, tuple[float, str, float, float]] = {}
     for weight, columns in side.columns.items():
         before, after = misfit(side.state.get(weight, ()), columns), misfit(merged.get(weight, ()), columns)
-        for element, then, now in zip(side.rows[weight], before.tolist(), after.tolist(), strict=True):
+        for element, then, now in zip(side.columns[weight].labels, before.tolist(), after.tolist(), strict=True):
             worst[element] = max(worst.get(element, (-np.inf, "", 0.0, 0.0)), (now - then, weight, then, now))
     listed = {element: found for element, found in worst.items() if found[0] > limit or element in nearest}
     others = {nearest[element].element for element in listed if element in nearest}

@@ -21,15 +21,13 @@ from patchhub.canonical import FORMAT, canonical_json
 from patchhub.editing.metric import MetricCache, read_moment, weight_of
 from patchhub.errors import CorruptStoreError, PatchhubError, RepositoryError, SettingsError
 from patchhub.fsio import CHUNK, os_errors, temporary_path, write_atomically
-from patchhub.models.architectures import describe, read_config
 from patchhub.objects import Metric
 from patchhub.progress import Progress
 from patchhub.sets.settings import is_metric_used, metric_settings
 from patchhub.store.store import Store, refuse_store
 from patchhub.text.sampling import context_templates
-from patchhub.worktree.loading import open_base
 from patchhub.worktree.metric import metric_cache, pin
-from patchhub.worktree.opening import open_model, placement_of
+from patchhub.worktree.opening import open_worktree
 
 if TYPE_CHECKING:
     from patchhub.models.architectures import Architecture
@@ -113,19 +111,15 @@ def compute(
         RepositoryError: facts are recorded with a metric of other text.
     """
     from patchhub.editing.metric import MEMORY
-    from patchhub.models.architectures import describe, read_config
-    from patchhub.worktree.loading import open_base
     from patchhub.worktree.metric import open_recorder, start_recorder
-    from patchhub.worktree.opening import open_model, placement_of
+    from patchhub.worktree.opening import base_files, open_worktree
 
-    checkpoint = open_base(repository)
-    architecture = describe(read_config(checkpoint.folder))
-    chosen = tuple(layers) or edited_layers(repository, architecture)
-    weights = [architecture.ffn_weight(layer) for layer in chosen]
-    progress.stage("loading the base", 0)
-    opened = open_model(repository, checkpoint, architecture, weights, {}, placement_of(repository))
+    files = base_files(repository)
+    chosen = tuple(layers) or edited_layers(repository, files.architecture)
+    weights = [files.architecture.ffn_weight(layer) for layer in chosen]
+    tree = open_worktree(repository, progress, base=files, edits=weights)
     begin = start_recorder if text and not is_metric_used(repository) else open_recorder
-    begin(repository, opened.stack, opened.tokenizer, chosen, text, progress, memory=memory or MEMORY)
+    begin(repository, tree.stack, tree.tokenizer, chosen, text, progress, memory=memory or MEMORY)
     progress.close()
     return show(repository)
 
@@ -138,7 +132,7 @@ def editable_weights(repository: Store) -> list[str]:
 def edited_layers(repository: Store, architecture: Architecture) -> tuple[int, ...]:
     """The layers that the repository's closed-form editor writes to."""
     from patchhub.editing.editor import EDITORS
-    from patchhub.porcelain.commit import chosen_settings
+    from patchhub.worktree.recording import chosen_settings
 
     method = str(repository.config.settings.get("method", "memit"))
     return chosen_settings(repository, method if method in EDITORS else "memit", architecture, {}).layers
@@ -227,12 +221,8 @@ def _twice(path: Path) -> SettingsError:
 
 
 def _contexts(repository: Store, progress: Progress) -> tuple[str, ...]:
-    checkpoint = open_base(repository)
-    progress.stage("loading the base", 0)
-    opened = open_model(
-        repository, checkpoint, describe(read_config(checkpoint.folder)), [], {}, placement_of(repository)
-    )
-    return context_templates(opened.stack, opened.tokenizer)
+    tree = open_worktree(repository, progress, edits=())
+    return context_templates(tree.stack, tree.tokenizer)
 
 
 MANIFEST: Final = "metric.json"
@@ -305,7 +295,7 @@ def import_metric(repository: Store, path: Path) -> Shown:
 
     Raises:
         CorruptStoreError: the file is damaged or not of this format.
-        RepositoryError: it cannot be opened, is of another base, or facts are recorded with another metric.
+        RepositoryError: it cannot be tree, is of another base, or facts are recorded with another metric.
     """
     try:
         with _opened(path) as archive:

@@ -20,27 +20,19 @@ from patchhub.models.architectures import Architecture, describe, read_config
 from patchhub.models.checkpoint import Checkpoint, open_checkpoint
 from patchhub.models.fingerprint import check_tensors, fingerprint
 from patchhub.models.patched_copy import write_patched
-from patchhub.models.placement import Placement, load_base
+from patchhub.models.placement import Placement
 from patchhub.objects import Request
-from patchhub.progress import Progress, increments
+from patchhub.progress import Progress, Silent, increments
 from patchhub.runtime.compose import compose, survival
-from patchhub.runtime.patched_model import attach, load_patched, switch
 from patchhub.runtime.routing import Mode
 from patchhub.sets.columns import read_state
 from patchhub.sets.shards import shards_at
 from patchhub.store.store import DIRECTORY, Store, refuse_store
-from patchhub.text.tokens import Chat, lacks_tokenizer, load_tokenizer
+from patchhub.text.tokens import lacks_tokenizer
 from patchhub.who import Who
-from patchhub.worktree.loading import (
-    SURVIVAL_LIMIT,
-    base_object,
-    chosen_mode,
-    not_finite,
-    open_base,
-    side_memory_files,
-    state_at,
-)
-from patchhub.worktree.opening import chat_form, keep_digests, open_checked, placement_of
+from patchhub.worktree.loading import SURVIVAL_LIMIT, side_memory_files
+from patchhub.worktree.opening import Worktree, keep_digests, open_checked, open_worktree
+from patchhub.worktree.states import base_object, chosen_mode, not_finite, state_at
 
 _TOP = 5
 _CONTINUATION = 12
@@ -229,25 +221,22 @@ def answers(
     """For each revision the answers to all prompts; errors as in `ask`."""
     if not all(prompt.strip() for prompt in prompts):
         raise SettingsError("the prompt is empty", remedy='For example: patchhub ask "The capital of France is"')
-    states = [(revision, state_at(repository, revision)) for revision in revisions]
-    checkpoint = open_checked(repository, base)
-    progress.stage("loading the base", 0)
-    tokenizer = load_tokenizer(checkpoint)
-    form = chat_form(repository, tokenizer, chat)
-    model = load_base(checkpoint, placement or placement_of(repository)).eval()
-    found = []
-    for number, (revision, state) in enumerate(states):
-        if number:
-            switch(model, checkpoint, state, cache=repository.cache)
-        else:
-            attach(model, checkpoint, state, cache=repository.cache)
-        found.append([_answer(model, tokenizer, prompt, form, revision, state.commit) for prompt in prompts])
+    states = [state_at(repository, revision) for revision in revisions]
+    found: list[list[Answer]] = []
+    if not states:
+        return found
+    tree = open_worktree(repository, progress, states[0], base=base, placement=placement, chat=chat)
+    for revision, state in zip(revisions, states, strict=True):
+        tree = tree if tree.state is state else tree.moved(state)
+        found.append([_answer(tree, prompt, revision) for prompt in prompts])
     progress.close()
     return found
 
 
 @torch.no_grad()
-def _answer(model: Any, tokenizer: Any, prompt: str, chat: Chat | None, revision: str, commit: str | None) -> Answer:
+def _answer(tree: Worktree, prompt: str, revision: str) -> Answer:
+    model, chat = tree.model, tree.chat
+    tokenizer: Any = tree.tokenizer
     text = prompt.rstrip() if chat is None else chat.asking(prompt.strip())
     inputs = tokenizer(text, return_tensors="pt", return_token_type_ids=False, add_special_tokens=chat is None).to(
         model.device
@@ -259,7 +248,9 @@ def _answer(model: Any, tokenizer: Any, prompt: str, chat: Chat | None, revision
     )
     said = tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
-    return Answer(revision, commit, tuple((tokenizer.decode([token]), float(value)) for token, value in pairs), said)
+    return Answer(
+        revision, tree.state.commit, tuple((tokenizer.decode([token]), float(value)) for token, value in pairs), said
+    )
 
 
 def _weights(checkpoint: Checkpoint, architecture: Architecture, progress: Progress) -> dict[str, dict[str, Any]]:
@@ -295,17 +286,15 @@ def score_facts(repository: Store, requests: Sequence[Request], revision: str, e
     Raises:
         RevisionError: no such revision.
     """
-    checkpoint = open_base(repository)
-    model = load_patched(checkpoint, state_at(repository, revision))
-    tokenizer = load_tokenizer(checkpoint)
+    tree = open_worktree(repository, Silent(), state_at(repository, revision), chat=False)
     prompts = [(request.text, answer) for request, answer in zip(requests, expected, strict=True)]
     paraphrases = [(text, request.target_new) for request in requests for text in request.paraphrases]
     neighbors = [(near.prompt, near.target) for request in requests for near in request.neighborhood]
-    scores = score_targets(model, tokenizer, [*prompts, *paraphrases, *neighbors])
+    scores = score_targets(tree.model, tree.tokenizer, [*prompts, *paraphrases, *neighbors])
     right = [score.argmax_right for score in scores]
     end = len(prompts) + len(paraphrases)
     return Answers(
-        tuple(str(tokenizer.decode(list(score.argmax))).strip() for score in scores[: len(prompts)]),
+        tuple(str(tree.tokenizer.decode(list(score.argmax))).strip() for score in scores[: len(prompts)]),
         sum(right[len(prompts) : end]),
         len(paraphrases),
         sum(right[end:]),

@@ -17,24 +17,24 @@ from patchhub.editing.editor import EDITORS, encode_facts
 from patchhub.editing.keys import key_rows
 from patchhub.editing.record import Recording, State, record
 from patchhub.errors import RepositoryError, RevisionError
-from patchhub.models.architectures import Architecture, describe, read_config
+from patchhub.models.architectures import Architecture
 from patchhub.models.tracing import Stack
-from patchhub.objects import Commit, Element, Patch, Request, requests_json, set_digest
+from patchhub.objects import Element, Patch, Request
 from patchhub.porcelain.change import largest_proof
 from patchhub.progress import Progress
 from patchhub.sets.columns import read_additive, read_columns, write_columns
-from patchhub.sets.commits import Draft, Judge, snapshot
+from patchhub.sets.commits import Draft, begin, prepare, store_patch
+from patchhub.sets.commits import record as record_commit
 from patchhub.sets.elements import active_requests, distinct, is_stale
-from patchhub.sets.guard import decided, prepared
 from patchhub.sets.shards import active_shards, stale_shards, without_shards
 from patchhub.store.store import Store
 from patchhub.text.tokens import Chat
 from patchhub.who import Who
-from patchhub.worktree.guard import Budget, from_model
-from patchhub.worktree.loading import open_base
+from patchhub.worktree.judging import Guarding, judge
 from patchhub.worktree.metric import Recorder, open_recorder
-from patchhub.worktree.opening import Opened, open_model, placement_of
+from patchhub.worktree.opening import Worktree, base_files, open_worktree
 from patchhub.worktree.shards import deltas_near, measure_shards
+from patchhub.worktree.states import patch_state
 
 _REMEDY: Final = "Leave the facts as they are recorded now"
 
@@ -97,7 +97,7 @@ def refresh(repository: Store, who: Who, progress: Progress, *, force: bool = Fa
         GuardError: a check of the new state failed; nothing was committed.
     """
     begun = perf_counter()
-    _, head = repository.head
+    head = begin(repository)
     active = repository.active(head)
     wanted = _due(repository, head)
     texts = active_requests(repository, wanted)
@@ -109,45 +109,35 @@ def refresh(repository: Store, who: Who, progress: Progress, *, force: bool = Fa
         )
     groups = _groups(repository, texts)
     staying = active - texts.keys()
-    opened = _open(repository, groups, active, staying, progress)
+    tree = _open(repository, groups, active, staying, progress)
     elements, metric = staying, repository.commit(head).metric
     if groups:
-        elements, metric = _record_groups(repository, opened, groups, staying, progress)
-    elements, measured, withheld = measure_shards(repository, opened, active, elements, progress)
+        elements, metric = _record_groups(repository, tree, groups, staying, progress)
+    elements, measured, withheld = measure_shards(repository, tree, active, elements, progress)
     if elements == active:
         raise _withheld_error(withheld)
-    message = who.message or f"Refresh {_words(len(texts), len(measured))}"
     draft = Draft((head,), elements, metric, "refresh", {"facts": len(texts), "shards": len(measured)})
-    judge = _judge(repository, _in_form(opened, groups), progress, force=force)
-    identity = snapshot(repository, draft, Who(who.author, who.time, message), judge=judge)
+    commit = prepare(repository, draft, who.saying(f"Refresh {_words(len(texts), len(measured))}"))
+    entered = len(distinct(active_requests(repository, commit.added)))
+    # No fact is new: what is asked is whether those that held still do.
+    asked = _in_form(tree, groups)
+    commit = judge(repository, commit, progress, Guarding(force), tree=asked, facts=entered, remedy=_REMEDY)
+    identity = record_commit(repository, commit, draft)
     progress.close()
     return Refreshed(
         commit=identity,
         facts=tuple(texts.values()),
         left=len(wanted) - len(texts) + sum(len(repository.patch(shard).requests) for shard in withheld),
-        proof=largest_proof(repository.commit(identity)),
+        proof=largest_proof(commit),
         seconds=perf_counter() - begun,
         shards=measured,
     )
 
 
-def _judge(repository: Store, opened: Opened, progress: Progress, *, force: bool) -> Judge:
-    """The judge of a refresh, with the model that recorded. No fact is new: what is asked is whether those that held still do."""
-
-    def look(commit: Commit) -> Mapping[str, Any]:
-        progress.stage("checking", 0)
-        facts = len(distinct(active_requests(repository, commit.added)))
-        budget = Budget.of_commit(facts, opened.model.num_parameters())
-        measured = from_model(repository, opened, prepared(repository, commit), (), budget)
-        return decided(repository, measured, force=force, facts=facts, remedy=_REMEDY)
-
-    return look
-
-
-def _in_form(opened: Opened, groups: Sequence[_Group]) -> Opened:
+def _in_form(tree: Worktree, groups: Sequence[_Group]) -> Worktree:
     """The model, to be asked in the chat form of the facts that are recorded again, where all have one."""
     forms = {Chat.from_json(group.settings.get("chat")) for group in groups}
-    return replace(opened, chat=forms.pop() if len(forms) == 1 else None)
+    return replace(tree, chat=forms.pop() if len(forms) == 1 else None)
 
 
 def _words(facts: int, shards: int) -> str:
@@ -220,35 +210,34 @@ def _open(
     active: frozenset[Element],
     staying: frozenset[Element],
     progress: Progress,
-) -> Opened:
+) -> Worktree:
     """The base in the state of the facts that stay as they are."""
-    deltas = deltas_near(repository, active, staying)
-    checkpoint = open_base(repository)
-    architecture = describe(read_config(checkpoint.folder))
+    files = base_files(repository)
     for group in groups:
-        _refuse_incomplete(repository, group, architecture)
-    layers = sorted({layer for group in groups for layer in group.settings["layers"]})
-    weights = {architecture.ffn_weight(layer) for layer in layers}
+        _refuse_incomplete(repository, group, files.architecture)
+    layers = {layer for group in groups for layer in group.settings["layers"]}
+    weights = {files.architecture.ffn_weight(layer) for layer in layers}
     weights |= {weight for patch in active_shards(repository, active).values() for weight in patch.weights}
-    progress.stage("loading the base", 0)
-    return open_model(repository, checkpoint, architecture, sorted(weights), deltas, placement_of(repository))
+    state = patch_state(repository, deltas_near(repository, active, staying), None)
+    # Each group has a chat form of its own, so none is asked for here.
+    return open_worktree(repository, progress, state, base=files, chat=False, edits=sorted(weights))
 
 
 def _record_groups(
     repository: Store,
-    opened: Opened,
+    tree: Worktree,
     groups: Sequence[_Group],
     staying: frozenset[Element],
     progress: Progress,
 ) -> tuple[frozenset[Element], str]:
     """The set with the groups' facts recorded again, and its metric."""
     layers = sorted({layer for group in groups for layer in group.settings["layers"]})
-    recorder = open_recorder(repository, opened.stack, opened.tokenizer, layers, (), progress)
+    recorder = open_recorder(repository, tree.stack, tree.tokenizer, layers, (), progress)
     progress.stage("recording again", sum(len(group.requests) for group in groups))
-    state = State(read_columns(repository, staying), opened.deltas, read_additive(repository, staying))
+    state = State(read_columns(repository, staying), tree.state.weights, read_additive(repository, staying))
     elements = staying
     for group in groups:
-        recording = _record(opened.stack, opened.tokenizer, group, recorder, state)
+        recording = _record(tree.stack, tree.tokenizer, group, recorder, state)
         elements |= _store(repository, group, recorder.metric, staying, recording).elements
         progress.advance(len(group.requests))
     return elements, recorder.metric
@@ -272,17 +261,14 @@ def _record(
 
 
 def _store(repository: Store, group: _Group, metric: str, below: frozenset[Element], recording: Recording) -> Patch:
-    patch = Patch(
-        base=repository.config.base_id,
+    return store_patch(
+        repository,
         kind="closed_form",
-        made_on=set_digest(without_shards(repository, below)),
         method=group.method,
-        metric=metric,
-        requests=tuple(request.id for request in group.requests),
-        requests_blob=repository.objects.put(requests_json(group.requests)),
+        requests=group.requests,
         settings={**group.settings, "refreshes": list(group.patches)},
-        tensors=repository.objects.put(write_columns(recording.columns, group.targets)),
+        tensors=write_columns(recording.columns, group.targets),
         weights={weight: found.shape for weight, found in recording.columns.items()},
+        below=without_shards(repository, below),
+        metric=metric,
     )
-    repository.objects.put(patch.to_json())
-    return patch

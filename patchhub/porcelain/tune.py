@@ -24,16 +24,14 @@ from patchhub.editing.values import optimise_values
 from patchhub.errors import EditError, RequestError, SettingsError
 from patchhub.evaluation.metrics import score_targets
 from patchhub.evaluation.suites import Answers, FactReading, counterfact_items, readings
-from patchhub.models.architectures import Architecture, additive_probe, describe, read_config
-from patchhub.models.checkpoint import Checkpoint
+from patchhub.models.architectures import additive_probe
 from patchhub.objects import Request
-from patchhub.porcelain.commit import chosen_settings
 from patchhub.progress import Progress
 from patchhub.store.store import Store
 from patchhub.text.tokens import context_length
-from patchhub.worktree.loading import open_base
 from patchhub.worktree.metric import Recorder, open_recorder
-from patchhub.worktree.opening import Opened, open_model, placement_of
+from patchhub.worktree.opening import BaseFiles, Worktree, base_files, open_worktree
+from patchhub.worktree.recording import chosen_settings
 
 Candidate = TypeVar("Candidate")
 
@@ -160,13 +158,13 @@ class Trials:
 
     def __init__(
         self,
-        opened: Opened,
+        tree: Worktree,
         recorder: Recorder,
         method: str,
         requests: Sequence[Request],
         held_back: Sequence[Request],
     ) -> None:
-        self._opened, self._recorder, self._editor = opened, recorder, EDITORS[method]
+        self._opened, self._recorder, self._editor = tree, recorder, EDITORS[method]
         self._requests, self._held_back = requests, held_back
         self._before = self._answers()
         self._values: dict[tuple[int, float], Float[Tensor, "n d"]] = {}
@@ -187,11 +185,11 @@ class Trials:
         return Trial(settings.layers, settings.learning_rate, settings.ridge, facts, marks)
 
     def _tried(self, settings: EditSettings, facts: int) -> Marks:
-        opened, requests = self._opened, self._requests[:facts]
-        limit = context_length(opened.model)
-        encoded = encode_facts(opened.tokenizer, requests, self._recorder.contexts, chat=opened.chat, limit=limit)
+        tree, requests = self._opened, self._requests[:facts]
+        limit = context_length(tree.model)
+        encoded = encode_facts(tree.tokenizer, requests, self._recorder.contexts, chat=tree.chat, limit=limit)
         recording = record(
-            opened.stack,
+            tree.stack,
             settings.layers,
             key_rows([fact.rows for fact in encoded]),
             self._targets(settings, facts),
@@ -200,10 +198,10 @@ class Trials:
             State({}, {}),
             self._editor.spread,
         )
-        changes = {layer: [recording.change[opened.architecture.ffn_weight(layer)]] for layer in settings.layers}
+        changes = {layer: [recording.change[tree.architecture.ffn_weight(layer)]] for layer in settings.layers}
         items = [item for request in requests for item in counterfact_items(request)]
-        with side_paths(opened.stack, changes):
-            scores = score_targets(opened.model, opened.tokenizer, items, chat=opened.chat)
+        with side_paths(tree.stack, changes):
+            scores = score_targets(tree.model, tree.tokenizer, items, chat=tree.chat)
             return _marks(readings(requests, scores), self._before, self._answers())
 
     def _targets(self, settings: EditSettings, facts: int) -> Float[Tensor, "n d"]:
@@ -318,15 +316,15 @@ def tune(
     if not requests:
         raise RequestError("there are no facts to try settings on", remedy="Give a file of facts.")
     begun = perf_counter()
-    checkpoint = open_base(repository)
-    architecture = describe(read_config(checkpoint.folder))
+    files = base_files(repository)
+    architecture = files.architecture
     present = chosen_settings(repository, method, architecture, {})
     tried = candidates(present, architecture.n_layers)
     layers = sorted({layer for settings in tried for layer in settings.layers})
-    opened = _open(repository, checkpoint, architecture, layers, progress)
-    recorder = open_recorder(repository, opened.stack, opened.tokenizer, layers, text, progress)
+    tree = _open(repository, files, layers, progress)
+    recorder = open_recorder(repository, tree.stack, tree.tokenizer, layers, text, progress)
     written, held_back = _split(requests[:limit])
-    trials = Trials(opened, recorder, method, written, held_back)
+    trials = Trials(tree, recorder, method, written, held_back)
     standings = successive_halving(tried, _counted(trials.score, progress, len(tried)), sizes(len(written)))
     found = tuple(trials.trial(standing) for standing in standings)
     place = next(i for i, standing in enumerate(standings) if standing.candidate is present)
@@ -337,21 +335,13 @@ def tune(
     return Tuned(method, found, place, chosen, len(written), len(held_back), perf_counter() - begun)
 
 
-def _open(
-    repository: Store,
-    checkpoint: Checkpoint,
-    architecture: Architecture,
-    layers: Sequence[int],
-    progress: Progress,
-) -> Opened:
+def _open(repository: Store, files: BaseFiles, layers: Sequence[int], progress: Progress) -> Worktree:
     """The unpatched base, with the layers that will be tried checked."""
-    progress.stage("loading the base", 0)
-    weights = [architecture.ffn_weight(layer) for layer in layers]
-    chat = bool(repository.config.settings.get("chat", False))
-    opened = open_model(repository, checkpoint, architecture, weights, {}, placement_of(repository), chat=chat)
+    weights = [files.architecture.ffn_weight(layer) for layer in layers]
+    tree = open_worktree(repository, progress, base=files, edits=weights)
     for layer in layers:
-        additive_probe(opened.model, architecture, layer)
-    return opened
+        additive_probe(tree.model, files.architecture, layer)
+    return tree
 
 
 def _split(requests: Sequence[Request]) -> tuple[list[Request], list[Request]]:

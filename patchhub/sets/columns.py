@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -106,7 +106,7 @@ def additive_patches(repository: Store, elements: Iterable[Element]) -> frozense
 
 
 def read_columns(repository: Store, elements: Iterable[Element]) -> dict[str, Columns]:
-    """The columns of a set per weight, in the set's order (patch id, then request id).
+    """The columns of a set per weight, each row labelled with its element; in the set's order (patch id, then request id).
 
     What the set's additive patches bring at a key is taken off its residual: the columns ask for the rest.
 
@@ -163,7 +163,8 @@ def _columns(
         patch = repository.patch(identity)
         place = {request: row for row, request in enumerate(patch.requests)}
         for weight, columns in _patch_columns(repository, identity, patch).items():
-            parts.setdefault(weight, []).append(columns.take([place[request] for request in requests]))
+            taken = columns.take([place[request] for request in requests])
+            parts.setdefault(weight, []).append(replace(taken, labels=tuple((identity, one) for one in requests)))
     joined = {weight: join(found) for weight, found in sorted(parts.items())}
     return {weight: beyond(columns, additive.get(weight, ())) for weight, columns in joined.items()}
 
@@ -181,7 +182,8 @@ def _patch_columns(repository: Store, identity: str, patch: Patch) -> dict[str, 
         valid = [a for a, shape in zip(arrays, expected, strict=True) if a is not None and _is_column(a, shape)]
         if len(valid) != len(_PARTS):
             raise _damaged(identity, f"the columns of {weight} are missing, misshapen or not finite")
-        found[weight] = Columns(*valid)
+        keys, preimages, residuals, ridge = valid
+        found[weight] = Columns(keys, preimages, residuals, ridge)
     return found
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from patchhub.constraints import no_columns, proof
 from patchhub.delta import Delta, add, compact, negative, norm, write_deltas
-from patchhub.objects import Commit, Element, Keyframe, set_digest, set_json
+from patchhub.objects import Commit, Element, Keyframe, Patch, Request, requests_json, set_digest, set_json
 from patchhub.sets.columns import (
     Shapes,
     additive_patches,
@@ -18,13 +18,11 @@ from patchhub.sets.columns import (
     solve_change,
     weight_shapes,
 )
+from patchhub.sets.merging import refuse_stopped
 from patchhub.sets.rivals import Rival
 from patchhub.sets.shards import without_shards
 from patchhub.store.store import Store
 from patchhub.who import Who
-
-Judge = Callable[[Commit], Mapping[str, Any]]
-"""From a prepared commit to fields of its ``check``; it raises to refuse the commit."""
 
 
 @dataclass(frozen=True)
@@ -38,22 +36,56 @@ class Draft:
     arguments: Mapping[str, Any]
 
 
-def snapshot(
+def store_patch(
     repository: Store,
-    draft: Draft,
-    who: Who,
     *,
-    change: Mapping[str, Delta] | None = None,
-    judge: Judge = lambda commit: {},
-) -> str:
-    """Write the commit of ``draft`` and move the current branch to it; returns its id. See `prepare`.
+    kind: str,
+    method: str,
+    requests: Sequence[Request],
+    settings: Mapping[str, Any],
+    tensors: bytes,
+    weights: Shapes,
+    below: frozenset[Element] | None,
+    metric: str | None = None,
+) -> Patch:
+    """Write a patch with its texts and tensors; no ref leads to it before a commit does.
 
     Args:
-        judge: sees the commit before it is written, and says what else was measured of it or refuses it.
+        tensors: a safetensors file, as docs/format.md has it for ``kind``.
+        weights: (out, in) of each weight that it changes.
+        below: the set that it was made on; None: it does not depend on one.
     """
-    commit = prepare(repository, draft, who, change=change)
-    commit = replace(commit, check={**commit.check, **judge(commit)})
-    return repository.record(commit, command=draft.command, arguments=draft.arguments, author=who.author, time=who.time)
+    patch = Patch(
+        base=repository.config.base_id,
+        kind=kind,
+        made_on=None if below is None else set_digest(below),
+        method=method,
+        metric=metric,
+        requests=tuple(request.id for request in requests),
+        requests_blob=repository.objects.put(requests_json(requests)),
+        settings=settings,
+        tensors=repository.objects.put(tensors),
+        weights=weights,
+    )
+    repository.objects.put(patch.to_json())
+    return patch
+
+
+def begin(repository: Store) -> str | None:
+    """The commit that a new one goes on top of. Every verb that commits begins here.
+
+    Raises:
+        RepositoryError: a stopped merge waits on it.
+    """
+    refuse_stopped(repository)
+    return repository.head[1]
+
+
+def record(repository: Store, commit: Commit, draft: Draft) -> str:
+    """Write a commit that was prepared from ``draft`` and judged, and move the current branch to it; returns its id."""
+    return repository.record(
+        commit, command=draft.command, arguments=draft.arguments, author=commit.author, time=commit.time
+    )
 
 
 def prepare(

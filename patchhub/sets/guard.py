@@ -165,7 +165,7 @@ class Prepared:
         elements: its active set.
         before, after: the deltas of its first parent's state, and of its own.
         columns: those of its set per weight, against the base's weights whatever additive patches bring, since states are held
-            against them; and `rows` which element each of their rows is of.
+            against them.
     """
 
     commit: Commit
@@ -173,7 +173,6 @@ class Prepared:
     before: State
     after: State
     columns: Mapping[str, Columns]
-    rows: Mapping[str, Sequence[Element]]
 
 
 def prepared(repository: Store, commit: Commit) -> Prepared:
@@ -182,8 +181,7 @@ def prepared(repository: Store, commit: Commit) -> Prepared:
     blobs = states.state(identity, lambda name: commit if name == identity else repository.commit(name), {})
     elements = (repository.active(parent) - commit.removed) | commit.added
     columns = read_columns(repository, (element for element in elements if element[1] is not None))
-    rows = _rows(repository, elements, columns)
-    return Prepared(commit, elements, read_state(repository, parent), read_blobs(repository, blobs), columns, rows)
+    return Prepared(commit, elements, read_state(repository, parent), read_blobs(repository, blobs), columns)
 
 
 def from_vectors(repository: Store, found: Prepared) -> Measured:
@@ -216,7 +214,7 @@ def most_moved(repository: Store, found: Prepared, places: Iterable[Place]) -> l
         change = image(_change(found, weight, shapes[weight]), columns.keys)
         asked = np.linalg.norm(columns.residuals.astype(np.float64), axis=1)
         shares = np.linalg.norm(change, axis=1) / np.where(asked > 0, asked, np.inf)
-        for element, share in zip(found.rows[weight], shares.tolist(), strict=True):
+        for element, share in zip(columns.labels, shares.tolist(), strict=True):
             if element in moved:
                 moved[element] = max(moved[element], share)
     return sorted(moved, key=lambda place: (-moved[place], place[0], place[1] or ""))
@@ -250,19 +248,12 @@ def _contradicted(repository: Store, found: Prepared) -> frozenset[Place]:
     )
 
 
-def _rows(repository: Store, elements: Iterable[Element], columns: Iterable[str]) -> dict[str, list[Element]]:
-    """Which element each row of `read_columns` is of, per weight."""
-    ordered = sorted((e for e in elements if e[1] is not None), key=lambda element: (element[0], str(element[1])))
-    weights = {patch: repository.patch(patch).weights.keys() for patch in {patch for patch, _ in ordered}}
-    return {weight: [element for element in ordered if weight in weights[element[0]]] for weight in columns}
-
-
 def _worst_misfits(found: Prepared, state: State, shapes: Shapes) -> dict[Element, float]:
     """Each element's largest misfit over the weights."""
     worst: dict[Element, float] = {}
     for weight, columns in found.columns.items():
         values = misfit([add(state.get(weight, ()), shapes[weight])], columns).tolist()
-        for element, value in zip(found.rows[weight], values, strict=True):
+        for element, value in zip(columns.labels, values, strict=True):
             worst[element] = max(worst.get(element, 0.0), value)
     return worst
 

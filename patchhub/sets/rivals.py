@@ -216,14 +216,14 @@ def crowding(
     additive = {element for element in whole if repository.patch(element[0]).kind == "additive"}
     columns = read_columns(repository, elements | additive)
     state = read_state(repository, commit)
-    rows = {weight: _rows(repository, elements, weight) for weight in columns}
     nearest: dict[tuple[str, str], Overlap] = {}
     misfits: dict[str, float] = {}
     progress.stage("comparing facts", len(columns))
     for weight, found in columns.items():
-        _keep_worst(misfits, rows[weight], state.get(weight, ()), found)
+        requests = [str(request) for _, request in found.labels]
+        _keep_worst(misfits, requests, state.get(weight, ()), found)
         for left, right, key, residual in overlapping(found):
-            ends = rows[weight][left], rows[weight][right]
+            ends = requests[left], requests[right]
             pair = (min(ends), max(ends))
             if pair not in nearest or abs(key) > abs(nearest[pair].key_cosine):
                 nearest[pair] = Overlap(*pair, weight, round(key, 4), round(residual, 4))
@@ -244,17 +244,6 @@ def overlapping(columns: Columns) -> list[tuple[int, int, float, float]]:
             (start + i, start + j, float(keys[i, j]), float(residuals[i, j])) for i, j in np.argwhere(hit).tolist()
         ]
     return found
-
-
-def _rows(repository: Store, elements: frozenset[Element], weight: str) -> list[str]:
-    """The request of each row of `read_columns` at a weight."""
-    patches = {patch for patch, _ in elements}
-    editing = {patch for patch in patches if weight in repository.patch(patch).weights}
-    return [
-        request
-        for patch, request in sorted(elements, key=lambda element: (element[0], element[1] or ""))
-        if patch in editing and request is not None
-    ]
 
 
 def _keep_worst(misfits: dict[str, float], rows: Sequence[str], deltas: Sequence[Delta], columns: Columns) -> None:

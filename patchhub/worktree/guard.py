@@ -16,14 +16,15 @@ from patchhub.evaluation.drift import Drift, TextReading, drift, leading, read_t
 from patchhub.evaluation.guard import Drifted, Measured, Report, Share, is_guessing
 from patchhub.evaluation.metrics import score_targets
 from patchhub.objects import SLOT, Metric, Request
+from patchhub.progress import Progress
 from patchhub.runtime.patched_model import PatchState, switch
 from patchhub.sets.columns import weight_shapes
 from patchhub.sets.elements import active_requests
 from patchhub.sets.guard import Prepared, from_vectors, most_moved
 from patchhub.store.store import Store
-from patchhub.worktree.loading import MODES, checked_mode, patch_state, read_routing, state_at
 from patchhub.worktree.metric import held_documents
-from patchhub.worktree.opening import Opened
+from patchhub.worktree.opening import Worktree, open_worktree
+from patchhub.worktree.states import MODES, checked_mode, patch_state, read_routing, state_at
 
 _POSITIONS: Final = (32, 1024)
 _EARLIER: Final = (8, 200)
@@ -49,38 +50,67 @@ class Budget:
         return cls(positions, _within(left / _TOKENS_PER_EARLIER, _EARLIER))
 
 
+def ask_model(
+    repository: Store,
+    found: Prepared,
+    progress: Progress,
+    tree: Worktree | None,
+    written: Sequence[Request],
+    facts: int | None = None,
+) -> Measured:
+    """All checks of a prepared commit, with the model that its facts were written with, or with one that is tree for them.
+
+    Args:
+        tree: the model, in any state.
+        written: the new facts; without a ``tree``, those of the commit.
+        facts: how many facts the work may be measured by; None: those that were written.
+
+    Raises:
+        EditError: the edited model's logits are not numbers.
+        BaseError: the base is missing or changed.
+    """
+    if tree is None:
+        tree = open_worktree(repository, progress)
+        requests = {request.id: request for request in active_requests(repository, found.commit.added).values()}
+        progress.stage("checking", 0)
+        measured = from_model(repository, tree, found, list(requests.values()), Budget())
+        progress.close()
+        return measured
+    progress.stage("checking", 0)
+    budget = Budget.of_commit(len(written) if facts is None else facts, tree.model.num_parameters())
+    return from_model(repository, tree, found, written, budget)
+
+
 def from_model(
-    repository: Store, opened: Opened, found: Prepared, requests: Sequence[Request], budget: Budget | None = None
+    repository: Store, tree: Worktree, found: Prepared, requests: Sequence[Request], budget: Budget
 ) -> Measured:
     """All checks of a prepared commit. The model is left in the commit's state.
 
     Args:
-        opened: the base in memory, in any state.
+        tree: the base in memory, in any state.
         requests: the new facts.
-        budget: None stands for that of a commit.
 
     Raises:
         EditError: the edited model's logits are not numbers.
     """
-    budget = budget or Budget.of_commit(len(requests), opened.model.num_parameters())
     earlier = _earlier(repository, found, requests)
     parent = found.commit.parents[0] if found.commit.parents else None
     before = state_at(repository, parent or "base")
-    text = _read_base(repository, opened, budget)
+    text = _read_base(repository, tree, budget)
     drifted_before = _recorded_drift(repository, parent, text.positions)
     if drifted_before is None:
-        _put(opened, before)
-        drifted_before = drift(opened.model, text).kl
-    _put(opened, _state_after(repository, found))
-    drifted = _finite(drift(opened.model, text))
-    own = _holding(opened, requests)
+        _put(tree, before)
+        drifted_before = drift(tree.model, text).kl
+    _put(tree, _state_after(repository, found))
+    drifted = _finite(drift(tree.model, text))
+    own = _holding(tree, requests)
     read = earlier[: budget.earlier]
-    failing = [request for request, holds in zip(read, _holding(opened, read), strict=True) if not holds]
+    failing = [request for request, holds in zip(read, _holding(tree, read), strict=True) if not holds]
     lost = 0
     if failing:
-        _put(opened, before)
-        lost = sum(_holding(opened, failing))
-        _put(opened, _state_after(repository, found))
+        _put(tree, before)
+        lost = sum(_holding(tree, failing))
+        _put(tree, _state_after(repository, found))
     guessing = is_guessing(text.perplexity, text.logprobs[0].shape[1])
     return replace(
         from_vectors(repository, found),
@@ -89,7 +119,7 @@ def from_model(
         earlier=Share(lost, len(read) - len(failing) + lost),
         active=len(earlier),
         drift=Drifted(drifted_before, drifted.kl, drifted.perplexity_ratio, drifted.positions, guessing),
-        first_token=_at_first_token(opened, requests),
+        first_token=_at_first_token(tree, requests),
     )
 
 
@@ -101,14 +131,14 @@ def _earlier(repository: Store, found: Prepared, requests: Sequence[Request]) ->
     return list({texts[place].id: texts[place] for place in most_moved(repository, found, places)}.values())
 
 
-def _read_base(repository: Store, opened: Opened, budget: Budget) -> TextReading:
+def _read_base(repository: Store, tree: Worktree, budget: Budget) -> TextReading:
     """The base's predictions on held text; the model is left as the base."""
-    _put(opened, patch_state(repository, {}, None))
+    _put(tree, patch_state(repository, {}, None))
     pinned = repository.config.recording
     metric = Metric.from_json(repository.objects.get(pinned.metric)) if pinned else None
-    documents = held_documents(repository, metric, opened.stack, opened.tokenizer)
-    vocabulary = opened.model.config.get_text_config().vocab_size
-    return read_text(opened.model, leading(documents, min(budget.positions, room(vocabulary))))
+    documents = held_documents(repository, metric, tree.stack, tree.tokenizer)
+    vocabulary = tree.model.config.get_text_config().vocab_size
+    return read_text(tree.model, leading(documents, min(budget.positions, room(vocabulary))))
 
 
 def _finite(found: Drift) -> Drift:
@@ -138,20 +168,20 @@ def _state_after(repository: Store, found: Prepared) -> PatchState:
     return patch_state(repository, found.after, None, routing=routing)
 
 
-def _put(opened: Opened, state: PatchState) -> None:
-    switch(opened.model, opened.checkpoint, state)
+def _put(tree: Worktree, state: PatchState) -> None:
+    switch(tree.model, tree.checkpoint, state)
 
 
-def _holding(opened: Opened, requests: Sequence[Request]) -> list[bool]:
+def _holding(tree: Worktree, requests: Sequence[Request]) -> list[bool]:
     """Whether each fact's target is the model's answer: the argmax at each of its tokens, teacher forced."""
     asked = [(request.text, request.target_new) for request in requests]
-    return [score.argmax_right for score in score_targets(opened.model, opened.tokenizer, asked, chat=opened.chat)]
+    return [score.argmax_right for score in score_targets(tree.model, tree.tokenizer, asked, chat=tree.chat)]
 
 
-def _at_first_token(opened: Opened, requests: Sequence[Request]) -> int:
+def _at_first_token(tree: Worktree, requests: Sequence[Request]) -> int:
     """How many subjects end at the first token that the model reads, in the form in which the facts are asked."""
     pairs = [(SLOT, request) for request in requests]
-    encoded = encode_prompts(opened.tokenizer, pairs, with_target=False, chat=opened.chat)
+    encoded = encode_prompts(tree.tokenizer, pairs, with_target=False, chat=tree.chat)
     return sum(row.subject_last == 0 for row in encoded)
 
 

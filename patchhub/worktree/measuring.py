@@ -12,7 +12,7 @@ from typing import Any, Final
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from patchhub.canonical import canonical_json, object_id
 from patchhub.editing.locate import encode_targets
@@ -22,19 +22,17 @@ from patchhub.evaluation.live import LiveReading, continue_greedily, live_prompt
 from patchhub.evaluation.metrics import TargetScore, score_targets
 from patchhub.evaluation.suites import FactReading
 from patchhub.fsio import keep
-from patchhub.models.architectures import describe, read_config
-from patchhub.models.placement import Placement, chosen_dtype, load_base, name_of
-from patchhub.models.tracing import Stack
+from patchhub.models.architectures import read_config
+from patchhub.models.placement import Placement, chosen_dtype, name_of
 from patchhub.objects import Metric, Request, Text
 from patchhub.progress import Progress
-from patchhub.runtime.patched_model import attach, switch
 from patchhub.store.fsck import SCORE_CACHE
 from patchhub.store.store import Store
 from patchhub.text.tokens import Chat, load_tokenizer
-from patchhub.worktree.loading import state_at
 from patchhub.worktree.metric import held_documents, read_documents
 from patchhub.worktree.metric import kept_held_documents as kept_documents
-from patchhub.worktree.opening import chat_form, open_checked, placement_of
+from patchhub.worktree.opening import Worktree, base_files, chat_form, check_base, open_worktree, placement_of
+from patchhub.worktree.states import state_at
 
 VERSION: Final = 1
 """Raised whenever an item's result is computed differently."""
@@ -137,7 +135,6 @@ class Measurer:
 
     Args:
         placement: on which device, in which type or quantisation the model runs; None: as the repository's config says.
-        dtype: a type instead of the placement's.
         chat: ask the facts' prompts, contexts and neighbours in the base's chat form; None: as the repository's config says. Text is
             sampled and drift is measured outside it.
 
@@ -154,15 +151,15 @@ class Measurer:
         progress: Progress,
         *,
         placement: Placement | None = None,
-        dtype: torch.dtype | None = None,
         chat: bool | None = None,
     ) -> None:
         self.repository, self.questions, self.progress = repository, questions, progress
-        self._checkpoint, self._placement = open_checked(repository), placement or placement_of(repository)
-        self.dtype = dtype or chosen_dtype(self._checkpoint, self._placement)
-        self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(self._checkpoint)
-        self.chat = chat_form(repository, self.tokenizer, chat)
-        self._loaded: tuple[PreTrainedModel, str] | None = None
+        self._files, self._placement = base_files(repository), placement or placement_of(repository)
+        check_base(repository, self._files.checkpoint)
+        self.dtype = chosen_dtype(self._files.checkpoint, self._placement)
+        self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(self._files.checkpoint)
+        self.chat, self._in_chat = chat_form(repository, self.tokenizer, chat), chat
+        self._open: tuple[str, Worktree] | None = None
         self._base_text: TextReading | None = None
         self._tokenizer_id = object_id(self.tokenizer.backend_tokenizer.to_str().encode("utf-8"))
         self.new_tokens = max(NEW_TOKENS, 1 + _longest_target(self.tokenizer, questions.requests, self.chat))
@@ -283,22 +280,29 @@ class Measurer:
 
     def _model(self, revision: str) -> PreTrainedModel:
         """The model in the state of a revision."""
-        state, cache = state_at(self.repository, revision), self.repository.cache
-        if self._loaded is None:
-            model: PreTrainedModel = self._load().eval()
-            attach(model, self._checkpoint, state, cache=cache)
-        else:
-            model, present = self._loaded
-            if present != revision:
-                switch(model, self._checkpoint, state, cache=cache)
-        self._loaded = model, revision
+        model: PreTrainedModel = self._at(revision).model
         return model
 
-    def _load(self) -> Any:
-        if self.dtype == chosen_dtype(self._checkpoint, self._placement):
-            return load_base(self._checkpoint, self._placement)
-        folder = self._checkpoint.folder
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=self.dtype, local_files_only=True)
+    def _at(self, revision: str) -> Worktree:
+        """The model in the state of a revision, with its tokenizer and blocks."""
+        if self._open is None:
+            state = state_at(self.repository, revision)
+            self._open = (
+                revision,
+                open_worktree(
+                    self.repository,
+                    self.progress,
+                    state,
+                    base=self._files,
+                    placement=self._placement,
+                    chat=self._in_chat,
+                ),
+            )
+        present, tree = self._open
+        if present != revision:
+            tree = tree.moved(state_at(self.repository, revision))
+            self._open = revision, tree
+        return tree
 
     def _state_key(self, revision: str) -> str:
         commit = self.repository.resolve(revision)
@@ -314,20 +318,18 @@ class Measurer:
 
     def _documents(self) -> tuple[Tokens, ...]:
         """The text to measure drift on, as much of it as is read at once."""
-        config = read_config(self._checkpoint.folder)
-        vocabulary = int(config.get_text_config().vocab_size)
-        return tuple(drift.leading(self._text(config), drift.room(vocabulary)))
+        vocabulary = int(read_config(self._files.checkpoint.folder).get_text_config().vocab_size)
+        return tuple(drift.leading(self._text(), drift.room(vocabulary)))
 
-    def _text(self, config: PreTrainedConfig) -> Sequence[Sequence[int]]:
+    def _text(self) -> Sequence[Sequence[int]]:
         recording = self.repository.config.recording
         if self.questions.text:
-            return read_documents(Stack(self._model(BASE), describe(config)), self.tokenizer, self.questions.text)
+            return read_documents(self._at(BASE).stack, self.tokenizer, self.questions.text)
         metric = None if recording is None else Metric.from_json(self.repository.objects.get(recording.metric))
         kept = kept_documents(self.repository, metric)
         if kept is not None:
             return kept
-        stack = Stack(self._model(BASE), describe(config))
-        return held_documents(self.repository, metric, stack, self.tokenizer)
+        return held_documents(self.repository, metric, self._at(BASE).stack, self.tokenizer)
 
 
 def _longest_target(tokenizer: PreTrainedTokenizerBase, requests: Sequence[Request], chat: Chat | None) -> int:

@@ -1,25 +1,103 @@
-"""The base in memory at a revision, ready to be edited or asked: found, checked, placed, patched, in its chat form."""
+"""The worktree: the base in memory at a state, ready to be edited or asked. `open_worktree` is the one way to make it.
+
+It answers the questions that every verb with a model has: where the base is and whether it is the repository's, what its architecture is,
+on which device, in which type or quantisation it runs, in which chat form it is asked, and which state it is in.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from patchhub.delta import Delta
 from patchhub.fsio import keep
-from patchhub.models.architectures import Architecture
-from patchhub.models.checkpoint import Checkpoint
+from patchhub.models.architectures import Architecture, describe, read_config
+from patchhub.models.checkpoint import Checkpoint, open_checkpoint
 from patchhub.models.fingerprint import FILE_NAME, check_tensors
-from patchhub.models.placement import DEFAULT, Placement, load_base, runs_beside
+from patchhub.models.placement import Placement, load_base, runs_beside
 from patchhub.models.tracing import Stack
-from patchhub.runtime.patched_model import attach, switch
+from patchhub.progress import Progress
+from patchhub.runtime.patched_model import PatchState, attach, switch
 from patchhub.store.store import Store
 from patchhub.text.tokens import Chat, chat_of, load_tokenizer
-from patchhub.worktree.loading import base_object, not_finite, open_base, patch_state
+from patchhub.worktree.states import base_object, not_finite, patch_state
+
+
+@dataclass(frozen=True, eq=False)
+class BaseFiles:
+    """The files of a base and where its parts are: what is known of it before it is in memory."""
+
+    checkpoint: Checkpoint
+    architecture: Architecture
+
+
+@dataclass(frozen=True, eq=False)
+class Worktree:
+    """A base in memory.
+
+    Attributes:
+        repository: whose base it is.
+        checkpoint: the base's files.
+        architecture: where its parts are.
+        model: the base with ``state`` attached.
+        tokenizer: the base's.
+        state: what is attached: deltas per weight, and side memories.
+        chat: the chat form in which its facts are written and asked; None: as plain text.
+    """
+
+    repository: Store
+    checkpoint: Checkpoint
+    architecture: Architecture
+    model: Any
+    tokenizer: PreTrainedTokenizerBase
+    state: PatchState
+    chat: Chat | None = None
+
+    @cached_property
+    def stack(self) -> Stack:
+        """The model as a stack of blocks."""
+        return Stack(self.model, self.architecture)
+
+    def moved(self, state: PatchState) -> Worktree:
+        """The same model, put into another state; this value no longer says what state it is in."""
+        switch(self.model, self.checkpoint, state, cache=self.repository.cache)
+        moved = replace(self, state=state)
+        if "stack" in self.__dict__:  # the stack is about the same model: its probes need not run again
+            moved.__dict__["stack"] = self.stack
+        return moved
+
+
+def open_base(repository: Store, path: str | Path | None = None, *, verify: bool = False) -> Checkpoint:
+    """The repository's base model; with ``verify``, every tensor is hashed."""
+    known = repository.config.base
+    checkpoint = open_checkpoint(path if path is not None else known["path"], None if path else known["revision"])
+    if verify:
+        check_tensors(base_object(repository), checkpoint, None)
+    return checkpoint
+
+
+def base_files(repository: Store, path: str | Path | None = None) -> BaseFiles:
+    """The repository's base model and its architecture, before anything of it is checked or loaded."""
+    checkpoint = open_base(repository, path)
+    return BaseFiles(checkpoint, describe(read_config(checkpoint.folder)))
+
+
+def check_base(repository: Store, checkpoint: Checkpoint, weights: Sequence[str] = ()) -> None:
+    """Check every tensor of a checkpoint, those of files that have not changed since the last check by their size and time alone.
+
+    Args:
+        weights: tensors that are hashed in any case, because they will be edited.
+
+    Raises:
+        BaseError: it is not the repository's base.
+    """
+    base = base_object(repository)
+    check_tensors(base, checkpoint, None, cache=repository.cache)
+    check_tensors(base, checkpoint, weights)
 
 
 def open_checked(repository: Store, path: str | Path | None = None) -> Checkpoint:
@@ -31,15 +109,6 @@ def open_checked(repository: Store, path: str | Path | None = None) -> Checkpoin
     checkpoint = open_base(repository, path)
     check_base(repository, checkpoint)
     return checkpoint
-
-
-def check_base(repository: Store, checkpoint: Checkpoint) -> None:
-    """Check every tensor of a checkpoint; those of files that have not changed since the last check by their files' size and time alone.
-
-    Raises:
-        BaseError: it is not the repository's base.
-    """
-    check_tensors(base_object(repository), checkpoint, None, cache=repository.cache)
 
 
 def keep_digests(repository: Store, folder: Path) -> None:
@@ -63,19 +132,9 @@ def placement_of(
     return Placement(**{name: value for name, value in chosen.items() if value is not None})
 
 
-def load_for_editing(repository: Store, checkpoint: Checkpoint, weights: Sequence[str], placement: Placement) -> Any:
-    """The base in memory, checked against the repository's base, the edited weights by their bytes in any case.
-
-    Raises:
-        BaseError: the base is changed, not finite, or does not fit.
-    """
-    check_base(repository, checkpoint)
-    check_tensors(base_object(repository), checkpoint, weights)
-    model = load_base(checkpoint, placement)
-    for name, parameter in model.named_parameters():
-        if not bool(parameter.isfinite().all()):
-            raise not_finite(checkpoint.name, name)
-    return model
+def in_chat(repository: Store, asked: bool | None) -> bool:
+    """Whether facts are written and asked in a chat: what the caller says, else the repository's config."""
+    return bool(repository.config.settings.get("chat", False)) if asked is None else asked
 
 
 def chat_form(repository: Store, tokenizer: PreTrainedTokenizerBase, asked: bool | None) -> Chat | None:
@@ -87,61 +146,46 @@ def chat_form(repository: Store, tokenizer: PreTrainedTokenizerBase, asked: bool
     Raises:
         SettingsError: prompts are to be read in a chat, and the base has no chat template that can be used.
     """
-    in_chat = bool(repository.config.settings.get("chat", False)) if asked is None else asked
-    return chat_of(tokenizer) if in_chat else None
+    return chat_of(tokenizer) if in_chat(repository, asked) else None
 
 
-@dataclass(frozen=True, eq=False)
-class Opened:
-    """A model to edit.
-
-    Attributes:
-        checkpoint: the base's files.
-        architecture: where its parts are.
-        model: the base with ``deltas`` attached; no side memory is.
-        tokenizer: the base's.
-        stack: the model as a stack of blocks.
-        deltas: the state it is in.
-        chat: the chat form in which its facts are written and asked; None: as plain text.
-    """
-
-    checkpoint: Checkpoint
-    architecture: Architecture
-    model: Any
-    tokenizer: PreTrainedTokenizerBase
-    stack: Stack
-    deltas: Mapping[str, Sequence[Delta]]
-    chat: Chat | None = None
-
-    def moved(self, repository: Store, deltas: Mapping[str, Sequence[Delta]]) -> Opened:
-        """The same model, put into another state; this value no longer says what state it is in."""
-        switch(self.model, self.checkpoint, patch_state(repository, deltas, None))
-        return replace(self, deltas=deltas)
-
-
-def open_model(
+def open_worktree(
     repository: Store,
-    checkpoint: Checkpoint,
-    architecture: Architecture,
-    weights: Sequence[str],
-    deltas: Mapping[str, Sequence[Delta]],
-    placement: Placement = DEFAULT,
+    progress: Progress,
+    state: PatchState | None = None,
     *,
-    chat: bool = False,
-) -> Opened:
-    """The base with ``deltas`` attached; ``weights``, those that will be edited, are checked against the repository's base.
-
-    Where the base is in memory in float32 the deltas are in its weights, else beside them, so that no rounding is recorded.
+    base: str | Path | BaseFiles | None = None,
+    placement: Placement | None = None,
+    chat: bool | None = None,
+    edits: Sequence[str] | None = None,
+) -> Worktree:
+    """The repository's base in memory with a state attached, every tensor of it checked.
 
     Args:
-        chat: write and ask facts inside the base's chat template.
+        state: what is attached; None: nothing.
+        base: where the base is, if not where the repository says, or its files if they are open.
+        placement: on which device, in which type or quantisation it runs; None: as the repository's config says.
+        chat: whether facts are written and asked in the base's chat template; None: as the config says.
+        edits: names of the weights that will be edited, for a model to record on; None: a model to ask. A model to record on has
+            the deltas in its weights only where it is in float32, else beside them, so that no rounding is recorded; its values must be
+            finite. A model to ask answers as `load` does: the weights are rounded to its type.
 
     Raises:
         SettingsError: the base has no chat template that can be used, under ``chat``.
-        BaseError: the base is missing, changed or not finite, or does not fit.
+        BaseError: the base is missing, changed, not finite, or does not fit.
     """
+    files = base if isinstance(base, BaseFiles) else base_files(repository, base)
+    checkpoint = files.checkpoint
+    check_base(repository, checkpoint, edits or ())
+    progress.stage("loading the base", 0)
     tokenizer = load_tokenizer(checkpoint)
-    form = chat_of(tokenizer) if chat else None
-    model = load_for_editing(repository, checkpoint, weights, placement)
-    attach(model, checkpoint, patch_state(repository, deltas, None), side_path=runs_beside(model))
-    return Opened(checkpoint, architecture, model, tokenizer, Stack(model, architecture), deltas, form)
+    form = chat_form(repository, tokenizer, chat)
+    model = load_base(checkpoint, placement or placement_of(repository)).eval()
+    if edits is not None:
+        for name, parameter in model.named_parameters():
+            if not bool(parameter.isfinite().all()):
+                raise not_finite(checkpoint.name, name)
+    state = patch_state(repository, {}, None) if state is None else state
+    beside = edits is not None and runs_beside(model)
+    attach(model, checkpoint, state, cache=repository.cache, side_path=beside)
+    return Worktree(repository, checkpoint, files.architecture, model, tokenizer, state, form)

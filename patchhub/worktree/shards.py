@@ -20,12 +20,12 @@ from patchhub.editing.wise.settings import default_wise_settings as default_sett
 from patchhub.editing.wise.task import Shard, recompress
 from patchhub.errors import SettingsError
 from patchhub.fsio import keep
-from patchhub.models.architectures import Architecture, describe, read_config
-from patchhub.objects import Element, Patch, Request, requests_json, set_digest
+from patchhub.models.architectures import Architecture
+from patchhub.objects import Element, Patch, Request
 from patchhub.progress import Progress
 from patchhub.runtime.patched_model import switch
 from patchhub.sets.columns import read_state, solve_change
-from patchhub.sets.commits import Written
+from patchhub.sets.commits import Written, store_patch
 from patchhub.sets.elements import Plan
 from patchhub.sets.shards import (
     METHOD,
@@ -43,8 +43,8 @@ from patchhub.sets.shards import (
 )
 from patchhub.store.store import Store
 from patchhub.text.sampling import context_templates, sample_documents
-from patchhub.worktree.loading import open_base, patch_state, stored_shard
-from patchhub.worktree.opening import Opened, open_model, placement_of
+from patchhub.worktree.opening import Worktree, open_worktree
+from patchhub.worktree.states import patch_state, stored_shard
 
 _TOKENS: Final = 4_096  # at least
 _TOKENS_PER_INPUT: Final = 6  # of the widest feed-forward network: fewer, and locality suffers (docs/wise.md)
@@ -60,24 +60,24 @@ class WiseText:
     locality: tuple[tuple[int, ...], ...]
 
 
-def open_wise_text(repository: Store, opened: Opened, seed: int, progress: Progress) -> WiseText:
+def open_wise_text(repository: Store, tree: Worktree, seed: int, progress: Progress) -> WiseText:
     """The text for a seed, sampled from the unpatched base and kept in the cache: a function of base and seed."""
     path = repository.cache / "wise" / f"{repository.config.base_id}-{seed}.json"
     known = _read(path)
     if known is not None:
         return known
-    tokens = max(_TOKENS, _TOKENS_PER_INPUT * max(inner for _, inner in opened.architecture.shapes))
+    tokens = max(_TOKENS, _TOKENS_PER_INPUT * max(inner for _, inner in tree.architecture.shapes))
     progress.stage("text from the base", tokens)
-    with _unpatched(repository, opened):
+    with _unpatched(repository, tree):
         documents = sample_documents(
-            opened.stack,
-            opened.tokenizer,
+            tree.stack,
+            tree.tokenizer,
             tokens,
             length=_LENGTH,
             seed=seed + _SEED_STEP,
             progress=progress.advance,
         )
-        text = WiseText(context_templates(opened.stack, opened.tokenizer), tuple(map(tuple, documents)))
+        text = WiseText(context_templates(tree.stack, tree.tokenizer), tuple(map(tuple, documents)))
     keep(path, (canonical_json({"contexts": list(text.contexts), "locality": documents}),))
     return text
 
@@ -91,13 +91,13 @@ def _read(path: Path) -> WiseText | None:
 
 
 @contextmanager
-def _unpatched(repository: Store, opened: Opened) -> Iterator[None]:
+def _unpatched(repository: Store, tree: Worktree) -> Iterator[None]:
     """The model as the base while the block runs."""
-    switch(opened.model, opened.checkpoint, patch_state(repository, {}, None))
+    switch(tree.model, tree.checkpoint, patch_state(repository, {}, None))
     try:
         yield
     finally:
-        switch(opened.model, opened.checkpoint, patch_state(repository, opened.deltas, None))
+        switch(tree.model, tree.checkpoint, patch_state(repository, tree.state.weights, None))
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ def wise_settings(
 
 def train_shard(
     repository: Store,
-    opened: Opened,
+    tree: Worktree,
     beside: frozenset[Element],
     requests: Sequence[Request],
     making: Making,
@@ -146,19 +146,19 @@ def train_shard(
     """Train a shard for ``requests``, and for those that it keeps, and store it.
 
     Args:
-        opened: the model in the main weights of the state that the shard will be beside.
+        tree: the model in the main weights of the state that the shard will be beside.
         beside: that state's elements, without the shard that this one takes the place of.
 
     Raises:
         EditError: the training is not finite.
     """
     settings = making.settings
-    text = open_wise_text(repository, opened, settings.seed, progress)
+    text = open_wise_text(repository, tree, settings.seed, progress)
     start = stored_shard(repository, making.follows) if making.follows and making.kept else None
     progress.stage("training a shard", len(requests))
     trained = training.train(
-        opened.stack,
-        opened.tokenizer,
+        tree.stack,
+        tree.tokenizer,
         requests,
         text.contexts,
         settings,
@@ -172,10 +172,10 @@ def train_shard(
     held = (*making.kept, *requests)
     if making.rank is not None:
         shard, error = recompress(shard, making.rank)
-        shard = training.measure(opened.stack, opened.tokenizer, shard, held, text.contexts, settings, text.locality)
+        shard = training.measure(tree.stack, tree.tokenizer, shard, held, text.contexts, settings, text.locality)
         report |= {"rank": making.rank, "relative_error": error}
     record = ShardRecord(
-        below=below_of(repository, beside, layers_below(opened.architecture, shard.weight)),
+        below=below_of(repository, beside, layers_below(tree.architecture, shard.weight)),
         contexts=text.contexts,
         follows=making.follows,
         number=making.number,
@@ -187,7 +187,7 @@ def train_shard(
 
 
 def measure_again(
-    repository: Store, opened: Opened, beside: frozenset[Element], identity: str, progress: Progress
+    repository: Store, tree: Worktree, beside: frozenset[Element], identity: str, progress: Progress
 ) -> Patch:
     """The shard of a patch with its threshold measured again on the present main weights, as a new patch.
 
@@ -197,11 +197,11 @@ def measure_again(
     patch = repository.patch(identity)
     record = shard_record(patch)
     requests = texts_of(repository, identity)
-    settings = _settings(opened.architecture, dict(record.training))
-    text = open_wise_text(repository, opened, settings.seed, progress)
+    settings = _settings(tree.architecture, dict(record.training))
+    text = open_wise_text(repository, tree, settings.seed, progress)
     shard = training.measure(
-        opened.stack,
-        opened.tokenizer,
+        tree.stack,
+        tree.tokenizer,
         stored_shard(repository, identity),
         requests,
         record.contexts,
@@ -214,7 +214,7 @@ def measure_again(
 
 
 def train_again(
-    repository: Store, opened: Opened, beside: frozenset[Element], reshape: Reshape, progress: Progress
+    repository: Store, tree: Worktree, beside: frozenset[Element], reshape: Reshape, progress: Progress
 ) -> Patch:
     """The shard that ``reshape`` asks for: continued where it only takes facts in, trained anew where it forgets some.
 
@@ -224,12 +224,12 @@ def train_again(
     """
     texts = reshape.texts(repository)
     held = repository.patch(reshape.shard).requests
-    making = made_like(repository, opened.architecture, reshape.shard)
+    making = made_like(repository, tree.architecture, reshape.shard)
     if making.rank is None and reshape.facts.issuperset(held):
         making = replace(making, kept=tuple(texts[fact] for fact in held))
     kept = {request.id for request in making.kept}
     requests = [request for request in texts.values() if request.id not in kept]
-    return train_shard(repository, opened, beside, requests, making, progress)
+    return train_shard(repository, tree, beside, requests, making, progress)
 
 
 def made_like(repository: Store, architecture: Architecture, identity: str) -> Making:
@@ -243,20 +243,16 @@ def store_shard(
     repository: Store, shard: Shard, record: ShardRecord, requests: Sequence[Request], beside: frozenset[Element]
 ) -> Patch:
     """Write a shard and its patch; ``beside`` is the set that it was made on."""
-    patch = Patch(
-        base=repository.config.base_id,
+    return store_patch(
+        repository,
         kind="shard",
-        made_on=set_digest(beside),
         method=METHOD,
-        metric=None,
-        requests=tuple(request.id for request in requests),
-        requests_blob=repository.objects.put(requests_json(requests)),
+        requests=requests,
         settings=record.to_json(),
-        tensors=repository.objects.put(write_deltas({shard.weight: shard.change})),
+        tensors=write_deltas({shard.weight: shard.change}),
         weights={shard.weight: shard.change.shape},
+        below=beside,
     )
-    repository.objects.put(patch.to_json())
-    return patch
 
 
 def layers_below(architecture: Architecture, weight: str) -> list[str]:
@@ -286,7 +282,7 @@ def deltas_near(repository: Store, active: frozenset[Element], elements: frozens
 
 def measure_shards(
     repository: Store,
-    opened: Opened,
+    tree: Worktree,
     active: frozenset[Element],
     elements: frozenset[Element],
     progress: Progress,
@@ -297,11 +293,11 @@ def measure_shards(
     due = [shard for shard in stale if shard not in withheld]
     made: list[str] = []
     if due:
-        opened = opened.moved(repository, deltas_near(repository, active, elements))
+        tree = tree.moved(patch_state(repository, deltas_near(repository, active, elements), None))
         progress.stage("measuring thresholds", len(due))
     for shard in due:
         beside = elements - {(shard, None)}
-        patch = measure_again(repository, opened, beside, shard, progress)
+        patch = measure_again(repository, tree, beside, shard, progress)
         elements = beside | patch.elements
         made.append(patch.id)
         progress.advance(1)
@@ -310,30 +306,30 @@ def measure_shards(
 
 def write_shards(
     repository: Store,
-    opened: Opened,
+    tree: Worktree,
     plan: Plan,
     settings: WiseSettings,
     rank: int | None,
     progress: Progress,
 ) -> Written:
-    """Write the facts of ``plan`` with WISE; ``opened`` is in the main weights of HEAD, without the columns that are replaced.
+    """Write the facts of ``plan`` with WISE; ``tree`` is in the main weights of HEAD, without the columns that are replaced.
 
-    The open shard takes facts until it is full; for the rest shards are opened, each in its own random subspace.
+    The open shard takes facts until it is full; for the rest shards are begun, each in its own random subspace.
 
     Raises:
         RepositoryError: the texts of the open shard, or of one that loses a fact, are withheld.
         EditError: the training is not finite.
     """
-    weight = opened.architecture.ffn_weight(settings.layer)
+    weight = tree.architecture.ffn_weight(settings.layer)
     current = open_shard(active_shards(repository, plan.kept), weight, settings.shard_size)
     others = {shard: facts for shard, facts in plan.shrunk.items() if shard != current}
-    elements = trained(repository, opened, plan.kept, shrink(repository, others), progress)
+    elements = trained(repository, tree, plan.kept, shrink(repository, others), progress)
     left, made = list(plan.requests), []
     while left:
         making = _next(repository, elements, current, plan, settings)
         elements -= {(current, None)}
         room = settings.shard_size - len(making.kept)
-        patch = train_shard(repository, opened, elements, left[:room], replace(making, rank=rank), progress)
+        patch = train_shard(repository, tree, elements, left[:room], replace(making, rank=rank), progress)
         elements, left, current = elements | patch.elements, left[room:], None
         made.append(patch.id)
     metric = repository.commit(plan.parent).metric if plan.parent else None
@@ -341,7 +337,7 @@ def write_shards(
     return Written(tuple(made), elements, metric, None if replaced_columns else {})
 
 
-def forget_replaced(repository: Store, opened: Opened, plan: Plan, written: Written, progress: Progress) -> Written:
+def forget_replaced(repository: Store, tree: Worktree, plan: Plan, written: Written, progress: Progress) -> Written:
     """A closed-form edit, with the shards of its state trained again where they hold facts that it replaces."""
     if not plan.shrunk:
         return written
@@ -351,14 +347,14 @@ def forget_replaced(repository: Store, opened: Opened, plan: Plan, written: Writ
     deltas = {weight: list(found) for weight, found in read_state(repository, plan.parent).items()}
     for weight, part in change.items():
         deltas.setdefault(weight, []).append(part)
-    there = opened.moved(repository, deltas)
+    there = tree.moved(patch_state(repository, deltas, None))
     elements = trained(repository, there, written.elements, shrink(repository, plan.shrunk), progress)
     return replace(written, elements=elements, change=change)
 
 
 def open_for_shards(
     repository: Store, before: frozenset[Element], after: frozenset[Element], progress: Progress
-) -> Opened:
+) -> Worktree:
     """The base in the main weights of a set that is about to be committed on HEAD, whose set is ``before``.
 
     Raises:
@@ -366,20 +362,18 @@ def open_for_shards(
     """
     deltas = deltas_near(repository, before, after)
     weights = {weight for patch in active_shards(repository, before | after).values() for weight in patch.weights}
-    checkpoint = open_base(repository)
-    progress.stage("loading the base", 0)
-    architecture = describe(read_config(checkpoint.folder))
-    return open_model(repository, checkpoint, architecture, sorted(weights), deltas, placement_of(repository))
+    state = patch_state(repository, deltas, None)
+    return open_worktree(repository, progress, state, chat=False, edits=sorted(weights))
 
 
 def trained(
-    repository: Store, opened: Opened, elements: frozenset[Element], plan: ShardPlan, progress: Progress
+    repository: Store, tree: Worktree, elements: frozenset[Element], plan: ShardPlan, progress: Progress
 ) -> frozenset[Element]:
-    """A set after what ``plan`` asks of its shards; ``opened`` is in the main weights of that set."""
+    """A set after what ``plan`` asks of its shards; ``tree`` is in the main weights of that set."""
     elements = (elements - plan.remove) | plan.restore
     for reshape in plan.train:
         beside = elements - {(reshape.shard, None)}
-        elements = beside | train_again(repository, opened, beside, reshape, progress).elements
+        elements = beside | train_again(repository, tree, beside, reshape, progress).elements
     return elements
 
 
@@ -414,7 +408,7 @@ def train_reshaped(
         RepositoryError: the texts of a shard are withheld.
         EditError: a training is not finite.
     """
-    opened = open_for_shards(repository, before, after, progress)
-    done = trained(repository, opened, after, ShardPlan(train=shards.train), progress)
+    tree = open_for_shards(repository, before, after, progress)
+    done = trained(repository, tree, after, ShardPlan(train=shards.train), progress)
     progress.close()
     return done, tuple(sorted(patch for patch, _ in done - after))

@@ -15,12 +15,13 @@ from transformers import AutoTokenizer
 import patchhub
 from patchhub.evaluation.guard import Report
 from patchhub.evaluation.metrics import score_targets
-from patchhub.sets.commits import Draft, snapshot
+from patchhub.sets.commits import Draft
 from patchhub.store.store import Store
 from patchhub.text.tokens import Chat
 from patchhub.who import Who
 from tests.cli.conftest import FACTS, MODEL, Run, invoke
 from tests.cli.test_verbs import commit, held
+from tests.porcelain.synthetic import write
 
 
 def columns(folder: Path, patch: str) -> dict[str, np.ndarray]:
@@ -101,7 +102,7 @@ def spoil(folder: Path, factor: float) -> None:
         spoilt = replace(patch, tensors=repository.objects.put(save(tensors)))
         repository.objects.put(spoilt.to_json())
         draft = Draft((str(head),), spoilt.elements, found.metric, "commit", {})
-        snapshot(repository, draft, Who(found.author, found.time, "other targets"))
+        write(repository, draft, Who(found.author, found.time, "other targets"))
 
 
 def test_a_refresh_is_judged_by_the_model_and_brings_no_new_facts(branches: Run, store: Path) -> None:
@@ -156,7 +157,7 @@ def test_settings_that_do_not_say_how_to_record_are_refused(
         foreign = replace(patch, settings=settings)
         repository.objects.put(foreign.to_json())
         draft = Draft((str(head),), foreign.elements, found.metric, "commit", {})
-        snapshot(repository, draft, Who(found.author, found.time, "other settings"))
+        write(repository, draft, Who(found.author, found.time, "other settings"))
     branches("switch", "main")
     branches("merge", "side")
     assert "its settings do not say how" in branches("refresh", code=6).stderr

@@ -10,11 +10,12 @@ from patchhub.delta import Sparse, from_sparse
 from patchhub.editing.wise.task import Shard
 from patchhub.objects import Element, Patch, Request
 from patchhub.sets.columns import weight_shapes
-from patchhub.sets.commits import Draft, snapshot
+from patchhub.sets.commits import Draft
 from patchhub.sets.shards import ShardRecord, below_of
 from patchhub.store.store import Store
 from patchhub.who import Who
 from patchhub.worktree.shards import store_shard
+from tests.porcelain.synthetic import write
 
 AUTHOR = "Ada <ada@example.org>"
 TIME = "2026-11-21T09:30:00Z"
@@ -83,5 +84,5 @@ def commit_shard(
     )
     metric = repository.commit(head).metric if head else None
     draft = Draft((head,) if head else (), beside | patch.elements, metric, "commit", {"patches": [patch.id]})
-    snapshot(repository, draft, Who(AUTHOR, TIME, message), change={})
+    write(repository, draft, Who(AUTHOR, TIME, message), change={})
     return patch

@@ -5,17 +5,17 @@ Keys are drawn with the metric C as their covariance and lambda is a share of d_
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from patchhub.constraints import Columns, solve
-from patchhub.delta import add, to_dense
+from patchhub.delta import Delta, add, to_dense
 from patchhub.objects import Base, Element, Metric, Patch, Request, TensorRecord, requests_json, set_digest
 from patchhub.sets.columns import read_columns, read_state, weight_shapes, write_columns
-from patchhub.sets.commits import Draft, snapshot
+from patchhub.sets.commits import Draft, prepare, record
 from patchhub.store.store import Store
 from patchhub.who import Who
 from tests.benchmarks.synthetic_store import HastyDisk
@@ -32,6 +32,11 @@ def stamp(message: str = "") -> Who:
 
 def make_request(subject: str, target: str = "French", prompt: str = "The mother tongue of {} is") -> Request:
     return Request.make(prompt, subject, target)
+
+
+def write(repository: Store, draft: Draft, who: Who, *, change: Mapping[str, Delta] | None = None) -> str:
+    """Commit a draft without asking the guard."""
+    return record(repository, prepare(repository, draft, who, change=change), draft)
 
 
 @dataclass
@@ -90,7 +95,7 @@ class Synthetic:
         staying = self.repository.active(head) - frozenset(remove)
         patch = self.put_patch(requests, made_on=staying, **options)
         draft = Draft((head,) if head else (), staying | patch.elements, patch.metric, "commit", {"patch": patch.id})
-        return snapshot(self.repository, draft, stamp(message))
+        return write(self.repository, draft, stamp(message))
 
     def weights(self, revision: str = "HEAD") -> np.ndarray:
         """The stored state of a revision, all weights in one vector."""

@@ -20,6 +20,7 @@ from patchhub.delta import add, to_dense
 from patchhub.editing.requests import Batch, read_requests
 from patchhub.evaluation.definitions import LEADING
 from patchhub.evaluation.drift import fluency
+from patchhub.models.placement import Placement
 from patchhub.porcelain.commit import commit
 from patchhub.porcelain.measure import Facts, evaluate
 from patchhub.porcelain.model import init
@@ -181,7 +182,7 @@ def models(repository: Store) -> tuple[Plain, Plain]:
 @pytest.fixture(scope="module")
 def beside(repository: Store, models: tuple[Plain, Plain]) -> dict[str, float]:
     """What is measured beside every suite."""
-    measurer = Measurer(repository, Questions(REQUESTS), Silent(), dtype=torch.float64)
+    measurer = Measurer(repository, Questions(REQUESTS), Silent(), placement=Placement(dtype="float64"))
     texts = [text for text in measurer.measure("HEAD").texts if text]
     assert len(texts) == len(REQUESTS)
     assert all(text.startswith(request.text) for text, request in zip(texts, REQUESTS, strict=True))
@@ -195,10 +196,10 @@ def beside(repository: Store, models: tuple[Plain, Plain]) -> dict[str, float]:
 @pytest.mark.parametrize(
     ("metrics", "dtype", "tolerance"),
     [
-        ("counterfact", torch.float64, 1e-6),
-        ("zsre", torch.float64, 1e-6),
-        ("wise", torch.float64, 1e-6),
-        ("counterfact", torch.float32, 5e-6),  # the model's own rounding
+        ("counterfact", "float64", 1e-6),
+        ("zsre", "float64", 1e-6),
+        ("wise", "float64", 1e-6),
+        ("counterfact", "float32", 5e-6),  # the model's own rounding
     ],
 )
 def test_every_score_on_edited_weights(
@@ -206,11 +207,13 @@ def test_every_score_on_edited_weights(
     models: tuple[Plain, Plain],
     beside: dict[str, float],
     metrics: str,
-    dtype: torch.dtype,
+    dtype: str,
     tolerance: float,
 ) -> None:
     facts = Facts(REQUESTS, "facts.json", metrics)
-    done = evaluate(repository, "HEAD", facts, Silent(), who=Who(AUTHOR, TIME), keep=False, dtype=dtype)
+    done = evaluate(
+        repository, "HEAD", facts, Silent(), who=Who(AUTHOR, TIME), keep=False, placement=Placement(dtype=dtype)
+    )
     head, base = models
     found = {name: score.value for name, score in done.scores.items()}
     assert found == pytest.approx({**expected_scores(metrics, head, base), **beside}, abs=tolerance)

@@ -21,7 +21,7 @@ from patchhub.porcelain.merge import Merged, merge
 from patchhub.porcelain.upkeep import config_set
 from patchhub.runtime import compose
 from patchhub.sets.columns import read_state
-from patchhub.sets.commits import Draft, prepare, snapshot
+from patchhub.sets.commits import Draft, prepare
 from patchhub.sets.guard import (
     from_vectors,
     largest_of_delta,
@@ -32,7 +32,7 @@ from patchhub.sets.guard import (
     survival,
 )
 from patchhub.worktree.judging import Guarding
-from tests.porcelain.synthetic import BY, SHAPES, Synthetic, make_request, make_store, stamp
+from tests.porcelain.synthetic import BY, SHAPES, Synthetic, make_request, make_store, stamp, write
 
 NAMES = [f"person {number}" for number in range(5)]
 
@@ -105,7 +105,7 @@ def test_facts_beside_an_imported_change_are_held_against_the_whole_state(store:
     draft = Draft((str(head),), store.active() | patch.elements, metric, "import", {"patch": patch.id})
     found = from_vectors(repository, prepared(repository, prepare(repository, draft, stamp())))
     assert (found.unmet, found.crushed) == (Share(0, 0), Share(0, len(NAMES)))
-    snapshot(repository, draft, stamp())
+    write(repository, draft, stamp())
     found = look(store, make_request("Eve"), make_request("Zoe"))
     assert (found.unmet, found.crushed) == (Share(0, 2), Share(0, len(NAMES)))
 

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from patchhub.editing.requests import Batch, Origin
-from patchhub.models.architectures import describe, read_config
 from patchhub.objects import Metric, Text
 from patchhub.porcelain.commit import commit
 from patchhub.porcelain.model import init
@@ -16,10 +15,9 @@ from patchhub.porcelain.upkeep import config_set
 from patchhub.progress import Silent
 from patchhub.store.store import Store
 from patchhub.who import Who
-from patchhub.worktree.loading import open_base
 from patchhub.worktree.metric import held_documents, measured_part, set_aside
 from patchhub.worktree.metric import kept_held_documents as kept_documents
-from patchhub.worktree.opening import Opened, open_model
+from patchhub.worktree.opening import Worktree, open_worktree
 from tests.porcelain.taught import AUTHOR, TIME, fact
 from tests.tiny_models import tiny_model, tiny_tokenizer
 
@@ -43,9 +41,8 @@ def metric_of(repository: Store) -> Metric:
     return Metric.from_json(repository.objects.get(repository.config.recording.metric))
 
 
-def opened(repository: Store) -> Opened:
-    checkpoint = open_base(repository)
-    return open_model(repository, checkpoint, describe(read_config(checkpoint.folder)), [], {})
+def opened(repository: Store) -> Worktree:
+    return open_worktree(repository, Silent(), edits=())
 
 
 @pytest.mark.parametrize("count", [0, 1, 9, 10, 25, 40])

@@ -12,7 +12,7 @@ from patchhub.porcelain import refs
 from patchhub.porcelain.merge import merge
 from patchhub.porcelain.report.report import write_report
 from patchhub.progress import Silent
-from patchhub.sets.commits import Draft, snapshot
+from patchhub.sets.commits import Draft, prepare, record
 from patchhub.who import Who
 from tests.browser import Page, open_browser
 from tests.porcelain.synthetic import AUTHOR, BY, TIME, Synthetic, make_request, make_store, stamp
@@ -212,7 +212,13 @@ def test_texts_stay_texts(page: Page, tmp_path: Path) -> None:
         )
         by = Who(f"{attack} <a@example.org>", TIME, f"{attack}\n{attack}")
         check = {"guard": {"failed": [f"failed {attack}"]}, "forced": True}
-        commit = snapshot(store.repository, draft, by, judge=lambda _, told=check: told)
+        commit = record(
+            store.repository,
+            replace(
+                prepare(store.repository, draft, by), check={**prepare(store.repository, draft, by).check, **check}
+            ),
+            draft,
+        )
         note = Note(commit=commit, made_by=attack, scores={attack: 0.5}, settings={attack: attack}, suite="counterfact")
         store.repository.add_note(note, command="eval", arguments={}, author=AUTHOR, time=TIME)
     file = written(store)

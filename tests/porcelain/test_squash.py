@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from patchhub.errors import PatchhubError, RevisionError
 from patchhub.porcelain.change import squash
-from patchhub.sets.commits import Draft, snapshot
+from patchhub.sets.commits import Draft
 from patchhub.store.fsck import check
-from tests.porcelain.synthetic import AUTHOR, TIME, Synthetic, distance, make_request, make_store, stamp
+from tests.porcelain.synthetic import AUTHOR, TIME, Synthetic, distance, make_request, make_store, stamp, write
 
 SAME = 1e-6
 
@@ -74,7 +74,7 @@ def test_what_takes_itself_back_has_the_bits_from_before(tmp_path: Path) -> None
     before, weights, elements = store.repository.resolve("HEAD"), store.weights(), store.active()
     second = store.commit(make_request("Bob"), message="two")
     metric = store.repository.commit(second).metric
-    snapshot(store.repository, Draft((second,), elements, metric, "revert", {}), stamp("back"))
+    write(store.repository, Draft((second,), elements, metric, "revert", {}), stamp("back"))
     done = squash(store.repository, "2", stamp("nothing"))
     assert store.repository.commit(done.commit).same_as == before
     np.testing.assert_array_equal(store.weights(), weights)
@@ -103,7 +103,7 @@ def test_a_merge_becomes_plain(store: Synthetic) -> None:
         author=AUTHOR,
         time=TIME,
     )
-    snapshot(repository, Draft((ours, theirs), whole, repository.commit(ours).metric, "merge", {}), stamp("merge"))
+    write(repository, Draft((ours, theirs), whole, repository.commit(ours).metric, "merge", {}), stamp("merge"))
     done = squash(repository, "2", stamp("plain"))
     assert repository.commit(done.commit).parents == (tip,)
     assert store.active() == whole

@@ -1,0 +1,231 @@
+"""Facts written with MEMIT or PMET: settings, rivals, values, columns, and the patch that keeps them (docs/methods.md)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from patchhub.constraints import no_columns
+from patchhub.delta import Delta
+from patchhub.editing.budget import release_memory, step_budget
+from patchhub.editing.editor import EDITORS, encode_facts
+from patchhub.editing.keys import key_rows, mean_keys
+from patchhub.editing.metric import MEMORY
+from patchhub.editing.presets import preset
+from patchhub.editing.record import Edit, State
+from patchhub.editing.settings import EditSettings
+from patchhub.editing.values import KeptValues, ValueSettings
+from patchhub.errors import SettingsError
+from patchhub.models.architectures import Architecture, additive_probe
+from patchhub.objects import Metric, Request, set_digest
+from patchhub.progress import Progress
+from patchhub.sets.columns import read_additive, read_columns, read_state, solve_change, write_columns
+from patchhub.sets.commits import Written, store_patch
+from patchhub.sets.elements import Plan
+from patchhub.sets.rivals import Rival, competition, refuse, suspects, warnings
+from patchhub.sets.settings import metric_settings, read_setting
+from patchhub.sets.shards import without_shards
+from patchhub.store.store import Store
+from patchhub.text.tokens import context_length
+from patchhub.worktree.metric import Recorder, open_recorder
+from patchhub.worktree.opening import Worktree
+
+_NULL_SPACE_RIDGE = 1.0  # AlphaEdit weighs requests by 1 and the norm of the change by l2
+
+
+def chosen_settings(
+    repository: Store, method: str, architecture: Architecture, given: Mapping[str, Any]
+) -> EditSettings:
+    """The settings of a closed-form editor in this repository.
+
+    Args:
+        given: values that replace all others, by field of `EditSettings`; ``preset`` names a preset.
+
+    Raises:
+        SettingsError: a value cannot be used, or there is no such layer or preset.
+    """
+    values = {**_configured(repository, method), **given}
+    name = values.pop("preset", None)
+    settings = EDITORS[method].default_settings(architecture)
+    if name is not None:
+        settings = preset(str(name), method, architecture).settings
+    if _kind(repository) == "null_space":
+        settings = replace(settings, ridge=_NULL_SPACE_RIDGE)
+    if "layers" in values:
+        values["layers"] = tuple(values["layers"])
+        for layer in values["layers"]:
+            architecture.block(layer)
+    return replace(settings, **values)
+
+
+def read_overrides(texts: Sequence[str], method: str) -> dict[str, Any]:
+    """``KEY=VALUE`` texts as settings of one edit; a key is one of the config's, with or without the editor in front.
+
+    Raises:
+        SettingsError: not of that form, another editor's key or no key at all, or a value that cannot be used.
+    """
+    found: dict[str, Any] = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        name = key.strip().removeprefix(f"{method}.")
+        if not equals:
+            raise SettingsError(f"{text!r} is not KEY=VALUE", remedy="For example --set layers=3-5 or --set ridge=200.")
+        found[name] = read_setting(name if name == "preset" else f"{method}.{name}", value.strip())
+    return found
+
+
+def _configured(repository: Store, method: str) -> dict[str, Any]:
+    settings = repository.config.settings
+    named = {"preset": settings["preset"]} if "preset" in settings else {}
+    prefix = f"{method}."
+    return named | {key[len(prefix) :]: value for key, value in settings.items() if key.startswith(prefix)}
+
+
+def _kind(repository: Store) -> str:
+    """The kind of the metric that is pinned, else of the one that will be."""
+    pinned = repository.config.recording
+    if pinned is None:
+        return metric_settings(repository)[0]
+    return Metric.from_json(repository.objects.get(pinned.metric)).kind
+
+
+def state_without(repository: Store, plan: Plan) -> dict[str, list[Delta]]:
+    """The deltas of the state that the new facts are recorded on: HEAD's, without the facts they replace."""
+    found = {weight: list(deltas) for weight, deltas in read_state(repository, plan.parent).items()}
+    if plan.replaced:
+        for weight, part in solve_change(repository, repository.active(plan.parent), plan.kept).items():
+            found.setdefault(weight, []).append(part)
+    return found
+
+
+def write_closed_form(
+    repository: Store,
+    tree: Worktree,
+    plan: Plan,
+    method: str,
+    settings: EditSettings,
+    text: Sequence[Path],
+    progress: Progress,
+    *,
+    strict: bool = False,
+    memory: int | None = None,
+) -> Written:
+    """Write the facts of ``plan`` with MEMIT or PMET; ``tree`` is in the state of `state_without`.
+
+    Args:
+        strict: refuse facts that compete with others for a key, before anything is optimised.
+        memory: bytes that the process may hold, the base included; None: half of what is free is used besides.
+
+    Raises:
+        InterferenceError: there are such facts, under ``strict``.
+        EditError: the optimisation or the solve is not finite.
+        UnsupportedModelError: an edited layer is not additive.
+    """
+    settings = replace(settings, chat=tree.chat)
+    for layer in settings.layers:
+        additive_probe(tree.model, tree.architecture, layer)
+    budget = step_budget(tree.stack.device, memory)
+    recorder = open_recorder(
+        repository, tree.stack, tree.tokenizer, settings.layers, text, progress, memory=min(MEMORY, budget)
+    )
+    below = State(read_columns(repository, plan.kept), tree.state.weights, read_additive(repository, plan.kept))
+    rivals = _rivals(repository, tree, plan, recorder, settings, below)
+    if rivals and strict:
+        raise refuse(rivals)
+    for warning in warnings(rivals):
+        progress.warn(warning)
+    edit = _edit(repository, tree, plan, recorder, method, settings, below, memory, progress)
+    columns = edit.recording.columns
+    patch = store_patch(
+        repository,
+        kind="closed_form",
+        method=method,
+        requests=plan.requests,
+        settings={**settings.to_json(), "contexts": list(recorder.contexts)},
+        tensors=write_columns(columns, edit.values.targets.numpy()),
+        weights={weight: found.shape for weight, found in columns.items()},
+        below=without_shards(repository, plan.kept),
+        metric=recorder.metric,
+    )
+    if memory is not None:
+        release_memory()
+    change = None if plan.replaced else edit.recording.change
+    return Written((patch.id,), plan.kept | patch.elements, recorder.metric, change, rivals)
+
+
+def _rivals(
+    repository: Store, tree: Worktree, plan: Plan, recorder: Recorder, settings: EditSettings, below: State
+) -> tuple[Rival, ...]:
+    """What the batch competes with, from its keys at the lowest edited layer."""
+    layer = settings.layers[0]
+    weight = tree.architecture.ffn_weight(layer)
+    active = below.columns.get(weight, no_columns(tree.architecture.shapes[layer]))
+
+    def read(requests: Sequence[Request], contexts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        limit = context_length(tree.model)
+        facts = encode_facts(tree.tokenizer, requests, contexts, chat=settings.chat, limit=limit)
+        keys = mean_keys(tree.stack, layer, key_rows([fact.rows for fact in facts]))
+        return keys.numpy(), recorder.cache.preimages(weight, keys).numpy()
+
+    found = [plan.requests[row] for row in suspects(*read(plan.requests, recorder.contexts[:1]), active)]
+    if not found:
+        return ()
+    keys, preimages = read(found, recorder.contexts)
+    return competition(repository, weight, found, keys, preimages, settings.ridge, plan.kept, active)
+
+
+def _edit(
+    repository: Store,
+    tree: Worktree,
+    plan: Plan,
+    recorder: Recorder,
+    method: str,
+    settings: EditSettings,
+    state: State,
+    memory: int | None,
+    progress: Progress,
+) -> Edit:
+    stages = {"values": ("optimising values", len(plan.requests)), "layers": ("writing layers", len(settings.layers))}
+    open_stage = ""
+
+    def report(stage: str, done: int) -> None:
+        nonlocal open_stage
+        if stage != open_stage:
+            progress.stage(*stages[stage])
+            open_stage = stage
+        progress.advance(done)
+
+    report("values", 0)
+    return EDITORS[method].edit(
+        tree.stack,
+        tree.tokenizer,
+        plan.requests,
+        recorder.contexts,
+        settings,
+        recorder.cache,
+        state,
+        memory=memory,
+        kept=lambda values: _kept_values(repository, tree, plan, method, settings.layers[-1], values),
+        progress=report,
+    )
+
+
+def _kept_values(
+    repository: Store, tree: Worktree, plan: Plan, method: str, layer: int, values: ValueSettings
+) -> KeptValues:
+    """Where the values of facts are kept that are optimised on this state with these settings."""
+    config = tree.model.config
+    inputs = {
+        "base": repository.config.base_id,
+        "dtype": str(tree.model.dtype),
+        "layer": layer,
+        "method": method,
+        "quantization": str(getattr(config, "quantization_config", None)),
+        "settings": asdict(values),
+        "state": set_digest(without_shards(repository, plan.kept)),
+    }
+    return KeptValues(repository.cache / "values", inputs, tree.architecture.d_model)
