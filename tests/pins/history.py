@@ -12,6 +12,7 @@ import json
 from collections.abc import Mapping, Sequence
 from functools import reduce
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from click.testing import CliRunner
@@ -161,6 +162,30 @@ def make_history(folder: Path) -> None:
     run("revert", "HEAD", "-m", "the facts of the side again", *by)
     run("cherry-pick", "main~2", *by)
     run("squash", "2", "-m", "two in one", *by)
+
+
+def found_in(folder: Path) -> dict[str, Any]:
+    """What is pinned of a store: ids of commits by message, refs, operations, the config, and what every object holds."""
+    with Repository.open(folder) as repository:
+        refs = repository.refs()
+        tips = [target for ref, target in sorted(refs.items()) if ref.startswith("refs/")]
+        config = json.loads((repository.root / "config.json").read_bytes())
+        config["base"].pop("path")
+        objects = {path.parent.name + path.name: path.read_bytes() for path in repository.root.glob("objects/*/*")}
+        return {
+            "commits": [[identity, commit.message] for identity, commit in repository.log(*tips)],
+            "refs": refs,
+            "operations": [[identity, operation.command] for identity, operation in repository.operations()],
+            "config": config,
+            "objects": {identity: content(data) for identity, data in sorted(objects.items())},
+        }
+
+
+def content(data: bytes) -> Any:
+    """An object as JSON: itself, or the values of its tensors."""
+    if data[:1] in (b"{", b"["):
+        return json.loads(data)
+    return {name: array.tolist() for name, array in sorted(load(data).items())}
 
 
 def _put_patch(

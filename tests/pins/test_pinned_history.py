@@ -7,7 +7,6 @@ import json
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +14,7 @@ from safetensors.numpy import load
 
 from patchhub.delta import Dense, LowRank, from_sparse, read_deltas, to_dense, write_deltas
 from patchhub.store.repository import Repository
-from tests.pins.history import EPOCH, SHAPE, WEIGHTS, make_history
+from tests.pins.history import EPOCH, SHAPE, WEIGHTS, found_in, make_history
 
 PINNED = json.loads((Path(__file__).parent / "history.json").read_text(encoding="utf-8"))
 
@@ -53,7 +52,9 @@ def test_the_state_of_every_commit_is_the_solution_in_rational_numbers(folder: P
             for identity, _ in repository.log(str(repository.resolve(ref))):
                 stored = np.zeros((len(WEIGHTS), *SHAPE))
                 for blob in repository.state(identity):
-                    for weight, delta in read_deltas(repository.objects.get(blob), dict.fromkeys(WEIGHTS, SHAPE)).items():
+                    for weight, delta in read_deltas(
+                        repository.objects.get(blob), dict.fromkeys(WEIGHTS, SHAPE)
+                    ).items():
                         stored[WEIGHTS.index(weight)] += to_dense(delta)
                 solved = [solution(repository, identity, weight) for weight in WEIGHTS]
                 assert [list(map(Fraction, row)) for row in stored[:, 0].tolist()] == solved
@@ -64,30 +65,6 @@ def test_the_three_forms_of_a_delta_have_the_bytes_that_they_had() -> None:
     factors = LowRank(np.array([[1], [-2]], np.float32), np.array([[0.5, 0, 0, 4]], np.float32))
     data = write_deltas({"a": factors, "b": Dense(matrix), "c": from_sparse(matrix)})
     assert hashlib.sha256(data).hexdigest() == "18e502ee90037c9f66119bcb4da9f8931d8e009aaa5c2d681e49e880669daef9"
-
-
-def found_in(folder: Path) -> dict[str, Any]:
-    """What is pinned of a store: ids of commits by message, refs, operations, the config, and what every object holds."""
-    with Repository.open(folder) as repository:
-        refs = repository.refs()
-        tips = [target for ref, target in sorted(refs.items()) if ref.startswith("refs/")]
-        config = json.loads((repository.root / "config.json").read_bytes())
-        config["base"].pop("path")
-        objects = {path.parent.name + path.name: path.read_bytes() for path in repository.root.glob("objects/*/*")}
-        return {
-            "commits": [[identity, commit.message] for identity, commit in repository.log(*tips)],
-            "refs": refs,
-            "operations": [[identity, operation.command] for identity, operation in repository.operations()],
-            "config": config,
-            "objects": {identity: content(data) for identity, data in sorted(objects.items())},
-        }
-
-
-def content(data: bytes) -> Any:
-    """An object as JSON: itself, or the values of its tensors."""
-    if data[:1] in (b"{", b"["):
-        return json.loads(data)
-    return {name: array.tolist() for name, array in sorted(load(data).items())}
 
 
 def solution(repository: Repository, commit: str, weight: str) -> list[Fraction]:
