@@ -1,4 +1,4 @@
-"""Write what is pinned anew: `python -m tests.pins.regenerate`. Only where behaviour is meant to change; the difference is then to be read."""
+"""Write what is pinned anew: `python -m tests.pins.regenerate`. Only where a change is meant; read the difference."""
 
 from __future__ import annotations
 

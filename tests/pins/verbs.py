@@ -69,7 +69,7 @@ STEPS = (
     "update --subject 'the Eiffel Tower' --target London",
     "log",
     "log --stat --graph --oneline -n 2",
-    "diff",
+    "diff base v1",
     "diff HEAD~1 HEAD --weights --ask {folder}/prompts.txt",
     "show",
     "show HEAD~2",
@@ -117,6 +117,8 @@ STEPS = (
     "--repo {folder}/other import {folder}/adapters -m 'an adapter'",
     "--repo {folder}/other show",
     "--repo {folder}/other status",
+    "config memit.layers 3-4",
+    "config memit.learning_rate 0.125",
     "tune {folder}/first.json --limit 2 --text {folder}/text.txt",
     "gc --dry-run",
     "gc",
@@ -128,7 +130,7 @@ CODES = {"merge side -m 'the side comes in'": 4}
 
 COUNTS = {"bytes", "tensor_bytes", "shard_bytes"}
 """Integers that depend on how numbers are written out, or on training: told as "int"."""
-LOOSE = {"tune": {"layers", "memit.layers", "present"}}
+LOOSE = {"tune": {"layers", "memit.layers", "present", "score"}}
 """What depends on which of the trials is best by a hair: told by its type."""
 WRITTEN = {"continuation", "old", "new"}
 """Texts that a model wrote: pinned up to the first full stop."""
@@ -193,7 +195,9 @@ class Normal:
         self._ids: dict[str, int] = {}
 
     def of(self, value: Any, key: str = "") -> Any:
-        if key in self._loose or isinstance(value, float) or (key in COUNTS and isinstance(value, int) and value):
+        if key in self._loose:
+            return "number" if isinstance(value, int | float) else type(value).__name__
+        if isinstance(value, float) or (key in COUNTS and isinstance(value, int) and value):
             return type(value).__name__
         if isinstance(value, dict):
             entries = sorted(
