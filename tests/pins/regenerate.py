@@ -15,7 +15,7 @@ HERE = Path(__file__).parent
 
 
 def main() -> None:
-    os.environ |= {"HF_HUB_OFFLINE": "1", "SOURCE_DATE_EPOCH": EPOCH}
+    os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "SOURCE_DATE_EPOCH": EPOCH}
     with tempfile.TemporaryDirectory() as name:
         make_history(Path(name))
         write(HERE / "history.json", found_in(Path(name)))

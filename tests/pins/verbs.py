@@ -138,10 +138,8 @@ SAMPLED = {"top", "contexts"}
 """Lists of which the model sampled all but the first, or ordered them by small numbers: told by their types."""
 _ID = re.compile(r"\b([0-9a-f]{12})([0-9a-f]{52})?\b")
 
-Pinned = list[dict[str, Any]]
-
-
 STORED = Path(__file__).parent / "json"
+Pinned = list[dict[str, Any]]
 
 
 def file_of(verb: str) -> Path:
