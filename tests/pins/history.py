@@ -34,7 +34,7 @@ from patchhub.objects import (
     set_digest,
     set_json,
 )
-from patchhub.store.repository import Repository
+from patchhub.store.store import Store
 
 AUTHOR = "Ada <ada@example.org>"
 TIME = "2026-11-21T09:30:00Z"
@@ -81,13 +81,13 @@ def init(folder: Path) -> None:
     """An empty store; the base's files are nowhere, so the guard has nothing to measure on them."""
     weights = {weight: {"norm": 1.0, "shape": list(SHAPE)} for weight in WEIGHTS}
     info = {"model_type": "example", "orientation": "out_in", "path": str(folder), "revision": None, "weights": weights}
-    Repository.init(folder, BASE.to_json(), base_info=info, settings={}, author=AUTHOR, time=TIME).close()
+    Store.init(folder, BASE.to_json(), base_info=info, settings={}, author=AUTHOR, time=TIME).close()
 
 
 def commit_facts(folder: Path, message: str, facts: Mapping[str, str]) -> None:
     """Commit facts (subject: target) on HEAD, from handmade columns, as `commit` does from recorded ones."""
     requests = [request(subject, target) for subject, target in facts.items()]
-    with Repository.open(folder) as repository:
+    with Store.open(folder) as repository:
         head = repository.head[1]
         before = repository.active(head)
         added = columns(requests)
@@ -106,7 +106,7 @@ def commit_shard(folder: Path, message: str, facts: Mapping[str, str]) -> None:
     """Commit a shard beside the first weight that holds facts (subject: target)."""
     requests = [request(subject, target) for subject, target in facts.items()]
     matrix = np.array([[0, 0.5, 0, -2, 0, 0, 0.25, 0]], np.float32)
-    with Repository.open(folder) as repository:
+    with Store.open(folder) as repository:
         whole = {e for e in repository.active(repository.head[1]) if WEIGHTS[0] in repository.patch(e[0]).weights}
         settings = {
             "below": {"set": object_id(set_json(whole)), "weights": [WEIGHTS[0]]},
@@ -166,7 +166,7 @@ def make_history(folder: Path) -> None:
 
 def found_in(folder: Path) -> dict[str, Any]:
     """What is pinned of a store: ids of commits by message, refs, operations, the config, and what every object holds."""
-    with Repository.open(folder) as repository:
+    with Store.open(folder) as repository:
         refs = repository.refs()
         tips = [target for ref, target in sorted(refs.items()) if ref.startswith("refs/")]
         config = json.loads((repository.root / "config.json").read_bytes())
@@ -189,7 +189,7 @@ def content(data: bytes) -> Any:
 
 
 def _put_patch(
-    repository: Repository,
+    repository: Store,
     kind: str,
     method: str,
     requests: Sequence[Request],
@@ -213,7 +213,7 @@ def _put_patch(
     return patch
 
 
-def _record(repository: Repository, added: frozenset[Element], message: str, tensors: str | None) -> None:
+def _record(repository: Store, added: frozenset[Element], message: str, tensors: str | None) -> None:
     """Commit elements on HEAD; ``tensors`` is the blob of the change."""
     head = repository.head[1]
     commit = Commit(
@@ -234,7 +234,7 @@ def _record(repository: Repository, added: frozenset[Element], message: str, ten
     repository.record(commit, command="commit", arguments={}, author=AUTHOR, time=TIME)
 
 
-def _columns_of(repository: Repository, elements: frozenset[Element]) -> dict[str, Columns]:
+def _columns_of(repository: Store, elements: frozenset[Element]) -> dict[str, Columns]:
     """The columns of a set as they are stored."""
     found: dict[str, list[Columns]] = {}
     for identity, fact in sorted(elements, key=lambda element: (element[0], element[1] or "")):

@@ -13,7 +13,7 @@ import pytest
 from safetensors.numpy import load
 
 from patchhub.delta import Dense, LowRank, from_sparse, read_deltas, to_dense, write_deltas
-from patchhub.store.repository import Repository
+from patchhub.store.store import Store
 from tests.pins.history import EPOCH, SHAPE, WEIGHTS, found_in, make_history
 
 PINNED = json.loads((Path(__file__).parent / "history.json").read_text(encoding="utf-8"))
@@ -47,7 +47,7 @@ def test_refs_and_the_chain_of_operations_are_what_they_were(folder: Path) -> No
 
 def test_the_state_of_every_commit_is_the_solution_in_rational_numbers(folder: Path) -> None:
     """Not to a tolerance: so no BLAS can make another."""
-    with Repository.open(folder) as repository:
+    with Store.open(folder) as repository:
         for ref in ("main", "picks"):
             for identity, _ in repository.log(str(repository.resolve(ref))):
                 stored = np.zeros((len(WEIGHTS), *SHAPE))
@@ -67,7 +67,7 @@ def test_the_three_forms_of_a_delta_have_the_bytes_that_they_had() -> None:
     assert hashlib.sha256(data).hexdigest() == "18e502ee90037c9f66119bcb4da9f8931d8e009aaa5c2d681e49e880669daef9"
 
 
-def solution(repository: Repository, commit: str, weight: str) -> list[Fraction]:
+def solution(repository: Store, commit: str, weight: str) -> list[Fraction]:
     """X + sum of b_i u_i with M b = R - X K, where M = K U^T + lambda and X is what additive patches bring; for one row of a weight."""
     X = [Fraction(0)] * SHAPE[1]
     rows: list[tuple[Sequence[Fraction], ...]] = []

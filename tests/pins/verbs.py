@@ -18,7 +18,7 @@ import pytest
 from click.testing import CliRunner
 
 from patchhub.cli.main import main
-from patchhub.store.repository import Repository
+from patchhub.store.store import Store
 from tests.pins.history import AUTHOR
 
 MODEL = Path(str(files("patchhub") / "demo_model"))
@@ -175,7 +175,7 @@ def run_all(folder: Path) -> dict[str, Pinned]:
         document = Normal(places, LOOSE.get(verb, set())).of(json.loads(result))
         found[verb].append({"command": step, "document": document})
         if verb == "init":
-            with Repository.open(Path(typed[1])) as repository:
+            with Store.open(Path(typed[1])) as repository:
                 repository.objects.put(b"for gc: nothing refers to this")
     return dict(found)
 
