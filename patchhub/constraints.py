@@ -34,8 +34,9 @@ from patchhub.errors import EditError
 _ROWS = 2048  # of columns that are in float64 at a time
 
 SUMS_BEYOND = 1.0
-"""Sets of more columns than this times d_in are solved in the space of the inputs. Both ways take as many operations at n = d_in; measured at
-d_in 384, 1,536 and 3,072, n x n takes 0.7 to 0.8 of the other's time at n = 0.8 d_in, 1.2 times at d_in, 1.3 to 1.5 times at 1.2 d_in."""
+"""Sets of more columns than this times d_in are solved in the space of the inputs. Both ways take as many operations at n = d_in.
+Measured at d_in 384, 1,536 and 3,072: n x n takes 0.7 to 0.8 of the other's time at n = 0.8 d_in, 1.2 times at d_in, 1.3 to 1.5 times at
+1.2 d_in."""
 
 FORM_ANEW = 1e-12
 """Sums whose relative rounding error (`Moments.error`) is above this have to be formed anew from the columns."""

@@ -85,7 +85,7 @@ def measure(drawn: Drawn, sums_beyond: float) -> dict[str, float]:
     solution: Delta
     if drawn.count > sums_beyond * shape[1]:
         sums, summing = drawn.timed(lambda: moments(drawn.blocks(), shape))
-        solution, solving = drawn.timed(lambda: sums.solve())
+        solution, solving = drawn.timed(sums.solve)
         _, more = drawn.timed(lambda: (sums.add(one), compact(difference(sums, one, nothing))))
     else:
         whole = join(list(drawn.blocks()))
