@@ -3,17 +3,25 @@
 For one weight W0 of shape (out, in), each request i asks that the key k_i give v_i, and r_i = v_i - W0 k_i. With the second
 moment C of the base's keys, u_i = C^-1 k_i and the weight lambda_i, the change that all of a set S ask for together is
 
-    D(S) = argmin_D ||D C^(1/2)||^2 + sum_i (1/lambda_i) ||D k_i - r_i||^2  =  R (L + K^T U)^-1 U^T       L = diag(lambda)
+    D(S) = argmin_D ||D C^(1/2)||^2 + sum_i (1/lambda_i) ||D k_i - r_i||^2
 
-(MEMIT, Meng et al. 2023, eq. 14, with one lambda per request; the right-hand form by the push-through identity). It needs neither the
-model nor C, only the recorded columns, so D is a function of a *set*: order, batches and branches do not matter.
+(MEMIT, Meng et al. 2023, eq. 14, with one lambda per request). It is stationary where D = (R - D K) L^-1 U^T, L = diag(lambda), which needs
+neither the model nor C, only the recorded columns, and can be solved in either of two spaces:
+
+    D(S) = R (L + U^T K)^-1 U^T        n x n: one row and column per request
+         = Y (I + X)^-1                in x in, from the sums X = K L^-1 U^T = sum_i k_i u_i^T / lambda_i and Y = R L^-1 U^T
+
+Both are the same function of the recorded numbers (the push-through identity), so a history may change from one to the other as it grows;
+U^T K is therefore not symmetrised, although it is symmetric but for the rounding of k and u. D is a function of a *set*: order, batches and
+branches do not matter. See docs/methods.md and decision 6.
 
 Arrays here hold one request per row: keys (n, in), preimages u (n, in), residuals (n, out), ridge (n,). Stored values are
-rounded to float32 first; everything after is float64."""
+rounded to float32 first; everything after is float64, and no array of n rows is made in it: columns are read in blocks of rows.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,10 +29,20 @@ import numpy as np
 from jaxtyping import Float
 from numpy.linalg import LinAlgError
 
-from patchhub.delta import Delta, LowRank, add, image, negative, norm
+from patchhub.delta import Delta, Dense, LowRank, add, image, negative, norm
 from patchhub.errors import EditError
 
-_BLOCK = 64  # below this size a triangular solve is one LAPACK call
+_ROWS = 2048  # of columns that are in float64 at a time
+
+SUMS_BEYOND = 1.0
+"""Sets of more columns than this times d_in are solved in the space of the inputs. Both ways take as many operations at n = d_in.
+Measured at d_in 384, 1,536 and 3,072: n x n takes 0.7 to 0.8 of the other's time at n = 0.8 d_in, 1.2 times at d_in, 1.3 to 1.5 times at
+1.2 d_in."""
+
+FORM_ANEW = 1e-12
+"""Sums whose relative rounding error (`Moments.error`) is above this have to be formed anew from the columns."""
+
+_EPSILON = float(np.finfo(np.float64).eps)
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,8 +99,115 @@ def beyond(columns: Columns, deltas: Sequence[Delta]) -> Columns:
     return Columns(columns.keys, columns.preimages, columns.residuals - present, columns.ridge, columns.labels)
 
 
-def solve(columns: Columns) -> LowRank:
-    """D(S) in float64 factors of rank <= n.
+def blocks(columns: Columns) -> Iterator[Columns]:
+    """The same rows in order, a few at a time, without a copy."""
+    for start in range(0, len(columns), _ROWS):
+        rows = slice(start, start + _ROWS)
+        yield Columns(columns.keys[rows], columns.preimages[rows], columns.residuals[rows], columns.ridge[rows])
+
+
+@dataclass(frozen=True, eq=False)
+class Moments:
+    """The sums over a set that its solution follows from, in float64: what n columns ask of a weight, in a size that n does not change.
+
+    Adding m columns or taking them back costs O(m in (in + out)), whatever n is. Sums that were reached in another order or by taking back
+    are the same up to `error`, not bit for bit.
+
+    Attributes:
+        X: sum_i k_i u_i^T / lambda_i.
+        Y: sum_i r_i u_i^T / lambda_i.
+        count: n.
+        rounding: Frobenius norms of the rounding errors of X and of Y, as estimated.
+    """
+
+    X: Float[np.ndarray, "in in"]
+    Y: Float[np.ndarray, "out in"]
+    count: int
+    rounding: tuple[float, float]
+
+    def __len__(self) -> int:
+        return self.count
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in) of the weight."""
+        return self.Y.shape[0], self.Y.shape[1]
+
+    @property
+    def error(self) -> float:
+        """The larger relative rounding error of X and Y.
+
+        Each step adds about an epsilon of the larger of the sums before and after it, so this is large where what was taken back was much
+        more than what is left. Beyond `FORM_ANEW` the solution may be wrong in digits that count.
+        """
+        sizes = [float(np.linalg.norm(total)) for total in (self.X, self.Y)]
+        return max((lost / size for lost, size in zip(self.rounding, sizes, strict=True) if size), default=0.0)
+
+    def add(self, columns: Columns) -> Moments:
+        """With more columns.
+
+        Raises:
+            EditError: a column is not finite, or has lambda <= 0.
+        """
+        return self._changed(columns, 1.0)
+
+    def without(self, columns: Columns) -> Moments:
+        """With columns taken back that are among those summed; see `error`.
+
+        Raises:
+            EditError: a column is not finite, or has lambda <= 0.
+        """
+        return self._changed(columns, -1.0)
+
+    def solve(self) -> Dense:
+        """D(S).
+
+        Raises:
+            EditError: I + X is singular, or the solution is not finite.
+        """
+        if not self.count:
+            return Dense(np.zeros(self.shape))
+        return Dense(_solve(_plus_identity(self.X).T, self.Y.T).T)
+
+    def _changed(self, columns: Columns, sign: float) -> Moments:
+        count = self.count + int(sign) * len(columns)
+        if not len(columns):
+            return self
+        if not count:
+            return no_moments(self.shape)
+        X, Y = self.X.copy(), self.Y.copy()
+        for part in blocks(columns):
+            _accumulate(X, Y, part, sign)
+        rounding = tuple(
+            float(np.hypot(lost, _EPSILON * max(np.linalg.norm(before), np.linalg.norm(after))))
+            for lost, before, after in zip(self.rounding, (self.X, self.Y), (X, Y), strict=True)
+        )
+        return Moments(X, Y, count, (rounding[0], rounding[1]))
+
+
+def no_moments(shape: tuple[int, int]) -> Moments:
+    """The sums over the empty set for a weight of shape (out, in)."""
+    out, inner = shape
+    return Moments(np.zeros((inner, inner)), np.zeros((out, inner)), 0, (0.0, 0.0))
+
+
+def moments(parts: Iterable[Columns], shape: tuple[int, int]) -> Moments:
+    """The sums over a set that is read part by part, of which one is held at a time.
+
+    Raises:
+        EditError: a column is not finite, or has lambda <= 0.
+    """
+    start = no_moments(shape)
+    X, Y, count = start.X, start.Y, 0
+    for columns in parts:
+        for part in blocks(columns):
+            _accumulate(X, Y, part, 1.0)
+        count += len(columns)
+    return Moments(X, Y, count, (_EPSILON * float(np.linalg.norm(X)), _EPSILON * float(np.linalg.norm(Y))))
+
+
+def solve(columns: Columns) -> Delta:
+    """D(S) in float64: factors of rank n, or dense where n is larger than d_in.
 
     Raises:
         EditError: the normal equations are not positive definite (NaN, or ridge <= 0).
@@ -90,110 +215,175 @@ def solve(columns: Columns) -> LowRank:
     return difference(no_columns(columns.shape), columns, no_columns(columns.shape))
 
 
-def difference(common: Columns, added: Columns, removed: Columns) -> LowRank:
-    """D(common + added) - D(common + removed), of rank <= |added| + |removed|, without either solve.
+def difference(common: Columns | Moments, added: Columns, removed: Columns) -> Delta:
+    """D(common + added) - D(common + removed): of rank <= |added| + |removed|, or dense where factors would not be smaller.
 
-    Block elimination of ``common``: with W = M_cc^-1 M_cx and the Schur complement P = M_xx - M_xc W, the columns x
-    contribute (R_x - R_c W) P^-1 (U_x - U_c W)^T on top of the common ones.
-    """
-    for columns in (common, added, removed):
-        _refuse_unsound(columns)
-    factor = _cholesky(_gram(common, common) + np.diag(_f64(common.ridge))) if len(common) else np.zeros((0, 0))
-    gain = _contribution(common, factor, added)
-    loss = negative(_contribution(common, factor, removed))
-    total = add([gain, loss], added.shape)
-    if isinstance(total, LowRank):
-        return total
-    assert isinstance(loss, LowRank)
-    return LowRank(np.hstack([gain.B, loss.B]), np.vstack([gain.A, loss.A]))
-
-
-def responsibilities(columns: Columns) -> Float[np.ndarray, "n out"]:
-    """Rows b_i of M^-1 R, so that D(S) = sum_i b_i u_i^T: request i moves the output at a key k by b_i (u_i^T k).
+    For columns x on top of the common ones, block elimination gives V_x = (I + X_c)^-T U_x and P = L_x + V_x^T K_x, and they contribute
+    (R_x - D_c K_x) P^-1 V_x^T: nothing is lost in a difference of two nearly equal solutions. Few common columns are eliminated as n x n,
+    many, or their sums where those are at hand, as in x in.
 
     Raises:
         EditError: as in `solve`.
     """
-    gram = _gram(columns, columns) + np.diag(_f64(columns.ridge))
-    return _cholesky_solve(_cholesky(gram), _f64(columns.residuals))
+    out, inner = added.shape
+    few = len(common) + max(len(added), len(removed)) <= SUMS_BEYOND * inner
+    if isinstance(common, Columns) and not few:
+        common = moments([common], common.shape)
+    if isinstance(common, Moments) and (len(added) + len(removed)) * (out + inner) >= out * inner:
+        return add([common.add(added).solve(), negative(common.add(removed).solve())], added.shape)
+    extra = join([added, removed])
+    _refuse_unsound(extra)
+    if isinstance(common, Columns):
+        _refuse_unsound(common)
+        reached, lifted = _through_columns(common, extra)
+    else:
+        reached, lifted = _through_sums(common, extra)
+    split = len(added)
+    gain = _contribution(added, reached[:split], lifted[:split])
+    loss = _contribution(removed, reached[split:], lifted[split:])
+    return LowRank(np.hstack([gain.B, -loss.B]), np.vstack([gain.A, loss.A]))
 
 
-def proof(deltas: Sequence[Delta], columns: Columns) -> float:
+def responsibilities(columns: Columns) -> Float[np.ndarray, "n out"]:
+    """Rows b_i with D(S) = sum_i b_i u_i^T: request i moves the output at a key k by b_i (u_i^T k).
+
+    Raises:
+        EditError: as in `solve`.
+    """
+    if len(columns) <= SUMS_BEYOND * columns.shape[1]:
+        _refuse_unsound(columns)
+        scale = _scale(columns)
+        found: Float[np.ndarray, "n out"] = scale * _solve_definite(
+            _scaled_gram(columns, scale), scale * columns.residuals
+        )
+        return found
+    return _missing(moments([columns], columns.shape).solve(), columns)
+
+
+def proof(deltas: Sequence[Delta], columns: Columns | Moments) -> float:
     """How far the stored deltas are from the joint solution, relative to their norm; it does not use the solver.
 
     D is the solution exactly where D = (R - D K) L^-1 U^T (the stationarity condition of the objective), so this is
-    ||D - (R - D K) L^-1 U^T|| / ||D||. An empty set proves itself when D is 0; then the norm of D is returned.
+    ||D - (R - D K) L^-1 U^T|| / ||D||, which is ||D (I + X) - Y|| / ||D|| where sums are given in place of columns. An empty set proves
+    itself when D is 0; then the norm of D is returned.
     """
+    if isinstance(columns, Columns):
+        return proof_in_parts(deltas, columns.shape, [columns])
     total = add(deltas, columns.shape)
-    size = norm(total)
-    if size == 0.0 and not len(columns):
-        return 0.0
-    missing = (_f64(columns.residuals) - image(total, columns.keys)) / _f64(columns.ridge)[:, None]
-    implied = LowRank(-missing.T, _f64(columns.preimages))
-    distance = norm(add([total, implied], columns.shape))
+    implied = columns.Y - image(total, columns.X.T).T
+    return _relative(norm(add([total, Dense(-implied)], columns.shape)), norm(total))
+
+
+def proof_in_parts(deltas: Sequence[Delta], shape: tuple[int, int], parts: Iterable[Columns]) -> float:
+    """`proof` of a set that is read part by part, of which one is held at a time."""
+    total = add(deltas, shape)
+    rest = total
+    for columns in parts:
+        for part in blocks(columns):
+            rest = add([rest, LowRank(-_missing(total, part).T, _f64(part.preimages))], shape)
+    return _relative(norm(rest), norm(total))
+
+
+def _relative(distance: float, size: float) -> float:
     return distance / size if size else distance
 
 
+def _missing(delta: Delta, columns: Columns) -> Float[np.ndarray, "n out"]:
+    """(r - D k) / lambda of each row."""
+    missing: Float[np.ndarray, "n out"] = columns.residuals - image(delta, columns.keys)
+    missing /= _f64(columns.ridge)[:, None]
+    return missing
+
+
 def _refuse_unsound(columns: Columns) -> None:
-    arrays = (columns.keys, columns.preimages, columns.residuals, columns.ridge)
-    if not all(np.isfinite(array).all() for array in arrays) or (columns.ridge <= 0).any():
-        raise EditError(
-            "recorded columns are not finite, or have lambda <= 0",
-            remedy="Check the settings (lambda > 0) and the base's weights for values that are not finite.",
-        )
+    for part in blocks(columns):
+        arrays = (part.keys, part.preimages, part.residuals, part.ridge)
+        if not all(np.isfinite(array).all() for array in arrays) or (part.ridge <= 0).any():
+            raise EditError(
+                "recorded columns are not finite, or have lambda <= 0",
+                remedy="Check the settings (lambda > 0) and the base's weights for values that are not finite.",
+            )
 
 
-def _contribution(common: Columns, factor: Float[np.ndarray, "c c"], extra: Columns) -> LowRank:
-    if not len(extra):
-        out, inner = extra.shape
-        return LowRank(np.zeros((out, 0)), np.zeros((0, inner)))
-    gram = _gram(extra, extra) + np.diag(_f64(extra.ridge))
-    residuals, preimages = _f64(extra.residuals), _f64(extra.preimages)
-    if len(common):
-        cross = _gram(common, extra)
-        weights = _cholesky_solve(factor, cross)
-        gram = gram - cross.T @ weights
-        residuals = residuals - weights.T @ _f64(common.residuals)
-        preimages = preimages - weights.T @ _f64(common.preimages)
-    return LowRank(_cholesky_solve(_cholesky((gram + gram.T) / 2), residuals).T, preimages)
+def _accumulate(X: Float[np.ndarray, "in in"], Y: Float[np.ndarray, "out in"], part: Columns, sign: float) -> None:
+    """Add a block of columns to the sums, in place, or take it off."""
+    _refuse_unsound(part)
+    preimages = _f64(part.preimages) * (sign / _f64(part.ridge))[:, None]
+    X += _f64(part.keys).T @ preimages
+    Y += _f64(part.residuals).T @ preimages
 
 
-def _gram(a: Columns, b: Columns) -> Float[np.ndarray, "a b"]:
-    """k_i^T C^-1 k_j, symmetrised: rounding k and u apart makes k_i^T u_j differ from u_i^T k_j."""
-    forward: Float[np.ndarray, "a b"] = _f64(a.keys) @ _f64(b.preimages).T
-    backward = forward.T if a is b else _f64(a.preimages) @ _f64(b.keys).T
-    forward += backward
-    forward /= 2
-    return forward
+def _through_columns(common: Columns, extra: Columns) -> tuple[Float[np.ndarray, "x out"], Float[np.ndarray, "x in"]]:
+    """D_c k and (I + X_c)^-T u of each further column, by way of the n x n matrix of the common ones."""
+    out = extra.shape[0]
+    keys, preimages = _f64(extra.keys), _f64(extra.preimages)
+    if not len(common) or not len(extra):
+        return np.zeros((len(extra), out)), preimages
+    scale = _scale(common)
+    scaled_preimages = scale * common.preimages
+    right = np.hstack([scale * common.residuals, (scale * common.keys) @ preimages.T])
+    solved = _solve_definite(_scaled_gram(common, scale), right)
+    reached = (keys @ scaled_preimages.T) @ solved[:, :out]
+    return reached, preimages - solved[:, out:].T @ scaled_preimages
 
 
-def _cholesky(matrix: Float[np.ndarray, "n n"]) -> Float[np.ndarray, "n n"]:
+def _through_sums(sums: Moments, extra: Columns) -> tuple[Float[np.ndarray, "x out"], Float[np.ndarray, "x in"]]:
+    """The same by way of the common columns' sums."""
+    out = extra.shape[0]
+    keys, preimages = _f64(extra.keys), _f64(extra.preimages)
+    if not len(sums) or not len(extra):
+        return np.zeros((len(extra), out)), preimages
+    solved = _solve(_plus_identity(sums.X).T, np.hstack([sums.Y.T, preimages.T]))
+    return keys @ solved[:, :out], solved[:, out:].T
+
+
+def _contribution(extra: Columns, reached: Float[np.ndarray, "x out"], lifted: Float[np.ndarray, "x in"]) -> LowRank:
+    scale = _scale(extra)
+    gram = _plus_identity((scale * extra.keys) @ (scale * lifted).T)
+    return LowRank((scale * _solve_definite(gram, scale * (extra.residuals - reached))).T, lifted)
+
+
+def _scale(columns: Columns) -> Float[np.ndarray, "n 1"]:
+    """lambda^-1/2, which takes very different lambdas out of the condition of L + U^T K."""
+    scale: Float[np.ndarray, "n 1"] = 1 / np.sqrt(_f64(columns.ridge))[:, None]
+    return scale
+
+
+def _scaled_gram(columns: Columns, scale: Float[np.ndarray, "n 1"]) -> Float[np.ndarray, "n n"]:
+    """I + L^-1/2 K^T U L^-1/2, whose rows belong to keys."""
+    return _plus_identity((scale * columns.keys) @ (scale * columns.preimages).T)
+
+
+def _plus_identity(matrix: Float[np.ndarray, "n n"]) -> Float[np.ndarray, "n n"]:
+    result: Float[np.ndarray, "n n"] = matrix.copy()
+    result.flat[:: len(result) + 1] += 1.0
+    return result
+
+
+def _solve_definite(matrix: Float[np.ndarray, "n n"], right: Float[np.ndarray, "n m"]) -> Float[np.ndarray, "n m"]:
+    """M^-1 B, M symmetric and positive definite but for the rounding of what it was made from; refused where that spoils it."""
     try:
-        factor: Float[np.ndarray, "n n"] = np.linalg.cholesky(matrix)
+        np.linalg.cholesky((matrix + matrix.T) / 2)
     except LinAlgError as error:
-        raise EditError(
-            "the recorded columns do not have a positive definite Gram matrix",
-            remedy="Raise lambda: the requests' keys are too much alike for the precision of what is stored.",
-        ) from error
-    return factor
+        raise _indefinite() from error
+    return _solve(matrix, right)
 
 
-def _cholesky_solve(factor: Float[np.ndarray, "n n"], rhs: Float[np.ndarray, "n m"]) -> Float[np.ndarray, "n m"]:
-    """(F F^T)^-1 rhs."""
-    lower = _solve_lower(factor, rhs)
-    # F^T X = Y is lower triangular again once rows and columns are reversed.
-    return _solve_lower(factor.T[::-1, ::-1], lower[::-1])[::-1]
+def _solve(matrix: Float[np.ndarray, "n n"], right: Float[np.ndarray, "n m"]) -> Float[np.ndarray, "n m"]:
+    try:
+        solved: Float[np.ndarray, "n m"] = np.linalg.solve(matrix, right)
+    except LinAlgError as error:
+        raise _indefinite() from error
+    if not np.isfinite(solved).all():
+        raise _indefinite()
+    return solved
 
 
-def _solve_lower(lower: Float[np.ndarray, "n n"], rhs: Float[np.ndarray, "n m"]) -> Float[np.ndarray, "n m"]:
-    """Forward substitution by halves, so that nearly all work is matrix products (NumPy has no triangular solve)."""
-    n = len(lower)
-    if n <= _BLOCK:
-        return np.linalg.solve(lower, rhs)
-    half = n // 2
-    top = _solve_lower(lower[:half, :half], rhs[:half])
-    bottom = _solve_lower(lower[half:, half:], rhs[half:] - lower[half:, :half] @ top)
-    return np.concatenate([top, bottom])
+def _indefinite() -> EditError:
+    return EditError(
+        "the recorded columns do not have a positive definite Gram matrix",
+        remedy="Raise lambda: the requests' keys are too much alike for the precision of what is stored.",
+    )
 
 
 def _f64(array: np.ndarray) -> Float[np.ndarray, ...]:

@@ -21,6 +21,7 @@ from patchhub.errors import CorruptStoreError
 FORMS = {"B", "A", "dense", "mask", "values"}
 NEGLIGIBLE = 1e-6
 """A change whose norm is a smaller share of its weight's is rounding errors, and nothing that a cast could lose."""
+_ROWS = 2048  # of keys that are in float64 at a time
 STORED_DTYPES = (np.dtype(np.float32), np.dtype(np.float16))
 
 
@@ -106,12 +107,15 @@ def from_sparse(matrix: Float[np.ndarray, "out in"]) -> Sparse:
 
 
 def image(delta: Delta, keys: Float[np.ndarray, "n in"]) -> Float[np.ndarray, "n out"]:
-    """dW k for each row k, in float64."""
-    result: Float[np.ndarray, "n out"]
-    if isinstance(delta, LowRank):
-        result = (_f64(keys) @ _f64(delta.A).T) @ _f64(delta.B).T
-    else:
-        result = _f64(keys) @ to_dense(delta).T
+    """dW k for each row k, in float64; the rows are read in blocks."""
+    factors = [_f64(delta.A).T, _f64(delta.B).T] if isinstance(delta, LowRank) else [to_dense(delta).T]
+    result: Float[np.ndarray, "n out"] = np.empty((len(keys), delta.shape[0]))
+    for start in range(0, len(keys), _ROWS):
+        rows = slice(start, start + _ROWS)
+        reached = _f64(keys[rows])
+        for factor in factors:
+            reached = reached @ factor
+        result[rows] = reached
     return result
 
 

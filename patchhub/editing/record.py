@@ -20,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from patchhub.constraints import Columns, beyond, difference, no_columns
-from patchhub.delta import Delta, LowRank, add, image
+from patchhub.delta import Delta, add, image
 from patchhub.editing.budget import POSITIONS, Footprint, step_budget
 from patchhub.editing.keys import Beginnings, Climb, KeyRow, at, batches, read_keys
 from patchhub.editing.metric import MetricCache
@@ -51,7 +51,7 @@ class Recording:
     """Columns per weight in request order, and the change of each weight that adding them makes (float64)."""
 
     columns: dict[str, Columns]
-    change: dict[str, LowRank]
+    change: dict[str, Delta]
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,7 +106,7 @@ def record(
         names = {layer: stack.architecture.ffn_weight(layer) for layer in layers}
         written: dict[int, Sequence[Delta]] = {}
         columns: dict[str, Columns] = {}
-        change: dict[str, LowRank] = {}
+        change: dict[str, Delta] = {}
         before = 0
         for number, layer in enumerate(layers):
             with stack.fast(), side_paths(stack, written):
@@ -138,7 +138,7 @@ def _extend(
     metric: MetricCache,
     weight: str,
     state: State,
-) -> tuple[Columns, LowRank]:
+) -> tuple[Columns, Delta]:
     """Columns of one weight, rounded to float32 first, and the change that adding them to the active ones makes."""
     shape = (share.shape[1], keys.shape[1])
     stored_keys = keys.cpu().numpy().astype(np.float32)

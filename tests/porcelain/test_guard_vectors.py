@@ -229,6 +229,9 @@ def test_largest_singular_values_are_those_of_an_svd() -> None:
     for delta in (low, Dense(to_dense(low)), from_sparse(to_dense(low))):
         assert largest_of_delta(delta) == pytest.approx(np.linalg.norm(to_dense(low), 2), rel=0.02)
     assert largest_of_delta(LowRank(np.zeros((4, 0)), np.zeros((0, 5)))) == 0.0
+    for stored in (np.float32, np.float16):  # as they are, though a step of float16 would overflow
+        narrow = LowRank((200 * low.B).astype(stored), (200 * low.A).astype(stored))
+        assert largest_of_delta(narrow) == pytest.approx(4e4 * np.linalg.norm(to_dense(low), 2), rel=0.02)
 
 
 def checkpoint_of(folder: Path, tensor: torch.Tensor):
