@@ -126,6 +126,9 @@ def commit(
         raise RequestError(problem, remedy="Give a FILE, or --prompt, --subject and --target.")
     if batch.duplicates:
         talk(f"{click.style('warning:', fg='yellow')} {count(batch.duplicates, 'exact duplicate')} counted once")
+    if batch.unanswered:
+        left = count(batch.unanswered, "neighborhood prompt")
+        talk(f"{click.style('warning:', fg='yellow')} {left} without an answer left out")
     with bars() as progress:
         done = run(
             repository,

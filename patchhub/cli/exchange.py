@@ -130,7 +130,7 @@ def import_(
 ) -> None:
     """Commit the change that SOURCE makes to the base: a folder with a PEFT LoRA adapter, or a fine-tuned checkpoint.
 
-    Only weights that patchhub can edit may differ from the base. Pickled files are never opened.
+    Only linear weights of the blocks may differ from the base. Pickled files are never opened.
     """
     from patchhub.porcelain.exchange import import_change as run
     from patchhub.worktree.judging import Guarding

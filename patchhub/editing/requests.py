@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal
 
-from patchhub.editing.shapes import REQUIRED_FIELDS, ZSRE_FIELDS, json_kind, request_from_record
+from patchhub.editing.shapes import REQUIRED_FIELDS, ZSRE_FIELDS, Reading, json_kind, read_record, request_from_record
 from patchhub.errors import ContradictionError, RequestError
 from patchhub.objects import Request
 
@@ -41,12 +41,14 @@ class Origin:
 class Batch:
     """The unique requests of one source in their order, and their origins beside them.
 
-    `duplicates` counts the records that were dropped because their request id had been read before.
+    `duplicates` counts the records that were dropped because their request id had been read before, `unanswered` the
+    neighbourhood prompts that were left out because their record gives no answer to them.
     """
 
     requests: tuple[Request, ...]
     origins: tuple[Origin, ...]
     duplicates: int
+    unanswered: int = 0
 
 
 @dataclass(frozen=True)
@@ -85,10 +87,11 @@ def read_requests(
     if not records:
         raise _refuse(whole, "no records", "give at least one fact to write")
     first: dict[str, tuple[Request, Origin]] = {}
-    for request, origin in records:
+    for (request, _), origin in records:
         first.setdefault(request.id, (request, origin))
     requests, origins = zip(*first.values(), strict=True)
-    return Batch(requests=requests, origins=origins, duplicates=len(records) - len(first))
+    unanswered = sum(reading.unanswered for reading, _ in records)
+    return Batch(requests, origins, duplicates=len(records) - len(first), unanswered=unanswered)
 
 
 def one_request(
@@ -246,9 +249,9 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return unique
 
 
-def _convert(record: object, origin: Origin) -> Request:
+def _convert(record: object, origin: Origin) -> Reading:
     try:
-        return request_from_record(record)
+        return read_record(record)
     except RequestError as error:
         raise _refuse(origin, error.message, error.remedy, **error.facts) from None
 

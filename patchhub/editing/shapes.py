@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from patchhub.canonical import nfc
 from patchhub.errors import RequestError
@@ -31,8 +31,23 @@ _SHAPES_REMEDY = (
 )
 
 
+class Reading(NamedTuple):
+    """A request, and how many neighbourhood prompts of its record were left out because the record gives no answer to them."""
+
+    request: Request
+    unanswered: int
+
+
 def request_from_record(record: object) -> Request:
+    """Turn one decoded record of any known shape into a request; raises as `read_record`."""
+    return read_record(record).request
+
+
+def read_record(record: object) -> Reading:
     """Turn one decoded record of any known shape into a request.
+
+    A neighbourhood prompt only says what to evaluate. Where a published file gives no answer to it (KnowEdit has empty lists), it is left
+    out; in our own shape that is refused, since whoever wrote it can say the answer.
 
     Raises:
         RequestError: without file and line, which the caller knows.
@@ -62,7 +77,7 @@ def json_kind(value: object) -> str:
 # --- shapes
 
 
-def _from_own(record: Record) -> Request:
+def _from_own(record: Record) -> Reading:
     for name in record:
         if name not in _OWN_FIELDS:
             close = difflib.get_close_matches(str(name), sorted(_OWN_FIELDS), n=1)
@@ -107,7 +122,7 @@ def _own_neighbor(entry: object, target_true: str | None) -> tuple[str, str]:
     return prompt, _optional_text(fields, "target", "neighborhood.") or _given(target_true, prompt)
 
 
-def _from_counterfact(record: Record) -> Request:
+def _from_counterfact(record: Record) -> Reading:
     """Every neighbourhood prompt's right answer is the request's `target_true`."""
     rewrite = _object(record, "requested_rewrite")
     new = _text(_object(rewrite, "target_new"), "str", "target_new.")
@@ -118,11 +133,11 @@ def _from_counterfact(record: Record) -> Request:
         new,
         target_true=true,
         paraphrases=_texts(record, "paraphrase_prompts"),
-        neighborhood=[(prompt, _given(true, prompt)) for prompt in _texts(record, "neighborhood_prompts")],
+        neighborhood=[(prompt, true) for prompt in _texts(record, "neighborhood_prompts")],
     )
 
 
-def _from_zsre(record: Record) -> Request:
+def _from_zsre(record: Record) -> Reading:
     """`alt` is what to write, as in MEND and EasyEdit; the first answer that differs from it is what was true."""
     new = _text(record, "alt")
     return _request(
@@ -135,7 +150,7 @@ def _from_zsre(record: Record) -> Request:
     )
 
 
-def _from_easyedit(record: Record) -> Request:
+def _from_easyedit(record: Record) -> Reading:
     """A list under `ground_truth` holds names for one answer, of which the first is taken."""
     neighbors = _parallel_neighbors(record, "locality_prompt", "locality_ground_truth")
     for name, group in _object(record, "locality").items():
@@ -153,12 +168,17 @@ def _from_easyedit(record: Record) -> Request:
     )
 
 
-def _parallel_neighbors(record: Record, prompts: str, targets: str) -> list[tuple[str, str]]:
-    """Prompts and answers from two parallel fields, each a text or a list; an answer may be a list of its names."""
+def _parallel_neighbors(record: Record, prompts: str, targets: str) -> list[tuple[str, str | None]]:
+    """Prompts and answers from two parallel fields, each a text or a list; an answer may be a list of its names.
+
+    Of a prompt without an answer (null, or a list or text with nothing in it), the answer is None.
+    """
     texts, answers = _texts(record, prompts), record.get(targets)
     if not texts:
         return []
-    if not isinstance(record.get(prompts), list) or not isinstance(answers, list):
+    if answers is None or answers == []:
+        answers = [None] * len(texts)
+    elif not isinstance(record.get(prompts), list) or not isinstance(answers, list):
         answers = [answers]
     if len(answers) != len(texts):
         raise RequestError(
@@ -166,8 +186,15 @@ def _parallel_neighbors(record: Record, prompts: str, targets: str) -> list[tupl
             remedy="give one answer for each prompt",
             field=targets,
         )
-    firsts = [next(iter(_texts({targets: answer}, targets)), None) for answer in answers]
-    return [(text, _given(first, text)) for text, first in zip(texts, firsts, strict=True)]
+    return [(text, _first_answer(answer, targets)) for text, answer in zip(texts, answers, strict=True)]
+
+
+def _first_answer(answer: object, name: str) -> str | None:
+    """The first name of an answer that is not empty."""
+    if isinstance(answer, list):
+        return next((found for entry in answer if (found := _first_answer(entry, name)) is not None), None)
+    empty = answer is None or (isinstance(answer, str) and not answer.strip())
+    return None if empty else _clean(answer, name)
 
 
 def _given(target: str | None, prompt: str) -> str:
@@ -180,7 +207,7 @@ def _given(target: str | None, prompt: str) -> str:
     return target
 
 
-_SHAPES: tuple[tuple[frozenset[str], Callable[[Record], Request]], ...] = (
+_SHAPES: tuple[tuple[frozenset[str], Callable[[Record], Reading]], ...] = (
     (frozenset({"requested_rewrite"}), _from_counterfact),
     (ZSRE_FIELDS, _from_zsre),
     (_EASYEDIT_FIELDS, _from_easyedit),
@@ -198,17 +225,20 @@ def _request(
     *,
     target_true: str | None,
     paraphrases: Iterable[str],
-    neighborhood: Iterable[tuple[str, str]],
-) -> Request:
-    """The request; a true target that equals the new one (2 % of zsRE) compares nothing and is left out."""
-    return Request.make(
+    neighborhood: Iterable[tuple[str, str | None]],
+) -> Reading:
+    """The request without what compares nothing: unanswered prompts, and a true target that equals the new one (2 % of zsRE)."""
+    neighborhood = list(neighborhood)
+    answered = [(text, answer) for text, answer in neighborhood if answer is not None]
+    request = Request.make(
         prompt=_template(prompt, subject),
         subject=subject,
         target_new=target_new,
         target_true=None if target_true == target_new else target_true,
         paraphrases=tuple(paraphrases),
-        neighborhood=neighborhood,
+        neighborhood=answered,
     )
+    return Reading(request, len(neighborhood) - len(answered))
 
 
 def _template(prompt: str, subject: str) -> str:

@@ -5,22 +5,110 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import numpy as np
 from jaxtyping import Float
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
 
 from patchhub.delta import Delta, Dense, LowRank, from_factors, from_sparse, norm
-from patchhub.errors import RequestError
+from patchhub.errors import BaseError, RequestError
 from patchhub.export.peft import CONFIG, WEIGHTS, Shapes
+from patchhub.models.checkpoint import read_floats, read_header
 
 _NAME: Final = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<part>[AB])\.weight")
-_REMEDY: Final = "Only plain LoRA adapters in safetensors can be imported."
 _LIMIT: Final = 1 << 20  # bytes of a configuration
+_SHOWN: Final = 60  # letters of a value in a message
+_REMEDY: Final = "Give a LoRA adapter that PEFT wrote as safetensors, or the model that it was merged into."
+
+MERGE: Final = "Merge the adapter into its base with PEFT (merge_and_unload), save that model and import its folder."
+SEPARATE: Final = (
+    "Save it as an ordinary LoRA with save_pretrained(FOLDER, path_initial_model_for_weight_conversion=...), or merge "
+    "it into its base (merge_and_unload), save that model and import its folder."
+)
+NO_CHANGE: Final = "No change of the weights says the same, so patchhub cannot keep it; serve it with PEFT."
+
+_Number = TypeVar("_Number", int, float)
+
+
+@dataclass(frozen=True)
+class Field:
+    """A field of ``adapter_config.json``: the values at which it changes nothing about `base + scale * B A`.
+
+    Attributes:
+        is_harmless: whether a value is such, or one that is read here.
+        otherwise: what any other value means.
+        remedy: what to do then.
+    """
+
+    is_harmless: Callable[[Any], bool]
+    otherwise: str = ""
+    remedy: str = MERGE
+
+
+def _any(value: object) -> bool:
+    """Of a field that is read here, says where an adapter comes from, or acts in training only."""
+    return True
+
+
+def _off(value: object) -> bool:
+    """Of a field that switches something on unless it is null, false or empty."""
+    return value is None or value is False or value in ({}, [])
+
+
+def _null(value: object) -> bool:
+    """Of a field whose empty object stands for another configuration's defaults."""
+    return value is None
+
+
+def _one_of(*values: object) -> Callable[[Any], bool]:
+    return lambda value: any(type(value) is type(one) and value == one for one in values)
+
+
+FIELDS: Final[Mapping[str, Field]] = {
+    # Read: see `_Lora`.
+    **dict.fromkeys(("r", "lora_alpha", "rank_pattern", "alpha_pattern"), Field(_any)),
+    **dict.fromkeys(("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"), Field(_any)),
+    "use_rslora": Field(_one_of(True, False, None), "it is neither true nor false"),
+    "peft_type": Field(_one_of("LORA"), "only plain LoRA is a sum of base and B A", MERGE),
+    # Where it comes from, and what acts in training alone.
+    **dict.fromkeys(
+        ("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision", "runtime_config"),
+        Field(_any),
+    ),
+    **dict.fromkeys(("lora_dropout", "unsloth_fixed"), Field(_any)),
+    "fan_in_fan_out": Field(_any),  # factors are (r, in) and (out, r) whatever it says
+    # Parameters of what another field switches on.
+    **dict.fromkeys(("corda_config", "eva_config", "loftq_config", "lora_ga_config"), Field(_any)),
+    **dict.fromkeys(("megatron_core", "merge_weights", "qalora_group_size"), Field(_any)),
+    "task_type": Field(_one_of("CAUSAL_LM", None), "it belongs to another kind of model than a causal language model"),
+    "init_lora_weights": Field(
+        _one_of(True, False, None, "gaussian", "orthogonal", "eva", "mica"),
+        "such a start takes values out of the base weights, so the adapter is not a change of the base as it is",
+        SEPARATE,
+    ),
+    "bias": Field(_one_of("none"), "it changes biases"),
+    "lora_bias": Field(_off, "it changes biases"),
+    "use_dora": Field(_off, "DoRA also rescales each row of the weight"),
+    "velora_config": Field(_null, "VeLoRA stores what it trained with beside its factors"),
+    "kasa_config": Field(_null, "KaSA takes singular values out of the base weights"),
+    "use_qalora": Field(_off, "QALoRA pools its input", NO_CHANGE),
+    "use_bdlora": Field(_null, "block-diagonal factors are stored in another form"),
+    "monteclora_config": Field(_null, "its factors are drawn at random", NO_CHANGE),
+    "alora_invocation_tokens": Field(_off, "an activated LoRA acts only after its invocation tokens", NO_CHANGE),
+    "arrow_config": Field(_null, "Arrow chooses between adapters token by token", NO_CHANGE),
+    "layer_replication": Field(_off, "it adds layers that the base does not have", NO_CHANGE),
+    "target_parameters": Field(_off, "it changes parameters that are no linear weights"),
+    "modules_to_save": Field(_off, "it holds whole modules beside its factors"),
+    "trainable_token_indices": Field(_off, "it changes rows of the embedding"),
+    "ensure_weight_tying": Field(_off, "it changes embedding and head together"),
+    "megatron_config": Field(_off, "its factors are those of Megatron's parallel layers"),
+    "enable_lora": Field(_off, "it changes parts of a fused weight"),  # PEFT before 0.3
+}
+"""Every field that is known. One that is not, and is not switched off, is refused by its name."""
+
 _SPARSE: Final = 0.5  # below this share of values that changed, a mask and values are smaller than the matrix
 
 
@@ -38,9 +126,13 @@ def read_adapter(folder: Path, shapes: Shapes) -> dict[str, Delta]:
     pairs: dict[str, dict[str, np.ndarray]] = {}
     for name, array in _read_tensors(folder / WEIGHTS).items():
         match = _NAME.fullmatch(name)
-        weight = f"{match['module']}.weight" if match else name
-        if match is None or weight not in shapes:
-            raise _refusal(folder, f"it changes {weight}, which patchhub does not edit", tensor=name)
+        if match is None:
+            raise _refusal(folder, f"it holds {name}, which is no factor of a linear weight", remedy=MERGE, tensor=name)
+        weight = f"{match['module']}.weight"
+        if weight not in shapes:
+            raise _refusal(folder, f"it changes {weight}, which is no linear weight of the base's blocks", tensor=name)
+        if not config.covers(match["module"]):
+            raise _refusal(folder, f"it holds {name}, and its target_modules leave that module out", tensor=name)
         pairs.setdefault(weight, {})[match["part"]] = array
     deltas: dict[str, Delta] = {}
     for weight, parts in sorted(pairs.items()):
@@ -49,9 +141,14 @@ def read_adapter(folder: Path, shapes: Shapes) -> dict[str, Delta]:
         if rank < 1 or parts["A"].shape != (rank, inner) or parts["B"].shape != (out, rank):
             raise _refusal(folder, f"its factors of {weight} are missing or do not fit {(out, inner)}")
         factors = [part.astype(np.float64) for part in (parts["B"], parts["A"])]
+        module = weight.removesuffix(".weight")
+        if rank != config.rank_of(module):
+            raise _refusal(
+                folder, f"its factors of {weight} have rank {rank}, its {CONFIG} says {config.rank_of(module)}"
+            )
         if not all(bool(np.isfinite(factor).all()) for factor in factors):
             raise _refusal(folder, f"its factors of {weight} are not finite")
-        deltas[weight] = from_factors(factors[0] * _scale(config, weight.removesuffix(".weight"), rank), factors[1])
+        deltas[weight] = from_factors(factors[0] * config.scale_of(module), factors[1])
     return deltas
 
 
@@ -86,54 +183,148 @@ def is_nothing(delta: Delta) -> bool:
     return norm(delta) == 0
 
 
-def _scale(config: Mapping[str, Any], module: str, rank: int) -> float:
-    alpha = next(
-        (value for key, value in config["alpha_pattern"].items() if _matches(key, module)), config["lora_alpha"]
-    )
-    return float(alpha) / (math.sqrt(rank) if config["use_rslora"] else rank)
+@dataclass(frozen=True)
+class _Lora:
+    """What an adapter's configuration says that `base + scale * B A` needs.
+
+    Attributes:
+        rank, alpha: of modules without a pattern.
+        ranks, alphas: PEFT's patterns, in the file's order: the first that matches a module's name wins.
+        rank_stabilised: the scale is alpha / sqrt(rank), not alpha / rank.
+        targets, excluded: names of modules, or one expression for all; None: any, and none.
+        layers: the numbers of the layers that are changed, None: all; `lists` are the names of their list, empty: any.
+    """
+
+    rank: int
+    alpha: float
+    ranks: Mapping[str, int]
+    alphas: Mapping[str, float]
+    rank_stabilised: bool
+    targets: Sequence[str] | str | None
+    excluded: Sequence[str] | str | None
+    layers: Sequence[int] | None
+    lists: Sequence[str]
+
+    def covers(self, module: str) -> bool:
+        """Whether PEFT gives a module factors, and so reads those that the file has for it."""
+        if self.excluded and _is_named(self.excluded, module):
+            return False
+        if self.targets is None or self.targets == "all-linear":
+            return True
+        if isinstance(self.targets, str) or not self.layers or not _is_named(self.targets, module):
+            return _is_named(self.targets, module)
+        for name in self.lists or (r"[^.]*",):
+            found = re.match(rf"(?:^|.*?\.){name}\.(\d+)\.", module)
+            if found:
+                return int(found[1]) in self.layers
+        return False
+
+    def rank_of(self, module: str) -> int:
+        return _first_match(self.ranks, module, self.rank)
+
+    def scale_of(self, module: str) -> float:
+        rank = self.rank_of(module)
+        return _first_match(self.alphas, module, self.alpha) / (math.sqrt(rank) if self.rank_stabilised else rank)
 
 
-def _matches(pattern: str, module: str) -> bool:
-    """As PEFT matches the keys of its patterns: the whole name, or its end after a dot."""
-    return _expression(pattern).fullmatch(module) is not None
+def _is_named(names: Sequence[str] | str, module: str) -> bool:
+    if isinstance(names, str):
+        return re.fullmatch(names, module) is not None
+    return any(module == name or module.endswith(f".{name}") for name in names)
+
+
+def _first_match(patterns: Mapping[str, _Number], module: str, default: _Number) -> _Number:
+    return next((value for key, value in patterns.items() if _expression(key).match(module)), default)
 
 
 def _expression(pattern: str) -> re.Pattern[str]:
-    return re.compile(rf"(.*\.)?({pattern.lstrip('^')})$")
+    """As PEFT matches the keys of its patterns: the whole name of a module, or its end after a dot."""
+    return re.compile(rf"(.*\.)?({pattern})$")
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def _read_config(path: Path) -> _Lora:
+    """The configuration of an adapter that is `base + scale * B A` and nothing else.
+
+    Raises:
+        RequestError: a field says that the adapter is something else, is not known here, or is malformed.
+    """
     try:
         data = path.read_bytes()[: _LIMIT + 1]
         config = json.loads(data) if len(data) <= _LIMIT else None
     except (OSError, ValueError, RecursionError) as error:
         raise _refusal(path, f"it cannot be read ({error})") from error
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        raise _refusal(path, "it is not the configuration of a LoRA adapter")
-    for field in ("use_dora", "lora_bias", "modules_to_save", "layer_replication", "trainable_token_indices"):
-        if config.get(field):
-            raise _refusal(path, f"it uses {field}")
-    if config.get("bias", "none") != "none":
-        raise _refusal(path, "it changes biases")
-    patterns, alpha = config.get("alpha_pattern") or {}, config.get("lora_alpha")
-    numbers = [alpha, *patterns.values()] if isinstance(patterns, dict) else [None]
-    if not all(isinstance(number, int | float) and math.isfinite(number) for number in numbers):
-        raise _refusal(path, "its lora_alpha or alpha_pattern is malformed")
+    if not isinstance(config, dict):
+        raise _refusal(path, "it is not the configuration of an adapter")
+    for field, value in config.items():
+        _check_field(path, field, value)
+    if "peft_type" not in config:
+        raise _refusal(path, "it has no peft_type, so it is not the configuration of an adapter", field="peft_type")
+    rank: Any = config.get("r")
+    alpha: Any = config.get("lora_alpha")
+    ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
+    if not isinstance(ranks, dict) or not all(map(_is_rank, (rank, *ranks.values()))):
+        raise _refusal(path, "its r or rank_pattern is missing or malformed")
+    if not isinstance(alphas, dict) or not all(map(_is_number, (alpha, *alphas.values()))):
+        raise _refusal(path, "its lora_alpha or alpha_pattern is missing or malformed")
+    targets, excluded = config.get("target_modules"), config.get("exclude_modules")
+    layers, lists = config.get("layers_to_transform"), config.get("layers_pattern") or ()
+    layers, lists = [layers] if _is_index(layers) else layers, [lists] if isinstance(lists, str) else lists
+    if not all(names is None or isinstance(names, str) or _is_list_of(str, names) for names in (targets, excluded)):
+        raise _refusal(path, "its target_modules or exclude_modules is malformed")
+    if not (layers is None or _is_list_of(int, layers)) or not (lists == () or _is_list_of(str, lists)):
+        raise _refusal(path, "its layers_to_transform or layers_pattern is malformed")
+    whole = [names for names in (targets, excluded) if isinstance(names, str)]
     try:
-        for pattern in patterns:
+        for pattern in (*ranks, *alphas, *lists, *whole):
             _expression(pattern)
     except re.error as error:
-        raise _refusal(path, f"its alpha_pattern is malformed ({error})") from error
-    return {"lora_alpha": alpha, "alpha_pattern": patterns, "use_rslora": bool(config.get("use_rslora"))}
+        raise _refusal(path, f"one of its names of modules is no regular expression ({error})") from error
+    return _Lora(rank, alpha, ranks, alphas, config.get("use_rslora") is True, targets, excluded, layers, lists)
+
+
+def _check_field(path: Path, field: str, value: Any) -> None:
+    known = FIELDS.get(field)
+    if known is None:
+        if _off(value):
+            return  # switched off: newer versions of PEFT write every field that they know
+        reason = f"it has the field {field} ({_shown(value)}), which patchhub does not know"
+        raise _refusal(
+            path,
+            reason,
+            remedy=f"{MERGE} If {field} is only a remark, take it out of {path.name}.",
+            field=field,
+        )
+    if not known.is_harmless(value):
+        raise _refusal(path, f"its {field} is {_shown(value)}: {known.otherwise}", remedy=known.remedy, field=field)
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= _SHOWN else text[:_SHOWN] + " ..."
+
+
+def _is_list_of(kind: type, value: object) -> bool:
+    return isinstance(value, list) and all(type(entry) is kind for entry in value)
+
+
+def _is_index(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_rank(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 def _read_tensors(path: Path) -> dict[str, np.ndarray]:
     try:
-        found: dict[str, np.ndarray] = load_file(path)
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise _refusal(path, f"it cannot be read as float32 or float16 safetensors ({error})") from error
-    return found
+        return {name: read_floats(entry) for name, entry in read_header(path).items()}
+    except BaseError as error:
+        raise _refusal(path, error.message) from error
 
 
-def _refusal(path: Path, reason: str, **facts: Any) -> RequestError:
-    return RequestError(f"{path} cannot be imported: {reason}", remedy=_REMEDY, path=str(path), **facts)
+def _refusal(path: Path, reason: str, *, remedy: str = _REMEDY, **facts: Any) -> RequestError:
+    return RequestError(f"{path} cannot be imported: {reason}", remedy=remedy, path=str(path), **facts)

@@ -17,11 +17,13 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from patchhub.errors import BaseError, SettingsError, UnsupportedModelError
 from patchhub.models.structure import BlockStructure, Orientation, StructureError, find_structure, hidden_of
 
+_ADAPTER: Final = "adapter_config.json"  # by which transformers finds an adapter
+_NO_ADAPTER: Final = "no adapter"  # a folder that no model has: transformers looks for the adapter there
 _SOFTMAX_ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
 
 
@@ -139,6 +141,35 @@ def read_config(folder: Path) -> PreTrainedConfig:
             folder=str(folder),
         ) from error
     return config
+
+
+def read_model(folder: Path, **arguments: Any) -> PreTrainedModel:
+    """The causal language model of a folder, from its own configuration and weights alone.
+
+    Where an adapter lies beside the weights, as trainings leave it, transformers would put it on if PEFT is installed: that would
+    be another model than the files that were fingerprinted. No code of the folder is run.
+
+    Args:
+        arguments: passed on to ``AutoModelForCausalLM.from_pretrained`` (dtype, device_map, quantization_config, ...).
+
+    Raises:
+        SettingsError: ``trust_remote_code`` is asked for.
+    """
+    if arguments.pop("trust_remote_code", False):
+        raise SettingsError("patchhub never runs a model's own code", remedy="Leave trust_remote_code out.")
+    if (folder / _ADAPTER).is_file():
+        arguments["adapter_kwargs"] = {"subfolder": _NO_ADAPTER}
+    factory: Any = AutoModelForCausalLM
+    model: PreTrainedModel = factory.from_pretrained(
+        folder, **{"local_files_only": True, **arguments}, trust_remote_code=False
+    )
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise BaseError(
+            f"transformers puts the adapter in {folder} on the model",
+            remedy=f"Move {_ADAPTER} away.",
+            folder=str(folder),
+        )
+    return model
 
 
 def describe(config: PreTrainedConfig) -> Architecture:

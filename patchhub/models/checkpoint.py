@@ -11,6 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+import numpy as np
+from jaxtyping import Float, UInt32
+
 from patchhub.canonical import canonical_json
 from patchhub.errors import BaseError, SettingsError
 
@@ -26,6 +29,9 @@ BITS: Final = {
     "F4": 4,
 }
 """Size of one value of each safetensors dtype."""
+
+FLOATS: Final = {"BF16": np.uint16, "F16": np.float16, "F32": np.float32, "F64": np.float64}
+"""How each float dtype lies on disk. NumPy has no bfloat16: its bits are read as integers and widened."""
 
 _LENGTH_BYTES = 8
 _MAX_HEADER = 100_000_000  # as in the safetensors library
@@ -80,6 +86,30 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
     if position != total:
         raise _malformed(file, f"it is {total} bytes long and its header speaks of {position}")
     return ordered
+
+
+def widened(bits: np.ndarray) -> Float[np.ndarray, ...]:
+    """bfloat16 as float32, exactly: its bits are the upper half of the float32 of the same value."""
+    wide: UInt32[np.ndarray, ...] = bits.astype(np.uint32) << 16
+    return wide.view(np.float32)
+
+
+def read_floats(entry: TensorEntry) -> Float[np.ndarray, ...]:
+    """A tensor's values, in its own type, and in float32 where that is bfloat16.
+
+    Raises:
+        BaseError: it is of another type than `FLOATS`, or its file became shorter or cannot be read.
+    """
+    if entry.dtype not in FLOATS:
+        raise BaseError(
+            f"{entry.file} holds a tensor of type {entry.dtype}", remedy=f"Store it as one of {', '.join(FLOATS)}."
+        )
+    try:
+        raw = np.fromfile(entry.file, FLOATS[entry.dtype], math.prod(entry.shape), offset=entry.begin)
+        raw = raw.reshape(entry.shape)
+    except (OSError, ValueError) as error:
+        raise BaseError(f"{entry.file} cannot be read ({error})", remedy="Download or copy the file again.") from error
+    return widened(raw) if entry.dtype == "BF16" else raw
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -23,7 +23,10 @@ Replacement = Callable[[Tensor], Tensor]
 _OTHER_WEIGHTS: Final = {
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".tflite", ".ot",
 }  # fmt: skip
-_NOT_COPIED: Final = {"README.md"}  # the base's model card does not describe the patched model
+_NOT_COPIED: Final = {
+    "README.md",  # the base's model card does not describe the patched model
+    "adapter_config.json",  # transformers would put the adapter on that a training left beside the weights
+}
 _TEMPLATES: Final = "additional_chat_templates"
 
 

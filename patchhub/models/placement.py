@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import BitsAndBytesConfig
 
 from patchhub.errors import BaseError, SettingsError
+from patchhub.models.architectures import read_model
 from patchhub.models.checkpoint import Checkpoint
 
 GROUPS: Final = Path("/sys/fs/cgroup")
@@ -153,7 +154,7 @@ def load_base(checkpoint: Checkpoint, placement: Placement) -> Any:
     elif placement.devices[0].type != "cpu" and find_spec("accelerate") is not None:
         arguments["device_map"] = {"": placement.devices[0]}
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(checkpoint.folder, **arguments)
+        model: Any = read_model(checkpoint.folder, **arguments)
         if "device_map" not in arguments and placement.quantization == "none":
             model = model.to(placement.devices[0])
     except torch.OutOfMemoryError as error:

@@ -21,9 +21,10 @@ from patchhub.objects import Base
 from patchhub.porcelain.scores import notes_of
 from patchhub.progress import Progress
 from patchhub.remotes.card import AdapterNote, Card, ScoreLine, adapter_name, write_card
-from patchhub.sets.columns import read_state, weight_shapes
+from patchhub.sets.columns import linear_shapes, read_state
 from patchhub.sets.commits import Draft, begin, prepare, record, store_patch
 from patchhub.sets.elements import active_requests, distinct
+from patchhub.sets.guard import base_norms
 from patchhub.sets.shards import shards_at
 from patchhub.store.store import Store, refuse_store
 from patchhub.who import Who
@@ -90,7 +91,7 @@ def import_change(
         found = _from_checkpoint(repository, open_base(repository, base), open_checkpoint(folder), tolerance, progress)
     if not found.deltas:
         raise RequestError(f"{folder} changes nothing", remedy="Give an adapter or a checkpoint that differs.")
-    shapes = weight_shapes(repository)
+    shapes = linear_shapes(repository)
     patch = store_patch(
         repository,
         kind="additive",
@@ -138,7 +139,7 @@ def _holder(folder: Path) -> Path:
 
 
 def _from_adapter(folder: Path, repository: Store) -> _Change:
-    deltas = read_adapter(folder, weight_shapes(repository)).items()
+    deltas = read_adapter(folder, linear_shapes(repository)).items()
     return _Change("lora", {weight: (delta, form_of(delta), 0.0) for weight, delta in deltas if not is_nothing(delta)})
 
 
@@ -146,17 +147,17 @@ def _from_checkpoint(
     repository: Store, base: Checkpoint, other: Checkpoint, tolerance: float, progress: Progress
 ) -> _Change:
     """The difference of two checkpoints, weight by weight; every other tensor must be the same."""
-    shapes = weight_shapes(repository)
+    shapes = linear_shapes(repository)
     stored = {base.resolve_name(weight): weight for weight in shapes}
     progress.stage("comparing", len(other.tensors))
-    differing = _differing(base_object(repository), other, progress.advance)
+    differing = _differing(base_object(repository), base, other, progress.advance)
     foreign = [name for name in differing if name not in stored]
     if foreign:
         noun = "tensor" if len(foreign) == 1 else "tensors"
         raise RequestError(
             f"{other.name} differs from the base in {len(foreign)} {noun} that patchhub does not edit "
             f"({', '.join(foreign[:3])}{', ...' if len(foreign) > 3 else ''})",
-            remedy="Only feed-forward output projections can be imported.",
+            remedy="Only linear weights of the blocks can be imported: no embeddings, heads, norms or biases.",
             tensors=foreign,
         )
     transposed = repository.config.base["orientation"] == "in_out"
@@ -171,8 +172,11 @@ def _from_checkpoint(
     return _Change("difference", dict(sorted(deltas.items())))
 
 
-def _differing(base: Base, other: Checkpoint, advance: Callable[[int], None]) -> list[str]:
-    """Names of tensors of a checkpoint whose values are not the base's; both must have the same tensors."""
+def _differing(base: Base, files: Checkpoint, other: Checkpoint, advance: Callable[[int], None]) -> list[str]:
+    """Names of tensors of a checkpoint whose values are not the base's; both must have the same tensors.
+
+    A tensor of another type than the base's is the same where it holds the base's values rounded to that type.
+    """
     shapes = {name: entry.shape for name, entry in other.tensors.items()}
     if shapes != {name: record.shape for name, record in base.tensors.items()}:
         raise RequestError(
@@ -180,7 +184,12 @@ def _differing(base: Base, other: Checkpoint, advance: Callable[[int], None]) ->
         )
     found = []
     for name in sorted(shapes):
-        if tensor_digest(other, name) != base.tensors[name].sha256:
+        if other.tensors[name].dtype == base.tensors[name].dtype:
+            same = tensor_digest(other, name) == base.tensors[name].sha256
+        else:
+            tensor = other.read(name)
+            same = bool((tensor == files.read(name).to(tensor.dtype)).all())
+        if not same:
             found.append(name)
         advance(1)
     return found
@@ -229,7 +238,7 @@ def export_peft(
     state = read_state(repository, commit)
     adapter = _adapter(repository, commit, tolerance=tolerance, rank=rank)
     files = adapter_files(adapter, _base_name(repository))
-    error = check_adapter(files, state, weight_shapes(repository))
+    error = check_adapter(files, state, linear_shapes(repository))
     if error > max(tolerance, EXACT):
         raise RepositoryError(
             f"the written adapter differs from the state by {error:.1e}",
@@ -256,7 +265,7 @@ def export_diff(
     refuse_store(repository, out)
     commit = repository.resolve(revision)
     _refuse_routed(repository, commit, "file of weight changes")
-    shapes = weight_shapes(repository)
+    shapes = linear_shapes(repository)
     progress.stage("adding deltas", 0)
     totals = {weight: add(deltas, shapes[weight]) for weight, deltas in read_state(repository, commit).items()}
     data = write_deltas({weight: compact(total) for weight, total in totals.items()})
@@ -287,7 +296,7 @@ def hub_pages(
 
 def _adapter(repository: Store, commit: str | None, *, tolerance: float, rank: int | None) -> Adapter:
     _refuse_routed(repository, commit, "LoRA adapter")
-    return make_adapter(read_state(repository, commit), weight_shapes(repository), tolerance=tolerance, rank=rank)
+    return make_adapter(read_state(repository, commit), linear_shapes(repository), tolerance=tolerance, rank=rank)
 
 
 def _refuse_routed(repository: Store, commit: str | None, what: str) -> None:
@@ -305,9 +314,9 @@ def _card(repository: Store, repo: str, commit: str, adapter: AdapterNote | str,
     elements = repository.active(commit)
     requests = distinct(active_requests(repository, elements))
     base = _base_name(repository)
-    shapes = weight_shapes(repository)
-    weights: Mapping[str, Mapping[str, float]] = repository.config.base["weights"]
+    shapes = linear_shapes(repository)
     totals = {weight: norm(add(deltas, shapes[weight])) for weight, deltas in read_state(repository, commit).items()}
+    norms = base_norms(repository, totals)
     return Card(
         repo=repo,
         commit=commit,
@@ -321,7 +330,7 @@ def _card(repository: Store, repo: str, commit: str, adapter: AdapterNote | str,
         active=repository.active_count(commit),
         methods=sorted({repository.patch(patch).method for patch in {patch for patch, _ in elements}}),
         adapter=adapter,
-        changes={weight: total / (weights[weight]["norm"] or 1.0) for weight, total in totals.items()},
+        changes={weight: total / (norms[weight] or 1.0) for weight, total in totals.items() if weight in norms},
         scores=_score_lines(repository, commit),
     )
 

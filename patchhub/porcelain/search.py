@@ -165,13 +165,13 @@ class WeightStep:
     """One weight at two revisions, D_old and D_new its changes there (Frobenius norms).
 
     Attributes:
-        base: the norm of the base's weight.
+        base: the norm of the base's weight; None where it is neither recorded nor the base's files are on this machine.
         old, new, step: the norms of D_old, D_new and D_new - D_old.
         old_rank, new_rank, step_rank: how many singular values are above rounding.
         cosine: of the angle between D_old and D_new as vectors; None where one of them is zero.
     """
 
-    base: float
+    base: float | None
     old: float
     new: float
     step: float
@@ -232,18 +232,19 @@ def weight_steps(repository: Store, old: str, new: str) -> dict[str, WeightStep]
         RevisionError: no such revision.
     """
     from patchhub.delta import add, inner, negative, norm, numerical_rank
-    from patchhub.sets.columns import read_state, weight_shapes
+    from patchhub.sets.columns import linear_shapes, read_state
+    from patchhub.sets.guard import base_norms
 
-    shapes = weight_shapes(repository)
-    weights: Mapping[str, Mapping[str, Any]] = repository.config.base["weights"]
+    shapes = linear_shapes(repository)
     before, after = (read_state(repository, repository.resolve(revision)) for revision in (old, new))
     steps = {}
+    norms = base_norms(repository, before.keys() | after.keys())
     for weight in sorted(before.keys() | after.keys()):
         then, now = (add(side.get(weight, ()), shapes[weight]) for side in (before, after))
         step = add([now, negative(then)], shapes[weight])
         noise = NOISE * max(norm(then), norm(now))
         steps[weight] = WeightStep(
-            base=weights[weight]["norm"],
+            base=norms.get(weight),
             old=norm(then),
             new=norm(now),
             step=norm(step),
@@ -283,6 +284,14 @@ def _only(texts: Mapping[Place, Request], repository: Store, other: frozenset[El
     return tuple(request for request in distinct(texts) if request.id not in there)
 
 
+def _changed_weights(repository: Store, *commits: str | None) -> set[str]:
+    """The weights that facts are written into, and those of the patches that commits hold as a whole."""
+    whole = {patch for commit in commits if commit for patch, request in repository.active(commit) if request is None}
+    return {weight for patch in whole for weight in repository.patch(patch).weights} | set(
+        repository.config.base["weights"]
+    )
+
+
 def _norms(repository: Store, old: str | None, new: str | None) -> dict[str, dict[str, float | None]]:
     sides = [measured_norms(repository.commit(side).check) if side else {} for side in (old, new)]
     step = None
@@ -290,11 +299,11 @@ def _norms(repository: Store, old: str | None, new: str | None) -> dict[str, dic
         step = sides[1]
     elif old and new == next(iter(repository.commit(old).parents), None):
         step = sides[0]
-    weights: Mapping[str, Mapping[str, Any]] = repository.config.base["weights"]
+    base = {weight: norms["base"] for side in sides for weight, norms in side.items()}
     found = {}
-    for weight in sorted((sides[0].keys() | sides[1].keys()) & weights.keys()):
+    for weight in sorted(base.keys() & _changed_weights(repository, old, new)):
         old_norm, new_norm = (side.get(weight, {}).get("state", 0.0) for side in sides)
         change = None if step is None else step.get(weight, {}).get("change", 0.0)
         if old_norm or new_norm:
-            found[weight] = {"base": weights[weight]["norm"], "old": old_norm, "new": new_norm, "change": change}
+            found[weight] = {"base": base[weight], "old": old_norm, "new": new_norm, "change": change}
     return found

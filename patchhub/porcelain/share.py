@@ -7,20 +7,21 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from patchhub.errors import PatchhubError, RemoteError, RepositoryError, SettingsError
-from patchhub.porcelain.merge import Merged, Stopped, merge
 from patchhub.progress import Progress
 from patchhub.remotes import sync
 from patchhub.remotes.receive import Limits
 from patchhub.remotes.remote import Remote, Source
 from patchhub.remotes.sync import Fetched, Pushed, hub_id, normalised, open_remote
-from patchhub.sets.columns import tensor_check, weight_shapes
 from patchhub.store.config import Recording
 from patchhub.store.revisions import BRANCHES, HEAD, REMOTES, SYMBOLIC
 from patchhub.store.store import DIRECTORY, Store
 from patchhub.who import Who
+
+if TYPE_CHECKING:
+    from patchhub.porcelain.merge import Merged, Stopped
 
 ORIGIN: Final = "origin"
 
@@ -205,6 +206,8 @@ def pull(
     ref = f"{REMOTES}{name}/{branch}"
     if ref not in repository.refs():
         return Pulled(fetched, None)
+    from patchhub.porcelain.merge import merge  # it needs NumPy, which a remote's name does not
+
     return Pulled(fetched, merge(repository, ref, who))
 
 
@@ -219,16 +222,18 @@ def _fetch(
     prune: bool = False,
     max_bytes: int = MAX_BYTES,
 ) -> Fetched:
+    from patchhub.sets.columns import linear_shapes, tensor_check, weight_shapes  # they need NumPy
+
     progress.stage("fetching", 0)
     if remote.view().source is None:
         raise _nothing_at(remote.address)
-    weights = weight_shapes(repository)
+    weights, linear = weight_shapes(repository), linear_shapes(repository)
     fetched = sync.fetch(
         repository,
         remote,
         name,
-        Limits(max_bytes, weights),
-        tensor_check(weights),
+        Limits(max_bytes, weights, linear),
+        tensor_check(weights, linear),
         who=who,
         repair=repair,
         prune=prune,

@@ -34,10 +34,11 @@ CheckTensors = Callable[[Owner, Path], None]
 
 @dataclass(frozen=True)
 class Limits:
-    """What a remote may cost: bytes in all, and (out, in) of each weight that can be edited."""
+    """What a remote may cost: bytes in all, and (out, in) of each weight that facts are written into, and that a state may change."""
 
     total: int
     weights: Mapping[str, tuple[int, int]]
+    linear: Mapping[str, tuple[int, int]]
 
 
 class _Wanted(NamedTuple):
@@ -236,8 +237,9 @@ class Receiver:
         """What the object must satisfy because of who refers to it, or because of this store's base."""
         identity = wanted.reference.id
         if isinstance(value, Patch):
+            allowed = self._limits.linear if value.kind == "additive" else self._limits.weights
             for weight, shape in value.weights.items():
-                if self._limits.weights.get(weight) != shape:
+                if allowed.get(weight) != shape:
                     raise self._error(identity, f"{weight} of shape {shape} is no weight of this base")
         if isinstance(value, Patch | Commit) and value.base != self._repository.config.base_id:
             raise self._error(identity, f"it is about another base ({value.base[:12]})")
@@ -251,7 +253,7 @@ class Receiver:
             return MAX_JSON
         if isinstance(owner, Patch):
             return columns_limit(owner) if owner.kind == "closed_form" else delta_limit(owner.weights)
-        return delta_limit(self._limits.weights)
+        return delta_limit(self._limits.linear)
 
     def _count(self, kept: bool, file: Path) -> None:
         if not kept:

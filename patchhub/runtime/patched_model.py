@@ -13,10 +13,11 @@ from typing import Any, Final, Literal
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from patchhub.delta import Delta
 from patchhub.errors import BaseError, SettingsError, UnsupportedModelError
+from patchhub.models.architectures import read_model
 from patchhub.models.checkpoint import Checkpoint
 from patchhub.models.fingerprint import check_tensors, not_the_base
 from patchhub.models.placement import is_quantised
@@ -147,8 +148,7 @@ def load_patched(
         BaseError: the checkpoint is not the state's base.
         SettingsError: ``device_map`` leaves a patched weight out of memory.
     """
-    factory: Any = AutoModelForCausalLM
-    model: PreTrainedModel = factory.from_pretrained(checkpoint.folder, **from_pretrained)
+    model = read_model(checkpoint.folder, **from_pretrained)
     if side_path or is_quantised(model):
         nothing = Attachment(checkpoint, PatchState(state.base, state.orientation, {}), beside=())
         _change_beside(model, nothing, state, cache)

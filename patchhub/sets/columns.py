@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated
 
@@ -18,7 +19,8 @@ from patchhub.canonical import COUNT, IDENTIFIER, NUMBER, TEXT, MalformedError, 
 from patchhub.constraints import Columns, beyond, difference, join, no_columns
 from patchhub.delta import STORED_DTYPES, Delta, add, negative, read_deltas
 from patchhub.errors import CorruptStoreError
-from patchhub.objects import Element, Patch
+from patchhub.models import linear_weights
+from patchhub.objects import Base, Element, Patch
 from patchhub.remotes.receive import CheckTensors, Owner
 from patchhub.sets.shards import shard_record
 from patchhub.store.store import Store
@@ -56,9 +58,37 @@ _PARTS = ("k", "u", "r", "lambda")
 
 
 def weight_shapes(repository: Store) -> dict[str, tuple[int, int]]:
-    """(out, in) of every weight of the base that can be edited."""
+    """(out, in) of every weight of the base that facts are written into."""
     weights: Mapping[str, Mapping[str, Sequence[int]]] = repository.config.base["weights"]
     return {name: (facts["shape"][0], facts["shape"][1]) for name, facts in weights.items()}
+
+
+def linear_shapes(repository: Store) -> Shapes:
+    """(out, in) of every weight of the base that a state may change: `weight_shapes`, and what additive patches may change besides."""
+    return _LinearShapes(repository)
+
+
+class _LinearShapes(Mapping[str, tuple[int, int]]):
+    """The weights that facts are written into are in the config; the others are told from the base's object, on first use."""
+
+    def __init__(self, repository: Store) -> None:
+        self._repository = repository
+        self._edited = weight_shapes(repository)
+
+    @cached_property
+    def _all(self) -> Shapes:
+        known = self._repository.config.base
+        base = Base.from_json(self._repository.objects.get(self._repository.config.base_id))
+        return linear_weights.linear_shapes(base.tensors, self._edited, known["orientation"])
+
+    def __getitem__(self, weight: str) -> tuple[int, int]:
+        return self._edited[weight] if weight in self._edited else self._all[weight]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._all)
+
+    def __len__(self) -> int:
+        return len(self._all)
 
 
 def read_state(repository: Store, commit: str | None) -> dict[str, list[Delta]]:
@@ -68,7 +98,7 @@ def read_state(repository: Store, commit: str | None) -> dict[str, list[Delta]]:
 
 def read_blobs(repository: Store, blobs: Iterable[str]) -> dict[str, list[Delta]]:
     """The deltas of each weight that some delta blobs change, in ascending order of blob id."""
-    shapes = weight_shapes(repository)
+    shapes = linear_shapes(repository)
     state: dict[str, list[Delta]] = {}
     for blob in sorted(blobs):
         for weight, delta in read_deltas(repository.objects.get(blob), shapes).items():
@@ -118,34 +148,49 @@ def read_columns(repository: Store, elements: Iterable[Element]) -> dict[str, Co
 
 
 def solve_change(repository: Store, before: frozenset[Element], after: frozenset[Element]) -> dict[str, Delta]:
-    """D(after) - D(before) of each weight that either set changes, from what was recorded alone (float64)."""
-    shapes = weight_shapes(repository)
+    """D(after) - D(before) of each weight that either set changes, from what was recorded alone (float64).
+
+    Where the sets' additive patches differ at a weight, every column's residual there is another, and both sets are solved;
+    elsewhere only what the sets do not have in common is.
+    """
+    shapes = linear_shapes(repository)
     old, new = read_additive(repository, before), read_additive(repository, after)
-    if additive_patches(repository, before) != additive_patches(repository, after):
-        return _rebased_change(repository, before, after, old, new)
+    gone, come = read_additive(repository, before - after), read_additive(repository, after - before)
+    shifted = gone.keys() | come.keys()
     common = _columns(repository, before & after, new)
-    added, removed = _columns(repository, after - before, new), _columns(repository, before - after, new)
-    return {
-        weight: difference(*(part.get(weight, no_columns(shapes[weight])) for part in (common, added, removed)))
-        for weight in sorted(added.keys() | removed.keys())
-    }
+    added, removed = _columns(repository, after - before, new), _columns(repository, before - after, old)
+    change: dict[str, Delta] = {}
+    for weight in sorted(added.keys() | removed.keys() | shifted):
+        nothing = no_columns(shapes[weight])
+        parts = [part.get(weight, nothing) for part in (common, added, removed)]
+        if weight not in shifted:
+            change[weight] = difference(*parts)
+    if shifted:
+        change |= _rebased_change(repository, before, after, (old, new), (gone, come))
+    return dict(sorted(change.items()))
 
 
 def _rebased_change(
     repository: Store,
     before: frozenset[Element],
     after: frozenset[Element],
-    old: Mapping[str, Sequence[Delta]],
-    new: Mapping[str, Sequence[Delta]],
+    whole: tuple[Mapping[str, Sequence[Delta]], Mapping[str, Sequence[Delta]]],
+    differing: tuple[Mapping[str, Sequence[Delta]], Mapping[str, Sequence[Delta]]],
 ) -> dict[str, Delta]:
-    """`solve_change` where the additive patches differ: every column's residual is another then."""
-    shapes = weight_shapes(repository)
-    gone, come = _columns(repository, before, old), _columns(repository, after, new)
+    """`solve_change` at the weights where the additive patches differ.
+
+    Args:
+        whole: the additive deltas before and after.
+        differing: those of them that the other set does not have.
+    """
+    shapes = linear_shapes(repository)
+    then, now = _columns(repository, before, whole[0]), _columns(repository, after, whole[1])
+    gone, come = differing
     change: dict[str, Delta] = {}
-    for weight in sorted(old.keys() | new.keys() | gone.keys() | come.keys()):
+    for weight in gone.keys() | come.keys():
         nothing = no_columns(shapes[weight])
-        solved = [difference(nothing, part.get(weight, nothing), nothing) for part in (come, gone)]
-        parts = [*new.get(weight, ()), solved[0], *map(negative, [*old.get(weight, ()), solved[1]])]
+        solved = [difference(nothing, part.get(weight, nothing), nothing) for part in (now, then)]
+        parts = [*come.get(weight, ()), solved[0], *map(negative, [*gone.get(weight, ()), solved[1]])]
         change[weight] = add(parts, shapes[weight])
     return change
 
@@ -218,8 +263,13 @@ _SETTINGS = {
 """What is read of the settings of a patch of kind closed_form."""
 
 
-def tensor_check(weights: Mapping[str, tuple[int, int]]) -> CheckTensors:
-    """The check of everything that patches and commits of a base with those weights, (out, in) each, may refer to."""
+def tensor_check(weights: Mapping[str, tuple[int, int]], linear: Mapping[str, tuple[int, int]]) -> CheckTensors:
+    """The check of everything that patches and commits of a base may refer to.
+
+    Args:
+        weights: (out, in) of the weights that facts are written into.
+        linear: (out, in) of those that a state may change.
+    """
 
     def check(owner: Owner, file: Path) -> None:
         if isinstance(owner, Patch) and owner.kind == "closed_form":
@@ -229,7 +279,7 @@ def tensor_check(weights: Mapping[str, tuple[int, int]]) -> CheckTensors:
             shard_record(owner)
             _check_shard(owner, file, weights)
         else:
-            _check_deltas(file, owner.weights if isinstance(owner, Patch) else weights)
+            _check_deltas(file, owner.weights if isinstance(owner, Patch) else linear)
 
     return check
 

@@ -12,12 +12,13 @@ from patchhub.objects import Commit, Element, Keyframe, Patch, Request, requests
 from patchhub.sets.columns import (
     Shapes,
     additive_patches,
+    linear_shapes,
     read_additive,
     read_columns,
     read_state,
     solve_change,
-    weight_shapes,
 )
+from patchhub.sets.guard import base_norms
 from patchhub.sets.merging import refuse_stopped
 from patchhub.sets.rivals import Rival
 from patchhub.sets.shards import without_shards
@@ -98,15 +99,16 @@ def prepare(
     """The commit of ``draft``, with all that it refers to in the store; it is not in the store itself.
 
     A set that an ancestor had takes that ancestor's state, bit for bit; otherwise the change against the first parent is
-    ``change`` or, where that is None, solved from the recorded columns. Either way the stored deltas, summed, are proven to be the joint
-    solution of the set and the proof is kept in the commit. A set of shards alone
-    has the base's weights, bit for bit: a keyframe without deltas says so.
+    ``change`` or, where that is None, solved from the recorded columns. Where an additive patch leaves the set, the state is
+    solved anew and kept as a keyframe: the patch may be far larger than what stays, and so may the rounding of a sum in which it
+    cancels. Either way the stored deltas, summed, are proven to be the joint solution of the set and the proof is kept in the
+    commit. A set of shards alone has the base's weights, bit for bit: a keyframe without deltas says so.
     """
     parent = draft.parents[0] if draft.parents else None
     before = repository.active(parent)
     digest = set_digest(draft.elements)
     same_as = repository.find_same_set(digest, *draft.parents)
-    shapes = weight_shapes(repository)
+    shapes = linear_shapes(repository)
     tensors, keyframe = None, None
     if same_as is not None or not draft.elements:
         state = read_state(repository, same_as)
@@ -116,7 +118,11 @@ def prepare(
         state = _extended(read_state(repository, parent), delta) if without_shards(repository, draft.elements) else {}
         data = write_deltas(delta) if delta else b""
         tensors = repository.objects.put(data) if delta else None
-        keyframe = _keyframe(repository, parent, len(data), draft.elements, state, shapes)
+        anew = bool(additive_patches(repository, before - draft.elements))
+        if anew:
+            solved = solve_change(repository, frozenset(), draft.elements)
+            state = {weight: [part] for weight, part in solved.items() if norm(part)}
+        keyframe = _keyframe(repository, parent, len(data), draft.elements, state, shapes, anew=anew)
         if keyframe is not None and keyframe.tensors is not None:
             state = _whole(state, shapes)
     return Commit(
@@ -150,12 +156,14 @@ def _keyframe(
     elements: frozenset[Element],
     state: Mapping[str, Sequence[Delta]],
     shapes: Shapes,
+    *,
+    anew: bool,
 ) -> Keyframe | None:
-    """The whole state, where reading it commit by commit would cost too much (docs/format.md)."""
+    """The whole state, where reading it commit by commit would cost too much (docs/format.md), or it was solved anew."""
     full = additive_patches(repository, elements)  # they may be of any rank
-    rank = max(map(max, shapes.values())) if full else len(elements)
+    rank = max((max(shapes[weight]) for weight in state), default=0) if full else len(elements)
     whole = sum(4 * min(out * inner, rank * (out + inner)) for out, inner in (shapes[weight] for weight in state))
-    if not repository.needs_keyframe(parent, new_bytes, whole):
+    if not (anew or repository.needs_keyframe(parent, new_bytes, whole)):
         return None
     set_id = repository.objects.put(set_json(elements))
     deltas = {weight: found[0] for weight, found in _whole(state, shapes).items()}
@@ -176,11 +184,14 @@ def _measured(
     """Frobenius norms of the state and of its change, and the proof, per weight."""
     columns, additive = read_columns(repository, elements), read_additive(repository, elements)
     previous = read_state(repository, parent)
-    norms, proofs = {}, {}
-    for weight in sorted(state.keys() | previous.keys() | columns.keys()):
+    proofs: dict[str, float] = {}
+    norms: dict[str, dict[str, float]] = {}
+    weights = sorted(state.keys() | previous.keys() | columns.keys())
+    base = base_norms(repository, weights)
+    for weight in weights:
         now, then = add(state.get(weight, ()), shapes[weight]), add(previous.get(weight, ()), shapes[weight])
         norms[weight] = {
-            "base": repository.config.base["weights"][weight]["norm"],
+            **({"base": base[weight]} if weight in base else {}),
             "change": norm(add([now, negative(then)], shapes[weight])),
             "state": norm(now),
         }

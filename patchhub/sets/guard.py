@@ -18,20 +18,14 @@ from patchhub.errors import BaseError, GuardError
 from patchhub.evaluation.guard import Finding, Limits, Measured, Report, Share, judge
 from patchhub.fsio import keep
 from patchhub.interference import misfit
-from patchhub.models.checkpoint import Checkpoint, open_checkpoint
+from patchhub.models.checkpoint import FLOATS, Checkpoint, open_checkpoint, widened
 from patchhub.objects import Commit, Element
-from patchhub.sets.columns import Shapes, read_blobs, read_columns, read_state, weight_shapes
+from patchhub.sets.columns import Shapes, linear_shapes, read_blobs, read_columns, read_state
 from patchhub.sets.elements import Place, active_requests
 from patchhub.store import states
 from patchhub.store.store import Store
 
 _SAMPLED_ENTRIES: Final = 1 << 22
-
-
-def _widened(bits: np.ndarray) -> Float[np.ndarray, ...]:
-    """bfloat16, which NumPy does not have, from its bits."""
-    wide: UInt32[np.ndarray, ...] = bits.astype(np.uint32) << 16
-    return wide.view(np.float32)
 
 
 def _to_bfloat16(values: Float[np.ndarray, ...]) -> Float[np.ndarray, ...]:
@@ -48,17 +42,16 @@ def _to_float16(values: Float[np.ndarray, ...]) -> Float[np.ndarray, ...]:
 
 @dataclass(frozen=True)
 class _Type:
-    """How one safetensors dtype lies on disk, how it is read, and how a float32 is rounded to it."""
+    """How one safetensors dtype is read, and how a float32 is rounded to it."""
 
-    stored: Any
     read: Callable[[np.ndarray], np.ndarray]
     rounded: Callable[[np.ndarray], np.ndarray]
 
 
 _TYPES: Final[Mapping[str, _Type]] = {
-    "F16": _Type(np.float16, lambda raw: raw.astype(np.float32), _to_float16),
-    "BF16": _Type(np.uint16, _widened, _to_bfloat16),
-    "F32": _Type(np.float32, np.asarray, lambda values: values.astype(np.float32)),
+    "F16": _Type(lambda raw: raw.astype(np.float32), _to_float16),
+    "BF16": _Type(widened, _to_bfloat16),
+    "F32": _Type(np.asarray, lambda values: values.astype(np.float32)),
 }
 
 
@@ -91,8 +84,64 @@ def open_weight(checkpoint: Checkpoint, parameter: str, orientation: str) -> Bas
     kind = _TYPES.get(entry.dtype)
     if kind is None:
         return None
-    raw = np.memmap(entry.file, kind.stored, "r", entry.begin, entry.shape)
+    raw = np.memmap(entry.file, FLOATS[entry.dtype], "r", entry.begin, entry.shape)
     return BaseWeight(raw, kind, orientation == "in_out")
+
+
+def local_base(repository: Store) -> Checkpoint | None:
+    """The base's files where they are on this machine."""
+    known = repository.config.base
+    try:
+        return open_checkpoint(known["path"], known["revision"], local=True)
+    except BaseError:
+        return None
+
+
+def base_norms(repository: Store, weights: Iterable[str]) -> dict[str, float]:
+    """The Frobenius norm of base weights.
+
+    Those that facts are written into are in the config; others are computed once and kept in the cache, and left out where the base's files
+    are not on this machine.
+    """
+    config: Mapping[str, Mapping[str, float]] = repository.config.base["weights"]
+    found = {weight: config[weight]["norm"] for weight in weights if weight in config}
+    others = [weight for weight in weights if weight not in config]
+    return found | _kept(repository, "norms.json", others, _norm) if others else found
+
+
+def largest_singular_values(repository: Store, weights: Iterable[str]) -> dict[str, float]:
+    """The largest singular value of base weights, computed once and kept in the cache; as `base_norms` where files are missing."""
+    return _kept(
+        repository, "spectrum.json", list(weights), lambda weight: largest_singular_value(weight.rows(slice(None)))
+    )
+
+
+def _kept(
+    repository: Store, name: str, weights: Sequence[str], compute: Callable[[BaseWeight], float]
+) -> dict[str, float]:
+    """A number of each base weight, from a file of the cache or computed and put there."""
+    path = repository.cache / name
+    try:
+        known: dict[str, float] = {str(k): float(v) for k, v in json.loads(path.read_bytes()).items()}
+    except (OSError, ValueError, AttributeError, TypeError):
+        known = {}
+    missing = [weight for weight in weights if weight not in known]
+    checkpoint = local_base(repository) if missing else None
+    if checkpoint is not None:
+        for weight in missing:
+            opened = open_weight(checkpoint, weight, repository.config.base["orientation"])
+            if opened is not None:
+                known[weight] = compute(opened)
+        keep(path, [json.dumps(known, sort_keys=True).encode()])
+    return {weight: known[weight] for weight in weights if weight in known}
+
+
+def _norm(weight: BaseWeight) -> float:
+    """Frobenius norm, some rows at a time."""
+    rows, columns = weight.raw.shape
+    step = max(1, _SAMPLED_ENTRIES // columns)
+    parts = [float(np.linalg.norm(weight.rows(slice(start, start + step)))) for start in range(0, rows, step)]
+    return float(np.linalg.norm(parts))
 
 
 def survival(weight: BaseWeight, deltas: Sequence[Delta], *, entries: int = _SAMPLED_ENTRIES) -> float:
@@ -205,21 +254,21 @@ def from_vectors(repository: Store, found: Prepared) -> Measured:
     if found.commit.same_as is not None or not found.elements:
         return Measured(facts=facts)
     unmet, crushed = _misfits(repository, found)
-    checkpoint = _local_base(repository)
+    checkpoint = local_base(repository)
     if checkpoint is None:
         return Measured(facts=facts, unmet=unmet, crushed=crushed)
     return Measured(
         facts=facts,
         unmet=unmet,
         crushed=crushed,
-        spectrum=_spectrum(repository, found, checkpoint),
+        spectrum=_spectrum(repository, found),
         survival=_survival(repository, found, checkpoint),
     )
 
 
 def most_moved(repository: Store, found: Prepared, places: Iterable[Place]) -> list[Place]:
     """Some places of facts, those first whose outputs the change moves most: ||dD k|| / ||r||, the largest over the weights."""
-    shapes = weight_shapes(repository)
+    shapes = linear_shapes(repository)
     moved: dict[Place, float] = dict.fromkeys(places, 0.0)
     for weight, columns in found.columns.items():
         change = image(_change(found, weight, shapes[weight]), columns.keys)
@@ -233,7 +282,7 @@ def most_moved(repository: Store, found: Prepared, places: Iterable[Place]) -> l
 
 def _misfits(repository: Store, found: Prepared) -> tuple[Share, Share]:
     """(unmet, crushed) of `Measured`."""
-    shapes = weight_shapes(repository)
+    shapes = linear_shapes(repository)
     after = _worst_misfits(found, found.after, shapes)
     met_before: set[Element] = set()
     for parent in found.commit.parents:
@@ -274,10 +323,10 @@ def _change(found: Prepared, weight: str, shape: tuple[int, int]) -> Delta:
     return add([after, negative(before)], shape)
 
 
-def _spectrum(repository: Store, found: Prepared, checkpoint: Checkpoint) -> dict[str, dict[str, float]]:
+def _spectrum(repository: Store, found: Prepared) -> dict[str, dict[str, float]]:
     """Largest singular values of each weight's base, change and state."""
-    shapes = weight_shapes(repository)
-    base = _base_values(repository, found.after, checkpoint)
+    shapes = linear_shapes(repository)
+    base = largest_singular_values(repository, found.after)
     values = {}
     for weight in sorted(base):
         values[weight] = {
@@ -288,23 +337,6 @@ def _spectrum(repository: Store, found: Prepared, checkpoint: Checkpoint) -> dic
     return values
 
 
-def _base_values(repository: Store, weights: Iterable[str], checkpoint: Checkpoint) -> dict[str, float]:
-    """The largest singular value of each base weight, computed once and kept in the cache."""
-    path = repository.cache / "spectrum.json"
-    try:
-        known: dict[str, float] = {str(k): float(v) for k, v in json.loads(path.read_bytes()).items()}
-    except (OSError, ValueError, AttributeError, TypeError):
-        known = {}
-    missing = [weight for weight in weights if weight not in known]
-    for weight in missing:
-        opened = open_weight(checkpoint, weight, repository.config.base["orientation"])
-        if opened is not None:
-            known[weight] = largest_singular_value(opened.rows(slice(None)))
-    if missing:
-        keep(path, [json.dumps(known, sort_keys=True).encode()])
-    return {weight: known[weight] for weight in weights if weight in known}
-
-
 def _survival(repository: Store, found: Prepared, checkpoint: Checkpoint) -> dict[str, float]:
     kept = {}
     for weight, deltas in sorted(found.after.items()):
@@ -312,15 +344,6 @@ def _survival(repository: Store, found: Prepared, checkpoint: Checkpoint) -> dic
         if opened is not None:
             kept[weight] = survival(opened, deltas)
     return kept
-
-
-def _local_base(repository: Store) -> Checkpoint | None:
-    """The base's files where they are on this machine."""
-    known = repository.config.base
-    try:
-        return open_checkpoint(known["path"], known["revision"], local=True)
-    except BaseError:
-        return None
 
 
 PREFIX: Final = "guard."

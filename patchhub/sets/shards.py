@@ -12,6 +12,7 @@ from typing import Annotated, Any, Final
 
 from patchhub.canonical import COUNT, IDENTIFIER, MAPPING, TEXT, MalformedError, list_of, object_id, optional, record_of
 from patchhub.errors import CorruptStoreError, RepositoryError
+from patchhub.models.linear_weights import block_of
 from patchhub.objects import Element, Patch, Request, set_json
 from patchhub.store import lookup
 from patchhub.store.store import Store
@@ -171,10 +172,12 @@ def next_number(shards: Mapping[str, Patch]) -> int:
 
 
 def below_of(repository: Store, elements: Iterable[Element], weights: Iterable[str]) -> Below:
-    """The part of a set that changes any of some weights; shards change none."""
+    """The part of a set that changes any of some weights, or another linear weight of their blocks; shards change none."""
     named = set(weights)
+    blocks = {block_of(weight) for weight in named}
     columns = without_shards(repository, elements)
-    touching = {i for i in {identity for identity, _ in columns} if named & repository.patch(i).weights.keys()}
+    changed = {identity: repository.patch(identity).weights for identity, _ in columns}
+    touching = {i for i, names in changed.items() if blocks & {block_of(name) for name in names}}
     part = set_json(element for element in columns if element[0] in touching)
     return Below(object_id(part), tuple(sorted(named)))
 

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
+import transformers
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from patchhub.errors import BaseError, RequestError, SettingsError, UnsupportedModelError
@@ -19,7 +20,11 @@ from patchhub.objects import SLOT
 
 _FAST: Final = "tokenizer.json"
 _VOCABULARIES: Final = ("*.model", "*.tiktoken", "vocab.json", "vocab.txt", "tekken.json")
-_REMEDY: Final = "Copy the tokenizer's files (tokenizer.json and tokenizer_config.json, say) into the model's folder."
+_CONFIG: Final = "tokenizer_config.json"
+_REMEDY: Final = (
+    "Copy the tokenizer's files (tokenizer.json, say, and a tokenizer_config.json that names a class of transformers) "
+    "into the model's folder."
+)
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
@@ -32,7 +37,9 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
     if lacking is not None:
         raise _refuse(checkpoint, lacking)
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(checkpoint.folder, local_files_only=True)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            checkpoint.folder, local_files_only=True, trust_remote_code=False
+        )
     except Exception as error:  # the formats are many, and so are the ways in which their readers fail
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise _refuse(checkpoint, f"a tokenizer that cannot be read ({reason})") from error
@@ -41,11 +48,24 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
 
 def lacks_tokenizer(folder: Path) -> str | None:
     """What is wrong with a folder's tokenizer as far as its files tell, in words that follow "has"; None: nothing."""
+    if _is_code(folder / _CONFIG):
+        return "a tokenizer that is Python code of its own, which patchhub never runs"
     fast = folder / _FAST
     if fast.is_file():
         return None if _is_json(fast) else f"a {_FAST} that is not valid JSON"
     found = any(next(folder.glob(pattern), None) for pattern in _VOCABULARIES)
     return None if found else "no tokenizer"
+
+
+def _is_code(config: Path) -> bool:
+    """Whether a tokenizer's configuration names code of the folder, or of the Hub, for a class that transformers does not have."""
+    try:
+        fields = json.loads(config.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False  # it is missing, or reading the tokenizer tells what is wrong with it
+    if not isinstance(fields, dict) or not fields.get("auto_map"):
+        return False
+    return getattr(transformers, str(fields.get("tokenizer_class")), None) is None
 
 
 def _is_json(file: Path) -> bool:

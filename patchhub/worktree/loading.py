@@ -10,14 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Final
 
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from patchhub.canonical import IDENTIFIER, StoredObject, choice, list_of, object_id, optional
 from patchhub.delta import Delta, read_deltas
 from patchhub.errors import CorruptStoreError, RemoteError, RepositoryError, SettingsError
-from patchhub.models.architectures import describe, read_config
+from patchhub.models.architectures import describe, read_config, read_model
 from patchhub.models.checkpoint import Checkpoint, open_checkpoint
 from patchhub.models.fingerprint import check_tensors
+from patchhub.models.linear_weights import linear_shapes
 from patchhub.objects import Base, Patch, set_from_json
 from patchhub.remotes.hub_snapshot import HubSnapshot
 from patchhub.remotes.receive import delta_limit
@@ -84,8 +85,7 @@ def load_applied(folder: Path, mode: Mode | None, **from_pretrained: Any) -> Pre
     shapes = {architecture.ffn_weight(layer): architecture.shapes[layer] for layer in range(architecture.n_layers)}
     chosen = checked_mode(mode or manifest.mode)
     routing = read_routing(patches, lambda identity: _verified(place, identity), shapes, chosen)
-    factory: Any = AutoModelForCausalLM
-    model: PreTrainedModel = factory.from_pretrained(folder, **{"local_files_only": True, **from_pretrained})
+    model = read_model(folder, **from_pretrained)
     add_routing(model, routing)
     return model
 
@@ -148,10 +148,11 @@ def open_published(
     try:
         about = Base.from_json(snapshot.read(manifest.base))
         blobs = stored_states.state(snapshot.commit, snapshot.read_commit, {})
-        limit = delta_limit(shapes)
+        linear = linear_shapes(checkpoint.tensors, shapes, architecture.orientation)
+        limit = delta_limit(linear)
         weights: dict[str, list[Delta]] = {}
         for blob in sorted(blobs):
-            for weight, delta in read_deltas(snapshot.file(blob, limit=limit), shapes).items():
+            for weight, delta in read_deltas(snapshot.file(blob, limit=limit), linear).items():
                 weights.setdefault(weight, []).append(delta)
         routing = _routing(snapshot, shapes, limit, checked_mode(wise or MODES[0]))
     except (CorruptStoreError, KeyError, TypeError) as error:

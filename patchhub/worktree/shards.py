@@ -43,7 +43,7 @@ from patchhub.sets.shards import (
 )
 from patchhub.store.store import Store
 from patchhub.text.sampling import context_templates, sample_documents
-from patchhub.worktree.opening import Worktree, open_worktree
+from patchhub.worktree.opening import Worktree, base_files, open_worktree
 from patchhub.worktree.states import patch_state, stored_shard
 
 _TOKENS: Final = 4_096  # at least
@@ -360,10 +360,10 @@ def open_for_shards(
     Raises:
         BaseError: the base is missing, changed or cannot be edited.
     """
-    deltas = deltas_near(repository, before, after)
+    files = base_files(repository)
     weights = {weight for patch in active_shards(repository, before | after).values() for weight in patch.weights}
-    state = patch_state(repository, deltas, None)
-    return open_worktree(repository, progress, state, chat=False, edits=sorted(weights))
+    state = patch_state(repository, deltas_near(repository, before, after), None)
+    return open_worktree(repository, progress, state, base=files, chat=False, edits=sorted(weights))
 
 
 def trained(

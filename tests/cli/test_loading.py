@@ -7,12 +7,16 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from transformers import AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 import patchhub
+from patchhub.constraints import solve
+from patchhub.delta import add, to_dense
 from patchhub.evaluation.metrics import score_targets
+from patchhub.sets.columns import read_columns, read_state
 from patchhub.store.store import Store
 from tests.cli.conftest import FACTS, MODEL, Run, invoke
 
@@ -112,3 +116,41 @@ def test_refresh_records_in_the_chat_that_the_facts_were_written_in(chatty: Path
         settings = repository.patch(patch).settings
     assert settings["refreshes"]
     assert settings["chat"] == {"before": "<|endoftext|>The question is here. ", "after": " "}
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
+def test_facts_on_a_lora_of_every_linear_weight_stay_without_it(tmp_path: Path) -> None:
+    """What is loaded is what PEFT loads; facts are recorded on it; without it they are the joint solution of their columns, and stale."""
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    options = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32), LoraConfig(**options))
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = 0.03 * torch.randn(parameter.shape, generator=generator)
+    model.save_pretrained(tmp_path / "lora")
+    store = tmp_path / "store"
+    store.mkdir()
+    invoke(store, "init", str(MODEL), "--author", AUTHOR)
+    invoke(store, "config", "metric.tokens", "2000")
+    invoke(store, "import", str(tmp_path / "lora"), "-m", "a LoRA", "--author", AUTHOR, "--force")
+    ids = torch.tensor([[5, 17, 200, 31, 9]])
+    base = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
+    expected = PeftModel.from_pretrained(base, str(tmp_path / "lora"))(input_ids=ids).logits.detach()
+    found = patchhub.load(store, dtype=torch.float32)(input_ids=ids).logits.detach()
+    assert float((found - expected).norm() / expected.norm()) < 1e-5
+
+    (tmp_path / "facts.json").write_text(json.dumps(FACTS[:2]), encoding="utf-8")
+    invoke(store, "commit", str(tmp_path / "facts.json"), "-m", "two", "--author", AUTHOR, "--force")
+    assert held(patchhub.load(store), FACTS[:2]) == 2
+    reverted = json.loads(invoke(store, "revert", "HEAD~1", "--author", AUTHOR, "--force", "--json").stdout)
+    assert reverted["stale"] == 2
+    with Store.open(store) as repository:
+        elements = repository.active(repository.head[1])
+        columns, state = read_columns(repository, elements), read_state(repository, repository.head[1])
+        assert state.keys() == columns.keys()
+        for weight, rows in columns.items():
+            alone = to_dense(solve(rows))
+            left = to_dense(add(state[weight], alone.shape)) - alone
+            assert np.linalg.norm(left) <= 1e-6 * np.linalg.norm(alone)

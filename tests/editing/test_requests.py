@@ -216,7 +216,10 @@ BAD_RECORDS = {
         "has 2 entries and 'locality_ground_truth' has 1",
     ),
     "EasyEdit, locality": (SHAPES["EasyEdit, flat"] | {"locality": {"n": "x"}}, "'locality.n' is a text"),
-    "zsRE, no answer": (SHAPES["zsRE"] | {"loc_ans": None}, "has no answer"),
+    "EasyEdit, answer": (
+        SHAPES["EasyEdit, flat"] | {"locality_ground_truth": 7},
+        "'locality_ground_truth' is a number",
+    ),
 }
 
 
@@ -230,6 +233,26 @@ def test_a_bad_record_names_file_line_field_and_remedy(tmp_path, name):
     assert error.message.startswith(f"{path}, line 3: ")
     assert (error.facts["file"], error.facts["line"]) == (str(path), 3)
     assert error.remedy
+
+
+@pytest.mark.parametrize("nothing", [None, [], [[]], "", [""], [["", None]]])
+def test_an_evaluation_prompt_without_an_answer_is_left_out_and_counted(tmp_path, nothing):
+    """KnowEdit has such entries: they are no reason against the fact, nor against the rest of the file."""
+    entries = [
+        {"prompt": "Rocard was born in", "ground_truth": nothing},
+        {"prompt": "Rocard sang", "ground_truth": ["Oh"]},
+    ]
+    parallel = {"locality_prompt": ["Rocard ate", "Rocard sang"], "locality_ground_truth": [nothing, "Oh"]}
+    records = [
+        SHAPES["zsRE"] | {"loc_ans": nothing},
+        SHAPES["EasyEdit, flat"] | parallel | {"target_new": "A"},
+        SHAPES["EasyEdit, flat"] | {"locality": {"Relation_Specificity": entries}, "target_new": "B"},
+        SHAPES["EasyEdit, flat"] | {"locality_prompt": ["a", "b"], "locality_ground_truth": None, "target_new": "C"},
+    ]
+    batch = read_requests(write(tmp_path / "f.json", json.dumps(records)))
+    expected = [[], ["Oh"], ["French", "Oh"], []]
+    assert [[neighbor.target for neighbor in request.neighborhood] for request in batch.requests] == expected
+    assert batch.unanswered == 5
 
 
 def test_an_unknown_field_gets_its_nearest_name():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pickle
 import shutil
@@ -11,27 +12,80 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis.extra.numpy import arrays
 from safetensors.numpy import load_file, save_file
 
 import patchhub
 from patchhub.constraints import beyond, no_columns, solve
 from patchhub.delta import Dense, LowRank, Sparse, add, to_dense
 from patchhub.errors import PatchhubError, RequestError
-from patchhub.export.foreign import from_difference
+from patchhub.export.foreign import FIELDS, from_difference, read_adapter
+from patchhub.models.checkpoint import read_header, widened
 from patchhub.porcelain.change import revert
 from patchhub.porcelain.exchange import export_peft, import_change
 from patchhub.porcelain.history import show
 from patchhub.porcelain.merge import merge
 from patchhub.porcelain.model import apply
+from patchhub.porcelain.share import clone, push, remote_add
 from patchhub.progress import Silent
-from patchhub.sets.columns import read_additive, read_columns, read_state, weight_shapes
+from patchhub.sets.columns import linear_shapes, read_additive, read_columns, read_state, weight_shapes
 from patchhub.store.fsck import check
 from patchhub.store.store import Store
 from patchhub.who import Who
 from tests.export.models import distance, load_base, logits, model_folder, model_store
 from tests.remotes.stores import AUTHOR, TIME, add_batch, move, switch
 
+TYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
+NAME = "model.layers.1.mlp.down_proj.weight"
 STAMP = Who(AUTHOR, TIME, "import")
+ADAPTED: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "rank-stabilised (`use_rslora`)": {"use_rslora": True},
+    "`alpha_pattern`, `rank_pattern`": {
+        "alpha_pattern": {"layers.1.mlp.down_proj": 2, "^model.layers.2.mlp.down_proj": 5, "^layers.3": 9},
+        "rank_pattern": {"layers.(1|3).mlp": 2, "layers.1.mlp.down_proj": 2},
+    },
+    "`layers_to_transform`": {"layers_to_transform": [1, 2], "layers_pattern": "layers"},
+    "`exclude_modules`": {"exclude_modules": r".*\.1\.mlp\.down_proj"},
+    "gaussian": {"init_lora_weights": "gaussian"},
+    "orthogonal": {"init_lora_weights": "orthogonal", "r": 4},
+    "MiCA": {"init_lora_weights": "mica"},
+    "EVA": {"init_lora_weights": "eva", "eva_config": {}},
+    "dropout": {"lora_dropout": 0.3},
+}
+"""Kinds of LoRA that are imported, as the options that PEFT makes them with."""
+
+REFUSED: dict[str, tuple[str, Any]] = {
+    "PiSSA": ("init_lora_weights", "pissa"),
+    "PiSSA by fast SVD": ("init_lora_weights", "pissa_niter_4"),
+    "OLoRA": ("init_lora_weights", "olora"),
+    "CorDA": ("init_lora_weights", "corda"),
+    "LoftQ": ("init_lora_weights", "loftq"),
+    "LoRA-GA": ("init_lora_weights", "lora_ga"),
+    "DoRA": ("use_dora", True),
+    "VeLoRA": ("velora_config", {"num_groups": 4}),
+    "KaSA": ("kasa_config", {}),
+    "activated LoRA": ("alora_invocation_tokens", [7, 9]),
+    "Arrow": ("arrow_config", {}),
+    "QALoRA": ("use_qalora", True),
+    "BD-LoRA": ("use_bdlora", {"nblocks": 2}),
+    "MonteCLoRA": ("monteclora_config", {}),
+    "biases": ("bias", "all"),
+    "biases of LoRA": ("lora_bias", True),
+    "replicated layers": ("layer_replication", [[0, 2], [1, 4]]),
+    "whole modules": ("modules_to_save", ["lm_head"]),
+    "parameters": ("target_parameters", ["mlp.down_proj.weight"]),
+    "tokens": ("trainable_token_indices", [3]),
+    "tied weights": ("ensure_weight_tying", True),
+    "Megatron": ("megatron_config", {"tensor_model_parallel_size": 2}),
+    "sequence classification": ("task_type", "SEQ_CLS"),
+    "LoHa": ("peft_type", "LOHA"),
+    "AdaLoRA": ("peft_type", "ADALORA"),
+    "IA3": ("peft_type", "IA3"),
+}
+"""Kinds of adapter that are refused: the field that says what they are, and a value of it."""
+
 OLD_WAY = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # PEFT asks transformers so
 
 
@@ -43,7 +97,8 @@ def lora(base: Path, folder: Path, modules: list[str], **options: Any) -> Any:
     """A LoRA made and saved by PEFT, with random factors; the adapted model."""
     from peft import LoraConfig, get_peft_model
 
-    config = LoraConfig(r=3, target_modules=modules, lora_alpha=7, task_type="CAUSAL_LM", **options)
+    fixed = {"r": 3, "target_modules": modules, "lora_alpha": 7, "task_type": "CAUSAL_LM"}
+    config = LoraConfig(**(fixed | options))
     model = get_peft_model(load_base(base), config).eval()
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
@@ -54,34 +109,111 @@ def lora(base: Path, folder: Path, modules: list[str], **options: Any) -> Any:
 
 
 @OLD_WAY
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore:lora with eva initialization:UserWarning")
 @pytest.mark.parametrize(
-    ("family", "module", "options"),
-    [
-        ("gpt2", "mlp.c_proj", {"fan_in_fan_out": True}),
-        ("llama", "down_proj", {}),
-        ("llama", "down_proj", {"use_rslora": True}),
-        ("llama", "down_proj", {"alpha_pattern": {"layers.1.mlp.down_proj": 2, "^model.layers.2.mlp.down_proj": 5}}),
-        ("llama", "down_proj", {"rank_pattern": {"layers.1.mlp.down_proj": 2}}),
-    ],
+    ("family", "options"),
+    [("gpt2", {"fan_in_fan_out": True}), *(("llama", options) for options in ADAPTED.values())],
+    ids=["Conv1D", *ADAPTED],
 )
-def test_an_imported_lora_is_what_peft_computes(
-    family: str, module: str, options: dict[str, Any], tmp_path: Path
-) -> None:
+def test_an_imported_lora_is_what_peft_loads(family: str, options: dict[str, Any], tmp_path: Path) -> None:
+    from peft import PeftModel
+
     base = model_folder(tmp_path / "base", family)
-    adapted = lora(base, tmp_path / "lora", [module], **options)
+    lora(base, tmp_path / "lora", ["mlp.c_proj" if family == "gpt2" else "down_proj"], **options)
     with model_store(tmp_path / "store", base) as store:
-        assert {form for form, _ in imported(store, tmp_path / "lora").values()} <= {"rank 3", "rank 2"}
+        assert {form for form, _ in imported(store, tmp_path / "lora").values()} <= {"rank 2", "rank 3", "rank 4"}
         assert check(store).sound
+    adapted = PeftModel.from_pretrained(load_base(base), tmp_path / "lora").eval()
     assert distance(logits(patchhub.load(tmp_path / "store")), logits(adapted)) < 1e-5
 
 
+@pytest.mark.parametrize("kind", REFUSED)
+def test_an_adapter_that_is_no_change_of_the_base_is_refused_by_its_field(kind: str, tmp_path: Path) -> None:
+    field, value = REFUSED[kind]
+    _plain_adapter(tmp_path, {field: value})
+    with pytest.raises(RequestError, match=rf"its {field} is ") as refused:
+        read_adapter(tmp_path, {NAME: (6, 5)})
+    assert refused.value.remedy
+
+
+def test_every_field_of_the_installed_peft_is_known_and_harmless_at_its_default(tmp_path: Path) -> None:
+    """A field that a newer PEFT brings fails here, and until it is understood its other values are refused."""
+    from peft import LoraConfig
+
+    config = LoraConfig(r=2, target_modules=["down_proj"], lora_alpha=2, task_type="CAUSAL_LM")
+    assert {field.name for field in dataclasses.fields(LoraConfig)} <= FIELDS.keys()
+    config.save_pretrained(tmp_path)
+    _plain_adapter(tmp_path, json.loads((tmp_path / "adapter_config.json").read_text()))
+    assert read_adapter(tmp_path, {NAME: (6, 5)}).keys() == {NAME}
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"lens": {"tilt": 1}}, r"the field lens \(.*tilt.*\), which patchhub does not know"),
+        ({"lens": 0.5}, "the field lens"),
+        ({"lens": True}, "the field lens"),
+        ({"r": 3}, "have rank 2, its adapter_config.json says 3"),
+        ({"rank_pattern": {"down_proj": 5}}, "have rank 2, its adapter_config.json says 5"),
+        ({"target_modules": ["up_proj"]}, "its target_modules leave that module out"),
+        ({"target_modules": ["proj"]}, "its target_modules leave that module out"),
+        ({"target_modules": r".*up_proj"}, "its target_modules leave that module out"),
+        ({"exclude_modules": ["down_proj"]}, "its target_modules leave that module out"),
+        ({"layers_to_transform": 0}, "its target_modules leave that module out"),
+        ({"init_lora_weights": 1}, "its init_lora_weights is 1"),
+        ({"r": True}, "its r or rank_pattern"),
+        ({"lora_alpha": True}, "its lora_alpha or alpha_pattern"),
+        ({"layers_to_transform": ["1"]}, "its layers_to_transform"),
+        ({"target_modules": 3}, "its target_modules"),
+    ],
+)
+def test_what_peft_would_read_otherwise_is_refused(options: dict[str, Any], words: str, tmp_path: Path) -> None:
+    _plain_adapter(tmp_path, options)
+    with pytest.raises(RequestError, match=words):
+        read_adapter(tmp_path, {NAME: (6, 5)})
+
+
+def test_factors_of_what_is_no_linear_weight_of_a_block_are_refused(tmp_path: Path) -> None:
+    _plain_adapter(tmp_path, {})
+    with pytest.raises(RequestError, match=r"down_proj\.weight, which is no linear weight of the base's blocks"):
+        read_adapter(tmp_path, {"model.layers.0.mlp.down_proj.weight": (6, 5)})
+
+
+def test_a_field_that_is_not_known_and_switched_off_says_nothing(tmp_path: Path) -> None:
+    _plain_adapter(tmp_path, {"lens": None, "prism": False, "mirror": {}, "layers_to_transform": [1]})
+    assert read_adapter(tmp_path, {NAME: (6, 5)}).keys() == {NAME}
+
+
+def test_the_table_of_the_documentation_is_that_of_these_tests() -> None:
+    table = (Path(__file__).parents[2] / "docs" / "hub.md").read_text()
+    for kind in ADAPTED:
+        assert f"| {kind} | imported |" in table
+    for kind, (field, _) in REFUSED.items():
+        assert f"| {kind} | refused: `{field}` |" in table
+    rows = [row for row in table.splitlines() if "| imported |" in row or "| refused: `" in row]
+    assert len(rows) == len(ADAPTED) + len(REFUSED)
+
+
+def _plain_adapter(folder: Path, config: dict[str, Any]) -> None:
+    generator = np.random.default_rng(0)
+    plain = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["down_proj"], "bias": "none"}
+    module = f"base_model.model.{NAME.removesuffix('.weight')}"
+    shapes = {f"{module}.lora_A.weight": (2, 5), f"{module}.lora_B.weight": (6, 2)}
+    tensors = {name: generator.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+    (folder / "adapter_config.json").write_text(json.dumps(plain | config))
+    save_file(tensors, folder / "adapter_model.safetensors")
+
+
 @OLD_WAY
-def test_a_lora_of_other_modules_is_refused(tmp_path: Path) -> None:
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning")
+@pytest.mark.parametrize("module", ["lm_head", "embed_tokens"])
+def test_a_lora_of_other_modules_is_refused(module: str, tmp_path: Path) -> None:
     base = model_folder(tmp_path / "base", "llama")
-    lora(base, tmp_path / "lora", ["q_proj"])
+    lora(base, tmp_path / "lora", [module])
     with (
         model_store(tmp_path / "store", base) as store,
-        pytest.raises(RequestError, match=r"q_proj\.weight, which patchhub does not edit"),
+        pytest.raises(RequestError, match=rf"{module}\..*, which is no factor of a linear weight"),
     ):
         imported(store, tmp_path / "lora")
 
@@ -100,6 +232,46 @@ def test_a_fine_tuned_checkpoint_is_what_its_difference_was(family: str, tmp_pat
         assert torch.allclose(loaded[name], tensor, rtol=1e-6, atol=1e-6)
     with model_store(tmp_path / "other", base) as store, pytest.raises(RequestError, match="changes nothing"):
         imported(store, base)
+
+
+@OLD_WAY
+@pytest.mark.parametrize("dtype", TYPES)
+def test_factors_of_any_float_type_are_what_peft_loads(dtype: torch.dtype, tmp_path: Path) -> None:
+    base = model_folder(tmp_path / "base", "llama")
+    adapted = lora(base, tmp_path / "lora", ["down_proj"])
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.to(dtype)
+    adapted.save_pretrained(tmp_path / "lora")
+    entries = read_header(tmp_path / "lora" / "adapter_model.safetensors").values()
+    assert {entry.dtype for entry in entries} == {TYPES[dtype]}
+    for _, parameter in adapted.named_parameters():
+        parameter.data = parameter.data.float()
+    with model_store(tmp_path / "store", base) as store:
+        imported(store, tmp_path / "lora")
+    assert distance(logits(patchhub.load(tmp_path / "store")), logits(adapted)) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_a_checkpoint_of_another_type_is_compared_by_value(dtype: torch.dtype, tmp_path: Path) -> None:
+    base, weight = model_folder(tmp_path / "base", "llama"), "model.layers.1.mlp.down_proj.weight"
+    model = load_base(base)
+    model.to(dtype).save_pretrained(tmp_path / "same")
+    parameter = model.get_parameter(weight)
+    parameter.data += 0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    model.save_pretrained(tmp_path / "tuned")
+    with model_store(tmp_path / "store", base) as store:
+        with pytest.raises(RequestError, match="changes nothing"):
+            imported(store, tmp_path / "same")
+        assert imported(store, tmp_path / "tuned").keys() == {weight}
+    loaded = patchhub.load(tmp_path / "store").get_parameter(weight)
+    assert torch.allclose(loaded, parameter.data.float(), rtol=1e-6, atol=1e-6)
+
+
+@given(arrays(np.uint16, 64))
+def test_bfloat16_is_widened_as_torch_widens_it(bits: np.ndarray) -> None:
+    expected = torch.from_numpy(bits).view(torch.bfloat16).float().numpy()
+    assert np.array_equal(widened(bits), expected, equal_nan=True)
 
 
 def test_a_difference_takes_its_smallest_form() -> None:
@@ -163,6 +335,53 @@ def test_an_import_lives_with_facts(tmp_path: Path) -> None:
         assert_joint(store)
         assert len(store.active(store.head[1])) == 6
         assert check(store).sound
+
+
+@OLD_WAY
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_a_lora_of_every_linear_weight_lives_with_facts(family: str, tmp_path: Path) -> None:
+    """Loaded, exported, applied, merged and pushed it is what PEFT computes; taken back, nothing of it is left in the facts' state."""
+    base = model_folder(tmp_path / "base", family)
+    adapted = lora(base, tmp_path / "lora", "all-linear", fan_in_fan_out=family == "gpt2")
+    with model_store(tmp_path / "store", base) as store:
+        weights = imported(store, tmp_path / "lora")
+        assert weights.keys() == linear_shapes(store).keys() > weight_shapes(store).keys()
+        imports = str(store.head[1])
+        assert distance(logits(patchhub.load(tmp_path / "store")), logits(adapted)) < 1e-5
+        exported = export_peft(store, "HEAD", tmp_path / "out", Silent()).out
+        apply(store, "HEAD", tmp_path / "applied", Silent())
+        add_batch(store, range(2))
+        assert_joint(store)
+        both = logits(patchhub.load(tmp_path / "store"))
+        revert(store, imports, STAMP)
+        assert_joint(store)
+        shapes, state = linear_shapes(store), read_state(store, store.head[1])
+        facts = {weight: to_dense(add(deltas, shapes[weight])) for weight, deltas in state.items()}
+        revert(store, str(store.head[1]), STAMP)
+        assert distance(logits(patchhub.load(tmp_path / "store")), both) < 1e-5
+        assert check(store).sound
+    assert distance(logits(load_base(tmp_path / "applied")), logits(adapted)) < 1e-5
+    from peft import PeftModel
+
+    assert distance(logits(PeftModel.from_pretrained(load_base(base), str(exported)).eval()), logits(adapted)) < 1e-5
+    with model_store(tmp_path / "plain", base, range(2)) as plain:
+        expected = read_state(plain, plain.head[1])
+        for weight, shape in linear_shapes(plain).items():
+            alone = to_dense(add(expected.get(weight, ()), shape))
+            left = facts.get(weight, np.zeros(shape)) - alone
+            assert np.linalg.norm(left) <= 1e-6 * np.linalg.norm(alone)
+
+
+@OLD_WAY
+def test_an_import_of_every_linear_weight_travels(tmp_path: Path) -> None:
+    base = model_folder(tmp_path / "base", "llama")
+    adapted = lora(base, tmp_path / "lora", "all-linear")
+    with model_store(tmp_path / "store", base) as store:
+        imported(store, tmp_path / "lora")
+        remote_add(store, "origin", str(tmp_path / "remote"))
+        push(store, "origin", ["main"], Silent(), who=Who(AUTHOR, TIME))
+    clone(str(tmp_path / "remote"), tmp_path / "clone", Silent(), who=Who(AUTHOR, TIME), base=str(base))
+    assert distance(logits(patchhub.load(tmp_path / "clone")), logits(adapted)) < 1e-5
 
 
 def test_changes_that_cancel_make_a_commit_too(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 from patchhub.canonical import canonical_json
 from patchhub.delta import Sparse, read_deltas
 from patchhub.errors import BaseError, CorruptStoreError, RepositoryError, RevisionError
-from patchhub.objects import Patch, Request, set_digest
+from patchhub.objects import Patch, Request, requests_json, set_digest
 from patchhub.porcelain import refs
 from patchhub.porcelain.change import cherry_pick, revert, squash
 from patchhub.porcelain.exchange import export_diff, export_peft
@@ -451,6 +451,31 @@ def test_a_threshold_is_stale_when_weights_at_or_below_its_layer_change(store: S
     assert [shard.stale for shard in status(store.repository).shards] == [True, True]
     done = revert(store.repository, "HEAD", stamp())
     assert done.stale_shards == ()
+
+
+@pytest.mark.parametrize(("weight", "stale"), [("h.0.attn.weight", 2), ("h.1.attn.weight", 1), ("h.2.attn.weight", 0)])
+def test_an_import_that_changes_any_weight_of_a_block_makes_thresholds_stale(
+    store: Synthetic, weight: str, stale: int
+) -> None:
+    repository = store.repository
+    commit_shard(repository, facts("low"), layer=0)
+    high = commit_shard(repository, facts("high"), number=1, layer=1)
+    patch = Patch(
+        base=repository.config.base_id,
+        kind="additive",
+        made_on=None,
+        method="lora",
+        metric=None,
+        requests=(),
+        requests_blob=repository.objects.put(requests_json(())),
+        settings={},
+        tensors="0" * 64,
+        weights={weight: (12, 12)},
+    )
+    repository.objects.put(patch.to_json())
+    found = stale_shards(repository, store.active() | patch.elements)
+    assert len(found) == stale
+    assert stale == 0 or high.id in found
 
 
 # --- what cannot be routed, and what is no shard --------------------------------------------------------------------

@@ -54,8 +54,10 @@ def push(repository: Store, remote: Remote, *names: str, **options: bool | None)
 
 
 def fetch(repository: Store, remote: Remote, *, total: int = 1 << 30, **options: bool) -> Fetched:
-    limits = Limits(total, SHAPES)
-    return sync.fetch(repository, remote, "origin", limits, tensor_check(SHAPES), who=Who(AUTHOR, TIME), **options)
+    limits = Limits(total, SHAPES, SHAPES)
+    return sync.fetch(
+        repository, remote, "origin", limits, tensor_check(SHAPES, SHAPES), who=Who(AUTHOR, TIME), **options
+    )
 
 
 def test_a_round_trip_gives_the_same_ids_and_states(connect: Connect, tmp_path: Path) -> None:

@@ -20,18 +20,25 @@ from hypothesis import strategies as st
 from safetensors.numpy import load, save
 
 from patchhub.canonical import canonical_json, object_id
+from patchhub.constraints import Columns
+from patchhub.delta import Dense, write_deltas
 from patchhub.errors import PatchhubError, RemoteError
-from patchhub.objects import Commit, set_digest
+from patchhub.objects import Base, Commit, Patch, TensorRecord, requests_json, set_digest
+from patchhub.porcelain import share as commands
 from patchhub.porcelain.change import largest_proof
 from patchhub.porcelain.history import log, show
 from patchhub.porcelain.search import diff
+from patchhub.porcelain.share import remote_add
+from patchhub.progress import Silent
 from patchhub.remotes.file import object_path
 from patchhub.remotes.remote import read_branch, read_folder
 from patchhub.remotes.sync import open_remote
+from patchhub.sets.columns import write_columns
+from patchhub.sets.commits import Draft, prepare
 from patchhub.store.fsck import check
 from patchhub.store.store import Store
 from tests.benchmarks.synthetic_store import HastyDisk
-from tests.remotes.stores import SHAPES, make_history, make_store
+from tests.remotes.stores import AUTHOR, BASE, SHAPES, STAMP, TIME, make_history, make_request, make_store, metric_of
 from tests.remotes.test_conformance import fetch, push
 
 MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
@@ -436,3 +443,41 @@ def test_texts_of_other_facts_are_refused(honest: Path) -> None:
             canonical_json({**manifest, "notes": {}, "refs": {"refs/heads/main": object_id(raw)}}),
         )
         refused(remote, repository, "not those of the patch")
+
+
+@pytest.mark.parametrize("kind", ["additive", "closed_form"])
+def test_other_linear_weights_travel_in_additive_patches_alone(kind: str, tmp_path: Path) -> None:
+    """Facts are written into the config's weights; a patch with columns of another weight is refused."""
+    name, record = "h.0.attn.weight", TensorRecord("F32", (6, 6), "0" * 64)
+    base = Base(BASE.architecture, {**BASE.tensors, name: record})
+    remote = tmp_path / "remote"
+    with make_store(tmp_path / "ours", base=base) as ours:
+        requests = () if kind == "additive" else (make_request(0),)
+        matrix = np.ones((6, 6), np.float32)
+        rows = Columns(matrix[:1], matrix[:1], matrix[:1], np.ones(1, np.float32))
+        deltas = write_deltas({name: Dense(matrix)})
+        patch = Patch(
+            base=ours.config.base_id,
+            kind=kind,
+            made_on=None,
+            method="lora",
+            metric=None if kind == "additive" else metric_of(ours),
+            requests=tuple(request.id for request in requests),
+            requests_blob=ours.objects.put(requests_json(requests)),
+            settings={},
+            tensors=ours.objects.put(deltas if kind == "additive" else write_columns({name: rows}, matrix[:1])),
+            weights={name: (6, 6)},
+        )
+        ours.objects.put(patch.to_json())
+        draft = Draft((), patch.elements, patch.metric, "import", {})
+        tip = commit_draft(ours, prepare(ours, draft, STAMP), draft)
+        push(ours, open_remote(str(remote)))
+    with make_store(tmp_path / "theirs", base=base) as theirs:
+        remote_add(theirs, "origin", str(remote))
+        if kind == "additive":
+            commands.fetch(theirs, "origin", Silent(), author=AUTHOR, time=TIME)
+            assert theirs.refs()["refs/remotes/origin/main"] == tip
+            assert check(theirs).sound
+        else:
+            with pytest.raises(RemoteError, match="is no weight of this base"):
+                commands.fetch(theirs, "origin", Silent(), author=AUTHOR, time=TIME)

@@ -118,7 +118,7 @@ def test_what_is_no_shard_does_not_get_in(change: dict[str, Any], store: Store, 
         set_digest=set_digest(elements),
     )
     remote, clone = tmp_path / "remote", tmp_path / "clone"
-    store.record(commit, command="commit", arguments={}, who=Who(AUTHOR, TIME))
+    store.record(commit, command="commit", arguments={}, author=AUTHOR, time=TIME)
     remote_add(store, "folder", f"file://{remote}")
     verbs.push(store, "folder", (), Silent(), who=Who(AUTHOR, TIME))
     with pytest.raises(PatchhubError, match=r"shard|weight|refused"):

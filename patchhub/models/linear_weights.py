@@ -1,0 +1,60 @@
+"""The linear weights of a base's blocks, told from the names and shapes of its tensors alone, without building the model.
+
+Facts are written into feed-forward output projections only. A change from elsewhere may be to any linear weight of the blocks: attention,
+gate and up projections too. Embeddings and heads, which are often one tensor with two meanings, are left out.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Final, Protocol
+
+_FLOATS: Final = frozenset({"BF16", "F16", "F32", "F64"})
+_FIRST_NUMBER: Final = re.compile(r"(?P<block>(?P<blocks>.+?)\.\d+)\.")
+
+
+class Tensor(Protocol):
+    """What a header or a base object says of a tensor."""
+
+    @property
+    def dtype(self) -> str: ...
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+
+def block_of(weight: str) -> str:
+    """``model.layers.3`` of ``model.layers.3.mlp.down_proj.weight``; the name itself where no block is named."""
+    found = _FIRST_NUMBER.match(weight)
+    return found["block"] if found else weight
+
+
+def linear_shapes(
+    tensors: Mapping[str, Tensor], outputs: Mapping[str, tuple[int, int]], orientation: str
+) -> dict[str, tuple[int, int]]:
+    """(out, in) of every linear weight of the blocks, by parameter name.
+
+    In the families that can be edited every float matrix of a block that is called ``weight`` is that of a linear module, and all are
+    stored alike: GPT-2's blocks hold Conv1D alone, the others Linear alone.
+
+    Args:
+        tensors: those of the checkpoint, by its names, which may lack a prefix of the parameters' or have one more.
+        outputs: (out, in) of the feed-forward output projections, by parameter name.
+        orientation: ``in_out`` if the weights are stored (in, out).
+    """
+    known = next(iter(outputs), "")
+    stored = [name for name in tensors if known == name or known.endswith("." + name) or name.endswith("." + known)]
+    blocks = _FIRST_NUMBER.match(known)
+    if not stored or blocks is None:
+        return dict(outputs)
+    name = min(stored, key=lambda found: abs(len(found) - len(known)))
+    lacking, extra = known.removesuffix(name), name.removesuffix(known)
+    within = re.compile(rf"{re.escape(blocks['blocks'])}\.\d+\..+\.weight")
+    shapes = dict(outputs)
+    for name, tensor in tensors.items():
+        parameter = lacking + name.removeprefix(extra)
+        if len(tensor.shape) == 2 and tensor.dtype in _FLOATS and within.fullmatch(parameter):
+            rows, columns = tensor.shape
+            shapes.setdefault(parameter, (columns, rows) if orientation == "in_out" else (rows, columns))
+    return shapes
