@@ -35,6 +35,7 @@ from patchhub.remotes.remote import read_branch, read_folder
 from patchhub.remotes.sync import open_remote
 from patchhub.sets.columns import write_columns
 from patchhub.sets.commits import Draft, prepare
+from patchhub.sets.commits import record as commit_draft
 from patchhub.store.fsck import check
 from patchhub.store.store import Store
 from tests.benchmarks.synthetic_store import HastyDisk
