@@ -227,7 +227,7 @@ def _kept_values(
         "settings": asdict(values),
         "state": set_digest(without_shards(repository, plan.kept)),
     }
-    return KeptValues(repository.cache / "values", inputs, opened.architecture.d_model)
+    return KeptValues(repository.cache, inputs, opened.architecture.d_model)
 
 
 def _store_patch(

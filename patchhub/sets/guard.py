@@ -12,11 +12,11 @@ from typing import Any, Final
 import numpy as np
 from jaxtyping import Float, UInt32
 
+from patchhub.cache import Kind
 from patchhub.constraints import Columns
 from patchhub.delta import NEGLIGIBLE, Delta, LowRank, add, image, negative, to_dense
 from patchhub.errors import BaseError, GuardError
 from patchhub.evaluation.guard import Finding, Limits, Measured, Report, Share, judge
-from patchhub.fsio import keep
 from patchhub.interference import misfit
 from patchhub.models.checkpoint import Checkpoint, open_checkpoint
 from patchhub.objects import Commit, Element
@@ -24,6 +24,8 @@ from patchhub.sets.columns import Shapes, read_blobs, read_columns, read_state, 
 from patchhub.sets.elements import Place, active_requests
 from patchhub.store import states
 from patchhub.store.store import Store
+
+SPECTRUM: Final = Kind("spectrum", ".json")
 
 _SAMPLED_ENTRIES: Final = 1 << 22
 
@@ -288,18 +290,15 @@ def _spectrum(repository: Store, found: Prepared, checkpoint: Checkpoint) -> dic
 
 def _base_values(repository: Store, weights: Iterable[str], checkpoint: Checkpoint) -> dict[str, float]:
     """The largest singular value of each base weight, computed once and kept in the cache."""
-    path = repository.cache / "spectrum.json"
-    try:
-        known: dict[str, float] = {str(k): float(v) for k, v in json.loads(path.read_bytes()).items()}
-    except (OSError, ValueError, AttributeError, TypeError):
-        known = {}
-    missing = [weight for weight in weights if weight not in known]
+    slot = repository.cache.slot(SPECTRUM, of=repository.config.base_id)
+    known: dict[str, float] = {weight: value for kept in slot.contents() for weight, value in json.loads(kept).items()}
+    missing = {weight for weight in weights if weight not in known}
     for weight in missing:
         opened = open_weight(checkpoint, weight, repository.config.base["orientation"])
         if opened is not None:
             known[weight] = largest_singular_value(opened.rows(slice(None)))
     if missing:
-        keep(path, [json.dumps(known, sort_keys=True).encode()])
+        slot.keep([json.dumps({weight: known[weight] for weight in missing & known.keys()}, sort_keys=True).encode()])
     return {weight: known[weight] for weight in weights if weight in known}
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,10 +12,9 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from patchhub.delta import Delta
-from patchhub.fsio import keep
 from patchhub.models.architectures import Architecture
 from patchhub.models.checkpoint import Checkpoint
-from patchhub.models.fingerprint import FILE_NAME, check_tensors
+from patchhub.models.fingerprint import check_tensors
 from patchhub.models.placement import DEFAULT, Placement, load_base, runs_beside
 from patchhub.models.tracing import Stack
 from patchhub.runtime.patched_model import attach, switch
@@ -44,9 +45,8 @@ def check_base(repository: Store, checkpoint: Checkpoint) -> None:
 
 def keep_digests(repository: Store, folder: Path) -> None:
     """Put digests that ``fingerprint`` kept in another folder, made before there was a store, into the store's cache."""
-    kept = folder / FILE_NAME
-    if kept.is_file():
-        keep(repository.cache / FILE_NAME, (kept.read_bytes(),))
+    with suppress(OSError, shutil.Error):
+        shutil.copytree(folder, repository.cache.folder, dirs_exist_ok=True)
 
 
 def placement_of(
