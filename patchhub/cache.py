@@ -160,7 +160,7 @@ class Slot:
                 yield path.read_bytes()
 
     def put(self, chunks: Iterable[bytes], *, check: Callable[[Path], None] = lambda written: None) -> None:
-        """Add an entry, hashed as it is written.
+        """Add an entry.
 
         Args:
             check: called with the complete file before it becomes an entry, which it does not if this raises.
@@ -168,15 +168,16 @@ class Slot:
         Raises:
             RepositoryError: the disk refuses the write.
         """
-        digest, temporary = Digest(), temporary_path(self.folder / "entry")
+        temporary = temporary_path(self.folder / "entry")
         try:
             with os_errors(self.folder):
                 self.folder.mkdir(parents=True, exist_ok=True)
-                self.cache.disk.write(temporary, digest.over(chunks), READ_WRITE)
+                self.cache.disk.write(temporary, chunks, READ_WRITE)
             check(temporary)
             with os_errors(self.folder):
-                self.cache.disk.rename(temporary, self.folder / f"{digest.value}{self.kind.suffix}")
-                self._evict(digest.value)
+                entry = self.folder / f"{digest_of(temporary)}{self.kind.suffix}"
+                self.cache.disk.rename(temporary, entry)
+                self._evict(entry)
         except BaseException:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
@@ -187,7 +188,7 @@ class Slot:
         with contextlib.suppress(RepositoryError):
             self.put(chunks)
 
-    def _evict(self, newest: str) -> None:
+    def _evict(self, newest: Path) -> None:
         if self.kind.limit is None:
             return
         files = _by_age(self.folder.parent.glob(f"*/*{self.kind.suffix}"))
@@ -195,7 +196,7 @@ class Slot:
         for _, size, path in files:
             if total <= self.kind.limit:
                 return
-            if path.stem != newest:
+            if path != newest:
                 self.cache.drop(path)
                 total -= size
 
@@ -210,38 +211,10 @@ def _by_age(paths: Iterable[Path]) -> list[tuple[int, int, Path]]:
     return sorted(found)
 
 
-class Digest:
-    """The SHA-256 of the SHA-256 of each MiB, so that a large file can be hashed by several threads."""
-
-    def __init__(self) -> None:
-        self._root, self._leaf, self._room = hashlib.sha256(), hashlib.sha256(), CHUNK
-
-    def over(self, chunks: Iterable[bytes]) -> Iterator[bytes]:
-        """The chunks, each hashed when it has been taken."""
-        for chunk in chunks:
-            yield chunk
-            rest = memoryview(chunk)
-            while rest:
-                part, rest = rest[: self._room], rest[self._room :]
-                self._leaf.update(part)
-                self._room -= len(part)
-                if not self._room:
-                    self._root.update(self._leaf.digest())
-                    self._leaf, self._room = hashlib.sha256(), CHUNK
-
-    @property
-    def value(self) -> str:
-        """Of all chunks so far, 64 hexadecimal digits."""
-        root = self._root.copy()
-        if self._room < CHUNK:
-            root.update(self._leaf.digest())
-        return root.hexdigest()
-
-
 def digest_of(path: Path) -> str:
-    """The digest of a file, by as many threads as there are processors where that pays; memory holds a MiB for each.
+    """The SHA-256 of the SHA-256 of each MiB of a file, so that as many threads as there are processors can share a large one.
 
-    Read, not mapped: a disk that cannot give the bytes back is an `OSError` here, and would end the process there.
+    The file is read, not mapped: a disk that cannot give the bytes back is an `OSError` here, and would end the process there.
     """
     size = path.stat().st_size
 
