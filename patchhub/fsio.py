@@ -94,13 +94,6 @@ def write_atomically(target: Path, chunks: Iterable[bytes], *, mode: int = READ_
         raise
 
 
-def keep(target: Path, chunks: Iterable[bytes]) -> None:
-    """`write_atomically` for a cache, in a folder that is made if need be: a disk that refuses the write stops nothing."""
-    with contextlib.suppress(OSError, RepositoryError):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(target, chunks)
-
-
 @contextlib.contextmanager
 def os_errors(path: Path) -> Iterator[None]:
     """Turn an `OSError` of the body into a `RepositoryError` about `path`."""

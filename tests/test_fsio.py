@@ -16,7 +16,6 @@ from patchhub.fsio import (
     READ_ONLY,
     TEMPORARY_SUFFIX,
     Disk,
-    keep,
     read_chunks,
     temporary_path,
     write_atomically,
@@ -141,13 +140,3 @@ def test_the_lock_is_freed_when_the_body_raises(tmp_path: Path) -> None:
     for _ in range(2):
         with pytest.raises(KeyError), writer_lock(tmp_path / "lock", timeout=0.05):
             raise KeyError
-
-
-def test_what_is_kept_in_a_cache_is_written_where_the_disk_lets_it(tmp_path: Path) -> None:
-    keep(tmp_path / "new" / "file", [b"one", b"two"])
-    assert (tmp_path / "new" / "file").read_bytes() == b"onetwo"
-    keep(tmp_path / "new" / "file" / "below", [b"three"])
-    assert (tmp_path / "new" / "file").read_bytes() == b"onetwo"
-    (tmp_path / "folder" / "inside").mkdir(parents=True)
-    keep(tmp_path / "folder", [b"four"])
-    assert {path.name for path in tmp_path.iterdir()} == {"new", "folder"}

@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -52,8 +53,11 @@ def open_repository(repo: Path | None) -> Store:
 
     chosen = repo or click.get_current_context().find_root().params.get("repo")
     if chosen is not None:
-        return Store.open(chosen.parent if chosen.name == DIRECTORY else chosen)
-    return Store.discover(Path.cwd())
+        found = Store.open(chosen.parent if chosen.name == DIRECTORY else chosen)
+    else:
+        found = Store.discover(Path.cwd())
+    found.cache = replace(found.cache, tell=Bars().warn)
+    return found
 
 
 def now() -> str:

@@ -11,7 +11,7 @@ import io
 import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Final, NamedTuple
 
@@ -21,8 +21,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.linalg import solve_triangular
 
+from patchhub.cache import Cache, Kind, Slot
 from patchhub.errors import EditError, SettingsError
-from patchhub.fsio import write_atomically
 from patchhub.models.tracing import Stack, right_padded
 
 _BLOCK = 1024  # rows of a factor that are in float64 at a time
@@ -205,6 +205,8 @@ def _unusable(path: Path, reason: str, remedy: str) -> SettingsError:
     return SettingsError(f"{path} cannot be used as a second moment: {reason}", remedy=remedy, file=str(path))
 
 
+KIND: Final = Kind("metric", ".npy")
+
 MEMORY: Final = 8 << 30
 """Bytes that the second moments may take while they are computed, where nothing else is said."""
 
@@ -259,15 +261,19 @@ class MetricCache:
     """What is kept of one metric on disk.
 
     Args:
-        folder: the place of this metric's files, named by the metric's id.
+        cache: where it is.
+        metric: the metric's id.
         preimages_by: the kind of metric. The default takes each moment for the metric itself.
     """
 
-    folder: Path
+    cache: Cache
+    metric: str
     preimages_by: Preimages = _AS_GIVEN
+    _sound: dict[str, Path] = field(default_factory=dict, repr=False)  # files that were read and found sound
 
     def has(self, weight: str) -> bool:
-        return self.path(weight).is_file()
+        """Whether there is something for a weight; the first time its bytes are checked, and deleted if they are damaged."""
+        return self.path(weight) is not None
 
     def store(self, weight: str, moment: Float[Tensor, "in in"]) -> None:
         """Keep what preimages of this weight need.
@@ -275,18 +281,41 @@ class MetricCache:
         Raises:
             EditError: this moment gives none.
         """
-        kept = self.preimages_by.prepare(moment, weight)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.path(weight), _npy(kept))
+        self.put(weight, _npy(self.preimages_by.prepare(moment, weight)))
+
+    def put(
+        self, weight: str, chunks: Iterable[bytes], *, check: Callable[[Path], None] = lambda written: None
+    ) -> None:
+        """Keep a .npy file that `store` made here or elsewhere; see `Slot.put`."""
+        self._slot(weight).put(chunks, check=check)
 
     def preimages(self, weight: str, keys: Float[Tensor, "n in"]) -> Float[Tensor, "n in"]:
-        """u of each row k, in float64 from what is kept in float32."""
-        kept = torch.from_numpy(np.load(self.path(weight), mmap_mode="c")).to(keys.device)
+        """u of each row k, in float64 from what is kept in float32.
+
+        Raises:
+            EditError: nothing is kept of this weight, or what was is damaged.
+        """
+        path = self.path(weight)
+        if path is None:
+            raise EditError(
+                f"the cache has lost the metric of {weight}", remedy="Run the command again.", weight=weight
+            )
+        kept = torch.from_numpy(np.load(path, mmap_mode="c")).to(keys.device)
         return self.preimages_by.of(kept, keys)
 
-    def path(self, weight: str) -> Path:
-        """Where the file of a weight is, or would be."""
-        return self.folder / f"{weight}.{self.preimages_by.keeps}.npy"
+    def path(self, weight: str) -> Path | None:
+        """The file of a weight, checked once; None where there is no sound one."""
+        found = self._sound.get(weight) or self._slot(weight).path()
+        if found is not None:
+            self._sound[weight] = found
+        return found
+
+    def name(self, weight: str) -> str:
+        """What the file of a weight is called outside the cache."""
+        return f"{weight}.{self.preimages_by.keeps}.npy"
+
+    def _slot(self, weight: str) -> Slot:
+        return self.cache.slot(KIND, of=self.metric, weight=weight, matrix=self.preimages_by.keeps)
 
 
 def _batches(documents: Sequence[Sequence[int]]) -> list[list[Sequence[int]]]:

@@ -4,11 +4,9 @@ Finished values are kept on disk while the others are made, so that an interrupt
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, groupby
-from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
@@ -16,16 +14,16 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from patchhub.cache import Cache, Kind, Slot
 from patchhub.canonical import canonical_json, object_id
 from patchhub.editing.budget import POSITIONS, Footprint, in_halves, release_memory, step_budget
 from patchhub.editing.locate import Encoded
 from patchhub.editing.rows import Row, Rows, Site, Trunk, open_rows, read_trunk
 from patchhub.errors import EditError
 
-LIMIT: Final = 1 << 30
-"""Bytes that all files together may take; the oldest go first."""
+KIND: Final = Kind("values", ".values", limit=1 << 30)
 
-_KEY, _CHECK = 32, 8  # bytes of a fact's hash and of a record's checksum
+_KEY = 32  # bytes of a fact's hash
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,63 +38,36 @@ class KeptValue:
 
 @dataclass(frozen=True)
 class KeptValues:
-    """The values of one model state under one setting.
+    """The values of one model state under one setting, an entry of the cache for each batch.
 
     Attributes:
-        folder: where all files are.
+        cache: where they are.
         inputs: everything that a value depends on besides its fact, as JSON.
         width: d, floats of a value.
-        limit: bytes that all files together may take.
     """
 
-    folder: Path
+    cache: Cache
     inputs: Mapping[str, Any]
     width: int
-    limit: int = LIMIT
-
-    @property
-    def path(self) -> Path:
-        return self.folder / f"{object_id(canonical_json(self.inputs))}.values"
-
-    @property
-    def _record(self) -> int:
-        return _KEY + 4 * (2 * self.width + 2) + _CHECK
 
     def read(self) -> dict[str, KeptValue]:
-        """Key -> value of every sound record."""
-        try:
-            content = self.path.read_bytes()
-        except OSError:
-            return {}
-        size, found = self._record, {}
-        for start in range(0, len(content) - size + 1, size):
-            key, numbers, check = _split(content[start : start + size])
-            if check == _checksum(key + numbers):
-                floats = np.frombuffer(numbers, np.float32)
+        """Key -> value of every fact."""
+        size, found = _KEY + 4 * (2 * self.width + 2), {}
+        for content in self._slot.contents():
+            for start in range(0, len(content), size):
+                record = content[start : start + size]
+                floats = np.frombuffer(record[_KEY:], np.float32)
                 target, hidden = floats[: self.width], floats[self.width : -2]
-                found[key.hex()] = KeptValue(target, hidden, float(floats[-2]), int(floats[-1]))
+                found[record[:_KEY].hex()] = KeptValue(target, hidden, float(floats[-2]), int(floats[-1]))
         return found
 
     def add(self, values: Mapping[str, KeptValue]) -> None:
-        """Append records; a failure to write is no error."""
-        records = b"".join(_encoded(key, value) for key, value in values.items())
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with self.path.open("ab") as file:
-                file.truncate(file.tell() - file.tell() % self._record)
-                file.write(records)
-            self._evict()
-        except OSError:
-            return
+        """Keep a batch; a failure to write is no error."""
+        self._slot.keep([b"".join(_encoded(key, value) for key, value in values.items())])
 
-    def _evict(self) -> None:
-        files = sorted(self.folder.glob("*.values"), key=lambda path: path.stat().st_mtime_ns)
-        total = sum(path.stat().st_size for path in files)
-        for path in files:
-            if total <= self.limit or path == self.path:
-                break
-            total -= path.stat().st_size
-            path.unlink()
+    @property
+    def _slot(self) -> Slot:
+        return self.cache.slot(KIND, **self.inputs, width=self.width)
 
 
 def fact_key(rows: Sequence[tuple[Sequence[int], int, tuple[int, int]]]) -> str:
@@ -106,17 +77,9 @@ def fact_key(rows: Sequence[tuple[Sequence[int], int, tuple[int, int]]]) -> str:
 
 def _encoded(key: str, value: KeptValue) -> bytes:
     tail = np.array([value.loss, value.steps], np.float32)
-    numbers = b"".join(part.astype(np.float32).tobytes() for part in (value.target, value.hidden, tail))
-    record = bytes.fromhex(key) + numbers
-    return record + _checksum(record)
-
-
-def _split(record: bytes) -> tuple[bytes, bytes, bytes]:
-    return record[:_KEY], record[_KEY:-_CHECK], record[-_CHECK:]
-
-
-def _checksum(record: bytes) -> bytes:
-    return hashlib.sha256(record).digest()[:_CHECK]
+    return bytes.fromhex(key) + b"".join(
+        part.astype(np.float32).tobytes() for part in (value.target, value.hidden, tail)
+    )
 
 
 _BETAS, _ADAM_EPSILON = (0.9, 0.999), 1e-8  # torch.optim.Adam's defaults, which the published code uses

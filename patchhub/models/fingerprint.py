@@ -9,91 +9,71 @@ import json
 import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, TypedDict
+from typing import Any, Final
 
+from patchhub.cache import Cache, Kind
 from patchhub.errors import BaseError
-from patchhub.fsio import keep
 from patchhub.models.checkpoint import Checkpoint, TensorEntry
 from patchhub.objects import Base, TensorRecord
 
-FILE_NAME: Final = "tensor-digests.json"
+KIND: Final = Kind("digests", ".json")
 
 _SETTLED_NS = 2_000_000_000  # a file that changed later than this before it was read may change with the same time
 
 
-class _FileRecord(TypedDict):
+@dataclass(frozen=True)
+class _File:
+    """A checkpoint's file as it was when it was first asked for, and the digests of its tensors by place: known, and new."""
+
+    path: Path
     size: int
     mtime_ns: int
-    digests: dict[str, str]
+    known: dict[str, str]
+    found: dict[str, str]
 
 
-@dataclass(frozen=True)
 class Stamps:
-    """The content of one cache file. Without a folder nothing is found and nothing is kept.
+    """The digests that are kept of a checkpoint's files. Without a cache nothing is found and nothing is kept."""
 
-    The file is cache: whatever cannot be read in it is ignored and written anew.
-    """
-
-    folder: Path | None
-    records: dict[str, _FileRecord]
-    seen: dict[str, _FileRecord] = field(default_factory=dict)  # stamps as they were when first asked for
-
-    @classmethod
-    def load(cls, folder: Path | None) -> Stamps:
-        """Read the cache file of a folder, if there is one."""
-        try:
-            records = json.loads((folder / FILE_NAME).read_bytes()) if folder else {}
-        except (OSError, ValueError):
-            records = {}
-        return cls(folder, {path: r for path, r in records.items() if _valid(r)} if isinstance(records, dict) else {})
+    def __init__(self, cache: Cache | None) -> None:
+        self._cache = cache
+        self._files: dict[Path, _File] = {}
 
     def get(self, entry: TensorEntry) -> str | None:
         """The digest of a tensor, if its file is as it was when the digest was made."""
-        path = str(entry.file.resolve())
-        now = self.seen.setdefault(path, _stamp(entry.file))
-        known = self.records.get(path)
-        if known is None or not _same(known, now):
-            return None
-        return known["digests"].get(_place(entry))
+        if entry.file not in self._files:
+            path, (size, mtime_ns) = entry.file.resolve(), _stamp(entry.file)
+            file = self._files[entry.file] = _File(path, size, mtime_ns, {}, {})
+            for kept in self._cache.slot(KIND, **_inputs(file)).contents() if self._cache else ():
+                file.known.update(json.loads(kept))
+        return self._files[entry.file].known.get(_place(entry))
 
     def add(self, entry: TensorEntry, digest: str) -> None:
         """Keep the digest of a tensor that `get` was asked for before it was read."""
-        self.seen[str(entry.file.resolve())]["digests"][_place(entry)] = digest
+        self._files[entry.file].found[_place(entry)] = digest
 
     def save(self) -> None:
         """Write what was added for files that did not change meanwhile and have not changed for two seconds."""
-        if self.folder is None or not any(record["digests"] for record in self.seen.values()):
-            return
         limit = time.time_ns() - _SETTLED_NS
-        merged = dict(self.records)
-        for path, record in self.seen.items():
-            if record["mtime_ns"] < limit and _same(record, _stamp(Path(path))):
-                before = merged.get(path)
-                known = before["digests"] if before and _same(before, record) else {}
-                merged[path] = {**record, "digests": {**known, **record["digests"]}}
-        keep(self.folder / FILE_NAME, [json.dumps(merged, sort_keys=True).encode()])
+        for file in self._files.values():
+            settled = file.mtime_ns < limit and (file.size, file.mtime_ns) == _stamp(file.path)
+            if self._cache and file.found and settled:
+                self._cache.slot(KIND, **_inputs(file)).keep([json.dumps(file.found, sort_keys=True).encode()])
 
 
-def _stamp(file: Path) -> _FileRecord:
+def _inputs(file: _File) -> dict[str, Any]:
+    return {"path": str(file.path), "size": file.size, "mtime_ns": file.mtime_ns}
+
+
+def _stamp(file: Path) -> tuple[int, int]:
     status = file.stat()
-    return {"size": status.st_size, "mtime_ns": status.st_mtime_ns, "digests": {}}
-
-
-def _same(one: _FileRecord, other: _FileRecord) -> bool:
-    return (one["size"], one["mtime_ns"]) == (other["size"], other["mtime_ns"])
+    return status.st_size, status.st_mtime_ns
 
 
 def _place(entry: TensorEntry) -> str:
     return f"{entry.begin}-{entry.end}"
-
-
-def _valid(record: Any) -> bool:
-    match record:
-        case {"size": int(), "mtime_ns": int(), "digests": dict(digests), **rest} if not rest:
-            return all(isinstance(digest, str) for digest in digests.values())
-    return False
 
 
 VOLATILE_FIELDS: Final = frozenset(
@@ -177,14 +157,14 @@ _OTHER_MODEL = "Point to the model that this repository was made for, or run `pa
 def fingerprint(
     checkpoint: Checkpoint,
     *,
-    cache: Path | None = None,
+    cache: Cache | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Base:
     """The base object of a checkpoint; its ``id`` is the base's identity. How tensors are spread over files is no part.
 
     Args:
         checkpoint: the model's files; every byte is read once, unless ``cache`` knows the file.
-        cache: a folder to keep digests in, by path, size and time of change; None: read everything.
+        cache: where digests are kept by path, size and time of change; None: read everything.
         progress: called with bytes done and bytes in all.
     """
     digests = _digests(checkpoint.tensors, cache, progress)
@@ -207,7 +187,7 @@ def check_tensors(
     names: Iterable[str] | None,
     *,
     architecture: bool = True,
-    cache: Path | None = None,
+    cache: Cache | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
     """Check that a checkpoint is the base, as far as the named tensors go.
@@ -285,10 +265,10 @@ def _contradict(one: Any, other: Any) -> bool:
 
 
 def _digests(
-    wanted: Mapping[str, TensorEntry], cache: Path | None, progress: Callable[[int, int], None]
+    wanted: Mapping[str, TensorEntry], cache: Cache | None, progress: Callable[[int, int], None]
 ) -> dict[str, str]:
     """The digest of each wanted tensor: from the cache, or hashed on two threads in the order of the bytes."""
-    stamps = Stamps.load(cache)
+    stamps = Stamps(cache)
     found = {name: stamps.get(entry) for name, entry in wanted.items()}
     missing = {name: wanted[name] for name, digest in found.items() if digest is None}
     result = {name: digest for name, digest in found.items() if digest is not None}

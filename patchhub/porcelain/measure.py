@@ -18,6 +18,7 @@ from typing import Any, Final
 
 from patchhub.canonical import canonical_json, object_id
 from patchhub.editing.editor import EDITORS
+from patchhub.editing.metric import KIND as METRIC
 from patchhub.editing.requests import Batch, Origin
 from patchhub.editing.shapes import ZSRE_FIELDS
 from patchhub.errors import EditError, RequestError, SettingsError
@@ -48,6 +49,7 @@ from patchhub.worktree.measuring import (
     Measurer,
     Questions,
 )
+from patchhub.worktree.metric import HELD
 from patchhub.worktree.opening import open_base
 from patchhub.worktree.recording import chosen_settings
 
@@ -344,7 +346,6 @@ def _bounds(low: float, high: float) -> tuple[float | None, float | None]:
     return (low, high) if math.isfinite(low) and math.isfinite(high) else (None, None)
 
 
-_SHARED_CACHE: Final = ("metric", "held")
 COSTS: Final[Mapping[str, str]] = {
     "held": "share of the facts that were the model's answer (argmax) when they were committed",
     "seconds": "wall time of the commits per fact, without the metric",
@@ -489,11 +490,11 @@ def _beside(repository: Store, *, who: Who) -> Iterator[Store]:
 
 def _share_cache(repository: Store, trial: Store) -> None:
     """Second moments and held text are the same for the same metric, and dear."""
-    trial.cache.mkdir(exist_ok=True)
-    for part in _SHARED_CACHE:
-        source = (repository.cache / part).resolve()
+    trial.cache.folder.mkdir(exist_ok=True)
+    for kind in (METRIC, HELD):
+        source = (repository.cache.folder / kind.name).resolve()
         source.mkdir(parents=True, exist_ok=True)
-        (trial.cache / part).symlink_to(source, target_is_directory=True)
+        (trial.cache.folder / kind.name).symlink_to(source, target_is_directory=True)
 
 
 def _complete_metric(trial: Store, contenders: Sequence[Contender], progress: Progress) -> None:

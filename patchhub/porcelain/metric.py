@@ -20,7 +20,7 @@ import torch
 from patchhub.canonical import FORMAT, canonical_json
 from patchhub.editing.metric import MetricCache, read_moment, weight_of
 from patchhub.errors import CorruptStoreError, PatchhubError, RepositoryError, SettingsError
-from patchhub.fsio import CHUNK, os_errors, temporary_path, write_atomically
+from patchhub.fsio import CHUNK, os_errors, temporary_path
 from patchhub.objects import Metric
 from patchhub.progress import Progress
 from patchhub.sets.settings import is_metric_used, metric_settings
@@ -68,8 +68,7 @@ def show(repository: Store) -> Shown:
         kind, settings = metric_settings(repository)
         return Shown(None, kind, settings, None, None, {}, {}, used, 0)
     metric = Metric.from_json(repository.objects.get(pinned.metric))
-    folder = repository.cache / "metric" / metric.id
-    files = {name: path for name in editable_weights(repository) for path in folder.glob(f"{name}.*.npy")}
+    files = _files_of(repository, metric)
     return Shown(
         metric.id,
         metric.kind,
@@ -81,6 +80,13 @@ def show(repository: Store) -> Shown:
         used,
         len(pinned.contexts),
     )
+
+
+def _files_of(repository: Store, metric: Metric) -> dict[str, Path]:
+    """The file in the cache of every weight that it has something for."""
+    cache = metric_cache(repository, metric)
+    found = {weight: cache.path(weight) for weight in editable_weights(repository)}
+    return {weight: path for weight, path in found.items() if path is not None}
 
 
 def _columns(repository: Store, weight: str, path: Path) -> int:
@@ -258,9 +264,7 @@ def export_metric(repository: Store, out: Path, *, overwrite: bool = False) -> s
         raise RepositoryError(f"{out} exists already", remedy="Choose another file, or --overwrite.")
     metric = Metric.from_json(repository.objects.get(pinned.metric))
     cache = metric_cache(repository, metric)
-    paths = {
-        cache.path(weight).name: cache.path(weight) for weight in editable_weights(repository) if cache.has(weight)
-    }
+    paths = {cache.name(weight): path for weight, path in _files_of(repository, metric).items()}
     if not paths:
         raise RepositoryError(
             f"the cache holds nothing of metric {metric.id[:12]}", remedy="Run `patchhub metric compute`."
@@ -309,7 +313,7 @@ def import_metric(repository: Store, path: Path) -> Shown:
                 )
             refuse_other(repository, metric)
             cache = metric_cache(repository, metric)
-            wanted = {cache.path(weight).name: weight for weight in editable_weights(repository)}
+            wanted = {cache.name(weight): weight for weight in editable_weights(repository)}
             for name, digest in files.items():
                 if name not in wanted:
                     raise _damaged(path, f"{name} is of no weight of the base")
@@ -359,21 +363,15 @@ def _take(
         raise _damaged(path, f"{name} is missing or compressed")
     if archive.getinfo(name).file_size > 4 * inner * inner + CHUNK:
         raise _damaged(path, f"{name} is larger than a matrix of this weight")
-    target = cache.path(weight)
-    if target.is_file() and _digest(target) == digest:
-        return
-    target.parent.mkdir(parents=True, exist_ok=True)
-    received = target.with_name(f"{target.name}.received")
-    try:
-        with archive.open(name) as member:
-            write_atomically(received, _read(member))
+
+    def check(received: Path) -> None:
         if _digest(received) != digest:
             raise _damaged(path, f"the bytes of {name} are not those that were exported")
         if not _is_matrix(received, inner):
             raise _damaged(path, f"{name} is not a finite float32 matrix of {inner} rows")
-        received.replace(target)
-    finally:
-        received.unlink(missing_ok=True)
+
+    with archive.open(name) as member:
+        cache.put(weight, _read(member), check=check)
 
 
 def _take_text(archive: zipfile.ZipFile, path: Path, repository: Store, metric: Metric) -> None:

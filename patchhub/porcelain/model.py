@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from patchhub.cache import Cache
 from patchhub.delta import Delta
 from patchhub.errors import RepositoryError, SettingsError
 from patchhub.evaluation.metrics import score_targets
@@ -100,7 +101,7 @@ def init(folder: Path, base: str, progress: Progress, *, who: Who, revision: str
         progress.warn(f"{checkpoint.folder} has {lacking}; facts can be written and asked only once it has one")
     progress.stage("hashing the base", total)
     with TemporaryDirectory() as kept:
-        identity = fingerprint(checkpoint, cache=Path(kept), progress=increments(progress))
+        identity = fingerprint(checkpoint, cache=Cache(Path(kept)), progress=increments(progress))
         info = {
             "id": identity.id,
             "path": base if checkpoint.revision is not None else str(checkpoint.folder.resolve()),

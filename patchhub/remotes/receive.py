@@ -12,10 +12,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Final, NamedTuple
 
+from patchhub.cache import DOWNLOADS
 from patchhub.errors import CorruptStoreError, RemoteError
 from patchhub.objects import Commit, Patch
 from patchhub.remotes.remote import Remote, Tip
-from patchhub.store.fsck import DOWNLOADS
 from patchhub.store.object_store import file_digest
 from patchhub.store.reachability import KINDS, Reference
 from patchhub.store.store import Store
@@ -91,8 +91,9 @@ def receiving(
         repair: look also below known commits, and fetch again what is damaged here.
         progress: called with the bytes of each object.
     """
-    repository.cache.mkdir(exist_ok=True)  # it can be deleted at any time
-    with TemporaryDirectory(dir=repository.cache, prefix=DOWNLOADS) as folder:
+    parent = repository.cache.folder
+    parent.mkdir(exist_ok=True)  # it can be deleted at any time
+    with TemporaryDirectory(dir=parent, prefix=DOWNLOADS) as folder:
         yield Receiver(repository, remote, limits, check, Path(folder), repair=repair, progress=progress)
 
 

@@ -6,21 +6,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from patchhub.canonical import canonical_json, object_id
+from patchhub.cache import Cache, Kind, Slot
 from patchhub.delta import NEGLIGIBLE, Delta, Dense, LowRank
-from patchhub.fsio import temporary_path
+from patchhub.fsio import CHUNK
 from patchhub.models.structure import Orientation
 
 _BLOCK = 1 << 22  # entries worked on at a time: they stay in the processor's cache
@@ -162,8 +161,9 @@ def _ieee_products() -> Iterator[None]:
             torch.set_float32_matmul_precision(overall)
 
 
-LIMIT: Final = 4 << 30
-"""Bytes that all kept states together may take; the oldest go first."""
+KIND: Final = Kind("weights", ".safetensors", limit=4 << 30)
+
+_NAMES: Final = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64"}
 
 
 @dataclass(frozen=True)
@@ -171,65 +171,47 @@ class ReadyWeights:
     """The kept weights of one state.
 
     Attributes:
-        folder: where all states' files are.
+        cache: where they are.
         base: id of the base.
         blobs: ids of the delta blobs of the state, in order.
-        limit: bytes that all files together may take.
     """
 
-    folder: Path
+    cache: Cache
     base: str
     blobs: tuple[str, ...]
-    limit: int = LIMIT
 
     def open(self, dtype: torch.dtype, device: str) -> dict[str, Tensor] | None:
-        """Parameter name -> composed weight; None where they are not kept, or not as they were written.
+        """Parameter name -> composed weight, mapped from the file; None where they are not kept.
 
         Args:
             device: the type of the device that composes them, such as "cuda": libraries round differently.
         """
-        file, stamp = self._paths(dtype, device)
+        path = self._slot(dtype, device).path()
         try:
-            if json.loads(stamp.read_bytes()) != _stamp(file):
-                return None
-            return load_file(file)
-        except (OSError, ValueError, SafetensorError):
+            return None if path is None else load_file(path)
+        except (OSError, SafetensorError):  # another process deleted it
             return None
 
     def keep(self, dtype: torch.dtype, device: str, weights: Mapping[str, Tensor]) -> None:
         """Write them, if they fit; a failure to write is no error."""
-        if not weights or sum(tensor.nbytes for tensor in weights.values()) > self.limit:
-            return
-        file, stamp = self._paths(dtype, device)
-        temporary = temporary_path(file)
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            stamp.unlink(missing_ok=True)
-            save_file({name: tensor.cpu().contiguous() for name, tensor in weights.items()}, temporary)
-            temporary.replace(file)
-            stamp.write_text(json.dumps(_stamp(file)))
-            self._evict(file)
-        except (OSError, SafetensorError):  # safetensors has its own error for a full disk
-            with suppress(OSError):
-                temporary.unlink(missing_ok=True)
+        if weights and sum(tensor.nbytes for tensor in weights.values()) <= (KIND.limit or 0):
+            self._slot(dtype, device).keep(_safetensors(weights))
 
-    def _paths(self, dtype: torch.dtype, device: str) -> tuple[Path, Path]:
-        """The file and its stamp; the name hashes all that the bits depend on."""
+    def _slot(self, dtype: torch.dtype, device: str) -> Slot:
+        """The place of all that the bits depend on."""
         versions = {"dtype": str(dtype), "device": device, "torch": torch.__version__}
-        name = object_id(canonical_json({"base": self.base, "blobs": list(self.blobs), **versions}))
-        return self.folder / f"{name}.safetensors", self.folder / f"{name}.json"
-
-    def _evict(self, newest: Path) -> None:
-        files = sorted(self.folder.glob("*.safetensors"), key=lambda path: path.stat().st_mtime_ns)
-        total = sum(path.stat().st_size for path in files)
-        for path in files:
-            if total <= self.limit or path == newest:
-                break
-            total -= path.stat().st_size
-            path.with_suffix(".json").unlink(missing_ok=True)
-            path.unlink()
+        return self.cache.slot(KIND, base=self.base, blobs=list(self.blobs), **versions)
 
 
-def _stamp(file: Path) -> dict[str, Any]:
-    status = file.stat()
-    return {"size": status.st_size, "mtime_ns": status.st_mtime_ns}
+def _safetensors(weights: Mapping[str, Tensor]) -> Iterator[bytes]:
+    """A safetensors file, one tensor after the other, so that memory holds no second copy of them."""
+    header, end = {}, 0
+    for name, tensor in weights.items():
+        begin, end = end, end + tensor.nbytes
+        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # so that the tensors are aligned
+    yield len(text).to_bytes(8, "little") + text
+    for tensor in weights.values():
+        raw = tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy()
+        yield from (raw[start : start + CHUNK].tobytes() for start in range(0, len(raw), CHUNK))

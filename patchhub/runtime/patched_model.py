@@ -7,7 +7,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, Final, Literal
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
+from patchhub.cache import Cache
 from patchhub.delta import Delta
 from patchhub.errors import BaseError, SettingsError, UnsupportedModelError
 from patchhub.models.architectures import read_model
@@ -125,7 +125,7 @@ def load_patched(
     checkpoint: Checkpoint,
     state: PatchState,
     *,
-    cache: Path | None = None,
+    cache: Cache | None = None,
     ready: ReadyWeights | None = None,
     side_path: bool = False,
     progress: Progress = lambda done, total: None,
@@ -138,7 +138,7 @@ def load_patched(
     Args:
         checkpoint: the base's files.
         state: what to load.
-        cache: a folder of digests, as in `fingerprint`; None: hash the touched tensors anew.
+        cache: of digests, as in `fingerprint`; None: hash the touched tensors anew.
         ready: where composed weights of this state are kept; None: compose them.
         side_path: run the deltas beside the weights in float32; a quantised model always does.
         progress: called after each composed weight.
@@ -179,7 +179,7 @@ def attach(
     checkpoint: Checkpoint,
     state: PatchState,
     *,
-    cache: Path | None = None,
+    cache: Cache | None = None,
     side_path: bool = False,
     progress: Progress = lambda done, total: None,
 ) -> None:
@@ -214,7 +214,7 @@ def switch(
     checkpoint: Checkpoint,
     state: PatchState,
     *,
-    cache: Path | None = None,
+    cache: Cache | None = None,
     progress: Progress = lambda done, total: None,
 ) -> None:
     """Replace the patch of a model by another of the same base. Arguments and errors as for `attach`."""
@@ -283,7 +283,7 @@ def _attachment(model: PreTrainedModel) -> Attachment:
 
 
 def _change(
-    model: PreTrainedModel, before: Attachment, state: PatchState, cache: Path | None, progress: Progress
+    model: PreTrainedModel, before: Attachment, state: PatchState, cache: Cache | None, progress: Progress
 ) -> None:
     """Go from one attachment to another: everything that can fail first, then the assignments."""
     if before.beside is not None:
@@ -330,7 +330,7 @@ def _reroute(model: PreTrainedModel, old: Routing, new: Routing) -> None:
         raise
 
 
-def _change_beside(model: PreTrainedModel, before: Attachment, state: PatchState, cache: Path | None) -> None:
+def _change_beside(model: PreTrainedModel, before: Attachment, state: PatchState, cache: Cache | None) -> None:
     """`_change` for deltas that run beside the weights, which stay the base's throughout."""
     names = list(state.weights.keys() - before.state.weights.keys())
     if names and is_quantised(model):

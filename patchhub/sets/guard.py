@@ -12,11 +12,11 @@ from typing import Any, Final
 import numpy as np
 from jaxtyping import Float, UInt32
 
+from patchhub.cache import Kind
 from patchhub.constraints import Columns
 from patchhub.delta import NEGLIGIBLE, Delta, LowRank, add, image, negative, to_dense
 from patchhub.errors import BaseError, GuardError
 from patchhub.evaluation.guard import Finding, Limits, Measured, Report, Share, judge
-from patchhub.fsio import keep
 from patchhub.interference import misfit
 from patchhub.models.checkpoint import FLOATS, Checkpoint, open_checkpoint, widened
 from patchhub.objects import Commit, Element
@@ -24,6 +24,9 @@ from patchhub.sets.columns import Shapes, linear_shapes, read_blobs, read_column
 from patchhub.sets.elements import Place, active_requests
 from patchhub.store import states
 from patchhub.store.store import Store
+
+NORMS: Final = Kind("norms", ".json")
+SPECTRUM: Final = Kind("spectrum", ".json")
 
 _SAMPLED_ENTRIES: Final = 1 << 22
 
@@ -106,33 +109,31 @@ def base_norms(repository: Store, weights: Iterable[str]) -> dict[str, float]:
     config: Mapping[str, Mapping[str, float]] = repository.config.base["weights"]
     found = {weight: config[weight]["norm"] for weight in weights if weight in config}
     others = [weight for weight in weights if weight not in config]
-    return found | _kept(repository, "norms.json", others, _norm) if others else found
+    return found | _kept(repository, NORMS, others, _norm) if others else found
 
 
 def largest_singular_values(repository: Store, weights: Iterable[str]) -> dict[str, float]:
     """The largest singular value of base weights, computed once and kept in the cache; as `base_norms` where files are missing."""
-    return _kept(
-        repository, "spectrum.json", list(weights), lambda weight: largest_singular_value(weight.rows(slice(None)))
-    )
+    return _kept(repository, SPECTRUM, list(weights), lambda weight: largest_singular_value(weight.rows(slice(None))))
 
 
 def _kept(
-    repository: Store, name: str, weights: Sequence[str], compute: Callable[[BaseWeight], float]
+    repository: Store, kind: Kind, weights: Sequence[str], compute: Callable[[BaseWeight], float]
 ) -> dict[str, float]:
-    """A number of each base weight, from a file of the cache or computed and put there."""
-    path = repository.cache / name
-    try:
-        known: dict[str, float] = {str(k): float(v) for k, v in json.loads(path.read_bytes()).items()}
-    except (OSError, ValueError, AttributeError, TypeError):
-        known = {}
+    """A number of each base weight, from the cache or computed and put there."""
+    slot = repository.cache.slot(kind, of=repository.config.base_id)
+    known: dict[str, float] = {weight: value for kept in slot.contents() for weight, value in json.loads(kept).items()}
     missing = [weight for weight in weights if weight not in known]
     checkpoint = local_base(repository) if missing else None
     if checkpoint is not None:
+        found: dict[str, float] = {}
         for weight in missing:
             opened = open_weight(checkpoint, weight, repository.config.base["orientation"])
             if opened is not None:
-                known[weight] = compute(opened)
-        keep(path, [json.dumps(known, sort_keys=True).encode()])
+                found[weight] = compute(opened)
+        if found:
+            slot.keep([json.dumps(found, sort_keys=True).encode()])
+        known |= found
     return {weight: known[weight] for weight in weights if weight in known}
 
 

@@ -11,10 +11,12 @@ import sqlite3
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal
 
+from patchhub.cache import Cache
 from patchhub.canonical import object_id
 from patchhub.errors import CorruptStoreError
 from patchhub.fsio import TEMPORARY_SUFFIX, os_errors
@@ -24,13 +26,6 @@ from patchhub.store.index import database_errors, transaction
 from patchhub.store.object_store import REMEDY
 from patchhub.store.reachability import Reference, closure, recorded, references, unsound
 from patchhub.store.store import Store
-
-METRIC_CACHE: Final = "metric"
-"""The directory in the cache that holds one directory per metric id."""
-SCORE_CACHE: Final = "scores"
-"""The directory in the cache that holds what was measured, one file per state."""
-DOWNLOADS: Final = "receive-"
-"""How the directories in the cache begin that hold what a fetch downloads while it runs."""
 
 _READ: Final = frozenset({"commit", "patch", "note", "metric"})
 
@@ -80,11 +75,9 @@ def garbage(repository: Store, before: float) -> Iterator[Garbage]:
             yield from _older("object", repository.objects.path(identity), before)
     for path in leftovers(repository):
         yield from _older("temporary", path, before)
-    for path in sorted((repository.cache / METRIC_CACHE).glob("*")):
-        if path.name not in needed:
+    for path in repository.cache.files():
+        if repository.cache.owner(path) not in needed:
             yield from _older("cache", path, before)
-    for path in sorted((repository.cache / SCORE_CACHE).glob("*")):
-        yield from _older("cache", path, before)
 
 
 def delete_garbage(repository: Store, before: float, *, dry_run: bool) -> list[Garbage]:
@@ -98,7 +91,9 @@ def delete_garbage(repository: Store, before: float, *, dry_run: bool) -> list[G
         found = list(garbage(repository, before))
         for item in () if dry_run else found:
             with os_errors(item.path):
-                if item.path.is_dir():
+                if item.kind == "cache":
+                    repository.cache.drop(item.path)
+                elif item.path.is_dir():
                     shutil.rmtree(item.path)
                 else:
                     item.path.unlink(missing_ok=True)
@@ -111,7 +106,7 @@ def leftovers(repository: Store) -> Iterator[Path]:
     yield from repository.objects.temporary_files()
     yield from sorted(path for path in root.glob(".*") if path.suffix == TEMPORARY_SUFFIX)
     yield from sorted(root.parent.glob(f"{root.name}.*{TEMPORARY_SUFFIX}"))
-    yield from sorted(repository.cache.glob(f"{DOWNLOADS}*"))
+    yield from repository.cache.leftovers()
 
 
 def _older(kind: Literal["object", "temporary", "cache"], path: Path, before: float) -> Iterator[Garbage]:
@@ -157,7 +152,7 @@ def check(repository: Store, *, progress: Callable[[int, int], None] = lambda do
     """Check everything; writers wait only while the database is checked, not while objects are hashed.
 
     Args:
-        repository: an open store; it is not changed.
+        repository: an open store; damaged entries of its cache are deleted, and nothing else is changed.
         progress: called with (objects done, objects in all).
     """
     names = list(repository.objects.ids())
@@ -170,6 +165,7 @@ def check(repository: Store, *, progress: Callable[[int, int], None] = lambda do
             size += outcome
         progress(position, len(names))
     findings.extend(_leftovers(repository))
+    findings.extend(_check_cache(repository.cache))
     with repository.locked():
         findings.extend(_check_database(repository))
     return Report(tuple(_once(findings)), len(names), size)
@@ -205,6 +201,17 @@ def _leftovers(repository: Store) -> Iterator[Finding]:
             harmless=True,
             facts={"path": str(path)},
         )
+
+
+def _check_cache(cache: Cache) -> Iterator[Finding]:
+    """Every file of the cache that is not as it was written; each is deleted."""
+    for path in cache.files():
+        with suppress(OSError):  # deleted meanwhile by another process, or not ours to read
+            problem = cache.damage(path)
+            if problem is not None:
+                cache.drop(path)
+                remedy = "It was deleted; what is needed of it is made again, which costs time only."
+                yield Finding(problem, remedy, harmless=True, facts={"path": str(path)})
 
 
 def _check_database(repository: Store) -> list[Finding]:

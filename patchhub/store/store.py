@@ -12,6 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
 
+from patchhub.cache import Cache
 from patchhub.errors import CorruptStoreError, RepositoryError, SettingsError
 from patchhub.fsio import DISK, Disk, writer_lock
 from patchhub.objects import Commit, Note, Operation
@@ -32,14 +33,14 @@ class Store(Reading):
 
     Attributes:
         root: the ``.patchhub`` directory.
-        cache: a directory whose content can be deleted at any time.
+        cache: a directory whose content can be deleted at any time. Front ends replace it by one that tells the user of damage.
     """
 
     def __init__(self, root: Path, *, disk: Disk = DISK) -> None:
         """Open `root`, which is a ``.patchhub`` directory; see `open` and `discover`."""
         super().__init__()
         self.root = root
-        self.cache = root / "cache"
+        self.cache = Cache(root / "cache")
         self.objects = ObjectStore(root / "objects", disk=disk)
         self.config: Config = read_config(root / "config.json")
         self._disk = disk

@@ -12,6 +12,7 @@ from typing import Annotated, Any, ClassVar, Final
 
 from transformers import PreTrainedModel
 
+from patchhub.cache import Cache
 from patchhub.canonical import IDENTIFIER, StoredObject, choice, list_of, object_id, optional
 from patchhub.delta import Delta, read_deltas
 from patchhub.errors import CorruptStoreError, RemoteError, RepositoryError, SettingsError
@@ -213,7 +214,7 @@ def load(
     with open_path(path_or_repo) as repository:
         state = state_at(repository, revision, wise)
         checkpoint = open_base(repository, base, verify=verify)
-        ready = ReadyWeights(repository.cache / "weights", repository.config.base_id, repository.state(state.commit))
+        ready = ReadyWeights(repository.cache, repository.config.base_id, repository.state(state.commit))
         return patched_model.load_patched(
             checkpoint, state, cache=repository.cache, ready=ready, side_path=side_path, **kwargs
         )
@@ -259,7 +260,7 @@ def attach(
 
 
 def _attach(
-    model: Any, checkpoint: Checkpoint, state: PatchState, *, side_path: bool, cache: Path | None = None
+    model: Any, checkpoint: Checkpoint, state: PatchState, *, side_path: bool, cache: Cache | None = None
 ) -> None:
     if patched_model.is_attached(model):
         patched_model.switch(model, checkpoint, state, cache=cache)

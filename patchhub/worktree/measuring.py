@@ -14,6 +14,7 @@ import torch
 import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from patchhub.cache import Cache, Kind
 from patchhub.canonical import canonical_json, object_id
 from patchhub.editing.locate import encode_targets
 from patchhub.evaluation import drift, suites
@@ -21,12 +22,10 @@ from patchhub.evaluation.drift import DocumentDrift, TextReading
 from patchhub.evaluation.live import LiveReading, continue_greedily, live_prompts, room_after, sample_continuations
 from patchhub.evaluation.metrics import TargetScore, score_targets
 from patchhub.evaluation.suites import FactReading
-from patchhub.fsio import keep
 from patchhub.models.architectures import read_config
 from patchhub.models.placement import Placement, chosen_dtype, name_of
 from patchhub.objects import Metric, Request, Text
 from patchhub.progress import Progress
-from patchhub.store.fsck import SCORE_CACHE
 from patchhub.store.store import Store
 from patchhub.text.tokens import Chat, load_tokenizer
 from patchhub.worktree.metric import held_documents, read_documents
@@ -34,13 +33,12 @@ from patchhub.worktree.metric import kept_held_documents as kept_documents
 from patchhub.worktree.opening import Worktree, base_files, chat_form, check_base, open_worktree, placement_of
 from patchhub.worktree.states import state_at
 
-VERSION: Final = 1
-"""Raised whenever an item's result is computed differently."""
+KIND: Final = Kind("scores", ".json")
 
 
 def state_key(**inputs: Any) -> str:
     """The identity of a measured model: of its base, changes, type, tokenizer and whatever else decides what it says."""
-    return object_id(canonical_json({**inputs, "version": VERSION}))
+    return object_id(canonical_json({**inputs, "version": KIND.version}))
 
 
 def item_key(kind: str, **inputs: Any) -> str:
@@ -49,14 +47,13 @@ def item_key(kind: str, **inputs: Any) -> str:
 
 
 class StateResults(Mapping[str, Any]):
-    """Results of one state by item key, as JSON values; those of a missing or damaged file are simply not there.
+    """Results of one state by item key, as JSON values, an entry of the cache for each time that some were found."""
 
-    The file is the SHA-256 of what follows in its first line, then one JSON object.
-    """
-
-    def __init__(self, cache: Path, state: str) -> None:
-        self._path = cache / SCORE_CACHE / f"{state}.json"
-        self._known = _read(self._path)
+    def __init__(self, cache: Cache, state: str) -> None:
+        self._slot = cache.slot(KIND, state=state)
+        self._known: dict[str, Any] = {}
+        for found in self._slot.contents():
+            self._known.update(json.loads(found))
 
     def __getitem__(self, item: str) -> Any:
         return self._known[item]
@@ -68,19 +65,10 @@ class StateResults(Mapping[str, Any]):
         return len(self._known)
 
     def keep(self, found: Mapping[str, Any]) -> None:
-        """Add results; the file is replaced in one step."""
+        """Add results."""
         if found:
-            self._known = {**_read(self._path), **self._known, **found}
-            data = json.dumps(self._known, separators=(",", ":")).encode("utf-8")
-            keep(self._path, (object_id(data).encode("ascii"), b"\n", data))
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        digest, _, data = path.read_bytes().partition(b"\n")
-    except OSError:
-        return {}
-    return dict(json.loads(data)) if digest.decode("ascii", "replace") == object_id(data) else {}
+            self._known.update(found)
+            self._slot.keep([json.dumps(found, separators=(",", ":")).encode()])
 
 
 Tokens = tuple[int, ...]

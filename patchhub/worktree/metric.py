@@ -12,10 +12,10 @@ from typing import Any, Final
 
 from transformers import PreTrainedTokenizerBase
 
+from patchhub.cache import Kind
 from patchhub.editing.metric import MEMORY, Covariance, MetricCache, NullSpace, Preimages, layer_groups, second_moments
-from patchhub.errors import PatchhubError, RepositoryError, RequestError
+from patchhub.errors import RepositoryError, RequestError
 from patchhub.evaluation.drift import leading
-from patchhub.fsio import keep
 from patchhub.models.tracing import Stack
 from patchhub.objects import Metric, Text
 from patchhub.progress import Progress
@@ -24,6 +24,8 @@ from patchhub.sets.settings import metric_settings
 from patchhub.store.config import Recording
 from patchhub.store.store import Store
 from patchhub.text.sampling import context_templates, sample_documents
+
+HELD: Final = Kind("held", ".json")
 
 _EVERY: Final = 10
 _KEPT_POSITIONS: Final = 16_384
@@ -85,17 +87,13 @@ def held_documents(
 
 
 def _read(repository: Store, name: str) -> list[tuple[int, ...]] | None:
-    """What the cache holds; None where it is missing or damaged."""
-    try:
-        return list(Text.from_json((repository.cache / "held" / f"{name}.json").read_bytes()).token_ids)
-    except (OSError, PatchhubError):
-        return None
+    """What the cache holds of a metric or, of a store without one, the base."""
+    kept = next(repository.cache.slot(HELD, of=name).contents(), None)
+    return None if kept is None else list(Text.from_json(kept).token_ids)
 
 
 def _write(repository: Store, name: str, documents: Documents) -> None:
-    folder = repository.cache / "held"
-    text = Text(tuple(tuple(document) for document in documents))
-    keep(folder / f"{name}.json", [text.to_json()])
+    repository.cache.slot(HELD, of=name).keep([text_of(documents).to_json()])
 
 
 _SAMPLED_TOKENS_PER_INPUT = 20  # tokens of sampled text per input of the widest FFN; see docs/methods.md
@@ -272,7 +270,7 @@ def pin(repository: Store, metric: Metric, contexts: tuple[str, ...]) -> None:
 
 def metric_cache(repository: Store, metric: Metric) -> MetricCache:
     """What the repository's cache holds of a metric."""
-    return MetricCache(repository.cache / "metric" / metric.id, preimages_by(metric))
+    return MetricCache(repository.cache, metric.id, preimages_by(metric))
 
 
 def preimages_by(metric: Metric) -> Preimages:

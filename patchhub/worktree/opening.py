@@ -6,7 +6,9 @@ on which device, in which type or quantisation it runs, in which chat form it is
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -14,10 +16,9 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from patchhub.fsio import keep
 from patchhub.models.architectures import Architecture, describe, read_config
 from patchhub.models.checkpoint import Checkpoint, open_checkpoint
-from patchhub.models.fingerprint import FILE_NAME, check_tensors
+from patchhub.models.fingerprint import check_tensors
 from patchhub.models.placement import Placement, load_base, runs_beside
 from patchhub.models.tracing import Stack
 from patchhub.progress import Progress
@@ -113,9 +114,8 @@ def open_checked(repository: Store, path: str | Path | None = None) -> Checkpoin
 
 def keep_digests(repository: Store, folder: Path) -> None:
     """Put digests that ``fingerprint`` kept in another folder, made before there was a store, into the store's cache."""
-    kept = folder / FILE_NAME
-    if kept.is_file():
-        keep(repository.cache / FILE_NAME, (kept.read_bytes(),))
+    with suppress(OSError, shutil.Error):
+        shutil.copytree(folder, repository.cache.folder, dirs_exist_ok=True)
 
 
 def placement_of(

@@ -228,4 +228,4 @@ def _kept_values(
         "settings": asdict(values),
         "state": set_digest(without_shards(repository, plan.kept)),
     }
-    return KeptValues(repository.cache / "values", inputs, tree.architecture.d_model)
+    return KeptValues(repository.cache, inputs, tree.architecture.d_model)

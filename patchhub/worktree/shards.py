@@ -8,10 +8,10 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
-from pathlib import Path
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Final
 
+from patchhub.cache import Kind
 from patchhub.canonical import canonical_json
 from patchhub.delta import Delta, write_deltas
 from patchhub.editing.wise import training
@@ -19,7 +19,6 @@ from patchhub.editing.wise.settings import WiseSettings
 from patchhub.editing.wise.settings import default_wise_settings as default_settings
 from patchhub.editing.wise.task import Shard, recompress
 from patchhub.errors import SettingsError
-from patchhub.fsio import keep
 from patchhub.models.architectures import Architecture
 from patchhub.objects import Element, Patch, Request
 from patchhub.progress import Progress
@@ -46,6 +45,8 @@ from patchhub.text.sampling import context_templates, sample_documents
 from patchhub.worktree.opening import Worktree, base_files, open_worktree
 from patchhub.worktree.states import patch_state, stored_shard
 
+TEXT: Final = Kind("wise", ".json")
+
 _TOKENS: Final = 4_096  # at least
 _TOKENS_PER_INPUT: Final = 6  # of the widest feed-forward network: fewer, and locality suffers (docs/wise.md)
 _LENGTH: Final = 64
@@ -62,10 +63,9 @@ class WiseText:
 
 def open_wise_text(repository: Store, tree: Worktree, seed: int, progress: Progress) -> WiseText:
     """The text for a seed, sampled from the unpatched base and kept in the cache: a function of base and seed."""
-    path = repository.cache / "wise" / f"{repository.config.base_id}-{seed}.json"
-    known = _read(path)
-    if known is not None:
-        return known
+    slot = repository.cache.slot(TEXT, of=repository.config.base_id, seed=seed)
+    for kept in map(json.loads, slot.contents()):
+        return WiseText(tuple(kept["contexts"]), tuple(map(tuple, kept["locality"])))
     tokens = max(_TOKENS, _TOKENS_PER_INPUT * max(inner for _, inner in tree.architecture.shapes))
     progress.stage("text from the base", tokens)
     with _unpatched(repository, tree):
@@ -78,16 +78,8 @@ def open_wise_text(repository: Store, tree: Worktree, seed: int, progress: Progr
             progress=progress.advance,
         )
         text = WiseText(context_templates(tree.stack, tree.tokenizer), tuple(map(tuple, documents)))
-    keep(path, (canonical_json({"contexts": list(text.contexts), "locality": documents}),))
+    slot.keep([canonical_json(asdict(text))])
     return text
-
-
-def _read(path: Path) -> WiseText | None:
-    try:
-        value = json.loads(path.read_bytes())
-        return WiseText(tuple(value["contexts"]), tuple(map(tuple, value["locality"])))
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
 
 
 @contextmanager

@@ -27,6 +27,7 @@ from unittest.mock import patch
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from patchhub.cache import Cache
 from patchhub.constraints import join
 from patchhub.delta import Delta
 from patchhub.editing import record, rows, values
@@ -164,7 +165,7 @@ def _metric(setup: Setup, options: argparse.Namespace, folder: Path) -> tuple[Me
     texts = [text for source in options.text for text in _texts(source)]
     limit = min(256, setup.stack.model.config.get_text_config().max_position_embeddings)
     documents = [ids[:limit] for ids in setup.tokenizer(texts)["input_ids"]]
-    cache, clock = MetricCache(folder, Covariance(options.epsilon)), Clock()
+    cache, clock = MetricCache(Cache(folder), "0" * 64, Covariance(options.epsilon)), Clock()
     with clock.measure("seconds"):
         for layer, moment in second_moments(setup.stack, setup.settings.layers, documents).items():
             cache.store(setup.stack.architecture.ffn_weight(layer), moment)

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from patchhub.cache import Cache
 from patchhub.editing import editor
 from patchhub.editing.metric import Covariance, MetricCache, second_moments
 from patchhub.editing.requests import read_requests
@@ -82,7 +83,7 @@ def main(arguments: Sequence[str]) -> None:
 def _metric(stack: Stack, tokenizer: Any, layers: Sequence[int], folder: Path) -> MetricCache:
     width = max(inner for _, inner in stack.architecture.shapes)
     documents = sample_documents(stack, tokenizer, 20 * width, length=64)
-    cache = MetricCache(folder, Covariance(0.01))
+    cache = MetricCache(Cache(folder), "0" * 64, Covariance(0.01))
     for layer, moment in second_moments(stack, layers, documents).items():
         cache.store(stack.architecture.ffn_weight(layer), moment)
     return cache

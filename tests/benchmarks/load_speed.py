@@ -25,6 +25,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.utils import logging
 
+from patchhub.cache import Cache
 from patchhub.delta import LowRank
 from patchhub.models.checkpoint import Checkpoint, open_checkpoint
 from patchhub.models.fingerprint import fingerprint
@@ -53,11 +54,11 @@ def make_state(checkpoint: Checkpoint, facts: int, layers: int) -> PatchState:
         out, inner = checkpoint.tensors[name].shape
         b, a = (rng.standard_normal(s, dtype=np.float32) / 100 for s in ((out, facts), (facts, inner)))
         weights[name] = [LowRank(b, a)]
-    return PatchState(fingerprint(checkpoint, cache=checkpoint.folder / ".cache"), "out_in", weights)
+    return PatchState(fingerprint(checkpoint, cache=Cache(checkpoint.folder / ".cache")), "out_in", weights)
 
 
 def run(
-    checkpoint: Checkpoint, state: PatchState | None, cache: Path | None = None, ready: ReadyWeights | None = None
+    checkpoint: Checkpoint, state: PatchState | None, cache: Cache | None = None, ready: ReadyWeights | None = None
 ) -> float:
     """Seconds to load and to run 16 tokens."""
     start = time.perf_counter()
@@ -104,13 +105,13 @@ def main() -> None:
             run(checkpoint, state if arguments.once == "patched" else None)
             print(peak_of_this_process())
             return
-        cache = folder / ".cache"
+        cache = Cache(folder / ".cache")
         rounds = [
             (
                 run(checkpoint, None),
                 run(checkpoint, state),
                 run(checkpoint, state, cache),
-                run(checkpoint, state, cache, ReadyWeights(folder / ".weights", state.base.id, ())),
+                run(checkpoint, state, cache, ReadyWeights(cache, state.base.id, ())),
             )
             for _ in range(arguments.repeats + 1)
         ]

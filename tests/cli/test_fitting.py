@@ -14,7 +14,7 @@ import torch
 
 import patchhub
 from patchhub.delta import to_dense
-from patchhub.editing.metric import second_moments
+from patchhub.editing.metric import Covariance, MetricCache, NullSpace, second_moments
 from patchhub.errors import RepositoryError
 from patchhub.models.architectures import describe, read_config
 from patchhub.models.tracing import Stack
@@ -55,8 +55,11 @@ def shown(folder: Path) -> dict[str, Any]:
 
 
 def factor(folder: Path, layer: int, name: str = "factor") -> np.ndarray:
-    (path,) = (folder / ".patchhub" / "cache" / "metric").glob(f"*/{WEIGHT.format(layer)}.{name}.npy")
-    return np.load(path)
+    with Store.open(folder) as repository:
+        cache = MetricCache(
+            repository.cache, shown(folder)["id"], {"factor": Covariance(), "complement": NullSpace(1, 1)}[name]
+        )
+        return np.load(str(cache.path(WEIGHT.format(layer))))
 
 
 def commit_of(folder: Path, *options: str) -> dict[str, Any]:

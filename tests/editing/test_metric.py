@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from patchhub.cache import Cache
 from patchhub.editing import metric as under_test
 from patchhub.editing.metric import Covariance, MetricCache, layer_groups, second_moments
 from patchhub.errors import EditError
@@ -106,7 +107,7 @@ def draw_metric(size: int, decades: float, seed: int = 0) -> Tensor:
 def test_preimages_solve_the_metric(tmp_path: Path, decades, tolerance):
     """Up to the factor's rounding to float32, which a condition number of 10^decades enlarges."""
     C = draw_metric(40, decades)
-    cache = MetricCache(tmp_path / "new" / "folder")
+    cache = MetricCache(Cache(tmp_path / "new" / "folder"), "0" * 64)
     assert not cache.has("h.1.w")
     cache.store("h.1.w", C.float())
     assert cache.has("h.1.w")
@@ -119,7 +120,7 @@ def test_preimages_solve_the_metric(tmp_path: Path, decades, tolerance):
 
 def test_the_factor_is_a_float32_file_that_comes_back_as_it_is(tmp_path: Path):
     C = draw_metric(30, 2.0)
-    cache = MetricCache(tmp_path)
+    cache = MetricCache(Cache(tmp_path), "0" * 64)
     cache.store("model.layers.3.mlp.down_proj.weight", C)
     (file,) = (path for path in tmp_path.rglob("*") if path.is_file())
     factor = np.load(file)
@@ -128,13 +129,13 @@ def test_the_factor_is_a_float32_file_that_comes_back_as_it_is(tmp_path: Path):
     assert relative(torch.from_numpy(factor @ factor.T), C) < 1e-6
     before, stamp = file.read_bytes(), file.stat().st_mtime_ns
     keys = torch.ones(2, 30)
-    first = MetricCache(tmp_path).preimages("model.layers.3.mlp.down_proj.weight", keys)
+    first = MetricCache(Cache(tmp_path), "0" * 64).preimages("model.layers.3.mlp.down_proj.weight", keys)
     assert torch.equal(cache.preimages("model.layers.3.mlp.down_proj.weight", keys), first)
     assert (file.read_bytes(), file.stat().st_mtime_ns) == (before, stamp)
 
 
 def test_the_factor_is_memory_mapped(tmp_path: Path, monkeypatch):
-    cache = MetricCache(tmp_path)
+    cache = MetricCache(Cache(tmp_path), "0" * 64)
     cache.store("w", draw_metric(8, 1.0))
     modes, load = [], np.load
 
@@ -149,7 +150,7 @@ def test_the_factor_is_memory_mapped(tmp_path: Path, monkeypatch):
 
 
 def test_several_weights_lie_beside_one_another(tmp_path: Path):
-    cache = MetricCache(tmp_path)
+    cache = MetricCache(Cache(tmp_path), "0" * 64)
     metrics = {f"h.{number}.w": draw_metric(6, 1.0, number) for number in range(3)}
     for name, C in metrics.items():
         cache.store(name, C)
@@ -163,7 +164,7 @@ def test_several_weights_lie_beside_one_another(tmp_path: Path):
     ids=["zero", "negative", "indefinite", "not a number"],
 )
 def test_a_metric_that_is_not_positive_definite_is_refused(tmp_path: Path, matrix):
-    cache = MetricCache(tmp_path)
+    cache = MetricCache(Cache(tmp_path), "0" * 64)
     with pytest.raises(EditError) as caught:
         cache.store("w", matrix)
     assert caught.value.facts == {"weight": "w"}
@@ -174,9 +175,9 @@ def test_a_metric_that_is_not_positive_definite_is_refused(tmp_path: Path, matri
 def test_text_shorter_than_the_width_needs_the_regularisation(tmp_path: Path):
     stack = tiny_stack("gpt2")
     moment = second_moments(stack, [0], documents((9,)))[0]
-    cache = MetricCache(tmp_path)
+    cache = MetricCache(Cache(tmp_path), "0" * 64)
     with pytest.raises(EditError):
         cache.store("w", moment)
-    cache = MetricCache(tmp_path, Covariance(0.01))
+    cache = MetricCache(Cache(tmp_path), "0" * 64, Covariance(0.01))
     cache.store("w", moment)
     assert cache.has("w")

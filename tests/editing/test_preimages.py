@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from patchhub.cache import Cache
 from patchhub.constraints import Columns, difference, join, no_columns, solve
 from patchhub.delta import to_dense
 from patchhub.editing import metric as under_test
@@ -94,7 +95,7 @@ def test_preimages_are_the_projection_over_l2(seed, size):
 
 def test_what_is_protected_stays(tmp_path: Path):
     """Through the float32 file: a key in the span of the text's large directions keeps its value, whatever is written."""
-    moment, cache = moment_of(16, 0), MetricCache(tmp_path, NullSpace(THRESHOLD, L2))
+    moment, cache = moment_of(16, 0), MetricCache(Cache(tmp_path), "0" * 64, NullSpace(THRESHOLD, L2))
     cache.store("w", moment.float())
     values, vectors = torch.linalg.eigh(moment)
     protected = vectors[:, values >= THRESHOLD].T.numpy()
@@ -106,8 +107,8 @@ def test_what_is_protected_stays(tmp_path: Path):
 
 
 def test_kinds_do_not_read_one_another(tmp_path: Path):
-    MetricCache(tmp_path, Covariance(0.01)).store("w", moment_of(6, 0))
-    assert not MetricCache(tmp_path, NullSpace(THRESHOLD, L2)).has("w")
+    MetricCache(Cache(tmp_path), "0" * 64, Covariance(0.01)).store("w", moment_of(6, 0))
+    assert not MetricCache(Cache(tmp_path), "0" * 64, NullSpace(THRESHOLD, L2)).has("w")
 
 
 def test_no_free_direction_is_an_error():

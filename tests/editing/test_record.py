@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from patchhub.cache import Cache
 from patchhub.constraints import Columns, join, no_columns, proof, solve
 from patchhub.delta import Delta, Dense, LowRank, from_factors, to_dense
 from patchhub.editing import record as under_test
@@ -66,7 +67,7 @@ def moments(inner: int) -> dict[int, Tensor]:
 @pytest.fixture
 def metric(tmp_path: Path) -> MetricCache:
     """Factors of `moments` for every weight name that the tests' models have."""
-    cache = MetricCache(tmp_path / "metric")
+    cache = MetricCache(Cache(tmp_path / "metric"), "0" * 64)
     for family in FAMILIES:
         architecture = tiny_stack(family).architecture
         for layer, moment in moments(architecture.shapes[0][1]).items():
@@ -376,7 +377,7 @@ def test_second_moments_of_the_text_make_a_metric(tmp_path: Path):
     stack, targets = tiny_stack("gpt2"), wanted(len(A))
     documents = [list(range(start, start + 40)) for start in range(1, 240, 7)]
     found = {layer: regularised(m, 0.1) for layer, m in second_moments(stack, LAYERS, documents).items()}
-    cache = MetricCache(tmp_path)
+    cache = MetricCache(Cache(tmp_path), "0" * 64)
     for layer, moment in found.items():
         cache.store(stack.architecture.ffn_weight(layer), moment)
     ours = record(stack, LAYERS, rows_of(A), targets, RIDGE, cache, EMPTY, EQUAL_SHARES)

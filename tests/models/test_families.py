@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from patchhub.cache import Cache
 from patchhub.delta import to_dense
 from patchhub.editing.editor import EDITORS
 from patchhub.editing.keys import key_rows
@@ -55,7 +56,7 @@ def test_an_edit_of_every_family(family: str, method: str, tmp_path: Path) -> No
     stack = Stack(model, describe(model.config))
     editor = EDITORS[method]
     names = [stack.architecture.ffn_weight(layer) for layer in LAYERS]
-    metric = MetricCache(tmp_path / "metric")
+    metric = MetricCache(Cache(tmp_path / "metric"), "0" * 64)
     for layer, name in zip(LAYERS, names, strict=True):
         metric.store(name, torch.eye(stack.architecture.shapes[layer][1], dtype=torch.float64))
 

@@ -14,9 +14,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from patchhub.cache import Cache
 from patchhub.errors import BaseError
 from patchhub.models.checkpoint import Checkpoint, open_checkpoint
-from patchhub.models.fingerprint import FILE_NAME, VOLATILE_FIELDS, check_tensors, fingerprint, tensor_digest
+from patchhub.models.fingerprint import VOLATILE_FIELDS, check_tensors, fingerprint, tensor_digest
 from patchhub.objects import Base
 from tests.models.tiny_configs import random_model, tiny_config
 
@@ -128,10 +129,10 @@ def test_configurations_are_compared_in_the_fields_that_both_state(folder: Path)
     check_tensors(base, open_checkpoint(folder), [], architecture=False)
 
 
-def bytes_hashed(run: Callable[..., object], checkpoint: Checkpoint, cache: Path) -> int:
+def bytes_hashed(run: Callable[..., object], checkpoint: Checkpoint, folder: Path) -> int:
     """Bytes that were not known when the run began."""
     calls: list[tuple[int, int]] = []
-    run(checkpoint, cache=cache, progress=lambda done, total: calls.append((done, total)))
+    run(checkpoint, cache=Cache(folder), progress=lambda done, total: calls.append((done, total)))
     assert calls[-1][0] == calls[-1][1]
     return calls[-1][1] - calls[0][0]
 
@@ -144,10 +145,10 @@ def test_digests_are_kept_until_a_file_changes(folder: Path, tmp_path: Path) -> 
     base = fingerprint(checkpoint)
     assert bytes_hashed(fingerprint, checkpoint, cache) == total
     assert bytes_hashed(fingerprint, checkpoint, cache) == 0
-    assert fingerprint(checkpoint, cache=cache) == base
+    assert fingerprint(checkpoint, cache=Cache(cache)) == base
     flip_a_byte(checkpoint, WEIGHT)
     assert bytes_hashed(fingerprint, checkpoint, cache) == total
-    assert fingerprint(checkpoint, cache=cache).id == fingerprint(checkpoint).id != base.id
+    assert fingerprint(checkpoint, cache=Cache(cache)).id == fingerprint(checkpoint).id != base.id
 
 
 def test_a_file_that_may_still_change_unnoticed_is_not_kept(folder: Path, tmp_path: Path) -> None:
@@ -162,15 +163,17 @@ def test_partial_checks_add_to_what_is_kept(folder: Path, tmp_path: Path) -> Non
     base = fingerprint(checkpoint)
     for _ in range(2):
         for layer in range(3):
-            check_tensors(base, checkpoint, [f"model.layers.{layer}.mlp.down_proj.weight"], cache=tmp_path)
-    [record] = json.loads((tmp_path / FILE_NAME).read_text()).values()
-    assert len(record["digests"]) == 3
+            check_tensors(base, checkpoint, [f"model.layers.{layer}.mlp.down_proj.weight"], cache=Cache(tmp_path))
+    kept = [json.loads(file.read_text()) for file in (tmp_path / "digests").rglob("*.json")]
+    assert len(kept) == len({place for digests in kept for place in digests}) == 3
 
 
-@pytest.mark.parametrize("content", ["", "[]", '{"a": 3}', '{"a": {"size": 1, "mtime_ns": 2, "digests": {"0-1": 5}}}'])
-def test_a_cache_that_cannot_be_read_is_ignored(folder: Path, tmp_path: Path, content: str) -> None:
+@pytest.mark.parametrize("content", ["", "[]", '{"0-1": 5}'])
+def test_a_cache_that_is_not_as_it_was_written_is_ignored(folder: Path, tmp_path: Path, content: str) -> None:
     settle(folder)
     checkpoint = open_checkpoint(folder)
-    (tmp_path / FILE_NAME).write_text(content)
-    assert fingerprint(checkpoint, cache=tmp_path) == fingerprint(checkpoint)
+    fingerprint(checkpoint, cache=Cache(tmp_path))
+    (file,) = (tmp_path / "digests").rglob("*.json")
+    file.write_text(content)
+    assert fingerprint(checkpoint, cache=Cache(tmp_path)) == fingerprint(checkpoint)
     assert bytes_hashed(fingerprint, checkpoint, tmp_path) == 0

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from patchhub.cache import Cache
 from patchhub.errors import BaseError, EditError, RequestError, SettingsError
 from patchhub.porcelain.change import revert
 from patchhub.porcelain.measure import Evaluation, Facts, evaluate, evaluate_history, metrics_for
@@ -88,11 +89,11 @@ def test_a_state_that_comes_back_is_known_by_its_content(repository: Store, load
 
 def test_a_lost_or_damaged_cache_costs_time_only(repository: Store, loads: list[str]) -> None:
     first = run(repository)
-    files = sorted((repository.cache / "scores").glob("*.json"))
-    assert len(files) == 2, "the base and HEAD"
-    content = files[0].read_bytes()
-    files[0].write_bytes(content.replace(b"[[", b"[[9,", 1))
-    files[1].unlink()
+    states = sorted((repository.cache.folder / "scores").iterdir())
+    assert len(states) == 2, "the base and HEAD"
+    for file in states[0].iterdir():
+        file.write_bytes(file.read_bytes().replace(b"[[", b"[[9,", 1))
+    shutil.rmtree(states[1])
     loads.clear()
     assert numbers(run(repository)) == numbers(first)
     assert loads
@@ -105,12 +106,13 @@ def test_keys_tell_everything_apart_and_nothing_else() -> None:
 
 
 def test_results_of_two_runs_add_up(tmp_path: Path) -> None:
-    one, other = StateResults(tmp_path, "s"), StateResults(tmp_path, "s")
+    one, other = StateResults(Cache(tmp_path), "s"), StateResults(Cache(tmp_path), "s")
     one.keep({"a": [1.5, "x"]})
     other.keep({"b": None})
-    assert dict(StateResults(tmp_path, "s")) == {"a": [1.5, "x"], "b": None}
-    (tmp_path / "scores" / "s.json").write_bytes(b"\xff\n{}")
-    assert dict(StateResults(tmp_path, "s")) == {}
+    assert dict(StateResults(Cache(tmp_path), "s")) == {"a": [1.5, "x"], "b": None}
+    for file in tmp_path.rglob("*.json"):
+        file.write_bytes(b"\xff\n{}")
+    assert dict(StateResults(Cache(tmp_path), "s")) == {}
 
 
 def test_a_walk_measures_what_has_no_note_of_this_suite(repository: Store, loads: list[str]) -> None:
@@ -211,7 +213,7 @@ def test_a_base_that_is_gone_is_named(repository: Store, tmp_path: Path) -> None
 
 def test_old_results_are_collected_and_fresh_ones_stay(repository: Store, loads: list[str]) -> None:
     first = run(repository, keep=False)
-    files = sorted((repository.cache / "scores").glob("*.json"))
+    files = sorted((repository.cache.folder / "scores").rglob("*.json"))
     os.utime(files[0], (0, 0))
     assert [item.path for item in collect(repository, now=TIME).items] == [files[0]]
     assert [file for file in files if file.exists()] == files[1:]

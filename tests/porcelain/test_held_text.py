@@ -83,11 +83,11 @@ def test_text_that_is_not_at_hand_is_sampled_once(tmp_path: Path) -> None:
     text.write_text("\n".join(LINES), encoding="utf-8")
     repository = make(tmp_path, text)
     metric, base = metric_of(repository), opened(repository)
-    shutil.rmtree(repository.cache)
+    shutil.rmtree(repository.cache.folder)
     assert kept_documents(repository, metric) is None
     sampled = held_documents(repository, metric, base.stack, base.tokenizer)
     assert kept_documents(repository, metric) == sampled
-    shutil.rmtree(repository.cache)
+    shutil.rmtree(repository.cache.folder)
     assert held_documents(repository, metric, base.stack, base.tokenizer) == sampled
 
 

@@ -200,7 +200,7 @@ def test_texts_can_be_withheld_and_stay_withheld(connect: Connect, tmp_path: Pat
 def test_a_fetch_needs_no_cache(connect: Connect, tmp_path: Path) -> None:
     push(make_history(tmp_path / "ours"), connect())
     theirs = make_store(tmp_path / "theirs")
-    shutil.rmtree(theirs.cache)
+    shutil.rmtree(theirs.cache.folder)
     fetch(theirs, connect())
     assert check(theirs).sound
 

@@ -476,9 +476,9 @@ def test_other_linear_weights_travel_in_additive_patches_alone(kind: str, tmp_pa
     with make_store(tmp_path / "theirs", base=base) as theirs:
         remote_add(theirs, "origin", str(remote))
         if kind == "additive":
-            commands.fetch(theirs, "origin", Silent(), author=AUTHOR, time=TIME)
+            commands.fetch(theirs, "origin", Silent(), who=Who(AUTHOR, TIME))
             assert theirs.refs()["refs/remotes/origin/main"] == tip
             assert check(theirs).sound
         else:
             with pytest.raises(RemoteError, match="is no weight of this base"):
-                commands.fetch(theirs, "origin", Silent(), author=AUTHOR, time=TIME)
+                commands.fetch(theirs, "origin", Silent(), who=Who(AUTHOR, TIME))

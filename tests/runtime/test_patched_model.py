@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
+from patchhub.cache import Cache
 from patchhub.delta import Delta, Dense, LowRank
 from patchhub.errors import BaseError, PatchhubError, SettingsError, UnsupportedModelError
 from patchhub.models.checkpoint import Checkpoint, open_checkpoint
@@ -240,13 +241,13 @@ def test_known_digests_do_not_hide_a_change(llama: Checkpoint, tmp_path: Path) -
     for file in llama.files:  # old enough for its digests to be kept
         os.utime(file, ns=(0, 0))
     for _ in range(2):
-        load_patched(llama, state, cache=tmp_path / "cache")
+        load_patched(llama, state, cache=Cache(tmp_path / "cache"))
     entry = llama.tensors[NAMES["llama"].format(1)]
     with open(entry.file, "r+b") as stream:
         stream.seek(entry.begin)
         stream.write(bytes(16))
     with pytest.raises(BaseError, match="1 tensor differs"):
-        load_patched(llama, state, cache=tmp_path / "cache")
+        load_patched(llama, state, cache=Cache(tmp_path / "cache"))
 
 
 @pytest.mark.parametrize("running", DTYPES)

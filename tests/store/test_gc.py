@@ -12,6 +12,7 @@ import pytest
 from builders import AUTHOR, TIME, make_commit, make_history, make_repository, move, put_patch, record
 from faults import QUICK
 
+from patchhub.cache import Kind
 from patchhub.errors import CorruptStoreError
 from patchhub.objects import Element, Metric, Note
 from patchhub.store.config import Config, Recording
@@ -154,10 +155,13 @@ def test_a_dry_run_deletes_nothing(repository: Store) -> None:
 
 def test_leftovers_and_unused_factors_go(repository: Store) -> None:
     metric = Metric(repository.config.base_id, "covariance", {"epsilon": 0.01}, {"kind": "file"}, "0" * 64, 1, 1)
-    used, unused = repository.cache / "metric" / metric.id, repository.cache / "metric" / ("1" * 64)
-    for folder in (used, unused):
-        folder.mkdir(parents=True)
-        (folder / "w.bin").write_bytes(b"123")
+    kind = Kind("metric", ".npy")
+    used, unused, fleeting = (repository.cache.slot(kind, of=of, weight="w") for of in (metric.id, "1" * 64, None))
+    for slot in (used, unused, fleeting):
+        slot.put([b"123"])
+    earlier = repository.cache.folder / "metric" / "w.npy"  # as versions before had them
+    earlier.write_bytes(b"12345")
+    gone = [slot.path() for slot in (unused, fleeting)]
     config = repository.config
     repository.objects.put(metric.to_json())
     repository.write_config(Config(config.base, config.settings, Recording(metric.id, ("{}",))))
@@ -166,18 +170,19 @@ def test_leftovers_and_unused_factors_go(repository: Store) -> None:
     inside.write_bytes(b"12")
     beside.mkdir()
     (beside / "x").write_bytes(b"1")
-    download = repository.cache / "receive-abc"
+    download = repository.cache.folder / "receive-abc"
     (download / "0").mkdir(parents=True)
     (download / "0" / "object").write_bytes(b"1234")
     found = collect(repository, ALWAYS, dry_run=False)
     assert {(item.kind, item.path, item.size) for item in found} == {
-        ("cache", unused, 3),
+        *(("cache", path, 3) for path in gone),
+        ("cache", earlier, 5),
         ("temporary", inside, 2),
         ("temporary", beside, 1),
         ("temporary", download, 4),
     }
-    assert used.is_dir()
-    assert not any(path.exists() for path in (unused, inside, beside, download))
+    assert list(used.contents()) == [b"123"]
+    assert not any(path.exists() for path in (unused.folder, fleeting.folder, earlier, inside, beside, download))
 
 
 def test_files_that_a_writer_renames_meanwhile_are_skipped(repository: Store, monkeypatch: pytest.MonkeyPatch) -> None:
