@@ -38,6 +38,7 @@ from patchhub.sets.commits import Draft, prepare
 from patchhub.sets.commits import record as commit_draft
 from patchhub.store.fsck import check
 from patchhub.store.store import Store
+from patchhub.who import Who
 from tests.benchmarks.synthetic_store import HastyDisk
 from tests.remotes.stores import AUTHOR, BASE, SHAPES, STAMP, TIME, make_history, make_request, make_store, metric_of
 from tests.remotes.test_conformance import fetch, push
