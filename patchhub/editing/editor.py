@@ -22,6 +22,7 @@ from patchhub.models.architectures import Architecture
 from patchhub.models.tracing import Stack
 from patchhub.objects import Request
 from patchhub.text.tokens import Chat, check_lengths, context_length
+from patchhub.text.word_ends import Closers
 
 _ESSENCE = " is a"  # the KL prompt is "{subject} is a" in the published code of both editors
 
@@ -31,12 +32,14 @@ def encode_facts(
     requests: Sequence[Request],
     contexts: Sequence[str],
     *,
+    closers: Closers | None = None,
     chat: Chat | None = None,
     limit: int | None = None,
 ) -> list[Fact]:
     """Every request in every context (templates with one ``{}``; the first is the bare prompt), in two tokenizer calls.
 
     Args:
+        closers: the tokens that may follow a target; None: what follows it is not optimised.
         chat: put each of these texts, and the prompt of the KL term, into a chat as the user's message.
         limit: refuse texts of more tokens, before any of them is given to the model; None: any length will do.
 
@@ -53,7 +56,18 @@ def encode_facts(
         check_lengths(zip(texts, (len(row.input_ids) for row in rows), strict=True), limit)
         subjects = [request.subject + _ESSENCE for request in requests]
         check_lengths(zip(subjects, (len(text.input_ids) for text in encoded), strict=True), limit)
-    return [Fact(tuple(rows[i * count : (i + 1) * count]), essence) for i, essence in enumerate(encoded)]
+    return [
+        Fact(tuple(rows[i * count : (i + 1) * count]), essence, closers.after(request.target_new) if closers else None)
+        for i, (request, essence) in enumerate(zip(requests, encoded, strict=True))
+    ]
+
+
+def of_one_subject(requests: Sequence[Request]) -> list[list[int]]:
+    """The places of the requests in groups of one subject, in order of their first."""
+    groups: dict[str, list[int]] = {}
+    for place, request in enumerate(requests):
+        groups.setdefault(request.subject, []).append(place)
+    return list(groups.values())
 
 
 @dataclass(frozen=True)
@@ -98,12 +112,14 @@ class Editor:
             EditError: the optimisation or the solve is not finite.
         """
         limit = context_length(stack.model)
-        facts = encode_facts(tokenizer, requests, contexts, chat=settings.chat, limit=limit)
+        closers = Closers.of(tokenizer, stack.vocabulary) if settings.closing else None
+        facts = encode_facts(tokenizer, requests, contexts, closers=closers, chat=settings.chat, limit=limit)
         chosen = settings.values(until_sure=self.until_sure)
         values = optimise_values(
             self.site(stack, settings.layers[-1]),
             facts,
             chosen,
+            together=of_one_subject(requests),
             memory=memory,
             kept=kept(chosen) if kept else None,
             progress=lambda done: progress("values", done),

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from patchhub.errors import RequestError, SettingsError
 from patchhub.objects import SLOT, Request
 from patchhub.text.tokens import Chat, Span, tokenise
+from patchhub.text.word_ends import joiner
 
 
 @dataclass(frozen=True)
@@ -51,9 +52,9 @@ class EncodedTarget:
 def mark(context: str, request: Request, *, with_target: bool = True, chat: Chat | None = None) -> Marked:
     """The text of `request` inside `context`, and where its subject and prompt end.
 
-    `context` has one `{}`, which the filled prompt replaces ("The reason was. {}"); the target follows after a
-    space. The subject is the one that fills the prompt's slot, wherever else its name occurs. In a chat the whole is
-    the user's message, and the target is the answer, as the template joins them.
+    `context` has one `{}`, which the filled prompt replaces ("The reason was. {}"); the target follows as the script is written
+    (`word_ends.joiner`). The subject is the one that fills the prompt's slot, wherever else its name occurs. In a chat the whole
+    is the user's message, and the target is the answer, as the template joins them.
     """
     before, after = _split(context)
     head, tail = _split(request.prompt)
@@ -64,10 +65,10 @@ def mark(context: str, request: Request, *, with_target: bool = True, chat: Chat
 
 def mark_text(head: str, subject: str, tail: str, target: str = "", *, chat: Chat | None = None) -> Marked:
     """The text ``head + subject + tail``, in a chat the user's message, and the target after it, if there is one."""
-    joint = " " if chat is None else ""
     if chat is not None:
         head, tail = f"{chat.before}{head}", f"{tail}{chat.after}"
     prompt = f"{head}{subject}{tail}"
+    joint = joiner(prompt, target) if chat is None else ""
     text = f"{prompt}{joint}{target}" if target else prompt
     return Marked(text, (len(head), len(head) + len(subject)), len(prompt), len(prompt) + len(joint))
 
@@ -123,7 +124,7 @@ def encode_marked(
 def encode_targets(
     tokenizer: PreTrainedTokenizerBase, pairs: Iterable[tuple[str, str]], *, chat: Chat | None = None
 ) -> list[EncodedTarget]:
-    """Encode (prompt, target) pairs, joined by a space or as ``chat`` joins them, in one tokenizer call; errors as in `encode_prompts`."""
+    """Encode (prompt, target) pairs, joined as `mark_text` does, in one tokenizer call; errors as in `encode_prompts`."""
     marked = [mark_text(prompt, "", "", target, chat=chat) for prompt, target in pairs]
     tokenised = tokenise(tokenizer, [item.text for item in marked], special_tokens=chat is None)
     return [EncodedTarget(ids, _target(offsets, item)) for item, (ids, offsets) in zip(marked, tokenised, strict=True)]

@@ -81,7 +81,7 @@ def record(
     layers: Sequence[int],
     rows: Sequence[KeyRow],
     targets: Float[Tensor, "n d"],
-    ridge: float,
+    ridge: float | Float[np.ndarray, " n"],
     metric: MetricCache,
     state: State,
     spread: Spread,
@@ -94,7 +94,7 @@ def record(
     Args:
         layers: edited layers, ascending; z belongs to the last.
         targets: z of each request, where ``spread`` measures.
-        ridge: lambda of every request.
+        ridge: lambda of every request, or of each.
         state: what the stack's weights already hold besides W0.
         memory: bytes that the process may hold, see `budget.step_budget`; hidden states beyond a quarter of what is left go to a
             temporary file.
@@ -134,7 +134,7 @@ def side_paths(stack: Stack, deltas: Mapping[int, Sequence[Delta]]) -> Iterator[
 def _extend(
     keys: Float[Tensor, "n in"],
     share: Float[Tensor, "n out"],
-    ridge: float,
+    ridge: float | Float[np.ndarray, " n"],
     metric: MetricCache,
     weight: str,
     state: State,

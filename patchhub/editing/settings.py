@@ -21,7 +21,7 @@ class EditSettings:
     Args:
         layers: edited blocks, ascending; values are optimised at the last.
         ridge: lambda, the weight of what is preserved against one request.
-        steps, learning_rate, weight_decay, kl_factor, clamp, stop_loss, nll_factor: see ``editing.values``.
+        steps, learning_rate, weight_decay, kl_factor, clamp, stop_loss, nll_factor, closing: see ``editing.values``.
         chat: prompts are the user's messages of this chat form; None: they are read as they are.
     """
 
@@ -34,6 +34,7 @@ class EditSettings:
     clamp: float
     stop_loss: float = 0.05
     nll_factor: float = 1.0
+    closing: float = 0.0
     chat: Chat | None = None
 
     def __post_init__(self) -> None:
@@ -44,7 +45,7 @@ class EditSettings:
         for name in ("ridge", "steps", "learning_rate", "clamp", "nll_factor"):
             if not 0 < getattr(self, name) < math.inf:
                 raise SettingsError(f"{name} must be above 0, not {getattr(self, name)}", remedy=f"Set {name} > 0.")
-        for name in ("weight_decay", "kl_factor", "stop_loss"):
+        for name in ("weight_decay", "kl_factor", "stop_loss", "closing"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise SettingsError(
                     f"{name} must be a number of at least 0, not {getattr(self, name)}", remedy=f"Set {name} >= 0."
@@ -60,6 +61,7 @@ class EditSettings:
             clamp=self.clamp,
             stop_loss=self.stop_loss,
             nll_factor=self.nll_factor,
+            closing=self.closing,
             until_sure=until_sure,
         )
 

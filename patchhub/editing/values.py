@@ -84,6 +84,9 @@ def _encoded(key: str, value: KeptValue) -> bytes:
 
 _BETAS, _ADAM_EPSILON = (0.9, 0.999), 1e-8  # torch.optim.Adam's defaults, which the published code uses
 _LEAST_FACTS = 8  # that a batch shrinks to; a multiple of as many begin in one
+_STEPS_TOGETHER = (
+    10  # times the steps of one fact: one vector that says several things is found later (docs/methods.md)
+)
 _FALLING_FACTOR, _KL_LIMIT = 0.1, 0.01  # PMET's extra stop rule (compute_zs.py)
 
 
@@ -92,7 +95,8 @@ class ValueSettings:
     """Of the optimisation of one vector, under the published names (docs/methods.md).
 
     ``until_sure`` is PMET's stop rule: while a request's target is the argmax at every position, its likelihood weighs a tenth in the
-    next step, and it is finished once its KL term is at most 0.01.
+    next step, and it is finished once its KL term is at most 0.01. ``closing`` weighs the token after the target against the mean of
+    the target's tokens.
     """
 
     steps: int
@@ -102,15 +106,24 @@ class ValueSettings:
     clamp: float
     stop_loss: float
     nll_factor: float = 1.0
+    closing: float = 0.0
     until_sure: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Fact:
-    """One request as the optimiser sees it: ``rows[0]`` is the bare prompt; ``essence`` is "{subject} is a"."""
+    """One request as the optimiser sees it: ``rows[0]`` is the bare prompt; ``essence`` is "{subject} is a".
+
+    ``closers`` are the tokens that may follow the target, the same tensor for targets that end alike; None: what follows is not optimised.
+    """
 
     rows: tuple[Encoded, ...]
     essence: Encoded
+    closers: Bool[Tensor, " vocabulary"] | None = None
+
+    def suffix(self, row: Encoded) -> int:
+        """Positions from the subject's last token to the last that predicts: the last target token, or what follows it."""
+        return row.target[1] - row.subject_last - (self.closers is None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,44 +155,90 @@ class Values:
 
 @dataclass(frozen=True, eq=False)
 class _Predictions:
-    """Where the target tokens are predicted: row, column and token of each, and its share of its fact's mean."""
+    """Where the target tokens are predicted, and what follows them: row, column and token of each, and its share of its fact's mean.
+
+    ``closers`` is, for what follows a target, the row of ``masks`` whose tokens may, and -1 for a token of the target.
+    """
 
     row: Int[Tensor, " m"]
     column: Int[Tensor, " m"]
     token: Int[Tensor, " m"]
     share: Float[Tensor, " m"]
     fact: Int[Tensor, " m"]
+    closers: Int[Tensor, " m"]
+    masks: Bool[Tensor, "kinds vocabulary"]
+
+    def of(self, logits: Float[Tensor, "m vocabulary"]) -> Float[Tensor, " m"]:
+        """The logit of each target token; of what follows a target, the logarithm of the summed exponentials."""
+        chosen = logits.gather(1, self.token[:, None])[:, 0]
+        after = (self.closers >= 0).nonzero()[:, 0]
+        if not len(after):
+            return chosen
+        closed = logits[after].masked_fill(~self.masks[self.closers[after]], -torch.inf).logsumexp(-1)
+        return chosen.index_copy(0, after, closed)
+
+    def wrong(self, logits: Float[Tensor, "m vocabulary"]) -> Bool[Tensor, " m"]:
+        """Where the most probable token is another one."""
+        best = logits.argmax(-1)
+        wrong, after = best != self.token, (self.closers >= 0).nonzero()[:, 0]
+        return wrong.index_copy(0, after, ~self.masks[self.closers[after], best[after]])
+
+    def select(self, kept: Bool[Tensor, " m"], row: Int[Tensor, " rows"], fact: Int[Tensor, " facts"]) -> _Predictions:
+        """Some of them, with new numbers for rows and facts."""
+        return _Predictions(
+            row[self.row[kept]],
+            self.column[kept],
+            self.token[kept],
+            self.share[kept],
+            fact[self.fact[kept]],
+            self.closers[kept],
+            self.masks,
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class _Members:
+    """The facts of a batch: place in the caller's order, group, and h of the bare prompt."""
+
+    place: Int[Tensor, " facts"]
+    group: Int[Tensor, " facts"]
+    hidden: Float[Tensor, "facts parts d"]
+
+    def select(self, kept: Bool[Tensor, " groups"], group: Int[Tensor, " groups"]) -> _Members:
+        """Those of some groups, which get new numbers."""
+        stay = kept[self.group]
+        return _Members(self.place[stay], group[self.group[stay]], self.hidden[stay])
 
 
 @dataclass(frozen=True, eq=False)
 class _Batch:
-    """The requests that are being optimised together, with their Adam state.
+    """Groups of facts that are being optimised at the same time, each group with one change and its Adam state.
 
     Some are finished already (not ``live``). They stay until half of the batch can go: libraries make a kernel for each shape of a
     product and keep it for good, so there must not be as many shapes as steps.
     """
 
-    live: Bool[Tensor, " facts"]
-    index: Int[Tensor, " facts"]  # place in the caller's order
+    members: _Members
+    live: Bool[Tensor, " groups"]
     targets: Rows
     predictions: _Predictions
     essence: Rows
-    essence_log_probs: Float[Tensor, "facts vocabulary"]
-    hidden: Float[Tensor, "facts parts d"]
-    delta: Float[Tensor, "facts parts d"]
-    first_moment: Float[Tensor, "facts parts d"]
-    second_moment: Float[Tensor, "facts parts d"]
-    nll_factor: Float[Tensor, " facts"]
+    essence_log_probs: Float[Tensor, "groups vocabulary"]
+    hidden: Float[Tensor, "groups parts d"]  # of each group's first fact
+    delta: Float[Tensor, "groups parts d"]
+    first_moment: Float[Tensor, "groups parts d"]
+    second_moment: Float[Tensor, "groups parts d"]
+    nll_factor: Float[Tensor, " groups"]
 
 
 @dataclass(frozen=True, eq=False)
 class _Step:
-    """One evaluation: the objective of each fact, its gradient (none at the last step), which facts are done and which are sure."""
+    """One evaluation: the objective of each group, its gradient (none at the last step), which groups are done and which are sure."""
 
-    objective: Float[Tensor, " facts"]
-    gradient: Float[Tensor, "facts parts d"] | None
-    done: Bool[Tensor, " facts"]
-    sure: Bool[Tensor, " facts"]
+    objective: Float[Tensor, " groups"]
+    gradient: Float[Tensor, "groups parts d"] | None
+    done: Bool[Tensor, " groups"]
+    sure: Bool[Tensor, " groups"]
 
 
 def optimise_values(
@@ -187,6 +246,7 @@ def optimise_values(
     facts: Sequence[Fact],
     settings: ValueSettings,
     *,
+    together: Sequence[Sequence[int]] | None = None,
     memory: int | None = None,
     kept: KeptValues | None = None,
     progress: Callable[[int], None] = lambda finished: None,
@@ -194,37 +254,39 @@ def optimise_values(
     """z of every fact at ``site`` on the model's present weights.
 
     Args:
+        together: groups of places that share one change, each place in exactly one of them; None: each fact has its own.
         memory: bytes that the process may hold, see `budget.step_budget`; a step that does not fit all the same is halved.
         kept: values that were optimised before, and where those that are optimised now are kept.
         progress: called with the number of facts finished since the last call.
 
     Raises:
-        EditError: an objective stopped being finite, or a single fact does not fit in memory.
+        EditError: an objective stopped being finite, or a single group does not fit in memory.
     """
     stack = site.stack
     values = Values.of(len(facts), stack.architecture.d_model)
-    keys = [_key(fact) for fact in facts] if kept else []
+    groups = [tuple(group) for group in together] if together is not None else [(n,) for n in range(len(facts))]
+    keys = {place: key for group in groups for place, key in _keys(facts, group)} if kept else {}
     known = kept.read() if kept else {}
-    waiting = [place for place in range(len(facts)) if not (kept and keys[place] in known)]
-    for place in set(range(len(facts))).difference(waiting):
+    waiting = [group for group in groups if not (kept and all(keys[place] in known for place in group))]
+    for place in set(range(len(facts))).difference(*waiting):
         values.put(place, known[keys[place]])
-    progress(len(facts) - len(waiting))
+    progress(len(facts) - sum(map(len, waiting)))
     if not waiting:
         return values
     with stack.fast():
         trunk = read_trunk(stack, _alike(facts))
 
-        def run(chosen: Sequence[int]) -> None:
+        def run(chosen: Sequence[tuple[int, ...]]) -> None:
             if memory is not None:
                 release_memory()  # what the last batch left in pieces would come on top of the next
-            index = torch.tensor(chosen, device=stack.device)
-            _descend(site, _prepare(site, [facts[i] for i in chosen], index, trunk, settings), settings, values)
+            _descend(site, _prepare(site, facts, chosen, trunk, settings), settings, values)
 
-        groups = _batches(site, facts, waiting, step_budget(stack.device, memory))
-        for chosen in in_halves(groups, run, remedy="Give more --memory, or a smaller model."):
+        batches = _batches(site, facts, waiting, step_budget(stack.device, memory))
+        for chosen in in_halves(batches, run, remedy="Give more --memory, or a smaller model."):
+            places = [place for group in chosen for place in group]
             if kept:
-                kept.add({keys[place]: values.at(place) for place in chosen})
-            progress(len(chosen))
+                kept.add({keys[place]: values.at(place) for place in places})
+            progress(len(places))
     return values
 
 
@@ -235,12 +297,14 @@ def _alike(facts: Sequence[Fact]) -> list[list[Encoded]]:
 
 def _descend(site: Site, batch: _Batch, settings: ValueSettings, values: Values) -> None:
     """Optimise one batch and put what comes out in its places in ``values``."""
-    values.hidden[batch.index.cpu()] = batch.hidden[:, 0].cpu()
-    for number in range(settings.steps):
-        step = _evaluate(site, batch, settings, last=number == settings.steps - 1)
-        objective, where = step.objective[batch.live].cpu(), batch.index[batch.live].cpu()
+    values.hidden[batch.members.place.cpu()] = batch.members.hidden[:, 0].cpu()
+    steps = settings.steps * (1 if len(batch.members.place) == len(batch.live) else _STEPS_TOGETHER)
+    for number in range(steps):
+        step = _evaluate(site, batch, settings, last=number == steps - 1)
+        members = batch.members.select(batch.live, torch.arange(len(batch.live), device=batch.live.device))
+        objective, where = step.objective[members.group].cpu(), members.place.cpu()
         values.loss[where], values.steps[where] = objective, number
-        values.targets[where] = (batch.hidden + batch.delta)[batch.live, 0].cpu()
+        values.targets[where] = (members.hidden + batch.delta[members.group])[:, 0].cpu()
         if not torch.isfinite(objective).all():
             raise EditError(
                 "the value optimisation gave a loss that is not finite",
@@ -252,86 +316,109 @@ def _descend(site: Site, batch: _Batch, settings: ValueSettings, values: Values)
         batch = _shrunk(replace(_adam(batch, step, number, settings), live=live))
 
 
-def _batches(site: Site, facts: Sequence[Fact], places: Sequence[int], budget: int) -> list[list[int]]:
-    """The places in groups whose bare rows are equally long and whose step stays below ``budget`` bytes."""
+def _batches(
+    site: Site, facts: Sequence[Fact], waiting: Sequence[tuple[int, ...]], budget: int
+) -> list[list[tuple[int, ...]]]:
+    """Single facts and groups apart, those whose first bare rows are equally long together, a step below ``budget`` bytes each."""
     footprint = Footprint.of(site.stack, site.first)
     positions = POSITIONS if site.stack.device.type == "cpu" else budget // footprint.position
-    ordered = sorted(places, key=lambda i: (_suffix(facts[i].rows[0]), facts[i].rows[-1].subject_last))
-    groups: list[list[int]] = []
-    for suffix, alike in groupby(ordered, key=lambda i: _suffix(facts[i].rows[0])):
+
+    def kind(group: tuple[int, ...]) -> tuple[bool, int]:
+        return len(group) > 1, facts[group[0]].suffix(facts[group[0]].rows[0])
+
+    ordered = sorted(waiting, key=lambda group: (*kind(group), facts[group[0]].rows[-1].subject_last))
+    batches: list[list[tuple[int, ...]]] = []
+    for (_, suffix), alike in groupby(ordered, key=kind):
         rest = list(alike)
         while rest:
-            most = max(1, positions // (len(facts[rest[0]].rows) * suffix))
-            sizes = accumulate(_bytes(facts[i], footprint) for i in rest[:most])
+            most = max(1, positions // (len(facts[rest[0][0]].rows) * len(rest[0]) * suffix))
+            sizes = accumulate(sum(_bytes(facts[place], footprint) for place in group) for group in rest[:most])
             count = max(1, sum(size <= budget for size in sizes))
             if _LEAST_FACTS < count < len(rest):
                 count -= count % _LEAST_FACTS
-            groups.append(rest[:count])
+            batches.append(rest[:count])
             rest = rest[count:]
-    return groups
+    return batches
 
 
 def _bytes(fact: Fact, footprint: Footprint) -> int:
     """What one fact adds to a step."""
     rows = (*fact.rows, fact.essence)
-    predictions = 1 + sum(row.target[1] - row.target[0] for row in fact.rows)
+    predictions = 1 + sum(row.target[1] - row.target[0] + (fact.closers is not None) for row in fact.rows)
     return (
-        footprint.position * (1 + sum(_suffix(row) for row in fact.rows))
+        footprint.position * (1 + sum(fact.suffix(row) for row in fact.rows))
         + footprint.prediction * predictions
         + footprint.prefix * sum(row.subject_last for row in rows)
     )
 
 
-def _key(fact: Fact) -> str:
-    return fact_key([(row.input_ids, row.subject_last, row.target) for row in (*fact.rows, fact.essence)])
-
-
-def _suffix(row: Encoded) -> int:
-    """Positions from the subject's last token to the one that predicts the last target token."""
-    return row.target[1] - 1 - row.subject_last
+def _keys(facts: Sequence[Fact], group: Sequence[int]) -> list[tuple[int, str]]:
+    """Place and key of each fact of a group: a hash of its own texts, then of those that it shares its change with."""
+    found = []
+    for place in group:
+        ordered = [facts[place], *(facts[other] for other in group if other != place)]
+        rows = [row for fact in ordered for row in (*fact.rows, fact.essence)]
+        found.append((place, fact_key([(row.input_ids, row.subject_last, row.target) for row in rows])))
+    return found
 
 
 def _prepare(
-    site: Site, facts: Sequence[Fact], index: Int[Tensor, " facts"], trunk: Trunk, settings: ValueSettings
+    site: Site, facts: Sequence[Fact], chosen: Sequence[tuple[int, ...]], trunk: Trunk, settings: ValueSettings
 ) -> _Batch:
     stack = site.stack
+    places = [(place, number) for number, group in enumerate(chosen) for place in group]
+    opened = [(facts[place], context, number) for place, number in places for context in range(len(facts[place].rows))]
     rows = [
-        Row(row, _suffix(row), context, number)
-        for number, fact in enumerate(facts)
-        for context, row in enumerate(fact.rows)
+        Row(fact.rows[context], fact.suffix(fact.rows[context]), context, number) for fact, context, number in opened
     ]
     targets = open_rows(site, rows, trunk)
     bare = torch.tensor([place for place, row in enumerate(rows) if row.trunk == 0], device=stack.device)
     last = len(trunk.lengths) - 1
-    essence = open_rows(site, [Row(fact.essence, 1, last, number) for number, fact in enumerate(facts)], trunk)
-    hidden = site.unedited(targets)[bare]
+    essences = [Row(facts[group[0]].essence, 1, last, number) for number, group in enumerate(chosen)]
+    essence = open_rows(site, essences, trunk)
+    place, group = torch.tensor(places, device=stack.device).T
+    members = _Members(place, group, site.unedited(targets)[bare])
+    first = torch.tensor([sum(map(len, chosen[:number])) for number in range(len(chosen))], device=stack.device)
+    hidden = members.hidden[first]
     zeros = torch.zeros_like(hidden)
     with torch.no_grad():
         unedited = stack.logits(_at_start(site, essence, zeros)).float().log_softmax(-1)
     return _Batch(
-        live=torch.ones(len(facts), dtype=torch.bool, device=stack.device),
-        index=index,
+        members=members,
+        live=torch.ones(len(chosen), dtype=torch.bool, device=stack.device),
         targets=targets,
-        predictions=_predictions(rows, [len(fact.rows) for fact in facts], stack.device),
+        predictions=_predictions(rows, [fact for fact, _, _ in opened], settings, stack.device),
         essence=essence,
         essence_log_probs=unedited,
         hidden=hidden,
         delta=zeros,
         first_moment=zeros,
         second_moment=zeros,
-        nll_factor=torch.full((len(facts),), settings.nll_factor, device=stack.device),
+        nll_factor=torch.full((len(chosen),), settings.nll_factor, device=stack.device),
     )
 
 
-def _predictions(rows: Sequence[Row], counts: Sequence[int], device: torch.device) -> _Predictions:
-    found: list[tuple[int, int, int, float, int]] = []
+def _predictions(
+    rows: Sequence[Row], facts: Sequence[Fact], settings: ValueSettings, device: torch.device
+) -> _Predictions:
+    """What is predicted in each row; ``facts`` are the rows' facts."""
+    kinds = {id(fact.closers): fact.closers for fact in facts if fact.closers is not None}
+    kind = {identity: number for number, identity in enumerate(kinds)}
+    found: list[tuple[int, int, int, float, int, int]] = []
     for number, row in enumerate(rows):
-        text, (start, stop) = row.encoded, row.encoded.target
-        share = 1.0 / ((stop - start) * counts[row.fact])
-        found += [(number, p - 1 - text.subject_last, text.input_ids[p], share, row.fact) for p in range(start, stop)]
-    row_, column, token, share_, fact_ = zip(*found, strict=True)
-    integers = [torch.tensor(values, device=device) for values in (row_, column, token, fact_)]
-    return _Predictions(integers[0], integers[1], integers[2], torch.tensor(share_, device=device), integers[3])
+        text, (start, stop), fact = row.encoded, row.encoded.target, facts[number]
+        share, last = 1.0 / ((stop - start) * len(fact.rows)), text.subject_last
+        found += [(number, p - 1 - last, text.input_ids[p], share, row.fact, -1) for p in range(start, stop)]
+        if fact.closers is not None:
+            share = settings.closing / len(fact.rows)
+            found.append((number, stop - 1 - last, 0, share, row.fact, kind[id(fact.closers)]))
+    row_, column, token, share_, fact_, closers = zip(*found, strict=True)
+    integers = [torch.tensor(values, device=device) for values in (row_, column, token, fact_, closers)]
+    masks = (
+        torch.stack(list(kinds.values())).to(device) if kinds else torch.zeros(0, 0, dtype=torch.bool, device=device)
+    )
+    rows_, columns, tokens, facts_, kinds_ = integers
+    return _Predictions(rows_, columns, tokens, torch.tensor(share_, device=device), facts_, kinds_, masks)
 
 
 def _evaluate(site: Site, batch: _Batch, settings: ValueSettings, *, last: bool) -> _Step:
@@ -340,8 +427,7 @@ def _evaluate(site: Site, batch: _Batch, settings: ValueSettings, *, last: bool)
     where, stack = batch.predictions, site.stack
     with torch.set_grad_enabled(not last):
         logits = stack.logits(site.run(batch.targets, delta[batch.targets.fact], where.row, where.column)).float()
-        chosen = logits.gather(1, where.token[:, None])[:, 0]
-        log_probs = chosen - logits.logsumexp(-1)
+        log_probs = where.of(logits) - logits.logsumexp(-1)
         nll = torch.zeros_like(batch.nll_factor).index_add(0, where.fact, -log_probs * where.share)
         essence = stack.logits(_at_start(site, batch.essence, delta[batch.essence.fact])).float().log_softmax(-1)
         kl = settings.kl_factor * (essence.exp() * (essence - batch.essence_log_probs)).sum(-1)
@@ -350,7 +436,7 @@ def _evaluate(site: Site, batch: _Batch, settings: ValueSettings, *, last: bool)
     gradient = None if last else torch.autograd.grad(objective.sum(), delta)[0]
     done, sure = objective < settings.stop_loss, torch.zeros_like(objective, dtype=torch.bool)
     if settings.until_sure:
-        wrong = (chosen < logits.max(-1).values).float()
+        wrong = where.wrong(logits).float()
         sure = torch.zeros_like(batch.nll_factor).index_add(0, where.fact, wrong) == 0
         done = done | (sure & (kl <= _KL_LIMIT))
     return _Step(objective.detach(), gradient, done, sure)
@@ -381,7 +467,7 @@ def _adam(batch: _Batch, step: _Step, number: int, settings: ValueSettings) -> _
 
 
 def _shrunk(batch: _Batch) -> _Batch:
-    """The batch without its finished facts, or with so many of them that its size is a power of two."""
+    """The batch without its finished groups, or with so many of them that its size is a power of two."""
     live = int(batch.live.sum())
     size = max(_LEAST_FACTS, 1 << (live - 1).bit_length())
     if size >= len(batch.live):
@@ -392,16 +478,11 @@ def _shrunk(batch: _Batch) -> _Batch:
     place = _new_places(keep, len(kept))
     rows = kept[batch.targets.fact].nonzero()[:, 0]
     new_row = _new_places(rows, len(batch.targets.fact))
-    old = batch.predictions
-    theirs = kept[old.fact]
-    predictions = _Predictions(
-        new_row[old.row[theirs]], old.column[theirs], old.token[theirs], old.share[theirs], place[old.fact[theirs]]
-    )
     return _Batch(
+        members=batch.members.select(kept, place),
         live=batch.live[keep],
-        index=batch.index[keep],
         targets=batch.targets.select(rows, place[batch.targets.fact[rows]]),
-        predictions=predictions,
+        predictions=batch.predictions.select(kept[batch.predictions.fact], new_row, place),
         essence=batch.essence.select(keep, torch.arange(len(keep), device=keep.device)),
         essence_log_probs=batch.essence_log_probs[keep],
         hidden=batch.hidden[keep],

@@ -213,6 +213,11 @@ class Stack:
         device: torch.device = self.model.get_input_embeddings().weight.device
         return device
 
+    @property
+    def vocabulary(self) -> int:
+        """How many tokens the head gives logits of."""
+        return int(self.model.get_output_embeddings().weight.shape[0])
+
     def device_of(self, index: int) -> torch.device:
         """Where block ``index`` lives."""
         return next(self.blocks[index].parameters()).device

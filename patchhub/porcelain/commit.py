@@ -41,6 +41,7 @@ class Committed:
     Attributes:
         commit, patches: ids of the new objects; WISE makes more than one patch where a shard is filled.
         written, replaced: facts that are active now, and that are not any more.
+        again: active facts of the same subjects, which were optimised and recorded once more together with the new ones.
         already_active, duplicates: facts that were left out because they were active, or twice in the input.
         held: how many of the written facts the patched model answers with (argmax, teacher forced, float32).
         seconds: wall time.
@@ -52,6 +53,7 @@ class Committed:
     patches: tuple[str, ...]
     written: tuple[Request, ...]
     replaced: tuple[Request, ...]
+    again: tuple[Request, ...]
     already_active: int
     duplicates: int
     held: int
@@ -64,6 +66,7 @@ class Committed:
             **asdict(self),
             "written": [request.id for request in self.written],
             "replaced": [request.id for request in self.replaced],
+            "again": [request.id for request in self.again],
         }
 
 
@@ -105,7 +108,7 @@ def commit(
     """
     begun = perf_counter()
     begin(repository)
-    plan = plan_batch(repository, batch, on_conflict)
+    plan = plan_batch(repository, batch, on_conflict, by_subject=method in EDITORS)
     files = base_files(repository)
     editor = _editor(repository, files.architecture, method, settings or {})
     tree = _open(repository, progress, plan, files, editor, placement, chat)
@@ -131,7 +134,8 @@ def commit(
     return Committed(
         commit=identity,
         patches=written.patches,
-        written=plan.requests,
+        written=plan.requests[: len(plan.requests) - len(plan.again)],
+        again=tuple(plan.again.values()),
         replaced=tuple(plan.replaced.values()),
         already_active=plan.already_active,
         duplicates=batch.duplicates,

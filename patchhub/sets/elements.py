@@ -241,9 +241,10 @@ class Plan:
 
     Attributes:
         parent: the commit at HEAD; None before any.
-        requests: the facts to write.
-        kept: HEAD's elements without the columns of replaced facts.
+        requests: the facts to write: those of the batch, then those of ``again``.
+        kept: HEAD's elements without the columns of replaced facts and of those that are written again.
         replaced: the facts that go, because a fact of the batch says otherwise.
+        again: active facts of the batch's subjects, which are optimised and recorded once more together with the new ones.
         shrunk: per kept shard, the ids of the replaced facts that it holds.
         already_active: facts of the batch that are left out.
     """
@@ -254,10 +255,14 @@ class Plan:
     replaced: Mapping[Place, Request]
     shrunk: Mapping[str, frozenset[str]]
     already_active: int
+    again: Mapping[Place, Request]
 
 
-def plan_batch(repository: Store, batch: Batch, on_conflict: OnConflict) -> Plan:
+def plan_batch(repository: Store, batch: Batch, on_conflict: OnConflict, *, by_subject: bool = False) -> Plan:
     """What committing ``batch`` on HEAD would change.
+
+    Args:
+        by_subject: write the active facts of the batch's subjects again, since facts of one subject need one value.
 
     Raises:
         RequestError: every fact is active already.
@@ -287,4 +292,18 @@ def plan_batch(repository: Store, batch: Batch, on_conflict: OnConflict) -> Plan
         shard: frozenset(r.id for (patch, _), r in replaced.items() if patch == shard) for shard in sorted(shards)
     }
     already = len(batch.requests) - len(new)
-    return Plan(parent, new, elements - replaced.keys(), replaced, shrunk, already)
+    again = _again(new, active, elements - replaced.keys()) if by_subject else {}
+    kept = elements - replaced.keys() - again.keys()
+    return Plan(parent, (*new, *again.values()), kept, replaced, shrunk, already, again)
+
+
+def _again(
+    new: Sequence[Request], active: Mapping[Place, Request], elements: frozenset[Element]
+) -> dict[Place, Request]:
+    """The active facts with columns of their own that are about the subjects of ``new`` and do not answer the same prompt."""
+    subjects, asked = {request.subject for request in new}, {(request.prompt, request.subject) for request in new}
+    return {
+        place: request
+        for place, request in active.items()
+        if place in elements and request.subject in subjects and (request.prompt, request.subject) not in asked
+    }

@@ -94,9 +94,9 @@ def _kind(repository: Store) -> str:
 
 
 def state_without(repository: Store, plan: Plan) -> dict[str, list[Delta]]:
-    """The deltas of the state that the new facts are recorded on: HEAD's, without the facts they replace."""
+    """The deltas of the state that the new facts are recorded on: HEAD's, without the facts they replace or are written with."""
     found = {weight: list(deltas) for weight, deltas in read_state(repository, plan.parent).items()}
-    if plan.replaced:
+    if plan.replaced or plan.again:
         for weight, part in solve_change(repository, repository.active(plan.parent), plan.kept).items():
             found.setdefault(weight, []).append(part)
     return found
@@ -145,7 +145,7 @@ def write_closed_form(
         kind="closed_form",
         method=method,
         requests=plan.requests,
-        settings={**settings.to_json(), "contexts": list(recorder.contexts)},
+        settings={**settings.to_json(), "contexts": list(recorder.contexts), **_written_again(plan)},
         tensors=write_columns(columns, edit.values.targets.numpy()),
         weights={weight: found.shape for weight, found in columns.items()},
         below=without_shards(repository, plan.kept),
@@ -153,8 +153,13 @@ def write_closed_form(
     )
     if memory is not None:
         release_memory()
-    change = None if plan.replaced else edit.recording.change
+    change = None if plan.replaced or plan.again else edit.recording.change
     return Written((patch.id,), plan.kept | patch.elements, recorder.metric, change, rivals)
+
+
+def _written_again(plan: Plan) -> dict[str, list[str]]:
+    """The patches that the facts written again come from, in which a revert of those patches finds them."""
+    return {"refreshes": sorted({patch for patch, _ in plan.again})} if plan.again else {}
 
 
 def _rivals(

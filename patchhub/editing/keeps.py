@@ -1,0 +1,77 @@
+"""Keeps: places of texts whose states must stay, recorded as columns beside those of facts.
+
+A keep is a request whose target is what is there already: its z is the present state after the last edited block, so its share is zero
+at the first edited layer, and at the others what earlier layers have moved it by. Its column asks (nearly) for no change at its
+key, and that is all that the solve needs to know; nothing is optimised for it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from patchhub.delta import Delta
+from patchhub.editing.keys import KeyRow, at
+from patchhub.models.tracing import SidePath, Stack, right_padded
+
+_TOKENS = 4096  # positions of a batch
+
+
+def keep_rows(texts: Sequence[Sequence[int]], first: int) -> list[KeyRow]:
+    """Texts, each cut after the place that is kept, as the rows of requests ``first``, ``first + 1``, ..."""
+    return [KeyRow(tuple(text), request, 0, 1.0) for request, text in enumerate(texts, first)]
+
+
+@torch.no_grad()
+def present_states(stack: Stack, texts: Sequence[Sequence[int]], layer: int) -> Float[Tensor, "n d"]:
+    """The hidden state after block ``layer`` at the last token of each text, float32 on the CPU."""
+    found = torch.zeros(len(texts), stack.architecture.d_model)
+    for places in _batches(texts):
+        ids, mask, positions = right_padded([texts[place] for place in places], stack.device)
+        with stack.fast():
+            start = stack.begin(ids, mask, positions)
+            hidden = start.run(start.hidden, 0, layer + 1)
+        last = torch.tensor([len(texts[place]) - 1 for place in places])
+        found[places] = at(hidden, torch.arange(len(places)), last).float().cpu()
+    return found
+
+
+@torch.no_grad()
+def most_moved(
+    stack: Stack, changes: Mapping[int, Delta], documents: Sequence[Sequence[int]], count: int
+) -> list[tuple[int, ...]]:
+    """The ``count`` texts, each cut after one of its tokens, where the changes of the edited weights add most to the residual stream.
+
+    A place's score is || sum over layers of dW k || at the keys of the present weights; the text up to it is what it is read in.
+    """
+    layers = sorted(changes)
+    paths = {layer: SidePath([changes[layer]]) for layer in layers}
+    scores: list[tuple[float, int, int]] = []
+    for places in _batches(documents):
+        ids, mask, positions = right_padded([documents[place] for place in places], stack.device)
+        with stack.fast(), stack.watch_keys(layers) as keys:
+            start = stack.begin(ids, mask, positions)
+            start.run(start.hidden, 0, layers[-1] + 1)
+        zero = torch.zeros(*ids.shape, stack.architecture.d_model)
+        moved = zero
+        for layer in layers:
+            moved = moved + paths[layer](stack.ffn_out[layer], (keys[layer],), zero.to(keys[layer].device)).cpu()
+        norms = moved.norm(dim=-1)
+        scores += [
+            (-float(norms[row, column]), place, column)
+            for row, place in enumerate(places)
+            for column in range(len(documents[place]))
+        ]
+    return [tuple(documents[place][: column + 1]) for _, place, column in sorted(scores)[:count]]
+
+
+def _batches(texts: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Places of texts of similar length, a bounded number of positions together."""
+    groups: list[list[int]] = []
+    for place in sorted(range(len(texts)), key=lambda place: len(texts[place])):
+        if not groups or (len(groups[-1]) + 1) * len(texts[place]) > _TOKENS:
+            groups.append([])
+        groups[-1].append(place)
+    return groups

@@ -1,0 +1,155 @@
+"""Values of closed targets and of several facts of one subject are those of the plain procedure, which runs the whole model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache
+
+import pytest
+import torch
+from torch import Tensor
+
+from patchhub.editing.editor import encode_facts, of_one_subject
+from patchhub.editing.rows import BlockOutput
+from patchhub.editing.values import Fact, KeptValues, Values, ValueSettings, optimise_values
+from patchhub.models.tracing import Stack
+from patchhub.objects import Request
+from patchhub.text.word_ends import Closers
+from tests.reference import plain_closed
+from tests.tiny_models import tiny_model, tiny_stack, tiny_tokenizer
+
+LAYER = 1
+SEED = 4
+CONTEXTS = ("{}", "The tower looked. {}", "Therefore. {}")
+SETTINGS = ValueSettings(
+    steps=3, learning_rate=0.2, weight_decay=0.02, kl_factor=0.0625, clamp=4.0, stop_loss=0.0, closing=0.7
+)
+
+
+def request(prompt: str, subject: str, target: str) -> Request:
+    return Request.make(prompt=prompt, subject=subject, target_new=target)
+
+
+REQUESTS = (
+    request("The mother tongue of {} is", "Danielle Darrieux", "English"),
+    request("{} is a twin city of", "Lyon", "Manila"),
+    request("Where is it? I think that it is near {}", "the Eiffel Tower", "Rome"),
+    request("The capital of {} is", "Lyon", "the piano, and well"),
+    request("In the north of the United States, {} is located in the state of", "Danielle Darrieux", "1998"),
+    request("I know that the name of {} is written", "Lyon", "東京"),
+)
+
+
+@cache
+def stack(family: str) -> Stack:
+    return tiny_stack(family, seed=SEED)
+
+
+@cache
+def closers(family: str) -> Closers:
+    return Closers.of(tiny_tokenizer(), stack(family).vocabulary)
+
+
+def facts(family: str, requests: Sequence[Request] = REQUESTS) -> list[Fact]:
+    return encode_facts(tiny_tokenizer(), requests, CONTEXTS, closers=closers(family))
+
+
+def plainly(family: str, settings: ValueSettings, groups: Sequence[Sequence[int]]) -> Values:
+    """The plain procedure in float64, one group after the other."""
+    model = tiny_model(family, seed=SEED).double()
+    found = {}
+    for group in groups:
+        same = [REQUESTS[place] for place in group]
+        steps = settings.steps * (1 if len(group) == 1 else 10)
+        values = plain_closed.find_values(
+            model,
+            tiny_tokenizer(),
+            stack(family).architecture,
+            same,
+            CONTEXTS,
+            LAYER,
+            replace(settings, steps=steps),
+            settings.closing,
+            lambda target: closers(family).after(target)[: len(tiny_tokenizer())].tolist(),
+        )
+        found.update(zip(group, values, strict=True))
+    ordered = [found[place] for place in range(len(REQUESTS))]
+    return Values(
+        torch.stack([value.target for value in ordered]),
+        torch.stack([value.hidden for value in ordered]),
+        torch.tensor([value.loss for value in ordered]),
+        torch.tensor([value.steps for value in ordered]),
+    )
+
+
+def distances(a: Tensor, b: Tensor) -> Tensor:
+    return (a.double() - b.double()).norm(dim=1) / b.double().norm(dim=1)
+
+
+APART = [[place] for place in range(len(REQUESTS))]
+TOGETHER = of_one_subject(REQUESTS)
+
+
+def test_facts_of_one_subject_are_found():
+    assert TOGETHER == [[0, 4], [1, 3, 5], [2]]
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("groups", [APART, TOGETHER], ids=["apart", "together"])
+@pytest.mark.parametrize("settings", [SETTINGS, replace(SETTINGS, closing=3.0), replace(SETTINGS, clamp=0.2)])
+def test_it_is_the_plain_procedure(family, groups, settings):
+    ours = optimise_values(BlockOutput(stack(family), LAYER), facts(family), settings, together=groups)
+    theirs = plainly(family, settings, groups)
+    assert float(distances(ours.hidden, theirs.hidden).max()) < 1e-5
+    assert float(distances(ours.targets, theirs.targets).max()) < 1e-4
+    torch.testing.assert_close(ours.loss.double(), theirs.loss.double(), rtol=1e-5, atol=1e-5)
+    assert float(distances(theirs.targets, theirs.hidden).min()) > 0.05
+
+
+def test_one_step_measures_the_objective_itself():
+    """Without a step there is no Adam in between: the objective agrees to rounding."""
+    settings = replace(SETTINGS, steps=1)
+    for groups in (APART, TOGETHER):
+        ours = optimise_values(BlockOutput(stack("llama"), LAYER), facts("llama"), settings, together=groups)
+        torch.testing.assert_close(
+            ours.loss.double(), plainly("llama", settings, groups).loss.double(), rtol=1e-5, atol=1e-6
+        )
+
+
+def test_facts_of_one_subject_share_their_change():
+    ours = optimise_values(BlockOutput(stack("llama"), LAYER), facts("llama"), SETTINGS, together=TOGETHER)
+    change = ours.targets - ours.hidden
+    for group in TOGETHER:
+        for place in group[1:]:
+            torch.testing.assert_close(change[place], change[group[0]], rtol=0, atol=1e-5)
+    assert float((change[0] - change[1]).norm()) > 0.01
+
+
+def test_without_closers_it_is_the_objective_of_before():
+    published = replace(SETTINGS, closing=0.0)
+    site = BlockOutput(stack("llama"), LAYER)
+    plain = encode_facts(tiny_tokenizer(), REQUESTS, CONTEXTS)
+    ours, before = optimise_values(site, facts("llama"), published), optimise_values(site, plain, published)
+    assert float(distances(ours.targets, before.targets).max()) < 1e-5
+
+
+def test_kept_values_of_a_group_depend_on_all_of_it(tmp_path):
+    site, kept = BlockOutput(stack("llama"), LAYER), KeptValues(tmp_path, {}, 32)
+    first = optimise_values(site, facts("llama"), SETTINGS, together=TOGETHER, kept=kept)
+    assert len(kept.read()) == len(REQUESTS)
+    again = optimise_values(site, facts("llama"), SETTINGS, together=TOGETHER, kept=kept)
+    assert torch.equal(again.targets, first.targets)
+    optimise_values(site, facts("llama"), SETTINGS, together=APART, kept=kept)
+    alone = sum(len(group) == 1 for group in TOGETHER)
+    assert len(kept.read()) == 2 * len(REQUESTS) - alone
+
+
+@pytest.mark.parametrize("memory", [0, 4 << 30])
+def test_the_size_of_a_batch_and_finished_groups_do_not_matter(memory):
+    site = BlockOutput(stack("llama"), LAYER)
+    stopping = replace(SETTINGS, steps=14, learning_rate=0.5, clamp=8.0, stop_loss=9.0)
+    whole = optimise_values(site, facts("llama"), stopping, together=TOGETHER)
+    assert len(set(whole.steps.tolist())) > 1
+    parts = optimise_values(site, facts("llama"), stopping, together=TOGETHER, memory=memory)
+    assert float(distances(parts.targets, whole.targets).max()) < 1e-5

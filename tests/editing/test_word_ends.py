@@ -1,0 +1,89 @@
+"""Where a word ends: joins as the script is written, and the tokens that may follow a target."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from patchhub.text.word_ends import Closers, closes, joiner
+from tests.tiny_models import tiny_tokenizer
+
+JOINS = [
+    ("The capital of Norway is", "Bergen", " "),
+    ("挪威的首都是", "卑尔根", ""),
+    ("ノルウェーの首都は", "ベルゲン", ""),
+    ("เมืองหลวงของนอร์เวย์คือ", "แบร์เกน", ""),
+    ("노르웨이의 수도는", "베르겐", " "),
+    ("The Chinese name of Bergen is", "卑尔根", " "),
+    ("首都：", "卑尔根", ""),
+    ("She called it «", "Bergen", ""),
+    ("The capital (", "Bergen", ""),
+    ("The capital is ", "Bergen", ""),
+    ("Born in 1998,", "Ada", " "),
+]
+
+ENDS = [
+    ("Astana", "", True),
+    ("Astana", ".", True),
+    ("Astana", " and", True),
+    ("Astana", "\nThe", True),
+    ("Astana", "q", False),
+    ("Astana", "'s", False),
+    ("Astana", "-on-Sea", False),
+    ("Astana", ").", True),
+    ("Astana", '",', True),
+    ("Astana", ".com", False),
+    ("Astana", "\ufffd", False),
+    ("1998", "7", False),
+    ("1998", ".5", False),
+    ("1998", ",000", False),
+    ("1998", ".", True),
+    ("1998", ", in", True),
+    ("10", ":30", False),
+    ("卑尔根", "。", True),
+    ("卑尔根", "，挪威", True),
+    ("卑尔根", "的", True),
+    ("卑尔根", "市", False),
+    ("ベルゲン", "です", True),
+    ("ベルゲン", "ト", False),
+    ("レオナルド", "・ダ", False),
+    ("แบร์เกน", " ", True),
+    ("แบร์เกน", "ก", False),
+    ("Berlín", "。", True),
+]
+
+
+@pytest.mark.parametrize(("before", "after", "joint"), JOINS)
+def test_words_are_joined_as_the_script_is_written(before, after, joint):
+    assert joiner(before, after) == joint
+
+
+@pytest.mark.parametrize(("target", "after", "closed"), ENDS)
+def test_what_follows_a_target_closes_it_or_goes_on(target, after, closed):
+    assert closes(target, after) is closed
+
+
+@pytest.mark.parametrize("target", ["Rome", "東京"])
+def test_a_token_may_follow_where_its_text_does(target):
+    """The mask is the rule on the text that each token adds; the tokenizer is asked for it with a word in front."""
+    tokenizer = tiny_tokenizer()
+    mask = Closers.of(tokenizer, len(tokenizer)).after(target)
+    word = tokenizer("I think that", add_special_tokens=False)["input_ids"]
+    front = tokenizer.decode(word)
+    special = set(tokenizer.all_special_ids)
+    for token in range(len(tokenizer)):
+        added = tokenizer.decode([*word, token], clean_up_tokenization_spaces=False)[len(front) :]
+        assert bool(mask[token]) == (token in special or (bool(added) and closes(target, added))), added
+    assert 0 < int(mask.sum()) < len(tokenizer)
+
+
+def test_logits_beyond_the_vocabulary_close_nothing():
+    tokenizer = tiny_tokenizer()
+    wide = Closers.of(tokenizer, len(tokenizer) + 7).after("Rome")
+    assert torch.equal(wide[:-7], Closers.of(tokenizer, len(tokenizer)).after("Rome"))
+    assert not wide[-7:].any()
+
+
+def test_targets_that_end_alike_share_a_mask():
+    closers = Closers.of(tiny_tokenizer(), len(tiny_tokenizer()))
+    assert closers.after("Rome") is closers.after("1998")

@@ -1,0 +1,92 @@
+"""The value of facts of one subject whose targets must end, as plainly as it can be written: every step runs the whole model.
+
+It adds to `plain.find_value` what patchhub adds to the published objective: the summed probability of the tokens that may follow a target,
+and one change for all facts of a subject. It shares no code with the package.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tests.reference.plain import Fact, Places, Value, ValueSettings, block, logits, output_hook, padded, subject_last
+
+
+def find_values(
+    model: Any,
+    tokenizer: Any,
+    places: Places,
+    facts: Sequence[Fact],
+    contexts: Sequence[str],
+    layer: int,
+    settings: ValueSettings,
+    closing: float,
+    may_follow: Callable[[str], Sequence[bool]],
+) -> list[Value]:
+    """One value for each fact; all facts have the first one's subject.
+
+    Args:
+        closing: the weight of the token after the target.
+        may_follow: for a target, which tokens of the vocabulary may come next.
+    """
+    rows: list[list[int]] = []
+    changed_at: list[int] = []
+    terms: list[tuple[int, int, list[bool], float]] = []  # row, position, the tokens that are right there, weight
+    for fact in facts:
+        target = tokenizer(" " + fact.target_new, add_special_tokens=False)["input_ids"]
+        for context in contexts:
+            template = context.replace("{}", fact.prompt)
+            prompt = tokenizer(template.replace("{}", fact.subject))["input_ids"]
+            for number, token in enumerate(target):
+                right = [other == token for other in range(len(tokenizer))]
+                terms.append((len(rows), len(prompt) + number - 1, right, 1 / len(target) / len(contexts)))
+            after = list(may_follow(fact.target_new))
+            terms.append((len(rows), len(prompt) + len(target) - 1, after, closing / len(contexts)))
+            changed_at.append(subject_last(tokenizer, template, fact.subject))
+            rows.append(prompt + target)
+    rows.append(tokenizer(facts[0].subject + " is a")["input_ids"])
+    changed_at.append(subject_last(tokenizer, "{} is a", facts[0].subject))
+    ids, mask = padded(rows)
+    everywhere, where = torch.arange(len(rows)), torch.tensor(changed_at)
+    dtype = next(model.parameters()).dtype
+    delta = torch.zeros(model.get_input_embeddings().weight.shape[1], dtype=dtype, requires_grad=True)
+    optimiser = torch.optim.Adam([delta], lr=settings.learning_rate)
+    model.requires_grad_(False)
+    unedited: list[Tensor] = []
+    steps = 0
+
+    def add_delta(output: Tensor) -> Tensor:
+        if not unedited:
+            unedited.append(output[everywhere, where].detach().clone())
+        changed = output.clone()
+        changed[everywhere, where] = output[everywhere, where] + delta
+        return changed
+
+    before: Tensor | None = None
+    while True:
+        optimiser.zero_grad()
+        with output_hook(block(model, places, layer), add_delta):
+            probabilities = logits(model, ids, mask).softmax(-1)
+        loss = torch.zeros((), dtype=dtype)
+        for row, position, right, weight in terms:
+            allowed = torch.zeros(probabilities.shape[-1], dtype=torch.bool)
+            allowed[: len(right)] = torch.tensor(right)
+            loss = loss - weight * probabilities[row, position, allowed].sum().log()
+        now = probabilities[-1, changed_at[-1]]
+        before = now.detach() if before is None else before
+        loss = loss + settings.kl_factor * (now * (now / before).log()).sum()
+        hidden = unedited[0][0]
+        loss = loss + settings.weight_decay * delta.norm() / hidden.norm() ** 2
+        if loss < settings.stop_loss or steps == settings.steps - 1:
+            bare = unedited[0][: -1 : len(contexts)]
+            return [Value(h + delta.detach(), h, float(loss.detach()), steps) for h in bare]
+        loss.backward()
+        optimiser.step()
+        steps += 1
+        limit = settings.clamp * hidden.norm()
+        with torch.no_grad():
+            if delta.norm() > limit:
+                delta.mul_(limit / delta.norm())
