@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from patchhub.cache import Cache
 from patchhub.editing.editor import encode_facts, of_one_subject
 from patchhub.editing.rows import BlockOutput
 from patchhub.editing.values import Fact, KeptValues, Values, ValueSettings, optimise_values
@@ -135,7 +136,7 @@ def test_without_closers_it_is_the_objective_of_before():
 
 
 def test_kept_values_of_a_group_depend_on_all_of_it(tmp_path):
-    site, kept = BlockOutput(stack("llama"), LAYER), KeptValues(tmp_path, {}, 32)
+    site, kept = BlockOutput(stack("llama"), LAYER), KeptValues(Cache(tmp_path), {}, 32)
     first = optimise_values(site, facts("llama"), SETTINGS, together=TOGETHER, kept=kept)
     assert len(kept.read()) == len(REQUESTS)
     again = optimise_values(site, facts("llama"), SETTINGS, together=TOGETHER, kept=kept)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from patchhub.cache import Cache
 from patchhub.constraints import proof
 from patchhub.delta import from_factors, to_dense
 from patchhub.editing.editor import EQUAL_SHARES
@@ -31,7 +32,7 @@ TEXTS = [tuple(tiny_tokenizer()(text)["input_ids"]) for text in KEPT]
 
 @pytest.fixture
 def metric(tmp_path: Path) -> MetricCache:
-    cache, architecture = MetricCache(tmp_path / "metric"), tiny_stack("llama").architecture
+    cache, architecture = MetricCache(Cache(tmp_path), "0" * 64), tiny_stack("llama").architecture
     for layer in LAYERS:
         inner = architecture.shapes[layer][1]
         draws = torch.randn(4 * inner, inner, generator=torch.Generator().manual_seed(layer), dtype=torch.float64)
