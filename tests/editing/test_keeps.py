@@ -77,7 +77,7 @@ def test_what_is_kept_moves_less_the_smaller_its_lambda(metric):
 def test_keeps_are_columns_like_others(metric):
     for weight, columns in recorded(metric, TEXTS).columns.items():
         change = recorded(metric, TEXTS).change[weight]
-        assert proof([from_factors(change.B, change.A)], columns) < 1e-6
+        assert proof([from_factors(change.B, change.A)], columns) < 5e-6  # stored in float32
 
 
 def test_the_places_that_move_most_are_those_with_the_longest_product(metric):
