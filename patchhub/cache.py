@@ -109,7 +109,7 @@ class Cache:
         name = path.relative_to(self.folder)
         if not _ENTRY.fullmatch(name.as_posix()):
             return f"{name} is no entry of the cache"
-        entry = f"entry {path.stem[:12]} of the cache ({name.parts[0]})"
+        entry = f"entry {path.parent.name[-12:]}/{path.stem[:12]} of the cache ({name.parts[0]})"
         try:
             return None if digest_of(path) == path.stem else f"{entry} does not hash to its name"
         except OSError as error:
