@@ -28,12 +28,11 @@ from patchhub.porcelain.measure import Facts, evaluate
 from patchhub.porcelain.upkeep import collect
 from patchhub.progress import Silent
 from patchhub.sets import guard
-from patchhub.sets.commits import Stamp
 from patchhub.store.fsck import check
 from patchhub.store.store import Store
-from patchhub.worktree.loading import open_base
+from patchhub.who import Who
 from patchhub.worktree.metric import held_documents, open_recorder
-from patchhub.worktree.opening import Opened, open_model
+from patchhub.worktree.opening import Worktree, open_base, open_worktree
 from patchhub.worktree.shards import open_wise_text
 from tests.porcelain.taught import AUTHOR, PLACES, TIME, fact, make_store
 
@@ -49,9 +48,8 @@ def kinds() -> dict[str, Kind]:
     return {kind.name: kind for kind in found}
 
 
-def opened(repository: Store) -> Opened:
-    checkpoint = open_base(repository)
-    return open_model(repository, checkpoint, describe(read_config(checkpoint.folder)), [], {})
+def opened(repository: Store) -> Worktree:
+    return open_worktree(repository, Silent(), edits=())
 
 
 def weights(repository: Store) -> Any:
@@ -64,7 +62,7 @@ def weights(repository: Store) -> Any:
 def values(repository: Store) -> Any:
     """The stored bytes of a commit, which is undone again."""
     batch = Batch(NEW, tuple(Origin("a test") for _ in NEW), 0)
-    done = commit(repository, batch, Stamp(AUTHOR, TIME, "new"), Silent(), force=True)
+    done = commit(repository, batch, Who(AUTHOR, TIME, "new"), Silent(), force=True)
     tensors = sorted({repository.patch(element[0]).tensors for element in repository.commit(done.commit).added})
     repository.undo(author=AUTHOR, time=TIME)
     return tensors
@@ -84,7 +82,7 @@ def held(repository: Store) -> Any:
 
 
 def scores(repository: Store) -> Any:
-    return evaluate(repository, "HEAD", FACTS, Silent(), author=AUTHOR, time=TIME, keep=False).scores
+    return evaluate(repository, "HEAD", FACTS, Silent(), who=Who(AUTHOR, TIME), keep=False).scores
 
 
 def digests(repository: Store) -> Any:
@@ -97,11 +95,16 @@ def wise(repository: Store) -> Any:
 
 def spectrum(repository: Store) -> Any:
     names = [describe(read_config(open_base(repository).folder)).ffn_weight(layer) for layer in (1, 2)]
-    return guard._base_values(repository, names, open_base(repository))
+    return guard.largest_singular_values(repository, names)
+
+
+def norms(repository: Store) -> Any:
+    """Of weights that no fact is written into."""
+    return guard.base_norms(repository, [f"transformer.h.{layer}.attn.c_proj.weight" for layer in (1, 2)])
 
 
 MAKERS: Mapping[str, Callable[[Store], Any]] = {
-    made.__name__: made for made in (weights, values, metric, held, scores, digests, wise, spectrum)
+    made.__name__: made for made in (weights, values, metric, held, scores, digests, wise, spectrum, norms)
 }
 
 
