@@ -31,7 +31,7 @@ _SHOWN = 8
 
 def _read_layers(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[int, ...]:
     """``3,4,5`` or ``3-5``, as in the config; nothing where the option is not given."""
-    from patchhub.sets.settings import read_layers
+    from patchhub.settings import read_layers
 
     try:
         return tuple(read_layers(value)) if value else ()

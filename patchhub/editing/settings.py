@@ -1,58 +1,52 @@
-"""What an edit depends on besides the model, the metric and the contexts; validated, and the same for MEMIT and PMET."""
+"""What an edit depends on besides the model, the metric and the contexts; validated, and the same for MEMIT and PMET. No torch."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from patchhub.editing.values import ValueSettings
-from patchhub.errors import SettingsError
-from patchhub.models.architectures import Architecture
-from patchhub.text.tokens import Chat
+from patchhub.settings import COUNT, LAYERS, NOT_NEGATIVE, POSITIVE, check, setting
+
+if TYPE_CHECKING:
+    from patchhub.editing.values import ValueSettings
+    from patchhub.models.architectures import Architecture
+    from patchhub.text.tokens import Chat
 
 _NARROW = 1024  # below this width hidden states are small against what an edit needs
 
 
 @dataclass(frozen=True)
 class EditSettings:
-    """Settings of a closed-form editor, under the published names.
+    """Settings of a closed-form editor, under the published names (docs/methods.md).
 
-    Args:
-        layers: edited blocks, ascending; values are optimised at the last.
-        ridge: lambda, the weight of what is preserved against one request.
-        steps, learning_rate, weight_decay, kl_factor, clamp, stop_loss, nll_factor, closing: see ``editing.values``.
+    Attributes:
         chat: prompts are the user's messages of this chat form; None: they are read as they are.
+
+    Raises:
+        SettingsError: a value cannot be used.
     """
 
-    layers: tuple[int, ...]
-    ridge: float
-    steps: int
-    learning_rate: float
-    weight_decay: float
-    kl_factor: float
-    clamp: float
-    stop_loss: float = 0.05
-    nll_factor: float = 1.0
-    closing: float = 0.0
+    layers: tuple[int, ...] = setting(
+        LAYERS, "edited layers, such as 3,4,5 or 3-5; values are optimised at the last; default: from the model's depth"
+    )
+    ridge: float = setting(POSITIVE, "lambda, the weight of what is preserved; default: from the FFN's width")
+    steps: int = setting(COUNT, "most steps of the value optimisation")
+    learning_rate: float = setting(POSITIVE, "Adam step of the value optimisation")
+    weight_decay: float = setting(NOT_NEGATIVE, "weight of the change's norm in the loss")
+    kl_factor: float = setting(NOT_NEGATIVE, "weight of the KL term that keeps the subject's essence")
+    clamp: float = setting(POSITIVE, "largest change of a value, relative to its norm")
+    stop_loss: float = setting(NOT_NEGATIVE, "a fact is finished below this loss", default=0.05)
+    nll_factor: float = setting(POSITIVE, "weight of the target's likelihood in the loss", default=1.0)
+    closing: float = setting(NOT_NEGATIVE, "weight of what follows the target: a new word, or an end", default=0.0)
     chat: Chat | None = None
 
     def __post_init__(self) -> None:
-        if not self.layers or list(self.layers) != sorted(set(self.layers)) or self.layers[0] < 0:
-            raise SettingsError(
-                f"layers {list(self.layers)} are not ascending block numbers", remedy="For example 3,4,5."
-            )
-        for name in ("ridge", "steps", "learning_rate", "clamp", "nll_factor"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise SettingsError(f"{name} must be above 0, not {getattr(self, name)}", remedy=f"Set {name} > 0.")
-        for name in ("weight_decay", "kl_factor", "stop_loss", "closing"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise SettingsError(
-                    f"{name} must be a number of at least 0, not {getattr(self, name)}", remedy=f"Set {name} >= 0."
-                )
+        check(self)
 
     def values(self, *, until_sure: bool) -> ValueSettings:
         """The part that the value optimisation needs."""
+        from patchhub.editing.values import ValueSettings  # the only thing here that needs torch
+
         return ValueSettings(
             steps=self.steps,
             learning_rate=self.learning_rate,

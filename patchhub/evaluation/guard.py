@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass
 from math import isfinite, pow, sqrt
 from typing import Any, Final, Literal
 
+from patchhub.settings import NOT_NEGATIVE, POSITIVE, setting
+
 _Z: Final = 1.96  # of the standard normal distribution, for 95 %
 _GUESSING: Final = 0.75  # trained models lie below 0.5, random ones above 0.85
 
@@ -18,25 +20,33 @@ Check = Literal["own", "earlier", "misfit", "drift", "total", "spectrum", "survi
 
 @dataclass(frozen=True)
 class Limits:
-    """What a healthy change stays within; each is a setting of its name under ``guard.``.
+    """What a healthy change stays within; each is a setting of its name under ``guard.`` (docs/guard.md)."""
 
-    Attributes:
-        own: least share of the new facts that the model must answer with.
-        earlier: largest share of the earlier facts that may be lost, of those that held; by the model, or as their columns tell.
-        misfit: largest share of the new facts, and of those they contradict, that may get less than half of their change.
-        drift: largest growth of KL(p_base || p) on held text in nats per token; see `drift_limit`.
-        total: largest KL(p_base || p) on held text in all, of a change that adds to it: many healthy changes may sum to a broken model.
-        spectrum: largest singular value of a weight's whole change, relative to the base weight's.
-        survival: least share of the change that rounding to the base's type must keep.
-    """
-
-    own: float = 0.15
-    earlier: float = 0.5
-    misfit: float = 0.7
-    drift: float = 0.6
-    total: float = 2.5
-    spectrum: float = 50.0
-    survival: float = 0.1
+    own: float = setting(
+        NOT_NEGATIVE, "least share of the new facts that the model must answer with (0.15)", default=0.15
+    )
+    earlier: float = setting(
+        NOT_NEGATIVE, "largest share of the earlier facts that a change may lose (0.5)", default=0.5
+    )
+    misfit: float = setting(
+        NOT_NEGATIVE,
+        "largest share of new and contradicted facts that may get less than half of their change (0.7)",
+        default=0.7,
+    )
+    drift: float = setting(
+        POSITIVE,
+        "most that new facts may add to the drift on held text, nats per token (0.6); few facts less, over 100 more",
+        default=0.6,
+    )
+    total: float = setting(
+        POSITIVE, "most that the drift may be in all after a change that adds to it, nats per token (2.5)", default=2.5
+    )
+    spectrum: float = setting(
+        POSITIVE, "largest singular value of a weight's change, relative to the base weight's (50)", default=50.0
+    )
+    survival: float = setting(
+        NOT_NEGATIVE, "least share of a change that rounding to the base's type must keep (0.1)", default=0.1
+    )
 
     def drift_limit(self, facts: int) -> float:
         """What so many new facts may add to the drift: 0.15 of `drift` and a fortieth for each fact up to the whole, and as much

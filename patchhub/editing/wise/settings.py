@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from patchhub.editing.settings import inner_width, is_narrow
-from patchhub.editing.values import ValueSettings
-from patchhub.errors import SettingsError
-from patchhub.models.architectures import Architecture
+from patchhub.settings import COUNT, INDEX, NOT_NEGATIVE, POSITIVE, SHARE, check, one_of, setting
+
+if TYPE_CHECKING:
+    from patchhub.editing.values import ValueSettings
+    from patchhub.models.architectures import Architecture
 
 Distance = Literal["max", "mean"]
 """Over a sequence's tokens: the largest of their distances, or, as published, their mean."""
@@ -18,94 +19,73 @@ Merging = Literal["ties", "linear"]
 Margins = Literal["relative", "absolute"]
 Solver = Literal["fit", "descent"]
 
-_COUNTS = ("shard_size", "steps", "rounds", "descent_steps")
-_POSITIVE = (*_COUNTS, "learning_rate", "clamp", "ridge", "beta", "act_ratio", "norm_constraint", "descent_rate")
-_WHOLE = (*_COUNTS, "seed", "layer", "prefixes", "neighbours", "rehearsal")
-_NOT_NEGATIVE = (
-    "alpha", "gamma", "seed", "layer", "prefixes", "neighbours", "rehearsal", "weight_decay", "kl_factor", "stop_loss", "descent_decay",
-)  # fmt: skip
-_SHARES = ("mask_ratio", "merge_density")
-_CHOICES = {"distance": Distance, "merge_method": Merging, "margins": Margins, "solver": Solver}
+
+_DISTANCE = one_of(*get_args(Distance))
+_MERGING = one_of(*get_args(Merging))
+_MARGINS = one_of(*get_args(Margins))
+_SOLVER = one_of(*get_args(Solver))
 
 
 @dataclass(frozen=True)
 class WiseSettings:
     """Settings of WISE, under the published names where there are any.
 
-    Args:
-        layer: the block whose feed-forward output projection gets a side memory.
-        shard_size: requests after which a shard is full.
-        seed, mask_ratio: of the random subspace, the share of entries that training may change.
-        alpha, beta, gamma: the activation margins: distances of unrelated text stay below alpha, those of edited prompts above beta,
-            and gamma lies between the two.
-        margins: "relative": in units of the median length of the hidden states after the layer; "absolute": as they are.
-        distance, act_ratio: routing: the distance of a sequence, and the threshold over the distances of edited prompts.
-        norm_constraint: the largest change of an entry.
-        solver: "fit" or the published "descent", see ``editing.wise_fit`` and ``editing.wise_descent``.
-        steps, learning_rate, weight_decay, kl_factor, clamp, stop_loss: of the edit loss, see ``editing.values``.
-        descent_steps, descent_rate, descent_decay: of the "descent", as published.
-        rounds: times that the fit is followed by optimising what it left undone.
-        ridge: the weight of what is preserved against one request.
-        rehearsal: requests of the continued shard, for each new one, that every round looks at and mends.
-        prefixes: random texts, beside the contexts, that a subject is put after.
-        neighbours: texts about other subjects that the base writes for each request.
-        merge_method, merge_density: how shards are joined into one.
+    Margins are distances of activations: those of unrelated text stay below alpha, those of edited prompts above beta, and gamma lies
+    between the two; "relative" margins are in units of the median length of the hidden states after the layer. The solver "fit" optimises
+    values and fits the matrix to them (``training``); "descent" descends on the matrix as published (``descent``).
+
+    Raises:
+        SettingsError: a value cannot be used.
     """
 
-    layer: int
-    mask_ratio: float
-    alpha: float
-    beta: float
-    gamma: float
-    steps: int
-    learning_rate: float
-    clamp: float
-    ridge: float
-    shard_size: int = 500
-    seed: int = 0
-    margins: Margins = "relative"
-    distance: Distance = "max"
-    act_ratio: float = 1.0
-    norm_constraint: float = 1.0
-    solver: Solver = "fit"
-    weight_decay: float = 0.5
-    kl_factor: float = 0.0625
-    stop_loss: float = 0.05
-    rounds: int = 4
-    descent_steps: int = 40
-    descent_rate: float = 1.0
-    descent_decay: float = 1e-5
-    rehearsal: int = 4
-    prefixes: int = 10
-    neighbours: int = 8
-    merge_method: Merging = "ties"
-    merge_density: float = 0.53
+    layer: int = setting(INDEX, "layer whose feed-forward output gets a side memory; default: from the model's depth")
+    mask_ratio: float = setting(SHARE, "share of the matrix that a shard may change")
+    alpha: float = setting(NOT_NEGATIVE, "margin: distances of unrelated text stay below it")
+    beta: float = setting(POSITIVE, "margin: distances of edited prompts rise above it")
+    gamma: float = setting(NOT_NEGATIVE, "margin: how far the two kinds of distances are kept apart")
+    steps: int = setting(COUNT, "most steps of the optimisation")
+    learning_rate: float = setting(POSITIVE, "step of the optimisation")
+    clamp: float = setting(POSITIVE, "largest change of a value, relative to its norm")
+    ridge: float = setting(POSITIVE, "weight of what is preserved against one fact; default: from the FFN's width")
+    shard_size: int = setting(COUNT, "facts after which a shard is full (500)", default=500)
+    seed: int = setting(INDEX, "seed of the random subspaces and texts", default=0)
+    margins: Margins = setting(
+        _MARGINS, "margins relative to the model's activations, or as published", default="relative"
+    )
+    distance: Distance = setting(
+        _DISTANCE,
+        "distance of a sequence: its tokens' largest, or their mean as published",
+        default="max",
+    )
+    act_ratio: float = setting(
+        POSITIVE, "routing threshold, relative to a low quantile of the edited prompts' distances", default=1.0
+    )
+    norm_constraint: float = setting(POSITIVE, "largest change of an entry", default=1.0)
+    solver: Solver = setting(
+        _SOLVER, "fit the matrix to optimised values, or descend on it as published", default="fit"
+    )
+    weight_decay: float = setting(NOT_NEGATIVE, "weight of the change's norm in the loss", default=0.5)
+    kl_factor: float = setting(NOT_NEGATIVE, "weight of the KL term that keeps the subject's essence", default=0.0625)
+    stop_loss: float = setting(NOT_NEGATIVE, "a fact is finished below this loss", default=0.05)
+    rounds: int = setting(COUNT, "times that the fit is followed by optimising what it left undone", default=4)
+    descent_steps: int = setting(COUNT, "most steps of descent", default=40)
+    descent_rate: float = setting(POSITIVE, "step of descent", default=1.0)
+    descent_decay: float = setting(NOT_NEGATIVE, "weight decay of descent, under the mask", default=1e-5)
+    rehearsal: int = setting(
+        INDEX, "earlier facts of the shard, for each new one, that every round looks at and mends", default=4
+    )
+    prefixes: int = setting(INDEX, "random texts, beside the contexts, that a subject is put after", default=10)
+    neighbours: int = setting(INDEX, "texts about other subjects that the base writes for each fact", default=8)
+    merge_method: Merging = setting(_MERGING, "how shards are joined into one side memory", default="ties")
+    merge_density: float = setting(SHARE, "share of each shard's entries that joining by ties keeps", default=0.53)
 
     def __post_init__(self) -> None:
-        for name in (*_POSITIVE, *_NOT_NEGATIVE, *_SHARES):
-            self._check_number(name)
-        for name, choice in _CHOICES.items():
-            if getattr(self, name) not in get_args(choice):
-                raise SettingsError(
-                    f"{name} is {getattr(self, name)!r}", remedy=f"Use one of {', '.join(get_args(choice))}."
-                )
-
-    def _check_number(self, name: str) -> None:
-        value = getattr(self, name)
-        kind = int if name in _WHOLE else (int, float)
-        fits = isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value)
-        enough = fits and (value >= 0 if name in _NOT_NEGATIVE else value > 0)
-        if not enough or (name in _SHARES and value > 1):
-            number = "a whole number" if name in _WHOLE else "a number"
-            span = (
-                "of at least 0" if name in _NOT_NEGATIVE else "above 0" if name in _POSITIVE else "above 0, at most 1"
-            )
-            raise SettingsError(
-                f"{name} must be {number} {span}, not {value!r}", remedy=f"Set {name} to {number} {span}."
-            )
+        check(self)
 
     def values(self, steps: int) -> ValueSettings:
         """The part that the optimisation of the edit loss needs."""
+        from patchhub.editing.values import ValueSettings  # the only thing here that needs torch
+
         return ValueSettings(
             steps=steps,
             learning_rate=self.learning_rate,
