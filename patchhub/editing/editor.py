@@ -7,23 +7,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Final
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from patchhub.editing.keys import key_rows
 from patchhub.editing.locate import encode_marked, encode_prompts, mark_text
 from patchhub.editing.metric import MetricCache
-from patchhub.editing.record import Edit, Spread, State, record
+from patchhub.editing.record import Edit, Recording, Spread, State, record
 from patchhub.editing.rows import BlockOutput, Projections, Site
 from patchhub.editing.settings import EditSettings, default_layers, inner_width, is_narrow
-from patchhub.editing.values import Fact, KeptValues, ValueSettings, optimise_values
+from patchhub.editing.values import Fact, KeptValues, Values, ValueSettings, optimise_values
 from patchhub.models.architectures import Architecture
 from patchhub.models.tracing import Stack
 from patchhub.objects import Request
 from patchhub.text.tokens import Chat, check_lengths, context_length
 from patchhub.text.word_ends import Closers
 
+_FURTHER: Final = 0.2  # of the loss below which a fact is finished, where it does not read right yet (docs/methods.md)
 _ESSENCE = " is a"  # the KL prompt is "{subject} is a" in the published code of both editors
 
 
@@ -96,6 +100,8 @@ class Editor:
         metric: MetricCache,
         state: State,
         *,
+        keeps: Sequence[Request] = (),
+        failing: Callable[[Recording], Sequence[int]] | None = None,
         memory: int | None = None,
         kept: Callable[[ValueSettings], KeptValues] | None = None,
         progress: Callable[[str, int], None] = lambda stage, done: None,
@@ -104,6 +110,9 @@ class Editor:
 
         Args:
             contexts: templates with one ``{}``; the first is the bare prompt.
+            keeps: requests that the present weights answer; their columns, after those of ``requests``, ask for no change.
+            failing: the places of the requests that do not read right with a recording on top of the present weights. With
+                ``settings.repairs``, they are optimised further and all is recorded again.
             memory: bytes that the process may hold, its model included; None: half of what is free may be taken besides.
             kept: where the values of these settings are kept, so that an interrupted edit goes on.
             progress: called with "values" and a number of requests, or "layers" and a number of layers.
@@ -113,30 +122,61 @@ class Editor:
         """
         limit = context_length(stack.model)
         closers = Closers.of(tokenizer, stack.vocabulary) if settings.closing else None
-        facts = encode_facts(tokenizer, requests, contexts, closers=closers, chat=settings.chat, limit=limit)
-        chosen = settings.values(until_sure=self.until_sure)
+        encode = partial(encode_facts, tokenizer, contexts=contexts, chat=settings.chat, limit=limit)
+        facts = encode(requests, closers=closers)
+        together = of_one_subject(requests)
+        site, chosen = self.site(stack, settings.layers[-1]), settings.values(until_sure=self.until_sure)
         values = optimise_values(
-            self.site(stack, settings.layers[-1]),
+            site,
             facts,
             chosen,
-            together=of_one_subject(requests),
+            together=together,
             memory=memory,
             kept=kept(chosen) if kept else None,
             progress=lambda done: progress("values", done),
         )
-        recording = record(
-            stack,
-            settings.layers,
-            key_rows([fact.rows for fact in facts]),
-            values.targets,
-            settings.ridge,
-            metric,
-            state,
-            self.spread,
-            memory=memory,
-            progress=lambda done: progress("layers", done),
-        )
+        texts = [fact.rows for fact in facts] + ([fact.rows for fact in encode(keeps)] if keeps else [])
+        rows, still = key_rows(texts), range(len(facts), len(texts))
+        further = replace(chosen, stop_loss=chosen.stop_loss * _FURTHER, steps=2 * chosen.steps)
+        for left in range(settings.repairs, -1, -1):
+            recording = record(
+                stack,
+                settings.layers,
+                rows,
+                torch.cat([values.targets, torch.zeros(len(keeps), values.targets.shape[1])]),
+                settings.ridge,
+                metric,
+                state,
+                self.spread,
+                still=still,
+                memory=memory,
+                progress=lambda done: progress("layers", done),
+            )
+            wrong = set(failing(recording)) if failing and left else set()
+            groups = [group for group in together if wrong.intersection(group)]
+            if not groups:
+                break
+            _optimise_further(site, facts, groups, further, values, memory)
         return Edit(recording, values)
+
+
+def _optimise_further(
+    site: Site,
+    facts: Sequence[Fact],
+    groups: Sequence[Sequence[int]],
+    settings: ValueSettings,
+    values: Values,
+    memory: int | None,
+) -> None:
+    """Replace the values of some groups of facts by such as are optimised with other settings."""
+    places = [place for group in groups for place in group]
+    start, inner = 0, []
+    for group in groups:
+        inner.append(range(start, start + len(group)))
+        start += len(group)
+    found = optimise_values(site, [facts[place] for place in places], settings, together=inner, memory=memory)
+    for number, place in enumerate(places):
+        values.put(place, found.at(number))
 
 
 EQUAL_SHARES = Spread("block", lambda left: left)
@@ -154,6 +194,8 @@ def memit_settings(architecture: Architecture) -> EditSettings:
         weight_decay=0.5,
         kl_factor=0.0625,
         clamp=2.0 if narrow else 0.75,
+        closing=0.5,
+        repairs=2,
     )
 
 
@@ -175,6 +217,8 @@ def pmet_settings(architecture: Architecture) -> EditSettings:
         weight_decay=0.5,
         kl_factor=0.25 if narrow else 1.0,
         clamp=8.0 if narrow else 0.75,
+        closing=0.5,
+        repairs=2,
     )
 
 

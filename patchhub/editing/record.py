@@ -86,6 +86,7 @@ def record(
     state: State,
     spread: Spread,
     *,
+    still: Sequence[int] = (),
     memory: int | None = None,
     progress: Callable[[int], None] = lambda layers: None,
 ) -> Recording:
@@ -96,6 +97,7 @@ def record(
         targets: z of each request, where ``spread`` measures.
         ridge: lambda of every request, or of each.
         state: what the stack's weights already hold besides W0.
+        still: requests that are kept: their columns ask for no change of what the present weights give at their keys.
         memory: bytes that the process may hold, see `budget.step_budget`; hidden states beyond a quarter of what is left go to a
             temporary file.
     """
@@ -113,6 +115,7 @@ def record(
                 trunk = beginnings.run(stack)
                 keys, reached = _read(climbs, trunk, before, layer, layers[-1], targets.shape, spread)
             share = (targets.double() - reached) / spread.divisor(len(layers) - number)
+            share[list(still)] = 0.0
             columns[names[layer]], change[names[layer]] = _extend(keys, share, ridge, metric, names[layer], state)
             written[layer] = [change[names[layer]]]
             before = layer

@@ -22,6 +22,7 @@ Format = Literal["jsonl", "json", "csv"]
 _SUFFIXES: Mapping[str, Format] = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv"}
 _LIST_COLUMNS = ("paraphrases", "neighborhood")
 _LISTED_CONTRADICTIONS = 5
+_UNSAID = "(as before)"  # stands for the answer of a keep while its record is read
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,19 @@ class Batch:
     origins: tuple[Origin, ...]
     duplicates: int
     unanswered: int = 0
+
+
+@dataclass(frozen=True)
+class Keep:
+    """A prompt whose answer must stay: ``prompt`` with ``{}`` for the subject; ``answer`` None is what the model says before the edit."""
+
+    prompt: str
+    subject: str
+    answer: str | None
+
+    def asked(self, answer: str) -> Request:
+        """The request that asks for an answer."""
+        return Request.make(self.prompt, self.subject, self.answer or answer)
 
 
 @dataclass(frozen=True)
@@ -92,6 +106,33 @@ def read_requests(
     requests, origins = zip(*first.values(), strict=True)
     unanswered = sum(reading.unanswered for reading, _ in records)
     return Batch(requests, origins, duplicates=len(records) - len(first), unanswered=unanswered)
+
+
+def read_keeps(source: Path) -> tuple[Keep, ...]:
+    """Read prompts whose answers must stay: records as facts are written, in which ``target_new`` may be left out.
+
+    Raises:
+        RequestError: as in `read_requests`.
+    """
+    whole = Origin(str(source))
+    text = _read_text(source, whole)
+    if not text.strip():
+        raise _refuse(whole, "empty", "give at least one prompt to keep")
+    read = _READERS[_SUFFIXES.get(source.suffix.lower()) or _sniff(text, whole)]
+    found: dict[tuple[str, str], Keep] = {}
+    for origin, record in read(text, whole):
+        keep = _keep(record, origin)
+        found.setdefault((keep.prompt, keep.subject), keep)
+    return tuple(found.values())
+
+
+def _keep(record: object, origin: Origin) -> Keep:
+    answered = not isinstance(record, dict) or any(
+        record.get(name) for name in ("target_new", "alt", "requested_rewrite")
+    )
+    filled = record if answered or not isinstance(record, dict) else {**record, "target_new": _UNSAID}
+    request = _convert(filled, origin).request
+    return Keep(request.prompt, request.subject, request.target_new if answered else None)
 
 
 def one_request(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from patchhub.settings import COUNT, LAYERS, NOT_NEGATIVE, POSITIVE, check, setting
+from patchhub.settings import COUNT, INDEX, LAYERS, NOT_NEGATIVE, POSITIVE, check, setting
 
 if TYPE_CHECKING:
     from patchhub.editing.values import ValueSettings
@@ -38,6 +38,9 @@ class EditSettings:
     stop_loss: float = setting(NOT_NEGATIVE, "a fact is finished below this loss", default=0.05)
     nll_factor: float = setting(POSITIVE, "weight of the target's likelihood in the loss", default=1.0)
     closing: float = setting(NOT_NEGATIVE, "weight of what follows the target: a new word, or an end", default=0.0)
+    repairs: int = setting(
+        INDEX, "rounds in which facts that are not said, or run on, are optimised further", default=0
+    )
     chat: Chat | None = None
 
     def __post_init__(self) -> None:

@@ -5,6 +5,7 @@ Text is continued greedily, or sampled with a random stream of each prompt's own
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -20,6 +21,7 @@ from patchhub.evaluation.suites import Scores, mean_or_none, scored
 from patchhub.models.tracing import left_padded
 from patchhub.objects import SLOT, Request
 from patchhub.text.tokens import Chat, context_length, tokenise
+from patchhub.text.word_ends import closes
 
 Choose = Callable[[Float[Tensor, "rows vocabulary"], int], Int[Tensor, " rows"]]
 """The next token of every row, given the logits and how many tokens were written before."""
@@ -181,6 +183,7 @@ def _end_tokens(model: PreTrainedModel) -> set[int]:
 
 
 BARE = SLOT
+_CLAUSE = re.compile(r"[\n.,;:!?。、，；：！？]")
 
 
 @dataclass(frozen=True)
@@ -246,6 +249,17 @@ def live_scores(readings: Sequence[LiveReading], *, resamples: int = 1000, seed:
             mean_or_none([value for value in row[1:] if value is not None]) for row in found
         ]
     return scored("live", {}, columns, {}, resamples=resamples, seed=seed)
+
+
+def reads_right(text: str, target: str, *, closed: bool) -> bool:
+    """Whether a continuation begins with a target and, under ``closed``, goes on as if the target had ended (`word_ends.closes`)."""
+    rest = text.lstrip()
+    return rest.startswith(target) and (not closed or closes(target, rest[len(target) :]))
+
+
+def first_clause(text: str) -> str:
+    """What stands before the first punctuation or line break of a continuation: the answer, without what it goes on to say."""
+    return _CLAUSE.split(text.strip(), maxsplit=1)[0].strip()
 
 
 def begins_with(text: str, target: str) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 
 from patchhub.canonical import nfc
 from patchhub.editing.editor import EDITORS, encode_facts
-from patchhub.editing.requests import Batch, Origin
+from patchhub.editing.requests import Batch, Keep, Origin
 from patchhub.editing.settings import EditSettings
 from patchhub.editing.wise.settings import WiseSettings
 from patchhub.errors import RequestError, SettingsError
@@ -42,6 +42,7 @@ class Committed:
         commit, patches: ids of the new objects; WISE makes more than one patch where a shard is filled.
         written, replaced: facts that are active now, and that are not any more.
         again: active facts of the same subjects, which were optimised and recorded once more together with the new ones.
+        kept: prompts that are active now with the answers that must stay.
         already_active, duplicates: facts that were left out because they were active, or twice in the input.
         held: how many of the written facts the patched model answers with (argmax, teacher forced, float32).
         seconds: wall time.
@@ -54,6 +55,7 @@ class Committed:
     written: tuple[Request, ...]
     replaced: tuple[Request, ...]
     again: tuple[Request, ...]
+    kept: tuple[Request, ...]
     already_active: int
     duplicates: int
     held: int
@@ -67,6 +69,7 @@ class Committed:
             "written": [request.id for request in self.written],
             "replaced": [request.id for request in self.replaced],
             "again": [request.id for request in self.again],
+            "kept": [request.id for request in self.kept],
         }
 
 
@@ -79,6 +82,7 @@ def commit(
     method: str = "memit",
     settings: Mapping[str, Any] | None = None,
     text: Sequence[Path] = (),
+    keep: Sequence[Keep] = (),
     on_conflict: OnConflict = "refuse",
     strict: bool = False,
     force: bool = False,
@@ -92,6 +96,7 @@ def commit(
         method: the editor, "memit", "pmet" or "wise".
         settings: its settings that differ from the repository's config and the default rule.
         text: files to compute the metric from; only before the first commit.
+        keep: prompts whose answers must stay (MEMIT and PMET): they become active like facts, and ask for no change.
         on_conflict: what a contradiction with an active fact does: refuse the commit, replace the old fact, or keep both.
         strict: refuse facts that compete with others for a key (MEMIT and PMET), before anything is optimised.
         force: write what fails the guard all the same, and say so in the commit.
@@ -107,8 +112,12 @@ def commit(
         GuardError: the edit is finished and a check of it failed; nothing was committed.
     """
     begun = perf_counter()
+    if keep and method == METHOD:
+        raise SettingsError(
+            "WISE leaves what it does not route as it is", remedy="Leave --keep out, or use memit or pmet."
+        )
     begin(repository)
-    plan = plan_batch(repository, batch, on_conflict, by_subject=method in EDITORS)
+    plan = plan_batch(repository, batch, on_conflict, by_subject=method in EDITORS, keeps=keep)
     files = base_files(repository)
     editor = _editor(repository, files.architecture, method, settings or {})
     tree = _open(repository, progress, plan, files, editor, placement, chat)
@@ -136,6 +145,7 @@ def commit(
         patches=written.patches,
         written=plan.requests[: len(plan.requests) - len(plan.again)],
         again=tuple(plan.again.values()),
+        kept=written.keeps,
         replaced=tuple(plan.replaced.values()),
         already_active=plan.already_active,
         duplicates=batch.duplicates,

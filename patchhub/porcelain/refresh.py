@@ -246,6 +246,7 @@ def _record_groups(
 def _record(
     stack: Stack, tokenizer: PreTrainedTokenizerBase, group: _Group, recorder: Recorder, state: State
 ) -> Recording:
+    kept = set(group.settings.get("keeps", ()))
     chat = Chat.from_json(group.settings.get("chat"))
     facts = encode_facts(tokenizer, group.requests, group.settings["contexts"], chat=chat)
     return record(
@@ -257,6 +258,7 @@ def _record(
         recorder.cache,
         state,
         EDITORS[group.method].spread,
+        still=[place for place, request in enumerate(group.requests) if request.id in kept],
     )
 
 

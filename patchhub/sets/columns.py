@@ -256,6 +256,7 @@ class _ChatForm:
 _SETTINGS = {
     "chat": optional(record_of(_ChatForm)),
     "contexts": list_of(TEXT),
+    "keeps": list_of(IDENTIFIER),
     "layers": list_of(COUNT),
     "refreshes": list_of(IDENTIFIER),
     "ridge": NUMBER,

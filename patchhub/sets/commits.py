@@ -213,6 +213,7 @@ class Written:
         metric: the metric of its columns; None where it has none.
         change: the delta of each weight against HEAD; None: to be solved from the recorded columns.
         rivals: facts that compete for a key, found before anything was optimised.
+        keeps: prompts that were recorded beside the facts, with the answers that must stay.
     """
 
     patches: tuple[str, ...]
@@ -220,3 +221,4 @@ class Written:
     metric: str | None
     change: Mapping[str, Delta] | None
     rivals: tuple[Rival, ...] = ()
+    keeps: tuple[Request, ...] = ()

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from patchhub.editing.requests import Batch, contradiction_error, find_contradictions
+from patchhub.editing.requests import Batch, Keep, contradiction_error, find_contradictions
 from patchhub.errors import EditError, RequestError
 from patchhub.objects import EMPTY_SET, Element, Request, set_digest
 from patchhub.sets.shards import active_shards, without_shards
@@ -245,6 +245,7 @@ class Plan:
         kept: HEAD's elements without the columns of replaced facts and of those that are written again.
         replaced: the facts that go, because a fact of the batch says otherwise.
         again: active facts of the batch's subjects, which are optimised and recorded once more together with the new ones.
+        keeps: prompts whose answers must stay, without those that an active fact or keep answers.
         shrunk: per kept shard, the ids of the replaced facts that it holds.
         already_active: facts of the batch that are left out.
     """
@@ -256,16 +257,25 @@ class Plan:
     shrunk: Mapping[str, frozenset[str]]
     already_active: int
     again: Mapping[Place, Request]
+    keeps: tuple[Keep, ...] = ()
 
 
-def plan_batch(repository: Store, batch: Batch, on_conflict: OnConflict, *, by_subject: bool = False) -> Plan:
+def plan_batch(
+    repository: Store,
+    batch: Batch,
+    on_conflict: OnConflict,
+    *,
+    by_subject: bool = False,
+    keeps: Sequence[Keep] = (),
+) -> Plan:
     """What committing ``batch`` on HEAD would change.
 
     Args:
         by_subject: write the active facts of the batch's subjects again, since facts of one subject need one value.
+        keeps: prompts whose answers must stay.
 
     Raises:
-        RequestError: every fact is active already.
+        RequestError: every fact is active already, or a fact of the batch answers a prompt that is to be kept.
         ContradictionError: two facts of the batch contradict each other, or one contradicts an active one under "refuse".
     """
     _, parent = repository.head
@@ -294,7 +304,17 @@ def plan_batch(repository: Store, batch: Batch, on_conflict: OnConflict, *, by_s
     already = len(batch.requests) - len(new)
     again = _again(new, active, elements - replaced.keys()) if by_subject else {}
     kept = elements - replaced.keys() - again.keys()
-    return Plan(parent, (*new, *again.values()), kept, replaced, shrunk, already, again)
+    told = {(request.prompt, request.subject): request for request in new}
+    for keep in keeps:
+        fact = told.get((keep.prompt, keep.subject))
+        if fact is not None:
+            raise RequestError(
+                f"'{fact.text}' is to be kept, and to be '{fact.target_new}'",
+                remedy="Take it out of the facts, or out of the keeps.",
+            )
+    answered = {(request.prompt, request.subject) for request in active.values()}
+    left = tuple(keep for keep in keeps if (keep.prompt, keep.subject) not in answered)
+    return Plan(parent, (*new, *again.values()), kept, replaced, shrunk, already, again, left)
 
 
 def _again(

@@ -14,14 +14,17 @@ from patchhub.delta import Delta
 from patchhub.editing.budget import release_memory, step_budget
 from patchhub.editing.editor import EDITORS, encode_facts
 from patchhub.editing.keys import key_rows, mean_keys
+from patchhub.editing.locate import encode_targets
 from patchhub.editing.metric import MEMORY
 from patchhub.editing.presets import preset
-from patchhub.editing.record import Edit, State
+from patchhub.editing.record import Edit, Recording, State, side_paths
+from patchhub.editing.requests import Keep
 from patchhub.editing.settings import EditSettings
 from patchhub.editing.values import KeptValues, ValueSettings
 from patchhub.errors import SettingsError
+from patchhub.evaluation.live import continue_greedily, first_clause, reads_right
 from patchhub.models.architectures import Architecture, additive_probe
-from patchhub.objects import Metric, Request, set_digest
+from patchhub.objects import SLOT, Metric, Request, set_digest
 from patchhub.progress import Progress
 from patchhub.sets.columns import read_additive, read_columns, read_state, solve_change, write_columns
 from patchhub.sets.commits import Written, store_patch
@@ -34,6 +37,7 @@ from patchhub.text.tokens import context_length
 from patchhub.worktree.metric import Recorder, open_recorder
 from patchhub.worktree.opening import Worktree
 
+_KEPT_TOKENS = 8  # of an answer that a keep is known by
 _NULL_SPACE_RIDGE = 1.0  # AlphaEdit weighs requests by 1 and the norm of the change by l2
 
 
@@ -138,15 +142,22 @@ def write_closed_form(
         raise refuse(rivals)
     for warning in warnings(rivals):
         progress.warn(warning)
-    edit = _edit(repository, tree, plan, recorder, method, settings, below, memory, progress)
+    keeps = _keeps(tree, plan, progress)
+    edit = _edit(repository, tree, plan, recorder, method, settings, below, keeps, memory, progress)
     columns = edit.recording.columns
+    unmoved = np.zeros((len(keeps), edit.values.targets.shape[1]), np.float32)  # a keep has no value of its own
     patch = store_patch(
         repository,
         kind="closed_form",
         method=method,
-        requests=plan.requests,
-        settings={**settings.to_json(), "contexts": list(recorder.contexts), **_written_again(plan)},
-        tensors=write_columns(columns, edit.values.targets.numpy()),
+        requests=(*plan.requests, *keeps),
+        settings={
+            **settings.to_json(),
+            "contexts": list(recorder.contexts),
+            **_written_again(plan),
+            **({"keeps": [keep.id for keep in keeps]} if keeps else {}),
+        },
+        tensors=write_columns(columns, np.concatenate([edit.values.targets.numpy(), unmoved])),
         weights={weight: found.shape for weight, found in columns.items()},
         below=without_shards(repository, plan.kept),
         metric=recorder.metric,
@@ -154,7 +165,7 @@ def write_closed_form(
     if memory is not None:
         release_memory()
     change = None if plan.replaced or plan.again else edit.recording.change
-    return Written((patch.id,), plan.kept | patch.elements, recorder.metric, change, rivals)
+    return Written((patch.id,), plan.kept | patch.elements, recorder.metric, change, rivals, tuple(keeps))
 
 
 def _written_again(plan: Plan) -> dict[str, list[str]]:
@@ -191,6 +202,7 @@ def _edit(
     method: str,
     settings: EditSettings,
     state: State,
+    keeps: Sequence[Request],
     memory: int | None,
     progress: Progress,
 ) -> Edit:
@@ -213,10 +225,47 @@ def _edit(
         settings,
         recorder.cache,
         state,
+        keeps=keeps,
+        failing=lambda recording: _reading_wrong(tree, plan.requests, recording, settings),
         memory=memory,
         kept=lambda values: _kept_values(repository, tree, plan, method, settings.layers[-1], values),
         progress=report,
     )
+
+
+def _reading_wrong(
+    tree: Worktree, requests: Sequence[Request], recording: Recording, settings: EditSettings
+) -> list[int]:
+    """The places of the facts whose target the model does not write by itself, or goes on after, with a recording in its weights."""
+    tokenizer, limit = tree.tokenizer, context_length(tree.model)
+    ends = [len(target.input_ids) for target in encode_targets(tokenizer, [(r.text, r.target_new) for r in requests])]
+    starts = [len(target.input_ids) for target in encode_targets(tokenizer, [(r.text, "") for r in requests])]
+    room = 1 + max(end - start for end, start in zip(ends, starts, strict=True))
+    asked = [place for place, start in enumerate(starts) if start + room <= limit]
+    changes = {tree.architecture.layer_of(weight): [change] for weight, change in recording.change.items()}
+    with side_paths(tree.stack, changes):
+        prompts = [requests[place].text for place in asked]
+        written = continue_greedily(tree.model, tokenizer, prompts, chat=tree.chat, max_new_tokens=room)
+    return [
+        place
+        for place, text in zip(asked, written, strict=True)
+        if not reads_right(text, requests[place].target_new, closed=settings.closing > 0)
+    ]
+
+
+def _keeps(tree: Worktree, plan: Plan, progress: Progress) -> list[Request]:
+    """The prompts to keep, with what the model says to each before the edit where their answer was not given."""
+    open_ = [keep for keep in plan.keeps if keep.answer is None]
+    said: dict[Keep, str] = {}
+    if open_:
+        progress.stage("asking what to keep", len(open_))
+        prompts = [keep.prompt.replace(SLOT, keep.subject) for keep in open_]
+        answers = continue_greedily(tree.model, tree.tokenizer, prompts, chat=tree.chat, max_new_tokens=_KEPT_TOKENS)
+        said = {keep: first_clause(answer) for keep, answer in zip(open_, answers, strict=True)}
+    silent = [keep for keep, answer in said.items() if not answer]
+    if silent:
+        progress.warn(f"{len(silent)} of the prompts to keep have no answer, and are left out")
+    return [keep.asked(said.get(keep, "")) for keep in plan.keeps if keep.answer or said[keep]]
 
 
 def _kept_values(
