@@ -288,14 +288,7 @@ def fsck(reindex: bool, repo: Path | None, as_json: bool) -> None:
     with bars() as progress:
         report = run(open_repository(repo), progress, rebuild=reindex)
     if as_json:
-        print_json(
-            {
-                "sound": report.sound,
-                "objects": report.objects,
-                "bytes": report.size,
-                "findings": [finding.__dict__ for finding in report.findings],
-            }
-        )
+        print_json(report.to_json())
     else:
         for finding in report.findings:
             say(finding.problem, fg="yellow" if finding.harmless else "red")

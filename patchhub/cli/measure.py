@@ -351,8 +351,8 @@ def _bench(found: Bench, markdown: bool) -> None:
         about = f"{found.settings['file']}{_asked(found.settings)}"
         say(f"{count(facts, 'fact') if facts else 'facts'} of {about}", bold=True)
         say_table(titles, table)
-        for title, meaning in found.definitions.items():
-            say(f"{title:>20} {meaning}", dim=True)
+        for title in found.titles:
+            say(f"{title:>20} {found.definitions[title]}", dim=True)
     for row in found.rows:
         if row.failure:
             say(f"{row.name}: {row.failure}", fg="red")

@@ -176,7 +176,7 @@ def ask(
     with bars() as progress:
         answers = run(repository, prompt, revs or ("HEAD", "base"), progress, base=base, placement=placement, chat=chat)
     if as_json:
-        print_json([answer.__dict__ for answer in answers])
+        print_json([answer.to_json() for answer in answers])
         return
     width = max(18, *(len(answer.revision) + 10 for answer in answers))
     for answer in answers:

@@ -88,13 +88,13 @@ def blame(
     Read at the subject's last token, where facts are written: --subject, or the subject of an active fact that is in PROMPT, or
     else PROMPT's last token.
     """
-    from patchhub.porcelain.search import fact_json, mentioned
+    from patchhub.porcelain.search import mentioned
 
     repository = open_repository(repo)
     if lookup:
         facts = mentioned(repository, prompt, rev, limit=limit)
         if as_json:
-            print_json([fact_json(fact) for fact in facts])
+            print_json([fact.to_json() for fact in facts])
         else:
             _mentioned(prompt, facts)
         return

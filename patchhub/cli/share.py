@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -26,7 +25,7 @@ from patchhub.who import Who
 
 if TYPE_CHECKING:
     from patchhub.porcelain.merge import Merged, Stopped
-    from patchhub.remotes.sync import Fetched, Moved, Pushed
+    from patchhub.remotes.sync import Fetched, Moved
     from patchhub.store.store import Store
 
 
@@ -143,7 +142,7 @@ def push(
             dry_run=dry_run,
         )
     if as_json:
-        print_json([_pushed_json(done) for done in pushed])
+        print_json([done.to_json() for done in pushed])
         return
     for done in pushed:
         verb = "move" if done.moved.old != done.moved.new else "update"
@@ -186,7 +185,7 @@ def fetch(
             max_bytes=_bytes(max_size),
         )
     if as_json:
-        print_json(_fetched_json(fetched))
+        print_json(fetched.to_json())
     else:
         _say_fetched(fetched)
 
@@ -214,8 +213,7 @@ def pull(remote: str | None, max_size: float, author: str | None, repo: Path | N
             max_bytes=_bytes(max_size),
         )
     if as_json:
-        merged = pulled.merged.to_json() if pulled.merged else None
-        print_json({"fetched": _fetched_json(pulled.fetched), "merged": merged})
+        print_json(pulled.to_json())
     else:
         _say_fetched(pulled.fetched)
         _say_merged(repository, pulled.merged)
@@ -248,7 +246,7 @@ def clone(address: str, folder: Path, base: str | None, max_size: float, author:
             max_bytes=_bytes(max_size),
         )
     if as_json:
-        print_json({"store": str(done.store), "branch": done.branch, "commit": done.commit})
+        print_json(done.to_json())
         return
     say(f"Cloned into {done.store}")
     if done.commit:
@@ -271,19 +269,6 @@ def _short(ref: str) -> str:
         commit, _, suite = name.partition("/")
         return f"note on {commit[:12]} ({suite})"
     return f"tag {name}" if kind == "tags" else name
-
-
-def _pushed_json(done: Pushed) -> dict[str, Any]:
-    return {**asdict(done.moved), "objects": done.objects, "bytes": done.size, "withdrawn": done.withdrawn}
-
-
-def _fetched_json(fetched: Fetched) -> dict[str, Any]:
-    return {
-        "moved": [asdict(moved) for moved in fetched.moved],
-        "objects": fetched.received.objects,
-        "bytes": fetched.received.size,
-        "warnings": list(fetched.warnings),
-    }
 
 
 def _say_fetched(fetched: Fetched) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -19,6 +19,7 @@ from patchhub.models.architectures import Architecture
 from patchhub.models.placement import Placement, runs_beside
 from patchhub.objects import SLOT, Request
 from patchhub.progress import Progress
+from patchhub.results import Result
 from patchhub.sets.commits import Draft, begin, prepare, record
 from patchhub.sets.elements import OnConflict, Plan, active_requests, distinct, plan_batch
 from patchhub.sets.rivals import Rival
@@ -35,7 +36,7 @@ from patchhub.worktree.states import patch_state
 
 
 @dataclass(frozen=True)
-class Committed:
+class Committed(Result):
     """What `commit` did.
 
     Attributes:
@@ -58,13 +59,6 @@ class Committed:
     seconds: float
     survival: Mapping[str, float]
     rivals: tuple[Rival, ...] = ()
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            **asdict(self),
-            "written": [request.id for request in self.written],
-            "replaced": [request.id for request in self.replaced],
-        }
 
 
 def commit(

@@ -11,10 +11,10 @@ import random
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 from patchhub.canonical import canonical_json, object_id
 from patchhub.editing.editor import EDITORS
@@ -35,6 +35,7 @@ from patchhub.porcelain.model import init
 from patchhub.porcelain.refs import switch_to_new
 from patchhub.porcelain.scores import Noted, Score, notes_of, read_note
 from patchhub.progress import Progress
+from patchhub.results import Result, told
 from patchhub.sets.settings import Contender
 from patchhub.store.store import Store
 from patchhub.who import Who
@@ -105,7 +106,7 @@ _FUNCTIONS: Final[Mapping[str, Callable[..., Scores]]] = {
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class Evaluation(Result):
     """The scores of one revision.
 
     Attributes:
@@ -118,12 +119,14 @@ class Evaluation:
         note: the note that keeps the scores, if one does.
     """
 
+    TOLD: ClassVar = {name: name for name in ("scores", "definitions", "relations")}
+
     commit: str | None
-    facts: tuple[Request, ...]
+    facts: tuple[Request, ...] = field(metadata=told(by=len))
     suite: str
     settings: Mapping[str, Any]
-    groups: tuple[Scores, ...]
-    base: Mapping[str, float]
+    groups: tuple[Scores, ...] = field(metadata=told(omit=True))
+    base: Mapping[str, float] = field(metadata=told(omit=True))
     note: str | None = None
 
     @property
@@ -144,6 +147,11 @@ class Evaluation:
         }
 
     @property
+    def definitions(self) -> dict[str, str]:
+        """What each score means."""
+        return {name: DEFINITIONS[name] for name in self.scores}
+
+    @property
     def relations(self) -> dict[str, dict[str, float]]:
         """The teacher-forced and live scores of the facts of each prompt template, with `facts`, their number."""
         return {
@@ -158,22 +166,9 @@ class Evaluation:
             fact = {"request": request.id, "prompt": request.text, "target_new": request.target_new}
             yield {**fact, **{name: column[place] for name, column in columns.items()}}
 
-    def to_json(self) -> dict[str, Any]:
-        scores = self.scores
-        return {
-            "commit": self.commit,
-            "facts": len(self.facts),
-            "suite": self.suite,
-            "settings": dict(self.settings),
-            "scores": {name: score.to_json() for name, score in scores.items()},
-            "definitions": {name: DEFINITIONS[name] for name in scores},
-            "relations": self.relations,
-            "note": self.note,
-        }
-
 
 @dataclass(frozen=True)
-class HistoryRow:
+class HistoryRow(Result):
     """One commit of a walk: its scores, and whether they were measured now; without scores where it could not be measured."""
 
     commit: str
@@ -181,10 +176,6 @@ class HistoryRow:
     message: str
     noted: Noted | None
     fresh: bool
-
-    def to_json(self) -> dict[str, Any]:
-        noted = self.noted.to_json() if self.noted else None
-        return {"commit": self.commit, "time": self.time, "message": self.message, "fresh": self.fresh, "noted": noted}
 
 
 class Evaluator:
@@ -353,7 +344,7 @@ COSTS: Final[Mapping[str, str]] = {
 
 
 @dataclass(frozen=True)
-class BenchRow:
+class BenchRow(Result):
     """What one contender reached, and at what cost per fact; the first row is the base's, which costs nothing.
 
     Attributes:
@@ -366,14 +357,12 @@ class BenchRow:
     costs: Mapping[str, float]
     failure: str | None = None
 
-    def to_json(self) -> dict[str, Any]:
-        scores = {name: score.to_json() for name, score in self.scores.items()}
-        return {"name": self.name, "scores": scores, "costs": dict(self.costs), "failure": self.failure}
-
 
 @dataclass(frozen=True)
-class Bench:
+class Bench(Result):
     """A comparison: what it was on, and a row per contender below the base's."""
+
+    TOLD: ClassVar = {"definitions": "definitions"}
 
     settings: Mapping[str, Any]
     rows: tuple[BenchRow, ...]
@@ -386,14 +375,8 @@ class Bench:
 
     @property
     def definitions(self) -> dict[str, str]:
-        return {title: COSTS.get(title) or DEFINITIONS[title] for title in self.titles}
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "settings": dict(self.settings),
-            "rows": [row.to_json() for row in self.rows],
-            "definitions": {**{name: DEFINITIONS[name] for row in self.rows for name in row.scores}, **COSTS},
-        }
+        """What each score and cost means."""
+        return {**{name: DEFINITIONS[name] for row in self.rows for name in row.scores}, **COSTS}
 
 
 def bench(

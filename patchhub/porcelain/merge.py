@@ -5,10 +5,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from time import perf_counter
-from typing import Any, Literal, TypeAlias
+from typing import Any, ClassVar, Literal, TypeAlias
 
 import numpy as np
 
@@ -20,6 +20,7 @@ from patchhub.objects import Element, Request
 from patchhub.porcelain.change import largest_proof
 from patchhub.porcelain.refs import current_ref
 from patchhub.progress import Progress, Silent
+from patchhub.results import Result, told
 from patchhub.sets.columns import read_columns, read_state, solve_change
 from patchhub.sets.commits import Draft, begin, prepare, record
 from patchhub.sets.elements import active_requests, left_and_entered, one_metric, stale_requests
@@ -51,8 +52,12 @@ Facts: TypeAlias = tuple[Request, ...]
 UNDECIDED = Resolution()
 
 
+def _sides(decided: Mapping[Contradiction, Side]) -> list[dict[str, Any]]:
+    return [{**found.to_json(), "stays": side} for found, side in decided.items()]
+
+
 @dataclass(frozen=True)
-class Merged:
+class Merged(Result):
     """What `merge` did.
 
     Attributes:
@@ -72,7 +77,7 @@ class Merged:
     from_theirs: tuple[Request, ...]
     removed_by_ours: tuple[Request, ...]
     removed_by_theirs: tuple[Request, ...]
-    decided: Mapping[Contradiction, Side]
+    decided: Mapping[Contradiction, Side] = field(metadata=told(by=_sides))
     unchecked: int
     same_as: str | None
     stale: int
@@ -81,38 +86,21 @@ class Merged:
     stale_shards: tuple[str, ...] = ()
     trained: tuple[str, ...] = ()
 
-    def to_json(self) -> dict[str, Any]:
-        names = ("from_ours", "from_theirs", "removed_by_ours", "removed_by_theirs")
-        return {
-            "outcome": self.outcome,
-            "commit": self.commit,
-            **{name: [request.id for request in getattr(self, name)] for name in names},
-            "decided": [{**found.to_json(), "stays": side} for found, side in self.decided.items()],
-            "unchecked": self.unchecked,
-            "same_as": self.same_as,
-            "stale": self.stale,
-            "proof": self.proof,
-            "seconds": self.seconds,
-            "stale_shards": list(self.stale_shards),
-            "trained": list(self.trained),
-        }
-
 
 @dataclass(frozen=True)
-class Stopped:
+class Stopped(Result):
     """A merge that wrote nothing but ``merge.json``, because contradictions are open."""
 
-    merge: StoppedMerge
-    open: tuple[Contradiction, ...]
+    TOLD: ClassVar = {"outcome": "outcome"}
+
+    merge: StoppedMerge = field(metadata=told(inline=True))
+    open: tuple[Contradiction, ...] = field(metadata=told(name="contradictions"))
     unchecked: int
 
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "outcome": "stopped",
-            **self.merge.to_json(),
-            "contradictions": [found.to_json() for found in self.open],
-            "unchecked": self.unchecked,
-        }
+    @property
+    def outcome(self) -> Literal["stopped"]:
+        """As `Merged` says what became of a merge."""
+        return "stopped"
 
 
 @dataclass(frozen=True)
@@ -328,7 +316,7 @@ LOSS = 0.1
 
 
 @dataclass(frozen=True)
-class Other:
+class Other(Result):
     """The fact of the other side that is nearest to one, and the cosines of their keys and residuals."""
 
     text: str
@@ -338,7 +326,7 @@ class Other:
 
 
 @dataclass(frozen=True)
-class Loss:
+class Loss(Result):
     """A fact that the other side's facts would weaken or that one of them interferes with.
 
     Attributes:
@@ -364,11 +352,13 @@ class Loss:
 
 
 @dataclass(frozen=True)
-class Prediction:
+class Prediction(Result):
     """`merge --dry-run`: contradictions, and the facts that would lose, the largest loss first.
 
     Losses are those of the merge in which open contradictions are decided for ours.
     """
+
+    TOLD: ClassVar = {"outcome": "outcome"}
 
     from_ours: int
     from_theirs: int
@@ -376,15 +366,10 @@ class Prediction:
     losses: tuple[Loss, ...]
     unchecked: int
 
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "outcome": "dry run",
-            "from_ours": self.from_ours,
-            "from_theirs": self.from_theirs,
-            "contradictions": [found.to_json() for found in self.contradictions],
-            "losses": [asdict(loss) for loss in self.losses],
-            "unchecked": self.unchecked,
-        }
+    @property
+    def outcome(self) -> Literal["dry run"]:
+        """As `Merged` says what became of a merge."""
+        return "dry run"
 
 
 def predict(repository: Store, revision: str, *, resolution: Resolution = UNDECIDED, loss: float = LOSS) -> Prediction:

@@ -10,7 +10,7 @@ import re
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Final
 
@@ -23,6 +23,7 @@ from patchhub.errors import CorruptStoreError, PatchhubError, RepositoryError, S
 from patchhub.fsio import CHUNK, os_errors, temporary_path, write_atomically
 from patchhub.objects import Metric
 from patchhub.progress import Progress
+from patchhub.results import Result
 from patchhub.sets.settings import is_metric_used, metric_settings
 from patchhub.store.store import Store, refuse_store
 from patchhub.text.sampling import context_templates
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Shown:
+class Shown(Result):
     """What `metric` shows.
 
     Attributes:
@@ -55,9 +56,6 @@ class Shown:
     protected: dict[str, int]
     used: bool
     contexts: int
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def show(repository: Store) -> Shown:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import perf_counter
@@ -23,6 +23,7 @@ from patchhub.models.patched_copy import write_patched
 from patchhub.models.placement import Placement
 from patchhub.objects import Request
 from patchhub.progress import Progress, Silent, increments
+from patchhub.results import Result
 from patchhub.runtime.compose import compose, survival
 from patchhub.runtime.routing import Mode
 from patchhub.sets.columns import read_state
@@ -39,7 +40,7 @@ _CONTINUATION = 12
 
 
 @dataclass(frozen=True)
-class Initialised:
+class Initialised(Result):
     """What `init` found and what it cost."""
 
     store: Path
@@ -50,12 +51,9 @@ class Initialised:
     gigabytes: float
     seconds: float
 
-    def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "store": str(self.store)}
-
 
 @dataclass(frozen=True)
-class Applied:
+class Applied(Result):
     """What `apply` wrote: the touched weights with the share of their change that the cast kept, and how many shards lie beside."""
 
     out: Path
@@ -63,13 +61,9 @@ class Applied:
     survival: Mapping[str, float]
     shards: int = 0
 
-    def to_json(self) -> dict[str, Any]:
-        survival = dict(self.survival)
-        return {"out": str(self.out), "commit": self.commit, "survival": survival, "shards": self.shards}
-
 
 @dataclass(frozen=True)
-class Answer:
+class Answer(Result):
     """What one revision says to a prompt: the most probable next tokens and a greedy continuation."""
 
     revision: str

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
 from patchhub.errors import RepositoryError, RevisionError
 from patchhub.objects import Operation
+from patchhub.results import Result
 from patchhub.store.operations import Changes, invert
 from patchhub.store.revisions import BRANCHES, HEAD, REMOTES, SYMBOLIC, TAGS, check_ref, follow, resolve_ref
 from patchhub.store.store import Store
@@ -17,7 +18,7 @@ from patchhub.who import Who
 
 
 @dataclass(frozen=True)
-class Named:
+class Named(Result):
     """A branch or a tag: its short name, its commit, that commit's first line, and whether HEAD is on it."""
 
     name: str
@@ -25,24 +26,18 @@ class Named:
     message: str
     current: bool
 
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 @dataclass(frozen=True)
-class Moved:
+class Moved(Result):
     """What a verb of this module did: the ref it changed, and where that led before and leads now (commit ids)."""
 
     ref: str
     before: str | None
     after: str | None
 
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 @dataclass(frozen=True)
-class RefEntry:
+class RefEntry(Result):
     """One move of a ref: ``ago`` operations before now it came to ``commit`` (None: it was deleted, or has no commit)."""
 
     ago: int
@@ -51,9 +46,6 @@ class RefEntry:
     author: str
     time: str
     message: str
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def branches(repository: Store) -> list[Named]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -16,6 +16,7 @@ from patchhub.remotes import sync
 from patchhub.remotes.receive import Limits
 from patchhub.remotes.remote import Remote, Source
 from patchhub.remotes.sync import Fetched, Pushed, hub_id, normalised, open_remote
+from patchhub.results import Result, told
 from patchhub.sets.columns import tensor_check, weight_shapes
 from patchhub.store.config import Recording
 from patchhub.store.revisions import BRANCHES, HEAD, REMOTES, SYMBOLIC
@@ -96,7 +97,7 @@ DEFAULT_ACCESS: Final = Access()
 
 
 @dataclass(frozen=True)
-class Pulled:
+class Pulled(Result):
     """What `pull` did: what came, and what the current branch then did; None where the remote has no such branch."""
 
     fetched: Fetched
@@ -104,13 +105,13 @@ class Pulled:
 
 
 @dataclass(frozen=True)
-class Cloned:
+class Cloned(Result):
     """What `clone` made."""
 
     store: Path
     branch: str | None
     commit: str | None
-    fetched: Fetched
+    fetched: Fetched = field(metadata=told(omit=True))
 
 
 # --- push, fetch, pull ----------------------------------------------------------------------------------------------

@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 from patchhub.errors import SettingsError
 from patchhub.progress import Progress, increments
+from patchhub.results import Result
 from patchhub.sets.settings import known_setting, read_setting, refuse_fixed, without_metric
 from patchhub.store.config import Config
 from patchhub.store.fsck import Garbage, Report, check, delete_garbage, reindex
@@ -96,8 +97,10 @@ GRACE: Final = timedelta(days=14)
 
 
 @dataclass(frozen=True)
-class Collected:
+class Collected(Result):
     """What was deleted, or would be (`dry_run`)."""
+
+    TOLD: ClassVar = {"bytes": "size"}
 
     items: tuple[Garbage, ...]
     dry_run: bool
@@ -111,13 +114,6 @@ class Collected:
     def counts(self) -> Mapping[str, int]:
         """How many of each kind."""
         return Counter(item.kind for item in self.items)
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "dry_run": self.dry_run,
-            "bytes": self.size,
-            "items": [{"kind": item.kind, "path": str(item.path), "bytes": item.size} for item in self.items],
-        }
 
 
 def collect(repository: Store, *, now: str, grace: timedelta = GRACE, dry_run: bool = False) -> Collected:
