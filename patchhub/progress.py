@@ -41,17 +41,20 @@ class Silent:
 class Bars:
     """Bars of tqdm beside the result: in a notebook, and on a terminal. Warnings always."""
 
-    def __init__(self, warn: Callable[[str], None]) -> None:
-        """A listener that says warnings by ``warn``."""
+    def __init__(self, warn: Callable[[str], None], *, shown: bool = True) -> None:
+        """A listener that says warnings by ``warn``, and has no bars unless they are to be ``shown``."""
         self._say = warn
+        self._shown = shown
         self._bar: Any = None
 
     def stage(self, label: str, total: int) -> None:
         self.close()
-        make = _bar_class()
+        make = _bar_class() if self._shown else None
         if make is not None:
             form = None if total else "{desc} ..."  # nothing to count
-            self._bar = make(total=total or None, desc=f"{label:>20}", bar_format=form, leave=bool(total), unit_scale=True)
+            self._bar = make(
+                total=total or None, desc=f"{label:>20}", bar_format=form, leave=bool(total), unit_scale=True
+            )
 
     def advance(self, amount: int) -> None:
         if self._bar is not None:

@@ -14,6 +14,7 @@ from dataclasses import Field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Final, TypeVar, overload
 
+from patchhub.canonical import StoredObject
 from patchhub.objects import Request
 
 Row_co = TypeVar("Row_co", covariant=True)
@@ -22,6 +23,7 @@ _ID: Final = re.compile(r"[0-9a-f]{64}")
 _SHORT: Final = 12  # digits of an id, as everywhere
 _WIDEST: Final = 60
 _LISTED: Final = 20
+_LONG: Final = (Mapping, StoredObject)
 
 
 def told(
@@ -30,6 +32,7 @@ def told(
     omit: bool = False,
     inline: bool = False,
     optional: bool = False,
+    missing: bool = False,
     by: Callable[[Any], Any] | None = None,
 ) -> dict[str, Any]:
     """Metadata of a field that its document tells otherwise than its type says.
@@ -39,9 +42,10 @@ def told(
         omit: it is left out.
         inline: it is a document itself, whose keys join those of the whole.
         optional: it is left out where it is None or empty.
+        missing: it is left out where it is None.
         by: what is told in place of the value.
     """
-    return {"name": name, "omit": omit, "inline": inline, "optional": optional, "by": by}
+    return {"name": name, "omit": omit, "inline": inline, "optional": optional, "missing": missing, "by": by}
 
 
 def in_full(found: Any) -> Any:
@@ -86,7 +90,7 @@ def _document(value: Any) -> dict[str, Any]:
         if how.get("omit"):
             continue
         found = encode(how["by"](found) if how.get("by") else found)
-        if how.get("optional") and found in (None, [], {}):
+        if (how.get("missing") and found is None) or (how.get("optional") and found in (None, [], {})):
             continue
         if how.get("inline"):
             document |= found
@@ -114,9 +118,9 @@ class Result:
         return _document(self)
 
     def words(self) -> str:
-        """What it says in one line: its fields that are not empty, in short."""
+        """What it says in one line: its fields that are short and not empty."""
         parts = [(entry, getattr(self, entry.name)) for entry in fields(self)]  # type: ignore[arg-type]
-        return ", ".join(_part(entry, value) for entry, value in parts if value not in (None, "", 0, (), {}, []))
+        return ", ".join(_part(entry, value) for entry, value in parts if value and not isinstance(value, _LONG))
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.words()}>"
@@ -177,8 +181,10 @@ class Rows(Sequence[Row_co]):
 def _part(entry: Field[Any], value: Any) -> str:
     """A field in words: `2 written`, `held 2`, `0123456789ab`."""
     name = entry.name.replace("_", " ")
-    if isinstance(value, tuple | list) and not all(isinstance(item, str | float) for item in value[:1]):
+    if isinstance(value, tuple | list):
         return f"{len(value)} {name}"
+    if value is True:
+        return name
     return f"{name} {_cell(value)}"
 
 

@@ -6,6 +6,7 @@ the applied checkpoint, or a measurement on one model that is switched."""
 from __future__ import annotations
 
 import math
+import subprocess
 import tempfile
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -366,6 +367,7 @@ def _demand(revision: str, found: Verdict, wanted: Verdict) -> None:
 
 
 SKIP_CODE: Final = 125
+_STDERR: Final = 2  # the descriptor
 METRICS: Final[Mapping[str, str]] = {
     "efficacy": "reliability",
     "paraphrase": "generalisation",
@@ -416,6 +418,32 @@ def command_check(
         return ("skip" if code == SKIP_CODE else "bad" if code else "good"), float(code)
 
     return check
+
+
+def refuse_unclear(command: Sequence[str], metric: str | None, chat: bool | None) -> None:
+    """Raise `SettingsError` unless either a command or a metric is to check commits, a command in its own way."""
+    if bool(command) == (metric is not None):
+        raise SettingsError("bisect needs a command or a metric", remedy="Write `-- COMMAND` or --metric, not both.")
+    if chat and metric is None:
+        raise SettingsError("a command asks the model in its own way", remedy="Leave --chat out.")
+
+
+def program(command: Sequence[str], environment: Mapping[str, str]) -> Callable[[Path, str | None], int]:
+    """What runs a program for `command_check`, with the checkpoint in PATCHHUB_MODEL and the commit in PATCHHUB_COMMIT.
+
+    What it prints goes to stderr, since stdout is for results.
+    """
+
+    def run(model: Path, commit: str | None) -> int:
+        places = {"PATCHHUB_MODEL": str(model), "PATCHHUB_COMMIT": commit or "base"}
+        try:
+            return subprocess.run(command, env={**environment, **places}, stdout=_STDERR, check=False).returncode
+        except OSError as error:
+            raise SettingsError(
+                f"cannot run {command[0]!r}: {error.strerror}", remedy="Give a program and its arguments after `--`."
+            ) from error
+
+    return run
 
 
 def metric_check(

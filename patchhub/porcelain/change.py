@@ -60,6 +60,10 @@ class Changed(Result):
     trained: tuple[str, ...] = ()
     stale_shards: tuple[str, ...] = ()
 
+    def words(self) -> str:
+        weights = f"the weights of {self.same_as[:12]}" if self.same_as else f"proof {self.proof:.1e}"
+        return f"{self.commit[:12]}: {len(self.removed)} removed, {len(self.restored)} restored, {weights}"
+
 
 def revert(
     repository: Store,

@@ -14,7 +14,7 @@ from patchhub.errors import RevisionError
 from patchhub.objects import Commit, Element, Patch, Request
 from patchhub.porcelain.scores import Noted, noted_commits, read_note
 from patchhub.results import Result, in_full, told
-from patchhub.sets.elements import count_changed, imports_of, left_and_entered
+from patchhub.sets.elements import active_requests, count_changed, distinct, imports_of, left_and_entered
 from patchhub.sets.merging import StoppedMerge, stopped_merge
 from patchhub.sets.shards import active_shards, shard_record, shards_at, stale_shards
 from patchhub.store import graph, lookup
@@ -131,6 +131,7 @@ def divergences(repository: Store) -> tuple[Divergence, ...]:
 EVERYTHING: Final = Selection()
 """The selection that leaves no commit out."""
 _DIGITS: Final = 4  # of an id, at least
+_LISTED: Final = 10
 
 
 @dataclass(frozen=True)
@@ -146,6 +147,54 @@ class Size(Result):
     weight: str | None
     ratio: float | None
     shard_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Revision(Result):
+    """What a revision name leads to. Its length is the number of its facts, over which it iterates.
+
+    Attributes:
+        id, commit: the commit; None for the unpatched model.
+        facts: its active facts whose texts are here.
+    """
+
+    id: str | None
+    commit: Commit | None = field(metadata=told(inline=True, by=lambda commit: _head_lines(commit) if commit else {}))
+    facts: tuple[Request, ...] = field(metadata=told(by=in_full))
+
+    @property
+    def message(self) -> str:
+        return self.commit.message if self.commit else ""
+
+    @property
+    def author(self) -> str | None:
+        return self.commit.author if self.commit else None
+
+    @property
+    def time(self) -> str | None:
+        """The instant of the commit, in UTC."""
+        return self.commit.time if self.commit else None
+
+    @property
+    def parents(self) -> tuple[str, ...]:
+        return self.commit.parents if self.commit else ()
+
+    def __len__(self) -> int:
+        return len(self.facts)
+
+    def __iter__(self) -> Iterator[Request]:
+        return iter(self.facts)
+
+    def words(self) -> str:
+        title = self.message.partition("\n")[0]
+        return f"{self.id[:12] if self.id else 'the unpatched model'} {title} ({len(self.facts)} facts)"
+
+
+def revision(repository: Store, name: str) -> Revision:
+    """What a name leads to; `RevisionError` if there is no such revision."""
+    identity = repository.resolve(name)
+    facts = distinct(active_requests(repository, repository.active(identity)))
+    return Revision(identity, repository.commit(identity) if identity else None, tuple(facts))
 
 
 def _head_lines(commit: Commit) -> dict[str, Any]:
@@ -178,6 +227,11 @@ class Entry(Result):
     imported: int = 0
     active_imports: int = 0
 
+    def words(self) -> str:
+        refs = f" ({', '.join(self.refs)})" if self.refs else ""
+        title = self.commit.message.partition("\n")[0]
+        return f"{self.id[:12]}{refs} {title} +{self.added} -{self.removed} ({self.active} active)"
+
 
 def _patches(patches: Mapping[str, Patch]) -> dict[str, Any]:
     return {
@@ -204,6 +258,11 @@ class Shown(Result):
     def check(self) -> Mapping[str, Any]:
         """What was measured when the commit was made."""
         return self.entry.commit.check
+
+    def words(self) -> str:
+        listed = [f"\n  + {request.text} {request.target_new}" for request in self.added]
+        listed += [f"\n  - {request.text} {request.target_new}" for request in self.removed]
+        return self.entry.words() + "".join(listed[:_LISTED]) + ("\n  ..." if len(listed) > _LISTED else "")
 
 
 @dataclass(frozen=True)
@@ -245,6 +304,11 @@ class Status(Result):
     def active(self) -> int:
         """How many facts are active."""
         return self.head.active if self.head else 0
+
+    def words(self) -> str:
+        place = f"on {self.branch}" if self.branch else "on no branch"
+        stopped = f"; the merge of {self.stopped_merge.revision} is stopped" if self.stopped_merge else ""
+        return f"{place}, {self.head.words() if self.head else 'no commits yet'}{stopped}"
 
 
 def log(

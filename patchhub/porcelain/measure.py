@@ -9,7 +9,7 @@ import io
 import math
 import random
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -26,16 +26,16 @@ from patchhub.evaluation.definitions import BESIDE, DEFINITIONS, LEADING, SUITES
 from patchhub.evaluation.drift import drift_scores, fluency_scores
 from patchhub.evaluation.live import check_contexts, live_scores
 from patchhub.evaluation.suites import Scores
+from patchhub.fsio import write_atomically
 from patchhub.models.architectures import describe, read_config
 from patchhub.models.placement import Placement
 from patchhub.objects import Metric, Note, Request, Text, requests_json
-from patchhub.porcelain.commit import Committed, commit
+from patchhub.porcelain.commit import Committed, Writing, commit
 from patchhub.porcelain.metric import compute
-from patchhub.porcelain.model import init
 from patchhub.porcelain.refs import switch_to_new
 from patchhub.porcelain.scores import Noted, Score, notes_of, read_note
 from patchhub.progress import Progress
-from patchhub.results import Result, told
+from patchhub.results import Result, Rows, told
 from patchhub.sets.settings import Contender
 from patchhub.store.store import Store
 from patchhub.who import Who
@@ -85,6 +85,19 @@ class Facts:
         return tuple(self.requests[place] for place in places)
 
 
+def suite_of(batch: Batch, file: Path | None, metrics: str = "auto", **options: Any) -> Facts:
+    """Facts to evaluate on, from what was read of a file or handed in.
+
+    Args:
+        file: where they are from, if from a file.
+        metrics: whose scores; "auto": zsRE's for a file of its records, else CounterFact's.
+        options: the other fields of `Facts`; those that are None or empty are as they are by default.
+    """
+    chosen = metrics if metrics != "auto" else "counterfact" if file is None else metrics_for(file)
+    given = {name: value for name, value in options.items() if value not in (None, ())}
+    return Facts(batch.requests, "" if file is None else file.name, chosen, **given)
+
+
 def metrics_for(file: Path) -> str:
     """zsre where the first record of a file has zsRE's fields, else counterfact."""
     try:
@@ -128,6 +141,11 @@ class Evaluation(Result):
     groups: tuple[Scores, ...] = field(metadata=told(omit=True))
     base: Mapping[str, float] = field(metadata=told(omit=True))
     note: str | None = None
+
+    def words(self) -> str:
+        leading = [(name, self.scores[name]) for name in LEADING[self.settings["metrics"]] if name in self.scores]
+        values = ", ".join(f"{name} {score.value:.3f}" for name, score in leading)
+        return f"{self.commit[:12] if self.commit else 'the base'} on {len(self.facts)} facts: {values}"
 
     @property
     def chat(self) -> bool:
@@ -330,6 +348,43 @@ def evaluate_history(
     return rows
 
 
+class Walk(Rows[HistoryRow]):
+    """Every commit below a revision with its scores, newest first.
+
+    Attributes:
+        newest: the evaluation of the newest commit that gives numbers, or of the base.
+    """
+
+    def __init__(self, rows: Iterable[HistoryRow], newest: Evaluation) -> None:
+        super().__init__(rows)
+        self.newest = newest
+
+
+def refuse_unkept(keep: bool) -> None:
+    """Raise `SettingsError` where a walk over commits is not to keep what it measures."""
+    if not keep:
+        raise SettingsError(
+            "--all and --no-note contradict each other", remedy="A walk keeps what it measures; leave one out."
+        )
+
+
+def evaluate_all(
+    repository: Store,
+    revision: str,
+    facts: Facts,
+    progress: Progress,
+    *,
+    who: Who,
+    placement: Placement | None = None,
+    chat: bool | None = None,
+) -> Walk:
+    """`evaluate_history` with the evaluation of the newest commit of it; errors as in `Evaluator`."""
+    rows = evaluate_history(repository, revision, facts, progress, who=who, placement=placement, chat=chat)
+    newest = next((row.commit for row in rows if row.noted), BASE)
+    done = evaluate(repository, newest, facts, progress, who=who, keep=False, placement=placement, chat=chat)
+    return Walk(rows, done)
+
+
 def _bounds(low: float, high: float) -> tuple[float | None, float | None]:
     """An interval, or nothing where it is not finite."""
     return (low, high) if math.isfinite(low) and math.isfinite(high) else (None, None)
@@ -391,7 +446,7 @@ def bench(
 ) -> Bench:
     """Write the facts with each contender, on the base alone, and evaluate what comes out.
 
-    The repository gives the base, the settings and the metric, and stays as it is; `scratch_repository` makes one from a base alone.
+    The repository gives the base, the settings and the metric, and stays as it is.
     An edit that fails, or that its method does not do, is a row with the reason; what only the guard would refuse is measured all the
     same.
 
@@ -421,13 +476,9 @@ def bench(
     return Bench({**evaluator.settings, "batch": batch}, tuple(rows))
 
 
-@contextmanager
-def scratch_repository(base: str, progress: Progress, *, who: Who) -> Iterator[Store]:
-    """A repository about a base that is gone afterwards."""
-    with tempfile.TemporaryDirectory(prefix="patchhub-bench-") as name:
-        init(Path(name), base, progress, who=who)
-        with Store.open(Path(name)) as repository:
-            yield repository
+def write_bench(found: Bench, file: Path) -> None:
+    """Write `bench_csv` to a file."""
+    write_atomically(file, (bench_csv(found).encode("utf-8"),))
 
 
 def bench_csv(found: Bench) -> str:
@@ -503,7 +554,8 @@ def _commits(
     for start in range(0, len(facts), size):
         part = tuple(facts[start : start + size])
         batch = Batch(part, tuple(Origin(one.name) for _ in part), 0)
-        yield commit(trial, batch, who, progress, method=one.method, settings=one.settings, force=True, chat=chat)
+        writing = Writing(one.method, one.settings)
+        yield commit(trial, batch, who, progress, writing, force=True, chat=chat)
 
 
 def _costs(made: Sequence[Committed], size: int, facts: int) -> dict[str, float]:

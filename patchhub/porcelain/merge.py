@@ -8,13 +8,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from time import perf_counter
-from typing import Any, ClassVar, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 
 import numpy as np
 
 from patchhub.constraints import Columns
 from patchhub.delta import Delta
-from patchhub.errors import RepositoryError, RevisionError
+from patchhub.errors import PatchhubError, RepositoryError, RevisionError, SettingsError
 from patchhub.interference import interfering, misfit
 from patchhub.objects import Element, Request
 from patchhub.porcelain.change import largest_proof
@@ -45,6 +45,9 @@ from patchhub.store.store import Store
 from patchhub.who import Who
 from patchhub.worktree.judging import GUARDED, Guarding, judge
 
+if TYPE_CHECKING:
+    from patchhub.porcelain.refresh import Refreshed
+
 Outcome = Literal["up to date", "fast-forward", "merged"]
 
 Facts: TypeAlias = tuple[Request, ...]
@@ -69,6 +72,7 @@ class Merged(Result):
         unchecked: facts that no contradiction could be looked for in, because their texts are withheld.
         same_as, stale, proof, stale_shards, trained: as in `Changed`.
         seconds: wall time.
+        refreshed: what was recorded again then, if that was asked for.
     """
 
     outcome: Outcome
@@ -85,6 +89,7 @@ class Merged(Result):
     seconds: float
     stale_shards: tuple[str, ...] = ()
     trained: tuple[str, ...] = ()
+    refreshed: Refreshed | None = field(default=None, metadata=told(missing=True))
 
 
 @dataclass(frozen=True)
@@ -101,6 +106,13 @@ class Stopped(Result):
     def outcome(self) -> Literal["stopped"]:
         """As `Merged` says what became of a merge."""
         return "stopped"
+
+
+@dataclass(frozen=True)
+class Aborted(Result):
+    """A stopped merge that was left; nothing had changed."""
+
+    outcome: Literal["aborted"] = "aborted"
 
 
 @dataclass(frozen=True)
@@ -169,6 +181,34 @@ def merge(
     return _finish(repository, stopped, who, resolution, guarding, progress or Silent(), begun)
 
 
+def refuse_unclear(revision: str | None, resume: bool, abort: bool, dry_run: bool) -> None:
+    """Raise `SettingsError` unless one thing is asked for: to merge a revision, to take up a stopped merge, or to leave it."""
+    if sum([revision is not None, resume, abort]) != 1 or (dry_run and revision is None):
+        raise SettingsError(
+            "merge takes a revision, or --continue, or --abort", remedy="Give one of them; --dry-run needs a revision."
+        )
+
+
+def then_refreshed(
+    repository: Store, merged: Merged | Stopped, who: Who, progress: Progress, *, force: bool
+) -> Merged | Stopped:
+    """A merge with what `refresh` did after it, if it made a commit.
+
+    Raises:
+        PatchhubError: as `refresh` does; the merge stays, as the error says.
+    """
+    if isinstance(merged, Stopped) or merged.outcome != "merged":
+        return merged
+    from patchhub.porcelain.refresh import refresh
+
+    try:
+        return replace(merged, refreshed=refresh(repository, replace(who, message=""), progress, force=force))
+    except PatchhubError as error:
+        error.message = f"commit {str(merged.commit)[:12]} merges the two; to refresh it failed: {error.message}"
+        error.facts["merged"] = merged.commit
+        raise
+
+
 def continue_merge(
     repository: Store,
     who: Who,
@@ -190,7 +230,7 @@ def continue_merge(
     return _finish(repository, waiting, who, resolution, guarding, progress or Silent(), begun)
 
 
-def abort_merge(repository: Store) -> None:
+def abort_merge(repository: Store) -> Aborted:
     """Forget a stopped merge; no ref moved when it stopped, so none moves now.
 
     Raises:
@@ -198,6 +238,7 @@ def abort_merge(repository: Store) -> None:
     """
     if not forget(repository):
         raise RepositoryError("there is no stopped merge to abort", remedy="Begin one with `patchhub merge REV`.")
+    return Aborted()
 
 
 def plan(repository: Store, ours: str, theirs: str, resolution: Resolution) -> Plan:

@@ -147,6 +147,15 @@ def refuse_other(repository: Store, metric: Metric) -> None:
         )
 
 
+def import_any(repository: Store, sources: Sequence[str], progress: Progress) -> Shown:
+    """`import_metric` of a file that `export_metric` wrote, else `import_moments`; errors as theirs."""
+    if not sources:
+        raise SettingsError("there is nothing to import", remedy="Name a file, a folder of files, or LAYER=FILE.")
+    if len(sources) == 1 and is_metric_file(Path(sources[0])):
+        return import_metric(repository, Path(sources[0]))
+    return import_moments(repository, sources, progress)
+
+
 def import_moments(repository: Store, sources: Sequence[str], progress: Progress) -> Shown:
     """Make a metric from files of second moments and pin it, with the kind and numbers that the repository's settings say.
 

@@ -71,6 +71,10 @@ class Answer(Result):
     top: tuple[tuple[str, float], ...]
     continuation: str
 
+    def words(self) -> str:
+        likely = ", ".join(f"{token!r} {probability:.1%}" for token, probability in self.top[:3])
+        return f"{self.revision}: {self.continuation.strip()!r} ({likely})"
+
 
 def init(folder: Path, base: str, progress: Progress, *, who: Who, revision: str | None = None) -> Initialised:
     """Make a store for a base model; reads every byte of the base once.

@@ -5,7 +5,7 @@ Both are answered by the index and by JSON; only the weights and answers of `dif
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, ClassVar, Final
 
@@ -119,7 +119,7 @@ class Difference(Result):
 
     ``norms`` holds, per weight, the Frobenius norm of the base's weight and of the change at either revision, and of the step
     between them where one is the other's first parent (None otherwise: `weight_steps` computes it). ``scores`` holds, per suite that
-    either was measured with, the scores of both.
+    either was measured with, the scores of both. ``weights`` and ``answers`` are None unless they were asked for.
     """
 
     old: str | None
@@ -129,6 +129,12 @@ class Difference(Result):
     retargeted: tuple[Retarget, ...]
     norms: Mapping[str, Mapping[str, float | None]]
     scores: tuple[Compared, ...] = ()
+    weights: Mapping[str, WeightStep] | None = field(default=None, metadata=told(missing=True))
+    answers: tuple[ChangedAnswer, ...] | None = field(default=None, metadata=told(missing=True))
+
+    def words(self) -> str:
+        ends = " -> ".join(end[:12] if end else "base" for end in (self.old, self.new))
+        return f"{ends}: {len(self.added)} added, {len(self.retargeted)} retargeted, {len(self.removed)} removed"
 
 
 @dataclass(frozen=True)
@@ -188,6 +194,25 @@ def diff(repository: Store, old: str, new: str) -> Difference:
         _norms(repository, old_id, new_id),
         compare(repository, old_id, new_id),
     )
+
+
+def diff_in_full(
+    repository: Store,
+    old: str,
+    new: str,
+    progress: Progress,
+    *,
+    weights: bool = False,
+    prompts: Sequence[str] | None = None,
+    base: str | None = None,
+) -> Difference:
+    """`diff`, with `weight_steps` under ``weights`` and, where there are prompts, with `changed_answers`; errors as theirs."""
+    found = diff(repository, old, new)
+    if weights:
+        found = replace(found, weights=weight_steps(repository, old, new))
+    if prompts is not None:
+        found = replace(found, answers=tuple(changed_answers(repository, old, new, prompts, progress, base=base)))
+    return found
 
 
 def weight_steps(repository: Store, old: str, new: str) -> dict[str, WeightStep]:

@@ -12,11 +12,24 @@ from typing import Any, ClassVar, Final
 from patchhub.errors import SettingsError
 from patchhub.progress import Progress, increments
 from patchhub.results import Result
-from patchhub.sets.settings import known_setting, read_setting, refuse_fixed, without_metric
+from patchhub.sets.settings import as_text, known_setting, read_setting, refuse_fixed, without_metric
 from patchhub.store.config import Config
 from patchhub.store.fsck import Garbage, Report, check, delete_garbage, reindex
 from patchhub.store.store import Store
 from patchhub.who import FORMAT
+
+
+def config(repository: Store, key: str | None = None, value: Any = None, *, unset: bool = False) -> Any:
+    """All settings that differ from their defaults; or one, or one that is set or unset, as it is then.
+
+    Raises:
+        SettingsError, RepositoryError: as `config_set` and `config_unset`.
+    """
+    if key is None:
+        return config_values(repository)
+    if unset:
+        return config_unset(repository, key)
+    return config_get(repository, key) if value is None else config_set(repository, key, as_text(value))
 
 
 def config_values(repository: Store) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import ClassVar, Final, Literal
 
 from patchhub.canonical import canonical_json
-from patchhub.errors import CorruptStoreError, RepositoryError, RequestError
+from patchhub.errors import CorruptStoreError, RepositoryError, RequestError, SettingsError
 from patchhub.fsio import write_atomically
 from patchhub.objects import Element, Request
 from patchhub.results import Result, told
@@ -131,6 +131,25 @@ class Decided:
     dropped: frozenset[Place]
     sides: Mapping[Contradiction, Side]
     open: tuple[Contradiction, ...]
+
+
+def resolution_of(choices: Path | Mapping[str, str] | None, *, ours: bool = False, theirs: bool = False) -> Resolution:
+    """The resolution that options ask for.
+
+    Args:
+        choices: `Resolution.choices`, or a JSON file of them.
+        ours, theirs: decide all others for one side.
+
+    Raises:
+        SettingsError: both sides are asked for.
+        RequestError: the file cannot be read.
+    """
+    if ours and theirs:
+        raise SettingsError(
+            "--ours and --theirs are both given", remedy="Give one, or decide one by one with --choices."
+        )
+    found = read_choices(choices) if isinstance(choices, Path) else choices or {}
+    return Resolution(found, "ours" if ours else "theirs" if theirs else None)
 
 
 def read_choices(path: Path) -> dict[str, str]:

@@ -10,7 +10,7 @@ import numpy as np
 from patchhub.constraints import Columns
 from patchhub.objects import EMPTY_SET, Base, Metric, Note, Patch, Request, TensorRecord, requests_json, set_digest
 from patchhub.sets.columns import weight_shapes, write_columns
-from patchhub.sets.commits import Draft, snapshot
+from patchhub.sets.commits import Draft, prepare, record
 from patchhub.store.config import Config, Recording
 from patchhub.store.reachability import Reference, closure, references
 from patchhub.store.store import Store
@@ -92,7 +92,7 @@ def add_patch(
     _, head = repository.head
     elements = repository.active(head) | patch.elements
     draft = Draft((head,) if head else (), elements, patch.metric, "commit", {"patch": patch.id})
-    return snapshot(repository, draft, Who(AUTHOR, TIME, message))
+    return record(repository, prepare(repository, draft, Who(AUTHOR, TIME, message)), draft)
 
 
 def move(repository: Store, changes: dict[str, tuple[str | None, str | None]], command: str = "branch") -> None:

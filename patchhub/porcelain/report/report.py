@@ -238,6 +238,9 @@ def write_report(
     with os_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(out, (data,))
+    left = found.left_out
+    if any(left.values()):
+        progress.warn(f"the page leaves out {left['commits']:,} older commits and {left['facts']:,} facts")
     progress.close()
     return Written(out, len(data), found)
 
