@@ -6,8 +6,7 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from patchhub.arguments import verb
-from patchhub.repository.opened import Count, Opened, Place, Quantization, Source, Type, place_of
+from patchhub.repository.arguments import Count, Opened, Place, Quantization, Source, Type, place_of, verb
 from patchhub.results import Rows
 from patchhub.who import instant, now
 

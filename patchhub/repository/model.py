@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from patchhub.arguments import verb
-from patchhub.repository.opened import (
+from patchhub.repository.arguments import (
     Amount,
     Count,
     FileFormat,
@@ -24,6 +23,7 @@ from patchhub.repository.opened import (
     path,
     paths,
     place_of,
+    verb,
 )
 from patchhub.results import Rows
 

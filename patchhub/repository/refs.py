@@ -5,8 +5,7 @@
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from patchhub.arguments import verb
-from patchhub.repository.opened import Amount, Count, Opened, in_bytes
+from patchhub.repository.arguments import Amount, Count, Opened, in_bytes, verb
 from patchhub.results import Rows
 from patchhub.who import duration
 

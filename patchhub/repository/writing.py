@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from patchhub.arguments import verb
-from patchhub.repository.opened import (
+from patchhub.repository.arguments import (
     Amount,
     Count,
     FileFormat,
@@ -21,6 +20,7 @@ from patchhub.repository.opened import (
     guarded_by,
     many,
     place_of,
+    verb,
 )
 
 if TYPE_CHECKING:

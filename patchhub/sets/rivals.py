@@ -135,7 +135,9 @@ def _without_residuals(
     """Columns of a batch whose residuals are not known yet."""
     count = len(keys)
     nowhere = np.zeros((count, active.shape[0]), np.float32)
-    return Columns(keys, preimages, nowhere, np.full(count, ridge, np.float32))
+    return Columns(
+        keys, preimages, nowhere, np.full(count, ridge, np.float32), (None,) * count
+    )  # joined to labelled ones
 
 
 def _rival(

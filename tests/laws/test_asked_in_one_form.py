@@ -37,7 +37,7 @@ def made(first_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  
         subjects = [fact["subject"] for fact in FACTS[:10]]
         for name, gone in (("left", subjects[:3]), ("right", subjects[7:])):
             repo.switch(name, "base", create=True)
-            repo.cherry_pick("main")
+            repo.cherry_pick("main", message=name)  # else the same second makes the same commit of both
             repo.revert(subject=gone)
         repo.switch("merged", "left", create=True)
         assert repo.merge("right").outcome == "merged"
@@ -104,7 +104,8 @@ VERBS: dict[str, Callable[[Repository], Any]] = {
 }
 IN_A_FORM_OF_THEIR_OWN = {"refresh": "facts are recorded again, and asked, in the form in which each was written"}
 NO_MODEL = {
-    "apply": "tensors are streamed", "branch": "", "clone": "", "config": "", "demo": "it shows the others", "export_checkpoint": "as apply",
+    "apply": "tensors are streamed", "branch": "", "clone": "", "config": "", "demo": "it shows the others",
+    "export_checkpoint": "as apply",
     "export_diff": "", "export_peft": "", "fetch": "", "fsck": "", "gc": "", "init": "bytes are hashed", "log": "", "merge_base": "",
     "metric": "", "metric_export": "", "metric_import": "asked for text that continues itself, outside any chat", "pull": "as merge",
     "push": "", "redo": "", "reflog": "", "remote_add": "", "remote_list": "", "remote_remove": "", "report": "", "reset": "", "search": "",
