@@ -6,7 +6,6 @@ by the field's metadata, see `told`.
 
 from __future__ import annotations
 
-import html
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -207,6 +206,8 @@ def _cell(value: Any) -> str:  # noqa: PLR0911
 
 
 def _table(titles: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    import html  # only a notebook needs it
+
     head = "".join(f"<th>{html.escape(title)}</th>" for title in titles)
     body = "".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
     return f"<table>{f'<tr>{head}</tr>' if head else ''}{body}</table>"

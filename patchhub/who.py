@@ -5,10 +5,7 @@ What the environment says of it (git's identity, the login name, a fixed clock) 
 
 from __future__ import annotations
 
-import getpass
-import platform
 import re
-import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import date, datetime, time, timedelta, timezone
@@ -100,6 +97,8 @@ def refuse_undecoded(text: str, what: str) -> None:
 
 
 def _git_identity(environment: Mapping[str, str]) -> str | None:
+    import subprocess  # here and below: only who changes something needs it
+
     found = []
     for key in ("user.name", "user.email"):
         try:
@@ -111,6 +110,9 @@ def _git_identity(environment: Mapping[str, str]) -> str | None:
 
 
 def _login() -> str:
+    import getpass
+    import platform
+
     try:
         login = getpass.getuser()
     except (KeyError, OSError, ImportError):  # no passwd entry and no variable: containers that run as a bare number

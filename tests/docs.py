@@ -203,7 +203,9 @@ def _named(tree: ast.Module, *names: str) -> list[ast.FunctionDef]:
 
 
 def _public(node: ast.FunctionDef) -> bool:
-    return not node.name.startswith("_") or node.name in ("__getitem__", "__init__")
+    """Whether a method is shown: not a form of one that has several, whose implementation says it all."""
+    forms = [ast.unparse(decorator) for decorator in node.decorator_list]
+    return "overload" not in forms and (not node.name.startswith("_") or node.name in ("__getitem__", "__init__"))
 
 
 def _is_property(node: ast.FunctionDef) -> bool:

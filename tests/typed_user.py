@@ -21,6 +21,10 @@ def teach(folder: Path) -> PreTrainedModel:
         newest: str = repo.log(limit=1)[0].id
         answers: list[str] = [answer.continuation for answer in repo.ask("The capital of France is", rev=newest)]
         facts: tuple[patchhub.Request, ...] = repo["HEAD~1"].facts
+        branches: list[str] = [named.name for named in repo.branch()]
+        moved: str | None = repo.branch("x", "HEAD~1").after
+        score: float = repo.eval(suite="facts.json").scores["S"].value
+        print(branches, moved, score)
         merged = repo.merge("side", theirs=True)
         if merged.outcome == "merged":
             print(held, answers, facts)

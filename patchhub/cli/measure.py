@@ -136,13 +136,13 @@ def evaluate(repo: Path | None, as_json: bool, **options: Any) -> None:
     the unpatched model's number. They are kept as a note of the commit, which log, show, diff and push know. With --chat all prompts
     are messages of the base's chat template; fluency and drift stay outside it. docs/evaluation.md has the definitions in full.
     """
-    done: Any = opened(repo).eval(**options)
+    done = opened(repo).eval(**options)
     for file in (options[name] for name in ("csv", "facts_csv", "plot") if options[name]):
         talk(f"wrote {file}")
     if as_json:
-        print_json(done)
-    elif options["all"]:
-        _history(done, done.newest)
+        print_json(done if done.history is None else done.history)
+    elif done.history is not None:
+        _history(done.history, done)
     else:
         _evaluation(done)
 

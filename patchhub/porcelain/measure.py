@@ -9,7 +9,7 @@ import io
 import math
 import random
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -130,6 +130,8 @@ class Evaluation(Result):
         groups: teacher forced, live, fluency, drift.
         base: each score of the unpatched model.
         note: the note that keeps the scores, if one does.
+        history: every commit below the revision that was asked for, newest first, if all of them were evaluated; this is then the
+            evaluation of the newest that gives numbers, or of the base.
     """
 
     TOLD: ClassVar = {name: name for name in ("scores", "definitions", "relations")}
@@ -141,6 +143,7 @@ class Evaluation(Result):
     groups: tuple[Scores, ...] = field(metadata=told(omit=True))
     base: Mapping[str, float] = field(metadata=told(omit=True))
     note: str | None = None
+    history: Rows[HistoryRow] | None = field(default=None, metadata=told(omit=True))
 
     def words(self) -> str:
         leading = [(name, self.scores[name]) for name in LEADING[self.settings["metrics"]] if name in self.scores]
@@ -348,18 +351,6 @@ def evaluate_history(
     return rows
 
 
-class Walk(Rows[HistoryRow]):
-    """Every commit below a revision with its scores, newest first.
-
-    Attributes:
-        newest: the evaluation of the newest commit that gives numbers, or of the base.
-    """
-
-    def __init__(self, rows: Iterable[HistoryRow], newest: Evaluation) -> None:
-        super().__init__(rows)
-        self.newest = newest
-
-
 def refuse_unkept(keep: bool) -> None:
     """Raise `SettingsError` where a walk over commits is not to keep what it measures."""
     if not keep:
@@ -377,12 +368,12 @@ def evaluate_all(
     who: Who,
     placement: Placement | None = None,
     chat: bool | None = None,
-) -> Walk:
-    """`evaluate_history` with the evaluation of the newest commit of it; errors as in `Evaluator`."""
+) -> Evaluation:
+    """The evaluation of the newest commit that gives numbers, or of the base, with the history that `evaluate_history` gives."""
     rows = evaluate_history(repository, revision, facts, progress, who=who, placement=placement, chat=chat)
     newest = next((row.commit for row in rows if row.noted), BASE)
     done = evaluate(repository, newest, facts, progress, who=who, keep=False, placement=placement, chat=chat)
-    return Walk(rows, done)
+    return replace(done, history=Rows(rows))
 
 
 def _bounds(low: float, high: float) -> tuple[float | None, float | None]:

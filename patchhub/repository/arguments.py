@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from numbers import Integral, Real
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import TYPE_CHECKING, Annotated, Any, Concatenate, Literal, ParamSpec, TypeVar, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, Union, cast, get_args, get_origin
 
 from patchhub.errors import SettingsError
 from patchhub.progress import Bars, Progress
@@ -41,9 +41,7 @@ Mode = Literal["retrieve", "merge"]
 Settings = Mapping[str, Any] | Sequence[str]
 
 
-Owner = TypeVar("Owner")
-Taken = ParamSpec("Taken")
-Given = TypeVar("Given")
+Method = TypeVar("Method", bound=Callable[..., Any])
 
 _WORDS: Mapping[Any, str] = {
     str: "text",
@@ -55,21 +53,21 @@ _WORDS: Mapping[Any, str] = {
 }
 
 
-def verb(method: Callable[Concatenate[Owner, Taken], Given]) -> Callable[Concatenate[Owner, Taken], Given]:
+def verb(method: Method) -> Method:
     """Mark a method as a verb of the command line, and refuse arguments that its annotations do not allow."""
     signature = inspect.signature(method)
 
     @functools.wraps(method)
-    def checked(owner: Owner, /, *args: Taken.args, **kwargs: Taken.kwargs) -> Given:
-        for name, value in signature.bind(owner, *args, **kwargs).arguments.items():
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        for name, value in signature.bind(*args, **kwargs).arguments.items():
             parameter = signature.parameters[name]
             many = parameter.kind is inspect.Parameter.VAR_POSITIONAL
             for one in value if many else (value,):
                 check(name, one, parameter.annotation)
-        return method(owner, *args, **kwargs)
+        return method(*args, **kwargs)
 
     checked.is_verb = True  # type: ignore[attr-defined]
-    return checked
+    return cast(Method, checked)
 
 
 def check(name: str, value: Any, kind: Any) -> None:

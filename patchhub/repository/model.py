@@ -29,7 +29,7 @@ from patchhub.results import Rows
 
 if TYPE_CHECKING:
     from patchhub.porcelain.exchange import Exported
-    from patchhub.porcelain.measure import Bench, Evaluation, Walk
+    from patchhub.porcelain.measure import Bench, Evaluation
     from patchhub.porcelain.metric import Shown as ShownMetric
     from patchhub.porcelain.model import Answer, Applied
     from patchhub.porcelain.report.report import Written
@@ -114,7 +114,7 @@ class ModelVerbs(Opened):
         dtype: Type | None = None,
         quantization: Quantization | None = None,
         chat: bool | None = None,
-    ) -> "Evaluation | Walk":
+    ) -> "Evaluation":
         """How well a revision holds facts, and what that costs elsewhere. The scores are kept as a note of the commit.
 
         Args:
@@ -124,7 +124,7 @@ class ModelVerbs(Opened):
             seed: of the sample, of sampled text and of the intervals.
             text: files to measure drift on; none: what was kept aside.
             context: text around the prompt in live decoding, with one ``{}``.
-            all: every commit below the revision that has no such scores yet; the result is a list of commits.
+            all: every commit below the revision that has no such scores yet; the result's ``history`` lists them.
             csv, facts_csv, plot: files to write the scores to, each fact's own values, and a picture as SVG.
             note: keep the scores with the commit.
             device, dtype, quantization, chat: as in `commit`.
@@ -139,7 +139,7 @@ class ModelVerbs(Opened):
         with self._heard() as progress:
             if all:
                 measure.refuse_unkept(note)
-                done: Evaluation | Walk = measure.evaluate_all(self.store, rev, facts, progress, who=who, **options)
+                done = measure.evaluate_all(self.store, rev, facts, progress, who=who, **options)
             else:
                 done = measure.evaluate(self.store, rev, facts, progress, who=who, keep=note, **options)
         write_scores(self.store, done, csv=path(csv), facts_csv=path(facts_csv), plot=path(plot))

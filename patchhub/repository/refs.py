@@ -3,7 +3,7 @@
 # No `from __future__ import annotations` here: what a verb takes is checked against its annotations when it is called.
 
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 from patchhub.repository.arguments import Amount, Count, Opened, in_bytes, verb
 from patchhub.results import Rows
@@ -20,6 +20,18 @@ if TYPE_CHECKING:
 class RefVerbs(Opened):
     """Verbs that move refs, share them, and keep a store well; none makes a commit of its own."""
 
+    @overload
+    def branch(self, name: None = None, rev: None = None, *, remotes: bool = False) -> "Rows[Named]": ...
+    @overload
+    def branch(
+        self,
+        name: str,
+        rev: str | None = None,
+        *,
+        delete: bool = False,
+        author: str | None = None,
+        time: str | None = None,
+    ) -> "Moved": ...
     @verb
     def branch(
         self,
@@ -45,6 +57,18 @@ class RefVerbs(Opened):
             return Rows(refs.remote_branches(self.store) if remotes else refs.branches(self.store))
         return refs.create_branch(self.store, name, rev or "HEAD", self._who(author, time))
 
+    @overload
+    def tag(self, name: None = None, rev: None = None) -> "Rows[Named]": ...
+    @overload
+    def tag(
+        self,
+        name: str,
+        rev: str | None = None,
+        *,
+        delete: bool = False,
+        author: str | None = None,
+        time: str | None = None,
+    ) -> "Moved": ...
     @verb
     def tag(
         self,

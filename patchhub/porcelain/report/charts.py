@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from patchhub.evaluation.definitions import DEFINITIONS, GENERALITY, LEADING, SPECIFICITY
 from patchhub.fsio import write_atomically
-from patchhub.porcelain.measure import Evaluation, Walk
+from patchhub.porcelain.measure import Evaluation
 from patchhub.porcelain.scores import Noted, Score, kind, noted_history
 from patchhub.store.store import Store
 
@@ -214,18 +214,17 @@ _COLUMNS: Final = ("commit", "suite", "score", "value", "low", "high", "records"
 
 def write_scores(
     repository: Store,
-    found: Evaluation | Walk,
+    done: Evaluation,
     *,
     csv: Path | None = None,
     facts_csv: Path | None = None,
     plot: Path | None = None,
 ) -> None:
     """Write the files that are asked for: scores as CSV, each fact's own values as CSV, and a picture of the scores as SVG."""
-    done = found.newest if isinstance(found, Walk) else found
     if csv is not None:
         rows: list[tuple[str | None, str, Mapping[str, Score]]] = [(done.commit, done.suite, done.scores)]
-        if isinstance(found, Walk):
-            rows = [(row.commit, done.suite, row.noted.scores) for row in found if row.noted]
+        if done.history is not None:
+            rows = [(row.commit, done.suite, row.noted.scores) for row in done.history if row.noted]
         _write(csv, scores_csv(rows))
     if facts_csv is not None:
         _write(facts_csv, records_csv(done))
