@@ -1,6 +1,8 @@
 """patchhub: a version manager for knowledge edits of language models.
 
-    model = patchhub.load("path/to/repository", revision="main")
+    repo = patchhub.Repository.init("facts", "meta-llama/Llama-3.2-1B")
+    repo.commit([{"prompt": "The capital of {} is", "subject": "Kazakhstan", "target_new": "Astana"}], message="A correction")
+    model = repo.load()
 
 What is named below is imported on first use, so that `import patchhub` costs nothing.
 """
@@ -10,20 +12,37 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["PatchhubError", "__version__", "attach", "detach", "load", "open_repository"]
+__all__ = [
+    "PatchhubError",
+    "Repository",
+    "Request",
+    "__version__",
+    "attach",
+    "clone",
+    "detach",
+    "errors",
+    "load",
+    "open",
+]
 
 if TYPE_CHECKING:
+    from patchhub import errors
     from patchhub.errors import PatchhubError
+    from patchhub.objects import Request
+    from patchhub.repository import Repository, clone, open
     from patchhub.runtime.patched_model import detach
     from patchhub.worktree.loading import attach, load
-    from patchhub.worktree.loading import open_path as open_repository
 
 _HOMES = {
-    "PatchhubError": ("patchhub.errors", "PatchhubError"),
-    "attach": ("patchhub.worktree.loading", "attach"),
-    "detach": ("patchhub.runtime.patched_model", "detach"),
-    "load": ("patchhub.worktree.loading", "load"),
-    "open_repository": ("patchhub.worktree.loading", "open_path"),
+    "PatchhubError": "patchhub.errors",
+    "Repository": "patchhub.repository",
+    "Request": "patchhub.objects",
+    "attach": "patchhub.worktree.loading",
+    "clone": "patchhub.repository",
+    "detach": "patchhub.runtime.patched_model",
+    "errors": "patchhub",
+    "load": "patchhub.worktree.loading",
+    "open": "patchhub.repository",
 }
 
 
@@ -32,9 +51,10 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
-    module, attribute = _HOMES[name]
-    return getattr(import_module(module), attribute)
+    if name == "errors":
+        return import_module("patchhub.errors")
+    return getattr(import_module(_HOMES[name]), name)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted(__all__)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 
 class Progress(Protocol):
@@ -35,6 +36,47 @@ class Silent:
 
     def close(self) -> None:
         pass
+
+
+class Bars:
+    """Bars of tqdm beside the result: in a notebook, and on a terminal. Warnings always."""
+
+    def __init__(self, warn: Callable[[str], None], *, shown: bool = True) -> None:
+        """A listener that says warnings by ``warn``, and has no bars unless they are to be ``shown``."""
+        self._say = warn
+        self._shown = shown
+        self._bar: Any = None
+
+    def stage(self, label: str, total: int) -> None:
+        self.close()
+        make = _bar_class() if self._shown else None
+        if make is not None:
+            form = None if total else "{desc} ..."  # nothing to count
+            self._bar = make(
+                total=total or None, desc=f"{label:>20}", bar_format=form, leave=bool(total), unit_scale=True
+            )
+
+    def advance(self, amount: int) -> None:
+        if self._bar is not None:
+            self._bar.update(amount)
+
+    def warn(self, message: str) -> None:
+        self.close()
+        self._say(message)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+
+def _bar_class() -> Any:
+    """tqdm's class for where this runs; None where nobody would see a bar. It is imported here, since that takes a while."""
+    if "ipykernel" not in sys.modules and not sys.stderr.isatty():
+        return None
+    from tqdm.auto import tqdm
+
+    return tqdm
 
 
 def increments(progress: Progress) -> Callable[[int, int], None]:

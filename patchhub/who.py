@@ -1,11 +1,15 @@
-"""Who changes something, when and why; and durations and instants as people write them: "14 days", "36h", "2 weeks ago". Pure."""
+"""Who changes something, when and why; and durations and instants as people write them: "14 days", "36h", "2 weeks ago".
+
+What the environment says of it (git's identity, the login name, a fixed clock) is read from a mapping that the two front floors hand in.
+"""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import date, datetime, time, timedelta, timezone
-from typing import Final
+from typing import Any, Final
 
 from patchhub.errors import SettingsError
 
@@ -51,6 +55,69 @@ class Who:
     def saying(self, message: str) -> Who:
         """The same, with ``message`` where none was given."""
         return self if self.message else replace(self, message=message)
+
+
+def author_of(given: str | None, configured: Any, environment: Mapping[str, str]) -> str:
+    """Who is told to change something, else the config's ``author``, else git's identity, else the login name.
+
+    Args:
+        environment: the variables that git runs with.
+
+    Raises:
+        SettingsError: it is no UTF-8 text.
+    """
+    author = str(given if given is not None else configured or _git_identity(environment) or _login())
+    refuse_undecoded(author, "the author")
+    return author
+
+
+def now(environment: Mapping[str, str]) -> str:
+    """The present instant in `FORMAT`; SOURCE_DATE_EPOCH replaces it, for runs that are to be the same again.
+
+    Raises:
+        SettingsError: SOURCE_DATE_EPOCH is no instant.
+    """
+    epoch = environment.get("SOURCE_DATE_EPOCH")
+    try:
+        moment = datetime.fromtimestamp(int(epoch), timezone.utc) if epoch else datetime.now(timezone.utc)
+    except (ValueError, OverflowError, OSError):
+        raise SettingsError(
+            f"SOURCE_DATE_EPOCH is {epoch!r}, which is no instant",
+            remedy="Set it to whole seconds since 1970, or unset it.",
+        ) from None
+    return moment.strftime(FORMAT)
+
+
+def refuse_undecoded(text: str, what: str) -> None:
+    """Raise `SettingsError` for text that came as bytes that are not UTF-8: no object could hold it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise SettingsError(f"{what} {text!r} is not UTF-8 text", remedy="Write it in UTF-8.") from None
+
+
+def _git_identity(environment: Mapping[str, str]) -> str | None:
+    import subprocess  # here and below: only who changes something needs it
+
+    found = []
+    for key in ("user.name", "user.email"):
+        try:
+            result = subprocess.run(["git", "config", key], capture_output=True, check=False, env=environment)
+        except OSError:
+            return None
+        found.append(result.stdout.decode("utf-8", errors="replace").strip())
+    return f"{found[0]} <{found[1]}>" if all(found) else None
+
+
+def _login() -> str:
+    import getpass
+    import platform
+
+    try:
+        login = getpass.getuser()
+    except (KeyError, OSError, ImportError):  # no passwd entry and no variable: containers that run as a bare number
+        login = "unknown"
+    return f"{login} <{login}@{platform.node()}>"
 
 
 def duration(text: str) -> timedelta:

@@ -2,42 +2,46 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from patchhub.cli.options import chat_option, check_option, force_option, memory_option, placement_options
+from patchhub.cli.options import (
+    FactsFile,
+    chat_option,
+    check_option,
+    force_option,
+    format_option,
+    memory_option,
+    placement_options,
+    text_option,
+)
 from patchhub.cli.terminal import (
     author_option,
-    bars,
     count,
     json_option,
     list_facts,
-    open_repository,
+    opened,
     print_json,
     repo_option,
     reports_errors,
     say,
     say_stale_shards,
     say_trained,
-    stamp,
     talk,
 )
-from patchhub.errors import RequestError
 from patchhub.objects import EMPTY_SET
 
 if TYPE_CHECKING:
-    from patchhub.objects import Operation
     from patchhub.porcelain.change import Changed
     from patchhub.porcelain.commit import Committed
-    from patchhub.store.store import Store
+    from patchhub.porcelain.refs import Stepped
+    from patchhub.repository import Repository
 
 
 set_option = click.option(
     "--set",
-    "overrides",
     multiple=True,
     metavar="KEY=VALUE",
     help="A setting of the editor for this commit alone: layers=3-5, ridge=200, preset=published. Repeatable.",
@@ -48,20 +52,25 @@ strict_option = click.option(
 
 
 @click.command()
-@click.argument("file", required=False)
+@click.argument("facts", required=False, metavar="[FILE]", type=FactsFile())
 @click.option("-m", "--message", required=True, help="Why.")
 @click.option("--method", help="The editor: memit (default), pmet or wise.")
 @click.option("--prompt", help='One fact from the command line: "The mother tongue of {} is".')
 @click.option("--subject", help="Its subject.")
 @click.option("--target", help="What the model shall say.")
-@click.option("--format", "format_", type=click.Choice(["jsonl", "json", "csv"]), help="How to read FILE.")
-@click.option("--text", multiple=True, type=click.Path(path_type=Path), help="Text for the metric (first commit only).")
+@format_option
+@text_option
 @click.option(
     "--on-conflict",
     type=click.Choice(["refuse", "replace", "keep"]),
     default="refuse",
     show_default=True,
     help="When an active fact says otherwise about the same prompt and subject.",
+)
+@click.option(
+    "--keep",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="A file of prompts whose answers must stay: facts in which target_new may be left out.",
 )
 @set_option
 @strict_option
@@ -73,28 +82,7 @@ strict_option = click.option(
 @repo_option
 @json_option
 @reports_errors
-def commit(
-    file: str | None,
-    message: str,
-    method: str | None,
-    prompt: str | None,
-    subject: str | None,
-    target: str | None,
-    format_: Any,
-    text: tuple[Path, ...],
-    on_conflict: Any,
-    overrides: tuple[str, ...],
-    strict: bool,
-    force: bool,
-    device: str | None,
-    dtype: str | None,
-    quantization: str | None,
-    chat: bool | None,
-    memory: int | None,
-    author: str | None,
-    repo: Path | None,
-    as_json: bool,
-) -> None:
+def commit(repo: Path | None, as_json: bool, **options: Any) -> None:
     """Write the facts in FILE (JSONL, JSON or CSV; `-` is standard input) into the model.
 
     \b
@@ -105,73 +93,37 @@ def commit(
 
     With --method wise the facts go into a side memory beside the model, and queries are routed to it.
     """
-    from patchhub.editing.requests import Batch, Origin, one_request, read_requests
-    from patchhub.porcelain.commit import commit as run
-    from patchhub.worktree.opening import placement_of
-    from patchhub.worktree.recording import read_overrides
-
-    repository = open_repository(repo)
-    method = method or repository.config.settings.get("method", "memit")
-    settings = read_overrides(overrides, method)
-    if file is not None:
-        if prompt or subject or target:
-            raise RequestError("a FILE and --prompt are both given", remedy="Give one of them.")
-        batch = read_requests(sys.stdin.buffer if file == "-" else Path(file), format=format_)
-    elif prompt and subject and target:
-        batch = Batch((one_request(prompt, subject, target),), (Origin("the command line"),), 0)
-    else:
-        given = {"--prompt": prompt, "--subject": subject, "--target": target}
-        missing = [option for option, text in given.items() if not text]
-        problem = "there are no facts" if len(missing) == len(given) else f"{' and '.join(missing)} is missing or empty"
-        raise RequestError(problem, remedy="Give a FILE, or --prompt, --subject and --target.")
-    if batch.duplicates:
-        talk(f"{click.style('warning:', fg='yellow')} {count(batch.duplicates, 'exact duplicate')} counted once")
-    if batch.unanswered:
-        left = count(batch.unanswered, "neighborhood prompt")
-        talk(f"{click.style('warning:', fg='yellow')} {left} without an answer left out")
-    with bars() as progress:
-        done = run(
-            repository,
-            batch,
-            stamp(repository, author, message),
-            progress,
-            method=method,
-            settings=settings,
-            text=text,
-            on_conflict=on_conflict,
-            strict=strict,
-            force=force,
-            placement=placement_of(repository, device=device, dtype=dtype, quantization=quantization),
-            chat=chat,
-            memory=memory,
-        )
-    if done.already_active:
-        talk(f"{count(done.already_active, 'fact')} active already, left alone")
-    report_committed(repository, done, as_json)
+    repository = opened(repo)
+    report_committed(repository, repository.commit(**options), as_json)
 
 
-def report_committed(repository: Store, done: Committed, as_json: bool) -> None:
+def report_committed(repository: Repository, done: Committed, as_json: bool) -> None:
     """What `commit` and `update` print."""
     if as_json:
-        print_json(done.to_json())
+        print_json(done)
         return
-    branch, _ = repository.head
-    say(f"[{branch or 'detached'} {done.commit[:12]}] {repository.commit(done.commit).message}")
+    store = repository.store
+    say(f"[{store.head[0] or 'detached'} {done.commit[:12]}] {store.commit(done.commit).message}")
     list_facts("+", done.written, "green")
     list_facts("-", done.replaced, "red")
+    list_facts("=", done.kept, "cyan")
+    if done.again:
+        talk(f"{count(len(done.again), 'active fact')} of the same subjects written again with these")
     say(
         f"{count(len(done.written), 'fact')} written in {done.seconds:.1f} s; "
         f"{done.held} of them {'is' if done.held == 1 else 'are'} now the model's answer"
     )
-    for shard, patch in ((identity, repository.patch(identity)) for identity in done.patches):
+    for shard, patch in ((identity, store.patch(identity)) for identity in done.patches):
         if patch.kind == "shard":
             say(f"shard {patch.settings['number']} ({shard[:12]}) holds {count(len(patch.requests), 'fact')}", dim=True)
+    if done.already_active:
+        talk(f"{count(done.already_active, 'fact')} active already, left alone")
 
 
 @click.command()
 @click.argument("rev", required=False)
-@click.option("--subject", "subjects", multiple=True, help="Only facts about this subject. Repeatable.")
-@click.option("--request", "requests", multiple=True, help="Only the fact with this request id or prefix. Repeatable.")
+@click.option("--subject", multiple=True, help="Only facts about this subject. Repeatable.")
+@click.option("--request", multiple=True, help="Only the fact with this request id or prefix. Repeatable.")
 @click.option("-m", "--message", default="", help="Why. Default: says what was reverted.")
 @check_option
 @force_option
@@ -179,17 +131,7 @@ def report_committed(repository: Store, done: Committed, as_json: bool) -> None:
 @repo_option
 @json_option
 @reports_errors
-def revert(
-    rev: str | None,
-    subjects: tuple[str, ...],
-    requests: tuple[str, ...],
-    message: str,
-    check: bool,
-    force: bool,
-    author: str | None,
-    repo: Path | None,
-    as_json: bool,
-) -> None:
+def revert(repo: Path | None, as_json: bool, **options: Any) -> None:
     """Take back what the commit REV changed, wherever it is in history, as a new commit.
 
     With --subject or --request, only those facts of it; without REV, those facts whichever commit wrote them.
@@ -198,14 +140,8 @@ def revert(
     remaining set of facts was seen before, they are that commit's weights bit for bit. Only a WISE shard that loses some of
     its facts is trained again, on the others.
     """
-    from patchhub.porcelain.change import revert as run
-    from patchhub.worktree.judging import Guarding
-
-    repository = open_repository(repo)
-    by, guarding = stamp(repository, author, message), Guarding(force, check)
-    with bars() as progress:
-        done = run(repository, rev, by, subjects=subjects, requests=requests, progress=progress, guarding=guarding)
-    _report_change(repository, done, as_json)
+    repository = opened(repo)
+    _report_change(repository, repository.revert(**options), as_json)
 
 
 @click.command("cherry-pick")
@@ -224,25 +160,10 @@ def revert(
 @repo_option
 @json_option
 @reports_errors
-def cherry_pick(
-    rev: str,
-    on_conflict: Any,
-    message: str,
-    check: bool,
-    force: bool,
-    author: str | None,
-    repo: Path | None,
-    as_json: bool,
-) -> None:
+def cherry_pick(repo: Path | None, as_json: bool, **options: Any) -> None:
     """Do what the commit REV changed once more on the current branch, from its recorded columns: no model runs."""
-    from patchhub.porcelain.change import cherry_pick as run
-    from patchhub.worktree.judging import Guarding
-
-    repository = open_repository(repo)
-    by, guarding = stamp(repository, author, message), Guarding(force, check)
-    with bars() as progress:
-        done = run(repository, rev, by, on_conflict=on_conflict, progress=progress, guarding=guarding)
-    _report_change(repository, done, as_json)
+    repository = opened(repo)
+    _report_change(repository, repository.cherry_pick(**options), as_json)
 
 
 @click.command()
@@ -250,12 +171,9 @@ def cherry_pick(
 @repo_option
 @json_option
 @reports_errors
-def undo(author: str | None, repo: Path | None, as_json: bool) -> None:
+def undo(repo: Path | None, as_json: bool, **options: Any) -> None:
     """Put every branch back to where it was before the last command; repeated, walk further back."""
-    from patchhub.porcelain.refs import undo as run
-
-    repository = open_repository(repo)
-    _report_step(repository, run(repository, who=stamp(repository, author)), "undone", as_json)
+    _report_step(opened(repo).undo(**options), "undone", as_json)
 
 
 @click.command()
@@ -263,44 +181,31 @@ def undo(author: str | None, repo: Path | None, as_json: bool) -> None:
 @repo_option
 @json_option
 @reports_errors
-def redo(author: str | None, repo: Path | None, as_json: bool) -> None:
+def redo(repo: Path | None, as_json: bool, **options: Any) -> None:
     """Reverse the last undo."""
-    from patchhub.porcelain.refs import redo as run
-
-    repository = open_repository(repo)
-    _report_step(repository, run(repository, who=stamp(repository, author)), "done again", as_json)
+    _report_step(opened(repo).redo(**options), "done again", as_json)
 
 
-def _report_step(repository: Store, operation: Operation, past: str, as_json: bool) -> None:
-    branch, head = repository.head
+def _report_step(done: Stepped, past: str, as_json: bool) -> None:
     if as_json:
-        changes = {ref: list(change) for ref, change in operation.changes.items()}
-        print_json({"operation": operation.id, "changes": changes, "branch": branch, "head": head})
+        print_json(done)
         return
-    command = _reversed_command(repository, operation)
-    moved = ", ".join(ref.removeprefix("refs/heads/").removeprefix("refs/remotes/") for ref in operation.changes)
-    say(f"`{command}` {past}: {moved}")
-    if command == "push" and past == "undone":
+    moved = ", ".join(ref.removeprefix("refs/heads/").removeprefix("refs/remotes/") for ref in done.changes)
+    say(f"`{done.command}` {past}: {moved}")
+    if done.command == "push" and past == "undone":
         say(
             "A push itself is not taken back: the remote has what it got; only the note of that here moved.",
             fg="yellow",
         )
-    say(f"{branch or 'HEAD'} is at {head[:12] if head else 'the base'}")
+    say(f"{done.branch or 'HEAD'} is at {done.head[:12] if done.head else 'the base'}")
 
 
-def _reversed_command(repository: Store, operation: Operation) -> str:
-    """The command whose effect an undo took away or a redo brought back."""
-    commands = dict(repository.operations())
-    target = commands[str(operation.undoes)]
-    return target.command if target.undoes is None else _reversed_command(repository, target)
-
-
-def _report_change(repository: Store, done: Changed, as_json: bool) -> None:
+def _report_change(repository: Repository, done: Changed, as_json: bool) -> None:
     if as_json:
-        print_json(done.to_json())
+        print_json(done)
         return
-    branch, _ = repository.head
-    commit = repository.commit(done.commit)
+    branch, _ = repository.store.head
+    commit = repository.store.commit(done.commit)
     say(f"[{branch or 'detached'} {done.commit[:12]}] {commit.message}")
     list_facts("-", done.removed, "red")
     list_facts("+", done.restored, "green")
@@ -333,41 +238,10 @@ def _report_change(repository: Store, done: Changed, as_json: bool) -> None:
 @repo_option
 @json_option
 @reports_errors
-def update(
-    subject: str,
-    target: str,
-    prompt: str | None,
-    message: str,
-    method: str | None,
-    overrides: tuple[str, ...],
-    strict: bool,
-    force: bool,
-    author: str | None,
-    repo: Path | None,
-    as_json: bool,
-) -> None:
+def update(repo: Path | None, as_json: bool, **options: Any) -> None:
     """Give one active fact another target: one commit that removes the old request and adds the new one."""
-    from patchhub.porcelain.commit import update as run
-    from patchhub.worktree.recording import read_overrides
-
-    repository = open_repository(repo)
-    method = method or str(repository.config.settings.get("method", "memit"))
-    settings = read_overrides(overrides, method)
-    by = stamp(repository, author, message)
-    with bars() as progress:
-        done = run(
-            repository,
-            subject,
-            target,
-            by,
-            progress,
-            prompt=prompt,
-            method=method,
-            settings=settings,
-            strict=strict,
-            force=force,
-        )
-    report_committed(repository, done, as_json)
+    repository = opened(repo)
+    report_committed(repository, repository.update(**options), as_json)
 
 
 COMMANDS = (

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
-from patchhub.cli.options import check_option, force_option
+from patchhub.cli.options import base_option, check_option, force_option
 from patchhub.cli.terminal import (
-    bars,
+    author_option,
     count,
     json_option,
-    now,
-    open_repository,
+    opened,
     print_json,
     repo_option,
     reports_errors,
     say,
-    stamp,
 )
 
 out_option = click.option("--out", required=True, type=click.Path(path_type=Path), help="Where to write.")
@@ -44,19 +43,14 @@ def export() -> None:
 @repo_option
 @json_option
 @reports_errors
-def export_peft(
-    rev: str, out: Path, rank: int | None, tolerance: float, overwrite: bool, repo: Path | None, as_json: bool
-) -> None:
+def export_peft(repo: Path | None, as_json: bool, **options: Any) -> None:
     """A LoRA adapter for PEFT, vLLM, SGLang and llama.cpp, in a folder of OUT named after the commit.
 
     All modules have one rank and scale 1, the only form that all of these read alike. It is read back and compared.
     """
-    from patchhub.porcelain.exchange import export_peft as run
-
-    with bars() as progress:
-        done = run(open_repository(repo), rev, out, progress, tolerance=tolerance, rank=rank, overwrite=overwrite)
+    done = opened(repo).export_peft(**options)
     if as_json:
-        print_json(done.to_json())
+        print_json(done)
     else:
         say(f"Wrote {done.out}: rank {done.rank}, relative error {done.error:.1e}")
 
@@ -68,14 +62,11 @@ def export_peft(
 @repo_option
 @json_option
 @reports_errors
-def export_diff(rev: str, out: Path, overwrite: bool, repo: Path | None, as_json: bool) -> None:
+def export_diff(repo: Path | None, as_json: bool, **options: Any) -> None:
     """The change of each weight alone, as one safetensors file OUT (docs/format.md, "delta")."""
-    from patchhub.porcelain.exchange import export_diff as run
-
-    with bars() as progress:
-        done = run(open_repository(repo), rev, out, progress, overwrite=overwrite)
+    done = opened(repo).export_diff(**options)
     if as_json:
-        print_json(done.to_json())
+        print_json(done)
     else:
         say(f"Wrote {done.out}")
 
@@ -83,19 +74,16 @@ def export_diff(rev: str, out: Path, overwrite: bool, repo: Path | None, as_json
 @export.command("checkpoint")
 @click.argument("rev", default="HEAD")
 @out_option
-@click.option("--base", help="Where the base model is, if it moved.")
+@base_option
 @overwrite_option
 @repo_option
 @json_option
 @reports_errors
-def export_checkpoint(rev: str, out: Path, base: str | None, overwrite: bool, repo: Path | None, as_json: bool) -> None:
+def export_checkpoint(repo: Path | None, as_json: bool, **options: Any) -> None:
     """The whole model with the change fused in, as `patchhub apply` writes it."""
-    from patchhub.porcelain.model import apply as run
-
-    with bars() as progress:
-        done = run(open_repository(repo), rev, out, progress, base=base, overwrite=overwrite)
+    done = opened(repo).export_checkpoint(**options)
     if as_json:
-        print_json(done.to_json())
+        print_json(done)
     else:
         say(f"Wrote {done.out}, {count(len(done.survival), 'weight')} changed")
 
@@ -110,44 +98,21 @@ def export_checkpoint(rev: str, out: Path, base: str | None, overwrite: bool, re
     show_default=True,
     help="Relative error up to which a difference of checkpoints is taken as low rank.",
 )
-@click.option("--base", help="Where the base model is, if it moved.")
+@base_option
 @check_option
 @force_option
-@click.option("--author", help="Who commits.")
+@author_option
 @repo_option
 @json_option
 @reports_errors
-def import_(
-    source: Path,
-    message: str | None,
-    tolerance: float,
-    base: str | None,
-    check: bool,
-    force: bool,
-    author: str | None,
-    repo: Path | None,
-    as_json: bool,
-) -> None:
+def import_(repo: Path | None, as_json: bool, **options: Any) -> None:
     """Commit the change that SOURCE makes to the base: a folder with a PEFT LoRA adapter, or a fine-tuned checkpoint.
 
     Only linear weights of the blocks may differ from the base. Pickled files are never opened.
     """
-    from patchhub.porcelain.exchange import import_change as run
-    from patchhub.worktree.judging import Guarding
-
-    repository = open_repository(repo)
-    with bars() as progress:
-        done = run(
-            repository,
-            source,
-            stamp(repository, author, message or f"Import {source.resolve().name}"),
-            progress,
-            tolerance=tolerance,
-            base=base,
-            guarding=Guarding(force, check),
-        )
+    done = opened(repo).import_(**options)
     if as_json:
-        print_json(done.to_json())
+        print_json(done)
         return
     say(f"Committed {click.style(done.commit[:12], fg='yellow')}")
     for weight, (form, error) in done.weights.items():
@@ -168,24 +133,14 @@ def import_(
 @repo_option
 @json_option
 @reports_errors
-def report(rev: str, out: Path, compare: int, overwrite: bool, repo: Path | None, as_json: bool) -> None:
+def report(repo: Path | None, as_json: bool, **options: Any) -> None:
     """One HTML page about the repository: history, facts with search, scores, norms, interference.
 
     The page is one file that loads nothing; a phone can read it. A fact counts as active where REV holds it. No model runs.
     """
-    from patchhub.porcelain.report.report import write_report as run
-
-    with bars() as progress:
-        done = run(
-            open_repository(repo), out, progress, time=now(), revision=rev, compared=compare, overwrite=overwrite
-        )
-        left = done.report.left_out
-        if any(left.values()):
-            progress.warn(
-                f"the page leaves out {count(left['commits'], 'older commit')} and {count(left['facts'], 'fact')}"
-            )
+    done = opened(repo).report(**options)
     if as_json:
-        print_json(done.to_json())
+        print_json(done)
     else:
         counts = f"{count(len(done.report.commits), 'commit')}, {count(len(done.report.facts), 'fact')}"
         say(f"Wrote {done.out}: {counts}, {done.size / 1000:,.0f} kB")

@@ -14,11 +14,9 @@ import click
 from patchhub.cli.measure import measured_on, say_compared, say_scores, score_line, summary
 from patchhub.cli.options import guard_lines, guard_summary
 from patchhub.cli.terminal import (
-    bars,
     count,
     json_option,
-    now,
-    open_repository,
+    opened,
     print_json,
     repo_option,
     reports_errors,
@@ -104,34 +102,11 @@ _SHOWN = 20
 @repo_option
 @json_option
 @reports_errors
-def log(
-    rev: str,
-    limit: int | None,
-    oneline: bool,
-    graph: bool,
-    stat: bool,
-    about: str | None,
-    since: str | None,
-    until: str | None,
-    author: str | None,
-    first_parent: bool,
-    repo: Path | None,
-    as_json: bool,
-) -> None:
+def log(oneline: bool, graph: bool, repo: Path | None, as_json: bool, **options: Any) -> None:
     """The commits below REV, newest first."""
-    from patchhub.porcelain.history import log as run
-    from patchhub.store.lookup import Selection
-    from patchhub.who import instant
-
-    only = Selection(
-        about,
-        author,
-        instant(since, now()) if since else None,
-        instant(until, now(), end=True) if until else None,
-    )
-    entries = run(open_repository(repo), rev, limit=limit, only=only, first_parent=first_parent, sizes=stat)
+    entries = opened(repo).log(**options)
     if as_json:
-        print_json([entry.to_json() for entry in entries])
+        print_json(entries)
         return
     drawn = list(entries) if graph else entries
     rows = draw((entry.id, entry.shown_parents) for entry in drawn) if graph else repeat(None)
@@ -150,11 +125,10 @@ def log(
 def show(rev: str, everything: bool, repo: Path | None, as_json: bool) -> None:
     """One commit: its facts, how they were written, and what was measured."""
     from patchhub.porcelain.history import measured_norms, numbers
-    from patchhub.porcelain.history import show as run
 
-    shown = run(open_repository(repo), rev)
+    shown = opened(repo).show(rev)
     if as_json:
-        print_json(shown.to_json())
+        print_json(shown)
         return
     _header(replace(shown.entry, scores=()))
     say()
@@ -181,11 +155,9 @@ def status(repo: Path | None, as_json: bool) -> None:
 
     How far the branch is ahead of or behind a remote's branch of its name is as of the last fetch or push.
     """
-    from patchhub.porcelain.history import status as run
-
-    found = run(open_repository(repo))
+    found = opened(repo).status()
     if as_json:
-        print_json(found.to_json())
+        print_json(found)
         return
     say(f"On branch {found.branch}" if found.branch else "HEAD is detached")
     for beside in found.remotes:
@@ -224,40 +196,22 @@ def status(repo: Path | None, as_json: bool) -> None:
 @click.argument("new", default="HEAD")
 @click.option("--all", "everything", is_flag=True, help="List every fact.")
 @click.option("--weights", is_flag=True, help="Compare the weights: norm, rank and angle of the changes.")
-@click.option("--ask", "prompts", type=click.File(encoding="utf-8"), help="Prompts, one a line: which answers changed.")
+@click.option("--ask", type=click.File(encoding="utf-8"), help="Prompts, one a line: which answers changed.")
 @click.option("--base", help="Where the base model is, if it moved (for --ask).")
 @repo_option
 @json_option
 @reports_errors
 def diff(
-    old: str,
-    new: str,
-    everything: bool,
-    weights: bool,
-    prompts: TextIO | None,
-    base: str | None,
-    repo: Path | None,
-    as_json: bool,
+    old: str, new: str, everything: bool, ask: TextIO | None, repo: Path | None, as_json: bool, **options: Any
 ) -> None:
     """What changes from OLD to NEW: facts added, retargeted and removed, and the norms of the weights' changes.
 
     Default: from the base to HEAD.
     """
-    from patchhub.porcelain.search import changed_answers, weight_steps
-    from patchhub.porcelain.search import diff as run
-
-    repository = open_repository(repo)
-    found = run(repository, old, new)
-    steps = weight_steps(repository, old, new) if weights else None
-    answers = None
-    if prompts is not None:
-        with bars() as progress:
-            answers = changed_answers(repository, old, new, prompts.read().splitlines(), progress, base=base)
+    prompts = None if ask is None else ask.read().splitlines()
+    found = opened(repo).diff(old, new, ask=prompts, **options)
     if as_json:
-        document = found.to_json()
-        document |= {} if steps is None else {"weights": {name: step.to_json() for name, step in steps.items()}}
-        document |= {} if answers is None else {"answers": [answer.to_json() for answer in answers]}
-        print_json(document)
+        print_json(found)
         return
     _requests("+", found.added, "green", everything)
     for pair in found.retargeted[: None if everything else _SHOWN]:
@@ -266,14 +220,14 @@ def diff(
     _requests("-", found.removed, "red", everything)
     if not (found.added or found.retargeted or found.removed):
         say("no fact differs")
-    if steps is None:
+    if found.weights is None:
         _norms(found.norms, {"old": old, "new": new, "change": "step"})
     else:
-        _weight_table(steps, old, new)
+        _weight_table(found.weights, old, new)
     if found.scores:
         say_compared(found.scores, old, new, DEFINITIONS)
-    if answers is not None:
-        _answers(answers, old, new)
+    if found.answers is not None:
+        _answers(found.answers, old, new)
 
 
 @click.command()
@@ -283,19 +237,9 @@ def diff(
 @reports_errors
 def fsck(reindex: bool, repo: Path | None, as_json: bool) -> None:
     """Check every stored byte and every link between objects."""
-    from patchhub.porcelain.upkeep import fsck as run
-
-    with bars() as progress:
-        report = run(open_repository(repo), progress, rebuild=reindex)
+    report = opened(repo).fsck(reindex=reindex)
     if as_json:
-        print_json(
-            {
-                "sound": report.sound,
-                "objects": report.objects,
-                "bytes": report.size,
-                "findings": [finding.__dict__ for finding in report.findings],
-            }
-        )
+        print_json(report)
     else:
         for finding in report.findings:
             say(finding.problem, fg="yellow" if finding.harmless else "red")
@@ -414,7 +358,7 @@ def _weight_table(steps: Mapping[str, WeightStep], old: str, new: str) -> None:
         say(f"{weight:<{width}}  {cells}  {angle:>6}")
 
 
-def _answers(answers: list[ChangedAnswer], old: str, new: str) -> None:
+def _answers(answers: Sequence[ChangedAnswer], old: str, new: str) -> None:
     say(f"{count(len(answers), 'answer')} changed", bold=True)
     for answer in answers:
         say(f"  {answer.prompt}")

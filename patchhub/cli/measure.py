@@ -2,34 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from patchhub.cli.options import chat_option, placement_options
+from patchhub.cli.options import (
+    FactsFile,
+    chat_option,
+    limit_option,
+    metrics_option,
+    placement_options,
+    seed_option,
+)
 from patchhub.cli.terminal import (
-    author_of,
+    author_option,
     bars,
     count,
     json_option,
-    now,
-    open_repository,
+    opened,
     print_json,
     repo_option,
     reports_errors,
     say,
-    stamp,
     talk,
 )
-from patchhub.errors import SettingsError
-from patchhub.who import Who
 
 if TYPE_CHECKING:
     from patchhub.porcelain.measure import Bench, Evaluation, HistoryRow
     from patchhub.porcelain.scores import Compared, Noted, Score
+    from patchhub.repository import Repository
 
 
 _SMALL = ("kl",)
@@ -102,135 +107,64 @@ def say_table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
 
 _RELATIONS = 8
 _FEWEST = 3
-_METRICS = ("auto", "counterfact", "zsre", "wise")
 _file = click.Path(path_type=Path, dir_okay=False)
 
 
 @click.command("eval")
 @click.argument("rev", default="HEAD")
-@click.option("--suite", "file", required=True, type=_file, help="Facts to evaluate on: any file that `commit` reads.")
-@click.option(
-    "--metrics",
-    type=click.Choice(_METRICS),
-    default="auto",
-    show_default=True,
-    help="Whose scores; auto: zsRE's for a file of its records, else CounterFact's.",
-)
-@click.option(
-    "--limit", type=click.IntRange(min=1), help="At most so many facts: the first ones, or with --seed a sample."
-)
-@click.option("--seed", type=click.IntRange(min=0), help="Of the sample, of sampled text and of the intervals.")
+@click.option("--suite", required=True, type=FactsFile(), help="Facts to evaluate on: any file that `commit` reads.")
+@metrics_option
+@limit_option
+@seed_option
 @click.option("--text", multiple=True, type=_file, help="Text to measure drift on. Default: what was kept aside.")
-@click.option("--context", "contexts", multiple=True, help="Text around the prompt in live decoding, with one {}.")
-@click.option("--all", "everything", is_flag=True, help="Every commit below REV that has no such scores yet.")
-@click.option("--csv", "csv_file", type=_file, help="Also write the scores as CSV.")
-@click.option("--facts-csv", "facts_file", type=_file, help="Also write each fact's own values as CSV.")
+@click.option("--context", multiple=True, help="Text around the prompt in live decoding, with one {}.")
+@click.option("--all", is_flag=True, help="Every commit below REV that has no such scores yet.")
+@click.option("--csv", type=_file, help="Also write the scores as CSV.")
+@click.option("--facts-csv", type=_file, help="Also write each fact's own values as CSV.")
 @click.option("--plot", type=_file, help="Also draw the scores as SVG: by commit, generality/specificity, by relation.")
-@click.option("--no-note", is_flag=True, help="Do not keep the scores with the commit.")
-@click.option("--author", help="Who measures.")
+@click.option("--note/--no-note", default=True, help="Keep the scores with the commit (default), or do not.")
+@author_option
 @placement_options
 @chat_option
 @repo_option
 @json_option
 @reports_errors
-def evaluate(
-    rev: str,
-    file: Path,
-    metrics: str,
-    limit: int | None,
-    seed: int | None,
-    text: tuple[Path, ...],
-    contexts: tuple[str, ...],
-    everything: bool,
-    csv_file: Path | None,
-    facts_file: Path | None,
-    plot: Path | None,
-    no_note: bool,
-    author: str | None,
-    device: str | None,
-    dtype: str | None,
-    quantization: str | None,
-    chat: bool | None,
-    repo: Path | None,
-    as_json: bool,
-) -> None:
+def evaluate(repo: Path | None, as_json: bool, **options: Any) -> None:
     """How well REV holds the facts in --suite FILE, and what that costs elsewhere.
 
     Teacher-forced scores beside live decoding, fluency and drift, each with its definition, a 95 % bootstrap interval over facts and
     the unpatched model's number. They are kept as a note of the commit, which log, show, diff and push know. With --chat all prompts
     are messages of the base's chat template; fluency and drift stay outside it. docs/evaluation.md has the definitions in full.
     """
-    from patchhub.editing.requests import read_requests
-    from patchhub.porcelain.measure import Facts, metrics_for
-    from patchhub.porcelain.measure import evaluate as run
-    from patchhub.porcelain.measure import evaluate_history as walk
-    from patchhub.porcelain.report.charts import facts_csv, scores_csv
-    from patchhub.porcelain.report.charts import score_picture as picture
-    from patchhub.porcelain.scores import noted_history
-    from patchhub.worktree.opening import placement_of
-
-    if everything and no_note:
-        raise SettingsError(
-            "--all and --no-note contradict each other", remedy="A walk keeps what it measures; leave one out."
-        )
-    repository = open_repository(repo)
-    chosen = metrics_for(file) if metrics == "auto" else metrics
-    facts = Facts(read_requests(file).requests, file.name, chosen, limit, seed, text)
-    facts = replace(facts, contexts=contexts) if contexts else facts
-    placement = placement_of(repository, device=device, dtype=dtype, quantization=quantization)
-    who, rows = stamp(repository, author), None
-    with bars() as progress:
-        if everything:
-            rows = walk(repository, rev, facts, progress, who=who, placement=placement, chat=chat)
-            rev = next((row.commit for row in rows if row.noted), "base")  # the newest that gives numbers
-        keep = not (no_note or everything)
-        done = run(repository, rev, facts, progress, who=who, keep=keep, placement=placement, chat=chat)
-    if csv_file:
-        noted = [(row.commit, done.suite, row.noted.scores) for row in rows or () if row.noted]
-        _write(csv_file, scores_csv([(done.commit, done.suite, done.scores)] if rows is None else noted))
-    if facts_file:
-        _write(facts_file, facts_csv(done))
-    if plot:
-        _write(plot, picture(done, noted_history(repository, rev, done.suite)))
+    done = opened(repo).eval(**options)
+    for file in (options[name] for name in ("csv", "facts_csv", "plot") if options[name]):
+        talk(f"wrote {file}")
     if as_json:
-        print_json(done.to_json() if rows is None else [row.to_json() for row in rows])
-    elif rows is None:
-        _evaluation(done)
+        print_json(done if done.history is None else done.history)
+    elif done.history is not None:
+        _history(done.history, done)
     else:
-        _history(rows, done)
+        _evaluation(done)
 
 
 @click.command()
 @click.argument("methods", metavar="METHOD...", nargs=-1, required=True)
-@click.option("--suite", "file", required=True, type=_file, help="Facts to write and to evaluate on.")
-@click.option("--metrics", type=click.Choice(_METRICS), default="auto", show_default=True, help="Whose scores.")
-@click.option("--limit", type=click.IntRange(min=1), help="At most so many facts: the first, or with --seed a sample.")
-@click.option("--seed", type=click.IntRange(min=0), help="Of the sample, of sampled text and of the intervals.")
+@click.option("--suite", required=True, type=FactsFile(), help="Facts to write and to evaluate on.")
+@metrics_option
+@limit_option
+@seed_option
 @click.option("--text", multiple=True, type=_file, help="Text to measure drift on. Default: what was kept aside.")
 @click.option("--batch", type=click.IntRange(min=1), help="Commit so many facts at a time. Default: all at once.")
 @click.option("--base", help="A model folder or Hub id instead of this repository's base and settings.")
-@click.option("--csv", "csv_file", type=_file, help="Also write the table as CSV.")
+@click.option("--csv", type=_file, help="Also write the table as CSV.")
 @click.option("--markdown", is_flag=True, help="Print the table as Markdown.")
-@click.option("--author", help="Who measures.")
+@author_option
 @chat_option
 @repo_option
 @json_option
 @reports_errors
 def bench(
-    methods: tuple[str, ...],
-    file: Path,
-    metrics: str,
-    limit: int | None,
-    seed: int | None,
-    text: tuple[Path, ...],
-    batch: int | None,
-    base: str | None,
-    csv_file: Path | None,
-    markdown: bool,
-    author: str | None,
-    chat: bool | None,
-    repo: Path | None,
-    as_json: bool,
+    methods: tuple[str, ...], base: str | None, markdown: bool, repo: Path | None, as_json: bool, **options: Any
 ) -> None:
     """Compare editors on one list of facts, each alone on the base, in a temporary repository.
 
@@ -240,36 +174,30 @@ def bench(
 
     Scores are those of `eval`; times and sizes are per fact.
     """
-    from contextlib import nullcontext
-
     from patchhub.sets.settings import contender
 
-    contenders = [contender(method) for method in methods]
-
-    from patchhub.editing.requests import read_requests
-    from patchhub.porcelain.measure import Facts, bench_csv, metrics_for, scratch_repository
-    from patchhub.porcelain.measure import bench as run
-
-    chosen = metrics_for(file) if metrics == "auto" else metrics
-    facts = Facts(read_requests(file).requests, file.name, chosen, limit, seed, text)
-    with bars() as progress:
-        who = Who(author_of({}, author), now())
-        place = scratch_repository(base, progress, who=who) if base else nullcontext(open_repository(repo))
-        with place as repository:
-            found = run(repository, contenders, facts, progress, who=who, batch=batch, chat=chat)
-    if csv_file:
-        _write(csv_file, bench_csv(found))
+    for method in methods:
+        contender(method)  # before a base is read for it
+    with _about(base, repo) as repository:
+        found = repository.bench(*methods, **options)
+    if options["csv"]:
+        talk(f"wrote {options['csv']}")
     if as_json:
-        print_json(found.to_json())
+        print_json(found)
     else:
         _bench(found, markdown)
 
 
-def _write(file: Path, text: str) -> None:
-    from patchhub.fsio import write_atomically
+@contextmanager
+def _about(base: str | None, repo: Path | None) -> Iterator[Repository]:
+    """The repository; or one about a base alone, which is gone afterwards."""
+    if base is None:
+        yield opened(repo)
+        return
+    from patchhub.repository import Repository
 
-    write_atomically(file, (text.encode("utf-8"),))
-    talk(f"wrote {file}")
+    with TemporaryDirectory(prefix="patchhub-bench-") as folder, Repository.init(folder, base, progress=bars()) as made:
+        yield made
 
 
 def _evaluation(done: Evaluation) -> None:
@@ -351,8 +279,8 @@ def _bench(found: Bench, markdown: bool) -> None:
         about = f"{found.settings['file']}{_asked(found.settings)}"
         say(f"{count(facts, 'fact') if facts else 'facts'} of {about}", bold=True)
         say_table(titles, table)
-        for title, meaning in found.definitions.items():
-            say(f"{title:>20} {meaning}", dim=True)
+        for title in found.titles:
+            say(f"{title:>20} {found.definitions[title]}", dim=True)
     for row in found.rows:
         if row.failure:
             say(f"{row.name}: {row.failure}", fg="red")

@@ -10,27 +10,24 @@ import click
 from patchhub.cli.options import check_option, force_option
 from patchhub.cli.terminal import (
     author_option,
-    bars,
     count,
     json_option,
     list_facts,
-    open_repository,
+    opened,
     print_json,
     repo_option,
     reports_errors,
     say,
     say_stale_shards,
     say_trained,
-    stamp,
 )
-from patchhub.errors import ContradictionError, SettingsError
+from patchhub.errors import ContradictionError
 
 if TYPE_CHECKING:
     from patchhub.porcelain.merge import Loss, Merged, Prediction, Stopped
     from patchhub.porcelain.refresh import Refreshed
-    from patchhub.sets.merging import Contradiction, Resolution, Side
-    from patchhub.store.store import Store
-    from patchhub.who import Who
+    from patchhub.repository import Repository
+    from patchhub.sets.merging import Contradiction, Side
 
 
 _SHOWN = 8
@@ -39,7 +36,11 @@ _SHOWN = 8
 @click.command()
 @click.argument("rev", required=False)
 @click.option("-m", "--message", default="", help="Default: \"Merge branch 'REV'\".")
-@click.option("--no-ff", is_flag=True, help="Make a commit even where the branch could just move forward.")
+@click.option(
+    "--ff/--no-ff",
+    default=True,
+    help="Move the branch forward where that is all (default), or make a commit even then.",
+)
 @click.option("--ours", is_flag=True, help="Decide every contradiction for the current branch.")
 @click.option("--theirs", is_flag=True, help="Decide every contradiction for REV.")
 @click.option(
@@ -47,9 +48,11 @@ _SHOWN = 8
     type=click.Path(path_type=Path, dir_okay=False),
     help='JSON file that decides them one by one: {"The mother tongue of Ada is": "theirs", ...}.',
 )
-@click.option("--refresh", "again", is_flag=True, help="Then record what REV brought again on the merged state.")
+@click.option("--refresh", is_flag=True, help="Then record what REV brought again on the merged state.")
 @click.option("--dry-run", is_flag=True, help="Only say what would contradict or weaken what.")
-@click.option("--continue", "resume", is_flag=True, help="Take up a stopped merge, with --choices, --ours or --theirs.")
+@click.option(
+    "--continue", "continue_", is_flag=True, help="Take up a stopped merge, with --choices, --ours or --theirs."
+)
 @click.option("--abort", is_flag=True, help="Leave a stopped merge.")
 @check_option
 @force_option
@@ -57,76 +60,20 @@ _SHOWN = 8
 @repo_option
 @json_option
 @reports_errors
-def merge(
-    rev: str | None,
-    message: str,
-    no_ff: bool,
-    ours: bool,
-    theirs: bool,
-    choices: Path | None,
-    again: bool,
-    dry_run: bool,
-    resume: bool,
-    abort: bool,
-    check: bool,
-    force: bool,
-    author: str | None,
-    repo: Path | None,
-    as_json: bool,
-) -> None:
+def merge(repo: Path | None, as_json: bool, **options: Any) -> None:
     """Bring what REV changed into the current branch.
 
     Each fact is merged on its own: what one side changed since the two parted is kept. Where the sides answer one prompt
     differently the merge stops and lists both answers. The weights are solved from recorded columns: no model runs.
     """
-    from patchhub.porcelain import merge as porcelain
-    from patchhub.worktree.judging import Guarding
-
-    if sum([rev is not None, resume, abort]) != 1 or (dry_run and rev is None):
-        raise SettingsError(
-            "merge takes a revision, or --continue, or --abort", remedy="Give one of them; --dry-run needs a revision."
-        )
-    if ours and theirs:
-        raise SettingsError(
-            "--ours and --theirs are both given", remedy="Give one, or decide one by one with --choices."
-        )
-    repository = open_repository(repo)
-    if abort:
-        porcelain.abort_merge(repository)
-        _say_or_print({"outcome": "aborted"}, "the merge is left; nothing had changed", as_json)
-        return
-    resolution = _resolution(choices, ours=ours, theirs=theirs)
-    if dry_run:
-        _predict(repository, str(rev), resolution, as_json)
-        return
-    by, guarding = stamp(repository, author, message), Guarding(force, check)
-    with bars() as progress:
-        if rev is None:
-            done = porcelain.continue_merge(repository, by, resolution=resolution, progress=progress, guarding=guarding)
-        else:
-            done = porcelain.merge(
-                repository,
-                rev,
-                by,
-                resolution=resolution,
-                fast_forward=not no_ff,
-                progress=progress,
-                guarding=guarding,
-            )
-    if isinstance(done, porcelain.Stopped):
-        if as_json:
-            print_json(done.to_json())
-        else:
-            report_stopped(done)
-        raise SystemExit(ContradictionError.exit_code)
-    if not as_json:
-        report_merged(repository, done)  # before the refresh, which may be refused
-    again = again and done.outcome == "merged"
-    refreshed = _refresh(repository, stamp(repository, author, ""), force=force) if again else None
+    repository = opened(repo)
+    done: Any = repository.merge(**options)
     if as_json:
-        print_json({**done.to_json(), **({"refreshed": refreshed.to_json()} if refreshed else {})})
-    elif refreshed:
-        _report_refreshed(refreshed)
+        print_json(done)
+    else:
+        report_merge(repository, done)
+    if done.outcome == "stopped":
+        raise SystemExit(ContradictionError.exit_code)
 
 
 @click.command()
@@ -136,26 +83,18 @@ def merge(
 @repo_option
 @json_option
 @reports_errors
-def refresh(message: str, force: bool, author: str | None, repo: Path | None, as_json: bool) -> None:
+def refresh(repo: Path | None, as_json: bool, **options: Any) -> None:
     """Record facts again whose recording is stale, and on a merge those that it brought, as a new commit.
 
     Shards whose threshold was measured on other weights are measured on the present ones.
 
     Forward passes of the model alone: the values that were optimised when the facts were written are kept.
     """
-    repository = open_repository(repo)
-    done = _refresh(repository, stamp(repository, author, message), force=force)
+    done = opened(repo).refresh(**options)
     if as_json:
-        print_json(done.to_json())
+        print_json(done)
     else:
         _report_refreshed(done)
-
-
-def _refresh(repository: Store, by: Who, *, force: bool) -> Refreshed:
-    from patchhub.porcelain.refresh import refresh as run
-
-    with bars() as progress:
-        return run(repository, by, progress, force=force)
 
 
 def _report_refreshed(done: Refreshed) -> None:
@@ -167,30 +106,27 @@ def _report_refreshed(done: Refreshed) -> None:
         say(f"{count(done.left, 'fact')} left as they were: the texts are withheld", fg="yellow")
 
 
-def _resolution(choices: Path | None, *, ours: bool, theirs: bool) -> Resolution:
-    from patchhub.sets.merging import Resolution, read_choices
-
-    prefer: Side | None = "ours" if ours else "theirs" if theirs else None
-    return Resolution(read_choices(choices) if choices else {}, prefer)
-
-
-def _predict(repository: Store, rev: str, resolution: Resolution, as_json: bool) -> None:
-    from patchhub.porcelain.merge import predict
-
-    found = predict(repository, rev, resolution=resolution)
-    if as_json:
-        print_json(found.to_json())
+def report_merge(repository: Repository, done: Any) -> None:
+    """What became of a merge, by its outcome."""
+    if done.outcome == "aborted":
+        say("the merge is left; nothing had changed")
+    elif done.outcome == "dry run":
+        _report_prediction(done)
+    elif done.outcome == "stopped":
+        _report_stopped(done)
     else:
-        _report_prediction(found)
+        _report_merged(repository, done)
+        if done.refreshed:
+            _report_refreshed(done.refreshed)
 
 
-def report_merged(repository: Store, done: Merged) -> None:
-    branch, _ = repository.head
+def _report_merged(repository: Repository, done: Merged) -> None:
+    branch, _ = repository.store.head
     at = f"[{branch or 'detached'} {done.commit[:12] if done.commit else 'base'}]"
     if done.outcome != "merged":
         say(f"{at} {done.outcome}")
     else:
-        say(f"{at} {repository.commit(str(done.commit)).message}")
+        say(f"{at} {repository.store.commit(str(done.commit)).message}")
     list_facts("+", done.from_theirs, "green")
     list_facts("-", done.removed_by_theirs, "red")
     for found, side in done.decided.items():
@@ -211,7 +147,7 @@ def report_merged(repository: Store, done: Merged) -> None:
     say_stale_shards(len(done.stale_shards))
 
 
-def report_stopped(done: Stopped) -> None:
+def _report_stopped(done: Stopped) -> None:
     say(f"{count(len(done.open), 'contradiction')} between ours and {done.merge.revision}; nothing was changed:")
     _report_contradictions(done.open)
     _say_unchecked(done.unchecked)
@@ -263,13 +199,6 @@ def _targets(found: Contradiction, side: Side) -> str:
 def _say_unchecked(unchecked: int) -> None:
     if unchecked:
         say(f"{count(unchecked, 'fact')} could not be checked for contradictions: the texts are withheld", fg="yellow")
-
-
-def _say_or_print(document: dict[str, Any], words: str, as_json: bool) -> None:
-    if as_json:
-        print_json(document)
-    else:
-        say(words)
 
 
 COMMANDS = (merge, refresh)

@@ -7,20 +7,19 @@ from typing import Any
 
 import click
 
-from patchhub.cli.options import chat_option, placement_options
+from patchhub.cli.options import base_option, chat_option, placement_options
 from patchhub.cli.terminal import (
-    author_of,
+    author_option,
     bars,
+    chosen_folder,
     count,
     json_option,
-    now,
-    open_repository,
+    opened,
     print_json,
     repo_option,
     reports_errors,
     say,
 )
-from patchhub.who import Who
 
 
 @click.command()
@@ -30,14 +29,13 @@ def demo(keep: Path | None) -> None:
     """Edit, question, export and revert a small model that is built in. No network, under a minute."""
     from patchhub.cli.demo import run
 
-    with bars() as progress:
-        run(keep, progress)
+    run(keep)
 
 
 @click.command()
 @click.argument("base")
 @click.option("--revision", help="Branch, tag or commit of a model on the Hub.")
-@click.option("--author", help="Who is recorded in the operation log.")
+@author_option
 @click.option(
     "--repo",
     type=click.Path(path_type=Path, file_okay=False),
@@ -45,18 +43,16 @@ def demo(keep: Path | None) -> None:
 )
 @json_option
 @reports_errors
-def init(base: str, revision: str | None, author: str | None, repo: Path | None, as_json: bool) -> None:
+def init(base: str, repo: Path | None, as_json: bool, **options: Any) -> None:
     """Start a store in ./.patchhub for BASE, a model folder or a Hub id.
 
     Reads every byte of the base once, to know it again later. The base is never changed.
     """
-    from patchhub.porcelain.model import init as run
+    from patchhub.repository import Repository
 
-    folder = repo or click.get_current_context().find_root().params.get("repo") or Path()
-    with bars() as progress:
-        done = run(folder, base, progress, who=Who(author_of({}, author), now()), revision=revision)
+    done: Any = Repository.init(chosen_folder(repo) or Path(), base, progress=bars(), **options).made
     if as_json:
-        print_json(done.to_json())
+        print_json(done)
         return
     say(f"Initialised {done.store} for {done.model_type} with {done.layers} layers")
     say(
@@ -79,19 +75,10 @@ def config(key: str | None, value: str | None, unset: bool, repo: Path | None, a
       patchhub config author "Ada <ada@example.org>"
       patchhub config memit.layers 3-5
     """
-    from patchhub.porcelain import upkeep
     from patchhub.sets.settings import SETTINGS
 
-    repository = open_repository(repo)
-    if key is None:
-        values = upkeep.config_values(repository)
-    elif unset:
-        upkeep.config_unset(repository, key)
-        values = {key: None}
-    elif value is not None:
-        values = {key: upkeep.config_set(repository, key, value)}
-    else:
-        values = {key: upkeep.config_get(repository, key)}
+    found = opened(repo).config(key, value, unset=unset)
+    values = found if key is None else {key: found}
     if as_json:
         print_json(values)
         return
@@ -106,23 +93,14 @@ def config(key: str | None, value: str | None, unset: bool, repo: Path | None, a
 @click.command()
 @click.argument("rev")
 @click.option("--out", required=True, type=click.Path(path_type=Path, file_okay=False), help="Folder to write.")
-@click.option("--base", help="Where the base model is, if it moved.")
+@base_option
 @click.option("--overwrite", is_flag=True, help="Replace an existing folder.")
-@click.option("--no-link", is_flag=True, help="Copy untouched weight files instead of hard-linking them.")
+@click.option("--link/--no-link", default=True, help="Hard-link untouched weight files (default), or copy them.")
 @click.option("--wise", type=click.Choice(["retrieve", "merge"]), help="How loading routes to shards. Default: config.")
 @repo_option
 @json_option
 @reports_errors
-def apply(
-    rev: str,
-    out: Path,
-    base: str | None,
-    overwrite: bool,
-    no_link: bool,
-    wise: Any,
-    repo: Path | None,
-    as_json: bool,
-) -> None:
+def apply(repo: Path | None, as_json: bool, **options: Any) -> None:
     """Write the model at REV as an ordinary checkpoint folder.
 
     Weights are streamed one tensor at a time; names, types and files are the base's. Weight files that the patch does
@@ -131,13 +109,9 @@ def apply(
     WISE shards are written beside the weights. `patchhub.load` of the folder routes queries to them; other loaders know
     nothing of them and give the main weights alone.
     """
-    from patchhub.porcelain.model import apply as run
-
-    link = not no_link
-    with bars() as progress:
-        done = run(open_repository(repo), rev, out, progress, base=base, overwrite=overwrite, link=link, wise=wise)
+    done = opened(repo).apply(**options)
     if as_json:
-        print_json(done.to_json())
+        print_json(done)
         return
     say(f"Wrote {done.out} ({_name(done.commit)}, {count(len(done.survival), 'weight')} changed)")
     for weight, share in sorted(done.survival.items()):
@@ -149,34 +123,18 @@ def apply(
 
 @click.command()
 @click.argument("prompt")
-@click.option("--rev", "revs", multiple=True, help="Revision to ask; repeat to compare. Default: HEAD and base.")
-@click.option("--base", help="Where the base model is, if it moved.")
+@click.option("--rev", multiple=True, help="Revision to ask; repeat to compare. Default: HEAD and base.")
+@base_option
 @placement_options
 @chat_option
 @repo_option
 @json_option
 @reports_errors
-def ask(
-    prompt: str,
-    revs: tuple[str, ...],
-    base: str | None,
-    device: str | None,
-    dtype: str | None,
-    quantization: str | None,
-    chat: bool | None,
-    repo: Path | None,
-    as_json: bool,
-) -> None:
+def ask(prompt: str, repo: Path | None, as_json: bool, **options: Any) -> None:
     """What the model says to PROMPT, at one revision beside another: likely next words and a short continuation."""
-    from patchhub.porcelain.model import ask as run
-    from patchhub.worktree.opening import placement_of
-
-    repository = open_repository(repo)
-    placement = placement_of(repository, device=device, dtype=dtype, quantization=quantization)
-    with bars() as progress:
-        answers = run(repository, prompt, revs or ("HEAD", "base"), progress, base=base, placement=placement, chat=chat)
+    answers = opened(repo).ask(prompt, **options)
     if as_json:
-        print_json([answer.__dict__ for answer in answers])
+        print_json(answers)
         return
     width = max(18, *(len(answer.revision) + 10 for answer in answers))
     for answer in answers:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -30,11 +32,38 @@ class Size(click.ParamType[int]):
         return size
 
 
+class FactsFile(click.ParamType[Any]):
+    """A file of facts; ``-`` is standard input."""
+
+    name = "file"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return sys.stdin.buffer if value == "-" else Path(value)
+
+
 def memory_option(purpose: str) -> Callable[[Command], Command]:
     """``--memory``: how much a command may take, in bytes; None where it is not given."""
     return click.option("--memory", type=Size(), metavar="SIZE", help=f"{purpose}, such as 8GB.")
 
 
+metrics_option = click.option(
+    "--metrics",
+    type=click.Choice(["auto", "counterfact", "zsre", "wise"]),
+    default="auto",
+    show_default=True,
+    help="Whose scores; auto: zsRE's for a file of its records, else CounterFact's.",
+)
+limit_option = click.option(
+    "--limit", type=click.IntRange(min=1), help="At most so many facts: the first ones, or with --seed a sample."
+)
+seed_option = click.option(
+    "--seed", type=click.IntRange(min=0), help="Of the sample, of sampled text and of the intervals."
+)
+format_option = click.option("--format", type=click.Choice(["jsonl", "json", "csv"]), help="How to read FILE.")
+text_option = click.option(
+    "--text", multiple=True, type=click.Path(path_type=Path), help="Text for the metric (first commit only)."
+)
+base_option = click.option("--base", help="Where the base model is, if it moved.")
 chat_option = click.option(
     "--chat/--no-chat", default=None, help="Read prompts as the user's messages of the base's chat template."
 )

@@ -2,34 +2,28 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from patchhub.cli.options import chat_option, placement_options
+from patchhub.cli.options import base_option, chat_option, placement_options
 from patchhub.cli.terminal import (
-    bars,
     count,
     json_option,
-    open_repository,
+    opened,
     print_json,
     repo_option,
     reports_errors,
     say,
 )
-from patchhub.errors import SettingsError
 
 if TYPE_CHECKING:
-    from patchhub.porcelain.blame import Bisection, Blame, Check, Step
+    from patchhub.porcelain.blame import Bisection, Blame, Step
     from patchhub.store.lookup import Change, Fact
-    from patchhub.store.store import Store
 
 
 _SHOWN = 10
-_STDERR = 2  # the descriptor: stdout is for the result alone
 
 
 @click.command()
@@ -40,13 +34,11 @@ _STDERR = 2  # the descriptor: stdout is for the result alone
 @repo_option
 @json_option
 @reports_errors
-def search(words: tuple[str, ...], subject: str, rev: str, limit: int, repo: Path | None, as_json: bool) -> None:
+def search(words: tuple[str, ...], repo: Path | None, as_json: bool, **options: Any) -> None:
     """Facts ever committed that hold all WORDS: who taught them, when, and whether they are still active."""
-    from patchhub.porcelain.search import search as run
-
-    found = run(open_repository(repo), " ".join(words), subject=subject, revision=rev, limit=limit)
+    found = opened(repo).search(*words, **options)
     if as_json:
-        print_json([fact.to_json() for fact in found])
+        print_json(found)
         return
     for item in found:
         state = click.style("active", fg="green") if item.active else click.style("not active", dim=True)
@@ -63,49 +55,24 @@ def search(words: tuple[str, ...], subject: str, rev: str, limit: int, repo: Pat
 @click.option("--rev", default="HEAD", show_default=True, help="The revision to question.")
 @click.option("--lookup", is_flag=True, help="Only look PROMPT up among the active facts; no model runs.")
 @click.option("-n", "--limit", type=click.IntRange(min=1), default=_SHOWN, show_default=True, help="Facts to show.")
-@click.option("--base", help="Where the base model is, if it moved.")
+@base_option
 @placement_options
 @chat_option
 @repo_option
 @json_option
 @reports_errors
-def blame(
-    prompt: str,
-    subject: str | None,
-    rev: str,
-    lookup: bool,
-    limit: int,
-    base: str | None,
-    device: str | None,
-    dtype: str | None,
-    quantization: str | None,
-    chat: bool | None,
-    repo: Path | None,
-    as_json: bool,
-) -> None:
+def blame(prompt: str, lookup: bool, limit: int, repo: Path | None, as_json: bool, **options: Any) -> None:
     """How much each active fact, and each patch, moves the answer to PROMPT.
 
     Read at the subject's last token, where facts are written: --subject, or the subject of an active fact that is in PROMPT, or
     else PROMPT's last token.
     """
-    from patchhub.porcelain.search import fact_json, mentioned
-
-    repository = open_repository(repo)
-    if lookup:
-        facts = mentioned(repository, prompt, rev, limit=limit)
-        if as_json:
-            print_json([fact_json(fact) for fact in facts])
-        else:
-            _mentioned(prompt, facts)
-        return
-    from patchhub.porcelain.blame import blame as run
-    from patchhub.worktree.opening import placement_of
-
-    place = placement_of(repository, device=device, dtype=dtype, quantization=quantization)
-    with bars() as progress:
-        found = run(repository, prompt, progress, subject=subject, revision=rev, base=base, placement=place, chat=chat)
+    found: Any = opened(repo).blame(prompt, lookup=lookup, limit=limit, **options)
     if as_json:
-        print_json(found.to_json())
+        print_json(found)
+        return
+    if lookup:
+        _mentioned(prompt, found)
         return
     _mentioned(prompt, found.mentioned[:limit])
     _shares(found, limit)
@@ -121,28 +88,13 @@ def blame(
 @click.option(
     "--facts", type=click.Path(path_type=Path, dir_okay=False), help="Facts to measure on. Default: the active ones."
 )
-@click.option("--base", help="Where the base model is, if it moved.")
+@base_option
 @placement_options
 @chat_option
 @repo_option
 @json_option
 @reports_errors
-def bisect(
-    good: str,
-    bad: str,
-    command: tuple[str, ...],
-    metric: str | None,
-    below: float | None,
-    above: float | None,
-    facts: Path | None,
-    base: str | None,
-    device: str | None,
-    dtype: str | None,
-    quantization: str | None,
-    chat: bool | None,
-    repo: Path | None,
-    as_json: bool,
-) -> None:
+def bisect(good: str, bad: str, command: tuple[str, ...], repo: Path | None, as_json: bool, **options: Any) -> None:
     """The first commit after GOOD, up to BAD, at which something is broken.
 
     \b
@@ -152,38 +104,9 @@ def bisect(
     COMMAND runs with the applied checkpoint in PATCHHUB_MODEL and the commit in PATCHHUB_COMMIT; exit code 0 means good, 125
     cannot say, anything else bad. What it prints goes to stderr.
     """
-    from patchhub.porcelain.blame import bisect as run
-
-    repository = open_repository(repo)
-    with bars() as progress:
-        if bool(command) == (metric is not None):
-            raise SettingsError(
-                "bisect needs a command or a metric", remedy="Write `-- COMMAND` or --metric, not both."
-            )
-        if metric is None:
-            if chat:
-                raise SettingsError("a command asks the model in its own way", remedy="Leave --chat out.")
-            found = run(repository, good, bad, _command_check(repository, command, base), progress)
-        else:
-            from patchhub.editing.requests import read_requests
-            from patchhub.porcelain.blame import facts_to_measure, metric_check
-            from patchhub.worktree.opening import placement_of
-
-            requests = read_requests(facts).requests if facts else facts_to_measure(repository, metric, good, bad)
-            check = metric_check(
-                repository,
-                metric,
-                requests,
-                below=below,
-                above=above,
-                progress=progress,
-                base=base,
-                placement=placement_of(repository, device=device, dtype=dtype, quantization=quantization),
-                chat=chat,
-            )
-            found = run(repository, good, bad, check, progress, chat=check.chat)
+    found = opened(repo).bisect(good, bad, *command, **options)
     if as_json:
-        print_json(found.to_json())
+        print_json(found)
     else:
         _bisection(found)
 
@@ -196,30 +119,12 @@ def bisect(
 @reports_errors
 def merge_base(one: str, other: str, repo: Path | None, as_json: bool) -> None:
     """The newest commits that ONE and OTHER both have; `base` if they share nothing else."""
-    from patchhub.porcelain.history import merge_bases
-
-    found = merge_bases(open_repository(repo), one, other)
+    found = opened(repo).merge_base(one, other)
     if as_json:
         print_json(found)
         return
     for commit in found or ["base"]:
         say(commit)
-
-
-def _command_check(repository: Store, command: tuple[str, ...], base: str | None) -> Check:
-    from patchhub.porcelain.blame import command_check
-    from patchhub.progress import Silent
-
-    def run(model: Path, commit: str | None) -> int:
-        environment = {**os.environ, "PATCHHUB_MODEL": str(model), "PATCHHUB_COMMIT": commit or "base"}
-        try:
-            return subprocess.run(command, env=environment, stdout=_STDERR, check=False).returncode
-        except OSError as error:
-            raise SettingsError(
-                f"cannot run {command[0]!r}: {error.strerror}", remedy="Give a program and its arguments after `--`."
-            ) from error
-
-    return command_check(repository, run, Silent(), base=base)
 
 
 def _bisection(found: Bisection) -> None:

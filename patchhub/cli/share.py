@@ -2,35 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from patchhub.cli.merge import report_merge
 from patchhub.cli.terminal import (
-    author_of,
+    author_option,
     bars,
     count,
     json_option,
-    now,
-    open_repository,
+    opened,
     print_json,
     repo_option,
     reports_errors,
     say,
-    stamp,
 )
 from patchhub.errors import ContradictionError
-from patchhub.who import Who
 
 if TYPE_CHECKING:
-    from patchhub.porcelain.merge import Merged, Stopped
-    from patchhub.remotes.sync import Fetched, Moved, Pushed
-    from patchhub.store.store import Store
+    from patchhub.remotes.sync import Fetched, Moved
 
 
-author_option = click.option("--author", help="Who is recorded in the operation log.")
 size_option = click.option(
     "--max-size", type=click.FloatRange(min=0), default=64.0, show_default=True, help="Most gigabytes to download."
 )
@@ -52,9 +46,7 @@ def remote() -> None:
 @reports_errors
 def remote_add(name: str, address: str, repo: Path | None, as_json: bool) -> None:
     """Give ADDRESS a NAME; `origin` is used where no name is given."""
-    from patchhub.porcelain.share import remote_add as run
-
-    kept = run(open_repository(repo), name, address)
+    kept = opened(repo).remote_add(name, address)
     if as_json:
         print_json({name: kept})
     else:
@@ -67,9 +59,7 @@ def remote_add(name: str, address: str, repo: Path | None, as_json: bool) -> Non
 @reports_errors
 def remote_list(repo: Path | None, as_json: bool) -> None:
     """Every remote and its address."""
-    from patchhub.porcelain.share import remotes
-
-    found = remotes(open_repository(repo))
+    found = opened(repo).remote_list()
     if as_json:
         print_json(found)
         return
@@ -85,10 +75,7 @@ def remote_list(repo: Path | None, as_json: bool) -> None:
 @reports_errors
 def remote_remove(name: str, author: str | None, repo: Path | None, as_json: bool) -> None:
     """Forget a remote; nothing is deleted there."""
-    from patchhub.porcelain.share import remote_remove as run
-
-    repository = open_repository(repo)
-    run(repository, name, who=stamp(repository, author))
+    opened(repo).remote_remove(name, author=author)
     if as_json:
         print_json({"removed": name})
     else:
@@ -98,7 +85,7 @@ def remote_remove(name: str, author: str | None, repo: Path | None, as_json: boo
 @click.command()
 @click.argument("remote", required=False)
 @click.argument("refs", nargs=-1)
-@click.option("--all", "everything", is_flag=True, help="All branches and tags; they move one after the other.")
+@click.option("--all", is_flag=True, help="All branches and tags; they move one after the other.")
 @click.option("--tags", is_flag=True, help="All tags.")
 @click.option(
     "--private-facts/--public-facts",
@@ -111,39 +98,16 @@ def remote_remove(name: str, author: str | None, repo: Path | None, as_json: boo
 @json_option
 @reports_errors
 def push(
-    remote: str | None,
-    refs: tuple[str, ...],
-    everything: bool,
-    tags: bool,
-    private_facts: bool | None,
-    dry_run: bool,
-    author: str | None,
-    repo: Path | None,
-    as_json: bool,
+    remote: str | None, refs: tuple[str, ...], dry_run: bool, repo: Path | None, as_json: bool, **options: Any
 ) -> None:
     """Bring branches and tags to REMOTE. Default: the current branch, to the only remote or to `origin`.
 
     Only what is missing there travels. A branch moves only forward; if it moved there, pull first. On the Hub, a
     repository that does not exist is made, private.
     """
-    from patchhub.porcelain.share import default_remote
-    from patchhub.porcelain.share import push as run
-
-    repository = open_repository(repo)
-    with bars() as progress:
-        pushed = run(
-            repository,
-            remote or default_remote(repository),
-            refs,
-            progress,
-            who=stamp(repository, author),
-            everything=everything,
-            tags=tags,
-            private_facts=private_facts,
-            dry_run=dry_run,
-        )
+    pushed = opened(repo).push(remote, *refs, dry_run=dry_run, **options)
     if as_json:
-        print_json([_pushed_json(done) for done in pushed])
+        print_json(pushed)
         return
     for done in pushed:
         verb = "move" if done.moved.old != done.moved.new else "update"
@@ -167,26 +131,11 @@ def push(
 @repo_option
 @json_option
 @reports_errors
-def fetch(
-    remote: str | None, repair: bool, prune: bool, max_size: float, author: str | None, repo: Path | None, as_json: bool
-) -> None:
+def fetch(repo: Path | None, as_json: bool, **options: Any) -> None:
     """Bring all branches, tags and notes of REMOTE here, every byte verified. Your branches stay where they are."""
-    from patchhub.porcelain.share import default_remote
-    from patchhub.porcelain.share import fetch as run
-
-    repository = open_repository(repo)
-    with bars() as progress:
-        fetched = run(
-            repository,
-            remote or default_remote(repository),
-            progress,
-            who=stamp(repository, author),
-            repair=repair,
-            prune=prune,
-            max_bytes=_bytes(max_size),
-        )
+    fetched = opened(repo).fetch(**options)
     if as_json:
-        print_json(_fetched_json(fetched))
+        print_json(fetched)
     else:
         _say_fetched(fetched)
 
@@ -198,65 +147,44 @@ def fetch(
 @repo_option
 @json_option
 @reports_errors
-def pull(remote: str | None, max_size: float, author: str | None, repo: Path | None, as_json: bool) -> None:
+def pull(repo: Path | None, as_json: bool, **options: Any) -> None:
     """Fetch, then bring REMOTE's branch of the same name into the current one: fast-forward, or merge."""
-    from patchhub.porcelain.merge import Stopped
-    from patchhub.porcelain.share import default_remote
-    from patchhub.porcelain.share import pull as run
-
-    repository: Store = open_repository(repo)
-    with bars() as progress:
-        pulled = run(
-            repository,
-            remote or default_remote(repository),
-            progress,
-            stamp(repository, author),
-            max_bytes=_bytes(max_size),
-        )
+    repository = opened(repo)
+    pulled = repository.pull(**options)
     if as_json:
-        merged = pulled.merged.to_json() if pulled.merged else None
-        print_json({"fetched": _fetched_json(pulled.fetched), "merged": merged})
+        print_json(pulled)
     else:
         _say_fetched(pulled.fetched)
-        _say_merged(repository, pulled.merged)
-    if isinstance(pulled.merged, Stopped):
+        if pulled.merged is None:
+            say(f"The remote has no branch {repository.store.head[0]}; `patchhub push` makes it")
+        else:
+            report_merge(repository, pulled.merged)
+    if pulled.merged is not None and pulled.merged.outcome == "stopped":
         raise SystemExit(ContradictionError.exit_code)
 
 
 @click.command()
 @click.argument("address")
-@click.argument("folder", type=click.Path(path_type=Path, file_okay=False))
+@click.argument("folder", required=False, type=click.Path(path_type=Path, file_okay=False))
 @click.option("--base", help="The base model, a folder or a Hub id. Default: where the remote says it is.")
 @size_option
 @author_option
 @json_option
 @reports_errors
-def clone(address: str, folder: Path, base: str | None, max_size: float, author: str | None, as_json: bool) -> None:
-    """Make a store in FOLDER with all that ADDRESS has, and name that address `origin`.
+def clone(as_json: bool, **options: Any) -> None:
+    """Make a store in FOLDER (default: named as ADDRESS ends) with all that ADDRESS has, and name that address `origin`.
 
     The base is read once and must be the one that the remote was made for.
     """
-    from patchhub.porcelain.share import clone as run
+    from patchhub.repository import Repository
 
-    with bars() as progress:
-        done = run(
-            address,
-            folder,
-            progress,
-            who=Who(author_of({}, author), now()),
-            base=base,
-            max_bytes=_bytes(max_size),
-        )
+    done: Any = Repository.clone(progress=bars(), **options).made
     if as_json:
-        print_json({"store": str(done.store), "branch": done.branch, "commit": done.commit})
+        print_json(done)
         return
     say(f"Cloned into {done.store}")
     if done.commit:
         say(f"On branch {done.branch} at {click.style(done.commit[:12], fg='yellow')}")
-
-
-def _bytes(gigabytes: float) -> int:
-    return int(gigabytes * 1e9)
 
 
 def _move(moved: Moved) -> str:
@@ -273,19 +201,6 @@ def _short(ref: str) -> str:
     return f"tag {name}" if kind == "tags" else name
 
 
-def _pushed_json(done: Pushed) -> dict[str, Any]:
-    return {**asdict(done.moved), "objects": done.objects, "bytes": done.size, "withdrawn": done.withdrawn}
-
-
-def _fetched_json(fetched: Fetched) -> dict[str, Any]:
-    return {
-        "moved": [asdict(moved) for moved in fetched.moved],
-        "objects": fetched.received.objects,
-        "bytes": fetched.received.size,
-        "warnings": list(fetched.warnings),
-    }
-
-
 def _say_fetched(fetched: Fetched) -> None:
     for moved in fetched.moved:
         say(_move(moved))
@@ -296,18 +211,6 @@ def _say_fetched(fetched: Fetched) -> None:
         say(f"{count(received.objects, 'object')}, {received.size / 1e6:.2f} MB, all verified", dim=True)
     else:
         say("Nothing new")
-
-
-def _say_merged(repository: Store, merged: Merged | Stopped | None) -> None:
-    from patchhub.cli.merge import report_merged, report_stopped
-    from patchhub.porcelain.merge import Stopped
-
-    if merged is None:
-        say(f"The remote has no branch {repository.head[0]}; `patchhub push` makes it")
-    elif isinstance(merged, Stopped):
-        report_stopped(merged)
-    else:
-        report_merged(repository, merged)
 
 
 COMMANDS = (remote, push, fetch, pull, clone)

@@ -1,34 +1,28 @@
-"""The terminal and the environment: options that every command has, progress, errors, who is asking."""
+"""The terminal: options that every command has, the repository that is meant, what is printed, errors."""
 
 from __future__ import annotations
 
 import errno
 import functools
-import getpass
 import json
 import logging
 import os
-import platform
 import re
-import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 
-from patchhub.errors import PatchhubError, RepositoryError, SettingsError
+from patchhub.errors import PatchhubError, RepositoryError
+from patchhub.progress import Bars
+from patchhub.results import Result, Rows
 
 if TYPE_CHECKING:
-    from click._termui_impl import ProgressBar
-
     from patchhub.objects import Request
-    from patchhub.store.store import Store
-    from patchhub.who import Who
+    from patchhub.repository import Repository
 
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -47,70 +41,22 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print one JS
 _NOT_ESCAPED_IN_JSON = re.compile("[\x7f-\x9f\ud800-\udfff]")
 
 
-def open_repository(repo: Path | None) -> Store:
-    """The store named by --repo (on the command or before it), or the one found upward from the working directory."""
-    from patchhub.store.store import DIRECTORY, Store
+def opened(repo: Path | None) -> Repository:
+    """The repository named by --repo (on the command or before it), or the one found upward from the working directory."""
+    from patchhub.repository import Repository, open
 
-    chosen = repo or click.get_current_context().find_root().params.get("repo")
-    if chosen is not None:
-        found = Store.open(chosen.parent if chosen.name == DIRECTORY else chosen)
-    else:
-        found = Store.discover(Path.cwd())
-    found.cache = replace(found.cache, tell=Bars().warn)
-    return found
+    chosen = chosen_folder(repo)
+    return open(Path.cwd(), progress=bars()) if chosen is None else Repository(chosen, progress=bars())
 
 
-def now() -> str:
-    """The present instant as the format writes it; SOURCE_DATE_EPOCH replaces it for reproducible runs."""
-    epoch = os.environ.get("SOURCE_DATE_EPOCH")
-    try:
-        instant = datetime.fromtimestamp(int(epoch), timezone.utc) if epoch else datetime.now(timezone.utc)
-    except (ValueError, OverflowError, OSError):
-        raise SettingsError(
-            f"SOURCE_DATE_EPOCH is {epoch!r}, which is no instant",
-            remedy="Set it to whole seconds since 1970, or unset it.",
-        ) from None
-    return instant.isoformat(timespec="seconds").replace("+00:00", "Z")
+def chosen_folder(repo: Path | None) -> Path | None:
+    """What --repo says, on the command or before it."""
+    return repo or click.get_current_context().find_root().params.get("repo")
 
 
-def author_of(settings: Mapping[str, Any], given: str | None) -> str:
-    """--author, else the config's ``author``, else git's identity, else the login name."""
-    author = str(given or settings.get("author") or _git_identity() or _login())
-    _refuse_surrogates(author, "the author")
-    return author
-
-
-def stamp(repository: Store, author: str | None, message: str = "") -> Who:
-    from patchhub.who import Who
-
-    return Who(author_of(repository.config.settings, author), now(), message)
-
-
-def _login() -> str:
-    try:
-        login = getpass.getuser()
-    except (KeyError, OSError, ImportError):  # no passwd entry and no variable: containers that run as a bare number
-        login = "unknown"
-    return f"{login} <{login}@{platform.node()}>"
-
-
-def _refuse_surrogates(text: str, what: str) -> None:
-    """Raise `SettingsError` for text that came as bytes that are not UTF-8: no object could hold it."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise SettingsError(f"{what} {text!r} is not UTF-8 text", remedy="Write it in UTF-8.") from None
-
-
-def _git_identity() -> str | None:
-    found = []
-    for key in ("user.name", "user.email"):
-        try:
-            result = subprocess.run(["git", "config", key], capture_output=True, check=False)
-        except OSError:
-            return None
-        found.append(result.stdout.decode("utf-8", errors="replace").strip())
-    return f"{found[0]} <{found[1]}>" if all(found) else None
+def bars() -> Bars:
+    """Bars on stderr, where that is a terminal; warnings always."""
+    return Bars(lambda message: talk(f"{click.style('warning:', fg='yellow')} {message}"))
 
 
 def say(message: str = "", **style: Any) -> None:
@@ -159,15 +105,17 @@ def say_stale_shards(number: int) -> None:
         )
 
 
-def say_trained(repository: Store, shards: Sequence[str]) -> None:
+def say_trained(repository: Repository, shards: Sequence[str]) -> None:
     """Which shards were trained again, and on how many facts."""
     for shard in shards:
-        patch = repository.patch(shard)
+        patch = repository.store.patch(shard)
         number, facts = patch.settings["number"], count(len(patch.requests), "fact")
         say(f"shard {number} ({shard[:12]}) was trained again, on the {facts} that it holds now")
 
 
 def print_json(document: Any) -> None:
+    """A document as JSON; a result or a list of results as the document that it is."""
+    document = document.to_json() if isinstance(document, Result | Rows) else document
     text = json.dumps(document, ensure_ascii=False, indent=2, sort_keys=True)
     with _to_stdout():
         click.echo(_NOT_ESCAPED_IN_JSON.sub(lambda found: f"\\u{ord(found[0]):04x}", text))
@@ -193,37 +141,6 @@ def _to_stdout() -> Iterator[None]:
         ) from error
 
 
-class Bars:
-    """Progress bars on stderr, only where that is a terminal; warnings always."""
-
-    def __init__(self) -> None:
-        self._bar: ProgressBar[int] | None = None
-        self._quiet = not sys.stderr.isatty()
-
-    def stage(self, label: str, total: int) -> None:
-        self.close()
-        if self._quiet:
-            return
-        if total:
-            bar: ProgressBar[int] = click.progressbar(length=total, label=f"{label:>20}", file=sys.stderr, width=30)
-            self._bar = bar.__enter__()
-        else:
-            talk(f"{label:>20} ...")
-
-    def advance(self, amount: int) -> None:
-        if self._bar is not None:
-            self._bar.update(amount)
-
-    def warn(self, message: str) -> None:
-        self.close()
-        talk(f"{click.style('warning:', fg='yellow')} {message}")
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.__exit__(None, None, None)
-            self._bar = None
-
-
 def quiet_libraries() -> None:
     """Keep the model libraries' own bars and notices off the terminal; to be called before they are imported."""
     for name, value in (
@@ -235,23 +152,12 @@ def quiet_libraries() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it notes every product that it casts
 
 
-@contextmanager
-def bars() -> Iterator[Bars]:
-    """Progress bars that end with the block, whatever ends it."""
-    progress = Bars()
-    try:
-        yield progress
-    finally:
-        progress.close()
-
-
 def reports_errors(command: Command) -> Command:
     """Print a PatchhubError as one line and its remedy, or as JSON under --json, and exit with its code."""
 
     @functools.wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         try:
-            _refuse_undecoded(kwargs)
             return command(*args, **kwargs)
         except PatchhubError as error:
             if kwargs.get("as_json"):
@@ -266,14 +172,6 @@ def reports_errors(command: Command) -> Command:
             raise SystemExit(130) from None
 
     return cast(Command, wrapped)
-
-
-def _refuse_undecoded(options: Mapping[str, Any]) -> None:
-    """Check every text of the command line before any work is done for it; see `_refuse_surrogates`."""
-    for name, value in options.items():
-        for text in value if isinstance(value, tuple) else (value,):
-            if isinstance(text, str):
-                _refuse_surrogates(text, name.replace("_", " "))
 
 
 def error_json(error: PatchhubError) -> Mapping[str, Any]:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from patchhub.cli.options import memory_option
+from patchhub.cli.options import FactsFile, format_option, memory_option, text_option
 from patchhub.cli.terminal import (
-    bars,
     count,
     json_option,
-    open_repository,
+    opened,
     print_json,
     repo_option,
     reports_errors,
@@ -47,9 +45,7 @@ def _read_layers(ctx: click.Context, param: click.Parameter, value: str | None) 
 def metric(ctx: click.Context, repo: Path | None, as_json: bool) -> None:
     """Show the metric: what the weights are asked to keep while facts are written."""
     if ctx.invoked_subcommand is None:
-        from patchhub.porcelain.metric import show
-
-        _report(show(open_repository(repo)), as_json)
+        _report(opened(repo).metric(), as_json)
 
 
 @metric.command("compute")
@@ -59,19 +55,12 @@ def metric(ctx: click.Context, repo: Path | None, as_json: bool) -> None:
 @repo_option
 @json_option
 @reports_errors
-def metric_compute(
-    layers: tuple[int, ...], text: tuple[Path, ...], memory: int | None, repo: Path | None, as_json: bool
-) -> None:
+def metric_compute(repo: Path | None, as_json: bool, **options: Any) -> None:
     """Compute the metric now, from text that the base writes or from --text; else the first commit does.
 
     Until facts are recorded with it, --text and the settings metric.* make another one in its place.
     """
-    from patchhub.porcelain.metric import compute
-
-    repository = open_repository(repo)
-    with bars() as progress:
-        done = compute(repository, progress, layers=layers, text=text, memory=memory)
-    _report(done, as_json)
+    _report(opened(repo).metric_compute(**options), as_json)
 
 
 @metric.command("import")
@@ -86,15 +75,7 @@ def metric_import(sources: tuple[str, ...], repo: Path | None, as_json: bool) ->
     them; LAYER=FILE names the layer of any other file. The kind and its numbers are the settings metric.*; the published
     editors add no ridge (metric.epsilon 0).
     """
-    from patchhub.porcelain.metric import import_metric, import_moments, is_metric_file
-
-    repository = open_repository(repo)
-    with bars() as progress:
-        if len(sources) == 1 and is_metric_file(Path(sources[0])):
-            done = import_metric(repository, Path(sources[0]))
-        else:
-            done = import_moments(repository, sources, progress)
-    _report(done, as_json)
+    _report(opened(repo).metric_import(*sources), as_json)
 
 
 @metric.command("export")
@@ -105,9 +86,7 @@ def metric_import(sources: tuple[str, ...], repo: Path | None, as_json: bool) ->
 @reports_errors
 def metric_export(file: Path, overwrite: bool, repo: Path | None, as_json: bool) -> None:
     """Write the metric to FILE, to be imported where facts about the same base are recorded."""
-    from patchhub.porcelain.metric import export_metric
-
-    digest = export_metric(open_repository(repo), file, overwrite=overwrite)
+    digest = opened(repo).metric_export(file, overwrite=overwrite)
     if as_json:
         print_json({"out": str(file), "sha256": digest})
     else:
@@ -116,7 +95,7 @@ def metric_export(file: Path, overwrite: bool, repo: Path | None, as_json: bool)
 
 def _report(shown: Shown, as_json: bool) -> None:
     if as_json:
-        print_json(shown.to_json())
+        print_json(shown)
         return
     numbers = ", ".join(f"{name} {value:g}" for name, value in sorted(shown.settings.items()))
     if shown.id is None:
@@ -143,42 +122,26 @@ def _origin(shown: Shown) -> str:
 
 
 @click.command()
-@click.argument("file")
+@click.argument("facts", metavar="FILE", type=FactsFile())
 @click.option("--method", help="The editor: memit (default) or pmet.")
 @click.option(
     "--limit", type=click.IntRange(min=1), default=24, show_default=True, help="Use at most so many of the facts."
 )
 @click.option("--dry-run", is_flag=True, help="Only show what is found.")
-@click.option("--text", multiple=True, type=click.Path(path_type=Path), help="Text for the metric (first commit only).")
-@click.option("--format", "format_", type=click.Choice(["jsonl", "json", "csv"]), help="How to read FILE.")
+@text_option
+@format_option
 @repo_option
 @json_option
 @reports_errors
-def tune(
-    file: str,
-    method: str | None,
-    limit: int,
-    dry_run: bool,
-    text: tuple[Path, ...],
-    format_: Any,
-    repo: Path | None,
-    as_json: bool,
-) -> None:
+def tune(dry_run: bool, repo: Path | None, as_json: bool, **options: Any) -> None:
     """Which layers? Try bands of layers, step sizes and lambda on some facts of FILE, and write the best into the config.
 
     Nothing is committed. Facts with paraphrases and neighbourhood prompts make the best judges; where they bring no
     neighbours, a third of the facts is held back and must keep its answers.
     """
-    from patchhub.editing.requests import read_requests
-    from patchhub.porcelain.tune import tune as run
-
-    repository = open_repository(repo)
-    requests = read_requests(sys.stdin.buffer if file == "-" else Path(file), format=format_).requests
-    method = method or str(repository.config.settings.get("method", "memit"))
-    with bars() as progress:
-        done = run(repository, requests, progress, method=method, limit=limit, dry_run=dry_run, text=text)
+    done = opened(repo).tune(dry_run=dry_run, **options)
     if as_json:
-        print_json(done.to_json())
+        print_json(done)
     else:
         _report_tuned(done, dry_run)
 

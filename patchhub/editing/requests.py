@@ -10,6 +10,7 @@ import io
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -97,7 +98,69 @@ def read_requests(
         raise _refuse(whole, "empty", "give at least one fact to write")
     suffix = _SUFFIXES.get(source.suffix.lower()) if isinstance(source, Path) else None
     read = _READERS[format or suffix or _sniff(text, whole)]
-    records = [(_convert(record, origin), origin) for origin, record in read(text, whole)]
+    return _unique([(_convert(record, origin), origin) for origin, record in read(text, whole)], whole)
+
+
+def read_facts(
+    source: Any = None,
+    *,
+    format: Format | None = None,
+    prompt: str | None = None,
+    subject: str | None = None,
+    target: str | None = None,
+) -> Batch:
+    """The facts that are meant: those of a source, or the one that prompt, subject and target spell out.
+
+    Args:
+        source: a path; an open stream; a table with ``to_dict("records")``, such as a pandas DataFrame; or records in any iterable, such
+            as a list or a datasets.Dataset. A record is a mapping in one of the shapes that files have, or a `Request`.
+        format: how to read a path or a stream.
+
+    Raises:
+        RequestError: there are no facts, both are given, or a record is malformed.
+    """
+    given = {"prompt": prompt, "subject": subject, "target": target}
+    missing = [name for name, text in given.items() if not text]
+    if source is None:
+        if prompt and subject and target:
+            return Batch((one_request(prompt, subject, target),), (Origin("the arguments"),), 0)
+        problem = "there are no facts" if len(missing) == len(given) else f"{' and '.join(missing)} is missing or empty"
+        raise RequestError(problem, remedy="Give a file or a list of facts, or prompt, subject and target.")
+    if len(missing) < len(given):
+        raise RequestError("a source of facts and a prompt are both given", remedy="Give one of them.")
+    if isinstance(source, str | PathLike):
+        return read_requests(Path(source), format=format)
+    if callable(getattr(source, "read", None)):
+        return read_requests(source, format=format)
+    return _unique(list(_from_records(source)), Origin("the records"))
+
+
+def _from_records(source: Any) -> Iterator[tuple[Reading, Origin]]:
+    table = getattr(source, "to_dict", None)
+    records = table("records") if callable(table) and not isinstance(source, Mapping) else source
+    if isinstance(records, Mapping) or not isinstance(records, Iterable):
+        raise RequestError(
+            f"facts cannot be read from a {type(source).__name__}",
+            remedy='Give a path, a table, or a list of records such as {"prompt": ..., "subject": ..., "target_new": ...}.',
+        )
+    for number, record in enumerate(records, start=1):
+        origin = Origin("the records", record=number)
+        if isinstance(record, Request):
+            yield Reading(record, 0), origin
+        elif isinstance(record, Mapping):
+            present = {str(name): _cell(value) for name, value in record.items()}
+            yield _convert({name: value for name, value in present.items() if value is not None}, origin), origin
+        else:
+            raise _refuse(origin, f"a {type(record).__name__} stands where a fact belongs", "write it as a mapping")
+
+
+def _cell(value: Any) -> Any:
+    """A value of a table: an array as a list, and None for what is missing, which is no number in pandas."""
+    value = value.tolist() if callable(getattr(value, "tolist", None)) else value
+    return None if isinstance(value, float) and value != value else value  # noqa: PLR0124  # NaN alone is not itself
+
+
+def _unique(records: Sequence[tuple[Reading, Origin]], whole: Origin) -> Batch:
     if not records:
         raise _refuse(whole, "no records", "give at least one fact to write")
     first: dict[str, tuple[Request, Origin]] = {}
@@ -108,19 +171,28 @@ def read_requests(
     return Batch(requests, origins, duplicates=len(records) - len(first), unanswered=unanswered)
 
 
-def read_keeps(source: Path) -> tuple[Keep, ...]:
+def read_keeps(source: Any) -> tuple[Keep, ...]:
     """Read prompts whose answers must stay: records as facts are written, in which ``target_new`` may be left out.
+
+    Args:
+        source: a path, or mappings in any iterable; None: none.
 
     Raises:
         RequestError: as in `read_requests`.
     """
-    whole = Origin(str(source))
-    text = _read_text(source, whole)
-    if not text.strip():
-        raise _refuse(whole, "empty", "give at least one prompt to keep")
-    read = _READERS[_SUFFIXES.get(source.suffix.lower()) or _sniff(text, whole)]
+    if source is None:
+        return ()
+    if isinstance(source, str | PathLike):
+        path = Path(source)
+        whole = Origin(str(path))
+        text = _read_text(path, whole)
+        if not text.strip():
+            raise _refuse(whole, "empty", "give at least one prompt to keep")
+        records = _READERS[_SUFFIXES.get(path.suffix.lower()) or _sniff(text, whole)](text, whole)
+    else:
+        records = ((Origin("the keeps", record=number), record) for number, record in enumerate(source, start=1))
     found: dict[tuple[str, str], Keep] = {}
-    for origin, record in read(text, whole):
+    for origin, record in records:
         keep = _keep(record, origin)
         found.setdefault((keep.prompt, keep.subject), keep)
     return tuple(found.values())

@@ -6,11 +6,12 @@ the applied checkpoint, or a measurement on one model that is switched."""
 from __future__ import annotations
 
 import math
+import subprocess
 import tempfile
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, ClassVar, Final, Literal
 
 import numpy as np
 import torch
@@ -23,9 +24,10 @@ from patchhub.errors import RequestError, RevisionError, SettingsError
 from patchhub.models.placement import Placement
 from patchhub.models.tracing import right_padded
 from patchhub.objects import Element, Request
-from patchhub.porcelain.history import Entry, request_json, show
-from patchhub.porcelain.search import fact_json, mentioned
+from patchhub.porcelain.history import Entry, show
+from patchhub.porcelain.search import mentioned
 from patchhub.progress import Progress, Silent
+from patchhub.results import Result, in_full, told
 from patchhub.sets.columns import read_columns
 from patchhub.sets.elements import active_requests, distinct, places_of
 from patchhub.sets.shards import without_shards
@@ -41,21 +43,17 @@ Keys = Mapping[str, Float[np.ndarray, " in"]]
 
 
 @dataclass(frozen=True)
-class Share:
+class Share(Result):
     """One active request: its share of the change at the prompt's key, and its text unless that is withheld."""
 
     patch: str
-    request_id: str
+    request_id: str = field(metadata=told(name="id"))
     share: float
-    request: Request | None
-
-    def to_json(self) -> dict[str, Any]:
-        text = {"id": self.request_id} if self.request is None else request_json(self.request)
-        return {"patch": self.patch, "share": self.share, **text}
+    request: Request | None = field(metadata=told(inline=True, by=lambda request: in_full(request) or {}))
 
 
 @dataclass(frozen=True)
-class Blame:
+class Blame(Result):
     """Who moves the answer to a prompt.
 
     Attributes:
@@ -79,13 +77,6 @@ class Blame:
     mentioned: tuple[Fact, ...]
     shards: int = 0
     chat: Chat | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            **asdict(self),
-            "mentioned": [fact_json(fact) for fact in self.mentioned],
-            "requests": [share.to_json() for share in self.requests],
-        }
 
 
 @dataclass(frozen=True, eq=False)
@@ -238,19 +229,16 @@ Check = Callable[[str | None], Outcome]
 
 
 @dataclass(frozen=True)
-class Step:
+class Step(Result):
     """One check that was made; the commit is None for the base."""
 
     commit: str | None
     verdict: Verdict
     value: float | None
 
-    def to_json(self) -> dict[str, Any]:
-        return {"commit": self.commit, "verdict": self.verdict, "value": self.value}
-
 
 @dataclass(frozen=True)
-class Bisection:
+class Bisection(Result):
     """What a bisection found.
 
     Attributes:
@@ -260,23 +248,19 @@ class Bisection:
         chat: the form in which the checks' prompts were asked; None: as they are, or as a command does.
     """
 
+    TOLD: ClassVar = {"first_bad": "first_bad"}
+
     suspects: tuple[str, ...]
     steps: tuple[Step, ...]
-    entry: Entry | None
-    added: tuple[Request, ...]
-    removed: tuple[Request, ...]
+    entry: Entry | None = field(metadata=told(name="commit"))
+    added: tuple[Request, ...] = field(metadata=told(name="facts_added", by=in_full))
+    removed: tuple[Request, ...] = field(metadata=told(name="facts_removed", by=in_full))
     chat: Chat | None = None
 
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "first_bad": self.entry.id if self.entry else None,
-            "suspects": list(self.suspects),
-            "chat": None if self.chat is None else self.chat.to_json(),
-            "steps": [step.to_json() for step in self.steps],
-            "commit": self.entry.to_json() if self.entry else None,
-            "facts_added": [request_json(request) for request in self.added],
-            "facts_removed": [request_json(request) for request in self.removed],
-        }
+    @property
+    def first_bad(self) -> str | None:
+        """The id of the first bad commit, if it is known."""
+        return self.entry.id if self.entry else None
 
 
 # --- the search: pure -----------------------------------------------------------------------------------------------
@@ -383,6 +367,7 @@ def _demand(revision: str, found: Verdict, wanted: Verdict) -> None:
 
 
 SKIP_CODE: Final = 125
+_STDERR: Final = 2  # the descriptor
 METRICS: Final[Mapping[str, str]] = {
     "efficacy": "reliability",
     "paraphrase": "generalisation",
@@ -433,6 +418,32 @@ def command_check(
         return ("skip" if code == SKIP_CODE else "bad" if code else "good"), float(code)
 
     return check
+
+
+def refuse_unclear(command: Sequence[str], metric: str | None, chat: bool | None) -> None:
+    """Raise `SettingsError` unless either a command or a metric is to check commits, a command in its own way."""
+    if bool(command) == (metric is not None):
+        raise SettingsError("bisect needs a command or a metric", remedy="Write `-- COMMAND` or --metric, not both.")
+    if chat and metric is None:
+        raise SettingsError("a command asks the model in its own way", remedy="Leave --chat out.")
+
+
+def program(command: Sequence[str], environment: Mapping[str, str]) -> Callable[[Path, str | None], int]:
+    """What runs a program for `command_check`, with the checkpoint in PATCHHUB_MODEL and the commit in PATCHHUB_COMMIT.
+
+    What it prints goes to stderr, since stdout is for results.
+    """
+
+    def run(model: Path, commit: str | None) -> int:
+        places = {"PATCHHUB_MODEL": str(model), "PATCHHUB_COMMIT": commit or "base"}
+        try:
+            return subprocess.run(command, env={**environment, **places}, stdout=_STDERR, check=False).returncode
+        except OSError as error:
+            raise SettingsError(
+                f"cannot run {command[0]!r}: {error.strerror}", remedy="Give a program and its arguments after `--`."
+            ) from error
+
+    return run
 
 
 def metric_check(

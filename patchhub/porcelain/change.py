@@ -12,6 +12,7 @@ from patchhub.errors import RequestError, RevisionError
 from patchhub.objects import Commit, Element, Request, set_digest
 from patchhub.porcelain.history import numbers
 from patchhub.progress import Progress, Silent
+from patchhub.results import Result
 from patchhub.sets.commits import Draft, begin, prepare, record
 from patchhub.sets.elements import (
     Change,
@@ -35,7 +36,7 @@ OnConflict = Literal["refuse", "replace"]
 
 
 @dataclass(frozen=True)
-class Changed:
+class Changed(Result):
     """What `revert` or `cherry-pick` did.
 
     Attributes:
@@ -59,17 +60,9 @@ class Changed:
     trained: tuple[str, ...] = ()
     stale_shards: tuple[str, ...] = ()
 
-    def to_json(self) -> dict[str, Any]:
-        lists = {"removed": self.removed, "restored": self.restored, "skipped": self.skipped}
-        return {
-            "commit": self.commit,
-            **{name: [request.id for request in requests] for name, requests in lists.items()},
-            "same_as": self.same_as,
-            "stale": self.stale,
-            "proof": self.proof,
-            "trained": list(self.trained),
-            "stale_shards": list(self.stale_shards),
-        }
+    def words(self) -> str:
+        weights = f"the weights of {self.same_as[:12]}" if self.same_as else f"proof {self.proof:.1e}"
+        return f"{self.commit[:12]}: {len(self.removed)} removed, {len(self.restored)} restored, {weights}"
 
 
 def revert(
@@ -279,7 +272,7 @@ def _words(repository: Store, change: Change, title: str, partly: bool) -> str:
 
 
 @dataclass(frozen=True)
-class Squashed:
+class Squashed(Result):
     """What `squash` did.
 
     Attributes:
@@ -293,9 +286,6 @@ class Squashed:
     replaced: tuple[str, ...]
     active: int
     proof: float
-
-    def to_json(self) -> dict[str, Any]:
-        return {"commit": self.commit, "replaced": list(self.replaced), "active": self.active, "proof": self.proof}
 
 
 def squash(

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, Final
 
 from patchhub.canonical import nfc
 from patchhub.editing.editor import EDITORS, encode_facts
@@ -19,9 +19,11 @@ from patchhub.models.architectures import Architecture
 from patchhub.models.placement import Placement, runs_beside
 from patchhub.objects import SLOT, Request
 from patchhub.progress import Progress
+from patchhub.results import Result
 from patchhub.sets.commits import Draft, begin, prepare, record
 from patchhub.sets.elements import OnConflict, Plan, active_requests, distinct, plan_batch
 from patchhub.sets.rivals import Rival
+from patchhub.sets.settings import chosen_method
 from patchhub.sets.shards import METHOD, active_shards
 from patchhub.store.store import Store
 from patchhub.text.tokens import context_length
@@ -35,7 +37,7 @@ from patchhub.worktree.states import patch_state
 
 
 @dataclass(frozen=True)
-class Committed:
+class Committed(Result):
     """What `commit` did.
 
     Attributes:
@@ -63,14 +65,35 @@ class Committed:
     survival: Mapping[str, float]
     rivals: tuple[Rival, ...] = ()
 
-    def to_json(self) -> dict[str, Any]:
-        return {
-            **asdict(self),
-            "written": [request.id for request in self.written],
-            "replaced": [request.id for request in self.replaced],
-            "again": [request.id for request in self.again],
-            "kept": [request.id for request in self.kept],
-        }
+    def words(self) -> str:
+        replaced = f", {len(self.replaced)} replaced" if self.replaced else ""
+        return f"{self.commit[:12]}: {len(self.written)} written{replaced}, {self.held} held, {self.seconds:.1f} s"
+
+
+@dataclass(frozen=True)
+class Writing:
+    """How facts are written.
+
+    Attributes:
+        method: the editor, "memit", "pmet" or "wise"; None: as the repository's config says.
+        settings: its settings that differ from the repository's config and the default rule.
+        text: files to compute the metric from; only before the first commit.
+        keep: prompts whose answers must stay (MEMIT and PMET): they become active like facts, and ask for no change.
+        on_conflict: what a contradiction with an active fact does: refuse the commit, replace the old fact, or keep both.
+        strict: refuse facts that compete with others for a key (MEMIT and PMET), before anything is optimised.
+        memory: bytes that the process may hold, the base included (MEMIT and PMET); None: half of what is free is used besides.
+    """
+
+    method: str | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    text: Sequence[Path] = ()
+    keep: Sequence[Keep] = ()
+    on_conflict: OnConflict = "refuse"
+    strict: bool = False
+    memory: int | None = None
+
+
+AS_CONFIGURED: Final = Writing()
 
 
 def commit(
@@ -78,31 +101,19 @@ def commit(
     batch: Batch,
     who: Who,
     progress: Progress,
+    writing: Writing = AS_CONFIGURED,
     *,
-    method: str = "memit",
-    settings: Mapping[str, Any] | None = None,
-    text: Sequence[Path] = (),
-    keep: Sequence[Keep] = (),
-    on_conflict: OnConflict = "refuse",
-    strict: bool = False,
     force: bool = False,
     placement: Placement | None = None,
     chat: bool | None = None,
-    memory: int | None = None,
 ) -> Committed:
     """Write ``batch`` on top of HEAD and move the current branch to the new commit.
 
     Args:
-        method: the editor, "memit", "pmet" or "wise".
-        settings: its settings that differ from the repository's config and the default rule.
-        text: files to compute the metric from; only before the first commit.
-        keep: prompts whose answers must stay (MEMIT and PMET): they become active like facts, and ask for no change.
-        on_conflict: what a contradiction with an active fact does: refuse the commit, replace the old fact, or keep both.
-        strict: refuse facts that compete with others for a key (MEMIT and PMET), before anything is optimised.
+        writing: how.
         force: write what fails the guard all the same, and say so in the commit.
         placement: on which device, in which type or quantisation the base is edited; None: as the repository's config says.
         chat: write the facts as answers in the base's chat template (MEMIT and PMET); None: as the repository's config says.
-        memory: bytes that the process may hold, the base included (MEMIT and PMET); None: half of what is free is used besides.
 
     Raises:
         RequestError: nothing to write, a text longer than the model reads, a contradiction, or under ``strict`` a competition.
@@ -112,20 +123,35 @@ def commit(
         GuardError: the edit is finished and a check of it failed; nothing was committed.
     """
     begun = perf_counter()
-    if keep and method == METHOD:
+    method = chosen_method(repository, writing.method)
+    if writing.keep and method == METHOD:
         raise SettingsError(
             "WISE leaves what it does not route as it is", remedy="Leave --keep out, or use memit or pmet."
         )
     begin(repository)
-    plan = plan_batch(repository, batch, on_conflict, by_subject=method in EDITORS, keeps=keep)
+    if batch.duplicates:
+        progress.warn(f"{batch.duplicates} exact duplicate{'' if batch.duplicates == 1 else 's'} counted once")
+    if batch.unanswered:
+        left = f"{batch.unanswered} neighborhood prompt{'' if batch.unanswered == 1 else 's'}"
+        progress.warn(f"{left} without an answer left out")
+    by_subject = method in EDITORS
+    plan = plan_batch(repository, batch, writing.on_conflict, by_subject=by_subject, keeps=writing.keep)
     files = base_files(repository)
-    editor = _editor(repository, files.architecture, method, settings or {})
+    editor = _editor(repository, files.architecture, method, writing.settings)
     tree = _open(repository, progress, plan, files, editor, placement, chat)
     if isinstance(editor, SideMemories):
         written = write_shards(repository, tree, plan, editor.settings, editor.rank, progress)
     else:
         written = write_closed_form(
-            repository, tree, plan, method, editor.settings, text, progress, strict=strict, memory=memory
+            repository,
+            tree,
+            plan,
+            method,
+            editor.settings,
+            writing.text,
+            progress,
+            strict=writing.strict,
+            memory=writing.memory,
         )
         written = forget_replaced(repository, tree, plan, written, progress)
     progress.stage("writing the commit", 0)
@@ -244,11 +270,9 @@ def update(
     target: str,
     who: Who,
     progress: Progress,
+    writing: Writing = AS_CONFIGURED,
     *,
     prompt: str | None = None,
-    method: str = "memit",
-    settings: Mapping[str, Any] | None = None,
-    strict: bool = False,
     force: bool = False,
 ) -> Committed:
     """Retarget the active fact about a subject; its evaluation prompts stay.
@@ -256,7 +280,7 @@ def update(
     Args:
         subject: as it is in the fact.
         prompt: which of the subject's facts, with ``{}`` or with the subject filled in; needed only where it has several.
-        method, settings, strict, force: as in `commit`.
+        writing, force: as in `commit`; the old target is replaced, whatever ``writing`` says.
 
     Raises:
         RequestError: no active fact is meant, or several are, or it says so already.
@@ -278,10 +302,7 @@ def update(
         Batch((new,), (Origin("update"),), 0),
         who.saying(f"{new.text}: {before} -> {new.target_new}"),
         progress,
-        method=method,
-        settings=settings,
-        on_conflict="replace",
-        strict=strict,
+        replace(writing, on_conflict="replace"),
         force=force,
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,6 +21,7 @@ from patchhub.objects import Base
 from patchhub.porcelain.scores import notes_of
 from patchhub.progress import Progress
 from patchhub.remotes.card import AdapterNote, Card, ScoreLine, adapter_name, write_card
+from patchhub.results import Result, told
 from patchhub.sets.columns import linear_shapes, read_state
 from patchhub.sets.commits import Draft, begin, prepare, record, store_patch
 from patchhub.sets.elements import active_requests, distinct
@@ -37,17 +38,17 @@ _MANY_FACTS: Final = 100
 _REMEDY: Final = "Import a smaller change, such as an adapter with a lower lora_alpha, or raise the limit in the config"
 
 
+def _named(weights: Mapping[str, tuple[str, float]]) -> dict[str, dict[str, Any]]:
+    return {weight: {"form": form, "error": error} for weight, (form, error) in weights.items()}
+
+
 @dataclass(frozen=True)
-class Imported:
+class Imported(Result):
     """What `import` committed: for each weight the form of its change, and what that form leaves out (relative)."""
 
     commit: str
     patch: str
-    weights: Mapping[str, tuple[str, float]]
-
-    def to_json(self) -> dict[str, Any]:
-        weights = {weight: {"form": form, "error": error} for weight, (form, error) in self.weights.items()}
-        return {"commit": self.commit, "patch": self.patch, "weights": weights}
+    weights: Mapping[str, tuple[str, float]] = field(metadata=told(by=_named))
 
 
 @dataclass(frozen=True)
@@ -200,16 +201,13 @@ TOLERANCE: Final = 1e-3
 
 
 @dataclass(frozen=True)
-class Exported:
+class Exported(Result):
     """What an export wrote: the folder or file, the commit, and how near it is to the state (relative, the worst weight)."""
 
     out: Path
     commit: str | None
     rank: int | None
     error: float
-
-    def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "out": str(self.out)}
 
 
 def export_peft(

@@ -5,15 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 from patchhub.errors import RevisionError
 from patchhub.objects import Commit, Element, Patch, Request
 from patchhub.porcelain.scores import Noted, noted_commits, read_note
-from patchhub.sets.elements import count_changed, imports_of, left_and_entered
+from patchhub.results import Result, in_full, told
+from patchhub.sets.elements import active_requests, count_changed, distinct, imports_of, left_and_entered
 from patchhub.sets.merging import StoppedMerge, stopped_merge
 from patchhub.sets.shards import active_shards, shard_record, shards_at, stale_shards
 from patchhub.store import graph, lookup
@@ -102,7 +103,7 @@ def _is_number(value: Any) -> bool:
 
 
 @dataclass(frozen=True)
-class Divergence:
+class Divergence(Result):
     """A branch beside a remote's branch of its name, as that was when it was last fetched or pushed.
 
     Attributes:
@@ -114,9 +115,6 @@ class Divergence:
     branch: str
     ahead: int
     behind: int
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def divergences(repository: Store) -> tuple[Divergence, ...]:
@@ -133,10 +131,11 @@ def divergences(repository: Store) -> tuple[Divergence, ...]:
 EVERYTHING: Final = Selection()
 """The selection that leaves no commit out."""
 _DIGITS: Final = 4  # of an id, at least
+_LISTED: Final = 10
 
 
 @dataclass(frozen=True)
-class Size:
+class Size(Result):
     """How much a commit changes: bytes of its delta, its keyframe and the shards it brings, and the weight it changes most.
 
     ``ratio`` is the Frobenius norm of that weight's change over that of the base's weight; weight and ratio are None where
@@ -151,7 +150,59 @@ class Size:
 
 
 @dataclass(frozen=True)
-class Entry:
+class Revision(Result):
+    """What a revision name leads to. Its length is the number of its facts, over which it iterates.
+
+    Attributes:
+        id, commit: the commit; None for the unpatched model.
+        facts: its active facts whose texts are here.
+    """
+
+    id: str | None
+    commit: Commit | None = field(metadata=told(inline=True, by=lambda commit: _head_lines(commit) if commit else {}))
+    facts: tuple[Request, ...] = field(metadata=told(by=in_full))
+
+    @property
+    def message(self) -> str:
+        return self.commit.message if self.commit else ""
+
+    @property
+    def author(self) -> str | None:
+        return self.commit.author if self.commit else None
+
+    @property
+    def time(self) -> str | None:
+        """The instant of the commit, in UTC."""
+        return self.commit.time if self.commit else None
+
+    @property
+    def parents(self) -> tuple[str, ...]:
+        return self.commit.parents if self.commit else ()
+
+    def __len__(self) -> int:
+        return len(self.facts)
+
+    def __iter__(self) -> Iterator[Request]:
+        return iter(self.facts)
+
+    def words(self) -> str:
+        title = self.message.partition("\n")[0]
+        return f"{self.id[:12] if self.id else 'the unpatched model'} {title} ({len(self.facts)} facts)"
+
+
+def revision(repository: Store, name: str) -> Revision:
+    """What a name leads to; `RevisionError` if there is no such revision."""
+    identity = repository.resolve(name)
+    facts = distinct(active_requests(repository, repository.active(identity)))
+    return Revision(identity, repository.commit(identity) if identity else None, tuple(facts))
+
+
+def _head_lines(commit: Commit) -> dict[str, Any]:
+    return {name: getattr(commit, name) for name in ("parents", "author", "time", "message", "same_as")}
+
+
+@dataclass(frozen=True)
+class Entry(Result):
     """One commit as `log` and `show` present it.
 
     Attributes:
@@ -165,58 +216,57 @@ class Entry:
     """
 
     id: str
-    commit: Commit
+    commit: Commit = field(metadata=told(inline=True, by=_head_lines))
     refs: tuple[str, ...]
     added: int
     removed: int
     active: int
-    shown_parents: tuple[str, ...] = ()
-    size: Size | None = None
-    scores: tuple[Noted, ...] = ()
+    shown_parents: tuple[str, ...] = field(default=(), metadata=told(omit=True))
+    size: Size | None = field(default=None, metadata=told(optional=True))
+    scores: tuple[Noted, ...] = field(default=(), metadata=told(optional=True))
     imported: int = 0
     active_imports: int = 0
 
-    def to_json(self) -> dict[str, Any]:
-        commit = self.commit
-        return {
-            "id": self.id,
-            "refs": list(self.refs),
-            "parents": list(commit.parents),
-            "author": commit.author,
-            "time": commit.time,
-            "message": commit.message,
-            "added": self.added,
-            "removed": self.removed,
-            "active": self.active,
-            "imported": self.imported,
-            "active_imports": self.active_imports,
-            "same_as": commit.same_as,
-            **({"size": asdict(self.size)} if self.size else {}),
-            **({"scores": [noted.to_json() for noted in self.scores]} if self.scores else {}),
+    def words(self) -> str:
+        refs = f" ({', '.join(self.refs)})" if self.refs else ""
+        title = self.commit.message.partition("\n")[0]
+        return f"{self.id[:12]}{refs} {title} +{self.added} -{self.removed} ({self.active} active)"
+
+
+def _patches(patches: Mapping[str, Patch]) -> dict[str, Any]:
+    return {
+        identity: {
+            **{name: getattr(patch, name) for name in ("kind", "method", "metric", "settings", "weights")},
+            "requests": len(patch.requests),
         }
+        for identity, patch in patches.items()
+    }
 
 
 @dataclass(frozen=True)
-class Shown:
+class Shown(Result):
     """`show`: a commit with its facts and what was measured when it was made."""
 
-    entry: Entry
-    patches: Mapping[str, Patch]
-    added: tuple[Request, ...]
-    removed: tuple[Request, ...]
+    TOLD: ClassVar = {"check": "check"}
 
-    def to_json(self) -> dict[str, Any]:
-        return {
-            **self.entry.to_json(),
-            "patches": {identity: _patch_json(patch) for identity, patch in self.patches.items()},
-            "facts_added": [request_json(request) for request in self.added],
-            "facts_removed": [request_json(request) for request in self.removed],
-            "check": self.entry.commit.check,
-        }
+    entry: Entry = field(metadata=told(inline=True))
+    patches: Mapping[str, Patch] = field(metadata=told(by=_patches))
+    added: tuple[Request, ...] = field(metadata=told(name="facts_added", by=in_full))
+    removed: tuple[Request, ...] = field(metadata=told(name="facts_removed", by=in_full))
+
+    @property
+    def check(self) -> Mapping[str, Any]:
+        """What was measured when the commit was made."""
+        return self.entry.commit.check
+
+    def words(self) -> str:
+        listed = [f"\n  + {request.text} {request.target_new}" for request in self.added]
+        listed += [f"\n  - {request.text} {request.target_new}" for request in self.removed]
+        return self.entry.words() + "".join(listed[:_LISTED]) + ("\n  ..." if len(listed) > _LISTED else "")
 
 
 @dataclass(frozen=True)
-class ActiveShard:
+class ActiveShard(Result):
     """A shard as `status` presents it: what it holds and where, and whether its threshold is of the present weights."""
 
     patch: str
@@ -228,14 +278,20 @@ class ActiveShard:
     tensor_bytes: int
 
 
+def _without_weights(base: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in base.items() if key != "weights"}
+
+
 @dataclass(frozen=True)
-class Status:
+class Status(Result):
     """`status`: where the repository is."""
+
+    TOLD: ClassVar = {"active": "active"}
 
     store: Path
     branch: str | None
     head: Entry | None
-    base: Mapping[str, Any]
+    base: Mapping[str, Any] = field(metadata=told(by=_without_weights))
     base_found: bool
     metric: str | None
     delta_bytes: int
@@ -244,21 +300,15 @@ class Status:
     shards: tuple[ActiveShard, ...] = ()
     remotes: tuple[Divergence, ...] = ()
 
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "store": str(self.store),
-            "branch": self.branch,
-            "head": self.head.to_json() if self.head else None,
-            "active": self.head.active if self.head else 0,
-            "base": {key: value for key, value in self.base.items() if key != "weights"},
-            "base_found": self.base_found,
-            "metric": self.metric,
-            "delta_bytes": self.delta_bytes,
-            "last_operation": self.last_operation,
-            "stopped_merge": self.stopped_merge.to_json() if self.stopped_merge else None,
-            "shards": [asdict(shard) for shard in self.shards],
-            "remotes": [found.to_json() for found in self.remotes],
-        }
+    @property
+    def active(self) -> int:
+        """How many facts are active."""
+        return self.head.active if self.head else 0
+
+    def words(self) -> str:
+        place = f"on {self.branch}" if self.branch else "on no branch"
+        stopped = f"; the merge of {self.stopped_merge.revision} is stopped" if self.stopped_merge else ""
+        return f"{place}, {self.head.words() if self.head else 'no commits yet'}{stopped}"
 
 
 def log(
@@ -422,16 +472,6 @@ def _shards(repository: Store, head: str | None) -> tuple[ActiveShard, ...]:
     )
 
 
-def request_json(request: Request) -> dict[str, Any]:
-    return {
-        "id": request.id,
-        "prompt": request.prompt,
-        "subject": request.subject,
-        "target_new": request.target_new,
-        "target_true": request.target_true,
-    }
-
-
 def _names(refs: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
     """For each commit the names that point to it, as `log` shows them."""
     head = refs.get("HEAD", "")
@@ -485,14 +525,3 @@ def _size(repository: Store, commit: Commit) -> Size:
     shards = active_shards(repository, commit.added).values()
     shard_bytes = sum(repository.objects.path(patch.tensors).stat().st_size for patch in shards)
     return Size(delta, keyframe, largest if ratio else None, ratio or None, shard_bytes)
-
-
-def _patch_json(patch: Patch) -> dict[str, Any]:
-    return {
-        "kind": patch.kind,
-        "method": patch.method,
-        "metric": patch.metric,
-        "requests": len(patch.requests),
-        "settings": patch.settings,
-        "weights": {weight: list(shape) for weight, shape in patch.weights.items()},
-    }

@@ -11,10 +11,10 @@ import random
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 from patchhub.canonical import canonical_json, object_id
 from patchhub.editing.editor import EDITORS
@@ -27,15 +27,16 @@ from patchhub.evaluation.definitions import BESIDE, DEFINITIONS, LEADING, SUITES
 from patchhub.evaluation.drift import drift_scores, fluency_scores
 from patchhub.evaluation.live import check_contexts, live_scores
 from patchhub.evaluation.suites import Scores
+from patchhub.fsio import write_atomically
 from patchhub.models.architectures import describe, read_config
 from patchhub.models.placement import Placement
 from patchhub.objects import Metric, Note, Request, Text, requests_json
-from patchhub.porcelain.commit import Committed, commit
+from patchhub.porcelain.commit import Committed, Writing, commit
 from patchhub.porcelain.metric import compute
-from patchhub.porcelain.model import init
 from patchhub.porcelain.refs import switch_to_new
 from patchhub.porcelain.scores import Noted, Score, notes_of, read_note
 from patchhub.progress import Progress
+from patchhub.results import Result, Rows, told
 from patchhub.sets.settings import Contender
 from patchhub.store.store import Store
 from patchhub.who import Who
@@ -86,6 +87,19 @@ class Facts:
         return tuple(self.requests[place] for place in places)
 
 
+def suite_of(batch: Batch, file: Path | None, metrics: str = "auto", **options: Any) -> Facts:
+    """Facts to evaluate on, from what was read of a file or handed in.
+
+    Args:
+        file: where they are from, if from a file.
+        metrics: whose scores; "auto": zsRE's for a file of its records, else CounterFact's.
+        options: the other fields of `Facts`; those that are None or empty are as they are by default.
+    """
+    chosen = metrics if metrics != "auto" else "counterfact" if file is None else metrics_for(file)
+    given = {name: value for name, value in options.items() if value not in (None, ())}
+    return Facts(batch.requests, "" if file is None else file.name, chosen, **given)
+
+
 def metrics_for(file: Path) -> str:
     """zsre where the first record of a file has zsRE's fields, else counterfact."""
     try:
@@ -107,7 +121,7 @@ _FUNCTIONS: Final[Mapping[str, Callable[..., Scores]]] = {
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class Evaluation(Result):
     """The scores of one revision.
 
     Attributes:
@@ -118,15 +132,25 @@ class Evaluation:
         groups: teacher forced, live, fluency, drift.
         base: each score of the unpatched model.
         note: the note that keeps the scores, if one does.
+        history: every commit below the revision that was asked for, newest first, if all of them were evaluated; this is then the
+            evaluation of the newest that gives numbers, or of the base.
     """
 
+    TOLD: ClassVar = {name: name for name in ("scores", "definitions", "relations")}
+
     commit: str | None
-    facts: tuple[Request, ...]
+    facts: tuple[Request, ...] = field(metadata=told(by=len))
     suite: str
     settings: Mapping[str, Any]
-    groups: tuple[Scores, ...]
-    base: Mapping[str, float]
+    groups: tuple[Scores, ...] = field(metadata=told(omit=True))
+    base: Mapping[str, float] = field(metadata=told(omit=True))
     note: str | None = None
+    history: Rows[HistoryRow] | None = field(default=None, metadata=told(omit=True))
+
+    def words(self) -> str:
+        leading = [(name, self.scores[name]) for name in LEADING[self.settings["metrics"]] if name in self.scores]
+        values = ", ".join(f"{name} {score.value:.3f}" for name, score in leading)
+        return f"{self.commit[:12] if self.commit else 'the base'} on {len(self.facts)} facts: {values}"
 
     @property
     def chat(self) -> bool:
@@ -146,6 +170,11 @@ class Evaluation:
         }
 
     @property
+    def definitions(self) -> dict[str, str]:
+        """What each score means."""
+        return {name: DEFINITIONS[name] for name in self.scores}
+
+    @property
     def relations(self) -> dict[str, dict[str, float]]:
         """The teacher-forced and live scores of the facts of each prompt template, with `facts`, their number."""
         return {
@@ -160,22 +189,9 @@ class Evaluation:
             fact = {"request": request.id, "prompt": request.text, "target_new": request.target_new}
             yield {**fact, **{name: column[place] for name, column in columns.items()}}
 
-    def to_json(self) -> dict[str, Any]:
-        scores = self.scores
-        return {
-            "commit": self.commit,
-            "facts": len(self.facts),
-            "suite": self.suite,
-            "settings": dict(self.settings),
-            "scores": {name: score.to_json() for name, score in scores.items()},
-            "definitions": {name: DEFINITIONS[name] for name in scores},
-            "relations": self.relations,
-            "note": self.note,
-        }
-
 
 @dataclass(frozen=True)
-class HistoryRow:
+class HistoryRow(Result):
     """One commit of a walk: its scores, and whether they were measured now; without scores where it could not be measured."""
 
     commit: str
@@ -183,10 +199,6 @@ class HistoryRow:
     message: str
     noted: Noted | None
     fresh: bool
-
-    def to_json(self) -> dict[str, Any]:
-        noted = self.noted.to_json() if self.noted else None
-        return {"commit": self.commit, "time": self.time, "message": self.message, "fresh": self.fresh, "noted": noted}
 
 
 class Evaluator:
@@ -341,6 +353,31 @@ def evaluate_history(
     return rows
 
 
+def refuse_unkept(keep: bool) -> None:
+    """Raise `SettingsError` where a walk over commits is not to keep what it measures."""
+    if not keep:
+        raise SettingsError(
+            "--all and --no-note contradict each other", remedy="A walk keeps what it measures; leave one out."
+        )
+
+
+def evaluate_all(
+    repository: Store,
+    revision: str,
+    facts: Facts,
+    progress: Progress,
+    *,
+    who: Who,
+    placement: Placement | None = None,
+    chat: bool | None = None,
+) -> Evaluation:
+    """The evaluation of the newest commit that gives numbers, or of the base, with the history that `evaluate_history` gives."""
+    rows = evaluate_history(repository, revision, facts, progress, who=who, placement=placement, chat=chat)
+    newest = next((row.commit for row in rows if row.noted), BASE)
+    done = evaluate(repository, newest, facts, progress, who=who, keep=False, placement=placement, chat=chat)
+    return replace(done, history=Rows(rows))
+
+
 def _bounds(low: float, high: float) -> tuple[float | None, float | None]:
     """An interval, or nothing where it is not finite."""
     return (low, high) if math.isfinite(low) and math.isfinite(high) else (None, None)
@@ -354,7 +391,7 @@ COSTS: Final[Mapping[str, str]] = {
 
 
 @dataclass(frozen=True)
-class BenchRow:
+class BenchRow(Result):
     """What one contender reached, and at what cost per fact; the first row is the base's, which costs nothing.
 
     Attributes:
@@ -367,14 +404,12 @@ class BenchRow:
     costs: Mapping[str, float]
     failure: str | None = None
 
-    def to_json(self) -> dict[str, Any]:
-        scores = {name: score.to_json() for name, score in self.scores.items()}
-        return {"name": self.name, "scores": scores, "costs": dict(self.costs), "failure": self.failure}
-
 
 @dataclass(frozen=True)
-class Bench:
+class Bench(Result):
     """A comparison: what it was on, and a row per contender below the base's."""
+
+    TOLD: ClassVar = {"definitions": "definitions"}
 
     settings: Mapping[str, Any]
     rows: tuple[BenchRow, ...]
@@ -387,14 +422,8 @@ class Bench:
 
     @property
     def definitions(self) -> dict[str, str]:
-        return {title: COSTS.get(title) or DEFINITIONS[title] for title in self.titles}
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "settings": dict(self.settings),
-            "rows": [row.to_json() for row in self.rows],
-            "definitions": {**{name: DEFINITIONS[name] for row in self.rows for name in row.scores}, **COSTS},
-        }
+        """What each score and cost means."""
+        return {**{name: DEFINITIONS[name] for row in self.rows for name in row.scores}, **COSTS}
 
 
 def bench(
@@ -409,7 +438,7 @@ def bench(
 ) -> Bench:
     """Write the facts with each contender, on the base alone, and evaluate what comes out.
 
-    The repository gives the base, the settings and the metric, and stays as it is; `scratch_repository` makes one from a base alone.
+    The repository gives the base, the settings and the metric, and stays as it is.
     An edit that fails, or that its method does not do, is a row with the reason; what only the guard would refuse is measured all the
     same.
 
@@ -439,13 +468,9 @@ def bench(
     return Bench({**evaluator.settings, "batch": batch}, tuple(rows))
 
 
-@contextmanager
-def scratch_repository(base: str, progress: Progress, *, who: Who) -> Iterator[Store]:
-    """A repository about a base that is gone afterwards."""
-    with tempfile.TemporaryDirectory(prefix="patchhub-bench-") as name:
-        init(Path(name), base, progress, who=who)
-        with Store.open(Path(name)) as repository:
-            yield repository
+def write_bench(found: Bench, file: Path) -> None:
+    """Write `bench_csv` to a file."""
+    write_atomically(file, (bench_csv(found).encode("utf-8"),))
 
 
 def bench_csv(found: Bench) -> str:
@@ -521,7 +546,8 @@ def _commits(
     for start in range(0, len(facts), size):
         part = tuple(facts[start : start + size])
         batch = Batch(part, tuple(Origin(one.name) for _ in part), 0)
-        yield commit(trial, batch, who, progress, method=one.method, settings=one.settings, force=True, chat=chat)
+        writing = Writing(one.method, one.settings)
+        yield commit(trial, batch, who, progress, writing, force=True, chat=chat)
 
 
 def _costs(made: Sequence[Committed], size: int, facts: int) -> dict[str, float]:

@@ -5,21 +5,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from time import perf_counter
-from typing import Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 
 import numpy as np
 
 from patchhub.constraints import Columns
 from patchhub.delta import Delta
-from patchhub.errors import RepositoryError, RevisionError
+from patchhub.errors import PatchhubError, RepositoryError, RevisionError, SettingsError
 from patchhub.interference import interfering, misfit
 from patchhub.objects import Element, Request
 from patchhub.porcelain.change import largest_proof
 from patchhub.porcelain.refs import current_ref
 from patchhub.progress import Progress, Silent
+from patchhub.results import Result, told
 from patchhub.sets.columns import read_columns, read_state, solve_change
 from patchhub.sets.commits import Draft, begin, prepare, record
 from patchhub.sets.elements import active_requests, left_and_entered, one_metric, stale_requests
@@ -44,6 +45,9 @@ from patchhub.store.store import Store
 from patchhub.who import Who
 from patchhub.worktree.judging import GUARDED, Guarding, judge
 
+if TYPE_CHECKING:
+    from patchhub.porcelain.refresh import Refreshed
+
 Outcome = Literal["up to date", "fast-forward", "merged"]
 
 Facts: TypeAlias = tuple[Request, ...]
@@ -51,8 +55,12 @@ Facts: TypeAlias = tuple[Request, ...]
 UNDECIDED = Resolution()
 
 
+def _sides(decided: Mapping[Contradiction, Side]) -> list[dict[str, Any]]:
+    return [{**found.to_json(), "stays": side} for found, side in decided.items()]
+
+
 @dataclass(frozen=True)
-class Merged:
+class Merged(Result):
     """What `merge` did.
 
     Attributes:
@@ -64,6 +72,7 @@ class Merged:
         unchecked: facts that no contradiction could be looked for in, because their texts are withheld.
         same_as, stale, proof, stale_shards, trained: as in `Changed`.
         seconds: wall time.
+        refreshed: what was recorded again then, if that was asked for.
     """
 
     outcome: Outcome
@@ -72,7 +81,7 @@ class Merged:
     from_theirs: tuple[Request, ...]
     removed_by_ours: tuple[Request, ...]
     removed_by_theirs: tuple[Request, ...]
-    decided: Mapping[Contradiction, Side]
+    decided: Mapping[Contradiction, Side] = field(metadata=told(by=_sides))
     unchecked: int
     same_as: str | None
     stale: int
@@ -80,39 +89,30 @@ class Merged:
     seconds: float
     stale_shards: tuple[str, ...] = ()
     trained: tuple[str, ...] = ()
-
-    def to_json(self) -> dict[str, Any]:
-        names = ("from_ours", "from_theirs", "removed_by_ours", "removed_by_theirs")
-        return {
-            "outcome": self.outcome,
-            "commit": self.commit,
-            **{name: [request.id for request in getattr(self, name)] for name in names},
-            "decided": [{**found.to_json(), "stays": side} for found, side in self.decided.items()],
-            "unchecked": self.unchecked,
-            "same_as": self.same_as,
-            "stale": self.stale,
-            "proof": self.proof,
-            "seconds": self.seconds,
-            "stale_shards": list(self.stale_shards),
-            "trained": list(self.trained),
-        }
+    refreshed: Refreshed | None = field(default=None, metadata=told(missing=True))
 
 
 @dataclass(frozen=True)
-class Stopped:
+class Stopped(Result):
     """A merge that wrote nothing but ``merge.json``, because contradictions are open."""
 
-    merge: StoppedMerge
-    open: tuple[Contradiction, ...]
+    TOLD: ClassVar = {"outcome": "outcome"}
+
+    merge: StoppedMerge = field(metadata=told(inline=True))
+    open: tuple[Contradiction, ...] = field(metadata=told(name="contradictions"))
     unchecked: int
 
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "outcome": "stopped",
-            **self.merge.to_json(),
-            "contradictions": [found.to_json() for found in self.open],
-            "unchecked": self.unchecked,
-        }
+    @property
+    def outcome(self) -> Literal["stopped"]:
+        """As `Merged` says what became of a merge."""
+        return "stopped"
+
+
+@dataclass(frozen=True)
+class Aborted(Result):
+    """A stopped merge that was left; nothing had changed."""
+
+    outcome: Literal["aborted"] = "aborted"
 
 
 @dataclass(frozen=True)
@@ -181,6 +181,34 @@ def merge(
     return _finish(repository, stopped, who, resolution, guarding, progress or Silent(), begun)
 
 
+def refuse_unclear(revision: str | None, resume: bool, abort: bool, dry_run: bool) -> None:
+    """Raise `SettingsError` unless one thing is asked for: to merge a revision, to take up a stopped merge, or to leave it."""
+    if sum([revision is not None, resume, abort]) != 1 or (dry_run and revision is None):
+        raise SettingsError(
+            "merge takes a revision, or --continue, or --abort", remedy="Give one of them; --dry-run needs a revision."
+        )
+
+
+def then_refreshed(
+    repository: Store, merged: Merged | Stopped, who: Who, progress: Progress, *, force: bool
+) -> Merged | Stopped:
+    """A merge with what `refresh` did after it, if it made a commit.
+
+    Raises:
+        PatchhubError: as `refresh` does; the merge stays, as the error says.
+    """
+    if isinstance(merged, Stopped) or merged.outcome != "merged":
+        return merged
+    from patchhub.porcelain.refresh import refresh
+
+    try:
+        return replace(merged, refreshed=refresh(repository, replace(who, message=""), progress, force=force))
+    except PatchhubError as error:
+        error.message = f"commit {str(merged.commit)[:12]} merges the two; to refresh it failed: {error.message}"
+        error.facts["merged"] = merged.commit
+        raise
+
+
 def continue_merge(
     repository: Store,
     who: Who,
@@ -202,7 +230,7 @@ def continue_merge(
     return _finish(repository, waiting, who, resolution, guarding, progress or Silent(), begun)
 
 
-def abort_merge(repository: Store) -> None:
+def abort_merge(repository: Store) -> Aborted:
     """Forget a stopped merge; no ref moved when it stopped, so none moves now.
 
     Raises:
@@ -210,6 +238,7 @@ def abort_merge(repository: Store) -> None:
     """
     if not forget(repository):
         raise RepositoryError("there is no stopped merge to abort", remedy="Begin one with `patchhub merge REV`.")
+    return Aborted()
 
 
 def plan(repository: Store, ours: str, theirs: str, resolution: Resolution) -> Plan:
@@ -328,7 +357,7 @@ LOSS = 0.1
 
 
 @dataclass(frozen=True)
-class Other:
+class Other(Result):
     """The fact of the other side that is nearest to one, and the cosines of their keys and residuals."""
 
     text: str
@@ -338,7 +367,7 @@ class Other:
 
 
 @dataclass(frozen=True)
-class Loss:
+class Loss(Result):
     """A fact that the other side's facts would weaken or that one of them interferes with.
 
     Attributes:
@@ -364,11 +393,13 @@ class Loss:
 
 
 @dataclass(frozen=True)
-class Prediction:
+class Prediction(Result):
     """`merge --dry-run`: contradictions, and the facts that would lose, the largest loss first.
 
     Losses are those of the merge in which open contradictions are decided for ours.
     """
+
+    TOLD: ClassVar = {"outcome": "outcome"}
 
     from_ours: int
     from_theirs: int
@@ -376,15 +407,10 @@ class Prediction:
     losses: tuple[Loss, ...]
     unchecked: int
 
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "outcome": "dry run",
-            "from_ours": self.from_ours,
-            "from_theirs": self.from_theirs,
-            "contradictions": [found.to_json() for found in self.contradictions],
-            "losses": [asdict(loss) for loss in self.losses],
-            "unchecked": self.unchecked,
-        }
+    @property
+    def outcome(self) -> Literal["dry run"]:
+        """As `Merged` says what became of a merge."""
+        return "dry run"
 
 
 def predict(repository: Store, revision: str, *, resolution: Resolution = UNDECIDED, loss: float = LOSS) -> Prediction:

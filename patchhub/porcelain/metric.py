@@ -1,6 +1,6 @@
 """`metric`: what the repository's metric is, making it, and sharing it as one file (docs/format.md).
 
-Second moments that a published editor computed can be imported. Showing reads JSON only."""
+Second moments that a published editor computed can be imported. Showing reads JSON only: what needs torch is imported where it is used."""
 
 from __future__ import annotations
 
@@ -10,31 +10,26 @@ import re
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Final
 
-import numpy as np
-import torch
-
 from patchhub.canonical import FORMAT, canonical_json
-from patchhub.editing.metric import MetricCache, read_moment, weight_of
 from patchhub.errors import CorruptStoreError, PatchhubError, RepositoryError, SettingsError
 from patchhub.fsio import CHUNK, os_errors, temporary_path
 from patchhub.objects import Metric
 from patchhub.progress import Progress
+from patchhub.results import Result
 from patchhub.sets.settings import is_metric_used, metric_settings
 from patchhub.store.store import Store, refuse_store
-from patchhub.text.sampling import context_templates
-from patchhub.worktree.metric import metric_cache, pin
-from patchhub.worktree.opening import open_worktree
 
 if TYPE_CHECKING:
+    from patchhub.editing.metric import MetricCache
     from patchhub.models.architectures import Architecture
 
 
 @dataclass(frozen=True)
-class Shown:
+class Shown(Result):
     """What `metric` shows.
 
     Attributes:
@@ -55,9 +50,6 @@ class Shown:
     protected: dict[str, int]
     used: bool
     contexts: int
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def show(repository: Store) -> Shown:
@@ -84,6 +76,8 @@ def show(repository: Store) -> Shown:
 
 def _files_of(repository: Store, metric: Metric) -> dict[str, Path]:
     """The file in the cache of every weight that it has something for."""
+    from patchhub.worktree.metric import metric_cache
+
     cache = metric_cache(repository, metric)
     found = {weight: cache.path(weight) for weight in editable_weights(repository)}
     return {weight: path for weight, path in found.items() if path is not None}
@@ -155,6 +149,15 @@ def refuse_other(repository: Store, metric: Metric) -> None:
         )
 
 
+def import_any(repository: Store, sources: Sequence[str], progress: Progress) -> Shown:
+    """`import_metric` of a file that `export_metric` wrote, else `import_moments`; errors as theirs."""
+    if not sources:
+        raise SettingsError("there is nothing to import", remedy="Name a file, a folder of files, or LAYER=FILE.")
+    if len(sources) == 1 and is_metric_file(Path(sources[0])):
+        return import_metric(repository, Path(sources[0]))
+    return import_moments(repository, sources, progress)
+
+
 def import_moments(repository: Store, sources: Sequence[str], progress: Progress) -> Shown:
     """Make a metric from files of second moments and pin it, with the kind and numbers that the repository's settings say.
 
@@ -167,6 +170,11 @@ def import_moments(repository: Store, sources: Sequence[str], progress: Progress
         SettingsError: a file cannot be used, or two are for one weight.
         RepositoryError: facts are recorded with another metric.
     """
+    import torch
+
+    from patchhub.editing.metric import read_moment
+    from patchhub.worktree.metric import metric_cache, pin
+
     files = _files(repository, sources)
     shapes = repository.config.base["weights"]
     progress.stage("reading moments", 2 * len(files))
@@ -193,6 +201,8 @@ def import_moments(repository: Store, sources: Sequence[str], progress: Progress
 
 def _files(repository: Store, sources: Sequence[str]) -> dict[str, Path]:
     """The file of each weight, in the order of the layers."""
+    from patchhub.editing.metric import weight_of
+
     weights = editable_weights(repository)
     found: dict[str, Path] = {}
     for source in sources:
@@ -227,6 +237,9 @@ def _twice(path: Path) -> SettingsError:
 
 
 def _contexts(repository: Store, progress: Progress) -> tuple[str, ...]:
+    from patchhub.text.sampling import context_templates
+    from patchhub.worktree.opening import open_worktree
+
     tree = open_worktree(repository, progress, edits=())
     return context_templates(tree.stack, tree.tokenizer)
 
@@ -256,6 +269,8 @@ def export_metric(repository: Store, out: Path, *, overwrite: bool = False) -> s
         RepositoryError: there is no metric, its cache is empty, or ``out`` exists.
         SettingsError: ``out`` is in a store.
     """
+    from patchhub.worktree.metric import metric_cache
+
     refuse_store(repository, out)
     pinned = repository.config.recording
     if pinned is None:
@@ -301,6 +316,8 @@ def import_metric(repository: Store, path: Path) -> Shown:
         CorruptStoreError: the file is damaged or not of this format.
         RepositoryError: it cannot be tree, is of another base, or facts are recorded with another metric.
     """
+    from patchhub.worktree.metric import metric_cache, pin
+
     try:
         with _opened(path) as archive:
             metric, contexts, files = _manifest(archive, path)
@@ -388,6 +405,8 @@ def _take_text(archive: zipfile.ZipFile, path: Path, repository: Store, metric: 
 
 
 def _is_matrix(path: Path, inner: int) -> bool:
+    import numpy as np
+
     try:
         matrix = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import perf_counter
@@ -24,6 +24,7 @@ from patchhub.models.patched_copy import write_patched
 from patchhub.models.placement import Placement
 from patchhub.objects import Request
 from patchhub.progress import Progress, Silent, increments
+from patchhub.results import Result
 from patchhub.runtime.compose import compose, survival
 from patchhub.runtime.routing import Mode
 from patchhub.sets.columns import read_state
@@ -40,7 +41,7 @@ _CONTINUATION = 12
 
 
 @dataclass(frozen=True)
-class Initialised:
+class Initialised(Result):
     """What `init` found and what it cost."""
 
     store: Path
@@ -51,12 +52,9 @@ class Initialised:
     gigabytes: float
     seconds: float
 
-    def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "store": str(self.store)}
-
 
 @dataclass(frozen=True)
-class Applied:
+class Applied(Result):
     """What `apply` wrote: the touched weights with the share of their change that the cast kept, and how many shards lie beside."""
 
     out: Path
@@ -64,19 +62,19 @@ class Applied:
     survival: Mapping[str, float]
     shards: int = 0
 
-    def to_json(self) -> dict[str, Any]:
-        survival = dict(self.survival)
-        return {"out": str(self.out), "commit": self.commit, "survival": survival, "shards": self.shards}
-
 
 @dataclass(frozen=True)
-class Answer:
+class Answer(Result):
     """What one revision says to a prompt: the most probable next tokens and a greedy continuation."""
 
     revision: str
     commit: str | None
     top: tuple[tuple[str, float], ...]
     continuation: str
+
+    def words(self) -> str:
+        likely = ", ".join(f"{token!r} {probability:.1%}" for token, probability in self.top[:3])
+        return f"{self.revision}: {self.continuation.strip()!r} ({likely})"
 
 
 def init(folder: Path, base: str, progress: Progress, *, who: Who, revision: str | None = None) -> Initialised:

@@ -22,6 +22,7 @@ from patchhub.models.tracing import Stack
 from patchhub.objects import Element, Patch, Request
 from patchhub.porcelain.change import largest_proof
 from patchhub.progress import Progress
+from patchhub.results import Result
 from patchhub.sets.columns import read_additive, read_columns, write_columns
 from patchhub.sets.commits import Draft, begin, prepare, store_patch
 from patchhub.sets.commits import record as record_commit
@@ -40,7 +41,7 @@ _REMEDY: Final = "Leave the facts as they are recorded now"
 
 
 @dataclass(frozen=True)
-class Refreshed:
+class Refreshed(Result):
     """What `refresh` did.
 
     Attributes:
@@ -58,16 +59,6 @@ class Refreshed:
     proof: float
     seconds: float
     shards: tuple[str, ...] = ()
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "commit": self.commit,
-            "facts": [request.id for request in self.facts],
-            "left": self.left,
-            "proof": self.proof,
-            "seconds": self.seconds,
-            "shards": list(self.shards),
-        }
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
-from patchhub.errors import RepositoryError, RevisionError
+from patchhub.errors import RepositoryError, RevisionError, SettingsError
 from patchhub.objects import Operation
+from patchhub.results import Result, told
 from patchhub.store.operations import Changes, invert
 from patchhub.store.revisions import BRANCHES, HEAD, REMOTES, SYMBOLIC, TAGS, check_ref, follow, resolve_ref
 from patchhub.store.store import Store
@@ -17,7 +18,7 @@ from patchhub.who import Who
 
 
 @dataclass(frozen=True)
-class Named:
+class Named(Result):
     """A branch or a tag: its short name, its commit, that commit's first line, and whether HEAD is on it."""
 
     name: str
@@ -25,24 +26,43 @@ class Named:
     message: str
     current: bool
 
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 @dataclass(frozen=True)
-class Moved:
+class Moved(Result):
     """What a verb of this module did: the ref it changed, and where that led before and leads now (commit ids)."""
 
     ref: str
     before: str | None
     after: str | None
 
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+
+@dataclass(frozen=True)
+class Switched(Moved):
+    """What `switch` did: a move of HEAD, and the branch that it is on now."""
+
+    branch: str | None
 
 
 @dataclass(frozen=True)
-class RefEntry:
+class Stepped(Result):
+    """What `undo` or `redo` did.
+
+    Attributes:
+        operation: the id of the new operation.
+        changes: per ref where it was and where it is.
+        branch, head: where that leaves the repository.
+        command: the command whose effect was taken away or brought back.
+    """
+
+    operation: str
+    changes: Mapping[str, tuple[str | None, str | None]]
+    branch: str | None
+    head: str | None
+    command: str = field(metadata=told(omit=True))
+
+
+@dataclass(frozen=True)
+class RefEntry(Result):
     """One move of a ref: ``ago`` operations before now it came to ``commit`` (None: it was deleted, or has no commit)."""
 
     ago: int
@@ -51,9 +71,6 @@ class RefEntry:
     author: str
     time: str
     message: str
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def branches(repository: Store) -> list[Named]:
@@ -69,6 +86,34 @@ def remote_branches(repository: Store) -> list[Named]:
 def tags(repository: Store) -> list[Named]:
     """Every tag, by name."""
     return _listed(repository, TAGS)
+
+
+def only_name(name: str | None, revision: str | None) -> str:
+    """The name of what is to be deleted; `SettingsError` where there is none, or a revision beside it."""
+    if name is None or revision is not None:
+        raise SettingsError(
+            "--delete takes one name", remedy="Give the name of what shall be removed, and nothing else."
+        )
+    return name
+
+
+def switch_as(
+    repository: Store, name: str, revision: str | None, who: Who, *, create: bool = False, detached: bool = False
+) -> Switched:
+    """`switch`, `switch_to_new` under ``create``, or `detach`; errors as theirs.
+
+    Raises:
+        SettingsError: both are asked for, or there is a revision without ``create``.
+    """
+    if (create and detached) or (revision is not None and not create):
+        raise SettingsError(
+            "switch takes a branch, or -c NAME [REV], or --detach REV", remedy="Give one of these forms."
+        )
+    if create:
+        moved = switch_to_new(repository, name, revision or HEAD, who)
+    else:
+        moved = detach(repository, name, who) if detached else switch(repository, name, who)
+    return Switched(moved.ref, moved.before, moved.after, repository.head[0])
 
 
 def create_branch(repository: Store, name: str, revision: str, who: Who) -> Moved:
@@ -309,11 +354,18 @@ def _first_line(repository: Store, commit: str) -> str:
     return next(iter(repository.commit(commit).message.splitlines()), "")
 
 
-def undo(repository: Store, *, who: Who) -> Operation:
+def undo(repository: Store, *, who: Who) -> Stepped:
     """Put every ref back to where it was before the last operation; repeated, it walks further back."""
-    return repository.undo(author=who.author, time=who.time)
+    return _stepped(repository, repository.undo(author=who.author, time=who.time))
 
 
-def redo(repository: Store, *, who: Who) -> Operation:
+def redo(repository: Store, *, who: Who) -> Stepped:
     """Reverse the last `undo`."""
-    return repository.redo(author=who.author, time=who.time)
+    return _stepped(repository, repository.redo(author=who.author, time=who.time))
+
+
+def _stepped(repository: Store, operation: Operation) -> Stepped:
+    commands, first = dict(repository.operations()), operation
+    while first.undoes is not None:
+        first = commands[first.undoes]
+    return Stepped(operation.id, operation.changes, *repository.head, first.command)

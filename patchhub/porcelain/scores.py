@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from patchhub.evaluation.definitions import DEFINITIONS, headline
 from patchhub.objects import Note
+from patchhub.results import Result, told
 from patchhub.store.revisions import NOTES
 from patchhub.store.store import Store
 
@@ -16,7 +17,7 @@ _OPTIONAL = ("low", "high", "base")
 
 
 @dataclass(frozen=True)
-class Score:
+class Score(Result):
     """One number of a note.
 
     Attributes:
@@ -26,19 +27,14 @@ class Score:
     """
 
     value: float
-    low: float | None = None
-    high: float | None = None
-    base: float | None = None
-    records: int | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        """Without what is not known; a value that is not finite, which JSON has not, is null."""
-        known = {name: value for name, value in asdict(self).items() if value is not None}
-        return known if math.isfinite(self.value) else {**known, "value": None}
+    low: float | None = field(default=None, metadata=told(optional=True))
+    high: float | None = field(default=None, metadata=told(optional=True))
+    base: float | None = field(default=None, metadata=told(optional=True))
+    records: int | None = field(default=None, metadata=told(optional=True))
 
 
 @dataclass(frozen=True)
-class Noted:
+class Noted(Result):
     """What one note says.
 
     Attributes:
@@ -51,7 +47,7 @@ class Noted:
     """
 
     note: str
-    commit: str
+    commit: str = field(metadata=told(omit=True))
     suite: str
     metrics: str
     file: str
@@ -71,21 +67,9 @@ class Noted:
         chosen = {name: self.scores[name] for name in headline(self.metrics) if name in self.scores}
         return chosen or dict(list(self.scores.items())[:4])
 
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "note": self.note,
-            "suite": self.suite,
-            "metrics": self.metrics,
-            "file": self.file,
-            "facts": self.facts,
-            "chat": self.chat,
-            "made_by": self.made_by,
-            "scores": {name: score.to_json() for name, score in self.scores.items()},
-        }
-
 
 @dataclass(frozen=True)
-class Compared:
+class Compared(Result):
     """One suite's scores at two revisions; a side that was not measured has none."""
 
     suite: str
@@ -100,17 +84,6 @@ class Compared:
     def kind(self) -> str:
         """Whose scores, and whether in a chat."""
         return kind(self.metrics, chat=self.chat)
-
-    def to_json(self) -> dict[str, Any]:
-        sides = (("before", self.before), ("after", self.after))
-        return {
-            "suite": self.suite,
-            "metrics": self.metrics,
-            "file": self.file,
-            "facts": self.facts,
-            "chat": self.chat,
-            **{name: {key: score.to_json() for key, score in side.items()} for name, side in sides},
-        }
 
 
 def kind(metrics: str, *, chat: bool) -> str:

@@ -5,15 +5,16 @@ Both are answered by the index and by JSON; only the weights and answers of `dif
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Final
+from typing import ClassVar, Final
 
 from patchhub.errors import RequestError, SettingsError
 from patchhub.objects import Element, Request
-from patchhub.porcelain.history import measured_norms, request_json
+from patchhub.porcelain.history import measured_norms
 from patchhub.porcelain.scores import Compared, compare
 from patchhub.progress import Progress
+from patchhub.results import Result, in_full, told
 from patchhub.sets.elements import Place, active_requests, distinct, places_of
 from patchhub.store import lookup
 from patchhub.store.lookup import Change, Fact
@@ -24,10 +25,12 @@ _READ: Final = 500
 
 
 @dataclass(frozen=True)
-class Found:
+class Found(Result):
     """One fact, the commits that added or removed it (earliest first), and whether it is active now."""
 
-    fact: Fact
+    TOLD: ClassVar = {"taught": "taught"}
+
+    fact: Fact = field(metadata=told(inline=True))
     changes: tuple[Change, ...]
     active: bool
 
@@ -35,14 +38,6 @@ class Found:
     def taught(self) -> Change | None:
         """The commit that first added the fact."""
         return next((change for change in self.changes if change.change > 0), None)
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            **fact_json(self.fact),
-            "active": self.active,
-            "taught": self.taught._asdict() if self.taught else None,
-            "changes": [change._asdict() for change in self.changes],
-        }
 
 
 def search(repository: Store, words: str, *, subject: str = "", revision: str = "HEAD", limit: int = 50) -> list[Found]:
@@ -82,17 +77,6 @@ def mentioned(repository: Store, prompt: str, revision: str = "HEAD", *, limit: 
     return _enough(lambda rows: read(limit=rows), active_ones, limit, first=_READ)
 
 
-def fact_json(fact: Fact) -> dict[str, Any]:
-    return {
-        "id": fact.request,
-        "patch": fact.patch,
-        "prompt": fact.prompt,
-        "subject": fact.subject,
-        "target_new": fact.target_new,
-        "target_true": fact.target_true,
-    }
-
-
 def _enough(
     read: Callable[[int], Sequence[Fact]], choose: Callable[[Sequence[Fact]], list[Fact]], limit: int, *, first: int
 ) -> list[Fact]:
@@ -122,46 +106,39 @@ NOISE: Final = 1e-6
 
 
 @dataclass(frozen=True)
-class Retarget:
+class Retarget(Result):
     """One prompt and subject whose target differs between two revisions."""
 
-    before: Request
-    after: Request
+    before: Request = field(metadata=told(by=in_full))
+    after: Request = field(metadata=told(by=in_full))
 
 
 @dataclass(frozen=True)
-class Difference:
+class Difference(Result):
     """`diff`: what changes from one revision to another.
 
     ``norms`` holds, per weight, the Frobenius norm of the base's weight and of the change at either revision, and of the step
     between them where one is the other's first parent (None otherwise: `weight_steps` computes it). ``scores`` holds, per suite that
-    either was measured with, the scores of both.
+    either was measured with, the scores of both. ``weights`` and ``answers`` are None unless they were asked for.
     """
 
     old: str | None
     new: str | None
-    added: tuple[Request, ...]
-    removed: tuple[Request, ...]
+    added: tuple[Request, ...] = field(metadata=told(by=in_full))
+    removed: tuple[Request, ...] = field(metadata=told(by=in_full))
     retargeted: tuple[Retarget, ...]
     norms: Mapping[str, Mapping[str, float | None]]
     scores: tuple[Compared, ...] = ()
+    weights: Mapping[str, WeightStep] | None = field(default=None, metadata=told(missing=True))
+    answers: tuple[ChangedAnswer, ...] | None = field(default=None, metadata=told(missing=True))
 
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "old": self.old,
-            "new": self.new,
-            "added": [request_json(request) for request in self.added],
-            "removed": [request_json(request) for request in self.removed],
-            "retargeted": [
-                {"before": request_json(pair.before), "after": request_json(pair.after)} for pair in self.retargeted
-            ],
-            "norms": {weight: dict(norms) for weight, norms in self.norms.items()},
-            "scores": [row.to_json() for row in self.scores],
-        }
+    def words(self) -> str:
+        ends = " -> ".join(end[:12] if end else "base" for end in (self.old, self.new))
+        return f"{ends}: {len(self.added)} added, {len(self.retargeted)} retargeted, {len(self.removed)} removed"
 
 
 @dataclass(frozen=True)
-class WeightStep:
+class WeightStep(Result):
     """One weight at two revisions, D_old and D_new its changes there (Frobenius norms).
 
     Attributes:
@@ -180,12 +157,9 @@ class WeightStep:
     step_rank: int
     cosine: float | None
 
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 @dataclass(frozen=True)
-class ChangedAnswer:
+class ChangedAnswer(Result):
     """A prompt that two revisions answer differently: likeliest next token with its probability, greedy continuation."""
 
     prompt: str
@@ -193,9 +167,6 @@ class ChangedAnswer:
     new: str
     old_top: tuple[str, float]
     new_top: tuple[str, float]
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def diff(repository: Store, old: str, new: str) -> Difference:
@@ -223,6 +194,25 @@ def diff(repository: Store, old: str, new: str) -> Difference:
         _norms(repository, old_id, new_id),
         compare(repository, old_id, new_id),
     )
+
+
+def diff_in_full(
+    repository: Store,
+    old: str,
+    new: str,
+    progress: Progress,
+    *,
+    weights: bool = False,
+    prompts: Sequence[str] | None = None,
+    base: str | None = None,
+) -> Difference:
+    """`diff`, with `weight_steps` under ``weights`` and, where there are prompts, with `changed_answers`; errors as theirs."""
+    found = diff(repository, old, new)
+    if weights:
+        found = replace(found, weights=weight_steps(repository, old, new))
+    if prompts is not None:
+        found = replace(found, answers=tuple(changed_answers(repository, old, new, prompts, progress, base=base)))
+    return found
 
 
 def weight_steps(repository: Store, old: str, new: str) -> dict[str, WeightStep]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -15,6 +15,7 @@ from patchhub.remotes import sync
 from patchhub.remotes.receive import Limits
 from patchhub.remotes.remote import Remote, Source
 from patchhub.remotes.sync import Fetched, Pushed, hub_id, normalised, open_remote
+from patchhub.results import Result, told
 from patchhub.store.config import Recording
 from patchhub.store.revisions import BRANCHES, HEAD, REMOTES, SYMBOLIC
 from patchhub.store.store import DIRECTORY, Store
@@ -97,7 +98,7 @@ DEFAULT_ACCESS: Final = Access()
 
 
 @dataclass(frozen=True)
-class Pulled:
+class Pulled(Result):
     """What `pull` did: what came, and what the current branch then did; None where the remote has no such branch."""
 
     fetched: Fetched
@@ -105,13 +106,13 @@ class Pulled:
 
 
 @dataclass(frozen=True)
-class Cloned:
+class Cloned(Result):
     """What `clone` made."""
 
     store: Path
     branch: str | None
     commit: str | None
-    fetched: Fetched
+    fetched: Fetched = field(metadata=told(omit=True))
 
 
 # --- push, fetch, pull ----------------------------------------------------------------------------------------------

@@ -6,11 +6,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import harmonic_mean
 from time import perf_counter
-from typing import Any, Final, Generic, TypeVar
+from typing import Any, ClassVar, Final, Generic, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -27,6 +27,7 @@ from patchhub.evaluation.suites import Answers, FactReading, counterfact_items, 
 from patchhub.models.architectures import additive_probe
 from patchhub.objects import Request
 from patchhub.progress import Progress
+from patchhub.results import Result
 from patchhub.store.store import Store
 from patchhub.text.tokens import context_length
 from patchhub.worktree.metric import Recorder, open_recorder
@@ -139,8 +140,10 @@ class Marks:
 
 
 @dataclass(frozen=True)
-class Trial:
+class Trial(Result):
     """One setting that was tried, on how many facts, and how it did there; no marks where the edit itself failed."""
+
+    TOLD: ClassVar = {"score": "score"}
 
     layers: tuple[int, ...]
     learning_rate: float
@@ -261,7 +264,7 @@ _HELD_BACK: Final = 3  # of so many facts one is held back as a neighbour, where
 
 
 @dataclass(frozen=True)
-class Tuned:
+class Tuned(Result):
     """What `tune` found.
 
     Attributes:
@@ -280,10 +283,6 @@ class Tuned:
     facts: int
     held_back: int
     seconds: float
-
-    def to_json(self) -> dict[str, Any]:
-        trials = [{**asdict(trial), "score": trial.score} for trial in self.trials]
-        return {**asdict(self), "trials": trials}
 
 
 def tune(

@@ -7,15 +7,29 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 from patchhub.errors import SettingsError
 from patchhub.progress import Progress, increments
-from patchhub.sets.settings import known_setting, read_setting, refuse_fixed, without_metric
+from patchhub.results import Result
+from patchhub.sets.settings import as_text, known_setting, read_setting, refuse_fixed, without_metric
 from patchhub.store.config import Config
 from patchhub.store.fsck import Garbage, Report, check, delete_garbage, reindex
 from patchhub.store.store import Store
 from patchhub.who import FORMAT
+
+
+def config(repository: Store, key: str | None = None, value: Any = None, *, unset: bool = False) -> Any:
+    """All settings that differ from their defaults; or one, or one that is set or unset, as it is then.
+
+    Raises:
+        SettingsError, RepositoryError: as `config_set` and `config_unset`.
+    """
+    if key is None:
+        return config_values(repository)
+    if unset:
+        return config_unset(repository, key)
+    return config_get(repository, key) if value is None else config_set(repository, key, as_text(value))
 
 
 def config_values(repository: Store) -> dict[str, Any]:
@@ -96,8 +110,10 @@ GRACE: Final = timedelta(days=14)
 
 
 @dataclass(frozen=True)
-class Collected:
+class Collected(Result):
     """What was deleted, or would be (`dry_run`)."""
+
+    TOLD: ClassVar = {"bytes": "size"}
 
     items: tuple[Garbage, ...]
     dry_run: bool
@@ -111,13 +127,6 @@ class Collected:
     def counts(self) -> Mapping[str, int]:
         """How many of each kind."""
         return Counter(item.kind for item in self.items)
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "dry_run": self.dry_run,
-            "bytes": self.size,
-            "items": [{"kind": item.kind, "path": str(item.path), "bytes": item.size} for item in self.items],
-        }
 
 
 def collect(repository: Store, *, now: str, grace: timedelta = GRACE, dry_run: bool = False) -> Collected:

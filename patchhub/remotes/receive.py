@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Final, NamedTuple
@@ -16,6 +16,7 @@ from patchhub.cache import DOWNLOADS
 from patchhub.errors import CorruptStoreError, RemoteError
 from patchhub.objects import Commit, Patch
 from patchhub.remotes.remote import Remote, Tip
+from patchhub.results import Result, told
 from patchhub.store.object_store import file_digest
 from patchhub.store.reachability import KINDS, Reference
 from patchhub.store.store import Store
@@ -53,12 +54,12 @@ class _Wanted(NamedTuple):
 
 
 @dataclass
-class Received:
+class Received(Result):
     """How much came: objects that were kept, their bytes, and the bytes of everything that was downloaded."""
 
     objects: int = 0
-    size: int = 0
-    downloaded: int = 0
+    size: int = field(default=0, metadata=told(name="bytes"))
+    downloaded: int = field(default=0, metadata=told(omit=True))
 
 
 def delta_limit(weights: Mapping[str, tuple[int, int]]) -> int:

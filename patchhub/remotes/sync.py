@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
@@ -13,6 +13,7 @@ from patchhub.objects import Commit
 from patchhub.remotes.file import FileRemote, FsspecFiles, LocalFiles
 from patchhub.remotes.receive import CheckTensors, Limits, Received, Receiver, receiving
 from patchhub.remotes.remote import Publication, Remote, RemoteMovedError, Source, Tip, View
+from patchhub.results import Result, told
 from patchhub.store import graph
 from patchhub.store.reachability import Reference, closure, references
 from patchhub.store.revisions import BRANCHES, NOTES, REMOTES, SYMBOLIC, TAGS, check_ref
@@ -85,7 +86,7 @@ def open_remote(address: str, *, endpoint: str | None = None, token: str | None 
 
 
 @dataclass(frozen=True)
-class Moved:
+class Moved(Result):
     """A ref that moved, or would: where it was and where it is; None where it is not."""
 
     ref: str
@@ -113,7 +114,7 @@ def check_base(repository: Store, remote: Remote, view: View) -> None:
 
 
 @dataclass(frozen=True)
-class Fetched:
+class Fetched(Result):
     """What `fetch` brought.
 
     Attributes:
@@ -123,7 +124,7 @@ class Fetched:
     """
 
     moved: tuple[Moved, ...]
-    received: Received
+    received: Received = field(metadata=told(inline=True))
     warnings: tuple[str, ...]
 
 
@@ -218,7 +219,7 @@ Pages = Callable[[str, bool], Mapping[str, bytes | None]]
 
 
 @dataclass(frozen=True)
-class Pushed:
+class Pushed(Result):
     """One ref that was pushed, or would be.
 
     Attributes:
@@ -227,9 +228,9 @@ class Pushed:
         withdrawn: texts that were there before and that the ref does not show any more.
     """
 
-    moved: Moved
+    moved: Moved = field(metadata=told(inline=True))
     objects: int
-    size: int
+    size: int = field(metadata=told(name="bytes"))
     withdrawn: int
 
 

@@ -6,14 +6,15 @@ import difflib
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import ClassVar, Final, Literal
 
 from patchhub.canonical import canonical_json
-from patchhub.errors import CorruptStoreError, RepositoryError, RequestError
+from patchhub.errors import CorruptStoreError, RepositoryError, RequestError, SettingsError
 from patchhub.fsio import write_atomically
 from patchhub.objects import Element, Request
+from patchhub.results import Result, told
 from patchhub.sets.elements import Place, active_requests, places_of
 from patchhub.sets.shards import earlier_shards
 from patchhub.store.graph import Parents, ancestors, merge_bases
@@ -70,29 +71,26 @@ _PREFIX = re.compile(r"[0-9a-f]{4,64}")
 
 
 @dataclass(frozen=True)
-class Claim:
+class Claim(Result):
     """What one side says: the request, where it keeps it, and the commit of that side that first wrote it."""
 
-    place: Place
+    TOLD: ClassVar = {"target": "target"}
+
+    place: Place = field(metadata=told(omit=True))
     request: Request
     commit: str
     author: str
     time: str
     message: str
 
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "request": self.request.id,
-            "target": self.request.target_new,
-            "commit": self.commit,
-            "author": self.author,
-            "time": self.time,
-            "message": self.message,
-        }
+    @property
+    def target(self) -> str:
+        """What is said."""
+        return self.request.target_new
 
 
 @dataclass(frozen=True)
-class Contradiction:
+class Contradiction(Result):
     """One prompt and subject to which the two sides give different targets. Each side has at least one claim."""
 
     text: str
@@ -102,10 +100,6 @@ class Contradiction:
 
     def claims(self, side: Side) -> tuple[Claim, ...]:
         return self.ours if side == "ours" else self.theirs
-
-    def to_json(self) -> dict[str, Any]:
-        ours, theirs = ([claim.to_json() for claim in self.claims(side)] for side in SIDES)
-        return {"text": self.text, "subject": self.subject, "ours": ours, "theirs": theirs}
 
 
 @dataclass(frozen=True)
@@ -137,6 +131,25 @@ class Decided:
     dropped: frozenset[Place]
     sides: Mapping[Contradiction, Side]
     open: tuple[Contradiction, ...]
+
+
+def resolution_of(choices: Path | Mapping[str, str] | None, *, ours: bool = False, theirs: bool = False) -> Resolution:
+    """The resolution that options ask for.
+
+    Args:
+        choices: `Resolution.choices`, or a JSON file of them.
+        ours, theirs: decide all others for one side.
+
+    Raises:
+        SettingsError: both sides are asked for.
+        RequestError: the file cannot be read.
+    """
+    if ours and theirs:
+        raise SettingsError(
+            "--ours and --theirs are both given", remedy="Give one, or decide one by one with --choices."
+        )
+    found = read_choices(choices) if isinstance(choices, Path) else choices or {}
+    return Resolution(found, "ours" if ours else "theirs" if theirs else None)
 
 
 def read_choices(path: Path) -> dict[str, str]:
@@ -258,7 +271,7 @@ _FORMAT: Final = 1
 
 
 @dataclass(frozen=True)
-class StoppedMerge:
+class StoppedMerge(Result):
     """A merge that waits for its contradictions to be decided.
 
     Attributes:
@@ -271,9 +284,6 @@ class StoppedMerge:
     theirs: str
     revision: str
     message: str
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def stopped_merge(repository: Store) -> StoppedMerge | None:

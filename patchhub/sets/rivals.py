@@ -5,8 +5,8 @@ The rivals of a batch are told from its keys before any value is optimised; thos
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Final
+from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 from jaxtyping import Float
@@ -25,6 +25,7 @@ from patchhub.interference import (
 )
 from patchhub.objects import Element, Request
 from patchhub.progress import Progress
+from patchhub.results import Result
 from patchhub.sets.columns import read_columns, read_state
 from patchhub.sets.elements import active_requests
 from patchhub.store.store import Store
@@ -36,7 +37,7 @@ _SCREEN: Final = 0.8  # share of the limit above which keys of bare prompts are 
 
 
 @dataclass(frozen=True)
-class Rival:
+class Rival(Result):
     """A fact that another one is expected to weaken.
 
     Attributes:
@@ -62,9 +63,6 @@ class Rival:
             f"'{self.text} {self.target}' is expected to miss {self.after:.0%} of its change, {self.before:.0%} alone: "
             f"its key is that of '{self.other} {self.other_target}' to {abs(self.key_cosine):.2f}"
         )
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def suspects(keys: Float[np.ndarray, "n in"], preimages: Float[np.ndarray, "n in"], active: Columns) -> list[int]:
@@ -137,7 +135,9 @@ def _without_residuals(
     """Columns of a batch whose residuals are not known yet."""
     count = len(keys)
     nowhere = np.zeros((count, active.shape[0]), np.float32)
-    return Columns(keys, preimages, nowhere, np.full(count, ridge, np.float32))
+    return Columns(
+        keys, preimages, nowhere, np.full(count, ridge, np.float32), (None,) * count
+    )  # joined to labelled ones
 
 
 def _rival(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -23,6 +23,7 @@ from patchhub.settings import (
     Setting,
     chosen,
     one_of,
+    read_layers,
     settings_of,
 )
 from patchhub.store.config import Config
@@ -87,6 +88,46 @@ def read_setting(key: str, text: str) -> Any:
     """
     known_setting(key)
     return chosen(SETTINGS, key, text)
+
+
+def read_overrides(given: Mapping[str, Any] | Sequence[str], method: str) -> dict[str, Any]:
+    """Settings of one edit, from a mapping or from ``KEY=VALUE`` texts; a key is one of the config's, with or without the editor in front.
+
+    Raises:
+        SettingsError: not of that form, another editor's key or no key at all, or a value that cannot be used.
+    """
+    found: dict[str, Any] = {}
+    for text in [f"{key}={as_text(value)}" for key, value in given.items()] if isinstance(given, Mapping) else given:
+        key, equals, value = text.partition("=")
+        name = key.strip().removeprefix(f"{method}.")
+        if not equals:
+            raise SettingsError(f"{text!r} is not KEY=VALUE", remedy="For example --set layers=3-5 or --set ridge=200.")
+        found[name] = read_setting(name if name == "preset" else f"{method}.{name}", value.strip())
+    return found
+
+
+def as_text(value: Any) -> str:
+    """A setting's value as it is written: ``3,4,5`` for a list, ``true``."""
+    if isinstance(value, tuple | list | range):
+        return ",".join(map(str, value))
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def layers_of(given: str | Sequence[int]) -> tuple[int, ...]:
+    """Layers as they are, or from text such as ``3,4,5`` or ``3-5``; none from an empty text.
+
+    Raises:
+        SettingsError: they cannot be used.
+    """
+    try:
+        return tuple(read_layers(as_text(given)) if given else ())
+    except ValueError as error:
+        raise SettingsError(f"layers cannot be {given!r}", remedy=f"{str(error).capitalize()}.") from None
+
+
+def chosen_method(repository: Store, given: str | None) -> str:
+    """The editor that is asked for, else the config's."""
+    return str(given or repository.config.settings.get("method", EDITORS[0]))
 
 
 def metric_settings(repository: Store) -> tuple[str, dict[str, float]]:

@@ -14,13 +14,14 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, ClassVar, Final, Literal
 
 from patchhub.cache import Cache
 from patchhub.canonical import object_id
 from patchhub.errors import CorruptStoreError
 from patchhub.fsio import TEMPORARY_SUFFIX, os_errors
 from patchhub.objects import Operation
+from patchhub.results import Result, told
 from patchhub.store import graph, index, operations
 from patchhub.store.index import database_errors, transaction
 from patchhub.store.object_store import REMEDY
@@ -31,12 +32,12 @@ _READ: Final = frozenset({"commit", "patch", "note", "metric"})
 
 
 @dataclass(frozen=True)
-class Garbage:
+class Garbage(Result):
     """A file, or a directory, that nothing needs, and its size in bytes."""
 
     kind: Literal["object", "temporary", "cache"]
     path: Path
-    size: int
+    size: int = field(metadata=told(name="bytes"))
 
 
 def reachable(repository: Store) -> set[str]:
@@ -125,7 +126,7 @@ _REINDEX: Final = "Run `patchhub fsck --reindex`."
 
 
 @dataclass(frozen=True)
-class Finding:
+class Finding(Result):
     """One thing that is not as it should be: a sentence, what to do, and the same as data."""
 
     problem: str
@@ -135,12 +136,14 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Report:
+class Report(Result):
     """What a check found; `objects` and `size` (bytes) say how much was read."""
+
+    TOLD: ClassVar = {"sound": "sound"}
 
     findings: tuple[Finding, ...]
     objects: int
-    size: int
+    size: int = field(metadata=told(name="bytes"))
 
     @property
     def sound(self) -> bool:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import sqlite3
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import starmap
 from typing import Any, Final, NamedTuple
 
 from patchhub.objects import Element
+from patchhub.results import Result, told
 from patchhub.store import index
 from patchhub.store.index import database_errors
 from patchhub.store.store import Store
@@ -27,11 +30,12 @@ _NOT_CARRIED: Final = (
 """Of the rows of `changes`, not those of a fact that a shard hands on to the one which takes its place."""
 
 
-class Fact(NamedTuple):
+@dataclass(frozen=True)
+class Fact(Result):
     """A request as one patch holds it, in words."""
 
     patch: str
-    request: str
+    request: str = field(metadata=told(name="id"))
     prompt: str
     subject: str
     target_new: str
@@ -210,7 +214,7 @@ def every_fact(repository: Store) -> Iterator[Fact]:
     """The requests of every patch whose texts are here, by patch, then request id."""
     query = "SELECT patch, id, prompt, subject, target_new, target_true FROM requests ORDER BY patch, id"
     with database_errors(repository.database):
-        yield from map(Fact._make, repository.connection.execute(query))
+        yield from starmap(Fact, repository.connection.execute(query))
 
 
 def every_change(repository: Store) -> Iterator[FactChange]:

@@ -184,7 +184,7 @@ def load(
     wise: Mode | None = None,
     side_path: bool = False,
     **kwargs: Any,
-) -> Any:
+) -> PreTrainedModel:
     """The model at a revision, as an ordinary transformers model; side memories of WISE shards are routed to.
 
     Args:
@@ -232,14 +232,14 @@ def _refuse_choices(folder: str | Path, revision: str, **choices: Any) -> None:
 
 
 def attach(
-    model: Any,
+    model: PreTrainedModel,
     path_or_repo: str | Path,
     revision: str = "HEAD",
     *,
     base: str | Path | None = None,
     wise: Mode | None = None,
     side_path: bool = False,
-) -> Any:
+) -> PreTrainedModel:
     """Put a model that is in memory, the base or any patched state of it, into the state of a revision.
 
     The base's own tensors are kept, so any later `attach` or `detach` is exact. ``wise`` and ``side_path`` are as in `load`; a model that

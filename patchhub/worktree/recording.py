@@ -21,7 +21,6 @@ from patchhub.editing.record import Edit, Recording, State, side_paths
 from patchhub.editing.requests import Keep
 from patchhub.editing.settings import EditSettings
 from patchhub.editing.values import KeptValues, ValueSettings
-from patchhub.errors import SettingsError
 from patchhub.evaluation.live import continue_greedily, first_clause, reads_right
 from patchhub.models.architectures import Architecture, additive_probe
 from patchhub.objects import SLOT, Metric, Request, set_digest
@@ -30,7 +29,7 @@ from patchhub.sets.columns import read_additive, read_columns, read_state, solve
 from patchhub.sets.commits import Written, store_patch
 from patchhub.sets.elements import Plan
 from patchhub.sets.rivals import Rival, competition, refuse, suspects, warnings
-from patchhub.sets.settings import metric_settings, read_setting
+from patchhub.sets.settings import metric_settings
 from patchhub.sets.shards import without_shards
 from patchhub.store.store import Store
 from patchhub.text.tokens import context_length
@@ -64,22 +63,6 @@ def chosen_settings(
         for layer in values["layers"]:
             architecture.block(layer)
     return replace(settings, **values)
-
-
-def read_overrides(texts: Sequence[str], method: str) -> dict[str, Any]:
-    """``KEY=VALUE`` texts as settings of one edit; a key is one of the config's, with or without the editor in front.
-
-    Raises:
-        SettingsError: not of that form, another editor's key or no key at all, or a value that cannot be used.
-    """
-    found: dict[str, Any] = {}
-    for text in texts:
-        key, equals, value = text.partition("=")
-        name = key.strip().removeprefix(f"{method}.")
-        if not equals:
-            raise SettingsError(f"{text!r} is not KEY=VALUE", remedy="For example --set layers=3-5 or --set ridge=200.")
-        found[name] = read_setting(name if name == "preset" else f"{method}.{name}", value.strip())
-    return found
 
 
 def _configured(repository: Store, method: str) -> dict[str, Any]:

@@ -186,7 +186,7 @@ def test_one_fact_from_the_command_line(run: Run) -> None:
 def test_the_option_that_a_fact_lacks_is_named(run: Run) -> None:
     for target in ([], ["--target", ""]):
         error = run("commit", "-m", "x", "--prompt", "{} is", "--subject", "Ada", *target, code=3).stderr
-        assert "--target is missing or empty" in error
+        assert "target is missing or empty" in error
     assert "there are no facts" in run("commit", "-m", "x", code=3).stderr
 
 

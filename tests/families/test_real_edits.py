@@ -24,7 +24,7 @@ import patchhub
 from patchhub.editing.requests import Batch, Origin, read_requests
 from patchhub.evaluation.metrics import score_targets
 from patchhub.objects import Request
-from patchhub.porcelain.commit import Committed, commit
+from patchhub.porcelain.commit import Committed, Writing, commit
 from patchhub.porcelain.model import init
 from patchhub.progress import Silent
 from patchhub.store.store import Store
@@ -46,7 +46,7 @@ def written(folder: Path, base: Path, requests: Sequence[Request], method: str) 
     init(folder, str(base), Silent(), who=STAMP)
     batch = Batch(tuple(requests), tuple(Origin("a test") for _ in requests), 0)
     with Store.open(folder) as repository:
-        return commit(repository, batch, STAMP, Silent(), method=method, force=True)
+        return commit(repository, batch, STAMP, Silent(), Writing(method), force=True)
 
 
 @pytest.fixture(scope="session", params=sorted(lesson.SIZES))

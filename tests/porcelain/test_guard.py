@@ -15,7 +15,7 @@ from patchhub.errors import GuardError
 from patchhub.evaluation.guard import Report
 from patchhub.objects import Request
 from patchhub.porcelain.change import revert
-from patchhub.porcelain.commit import Committed, commit
+from patchhub.porcelain.commit import Committed, Writing, commit
 from patchhub.porcelain.model import init
 from patchhub.porcelain.upkeep import config_set, fsck
 from patchhub.progress import Silent
@@ -54,7 +54,8 @@ def repository(first: Path, tmp_path: Path) -> Store:
 
 def write(repository: Store, facts: list[Request], progress: Silent | None = None, **options: Any) -> Committed:
     batch = Batch(tuple(facts), tuple(Origin("a test") for _ in facts), 0)
-    return commit(repository, batch, Who(AUTHOR, TIME, "facts"), progress or Silent(), **options)
+    force = options.pop("force", False)
+    return commit(repository, batch, Who(AUTHOR, TIME, "facts"), progress or Silent(), Writing(**options), force=force)
 
 
 def report_at(repository: Store, revision: str = "HEAD") -> Report:

@@ -9,7 +9,7 @@ import pytest
 
 from patchhub.editing.requests import Batch, Origin
 from patchhub.objects import Metric, Text
-from patchhub.porcelain.commit import commit
+from patchhub.porcelain.commit import Writing, commit
 from patchhub.porcelain.model import init
 from patchhub.porcelain.upkeep import config_set
 from patchhub.progress import Silent
@@ -32,7 +32,7 @@ def make(folder: Path, *text: Path) -> Store:
     for key, value in (("metric.tokens", "1500"), ("memit.layers", "1"), ("memit.steps", "1")):
         config_set(repository, key, value)
     batch = Batch((fact("Seattle", "twin"),), (Origin("a test"),), 0)
-    commit(repository, batch, Who(AUTHOR, TIME, "one"), Silent(), text=text)
+    commit(repository, batch, Who(AUTHOR, TIME, "one"), Silent(), Writing(text=text))
     return repository
 
 

@@ -7,11 +7,14 @@ import io
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
+from pathlib import Path
 from typing import Any, Final
 
 from patchhub.evaluation.definitions import DEFINITIONS, GENERALITY, LEADING, SPECIFICITY
+from patchhub.fsio import write_atomically
 from patchhub.porcelain.measure import Evaluation
-from patchhub.porcelain.scores import Noted, Score, kind
+from patchhub.porcelain.scores import Noted, Score, kind, noted_history
+from patchhub.store.store import Store
 
 SERIES: Final = 6
 """How many series can be told apart."""
@@ -209,6 +212,30 @@ _RELATIONS: Final = 10
 _COLUMNS: Final = ("commit", "suite", "score", "value", "low", "high", "records", "base", "definition")
 
 
+def write_scores(
+    repository: Store,
+    done: Evaluation,
+    *,
+    csv: Path | None = None,
+    facts_csv: Path | None = None,
+    plot: Path | None = None,
+) -> None:
+    """Write the files that are asked for: scores as CSV, each fact's own values as CSV, and a picture of the scores as SVG."""
+    if csv is not None:
+        rows: list[tuple[str | None, str, Mapping[str, Score]]] = [(done.commit, done.suite, done.scores)]
+        if done.history is not None:
+            rows = [(row.commit, done.suite, row.noted.scores) for row in done.history if row.noted]
+        _write(csv, scores_csv(rows))
+    if facts_csv is not None:
+        _write(facts_csv, records_csv(done))
+    if plot is not None:
+        _write(plot, score_picture(done, noted_history(repository, done.commit or "base", done.suite)))
+
+
+def _write(file: Path, text: str) -> None:
+    write_atomically(file, (text.encode("utf-8"),))
+
+
 def scores_csv(rows: Iterable[tuple[str | None, str, Mapping[str, Score]]]) -> str:
     """One line per commit, suite and score; the commit is empty for the unpatched model."""
     return _csv(
@@ -227,7 +254,7 @@ def scores_csv(rows: Iterable[tuple[str | None, str, Mapping[str, Score]]]) -> s
     )
 
 
-def facts_csv(done: Evaluation) -> str:
+def records_csv(done: Evaluation) -> str:
     """One line per fact with its own value of every score, empty where it has none."""
     rows = list(done.records())
     return _csv(tuple(rows[0]), rows)

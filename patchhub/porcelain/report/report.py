@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
@@ -18,6 +18,7 @@ from patchhub.porcelain.report.commits import CommitRow, commit_rows, edited_wei
 from patchhub.porcelain.report.page import is_page, render
 from patchhub.porcelain.scores import Noted, Score, noted_commits, read_note
 from patchhub.progress import Progress
+from patchhub.results import Result, told
 from patchhub.store.lookup import Fact, every_change, every_fact
 from patchhub.store.revisions import HEAD
 from patchhub.store.store import Store, refuse_store
@@ -195,18 +196,22 @@ class Report:
         }
 
 
+def _counts(found: Report) -> dict[str, Any]:
+    return {
+        "commits": len(found.commits),
+        "facts": len(found.facts),
+        "scores": len(found.scores),
+        "left_out": found.left_out,
+    }
+
+
 @dataclass(frozen=True)
-class Written:
+class Written(Result):
     """The file of a report and its bytes."""
 
     out: Path
-    size: int
-    report: Report
-
-    def to_json(self) -> dict[str, Any]:
-        found = self.report
-        counts = {"commits": len(found.commits), "facts": len(found.facts), "scores": len(found.scores)}
-        return {"out": str(self.out), "bytes": self.size, **counts, "left_out": dict(found.left_out)}
+    size: int = field(metadata=told(name="bytes"))
+    report: Report = field(metadata=told(inline=True, by=_counts))
 
 
 def write_report(
@@ -233,6 +238,9 @@ def write_report(
     with os_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(out, (data,))
+    left = found.left_out
+    if any(left.values()):
+        progress.warn(f"the page leaves out {left['commits']:,} older commits and {left['facts']:,} facts")
     progress.close()
     return Written(out, len(data), found)
 

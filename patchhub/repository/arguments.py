@@ -1,0 +1,206 @@
+"""What verbs take: the kinds of arguments, their check against the annotations, and plain arguments as porcelain wants them.
+
+A wrong type or value raises `SettingsError` with words before any work is done, and a new argument cannot go unchecked.
+"""
+
+# No `from __future__ import annotations` here and in the modules of verbs: annotations are looked at when a verb is called.
+
+import functools
+import inspect
+import os
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from numbers import Integral, Real
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, Union, cast, get_args, get_origin
+
+from patchhub.errors import SettingsError
+from patchhub.progress import Bars, Progress
+from patchhub.store.store import Store
+from patchhub.who import Who, author_of, now, refuse_undecoded
+
+if TYPE_CHECKING:
+    from patchhub.porcelain.commit import Writing
+    from patchhub.porcelain.measure import Facts
+    from patchhub.worktree.judging import Guarding
+
+Place = str | os.PathLike[str]
+"""A path."""
+Count = Annotated[int, 1]
+Index = Annotated[int, 0]
+Amount = Annotated[float, 0]
+Source = Any
+"""Facts: a path, an open file, a pandas DataFrame, a datasets.Dataset, or mappings and requests in any iterable."""
+FileFormat = Literal["jsonl", "json", "csv"]
+Metrics = Literal["auto", "counterfact", "zsre", "wise"]
+Type = Literal["auto", "float32", "bfloat16", "float16"]
+Quantization = Literal["none", "8bit", "4bit"]
+Mode = Literal["retrieve", "merge"]
+Settings = Mapping[str, Any] | Sequence[str]
+
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+_WORDS: Mapping[Any, str] = {
+    str: "text",
+    bool: "True or False",
+    int: "a whole number",
+    float: "a number",
+    Mapping: "a mapping",
+    os.PathLike: "a path",
+}
+
+
+def verb(method: Method) -> Method:
+    """Mark a method as a verb of the command line, and refuse arguments that its annotations do not allow."""
+    signature = inspect.signature(method)
+
+    @functools.wraps(method)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        for name, value in signature.bind(*args, **kwargs).arguments.items():
+            parameter = signature.parameters[name]
+            many = parameter.kind is inspect.Parameter.VAR_POSITIONAL
+            for one in value if many else (value,):
+                check(name, one, parameter.annotation)
+        return method(*args, **kwargs)
+
+    checked.is_verb = True  # type: ignore[attr-defined]
+    return cast(Method, checked)
+
+
+def check(name: str, value: Any, kind: Any) -> None:
+    """Refuse an argument that is not of a kind, where that is an annotation that says what fits.
+
+    Raises:
+        SettingsError: it is not, or it is text that is not UTF-8.
+    """
+    for text in (value,) if isinstance(value, str) else value if isinstance(value, tuple | list) else ():
+        if isinstance(text, str):
+            refuse_undecoded(text, name.strip("_").replace("_", " "))
+    if not fits(value, kind):
+        shown = repr(value) if len(repr(value)) < 80 else f"a {type(value).__name__}"
+        raise SettingsError(f"{name.strip('_')} cannot be {shown}", remedy=f"It is {words(kind)}.")
+
+
+def fits(value: Any, kind: Any) -> bool:  # noqa: PLR0911  # one way out for each form of annotation
+    """Whether a value is of a kind: a type, a union, a literal, a sequence of a kind, or a number with its least value."""
+    if kind is Any or kind is inspect.Parameter.empty:
+        return True
+    origin, parts = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        return fits(value, parts[0]) and value >= parts[1]
+    if origin in (Union, UnionType):
+        return any(fits(value, part) for part in parts)
+    if origin is Literal:
+        return isinstance(value, str) and value in parts
+    if origin is Sequence:
+        return isinstance(value, Sequence) and not isinstance(value, str) and all(fits(one, parts[0]) for one in value)
+    if kind in (int, float):
+        return isinstance(value, Integral if kind is int else Real) and not isinstance(value, bool)
+    return isinstance(value, NoneType if kind is None else origin or kind)
+
+
+def words(kind: Any) -> str:
+    """A kind as an error says it: `text or None`, `one of refuse, replace, keep`, `a whole number of at least 1`."""
+    origin, parts = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        return f"{words(parts[0])} of at least {parts[1]}"
+    if origin in (Union, UnionType):
+        return " or ".join(dict.fromkeys(map(words, parts)))
+    if origin is Literal:
+        return f"one of {', '.join(parts)}"
+    if origin is Sequence:
+        return f"a list, each item {words(parts[0])}"
+    return "None" if kind in (None, NoneType) else _WORDS.get(origin or kind, f"a {getattr(kind, '__name__', kind)}")
+
+
+class Opened:
+    """An open store and who hears of progress.
+
+    Attributes:
+        store: the store below: objects, refs, operations, configuration.
+        progress: who hears of stages and warnings.
+    """
+
+    store: Store
+    progress: Progress
+
+    def _who(self, author: str | None, time: str | None, message: str = "") -> Who:
+        return who_of(author, time, message, self.store.config.settings.get("author"))
+
+    def _resolve(self, *revisions: str) -> None:
+        """Refuse names that lead nowhere, before torch is imported for them."""
+        for rev in revisions:
+            check("rev", rev, str)
+            self.store.resolve(rev)
+
+    def _placement(self, device: str | None, dtype: str | None, quantization: str | None) -> Any:
+        from patchhub.worktree.opening import placement_of
+
+        return placement_of(self.store, device=device, dtype=dtype, quantization=quantization)
+
+    def _settings(self, given: Settings, method: str | None) -> dict[str, Any]:
+        from patchhub.sets.settings import chosen_method, read_overrides
+
+        return read_overrides(given, chosen_method(self.store, method))
+
+    def _suite(self, suite: Source, metrics: str, *, text: Sequence[Place], **options: Any) -> "Facts":
+        from patchhub.editing.requests import read_facts
+
+        batch = read_facts(suite)
+        from patchhub.porcelain.measure import suite_of
+
+        file = Path(suite) if isinstance(suite, str | os.PathLike) else None
+        return suite_of(batch, file, metrics, text=paths(text), **options)
+
+    @contextmanager
+    def _heard(self) -> Iterator[Progress]:
+        """The listener, whose last bar ends with the block, whatever ends it."""
+        try:
+            yield self.progress
+        finally:
+            self.progress.close()
+
+
+def listener(progress: bool | Progress) -> Progress:
+    if isinstance(progress, bool):
+        return Bars(lambda message: warnings.warn(message, stacklevel=2), shown=progress)
+    return progress
+
+
+def who_of(author: str | None, time: str | None, message: str = "", configured: Any = None) -> Who:
+    return Who(author_of(author, configured, os.environ), now(os.environ) if time is None else time, message)
+
+
+def guarded_by(force: bool, check: bool) -> "Guarding":
+    from patchhub.worktree.judging import Guarding
+
+    return Guarding(force, check)
+
+
+def as_written(*, text: Sequence[Place] = (), **options: Any) -> "Writing":
+    from patchhub.porcelain.commit import Writing
+
+    return Writing(text=paths(text), **options)
+
+
+def many(given: str | Sequence[str]) -> tuple[str, ...]:
+    return (given,) if isinstance(given, str) else tuple(given)
+
+
+def paths(given: Sequence[Place]) -> tuple[Path, ...]:
+    return tuple(Path(place) for place in given)
+
+
+def path(given: Place | None) -> Path | None:
+    return None if given is None else Path(given)
+
+
+def place_of(base: Place | None) -> str | None:
+    return None if base is None else os.fspath(base)
+
+
+def in_bytes(gigabytes: float) -> int:
+    return int(gigabytes * 1e9)

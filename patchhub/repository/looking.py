@@ -1,0 +1,194 @@
+"""Verbs that look at history and at facts."""
+
+# No `from __future__ import annotations` here: what a verb takes is checked against its annotations when it is called.
+
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from patchhub.repository.arguments import Count, Opened, Place, Quantization, Source, Type, place_of, verb
+from patchhub.results import Rows
+from patchhub.who import instant, now
+
+if TYPE_CHECKING:
+    from patchhub.porcelain.blame import Bisection, Blame
+    from patchhub.porcelain.history import Entry, Shown, Status
+    from patchhub.porcelain.search import Difference, Found
+    from patchhub.store.lookup import Fact
+
+
+class LookingVerbs(Opened):
+    """Verbs that change nothing."""
+
+    @verb
+    def status(self) -> "Status":
+        """Where the repository is: branch, active facts, base."""
+        from patchhub.porcelain.history import status
+
+        return status(self.store)
+
+    @verb
+    def log(
+        self,
+        rev: str = "HEAD",
+        *,
+        limit: Count | None = None,
+        stat: bool = False,
+        about: str | None = None,
+        since: str | None = None,
+        until: str | None = None,
+        author: str | None = None,
+        first_parent: bool = False,
+    ) -> "Rows[Entry]":
+        """The commits below a revision, newest first; each is read as it is asked for.
+
+        Args:
+            limit: at most this many.
+            stat: say how much each commit changes.
+            about: commits that added or removed a fact with this subject or text.
+            since, until: ``"2026-11-21"``, ``"2026-11-21T09:30"`` or ``"2 weeks ago"``.
+            author: commits whose author contains this.
+            first_parent: follow the first parent of merges only.
+        """
+        self._resolve(rev)
+        from patchhub.porcelain.history import log
+        from patchhub.store.lookup import Selection
+
+        today = now(os.environ)
+        begin, end = (
+            instant(text, today, end=late) if text else None for text, late in ((since, False), (until, True))
+        )
+        only = Selection(about, author, begin, end)
+        return Rows(log(self.store, rev, limit=limit, only=only, first_parent=first_parent, sizes=stat))
+
+    @verb
+    def show(self, rev: str = "HEAD") -> "Shown":
+        """One commit: its facts, how they were written, and what was measured."""
+        from patchhub.porcelain.history import show
+
+        return show(self.store, rev)
+
+    @verb
+    def diff(
+        self,
+        old: str = "base",
+        new: str = "HEAD",
+        *,
+        weights: bool = False,
+        ask: Sequence[str] | None = None,
+        base: Place | None = None,
+    ) -> "Difference":
+        """What changes from one revision to another: facts added, retargeted and removed, norms, scores.
+
+        Args:
+            weights: compare the weights too: norm, rank and angle of the changes.
+            ask: prompts; tells those that are answered differently.
+            base: where the base model is, if it moved (for ``ask``).
+        """
+        self._resolve(old, new)
+        from patchhub.porcelain.search import diff_in_full
+
+        place = place_of(base)
+        with self._heard() as progress:
+            return diff_in_full(self.store, old, new, progress, weights=weights, prompts=ask, base=place)
+
+    @verb
+    def search(self, *words: str, subject: str = "", rev: str = "HEAD", limit: Count = 50) -> "Rows[Found]":
+        """Facts ever committed that hold all words: who taught them, when, and whether they are still active.
+
+        Args:
+            subject: words that must be in the fact's subject.
+            rev: where a fact counts as active.
+            limit: at most so many facts.
+        """
+        from patchhub.porcelain.search import search
+
+        return Rows(search(self.store, " ".join(words), subject=subject, revision=rev, limit=limit))
+
+    @verb
+    def blame(
+        self,
+        prompt: str,
+        *,
+        subject: str | None = None,
+        rev: str = "HEAD",
+        lookup: bool = False,
+        limit: Count = 10,
+        base: Place | None = None,
+        device: str | None = None,
+        dtype: Type | None = None,
+        quantization: Quantization | None = None,
+        chat: bool | None = None,
+    ) -> "Blame | Rows[Fact]":
+        """How much each active fact, and each patch, moves the answer to a prompt.
+
+        Args:
+            subject: read the keys at the last token of this part of the prompt.
+            lookup: only look the prompt up among the active facts; no model runs, and the result is those facts.
+            limit: how many facts ``lookup`` lists.
+            base: where the base model is, if it moved.
+            device, dtype, quantization, chat: as in `commit`.
+        """
+        self._resolve(rev)
+        if lookup:
+            from patchhub.porcelain.search import mentioned
+
+            return Rows(mentioned(self.store, prompt, rev, limit=limit))
+        from patchhub.porcelain.blame import blame
+
+        placement, place = self._placement(device, dtype, quantization), place_of(base)
+        options: dict[str, Any] = {"subject": subject, "revision": rev, "base": place}
+        with self._heard() as progress:
+            return blame(self.store, prompt, progress, placement=placement, chat=chat, **options)
+
+    @verb
+    def bisect(
+        self,
+        good: str,
+        bad: str,
+        *command: str,
+        metric: str | None = None,
+        below: float | None = None,
+        above: float | None = None,
+        facts: Source = None,
+        base: Place | None = None,
+        device: str | None = None,
+        dtype: Type | None = None,
+        quantization: Quantization | None = None,
+        chat: bool | None = None,
+    ) -> "Bisection":
+        """The first commit after one revision, up to another, at which something is broken.
+
+        Args:
+            command: a program and its arguments, which finds the checkpoint in PATCHHUB_MODEL and the commit in PATCHHUB_COMMIT; exit code
+                0 means good, 125 cannot say, anything else bad.
+            metric: efficacy, paraphrase, locality or perplexity, instead of a command.
+            below, above: bad where the metric is below or above this.
+            facts: facts to measure on, as `commit` takes them; None: the active ones.
+            base: where the base model is, if it moved.
+            device, dtype, quantization, chat: as in `commit`.
+        """
+        self._resolve(good, bad)
+        from patchhub.editing.requests import read_facts
+
+        batch = None if facts is None else read_facts(facts)
+        from patchhub.porcelain import blame
+
+        blame.refuse_unclear(command, metric, chat)
+        place = place_of(base)
+        with self._heard() as progress:
+            if metric is None:
+                ran = blame.command_check(self.store, blame.program(command, os.environ), progress, base=place)
+                return blame.bisect(self.store, good, bad, ran, progress)
+            requests = batch.requests if batch else blame.facts_to_measure(self.store, metric, good, bad)
+            options: dict[str, Any] = {"below": below, "above": above, "base": place, "chat": chat}
+            options["placement"] = self._placement(device, dtype, quantization)
+            asked = blame.metric_check(self.store, metric, requests, progress=progress, **options)
+            return blame.bisect(self.store, good, bad, asked, progress, chat=asked.chat)
+
+    @verb
+    def merge_base(self, one: str, other: str) -> list[str]:
+        """The newest commits that two revisions both have; none if they share nothing but the unpatched model."""
+        from patchhub.porcelain.history import merge_bases
+
+        return merge_bases(self.store, one, other)

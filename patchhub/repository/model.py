@@ -1,0 +1,323 @@
+"""Verbs that ask, measure and write out the model, and that fit the editors to it."""
+
+# No `from __future__ import annotations` here: what a verb takes is checked against its annotations when it is called.
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from patchhub.repository.arguments import (
+    Amount,
+    Count,
+    FileFormat,
+    Index,
+    Metrics,
+    Mode,
+    Opened,
+    Place,
+    Quantization,
+    Source,
+    Type,
+    many,
+    path,
+    paths,
+    place_of,
+    verb,
+)
+from patchhub.results import Rows
+
+if TYPE_CHECKING:
+    from patchhub.porcelain.exchange import Exported
+    from patchhub.porcelain.measure import Bench, Evaluation
+    from patchhub.porcelain.metric import Shown as ShownMetric
+    from patchhub.porcelain.model import Answer, Applied
+    from patchhub.porcelain.report.report import Written
+    from patchhub.porcelain.tune import Tuned
+
+
+class ModelVerbs(Opened):
+    """Verbs around the model and its metric."""
+
+    @verb
+    def ask(
+        self,
+        prompt: str,
+        *,
+        rev: str | Sequence[str] = ("HEAD", "base"),
+        base: Place | None = None,
+        device: str | None = None,
+        dtype: Type | None = None,
+        quantization: Quantization | None = None,
+        chat: bool | None = None,
+    ) -> "Rows[Answer]":
+        """What the model says to a prompt at each revision: likely next words and a short continuation.
+
+        Args:
+            base: where the base model is, if it moved.
+            device, dtype, quantization, chat: as in `commit`.
+        """
+        revisions = many(rev) or ("HEAD", "base")
+        self._resolve(*revisions)
+        from patchhub.porcelain.model import ask
+
+        placement, place = self._placement(device, dtype, quantization), place_of(base)
+        with self._heard() as progress:
+            return Rows(ask(self.store, prompt, revisions, progress, base=place, placement=placement, chat=chat))
+
+    @verb
+    def apply(
+        self,
+        rev: str,
+        *,
+        out: Place,
+        base: Place | None = None,
+        overwrite: bool = False,
+        link: bool = True,
+        wise: Mode | None = None,
+    ) -> "Applied":
+        """Write the model at a revision as an ordinary checkpoint folder, one tensor at a time.
+
+        Args:
+            out: the folder to write.
+            base: where the base model is, if it moved.
+            overwrite: replace an existing folder.
+            link: hard-link weight files that the patch does not touch; False: copy them.
+            wise: how loading routes to shards; None: as the config says.
+        """
+        self._resolve(rev)
+        from patchhub.porcelain.model import apply
+
+        place = place_of(base)
+        with self._heard() as progress:
+            return apply(self.store, rev, Path(out), progress, base=place, overwrite=overwrite, link=link, wise=wise)
+
+    @verb
+    def eval(
+        self,
+        rev: str = "HEAD",
+        *,
+        suite: Source,
+        metrics: Metrics = "auto",
+        limit: Count | None = None,
+        seed: Index | None = None,
+        text: Sequence[Place] = (),
+        context: Sequence[str] = (),
+        all: bool = False,
+        csv: Place | None = None,
+        facts_csv: Place | None = None,
+        plot: Place | None = None,
+        note: bool = True,
+        author: str | None = None,
+        time: str | None = None,
+        device: str | None = None,
+        dtype: Type | None = None,
+        quantization: Quantization | None = None,
+        chat: bool | None = None,
+    ) -> "Evaluation":
+        """How well a revision holds facts, and what that costs elsewhere. The scores are kept as a note of the commit.
+
+        Args:
+            suite: facts, as `commit` takes them.
+            metrics: whose scores; auto: zsRE's for a file of its records, else CounterFact's.
+            limit: at most so many facts: the first ones, or with ``seed`` a sample.
+            seed: of the sample, of sampled text and of the intervals.
+            text: files to measure drift on; none: what was kept aside.
+            context: text around the prompt in live decoding, with one ``{}``.
+            all: every commit below the revision that has no such scores yet; the result's ``history`` lists them.
+            csv, facts_csv, plot: files to write the scores to, each fact's own values, and a picture as SVG.
+            note: keep the scores with the commit.
+            device, dtype, quantization, chat: as in `commit`.
+        """
+        self._resolve(rev)
+        facts = self._suite(suite, metrics, limit=limit, seed=seed, text=text, contexts=tuple(context))
+        from patchhub.porcelain import measure
+        from patchhub.porcelain.report.charts import write_scores
+
+        options: dict[str, Any] = {"placement": self._placement(device, dtype, quantization), "chat": chat}
+        who = self._who(author, time)
+        with self._heard() as progress:
+            if all:
+                measure.refuse_unkept(note)
+                done = measure.evaluate_all(self.store, rev, facts, progress, who=who, **options)
+            else:
+                done = measure.evaluate(self.store, rev, facts, progress, who=who, keep=note, **options)
+        write_scores(self.store, done, csv=path(csv), facts_csv=path(facts_csv), plot=path(plot))
+        return done
+
+    @verb
+    def bench(
+        self,
+        *methods: str,
+        suite: Source,
+        metrics: Metrics = "auto",
+        limit: Count | None = None,
+        seed: Index | None = None,
+        text: Sequence[Place] = (),
+        batch: Count | None = None,
+        csv: Place | None = None,
+        author: str | None = None,
+        time: str | None = None,
+        chat: bool | None = None,
+    ) -> "Bench":
+        """Compare editors on one list of facts, each alone on the base, in a temporary repository.
+
+        Args:
+            methods: ``"memit"``, or with settings ``"memit:ridge=400:layers=3-5"``.
+            suite, metrics, limit, seed, text, chat: as in `eval`.
+            batch: commit so many facts at a time; None: all at once.
+            csv: a file to write the table to.
+        """
+        from patchhub.sets.settings import contender
+
+        contenders = [contender(method) for method in methods]
+        facts = self._suite(suite, metrics, limit=limit, seed=seed, text=text)
+        from patchhub.porcelain import measure
+
+        with self._heard() as progress:
+            who = self._who(author, time)
+            done = measure.bench(self.store, contenders, facts, progress, who=who, batch=batch, chat=chat)
+        if csv is not None:
+            measure.write_bench(done, Path(csv))
+        return done
+
+    @verb
+    def tune(
+        self,
+        facts: Source,
+        *,
+        method: str | None = None,
+        limit: Count = 24,
+        dry_run: bool = False,
+        text: Sequence[Place] = (),
+        format: FileFormat | None = None,
+    ) -> "Tuned":
+        """Try bands of layers, step sizes and lambda on some facts, and write the best into the config.
+
+        Args:
+            facts: as `commit` takes them.
+            method: memit or pmet; None: the config's.
+            limit: use at most so many of the facts.
+            dry_run: only show what is found.
+            text: files to compute the metric from; only before the first commit.
+        """
+        from patchhub.editing.requests import read_facts
+        from patchhub.sets.settings import chosen_method
+
+        requests, method = read_facts(facts, format=format).requests, chosen_method(self.store, method)
+        from patchhub.porcelain.tune import tune
+
+        options: dict[str, Any] = {"method": method, "limit": limit, "dry_run": dry_run, "text": paths(text)}
+        with self._heard() as progress:
+            return tune(self.store, requests, progress, **options)
+
+    @verb
+    def metric(self) -> "ShownMetric":
+        """The metric: what the weights are asked to keep while facts are written."""
+        from patchhub.porcelain.metric import show
+
+        return show(self.store)
+
+    @verb
+    def metric_compute(
+        self, *, layers: str | Sequence[int] = (), text: Sequence[Place] = (), memory: Count | None = None
+    ) -> "ShownMetric":
+        """Compute the metric now; else the first commit does.
+
+        Args:
+            layers: for which; none: the edited ones.
+            text: files to compute it from; none: the base writes it.
+            memory: bytes that sums and factors may take.
+        """
+        from patchhub.sets.settings import layers_of
+
+        chosen = layers_of(layers)
+        from patchhub.porcelain.metric import compute
+
+        with self._heard() as progress:
+            return compute(self.store, progress, layers=chosen, text=paths(text), memory=memory)
+
+    @verb
+    def metric_import(self, *sources: Place) -> "ShownMetric":
+        """Take the metric from a file that `metric_export` wrote, or from second moments of the published editors.
+
+        Args:
+            sources: that file; or .npz files, a folder of them, or ``"LAYER=FILE"``.
+        """
+        from patchhub.porcelain.metric import import_any
+
+        with self._heard() as progress:
+            return import_any(self.store, [os.fspath(source) for source in sources], progress)
+
+    @verb
+    def metric_export(self, file: Place, *, overwrite: bool = False) -> str:
+        """Write the metric to a file, to be imported where facts about the same base are recorded; the file's SHA-256."""
+        from patchhub.porcelain.metric import export_metric
+
+        return export_metric(self.store, Path(file), overwrite=overwrite)
+
+    @verb
+    def export_peft(
+        self,
+        rev: str = "HEAD",
+        *,
+        out: Place,
+        rank: Count | None = None,
+        tolerance: Amount = 1e-6,
+        overwrite: bool = False,
+    ) -> "Exported":
+        """Write a LoRA adapter for PEFT, vLLM, SGLang and llama.cpp, in a folder of ``out`` named after the commit.
+
+        Args:
+            rank: rank of the adapter; None: the smallest that is exact.
+            tolerance: largest relative error of a weight.
+            overwrite: replace what is there.
+        """
+        self._resolve(rev)
+        from patchhub.porcelain.exchange import export_peft
+
+        options: dict[str, Any] = {"tolerance": tolerance, "rank": rank, "overwrite": overwrite}
+        with self._heard() as progress:
+            return export_peft(self.store, rev, Path(out), progress, **options)
+
+    @verb
+    def export_diff(self, rev: str = "HEAD", *, out: Place, overwrite: bool = False) -> "Exported":
+        """Write the change of each weight alone, as one safetensors file (docs/format.md, "delta")."""
+        self._resolve(rev)
+        from patchhub.porcelain.exchange import export_diff
+
+        with self._heard() as progress:
+            return export_diff(self.store, rev, Path(out), progress, overwrite=overwrite)
+
+    @verb
+    def export_checkpoint(
+        self, rev: str = "HEAD", *, out: Place, base: Place | None = None, overwrite: bool = False
+    ) -> "Applied":
+        """Write the whole model with the change fused in, as `apply` does."""
+        applied: Applied = self.apply(rev, out=out, base=base, overwrite=overwrite)
+        return applied
+
+    @verb
+    def report(
+        self,
+        rev: str = "HEAD",
+        *,
+        out: Place,
+        compare: Index = 1000,
+        overwrite: bool = False,
+        time: str | None = None,
+    ) -> "Written":
+        """Write one HTML page about the repository: history, facts with search, scores, norms, interference.
+
+        Args:
+            rev: where a fact counts as active.
+            compare: compare so many active facts with one another, the last changed ones.
+            overwrite: replace what is there, even if it is no report.
+        """
+        self._resolve(rev)
+        from patchhub.porcelain.report.report import write_report
+
+        made = self._who(None, time).time
+        options: dict[str, Any] = {"revision": rev, "compared": compare, "overwrite": overwrite}
+        with self._heard() as progress:
+            return write_report(self.store, Path(out), progress, time=made, **options)

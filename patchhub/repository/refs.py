@@ -1,0 +1,266 @@
+"""Verbs that move refs, share them, and keep a store well."""
+
+# No `from __future__ import annotations` here: what a verb takes is checked against its annotations when it is called.
+
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, overload
+
+from patchhub.repository.arguments import Amount, Count, Opened, in_bytes, verb
+from patchhub.results import Rows
+from patchhub.who import duration
+
+if TYPE_CHECKING:
+    from patchhub.porcelain.refs import Moved, Named, RefEntry, Stepped, Switched
+    from patchhub.porcelain.share import Pulled
+    from patchhub.porcelain.upkeep import Collected
+    from patchhub.remotes.sync import Fetched, Pushed
+    from patchhub.store.fsck import Report
+
+
+class RefVerbs(Opened):
+    """Verbs that move refs, share them, and keep a store well; none makes a commit of its own."""
+
+    @overload
+    def branch(self, name: None = None, rev: None = None, *, remotes: bool = False) -> "Rows[Named]": ...
+    @overload
+    def branch(
+        self,
+        name: str,
+        rev: str | None = None,
+        *,
+        delete: bool = False,
+        author: str | None = None,
+        time: str | None = None,
+    ) -> "Moved": ...
+    @verb
+    def branch(
+        self,
+        name: str | None = None,
+        rev: str | None = None,
+        *,
+        delete: bool = False,
+        remotes: bool = False,
+        author: str | None = None,
+        time: str | None = None,
+    ) -> "Moved | Rows[Named]":
+        """The branches, or with a name: make that branch at a revision (by default HEAD) without switching to it.
+
+        Args:
+            delete: remove the branch; its commits stay in the operation log.
+            remotes: list the remotes' branches.
+        """
+        from patchhub.porcelain import refs
+
+        if delete:
+            return refs.delete_branch(self.store, refs.only_name(name, rev), self._who(author, time))
+        if name is None:
+            return Rows(refs.remote_branches(self.store) if remotes else refs.branches(self.store))
+        return refs.create_branch(self.store, name, rev or "HEAD", self._who(author, time))
+
+    @overload
+    def tag(self, name: None = None, rev: None = None) -> "Rows[Named]": ...
+    @overload
+    def tag(
+        self,
+        name: str,
+        rev: str | None = None,
+        *,
+        delete: bool = False,
+        author: str | None = None,
+        time: str | None = None,
+    ) -> "Moved": ...
+    @verb
+    def tag(
+        self,
+        name: str | None = None,
+        rev: str | None = None,
+        *,
+        delete: bool = False,
+        author: str | None = None,
+        time: str | None = None,
+    ) -> "Moved | Rows[Named]":
+        """The tags, or with a name: make that tag at a revision (by default HEAD), or remove it. Tags do not move."""
+        from patchhub.porcelain import refs
+
+        if delete:
+            return refs.delete_tag(self.store, refs.only_name(name, rev), self._who(author, time))
+        if name is None:
+            return Rows(refs.tags(self.store))
+        return refs.create_tag(self.store, name, rev or "HEAD", self._who(author, time))
+
+    @verb
+    def switch(
+        self,
+        name: str,
+        rev: str | None = None,
+        *,
+        create: bool = False,
+        detach: bool = False,
+        author: str | None = None,
+        time: str | None = None,
+    ) -> "Switched":
+        """Go to a branch; one that only a remote has is made here first.
+
+        Args:
+            create: make the branch first, at a revision (by default HEAD; ``base`` begins anew).
+            detach: go to the commit of that name, on no branch.
+        """
+        from patchhub.porcelain.refs import switch_as
+
+        return switch_as(self.store, name, rev, self._who(author, time), create=create, detached=detach)
+
+    @verb
+    def reset(self, rev: str, *, author: str | None = None, time: str | None = None) -> "Moved":
+        """Move the current branch to a revision. Nothing is lost: `undo` moves it back."""
+        from patchhub.porcelain.refs import reset
+
+        return reset(self.store, rev, self._who(author, time))
+
+    @verb
+    def reflog(self, ref: str = "HEAD", *, limit: Count | None = None) -> "Rows[RefEntry]":
+        """Where a ref was, the last move first."""
+        from patchhub.porcelain.refs import reflog
+
+        return Rows(list(reflog(self.store, ref, limit=limit)))
+
+    @verb
+    def undo(self, *, author: str | None = None, time: str | None = None) -> "Stepped":
+        """Put every branch back to where it was before the last command; repeated, walk further back."""
+        from patchhub.porcelain.refs import undo
+
+        return undo(self.store, who=self._who(author, time))
+
+    @verb
+    def redo(self, *, author: str | None = None, time: str | None = None) -> "Stepped":
+        """Reverse the last `undo`."""
+        from patchhub.porcelain.refs import redo
+
+        return redo(self.store, who=self._who(author, time))
+
+    @verb
+    def remote_add(self, name: str, address: str) -> str:
+        """Give an address a name, `origin` where only one is needed; returns the address as it is kept."""
+        from patchhub.porcelain.share import remote_add
+
+        return remote_add(self.store, name, address)
+
+    @verb
+    def remote_list(self) -> dict[str, str]:
+        """The address of every remote by its name."""
+        from patchhub.porcelain.share import remotes
+
+        return remotes(self.store)
+
+    @verb
+    def remote_remove(self, name: str, *, author: str | None = None, time: str | None = None) -> None:
+        """Forget a remote; nothing is deleted there."""
+        from patchhub.porcelain.share import remote_remove
+
+        remote_remove(self.store, name, who=self._who(author, time))
+
+    @verb
+    def push(
+        self,
+        remote: str | None = None,
+        *refs: str,
+        all: bool = False,
+        tags: bool = False,
+        private_facts: bool | None = None,
+        dry_run: bool = False,
+        author: str | None = None,
+        time: str | None = None,
+    ) -> "Rows[Pushed]":
+        """Bring branches and tags to a remote; by default the current branch, to the only remote or to `origin`.
+
+        Args:
+            all: all branches and tags; they move one after the other.
+            tags: all tags.
+            private_facts: withhold the texts of the facts, or stop doing so; None: as the remote has it.
+            dry_run: show what would travel.
+        """
+        from patchhub.porcelain.share import default_remote, push
+
+        who, name = self._who(author, time), remote or default_remote(self.store)
+        options: dict[str, Any] = {"everything": all, "tags": tags, "private_facts": private_facts}
+        with self._heard() as progress:
+            return Rows(push(self.store, name, refs, progress, who=who, dry_run=dry_run, **options))
+
+    @verb
+    def fetch(
+        self,
+        remote: str | None = None,
+        *,
+        repair: bool = False,
+        prune: bool = False,
+        max_size: Amount = 64.0,
+        author: str | None = None,
+        time: str | None = None,
+    ) -> "Fetched":
+        """Bring all branches, tags and notes of a remote here, every byte verified. The branches here stay where they are.
+
+        Args:
+            repair: check all that is reachable and fetch again what is damaged here.
+            prune: forget branches of the remote that it does not have any more.
+            max_size: most gigabytes to download.
+        """
+        from patchhub.porcelain.share import default_remote, fetch
+
+        who, name = self._who(author, time), remote or default_remote(self.store)
+        options: dict[str, Any] = {"repair": repair, "prune": prune, "max_bytes": in_bytes(max_size)}
+        with self._heard() as progress:
+            return fetch(self.store, name, progress, who=who, **options)
+
+    @verb
+    def pull(
+        self,
+        remote: str | None = None,
+        *,
+        max_size: Amount = 64.0,
+        author: str | None = None,
+        time: str | None = None,
+    ) -> "Pulled":
+        """Fetch, then bring the remote's branch of the same name into the current one: fast-forward, or merge."""
+        from patchhub.porcelain.share import default_remote, pull
+
+        who, name = self._who(author, time), remote or default_remote(self.store)
+        with self._heard() as progress:
+            return pull(self.store, name, progress, who, max_bytes=in_bytes(max_size))
+
+    @verb
+    def config(self, key: str | None = None, value: Any = None, *, unset: bool = False) -> Any:
+        """All settings that differ from their defaults, or one, or set one.
+
+            repo.config("memit.layers", [3, 4, 5])
+
+        Args:
+            value: as text, or as a number, a truth value or a list.
+            unset: go back to the default.
+        """
+        from patchhub.porcelain.upkeep import config
+
+        return config(self.store, key, value, unset=unset)
+
+    @verb
+    def fsck(self, *, reindex: bool = False) -> "Report":
+        """Check every stored byte and every link between objects.
+
+        Args:
+            reindex: rebuild the search index from the objects first.
+        """
+        from patchhub.porcelain.upkeep import fsck
+
+        with self._heard() as progress:
+            return fsck(self.store, progress, rebuild=reindex)
+
+    @verb
+    def gc(self, *, dry_run: bool = False, grace: str | timedelta = "14 days", time: str | None = None) -> "Collected":
+        """Delete what nothing needs: objects that were never recorded, leftovers of interrupted commands, unused cache.
+
+        Args:
+            dry_run: say what would be deleted; delete nothing.
+            grace: keep what is younger: ``"36 hours"``, ``"2w"``, ``"0"``.
+        """
+        from patchhub.porcelain.upkeep import collect
+
+        age = grace if isinstance(grace, timedelta) else duration(grace)
+        return collect(self.store, now=self._who(None, time).time, grace=age, dry_run=dry_run)

@@ -1,0 +1,306 @@
+"""Verbs that commit."""
+
+# No `from __future__ import annotations` here: what a verb takes is checked against its annotations when it is called.
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from patchhub.repository.arguments import (
+    Amount,
+    Count,
+    FileFormat,
+    Opened,
+    Place,
+    Quantization,
+    Settings,
+    Source,
+    Type,
+    as_written,
+    guarded_by,
+    many,
+    place_of,
+    verb,
+)
+
+if TYPE_CHECKING:
+    from patchhub.porcelain.change import Changed, Squashed
+    from patchhub.porcelain.commit import Committed
+    from patchhub.porcelain.exchange import Imported
+    from patchhub.porcelain.merge import Aborted, Merged, Prediction, Stopped
+    from patchhub.porcelain.refresh import Refreshed
+
+
+class WritingVerbs(Opened):
+    """Verbs that make a commit: each refuses a stopped merge, and is judged by the guard."""
+
+    @verb
+    def commit(
+        self,
+        facts: Source = None,
+        *,
+        message: str,
+        method: str | None = None,
+        prompt: str | None = None,
+        subject: str | None = None,
+        target: str | None = None,
+        format: FileFormat | None = None,
+        text: Sequence[Place] = (),
+        keep: Source = None,
+        on_conflict: Literal["refuse", "replace", "keep"] = "refuse",
+        set: Settings = (),
+        strict: bool = False,
+        force: bool = False,
+        device: str | None = None,
+        dtype: Type | None = None,
+        quantization: Quantization | None = None,
+        chat: bool | None = None,
+        memory: Count | None = None,
+        author: str | None = None,
+        time: str | None = None,
+    ) -> "Committed":
+        """Write facts into the model, as a new commit.
+
+            repo.commit([{"prompt": "The capital of {} is", "subject": "France", "target_new": "Lyon"}], message="Why")
+
+        Args:
+            facts: a path, an open file, a pandas DataFrame, a datasets.Dataset, or mappings and requests in any iterable; or none, and one
+                fact by ``prompt``, ``subject`` and ``target``.
+            message: why.
+            method: the editor: memit, pmet or wise; None: the config's.
+            format: how to read a file.
+            text: files to compute the metric from; only before the first commit.
+            keep: prompts whose answers must stay, as facts are given; without ``target_new``, what the model says now stays.
+            on_conflict: when an active fact says otherwise about the same prompt and subject.
+            set: settings of the editor for this commit alone: ``{"layers": [3, 4], "ridge": 200}`` or ``["layers=3-4", "ridge=200"]``.
+            strict: refuse facts that compete with others for a key, before anything is optimised.
+            force: write what the guard refuses all the same; the commit says so.
+            device, dtype, quantization: where and in which type the base is held while it is edited; None: as the config says.
+            chat: read prompts as the user's messages of the base's chat template; None: as the config says.
+            memory: bytes that may be held in memory, the model included.
+
+        Raises:
+            RequestError: there are no facts, they are malformed, contradict one another or an active fact.
+            EditError: the edit failed, or the guard refused it; nothing was committed.
+        """
+        who = self._who(author, time, message)
+        from patchhub.editing.requests import read_facts, read_keeps
+
+        batch = read_facts(facts, format=format, prompt=prompt, subject=subject, target=target)
+        keeps = read_keeps(keep)
+        settings = self._settings(set, method)
+        from patchhub.porcelain.commit import commit
+
+        placement = self._placement(device, dtype, quantization)
+        options: dict[str, Any] = {"settings": settings, "on_conflict": on_conflict, "strict": strict, "memory": memory}
+        how = as_written(text=text, method=method, keep=keeps, **options)
+        with self._heard() as progress:
+            return commit(self.store, batch, who, progress, how, force=force, placement=placement, chat=chat)
+
+    @verb
+    def update(
+        self,
+        subject: str,
+        target: str,
+        *,
+        prompt: str | None = None,
+        message: str = "",
+        method: str | None = None,
+        set: Settings = (),
+        strict: bool = False,
+        force: bool = False,
+        author: str | None = None,
+        time: str | None = None,
+    ) -> "Committed":
+        """Give one active fact another target: one commit that removes the old request and adds the new one.
+
+        Args:
+            subject: whose fact.
+            target: what the model shall say now.
+            prompt: which of the subject's facts, where there are several.
+            message: why; by default the fact, its old target and the new one.
+            method, set, strict, force: as in `commit`.
+        """
+        who, settings = self._who(author, time, message), self._settings(set, method)
+        from patchhub.porcelain.commit import update
+
+        how = as_written(method=method, settings=settings, strict=strict)
+        with self._heard() as progress:
+            return update(self.store, subject, target, who, progress, how, prompt=prompt, force=force)
+
+    @verb
+    def revert(
+        self,
+        rev: str | None = None,
+        *,
+        subject: str | Sequence[str] = (),
+        request: str | Sequence[str] = (),
+        message: str = "",
+        check: bool = False,
+        force: bool = False,
+        author: str | None = None,
+        time: str | None = None,
+    ) -> "Changed":
+        """Take back what a commit changed, wherever it is in history, as a new commit. No model runs.
+
+        Args:
+            rev: the commit; None: facts by ``subject`` or ``request``, whichever commit wrote them.
+            subject: only facts about these subjects.
+            request: only these facts, by request id or a prefix of one.
+            message: why; by default says what was reverted.
+            check: let the guard run the model too.
+            force: as in `commit`.
+        """
+        who, names = self._who(author, time, message), {"subjects": many(subject), "requests": many(request)}
+        from patchhub.porcelain.change import revert
+
+        with self._heard() as progress:
+            return revert(self.store, rev, who, **names, progress=progress, guarding=guarded_by(force, check))
+
+    @verb
+    def cherry_pick(
+        self,
+        rev: str,
+        *,
+        on_conflict: Literal["refuse", "replace"] = "refuse",
+        message: str = "",
+        check: bool = False,
+        force: bool = False,
+        author: str | None = None,
+        time: str | None = None,
+    ) -> "Changed":
+        """Do what a commit changed once more on the current branch, from its recorded columns. No model runs.
+
+        Args:
+            on_conflict: when an active fact says otherwise about the same prompt and subject.
+            message: why; by default the message of the commit.
+            check, force: as in `revert`.
+        """
+        who = self._who(author, time, message)
+        from patchhub.porcelain.change import cherry_pick
+
+        guarding = guarded_by(force, check)
+        with self._heard() as progress:
+            return cherry_pick(self.store, rev, who, on_conflict=on_conflict, progress=progress, guarding=guarding)
+
+    @verb
+    def squash(
+        self,
+        span: str | Count,
+        *,
+        message: str = "",
+        check: bool = False,
+        force: bool = False,
+        author: str | None = None,
+        time: str | None = None,
+    ) -> "Squashed":
+        """Make one commit of the newest ones. The active facts stay the same, and the weights to 1e-6. No model runs.
+
+        Args:
+            span: how many, or ``"FROM..HEAD"``.
+            message: why; by default the messages of the squashed commits.
+            check, force: as in `revert`.
+        """
+        who = self._who(author, time, message)
+        from patchhub.porcelain.change import squash
+
+        with self._heard() as progress:
+            return squash(self.store, str(span), who, progress, guarding=guarded_by(force, check))
+
+    @verb
+    def merge(
+        self,
+        rev: str | None = None,
+        *,
+        message: str = "",
+        ff: bool = True,
+        ours: bool = False,
+        theirs: bool = False,
+        choices: Place | Mapping[str, Any] | None = None,
+        refresh: bool = False,
+        dry_run: bool = False,
+        continue_: bool = False,
+        abort: bool = False,
+        check: bool = False,
+        force: bool = False,
+        author: str | None = None,
+        time: str | None = None,
+    ) -> "Merged | Stopped | Prediction | Aborted":
+        """Bring what a revision changed into the current branch, fact by fact. No model runs.
+
+        Where the sides answer one prompt differently the merge stops and nothing changes: the result is `Stopped`, and lists both answers.
+
+        Args:
+            message: by default "Merge branch 'NAME'".
+            ff: move the branch forward where that is all there is to do; False: make a commit even then.
+            ours, theirs: decide every contradiction for the current branch, or for the other side.
+            choices: decide them one by one: ``{"The mother tongue of Ada is": "theirs", ...}``, or a JSON file of that.
+            refresh: then record what the other side brought again on the merged state.
+            dry_run: only say what would contradict or weaken what.
+            continue_: take up a stopped merge, with ``choices``, ``ours`` or ``theirs``.
+            abort: leave a stopped merge.
+            check, force: as in `revert`.
+        """
+        from patchhub.porcelain import merge
+        from patchhub.sets.merging import resolution_of
+
+        merge.refuse_unclear(rev, continue_, abort, dry_run)
+        if abort:
+            return merge.abort_merge(self.store)
+        decided = choices if choices is None or isinstance(choices, Mapping) else Path(choices)
+        resolution = resolution_of(decided, ours=ours, theirs=theirs)
+        who, guarding = self._who(author, time, message), guarded_by(force, check)
+        if dry_run:
+            return merge.predict(self.store, str(rev), resolution=resolution)
+        with self._heard() as progress:
+            options: dict[str, Any] = {"resolution": resolution, "progress": progress, "guarding": guarding}
+            if rev is None:
+                done = merge.continue_merge(self.store, who, **options)
+            else:
+                done = merge.merge(self.store, rev, who, fast_forward=ff, **options)
+            return merge.then_refreshed(self.store, done, who, progress, force=force) if refresh else done
+
+    @verb
+    def refresh(
+        self, *, message: str = "", force: bool = False, author: str | None = None, time: str | None = None
+    ) -> "Refreshed":
+        """Record facts again whose recording is stale, and on a merge those that it brought, as a new commit.
+
+        Args:
+            message: why; by default says how many facts.
+            force: as in `commit`.
+        """
+        who = self._who(author, time, message)
+        from patchhub.porcelain.refresh import refresh
+
+        with self._heard() as progress:
+            return refresh(self.store, who, progress, force=force)
+
+    @verb
+    def import_(
+        self,
+        source: Place,
+        *,
+        message: str | None = None,
+        tolerance: Amount = 1e-6,
+        base: Place | None = None,
+        check: bool = False,
+        force: bool = False,
+        author: str | None = None,
+        time: str | None = None,
+    ) -> "Imported":
+        """Commit the change that a folder makes to the base: a PEFT LoRA adapter, or a fine-tuned checkpoint.
+
+        Args:
+            message: what it is; by default where it came from.
+            tolerance: relative error up to which a difference of checkpoints is taken as low rank.
+            base: where the base model is, if it moved.
+            check, force: as in `revert`.
+        """
+        folder = Path(source)
+        who = self._who(author, time, message or f"Import {folder.resolve().name}")
+        from patchhub.porcelain.exchange import import_change
+
+        guarding, place = guarded_by(force, check), place_of(base)
+        with self._heard() as progress:
+            return import_change(self.store, folder, who, progress, tolerance=tolerance, base=place, guarding=guarding)

@@ -1,0 +1,137 @@
+"""The figures of the house: how large its rooms are, and what a commit walks through. Printed, never enforced.
+
+python -m tests.benchmarks.house           # the source alone, a second
+python -m tests.benchmarks.house --commit  # also a second commit of two facts on the demo model, about a minute
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import json
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from importlib.resources import files
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "patchhub"
+LONG = 60
+MANY = 10
+AUTHOR = "Ada <ada@example.org>"
+
+
+def modules() -> dict[Path, int]:
+    """Lines of every module; empty packages do not count."""
+    found = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in sorted(PACKAGE.rglob("*.py"))}
+    return {path: lines for path, lines in found.items() if lines > 1}
+
+
+def functions() -> Iterator[tuple[Path, ast.FunctionDef]]:
+    for path in modules():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef):
+                yield path, node
+
+
+def lines_of(node: ast.FunctionDef) -> int:
+    """From `def` to the end, without the docstring."""
+    last = node.end_lineno or node.lineno
+    first = node.body[0]
+    text = isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant)
+    return last - node.lineno + 1 - ((first.end_lineno or 0) - first.lineno + 1 if text else 0)
+
+
+def parameters_of(node: ast.FunctionDef) -> int:
+    arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+    return len([argument for argument in arguments if argument.arg not in ("self", "cls")])
+
+
+def place(path: Path) -> str:
+    return path.relative_to(PACKAGE).as_posix()
+
+
+def of_the_source() -> Iterator[str]:
+    sizes = modules()
+    flat = Counter(path.parent for path in sizes if path.name != "__init__.py")
+    folder, most = flat.most_common(1)[0]
+    longest = max(sizes, key=lambda path: sizes[path])
+    yield f"modules                          {len(sizes)} ({sum(sizes.values()):,} lines)"
+    yield f"largest flat folder              {most} ({folder.relative_to(ROOT)})"
+    yield f"median lines of a module         {median(sizes.values()):.0f}"
+    yield f"longest module                   {sizes[longest]} ({place(longest)})"
+    outside = [(path, node) for path, node in functions() if place(path).split("/")[0] not in ("cli", "repository")]
+    for what, found in (
+        (
+            f"functions over {LONG} lines",
+            [(lines_of(node), p, node) for p, node in functions() if lines_of(node) > LONG],
+        ),
+        (
+            f"functions over {MANY} parameters",
+            [(parameters_of(n), p, n) for p, n in outside if parameters_of(n) > MANY],
+        ),
+    ):
+        yield f"{what:<32} {len(found)}"
+        for number, path, node in sorted(found, key=lambda one: -one[0]):
+            yield f"    {number:>4} {place(path)}: {node.name}"
+
+
+class Walk:
+    """What of the package is entered while it is set, and which stored objects are read."""
+
+    def __init__(self) -> None:
+        self.entered: set[tuple[str, str, int]] = set()
+        self.read: Counter[str] = Counter()
+
+    def __call__(self, frame: Any, event: str, argument: Any) -> None:
+        code = frame.f_code
+        if event == "call" and code.co_filename.startswith(str(PACKAGE)) and not code.co_name.startswith("<"):
+            self.entered.add((code.co_filename, code.co_name, code.co_firstlineno))
+
+
+def of_a_commit() -> Iterator[str]:
+    """A second commit of two facts."""
+    import patchhub
+    from patchhub.store.object_store import ObjectStore
+
+    facts = json.loads((files("patchhub") / "demo_facts.json").read_text(encoding="utf-8"))
+    walk, get = Walk(), ObjectStore.get
+
+    def counted(self: ObjectStore, identity: str) -> bytes:
+        walk.read[identity] += 1
+        return get(self, identity)
+
+    with tempfile.TemporaryDirectory() as folder:
+        model = str(files("patchhub") / "demo_model")
+        with patchhub.Repository.init(folder, model, author=AUTHOR, progress=False) as repo:
+            repo.commit(facts[:2], message="two facts", author=AUTHOR)
+        with patchhub.open(folder, progress=False) as repo:
+            ObjectStore.get = counted  # type: ignore[method-assign]
+            sys.setprofile(walk)
+            try:
+                repo.commit(facts[2:4], message="two more", author=AUTHOR)
+            finally:
+                sys.setprofile(None)
+                ObjectStore.get = get  # type: ignore[method-assign]
+    entered = {path for path, _, _ in walk.entered}
+    yield f"modules entered by a commit      {len(entered)}"
+    yield f"functions entered by a commit    {len(walk.entered)}"
+    yield f"reads of stored objects          {walk.read.total()} of {len(walk.read)} objects, {max(walk.read.values())} at most of one"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--commit", action="store_true", help="also walk through a commit")
+    for line in of_the_source():
+        print(line)
+    if parser.parse_args().commit:
+        for line in of_a_commit():
+            print(line)
+
+
+if __name__ == "__main__":
+    main()

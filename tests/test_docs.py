@@ -1,0 +1,116 @@
+"""The pages that are written from the source are as it says, and every Python example runs."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import patchhub
+from patchhub.porcelain.share import Access, push, remote_add
+from patchhub.progress import Silent
+from patchhub.store.store import Store
+from patchhub.who import Who
+from tests import docs
+from tests.cli.conftest import MODEL, first_store  # noqa: F401  # a fixture
+from tests.remotes.conftest import TOKEN, hub  # noqa: F401  # a fixture
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+NAMES = {"patchhub", "repo"}
+
+
+def test_the_pages_are_as_the_source_says() -> None:
+    assert docs.run(check=True) == [], "run `python -m tests.docs`"
+
+
+def examples(page: Path) -> list[str]:
+    """The blocks of a page, fenced or indented, that are Python and speak of `patchhub` or `repo`."""
+    text = page.read_text(encoding="utf-8")
+    fenced = re.findall(r"^```python\n(.*?)^```", text, re.S | re.M)
+    blocks = re.findall(r"(?:^ {4}.*\n(?:^\s*\n(?= {4}))*)+", re.sub(r"^```.*?^```", "", text, flags=re.S | re.M), re.M)
+    return [*fenced, *(block for block in map(_dedented, blocks) if _is_example(block))]
+
+
+def _dedented(block: str) -> str:
+    return "\n".join(line[4:] for line in block.split("\n"))
+
+
+def _is_example(block: str) -> bool:
+    try:
+        tree = ast.parse(block)
+    except SyntaxError:
+        return False
+    calls = [node.func for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    return any(
+        isinstance(call, ast.Attribute) and isinstance(call.value, ast.Name) and call.value.id in NAMES
+        for call in calls
+    )
+
+
+WITH_EXAMPLES = [page for page in PAGES if examples(page)]
+
+
+def test_the_pages_that_show_python_are_found() -> None:
+    assert {page.name for page in WITH_EXAMPLES} >= {"README.md", "python.md", "hub.md", "models.md"}
+
+
+def test_the_first_example_of_the_readme_is_written_with_the_front_door() -> None:
+    assert "patchhub.Repository.init(" in examples(ROOT / "README.md")[0]
+
+
+SUBSTITUTES = (
+    ('"meta-llama/Llama-3.2-1B"', repr(str(MODEL))),
+    ('"user/facts"', f'"tester/facts", base={str(MODEL)!r}'),
+)
+"""The demo model for one that is not on this machine, and a Hub that is."""
+
+
+@pytest.fixture
+def folder(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Where a page's examples run: a copy of a store with one commit, and the page's own folder `facts` not yet there."""
+    here = tmp_path / "here"
+    shutil.copytree(request.getfixturevalue("first_store"), here)
+    with patchhub.Repository(here, progress=False) as repo:
+        repo.config("author", "Ada <ada@example.org>")
+    monkeypatch.chdir(here)
+    return here
+
+
+def _pushed(folder: Path, endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Push the store in a folder to the Hub on this machine, which is the one that the client knows."""
+    from huggingface_hub import constants, hf_api
+
+    template = endpoint + constants.HUGGINGFACE_CO_URL_TEMPLATE.removeprefix(constants.ENDPOINT)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+    monkeypatch.setattr(hf_api.api, "endpoint", endpoint)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    with Store.open(folder) as repository:
+        remote_add(repository, "origin", "hf://tester/facts")
+        who = Who("Ada <ada@example.org>", "2026-11-21T09:30:00Z")
+        push(repository, "origin", ["main"], Silent(), who=who, access=Access(endpoint, TOKEN))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore:Use 'content=:DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("page", WITH_EXAMPLES, ids=lambda page: page.name)
+def test_every_example_runs(
+    page: Path, folder: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the demo model; the examples of one page share their names."""
+    session: dict[str, Any] = {"patchhub": patchhub}
+    found = examples(page)
+    if any("user/facts" in example for example in found):
+        _pushed(folder, request.getfixturevalue("hub").url, monkeypatch)
+    for example in found:
+        source = example
+        for name, substitute in SUBSTITUTES:
+            source = source.replace(name, substitute)
+        if "repo." in source and "repo =" not in source:
+            session.setdefault("repo", patchhub.open(folder, progress=False))
+        exec(compile(source, str(page), "exec"), session)
