@@ -214,6 +214,7 @@ class Normal:
     def _text(self, text: str) -> str:
         for path, name in self._places:
             text = text.replace(path, name)
+        text = re.sub(r"(/cache/[\w-]+)/.*", r"\1/<entry>", text)  # by hashes, whose order says nothing
         return _ID.sub(self._name, text)
 
     def _name(self, found: re.Match[str]) -> str:
