@@ -1,4 +1,4 @@
-"""docs/cli.md and docs/python.md, from the source: `python -m tests.docs` writes them, `--check` says whether they are as they would be."""
+"""docs/cli.md, docs/python.md and docs/rooms.md, from the source: `python -m tests.docs` writes them, `--check` says whether they are as they would be."""
 
 from __future__ import annotations
 
@@ -212,7 +212,45 @@ def _is_property(node: ast.FunctionDef) -> bool:
     return any(isinstance(decorator, ast.Name) and decorator.id == "property" for decorator in node.decorator_list)
 
 
-PAGES = {"docs/cli.md": cli_page, "docs/python.md": python_page}
+ROOMS = """# The rooms of the house
+
+Floors from top to bottom, each with its rooms. A room may import from floors below its own, from no floor above, and no rooms of one folder import
+each other in a circle; import-linter checks all three. This page is written from the modules' first sentences: `python -m tests.docs`.
+"""
+
+FLOORS = {
+    "cli": "the verbs, typed; knows click and the terminal",
+    "repository": "the verbs, called: `patchhub.Repository`",
+    "porcelain": "one public function for each verb",
+    "worktree": "the base in memory at a state; store and torch",
+    "sets": "what a revision holds and how one becomes another; store and NumPy, no torch",
+    "export": "other programs' forms; NumPy",
+    "remotes": "where stores are shared",
+    "runtime": "patched models in memory",
+    "evaluation": "measuring models",
+    "store": "bytes, refs, operations, index; SQLite",
+    "editing": "from facts to columns; torch, no disk but the cache",
+    "text": "texts as a model reads them",
+    "models": "base models: architecture, files, identity, running them in pieces",
+    "": "the ground: the algebra of columns and deltas, objects, files, errors",
+}
+
+
+def rooms_page() -> str:
+    parts = [ROOMS]
+    for floor, idea in FLOORS.items():
+        folder = PACKAGE / floor
+        rooms = sorted(folder.rglob("*.py") if floor else folder.glob("*.py"))
+        lines = [
+            f"| `{path.relative_to(PACKAGE).with_suffix('')}` | {_docstring(ast.parse(path.read_text(encoding='utf-8'))).splitlines()[0]} |"
+            for path in rooms
+            if path.name not in ("__init__.py", "__main__.py")
+        ]
+        parts.append(f"\n## {floor or 'ground'}: {idea}\n\n| room | |\n|---|---|\n" + "\n".join(lines) + "\n")
+    return "".join(parts)
+
+
+PAGES = {"docs/cli.md": cli_page, "docs/python.md": python_page, "docs/rooms.md": rooms_page}
 
 
 def run(check: bool) -> list[str]:
