@@ -1,4 +1,7 @@
-"""docs/cli.md, docs/python.md and docs/rooms.md, from the source: `python -m tests.docs` writes them, `--check` says whether they are as they would be."""
+"""docs/cli.md, docs/python.md and docs/rooms.md, from the source.
+
+`python -m tests.docs` writes them, `--check` says whether they are as they would be.
+"""
 
 from __future__ import annotations
 
@@ -214,8 +217,9 @@ def _is_property(node: ast.FunctionDef) -> bool:
 
 ROOMS = """# The rooms of the house
 
-Floors from top to bottom, each with its rooms. A room may import from floors below its own, from no floor above, and no rooms of one folder import
-each other in a circle; import-linter checks all three. This page is written from the modules' first sentences: `python -m tests.docs`.
+Floors from top to bottom, each with its rooms. A room may import from floors below its own, from no floor above, and no rooms of one
+folder import each other in a circle; import-linter checks all three. This page is written from the modules' first sentences:
+`python -m tests.docs`.
 """
 
 FLOORS = {
@@ -241,9 +245,10 @@ def rooms_page() -> str:
     for floor, idea in FLOORS.items():
         folder = PACKAGE / floor
         rooms = sorted(folder.rglob("*.py") if floor else folder.glob("*.py"))
+        first = {path: _docstring(ast.parse(path.read_text(encoding="utf-8"))).splitlines()[0] for path in rooms}
         lines = [
-            f"| `{path.relative_to(PACKAGE).with_suffix('')}` | {_docstring(ast.parse(path.read_text(encoding='utf-8'))).splitlines()[0]} |"
-            for path in rooms
+            f"| `{path.relative_to(PACKAGE).with_suffix('')}` | {sentence} |"
+            for path, sentence in first.items()
             if path.name not in ("__init__.py", "__main__.py")
         ]
         parts.append(f"\n## {floor or 'ground'}: {idea}\n\n| room | |\n|---|---|\n" + "\n".join(lines) + "\n")

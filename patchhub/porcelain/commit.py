@@ -20,7 +20,7 @@ from patchhub.models.placement import Placement, runs_beside
 from patchhub.objects import SLOT, Request
 from patchhub.progress import Progress
 from patchhub.results import Result
-from patchhub.sets.commits import Draft, begin, prepare, record
+from patchhub.sets.commits import Draft, Written, begin, prepare, record
 from patchhub.sets.elements import OnConflict, Plan, active_requests, distinct, plan_batch
 from patchhub.sets.rivals import Rival
 from patchhub.sets.settings import chosen_method
@@ -129,31 +129,13 @@ def commit(
             "WISE leaves what it does not route as it is", remedy="Leave --keep out, or use memit or pmet."
         )
     begin(repository)
-    if batch.duplicates:
-        progress.warn(f"{batch.duplicates} exact duplicate{'' if batch.duplicates == 1 else 's'} counted once")
-    if batch.unanswered:
-        left = f"{batch.unanswered} neighborhood prompt{'' if batch.unanswered == 1 else 's'}"
-        progress.warn(f"{left} without an answer left out")
+    _warn_of_what_is_left_out(batch, progress)
     by_subject = method in EDITORS
     plan = plan_batch(repository, batch, writing.on_conflict, by_subject=by_subject, keeps=writing.keep)
     files = base_files(repository)
     editor = _editor(repository, files.architecture, method, writing.settings)
     tree = _open(repository, progress, plan, files, editor, placement, chat)
-    if isinstance(editor, SideMemories):
-        written = write_shards(repository, tree, plan, editor.settings, editor.rank, progress)
-    else:
-        written = write_closed_form(
-            repository,
-            tree,
-            plan,
-            method,
-            editor.settings,
-            writing.text,
-            progress,
-            strict=writing.strict,
-            memory=writing.memory,
-        )
-        written = forget_replaced(repository, tree, plan, written, progress)
+    written = _write(repository, tree, plan, method, editor, writing, progress)
     progress.stage("writing the commit", 0)
     parents = (plan.parent,) if plan.parent else ()
     draft = Draft(parents, written.elements, written.metric, "commit", {"patches": list(written.patches)})
@@ -244,6 +226,31 @@ def _open(
         )
     encode_facts(tree.tokenizer, plan.requests, (SLOT,), chat=tree.chat, limit=context_length(tree.model))
     return tree
+
+
+def _write(
+    repository: Store,
+    tree: Worktree,
+    plan: Plan,
+    method: str,
+    editor: ClosedForm | SideMemories,
+    writing: Writing,
+    progress: Progress,
+) -> Written:
+    """The plan, written by its editor: patches in the store, and the set that their commit shall have."""
+    if isinstance(editor, SideMemories):
+        return write_shards(repository, tree, plan, editor.settings, editor.rank, progress)
+    options: dict[str, Any] = {"strict": writing.strict, "memory": writing.memory}
+    written = write_closed_form(repository, tree, plan, method, editor.settings, writing.text, progress, **options)
+    return forget_replaced(repository, tree, plan, written, progress) if plan.shrunk else written
+
+
+def _warn_of_what_is_left_out(batch: Batch, progress: Progress) -> None:
+    if batch.duplicates:
+        progress.warn(f"{batch.duplicates} exact duplicate{'' if batch.duplicates == 1 else 's'} counted once")
+    if batch.unanswered:
+        left = f"{batch.unanswered} neighborhood prompt{'' if batch.unanswered == 1 else 's'}"
+        progress.warn(f"{left} without an answer left out")
 
 
 def _none_holds(method: str) -> str:

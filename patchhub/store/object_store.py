@@ -45,12 +45,15 @@ class Objects(Protocol):
 class ObjectStore:
     """Objects as files ``root/ab/cdef...``, read-only.
 
+    Up to ``remembered`` bytes of what was read and verified are kept in memory, so that a verb reads each object once.
     A file that is there already is kept if it verifies and replaced if not, so putting the right bytes repairs rot.
     """
 
-    def __init__(self, root: Path, *, disk: Disk = DISK) -> None:
+    def __init__(self, root: Path, *, disk: Disk = DISK, remembered: int = 0) -> None:
         self.root = root
         self._disk = disk
+        self._read: dict[str, bytes] = {}
+        self._room = remembered
 
     def put(self, data: bytes) -> str:
         identity = object_id(data)
@@ -65,12 +68,18 @@ class ObjectStore:
 
     def get(self, identity: str) -> bytes:
         path = self.path(identity)
+        known = self._read.get(identity)
+        if known is not None:
+            return known
         try:
             data = path.read_bytes()
         except OSError as error:
             raise _damaged(identity, path, f"cannot be read: {error.strerror}") from error
         if object_id(data) != identity:
             raise _damaged(identity, path, "does not hash to its name")
+        if len(data) <= self._room:
+            self._read[identity] = data
+            self._room -= len(data)
         return data
 
     def __contains__(self, identity: object) -> bool:

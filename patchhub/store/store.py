@@ -25,6 +25,9 @@ from patchhub.store.reachability import unsound
 from patchhub.store.reading import Reading
 
 DIRECTORY: Final = ".patchhub"
+_REMEMBERED: Final = 1 << 28
+"""Bytes of stored objects that an open store keeps in memory: a verb reads each once."""
+
 LOCK_SECONDS: Final = 60.0
 
 
@@ -41,7 +44,7 @@ class Store(Reading):
         super().__init__()
         self.root = root
         self.cache = Cache(root / "cache")
-        self.objects = ObjectStore(root / "objects", disk=disk)
+        self.objects = ObjectStore(root / "objects", disk=disk, remembered=_REMEMBERED)
         self.config: Config = read_config(root / "config.json")
         self._disk = disk
         self.database = root / DATABASE
