@@ -17,6 +17,7 @@ FORMAT: Final = "%Y-%m-%dT%H:%M:%SZ"
 """Instants as the store writes them, so that they sort as text."""
 
 _SECONDS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
+_DAYS: Final = {"today": 0, "yesterday": 1}
 _DURATION: Final = re.compile(
     r"(\d{1,6})\s*(?:(seconds?|s)|(minutes?|min|m)|(hours?|h)|(days?|d)|(weeks?|w))", re.IGNORECASE
 )
@@ -145,6 +146,9 @@ def instant(text: str, now: str, *, end: bool = False) -> str:
     Raises:
         SettingsError: anything else.
     """
+    if text.strip().lower() in _DAYS:
+        day = datetime.strptime(now, FORMAT) - timedelta(days=_DAYS[text.strip().lower()])
+        text = day.strftime("%Y-%m-%d")
     ago = re.fullmatch(r"(.+?)\s+ago", text.strip(), re.IGNORECASE)
     try:
         if ago:

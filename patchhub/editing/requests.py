@@ -261,7 +261,10 @@ def _read_text(source: Path | IO[bytes] | IO[str], whole: Origin) -> str:
         content = source.read_bytes() if isinstance(source, Path) else source.read()
         text = content if isinstance(content, str) else content.decode("utf-8-sig")
     except OSError as error:
-        raise _refuse(whole, f"cannot be read ({error.strerror})", "name a file that can be read") from None
+        remedy = "name a file that can be read"
+        if " " in whole.source:  # a sentence, most likely
+            remedy = "name a file; one fact is given by --prompt, --subject and --target"
+        raise _refuse(whole, f"cannot be read ({error.strerror})", remedy) from None
     except UnicodeDecodeError as error:
         byte = f"byte 0x{error.object[error.start]:02x} at offset {error.start}"
         raise _refuse(whole, f"not UTF-8 text ({byte})", "save the file as UTF-8") from None

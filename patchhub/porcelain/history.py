@@ -323,6 +323,7 @@ def log(
     """Commits reachable from a revision, newest first, every child before its parents; none when there is no commit yet.
 
     Args:
+        revision: a revision, or ``FROM..TO``: what is below TO and not below FROM.
         limit: at most this many.
         only: which commits.
         first_parent: follow first parents alone.
@@ -333,13 +334,16 @@ def log(
     """
     refs = repository.refs()
     names, notes = _names(refs), noted_commits(refs)
-    start = repository.resolve(revision)
+    below, _, tip = revision.rpartition("..")
+    start = repository.resolve(tip or "HEAD")
+    left_out = repository.resolve(below) if below else None
     starts = [start] if start else []
     wanted = lookup.selected_commits(repository, only)
     every, rank = _graph(repository, whole=wanted is not None)
     imports = imports_of(repository)
     parents: Parents = every if not first_parent else lambda commit: every(commit)[:1]
-    walk = (c for c in graph.walk(starts, parents, rank) if wanted is None or c in wanted)
+    hidden = graph.ancestors([left_out], every) if left_out else frozenset()
+    walk = (c for c in graph.walk(starts, parents, rank) if c not in hidden and (wanted is None or c in wanted))
     for identity in islice(walk, limit):
         commit = repository.commit(identity)
         shown = tuple(parents(identity)) if wanted is None else nearest(parents(identity), wanted, parents)

@@ -58,6 +58,11 @@ def config_set(repository: Store, key: str, text: str) -> Any:
     known_setting(key)
     refuse_fixed(repository, key)
     value = read_setting(key, text)
+    depth = len(repository.config.base.get("weights", {}))
+    if key.endswith(".layers") and depth and value[-1] >= depth:
+        raise SettingsError(
+            f"{key} cannot be {text!r}: the base has {depth} layers", remedy=f"Name layers from 0 to {depth - 1}."
+        )
     if key == "base.path":
         if not Path(value).is_dir():
             raise SettingsError(f"there is no folder {value}", remedy="Give the base model's folder.")

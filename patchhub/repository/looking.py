@@ -43,6 +43,7 @@ class LookingVerbs(Opened):
         """The commits below a revision, newest first; each is read as it is asked for.
 
         Args:
+            rev: a revision, or ``"FROM..TO"``: what is below TO and not below FROM.
             limit: at most this many.
             stat: say how much each commit changes.
             about: commits that added or removed a fact with this subject or text.
@@ -50,7 +51,7 @@ class LookingVerbs(Opened):
             author: commits whose author contains this.
             first_parent: follow the first parent of merges only.
         """
-        self._resolve(rev)
+        self._resolve(*(end or "HEAD" for end in rev.split("..", 1)))
         from patchhub.porcelain.history import log
         from patchhub.store.lookup import Selection
 
@@ -81,10 +82,13 @@ class LookingVerbs(Opened):
         """What changes from one revision to another: facts added, retargeted and removed, norms, scores.
 
         Args:
+            old, new: two revisions, or one ``"OLD..NEW"``.
             weights: compare the weights too: norm, rank and angle of the changes.
             ask: prompts; tells those that are answered differently.
             base: where the base model is, if it moved (for ``ask``).
         """
+        if ".." in old and new == "HEAD":
+            old, new = (end or "HEAD" for end in old.split("..", 1))
         self._resolve(old, new)
         from patchhub.porcelain.search import diff_in_full
 

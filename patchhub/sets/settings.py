@@ -145,8 +145,12 @@ def is_metric_used(repository: Store) -> bool:
 
 def known_setting(key: str) -> Setting:
     if key not in SETTINGS:
-        close = difflib.get_close_matches(key, SETTINGS, n=1)
-        hint = f"Did you mean {close[0]}?" if close else f"The settings are {', '.join(SETTINGS)}."
+        close = difflib.get_close_matches(key, SETTINGS, n=1, cutoff=0.75)
+        group = f"{key.partition('.')[0]}."
+        alike = [name for name in SETTINGS if name.startswith(group)] or difflib.get_close_matches(key, SETTINGS, n=5)
+        hint = f"Did you mean {close[0]}?" if close else "`patchhub config` lists all."
+        if alike and not close:
+            hint = f"There are {', '.join(alike)}; {hint}"
         raise SettingsError(f"there is no setting {key!r}", remedy=hint)
     return SETTINGS[key]
 
