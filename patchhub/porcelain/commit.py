@@ -15,6 +15,9 @@ from patchhub.editing.requests import Batch, Origin
 from patchhub.editing.settings import EditSettings
 from patchhub.editing.wise.settings import WiseSettings
 from patchhub.errors import RequestError, SettingsError
+from patchhub.evaluation.guard import Measured as GuardMeasured
+from patchhub.evaluation.guard import Report
+from patchhub.evaluation.spoken import Fault
 from patchhub.models.architectures import Architecture
 from patchhub.models.placement import Placement, runs_beside
 from patchhub.objects import SLOT, Request
@@ -44,6 +47,8 @@ class Committed:
         again: active facts of the same subjects, which were optimised and recorded once more together with the new ones.
         already_active, duplicates: facts that were left out because they were active, or twice in the input.
         held: how many of the written facts the patched model answers with (argmax, teacher forced, float32).
+        faults: facts that are not said by the model or run on, and other subjects' prompts that say them now, the worst first and
+            `evaluation.guard.KEPT_FAULTS` at most.
         seconds: wall time.
         survival: per weight, the share of the state's change that rounding to the base's type keeps.
         rivals: facts of the batch and of before that compete for a key, the largest expected loss first.
@@ -60,6 +65,7 @@ class Committed:
     seconds: float
     survival: Mapping[str, float]
     rivals: tuple[Rival, ...] = ()
+    faults: tuple[Fault, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -67,6 +73,7 @@ class Committed:
             "written": [request.id for request in self.written],
             "replaced": [request.id for request in self.replaced],
             "again": [request.id for request in self.again],
+            "faults": [fault.to_json() for fault in self.faults],
         }
 
 
@@ -82,6 +89,7 @@ def commit(
     on_conflict: OnConflict = "refuse",
     strict: bool = False,
     force: bool = False,
+    all_facts: bool = False,
     placement: Placement | None = None,
     chat: bool | None = None,
     memory: int | None = None,
@@ -95,6 +103,7 @@ def commit(
         on_conflict: what a contradiction with an active fact does: refuse the commit, replace the old fact, or keep both.
         strict: refuse facts that compete with others for a key (MEMIT and PMET), before anything is optimised.
         force: write what fails the guard all the same, and say so in the commit.
+        all_facts: refuse as soon as one fact does not hold, runs on, or is said of another subject.
         placement: on which device, in which type or quantisation the base is edited; None: as the repository's config says.
         chat: write the facts as answers in the base's chat template (MEMIT and PMET); None: as the repository's config says.
         memory: bytes that the process may hold, the base included (MEMIT and PMET); None: half of what is free is used besides.
@@ -123,11 +132,13 @@ def commit(
     parents = (plan.parent,) if plan.parent else ()
     draft = Draft(parents, written.elements, written.metric, "commit", {"patches": list(written.patches)})
     prepared = prepare(repository, draft, who, change=written.change)
-    made = judge(repository, prepared, progress, Guarding(force), tree=tree, written=plan.requests)
+    made = judge(repository, prepared, progress, Guarding(force, all=all_facts), tree=tree, written=plan.requests)
     identity = record(repository, made, draft)
     survival: Mapping[str, float] = made.check.get("survival", {})
     _warn_of_losses(survival, progress)
-    held = made.check["guard"]["own"]["count"]
+    report = Report.from_json(made.check)
+    measured = report.measured if report else GuardMeasured()
+    held = measured.own.count if measured.own else 0
     if plan.requests and not held:
         progress.warn(_none_holds(method))
     progress.close()
@@ -143,6 +154,7 @@ def commit(
         seconds=perf_counter() - begun,
         survival=survival,
         rivals=written.rivals,
+        faults=measured.spoken.faults if measured.spoken else (),
     )
 
 
@@ -240,13 +252,14 @@ def update(
     settings: Mapping[str, Any] | None = None,
     strict: bool = False,
     force: bool = False,
+    all_facts: bool = False,
 ) -> Committed:
     """Retarget the active fact about a subject; its evaluation prompts stay.
 
     Args:
         subject: as it is in the fact.
         prompt: which of the subject's facts, with ``{}`` or with the subject filled in; needed only where it has several.
-        method, settings, strict, force: as in `commit`.
+        method, settings, strict, force, all_facts: as in `commit`.
 
     Raises:
         RequestError: no active fact is meant, or several are, or it says so already.
@@ -273,6 +286,7 @@ def update(
         on_conflict="replace",
         strict=strict,
         force=force,
+        all_facts=all_facts,
     )
 
 

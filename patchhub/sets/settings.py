@@ -177,11 +177,16 @@ SETTINGS: Mapping[str, Setting] = {
         _one_of("auto", "float32", "bfloat16", "float16"),
         "type of the base in memory; auto: float32 where that takes half of the memory at most, else the base's own",
     ),
+    "guard.closed": Setting(
+        _fraction, "least share of the new facts that the model must say by itself with a word's end after them (0.05)"
+    ),
     "guard.drift": Setting(
         _positive,
         "most that new facts may add to the drift on held text, nats per token (0.6); few facts less, over 100 more",
     ),
     "guard.earlier": Setting(_fraction, "largest share of the earlier facts that a change may lose (0.5)"),
+    "guard.fewest": Setting(_index, "so many new facts must hold, or all where there are fewer (1)"),
+    "guard.leak": Setting(_fraction, "largest share of other subjects' prompts that may now say a new target (0.3)"),
     "guard.misfit": Setting(
         _fraction, "largest share of new and contradicted facts that may get less than half of their change (0.7)"
     ),
