@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from patchhub.cli.options import chat_option, check_option, force_option, memory_option, placement_options
+from patchhub.cli.options import (
+    chat_option,
+    check_option,
+    force_option,
+    memory_option,
+    placement_options,
+    say_faults,
+)
 from patchhub.cli.terminal import (
     author_option,
     bars,
@@ -45,6 +52,12 @@ set_option = click.option(
 strict_option = click.option(
     "--strict", is_flag=True, help="Refuse facts that compete with others for a key, before anything is optimised."
 )
+all_option = click.option(
+    "--all",
+    "all_facts",
+    is_flag=True,
+    help="Refuse the commit as soon as one fact does not hold, runs on, or is said of another subject.",
+)
 
 
 @click.command()
@@ -65,6 +78,7 @@ strict_option = click.option(
 )
 @set_option
 @strict_option
+@all_option
 @force_option
 @placement_options
 @chat_option
@@ -85,6 +99,7 @@ def commit(
     on_conflict: Any,
     overrides: tuple[str, ...],
     strict: bool,
+    all_facts: bool,
     force: bool,
     device: str | None,
     dtype: str | None,
@@ -141,6 +156,7 @@ def commit(
             on_conflict=on_conflict,
             strict=strict,
             force=force,
+            all_facts=all_facts,
             placement=placement_of(repository, device=device, dtype=dtype, quantization=quantization),
             chat=chat,
             memory=memory,
@@ -163,6 +179,7 @@ def report_committed(repository: Store, done: Committed, as_json: bool) -> None:
         f"{count(len(done.written), 'fact')} written in {done.seconds:.1f} s; "
         f"{done.held} of them {'is' if done.held == 1 else 'are'} now the model's answer"
     )
+    say_faults(done.faults)
     for shard, patch in ((identity, repository.patch(identity)) for identity in done.patches):
         if patch.kind == "shard":
             say(f"shard {patch.settings['number']} ({shard[:12]}) holds {count(len(patch.requests), 'fact')}", dim=True)
@@ -328,6 +345,7 @@ def _report_change(repository: Store, done: Changed, as_json: bool) -> None:
 @click.option("--method", help="The editor: memit (default) or pmet.")
 @set_option
 @strict_option
+@all_option
 @force_option
 @author_option
 @repo_option
@@ -341,6 +359,7 @@ def update(
     method: str | None,
     overrides: tuple[str, ...],
     strict: bool,
+    all_facts: bool,
     force: bool,
     author: str | None,
     repo: Path | None,
@@ -366,6 +385,7 @@ def update(
             settings=settings,
             strict=strict,
             force=force,
+            all_facts=all_facts,
         )
     report_committed(repository, done, as_json)
 

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from math import isfinite, pow, sqrt
 from typing import Any, Final, Literal
 
-from patchhub.evaluation.spoken import Fault
+from patchhub.evaluation.faults import Fault
 
 _Z: Final = 1.96  # of the standard normal distribution, for 95 %
 _GUESSING: Final = 0.75  # trained models lie below 0.5, random ones above 0.85

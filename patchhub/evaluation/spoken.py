@@ -5,16 +5,15 @@ a new target that is not its own answer and that it did not begin with before th
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
-from typing import Any, Final, Literal
+from typing import Final
 
 from patchhub.canonical import nfc
+from patchhub.evaluation.faults import Fault, Why
 from patchhub.objects import SLOT, Request
 from patchhub.text.word_ends import closes, joiner
-
-Why = Literal["not said", "runs on", "leak"]
 
 _STOPS: Final = ".!?。！？"
 _COPULAS: Final = ("is", "are", "was", "were")
@@ -125,41 +124,6 @@ def leaks(sibling: Sibling, now: str, before: str, targets: Collection[str]) -> 
         target for target in targets if target not in sibling.own and said(now, target) and not said(before, target)
     )
     return max(found, key=len, default=None)
-
-
-@dataclass(frozen=True)
-class Fault:
-    """What does not read right.
-
-    Attributes:
-        why: the target is not said, its last word or number goes on, or another subject's prompt says it now.
-        request: the fact; None of a sibling that is no fact.
-        prompt: what was asked.
-        target: what a fact was to say, or what a sibling now says.
-        continuation: what the model wrote.
-    """
-
-    why: Why
-    request: str | None
-    prompt: str
-    target: str
-    continuation: str
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "why": self.why,
-            "request": self.request,
-            "prompt": self.prompt,
-            "target": self.target,
-            "continuation": self.continuation,
-        }
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> Fault:
-        whys: dict[str, Why] = {"not said": "not said", "runs on": "runs on", "leak": "leak"}
-        request = value["request"]
-        texts = (str(value[name]) for name in ("prompt", "target", "continuation"))
-        return cls(whys[value["why"]], None if request is None else str(request), *texts)
 
 
 def fault_of(request: Request, text: str, *, anywhere: bool = False) -> Fault | None:

@@ -31,10 +31,11 @@ from patchhub.evaluation.drift import (
     room,
     vocabulary_of,
 )
+from patchhub.evaluation.faults import Fault
 from patchhub.evaluation.guard import Drifted, Measured, Report, Share, Spoken, is_guessing, worst
 from patchhub.evaluation.live import continue_within, room_after
 from patchhub.evaluation.metrics import score_targets
-from patchhub.evaluation.spoken import Fault, Sibling, closed, fault_of, leaks, said, siblings_of, spread
+from patchhub.evaluation.spoken import Sibling, closed, fault_of, leaks, said, siblings_of, spread
 from patchhub.models.placement import is_quantised
 from patchhub.objects import SLOT, Metric, Request, Text
 from patchhub.progress import Progress
@@ -88,7 +89,7 @@ class Budget:
         return cls(
             positions,
             _within(left / _TOKENS_PER_EARLIER, _EARLIER),
-            _within(left / _TOKENS_PER_SIBLING, _SIBLINGS),
+            _within(left / _TOKENS_PER_SIBLING, (min(_SIBLINGS[0] + facts // 2, _SIBLINGS[1]), _SIBLINGS[1])),
             _within(left / _TOKENS_PER_CHAT, _CHATS),
         )
 
@@ -239,7 +240,9 @@ def _listen(tree: Worktree, requests: Sequence[Request], active: Iterable[Reques
     lengths = _target_lengths(tree, requests)
     longest = max(lengths.values(), default=0)
     more = _FOLLOWING if tree.chat is None else _ANSWERING
-    near = spread(siblings_of(requests, active), budget.siblings) if requests else []
+    found, own = siblings_of(requests, active), {request.text for request in requests}
+    near = [sibling for siblings in found for sibling in siblings if sibling.prompt in own]  # these are read anyway
+    near += spread([[one for one in siblings if one.prompt not in own] for siblings in found], budget.siblings)
     # A sibling is judged by its beginning, which is no longer than the targets are; one very long target must not make all others dear.
     asked = {sibling.prompt: min(longest, _LONGEST) + (0 if tree.chat is None else more) for sibling in near}
     for request in requests:
