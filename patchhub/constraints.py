@@ -81,13 +81,14 @@ def no_columns(shape: tuple[int, int]) -> Columns:
 
 
 def join(parts: Sequence[Columns]) -> Columns:
-    """The rows of several column sets of one weight, one after the other."""
+    """The rows of several column sets of one weight, one after the other; labelled where every row is."""
+    labelled = all(p.labels or not len(p) for p in parts)
     return Columns(
         np.concatenate([p.keys for p in parts]),
         np.concatenate([p.preimages for p in parts]),
         np.concatenate([p.residuals for p in parts]),
         np.concatenate([p.ridge for p in parts]),
-        tuple(label for p in parts for label in p.labels),
+        tuple(label for p in parts for label in p.labels) if labelled else (),
     )
 
 

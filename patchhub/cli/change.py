@@ -15,6 +15,7 @@ from patchhub.cli.options import (
     format_option,
     memory_option,
     placement_options,
+    say_faults,
     text_option,
 )
 from patchhub.cli.terminal import (
@@ -49,6 +50,12 @@ set_option = click.option(
 strict_option = click.option(
     "--strict", is_flag=True, help="Refuse facts that compete with others for a key, before anything is optimised."
 )
+all_option = click.option(
+    "--all",
+    "all_facts",
+    is_flag=True,
+    help="Refuse the commit as soon as one fact does not hold, runs on, or is said of another subject.",
+)
 
 
 @click.command()
@@ -74,6 +81,7 @@ strict_option = click.option(
 )
 @set_option
 @strict_option
+@all_option
 @force_option
 @placement_options
 @chat_option
@@ -113,6 +121,7 @@ def report_committed(repository: Repository, done: Committed, as_json: bool) -> 
         f"{count(len(done.written), 'fact')} written in {done.seconds:.1f} s; "
         f"{done.held} of them {'is' if done.held == 1 else 'are'} now the model's answer"
     )
+    say_faults(done.faults)
     for shard, patch in ((identity, store.patch(identity)) for identity in done.patches):
         if patch.kind == "shard":
             say(f"shard {patch.settings['number']} ({shard[:12]}) holds {count(len(patch.requests), 'fact')}", dim=True)
@@ -233,6 +242,7 @@ def _report_change(repository: Repository, done: Changed, as_json: bool) -> None
 @click.option("--method", help="The editor: memit (default) or pmet.")
 @set_option
 @strict_option
+@all_option
 @force_option
 @author_option
 @repo_option

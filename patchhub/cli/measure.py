@@ -16,6 +16,7 @@ from patchhub.cli.options import (
     limit_option,
     metrics_option,
     placement_options,
+    say_faults,
     seed_option,
 )
 from patchhub.cli.terminal import (
@@ -205,6 +206,10 @@ def _evaluation(done: Evaluation) -> None:
 
     where = f"commit {done.commit[:12]}" if done.commit else "the unpatched base"
     say(f"{count(len(done.facts), 'fact')} of {done.settings['file']} at {where}{_asked(done.settings)}", bold=True)
+    _figures(done)
+    if done.faults:
+        say("What does not read right" + (", of answers in a chat" if done.chat else ""), fg="cyan")
+        say_faults(done.faults)
     say("score, 95 % interval over records, the unpatched base's score, definition", dim=True)
     for group in done.groups:
         say(GROUPS[group.suite], fg="cyan")
@@ -212,6 +217,29 @@ def _evaluation(done: Evaluation) -> None:
     _relations(done)
     if done.note:
         say(f"kept as note {done.note[:12]}", dim=True)
+
+
+_FIGURES = {
+    "live_efficacy": "live efficacy",
+    "live_paraphrase": "paraphrase",
+    "closure": "closure",
+    "leak": "leak",
+    "perplexity_ratio": "perplexity",
+    "kl": "KL",
+}
+"""The titles of what comes first; with the teacher-forced summary they fit into 80 columns."""
+
+
+def _figures(done: Evaluation) -> None:
+    """Six figures of a revision above those of the base: what is said, what leaks, how far text drifts, and the teacher-forced score."""
+    from patchhub.evaluation.definitions import FIGURES, LEADING
+
+    summary = LEADING[done.settings["metrics"]][0]
+    names = [name for name in (*FIGURES, summary) if name in done.scores]
+    rows = [["", *(number(name, done.scores[name].value) for name in names)]]
+    if done.commit:
+        rows.append(["base", *(number(name, done.base[name]) if name in done.base else "-" for name in names)])
+    say_table(["", *(_FIGURES.get(name, name) for name in names)], rows)
 
 
 def _asked(settings: Mapping[str, Any]) -> str:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
-from patchhub.cli.terminal import count
-from patchhub.evaluation.guard import Measured, Report, Share
+from patchhub.cli.terminal import count, say
+from patchhub.evaluation.faults import Fault
+from patchhub.evaluation.guard import Measured, Report, Share, Spoken
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -97,6 +98,24 @@ check_option = click.option(
 )
 
 
+_FAULTS = 8
+
+
+def say_faults(faults: Sequence[Fault]) -> None:
+    """What the model writes where that does not read right, a line each."""
+    for line in fault_lines(faults[:_FAULTS]):
+        say(f"  {line}", fg="yellow")
+    if len(faults) > _FAULTS:
+        say(f"  ... and {len(faults) - _FAULTS} more (--json lists them)", fg="yellow")
+
+
+def fault_lines(faults: Iterable[Fault]) -> Iterator[str]:
+    """`runs on: "The capital of Kazakhstan is" is followed by "Astanaq."`."""
+    for fault in faults:
+        meant = f", not {fault.target!r}" if fault.why == "not said" else ""
+        yield f"{fault.why}: {fault.prompt!r} is followed by {fault.continuation.strip()!r}{meant}"
+
+
 def guard_summary(check: Mapping[str, Any]) -> str:
     """One line on what the guard found when a commit was made; empty where it was not asked."""
     report = Report.from_json(check)
@@ -124,6 +143,10 @@ def _short(found: Measured) -> Iterator[str]:
         yield f"{found.own.count}/{found.own.of} new facts hold"
     if found.earlier and found.earlier.of:
         yield f"{found.earlier.count}/{found.earlier.of} earlier ones lost"
+    if found.spoken and found.spoken.closed.of:
+        yield f"{found.spoken.closed.count}/{found.spoken.closed.of} read right"
+    if found.spoken and found.spoken.leak and found.spoken.leak.count:
+        yield f"{found.spoken.leak.count}/{found.spoken.leak.of} siblings leak"
     if found.drift:
         yield f"drift {found.drift.kl:.3f}"
 
@@ -131,6 +154,7 @@ def _short(found: Measured) -> Iterator[str]:
 def _facts(found: Measured) -> Iterator[str]:
     if found.own and found.own.of:
         yield f"{_of(found.own, 'new fact')} {_verb(found.own, 'is', 'are')} the model's answer"
+    yield from _spoken(found.spoken) if found.spoken else ()
     if found.earlier and found.earlier.of:
         lost = f"that {_verb(found.earlier, 'was read and held is', 'were read and held are')} lost"
         yield f"{_of(found.earlier, 'earlier fact')} {lost} ({found.active} active)"
@@ -148,6 +172,20 @@ def _facts(found: Measured) -> Iterator[str]:
         yield f"{_of(found.crushed, 'other fact')} now {gets}"
     if found.first_token:
         yield f"{found.first_token} of the subjects end at the first token, where the keys of all texts are alike"
+
+
+def _spoken(found: Spoken) -> Iterator[str]:
+    """What the model writes by itself, and the worst of it."""
+    if found.said.of:
+        said = f"{_of(found.said, 'new fact')} {_verb(found.said, 'is', 'are')} said"
+        yield f"written freely, {said}, {found.closed.count} with the word's end after it"
+    if found.leak and found.leak.of:
+        yield f"{_of(found.leak, 'prompt')} about other subjects {_verb(found.leak, 'says', 'say')} a new target now"
+    yield from (f"  {line}" for line in fault_lines(found.faults[:_FAULTS]))
+    if found.chat and found.chat.said.of:
+        said = f"{_of(found.chat.said, 'new fact')} {_verb(found.chat.said, 'is', 'are')} said"
+        yield f"asked in a chat, {said}, {found.chat.closed.count} with the word's end after it (not judged)"
+        yield from (f"  {line}" for line in fault_lines(found.chat.faults[:_FAULTS]))
 
 
 def _of(share: Share, noun: str) -> str:

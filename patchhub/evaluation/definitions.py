@@ -11,6 +11,12 @@ SUITES: Final = ("counterfact", "zsre", "wise")
 """The teacher-forced suites; live decoding, fluency and drift stand beside each."""
 
 DEFINITIONS: Final[Mapping[str, str]] = {
+    "live_efficacy": "what the model writes begins with the new target (in a chat: says it)",
+    "live_paraphrase": "the same at other phrasings",
+    "closure": "it begins with the new target and the word ends there",
+    "leak": "share of other subjects' prompts that now say a new target and did not before",
+    "perplexity_ratio": "perplexity over the base's, on text kept aside; 1 is no drift",
+    "kl": "KL(base || now) per token of that text, nats; 0 is no drift",
     "S": "harmonic mean of efficacy, paraphrase and neighborhood (zsRE: specificity)",
     "ES": "efficacy: P(new) > P(true) at the prompt",
     "PS": "paraphrase: P(new) > P(true) at other phrasings",
@@ -33,9 +39,9 @@ DEFINITIONS: Final[Mapping[str, str]] = {
     "exact_in_context": "what it writes begins with the new target, with other text before the prompt",
     "contained": "the new target occurs in what the model writes",
     "contained_in_context": "the new target occurs in what it writes, with other text before the prompt",
+    "stopped": "the answer, up to where it stops, is the new target and nothing else",
+    "negation": "after '... is not' what it writes does not begin with the new target",
     "fluency": "entropy of words in sampled text, bits: (2/3 H2 + 4/3 H3) / 2; repetition lowers it",
-    "perplexity_ratio": "perplexity over the base's, on text kept aside; 1 is no drift",
-    "kl": "KL(base || now) per token of that text, nats; 0 is no drift",
 }
 
 GROUPS: Final[Mapping[str, str]] = {
@@ -46,6 +52,9 @@ GROUPS: Final[Mapping[str, str]] = {
     "fluency": "Fluency",
     "drift": "Drift",
 }
+
+FIGURES: Final = ("live_efficacy", "live_paraphrase", "closure", "leak", "perplexity_ratio", "kl")
+"""What a person sees first of any suite; its teacher-forced summary follows."""
 
 LEADING: Final[Mapping[str, tuple[str, ...]]] = {
     "counterfact": ("S", "ES", "PS", "NS"),

@@ -8,13 +8,14 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Final
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Final
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -25,7 +26,8 @@ from patchhub.evaluation.suites import Combined, Scores, scored
 from patchhub.models.tracing import right_padded
 
 ENTRIES: Final = 1 << 25
-"""Log-probabilities that a reading may hold: 128 MiB in float32."""
+"""Log-probabilities that are held at once: 128 MiB in float32."""
+_SAME: Final = 1e-2  # relative to the largest logit; bfloat16 rounds by less, a cap on logits changes more
 
 
 @dataclass(frozen=True)
@@ -55,22 +57,89 @@ class DocumentDrift:
 
 
 @dataclass(frozen=True, eq=False)
+class Head:
+    """The last linear step of a model as it was when it was read, whatever is done to the model later.
+
+    Attributes:
+        weight, bias: of the output embeddings.
+    """
+
+    weight: Float[Tensor, "vocabulary d"]
+    bias: Float[Tensor, " vocabulary"] | None
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> Head | None:
+        """A model's head; None where its logits are more than a linear function of what the head is given."""
+        module = _output(model)
+        bias = getattr(module, "bias", None)
+        if not module.weight.is_floating_point():
+            return None
+        head = cls(module.weight.detach(), None if bias is None else bias.detach())
+        ids = torch.arange(1, 5, device=model.device)[None] % head.weight.shape[0]
+        with reading(model), _given(model) as given:
+            logits = model(input_ids=ids, use_cache=False).logits
+        told = head(given[-1]).to(logits.device, logits.dtype)
+        return head if bool((told - logits).abs().max() <= _SAME * logits.abs().max()) else None
+
+    def __call__(self, states: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch vocabulary"]:
+        return torch.nn.functional.linear(states.to(self.weight.device, self.weight.dtype), self.weight, self.bias)
+
+
+@dataclass(frozen=True, eq=False)
 class TextReading:
     """What a model predicts at every position of some documents but the last of each, batch by batch.
 
     Attributes:
         batches: the documents, those of one batch of similar length.
-        logprobs: per batch, natural log-probabilities of the next token.
+        parts: per batch, what the head was given at each position, from which ``head`` makes predictions; without a ``head``, natural
+            log-probabilities of the next token.
+        head: the head of the model that was read.
         perplexity: of the model that was read, on these documents.
+        vocabulary: how many tokens there are logits of.
     """
 
     batches: tuple[tuple[tuple[int, ...], ...], ...]
-    logprobs: tuple[Float[Tensor, "positions vocabulary"], ...]
+    parts: tuple[Float[Tensor, "positions width"], ...]
+    head: Head | None
     perplexity: float
+    vocabulary: int
 
     @property
     def positions(self) -> int:
-        return sum(len(part) for part in self.logprobs)
+        return sum(len(part) for part in self.parts)
+
+    def logprobs(self, place: int) -> Float[Tensor, "positions vocabulary"]:
+        """Natural log-probabilities at the positions of one batch."""
+        part = self.parts[place]
+        return part if self.head is None else _log_softmax(self.head(part))
+
+
+def from_states(
+    head: Head, documents: Sequence[Sequence[int]], states: Float[Tensor, "positions d"], perplexity: float
+) -> TextReading:
+    """A reading made again from what the head was given, batch after batch, when these documents were read."""
+    vocabulary = head.weight.shape[0]
+    batches = batches_of([tuple(document) for document in documents if len(document) > 1], vocabulary)
+    sizes = [sum(len(document) - 1 for document in batch) for batch in batches]
+    return TextReading(batches, tuple(torch.split(states, sizes)), head, perplexity, vocabulary)
+
+
+def part_of(whole: TextReading, documents: Sequence[Sequence[int]], positions: int) -> TextReading:
+    """The reading of the first of the documents that were read, with so many predicted positions together.
+
+    Args:
+        whole: a reading of these documents by states (`TextReading.head`).
+        documents: in the order in which the first are taken.
+    """
+    states: dict[tuple[int, ...], Tensor] = {}
+    for batch, part in zip(whole.batches, whole.parts, strict=True):
+        states.update(zip(batch, torch.split(part, [len(document) - 1 for document in batch]), strict=True))
+    read = [tuple(document) for document in documents if len(document) > 1]
+    chosen = leading(read, positions)
+    known = {cut_short: states[full] for cut_short, full in zip(chosen, read, strict=False)}
+    batches = batches_of(chosen, whole.vocabulary)
+    parts = tuple(torch.cat([known[document][: len(document) - 1] for document in batch]) for batch in batches)
+    return replace(whole, batches=batches, parts=parts)
 
 
 def leading(documents: Sequence[Sequence[int]], positions: int) -> list[tuple[int, ...]]:
@@ -85,7 +154,7 @@ def leading(documents: Sequence[Sequence[int]], positions: int) -> list[tuple[in
 
 
 def room(vocabulary: int) -> int:
-    """How many positions a reading of a model with that vocabulary may have."""
+    """How many positions' log-probabilities are held at once for a vocabulary of that size."""
     return max(1, ENTRIES // vocabulary)
 
 
@@ -97,17 +166,50 @@ def read_text(
     Raises:
         RequestError: no document has two tokens.
     """
-    rows = sorted((tuple(document) for document in documents if len(document) > 1), key=len)
+    rows = [tuple(document) for document in documents if len(document) > 1]
     if not rows:
         raise RequestError("no text to measure drift on has two tokens", remedy="Give longer texts.")
-    batches = tuple(tuple(rows[part]) for part in cut([len(row) for row in rows], batch_tokens))
-    logprobs, loss = [], 0.0
-    with reading(model):
+    batches = batches_of(rows, vocabulary_of(model), batch_tokens)
+    head, parts, loss = Head.of(model), [], 0.0
+    with reading(model), _given(model) as given:
         for batch in batches:
-            found, tokens = _predictions(model, batch)
-            logprobs.append(found)
+            found, tokens, real = _predictions(model, batch)
+            parts.append(found if head is None else given[-1][:, :-1][real.to(given[-1].device)])
+            given.clear()
             loss -= _sum_at(found, tokens)
-    return TextReading(batches, tuple(logprobs), _exp(loss / sum(map(len, logprobs))))
+    perplexity = _exp(loss / sum(map(len, parts)))
+    return TextReading(batches, tuple(parts), head, perplexity, vocabulary_of(model))
+
+
+def batches_of(
+    rows: Sequence[tuple[int, ...]], vocabulary: int, batch_tokens: int = BATCH_TOKENS
+) -> tuple[tuple[tuple[int, ...], ...], ...]:
+    """Documents sorted by length and cut so that the log-probabilities of a batch are as many as are held at once."""
+    rows = sorted(rows, key=len)
+    return tuple(tuple(rows[part]) for part in cut([len(row) for row in rows], min(batch_tokens, room(vocabulary))))
+
+
+def vocabulary_of(model: PreTrainedModel) -> int:
+    """How many tokens a model gives logits of."""
+    module = _output(model)
+    return int(module.weight.shape[0])
+
+
+def _output(model: Any) -> Any:
+    """The module that makes logits."""
+    return model.get_output_embeddings()
+
+
+@contextmanager
+def _given(model: PreTrainedModel) -> Iterator[list[Tensor]]:
+    """While open, what the head is given in each pass."""
+    seen: list[Tensor] = []
+    module = _output(model)
+    handle = module.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    try:
+        yield seen
+    finally:
+        handle.remove()
 
 
 def drift(model: PreTrainedModel, base: TextReading) -> Drift:
@@ -122,8 +224,9 @@ def document_drifts(model: PreTrainedModel, base: TextReading) -> list[DocumentD
     """The same for each document that was read, in the order of `TextReading.batches`."""
     found: list[DocumentDrift] = []
     with reading(model):
-        for batch, before in zip(base.batches, base.logprobs, strict=True):
-            now, tokens = _predictions(model, batch)
+        for place, batch in enumerate(base.batches):
+            now, tokens, _ = _predictions(model, batch)
+            before = base.logprobs(place)
             at = tokens[:, None]
             growth = (before.gather(-1, at) - now.gather(-1, at))[:, 0].double()
             divergence = (before.exp() * (before - now)).sum(-1, dtype=torch.float64)
@@ -135,13 +238,17 @@ def document_drifts(model: PreTrainedModel, base: TextReading) -> list[DocumentD
 
 def _predictions(
     model: PreTrainedModel, rows: Sequence[Sequence[int]]
-) -> tuple[Float[Tensor, "positions vocabulary"], Int[Tensor, " positions"]]:
-    """Log-probabilities of what follows every token but each row's last, in float32 or the model's float64, and what does follow."""
+) -> tuple[Float[Tensor, "positions vocabulary"], Int[Tensor, " positions"], Bool[Tensor, "rows time"]]:
+    """Log-probabilities of what follows every token but each row's last, in float32 or the model's float64, what does follow, and where."""
     ids, mask, positions = right_padded(rows, model.device)
     logits = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).logits.to(ids.device)
     real = mask[:, 1:].bool()
-    chosen = logits[:, :-1][real]
-    return chosen.to(torch.promote_types(chosen.dtype, torch.float32)).log_softmax(-1), ids[:, 1:][real]
+    return _log_softmax(logits[:, :-1][real]), ids[:, 1:][real], real
+
+
+def _log_softmax(logits: Float[Tensor, "n vocabulary"]) -> Float[Tensor, "n vocabulary"]:
+    """In float32, or float64 where the logits are."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
 
 
 def _sum_at(logprobs: Float[Tensor, "positions vocabulary"], tokens: Int[Tensor, " positions"]) -> float:

@@ -5,17 +5,18 @@ wrong side of the limit (Wilson 1927, "Probable inference, the law of succession
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from math import isfinite, pow, sqrt
 from typing import Any, Final, Literal
 
-from patchhub.settings import NOT_NEGATIVE, POSITIVE, setting
+from patchhub.evaluation.faults import Fault
+from patchhub.settings import INDEX, NOT_NEGATIVE, POSITIVE, setting
 
 _Z: Final = 1.96  # of the standard normal distribution, for 95 %
 _GUESSING: Final = 0.75  # trained models lie below 0.5, random ones above 0.85
 
-Check = Literal["own", "earlier", "misfit", "drift", "total", "spectrum", "survival"]
+Check = Literal["own", "fewest", "closed", "leak", "all", "earlier", "misfit", "drift", "total", "spectrum", "survival"]
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,15 @@ class Limits:
 
     own: float = setting(
         NOT_NEGATIVE, "least share of the new facts that the model must answer with (0.15)", default=0.15
+    )
+    fewest: int = setting(INDEX, "so many new facts must hold, or all where there are fewer (1)", default=1)
+    closed: float = setting(
+        NOT_NEGATIVE,
+        "least share of the new facts that the model must say by itself with a word's end after them (0.05)",
+        default=0.05,
+    )
+    leak: float = setting(
+        NOT_NEGATIVE, "largest share of other subjects' prompts that may now say a new target (0.3)", default=0.3
     )
     earlier: float = setting(
         NOT_NEGATIVE, "largest share of the earlier facts that a change may lose (0.5)", default=0.5
@@ -102,12 +112,66 @@ def is_guessing(perplexity: float, vocabulary: int) -> bool:
 
 
 @dataclass(frozen=True)
+class Spoken:
+    """What the model writes greedily after the prompts of new facts, and of their siblings (`evaluation.spoken`).
+
+    Attributes:
+        said: continuations that begin with the target; of answers in a chat, that say it.
+        closed: those after whose target the word ends.
+        leak: siblings that now say a new target which is not theirs and that they did not say before; None: no sibling was read.
+        faults: the worst of what does not read right, `KEPT_FAULTS` at most.
+        chat: the same facts asked in the base's chat form, where they were written outside it; it is not judged.
+    """
+
+    said: Share
+    closed: Share
+    leak: Share | None = None
+    faults: tuple[Fault, ...] = ()
+    chat: Spoken | None = None
+
+    @property
+    def wrong(self) -> int:
+        """How many facts and siblings do not read right."""
+        return self.closed.of - self.closed.count + (self.leak.count if self.leak else 0)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "said": asdict(self.said),
+            "closed": asdict(self.closed),
+            "faults": [fault.to_json() for fault in self.faults],
+            **({} if self.leak is None else {"leak": asdict(self.leak)}),
+            **({} if self.chat is None else {"chat": self.chat.to_json()}),
+        }
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Spoken:
+        return cls(
+            _share_of(value["said"]),
+            _share_of(value["closed"]),
+            _share_of(value["leak"]) if "leak" in value else None,
+            tuple(Fault.from_json(fault) for fault in value["faults"]),
+            Spoken.from_json(value["chat"]) if "chat" in value else None,
+        )
+
+
+KEPT_FAULTS: Final = 100
+"""So many are kept with a commit; the shares count all."""
+
+
+def worst(faults: Iterable[Fault]) -> tuple[Fault, ...]:
+    """Those that are kept: first what is not said, then leaks, then what runs on."""
+    places = {"not said": 0, "leak": 1, "runs on": 2}
+    return tuple(sorted(faults, key=lambda fault: places[fault.why])[:KEPT_FAULTS])
+
+
+@dataclass(frozen=True)
 class Measured:
     """What was measured of a change; None stands for what was not.
 
     Attributes:
         facts: how many facts it brings.
         own: new facts that are the model's answer (argmax, teacher forced).
+        spoken: what the model writes by itself.
         earlier: of the earlier facts that were read and held before, those that hold no more.
         active: how many earlier facts there are; `earlier` reads those that the change moves most.
         unmet: of the new facts, and those that they contradict, those that get less than half of their change at some weight.
@@ -120,6 +184,7 @@ class Measured:
 
     facts: int = 0
     own: Share | None = None
+    spoken: Spoken | None = None
     earlier: Share | None = None
     active: int = 0
     unmet: Share | None = None
@@ -148,6 +213,8 @@ class Report:
         """The fields ``guard``, ``forced`` and ``survival`` of a ``check`` (docs/format.md); what was not measured is left out."""
         values = {name: value for name, value in asdict(self.measured).items() if value is not None}
         survival = values.pop("survival", None)
+        if self.measured.spoken is not None:
+            values["spoken"] = self.measured.spoken.to_json()
         check: dict[str, Any] = {"forced": self.forced, "guard": {**values, "failed": list(self.failed)}}
         return check if survival is None else {**check, "survival": survival}
 
@@ -186,6 +253,7 @@ def _spectra(values: Mapping[str, Any]) -> dict[str, dict[str, float]]:
 _READERS: Final[Mapping[str, Callable[[Any], Any]]] = {
     **dict.fromkeys(("facts", "active", "first_token"), int),
     **dict.fromkeys(("own", "earlier", "unmet", "crushed"), _share_of),
+    "spoken": Spoken.from_json,
     "drift": _drifted,
     "spectrum": _spectra,
 }
@@ -208,12 +276,26 @@ class Finding:
     words: str
 
 
-def judge(found: Measured, limits: Limits) -> tuple[Finding, ...]:
+def judge(found: Measured, limits: Limits, *, all_facts: bool = False) -> tuple[Finding, ...]:
     """The checks that fail; none for a healthy change.
 
     What the model says is not held against it where the base has learned nothing that could be broken (`Drifted.guessing`).
+
+    Args:
+        all_facts: it fails as soon as one new fact does not hold or runs on, or one sibling leaks.
     """
-    return tuple(_findings(found, limits))
+    return (*_findings(found, limits), *(_every(found) if all_facts else ()))
+
+
+def _every(found: Measured) -> Iterator[Finding]:
+    """What fails where every fact is to read right."""
+    holding, spoken = found.own, found.spoken
+    lost = holding.of - holding.count if holding else 0
+    wrong = max(lost, spoken.wrong if spoken else 0)
+    if wrong:
+        many = "new facts do not hold, run on, or are said of other subjects"
+        words = many if wrong != 1 else "new fact does not hold, runs on, or is said of another subject"
+        yield Finding("all", float(wrong), 0.0, f"{wrong} {words}")
 
 
 def _findings(found: Measured, limits: Limits) -> Iterator[Finding]:
@@ -231,6 +313,10 @@ def _findings(found: Measured, limits: Limits) -> Iterator[Finding]:
     if found.own is not None and learned and found.own.highest < limits.own:
         words = ("new fact is the model's answer", "new facts are the model's answer")
         yield _share("own", found.own, limits.own, words)
+    elif found.own is not None and learned and found.own.count < min(limits.fewest, found.own.of):
+        held = f"{found.own.count or 'none'} of {found.own.of}"
+        yield Finding("fewest", found.own.count, limits.fewest, f"{held} new facts is the model's answer")
+    yield from _spoken_findings(found, limits) if learned else ()
     if found.earlier is not None and found.earlier.lowest > limits.earlier:
         words = ("earlier fact is not the model's answer any more", "earlier facts are not the model's answer any more")
         yield _share("earlier", found.earlier, limits.earlier, words)
@@ -243,6 +329,22 @@ def _findings(found: Measured, limits: Limits) -> Iterator[Finding]:
         words = ("other fact gets less than half of the change that it asks for, and got more before", many)
         yield _share("earlier", found.crushed, limits.earlier, words)
     yield from _weight_findings(found, limits)
+
+
+def _spoken_findings(found: Measured, limits: Limits) -> Iterator[Finding]:
+    """What the model writes by itself."""
+    if found.spoken is None:
+        return
+    closed, leak = found.spoken.closed, found.spoken.leak
+    if closed.of and closed.highest < limits.closed:
+        words = ("new fact is said and ends there", "new facts are said and end there")
+        yield _share("closed", closed, limits.closed, words)
+    if leak is not None and leak.of and leak.lowest > limits.leak:
+        words = (
+            "prompt about another subject now says a new target",
+            "prompts about other subjects now say a new target",
+        )
+        yield _share("leak", leak, limits.leak, words)
 
 
 def _weight_findings(found: Measured, limits: Limits) -> Iterator[Finding]:

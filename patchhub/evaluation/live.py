@@ -7,17 +7,20 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicCache
 
 from patchhub.errors import RequestError, SettingsError
 from patchhub.evaluation.metrics import BATCH_TOKENS, cut, reading
-from patchhub.evaluation.suites import Scores, mean_or_none, scored
+from patchhub.evaluation.spoken import Sibling, closed, leaks, said, stopped
+from patchhub.evaluation.suites import Combined, Scores, mean_or_none, scored
 from patchhub.models.tracing import left_padded
 from patchhub.objects import SLOT, Request
 from patchhub.text.tokens import Chat, context_length, tokenise
@@ -54,8 +57,20 @@ def continue_greedily(
                 remedy="Shorten the prompt or ask for fewer new tokens.",
                 prompt=prompt,
             )
-    written = _written(model, tokenizer, room, batch_tokens, lambda batch: lambda logits, step: logits.argmax(-1), chat)
+    written = continue_within(model, tokenizer, room, chat=chat, batch_tokens=batch_tokens)
     return [written[prompt] for prompt in prompts]
+
+
+def continue_within(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    room: Mapping[str, int],
+    *,
+    chat: Chat | None = None,
+    batch_tokens: int = BATCH_TOKENS,
+) -> dict[str, str]:
+    """The most probable continuation of each prompt up to the end of text or its own number of tokens, in the order of ``room``."""
+    return _written(model, tokenizer, room, batch_tokens, lambda batch: lambda logits, step: logits.argmax(-1), chat)
 
 
 def sample_continuations(
@@ -188,14 +203,23 @@ _CLAUSE = re.compile(r"[\n.,;:!?。、，；：！？]")
 
 @dataclass(frozen=True)
 class LiveReading:
-    """What a model wrote after one request's prompt, bare and then in each context, and the target that it was to write.
+    """What a model wrote after the prompts of one request, and the target that it was to write.
 
-    None stands for a context in which the prompt leaves no room to write.
+    None stands for a prompt that leaves no room to write.
+
+    Attributes:
+        continuations: after the request's prompt, bare and then in each context.
+        paraphrases: after each of its other phrasings.
+        negated: after the prompt with its verb denied; None also where that cannot be done.
+        siblings: after each of its siblings' prompts.
     """
 
     request_id: str
     target: str
     continuations: tuple[str | None, ...]
+    paraphrases: tuple[str | None, ...] = ()
+    negated: str | None = None
+    siblings: tuple[tuple[Sibling, str | None], ...] = ()
 
 
 def check_contexts(contexts: Sequence[str]) -> None:
@@ -236,9 +260,23 @@ def read_live(
     ]
 
 
-def live_scores(readings: Sequence[LiveReading], *, resamples: int = 1000, seed: int = 0) -> Scores:
-    """exact and contained after the bare prompt; exact_in_context and contained_in_context, means over the contexts."""
-    columns: dict[str, list[float | None]] = {}
+def live_scores(
+    readings: Sequence[LiveReading],
+    before: Sequence[LiveReading] = (),
+    *,
+    chat: bool = False,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> Scores:
+    """What is said: live_efficacy, closure and negation after the bare prompt, live_paraphrase, and leak; in a chat also stopped.
+
+    Beside them exact and contained, and their means over the contexts.
+
+    Args:
+        before: the base's readings of the same requests, without which there is no leak.
+        chat: the texts are answers in a chat, where a target may stand anywhere.
+    """
+    columns = {**_spoken(readings, chat), **(_leaking(readings, before) if before else {})}
     for name, matches in (("exact", begins_with), ("contained", contains)):
         found = [
             [None if text is None else float(matches(text, fact.target)) for text in fact.continuations]
@@ -248,7 +286,58 @@ def live_scores(readings: Sequence[LiveReading], *, resamples: int = 1000, seed:
         columns[f"{name}_in_context"] = [
             mean_or_none([value for value in row[1:] if value is not None]) for row in found
         ]
-    return scored("live", {}, columns, {}, resamples=resamples, seed=seed)
+    combined = {"leak": Combined(("leaks", "siblings"), _ratio)}
+    scores = scored("live", {}, columns, combined, resamples=resamples, seed=seed)
+    estimates = {name: found for name, found in scores.estimates.items() if name not in combined["leak"].parts}
+    return replace(scores, estimates=estimates)
+
+
+def _spoken(readings: Sequence[LiveReading], chat: bool) -> dict[str, list[float | None]]:
+    """The columns of what is said of the facts themselves."""
+
+    def of(text: str | None, judged: Callable[[str, str], bool], target: str) -> float | None:
+        return None if text is None else float(judged(text, target))
+
+    def says(text: str, target: str) -> bool:
+        return said(text, target, anywhere=chat)
+
+    def ends(text: str, target: str) -> bool:
+        return closed(text, target, anywhere=chat)
+
+    def denies(text: str, target: str) -> bool:
+        return not says(text, target)
+
+    phrasings = [[of(text, says, fact.target) for text in fact.paraphrases] for fact in readings]
+    columns = {
+        "live_efficacy": [of(fact.continuations[0], says, fact.target) for fact in readings],
+        "live_paraphrase": [mean_or_none([value for value in row if value is not None]) for row in phrasings],
+        "closure": [of(fact.continuations[0], ends, fact.target) for fact in readings],
+        "negation": [of(fact.negated, denies, fact.target) for fact in readings],
+    }
+    return columns | (
+        {"stopped": [of(fact.continuations[0], stopped, fact.target) for fact in readings]} if chat else {}
+    )
+
+
+def _leaking(readings: Sequence[LiveReading], before: Sequence[LiveReading]) -> dict[str, list[float | None]]:
+    """How many of each fact's siblings were read, and how many of them leak; None of a fact without siblings."""
+    targets = frozenset(fact.target for fact in readings)
+    counts: dict[str, list[float | None]] = {"leaks": [], "siblings": []}
+    for fact, earlier in zip(readings, before, strict=True):
+        pairs = zip(fact.siblings, earlier.siblings, strict=True)
+        read = [
+            leaks(sibling, now, then, targets) is not None
+            for (sibling, now), (_, then) in pairs
+            if now is not None and then is not None
+        ]
+        counts["leaks"].append(float(sum(read)) if read else None)
+        counts["siblings"].append(float(len(read)) if read else None)
+    return counts
+
+
+def _ratio(means: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(..., 2) to (...)."""
+    return np.asarray(means[..., 0] / means[..., 1])
 
 
 def reads_right(text: str, target: str, *, closed: bool) -> bool:

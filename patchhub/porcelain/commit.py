@@ -15,6 +15,9 @@ from patchhub.editing.requests import Batch, Keep, Origin
 from patchhub.editing.settings import EditSettings
 from patchhub.editing.wise.settings import WiseSettings
 from patchhub.errors import RequestError, SettingsError
+from patchhub.evaluation.faults import Fault
+from patchhub.evaluation.guard import Measured as GuardMeasured
+from patchhub.evaluation.guard import Report
 from patchhub.models.architectures import Architecture
 from patchhub.models.placement import Placement, runs_beside
 from patchhub.objects import SLOT, Request
@@ -47,6 +50,8 @@ class Committed(Result):
         kept: prompts that are active now with the answers that must stay.
         already_active, duplicates: facts that were left out because they were active, or twice in the input.
         held: how many of the written facts the patched model answers with (argmax, teacher forced, float32).
+        faults: facts that are not said by the model or run on, and other subjects' prompts that say them now, the worst first and
+            `evaluation.guard.KEPT_FAULTS` at most.
         seconds: wall time.
         survival: per weight, the share of the state's change that rounding to the base's type keeps.
         rivals: facts of the batch and of before that compete for a key, the largest expected loss first.
@@ -64,6 +69,7 @@ class Committed(Result):
     seconds: float
     survival: Mapping[str, float]
     rivals: tuple[Rival, ...] = ()
+    faults: tuple[Fault, ...] = ()
 
     def words(self) -> str:
         replaced = f", {len(self.replaced)} replaced" if self.replaced else ""
@@ -104,6 +110,7 @@ def commit(
     writing: Writing = AS_CONFIGURED,
     *,
     force: bool = False,
+    all_facts: bool = False,
     placement: Placement | None = None,
     chat: bool | None = None,
 ) -> Committed:
@@ -112,6 +119,7 @@ def commit(
     Args:
         writing: how.
         force: write what fails the guard all the same, and say so in the commit.
+        all_facts: refuse as soon as one fact does not hold, runs on, or is said of another subject.
         placement: on which device, in which type or quantisation the base is edited; None: as the repository's config says.
         chat: write the facts as answers in the base's chat template (MEMIT and PMET); None: as the repository's config says.
 
@@ -140,11 +148,13 @@ def commit(
     parents = (plan.parent,) if plan.parent else ()
     draft = Draft(parents, written.elements, written.metric, "commit", {"patches": list(written.patches)})
     prepared = prepare(repository, draft, who, change=written.change)
-    made = judge(repository, prepared, progress, Guarding(force), tree=tree, written=plan.requests)
+    made = judge(repository, prepared, progress, Guarding(force, all=all_facts), tree=tree, written=plan.requests)
     identity = record(repository, made, draft)
     survival: Mapping[str, float] = made.check.get("survival", {})
     _warn_of_losses(survival, progress)
-    held = made.check["guard"]["own"]["count"]
+    report = Report.from_json(made.check)
+    measured = report.measured if report else GuardMeasured()
+    held = measured.own.count if measured.own else 0
     if plan.requests and not held:
         progress.warn(_none_holds(method))
     progress.close()
@@ -161,6 +171,7 @@ def commit(
         seconds=perf_counter() - begun,
         survival=survival,
         rivals=written.rivals,
+        faults=measured.spoken.faults if measured.spoken else (),
     )
 
 
@@ -281,13 +292,14 @@ def update(
     *,
     prompt: str | None = None,
     force: bool = False,
+    all_facts: bool = False,
 ) -> Committed:
     """Retarget the active fact about a subject; its evaluation prompts stay.
 
     Args:
         subject: as it is in the fact.
         prompt: which of the subject's facts, with ``{}`` or with the subject filled in; needed only where it has several.
-        writing, force: as in `commit`; the old target is replaced, whatever ``writing`` says.
+        writing, force, all_facts: as in `commit`; the old target is replaced, whatever ``writing`` says.
 
     Raises:
         RequestError: no active fact is meant, or several are, or it says so already.
@@ -311,6 +323,7 @@ def update(
         progress,
         replace(writing, on_conflict="replace"),
         force=force,
+        all_facts=all_facts,
     )
 
 

@@ -23,9 +23,11 @@ from patchhub.editing.requests import Batch, Origin
 from patchhub.editing.shapes import ZSRE_FIELDS
 from patchhub.errors import EditError, RequestError, SettingsError
 from patchhub.evaluation import suites
-from patchhub.evaluation.definitions import BESIDE, DEFINITIONS, LEADING, SUITES
+from patchhub.evaluation.definitions import BESIDE, DEFINITIONS, FIGURES, LEADING, SUITES
 from patchhub.evaluation.drift import drift_scores, fluency_scores
+from patchhub.evaluation.faults import Fault
 from patchhub.evaluation.live import check_contexts, live_scores
+from patchhub.evaluation.spoken import fault_of
 from patchhub.evaluation.suites import Scores
 from patchhub.fsio import write_atomically
 from patchhub.models.architectures import describe, read_config
@@ -131,6 +133,7 @@ class Evaluation(Result):
         settings: all that the numbers depend on beside the commit.
         groups: teacher forced, live, fluency, drift.
         base: each score of the unpatched model.
+        faults: facts that are not said, or run on, in what the revision writes after their prompts.
         note: the note that keeps the scores, if one does.
         history: every commit below the revision that was asked for, newest first, if all of them were evaluated; this is then the
             evaluation of the newest that gives numbers, or of the base.
@@ -144,6 +147,7 @@ class Evaluation(Result):
     settings: Mapping[str, Any]
     groups: tuple[Scores, ...] = field(metadata=told(omit=True))
     base: Mapping[str, float] = field(metadata=told(omit=True))
+    faults: tuple[Fault, ...] = ()
     note: str | None = None
     history: Rows[HistoryRow] | None = field(default=None, metadata=told(omit=True))
 
@@ -251,7 +255,14 @@ class Evaluator:
         groups, base = self._groups(after, RESAMPLES), self._groups(self._base, 1)
         values = {name: found.value for group in base for name, found in group.estimates.items()}
         self._progress.close()
-        return Evaluation(commit, self.requests, self.suite, self.settings, groups, values)
+        return Evaluation(commit, self.requests, self.suite, self.settings, groups, values, self._faults(after))
+
+    def _faults(self, found: Measured) -> tuple[Fault, ...]:
+        """What does not read right of the facts themselves."""
+        pairs = zip(self.requests, (reading.continuations[0] for reading in found.live), strict=True)
+        anywhere = self._measurer.chat is not None
+        judged = (fault_of(request, text, anywhere=anywhere) for request, text in pairs if text is not None)
+        return tuple(fault for fault in judged if fault is not None)
 
     def keep(self, commit: str, done: Evaluation, *, who: Who) -> Noted:
         """Write scores as the note of a commit for this suite.
@@ -270,7 +281,7 @@ class Evaluator:
         forced = _FUNCTIONS[self._facts.metrics](found.facts, self._base.facts, **options)
         return (
             forced,
-            live_scores(found.live, **options),
+            live_scores(found.live, self._base.live, chat=self._measurer.chat is not None, **options),
             fluency_scores(found.texts, **options),
             drift_scores(found.documents, **options),
         )
@@ -416,8 +427,8 @@ class Bench(Result):
 
     @property
     def titles(self) -> list[str]:
-        """The columns of a table: the leading scores, what is said beside them, drift, fluency and costs."""
-        names = (*LEADING[self.settings["metrics"]], *BESIDE, "kl", "fluency")
+        """The columns of a table: the figures that come first, the leading scores, what is said beside them, fluency and costs."""
+        names = dict.fromkeys((*FIGURES, *LEADING[self.settings["metrics"]], *BESIDE, "fluency"))
         return [*(name for name in names if any(name in row.scores for row in self.rows)), *COSTS]
 
     @property

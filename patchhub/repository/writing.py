@@ -50,6 +50,7 @@ class WritingVerbs(Opened):
         on_conflict: Literal["refuse", "replace", "keep"] = "refuse",
         set: Settings = (),
         strict: bool = False,
+        all_facts: bool = False,
         force: bool = False,
         device: str | None = None,
         dtype: Type | None = None,
@@ -74,6 +75,7 @@ class WritingVerbs(Opened):
             on_conflict: when an active fact says otherwise about the same prompt and subject.
             set: settings of the editor for this commit alone: ``{"layers": [3, 4], "ridge": 200}`` or ``["layers=3-4", "ridge=200"]``.
             strict: refuse facts that compete with others for a key, before anything is optimised.
+            all_facts: refuse as soon as one fact does not hold, runs on, or is said of another subject.
             force: write what the guard refuses all the same; the commit says so.
             device, dtype, quantization: where and in which type the base is held while it is edited; None: as the config says.
             chat: read prompts as the user's messages of the base's chat template; None: as the config says.
@@ -95,7 +97,9 @@ class WritingVerbs(Opened):
         options: dict[str, Any] = {"settings": settings, "on_conflict": on_conflict, "strict": strict, "memory": memory}
         how = as_written(text=text, method=method, keep=keeps, **options)
         with self._heard() as progress:
-            return commit(self.store, batch, who, progress, how, force=force, placement=placement, chat=chat)
+            return commit(
+                self.store, batch, who, progress, how, force=force, all_facts=all_facts, placement=placement, chat=chat
+            )
 
     @verb
     def update(
@@ -108,6 +112,7 @@ class WritingVerbs(Opened):
         method: str | None = None,
         set: Settings = (),
         strict: bool = False,
+        all_facts: bool = False,
         force: bool = False,
         author: str | None = None,
         time: str | None = None,
@@ -119,14 +124,15 @@ class WritingVerbs(Opened):
             target: what the model shall say now.
             prompt: which of the subject's facts, where there are several.
             message: why; by default the fact, its old target and the new one.
-            method, set, strict, force: as in `commit`.
+            method, set, strict, all_facts, force: as in `commit`.
         """
         who, settings = self._who(author, time, message), self._settings(set, method)
         from patchhub.porcelain.commit import update
 
         how = as_written(method=method, settings=settings, strict=strict)
         with self._heard() as progress:
-            return update(self.store, subject, target, who, progress, how, prompt=prompt, force=force)
+            options: dict[str, Any] = {"prompt": prompt, "force": force, "all_facts": all_facts}
+            return update(self.store, subject, target, who, progress, how, **options)
 
     @verb
     def revert(

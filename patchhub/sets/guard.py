@@ -16,6 +16,7 @@ from patchhub.cache import Kind
 from patchhub.constraints import Columns
 from patchhub.delta import NEGLIGIBLE, Delta, LowRank, add, image, negative, to_dense
 from patchhub.errors import BaseError, GuardError
+from patchhub.evaluation.faults import Fault
 from patchhub.evaluation.guard import Finding, Limits, Measured, Report, Share, judge
 from patchhub.interference import misfit
 from patchhub.models.checkpoint import FLOATS, Checkpoint, open_checkpoint, widened
@@ -348,11 +349,16 @@ def _survival(repository: Store, found: Prepared, checkpoint: Checkpoint) -> dic
 
 
 PREFIX: Final = "guard."
+_SHOWN_FAULTS: Final = 3
 
 _REMEDIES: Final[Mapping[str, str]] = {
     "drift": "Write fewer facts at once, or lower the editor's clamp and learning_rate",
     "total": "Revert facts that are not needed any more, or raise guard.total",
     "own": "Check the prompts and subjects of the facts, or look for better layers with `patchhub tune`",
+    "fewest": "Check the prompts and subjects of the facts, or look for better layers with `patchhub tune`",
+    "closed": "Look at what the model writes (--json lists it), and lower the editor's clamp and learning_rate",
+    "leak": "Write fewer facts with the same prompt at once, or lower the editor's clamp and learning_rate",
+    "all": "Leave out the facts that fail, or --all",
     "earlier": "Write fewer facts at once, or take back what they compete with",
     "misfit": "Take contradicting facts back with `patchhub revert --subject`, or commit with --on-conflict replace",
     "spectrum": "Write fewer facts at once, lower the editor's clamp and learning_rate, or raise its ridge",
@@ -367,11 +373,18 @@ def limits_of(repository: Store) -> Limits:
 
 
 def decided(
-    repository: Store, measured: Measured, *, force: bool, facts: int | None = None, remedy: str | None = None
+    repository: Store,
+    measured: Measured,
+    *,
+    force: bool,
+    all_facts: bool = False,
+    facts: int | None = None,
+    remedy: str | None = None,
 ) -> dict[str, Any]:
     """What ``check`` says of a measured change: the fields ``guard``, ``forced`` and ``survival`` of docs/format.md.
 
     Args:
+        all_facts: one new fact that fails is enough to refuse it.
         facts: it may drift as much as so many new facts; None: as those that it brings.
         remedy: what to do about a refusal, where that is not a matter of how facts are written.
 
@@ -379,17 +392,24 @@ def decided(
         GuardError: a check failed and ``force`` is not set.
     """
     judged = measured if facts is None else replace(measured, facts=facts)
-    findings = judge(judged, limits_of(repository))
+    findings = judge(judged, limits_of(repository), all_facts=all_facts)
     if findings and not force:
-        raise refusal(findings, remedy)
+        raise refusal(findings, remedy, measured.spoken.faults if measured.spoken else ())
     return Report(measured, tuple(finding.words for finding in findings), force).to_json()
 
 
-def refusal(findings: Sequence[Finding], remedy: str | None = None) -> GuardError:
+def refusal(findings: Sequence[Finding], remedy: str | None = None, faults: Sequence[Fault] = ()) -> GuardError:
     """The error that says what failed, what the limits are and what to do: ``remedy``, or what helps where facts are written."""
-    listed = "; ".join(f"{found.words} ({PREFIX}{found.check} is {found.limit:g})" for found in findings)
+    listed = "; ".join(f"{found.words} ({_limit(found)})" for found in findings)
+    shown = "".join(f"; {fault.prompt!r} is followed by {fault.continuation!r}" for fault in faults[:_SHOWN_FAULTS])
     return GuardError(
-        f"the guard refused this change: {listed}",
+        f"the guard refused this change: {listed}{shown}",
         remedy=f"{remedy or _REMEDIES[findings[0].check]}; --force writes it all the same. Nothing was committed.",
         findings=[asdict(found) for found in findings],
+        faults=[fault.to_json() for fault in faults],
     )
+
+
+def _limit(found: Finding) -> str:
+    """Which limit a finding is held against."""
+    return "--all" if found.check == "all" else f"{PREFIX}{found.check} is {found.limit:g}"

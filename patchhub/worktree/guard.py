@@ -1,53 +1,97 @@
-"""What the guard asks of the model: do the new facts hold, do earlier ones still, and how far has running text drifted.
+"""What the guard asks of the model: do the new facts hold and read right, do others say them now, do earlier ones still hold, and how far
+has running text drifted.
 
 The work is bounded by counting tokens, not by the clock, so the same commit is always measured in the same way."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from math import isfinite
 from sys import float_info
 from typing import Final
 
-from patchhub.editing.locate import encode_prompts
-from patchhub.errors import EditError
-from patchhub.evaluation.drift import Drift, TextReading, drift, leading, read_text, room
-from patchhub.evaluation.guard import Drifted, Measured, Report, Share, is_guessing
+import torch
+import transformers
+from safetensors.torch import load, save
+
+from patchhub.cache import Kind
+from patchhub.editing.locate import encode_prompts, encode_targets
+from patchhub.errors import EditError, SettingsError
+from patchhub.evaluation.drift import (
+    Drift,
+    Head,
+    TextReading,
+    drift,
+    from_states,
+    leading,
+    part_of,
+    read_text,
+    room,
+    vocabulary_of,
+)
+from patchhub.evaluation.faults import Fault
+from patchhub.evaluation.guard import Drifted, Measured, Report, Share, Spoken, is_guessing, worst
+from patchhub.evaluation.live import continue_within, room_after
 from patchhub.evaluation.metrics import score_targets
-from patchhub.objects import SLOT, Metric, Request
+from patchhub.evaluation.spoken import Sibling, closed, fault_of, leaks, said, siblings_of, spread
+from patchhub.models.placement import is_quantised
+from patchhub.objects import SLOT, Metric, Request, Text
 from patchhub.progress import Progress
 from patchhub.runtime.patched_model import PatchState, switch
 from patchhub.sets.columns import weight_shapes
-from patchhub.sets.elements import active_requests
+from patchhub.sets.elements import Place, active_requests
 from patchhub.sets.guard import Prepared, from_vectors, most_moved
 from patchhub.store.store import Store
+from patchhub.text.tokens import Chat, chat_of
 from patchhub.worktree.metric import held_documents
 from patchhub.worktree.opening import Worktree, open_worktree
 from patchhub.worktree.states import MODES, checked_mode, patch_state, read_routing, state_at
 
-_POSITIONS: Final = (32, 1024)
+KIND: Final = Kind("base_text", ".safetensors", limit=1 << 28)
+"""What the base's head is given on held text."""
+
+_POSITIONS: Final = (32, 2048)
+_AHEAD: Final = 8  # so many times the positions of this commit are read of the base at once, for later ones to find
 _EARLIER: Final = (8, 200)
-_TWO_SECONDS: Final = 7e10  # multiply-adds of one processor core
-_TOKENS_PER_FACT: Final = 40  # a tenth of what writing one fact reads, counting backward passes
-_TOKENS_PER_NEW: Final = 12  # its prompt and target
-_TOKENS_PER_EARLIER: Final = 16  # the same, and a second reading of those that do not hold
+_SIBLINGS: Final = (8, 400)
+_CHATS: Final = (4, 100)
+_TWO_SECONDS: Final = 1e11  # multiply-adds of one processor core
+_PER_FACT_AND_BLOCK: Final = 4  # tokens: a tenth of what writing one fact reads, counting backward passes
+_PER_FACT: Final = 40  # the same of a shallow model
+_TOKENS_PER_NEW: Final = 32  # its prompt and target, and once more with what follows
+_TOKENS_PER_EARLIER: Final = 16  # its prompt and target, and a second reading of those that do not hold
+_TOKENS_PER_SIBLING: Final = 16  # its prompt and the beginning of an answer
+_TOKENS_PER_CHAT: Final = 64  # the template, the prompt and an answer
+_LONGEST: Final = 24  # tokens of a sibling's answer
+_FOLLOWING: Final = 4  # tokens after a target, by which it is judged whether the word has ended
+_ANSWERING: Final = 12  # tokens of an answer in a chat beside the target
 
 
 @dataclass(frozen=True)
 class Budget:
-    """How many positions of held text and how many earlier facts are read at most."""
+    """How many positions of held text, earlier facts, siblings, and facts in a chat are read at most."""
 
     positions: int = _POSITIONS[1]
     earlier: int = _EARLIER[1]
+    siblings: int = _SIBLINGS[1]
+    chats: int = _CHATS[1]
 
     @classmethod
-    def of_commit(cls, facts: int, parameters: int) -> Budget:
-        """About a tenth of a commit's work, or two seconds' on one core, whichever is more; both numbers within bounds."""
-        tokens = max(_TWO_SECONDS / parameters, _TOKENS_PER_FACT * facts)
-        positions = _within(tokens / 6, _POSITIONS)  # read three times: by the base, before and after
-        left = tokens - 3 * positions - _TOKENS_PER_NEW * facts
-        return cls(positions, _within(left / _TOKENS_PER_EARLIER, _EARLIER))
+    def of_commit(cls, facts: int, parameters: int, blocks: int = 0) -> Budget:
+        """About a tenth of a commit's work, or two seconds' on one core, whichever is more; all numbers within bounds."""
+        tokens = max(_TWO_SECONDS / parameters, max(_PER_FACT, _PER_FACT_AND_BLOCK * blocks) * facts)
+        positions = _within(
+            0.4 * tokens, _POSITIONS
+        )  # of the same tokens for small batches, so that the parent's drift is known
+        left = (tokens - positions - _TOKENS_PER_NEW * facts) / 3
+        return cls(
+            positions,
+            _within(left / _TOKENS_PER_EARLIER, _EARLIER),
+            _within(left / _TOKENS_PER_SIBLING, (min(_SIBLINGS[0] + facts // 2, _SIBLINGS[1]), _SIBLINGS[1])),
+            _within(left / _TOKENS_PER_CHAT, _CHATS),
+        )
 
 
 def ask_model(
@@ -77,7 +121,8 @@ def ask_model(
         progress.close()
         return measured
     progress.stage("checking", 0)
-    budget = Budget.of_commit(len(written) if facts is None else facts, tree.model.num_parameters())
+    number = len(written) if facts is None else facts
+    budget = Budget.of_commit(number, tree.model.num_parameters(), len(tree.stack.blocks))
     return from_model(repository, tree, found, written, budget)
 
 
@@ -93,29 +138,38 @@ def from_model(
     Raises:
         EditError: the edited model's logits are not numbers.
     """
-    earlier = _earlier(repository, found, requests)
+    texts = active_requests(repository, found.elements)
+    earlier = _earlier(repository, found, texts, requests)
     parent = found.commit.parents[0] if found.commit.parents else None
-    before = state_at(repository, parent or "base")
+    before, after = state_at(repository, parent or "base"), _state_after(repository, found)
+    known = _recorded_drift(repository, parent)
+    if known is not None and budget.positions <= 2 * known.positions <= 4 * budget.positions:
+        budget = replace(
+            budget, positions=known.positions
+        )  # so that what was measured of the parent need not be measured again
     text = _read_base(repository, tree, budget)
-    drifted_before = _recorded_drift(repository, parent, text.positions)
+    drifted_before = 0.0 if parent is None else known.kl if known and known.positions == text.positions else None
     if drifted_before is None:
         _put(tree, before)
         drifted_before = drift(tree.model, text).kl
-    _put(tree, _state_after(repository, found))
+    _put(tree, after)
     drifted = _finite(drift(tree.model, text))
     own = _holding(tree, requests)
     read = earlier[: budget.earlier]
     failing = [request for request, holds in zip(read, _holding(tree, read), strict=True) if not holds]
-    lost = 0
-    if failing:
+    heard = _listen(tree, requests, texts.values(), budget)
+    lost, then = 0, dict[str, str]()
+    if failing or heard.doubtful:
         _put(tree, before)
         lost = sum(_holding(tree, failing))
-        _put(tree, _state_after(repository, found))
-    guessing = is_guessing(text.perplexity, text.logprobs[0].shape[1])
+        then = _continuations(tree, heard.doubtful, tree.chat)
+        _put(tree, after)
+    guessing = is_guessing(text.perplexity, text.vocabulary)
     return replace(
         from_vectors(repository, found),
         facts=len(requests),
         own=Share(sum(own), len(own)),
+        spoken=heard.judged(then) if requests else None,
         earlier=Share(lost, len(read) - len(failing) + lost),
         active=len(earlier),
         drift=Drifted(drifted_before, drifted.kl, drifted.perplexity_ratio, drifted.positions, guessing),
@@ -123,22 +177,157 @@ def from_model(
     )
 
 
-def _earlier(repository: Store, found: Prepared, requests: Sequence[Request]) -> list[Request]:
+@dataclass(frozen=True, eq=False)
+class _Heard:
+    """What the changed model writes.
+
+    Attributes:
+        requests: the new facts that leave room for an answer.
+        texts: what follows each prompt that was read, in the form in which the facts are asked.
+        siblings: those that were read.
+        targets: of all new facts.
+        doubtful: how many tokens to write after each sibling that would leak if the state before does not say the same.
+        answers: what follows some of the facts in the base's chat form, by prompt.
+        anywhere: the texts are answers in a chat.
+    """
+
+    requests: Sequence[Request]
+    texts: Mapping[str, str]
+    siblings: Sequence[Sibling]
+    targets: frozenset[str]
+    doubtful: Mapping[str, int]
+    answers: Mapping[str, str]
+    anywhere: bool
+
+    def judged(self, before: Mapping[str, str]) -> Spoken:
+        """What the guard keeps of it.
+
+        Args:
+            before: what the state before writes after the doubtful siblings.
+        """
+        found = _judged(self.requests, self.texts, anywhere=self.anywhere)
+        leaking = [fault for sibling in self.siblings if (fault := self._leak(sibling, before))]
+        asked = [request for request in self.requests if request.text in self.answers]
+        return replace(
+            found,
+            leak=Share(len(leaking), len(self.siblings)) if self.siblings else None,
+            faults=worst([*found.faults, *leaking]),
+            chat=_judged(asked, self.answers, anywhere=True) if asked else None,
+        )
+
+    def _leak(self, sibling: Sibling, before: Mapping[str, str]) -> Fault | None:
+        if sibling.prompt not in self.doubtful:
+            return None
+        now = self.texts[sibling.prompt]
+        target = leaks(sibling, now, before.get(sibling.prompt, ""), self.targets)
+        if target is None:
+            return None
+        request = next((request.id for request in self.requests if request.text == sibling.prompt), None)
+        return Fault("leak", request, sibling.prompt, target, now)
+
+
+def _judged(requests: Sequence[Request], texts: Mapping[str, str], *, anywhere: bool) -> Spoken:
+    pairs = [(request, texts[request.text]) for request in requests]
+    return Spoken(
+        Share(sum(said(text, request.target_new, anywhere=anywhere) for request, text in pairs), len(pairs)),
+        Share(sum(closed(text, request.target_new, anywhere=anywhere) for request, text in pairs), len(pairs)),
+        faults=worst(fault for request, text in pairs if (fault := fault_of(request, text, anywhere=anywhere))),
+    )
+
+
+def _listen(tree: Worktree, requests: Sequence[Request], active: Iterable[Request], budget: Budget) -> _Heard:
+    """Let the model, which is in the state to be judged, write after the new facts' prompts and their siblings'."""
+    lengths = _target_lengths(tree, requests)
+    longest = max(lengths.values(), default=0)
+    more = _FOLLOWING if tree.chat is None else _ANSWERING
+    found, own = siblings_of(requests, active), {request.text for request in requests}
+    near = [sibling for siblings in found for sibling in siblings if sibling.prompt in own]  # these are read anyway
+    near += spread([[one for one in siblings if one.prompt not in own] for siblings in found], budget.siblings)
+    # A sibling is judged by its beginning, which is no longer than the targets are; one very long target must not make all others dear.
+    asked = {sibling.prompt: min(longest, _LONGEST) + (0 if tree.chat is None else more) for sibling in near}
+    for request in requests:
+        asked[request.text] = max(asked.get(request.text, 0), lengths[request.text] + more)
+    texts = _continuations(tree, asked, tree.chat)
+    heard = [request for request in requests if request.text in texts]
+    siblings = [sibling for sibling in near if sibling.prompt in texts]
+    targets = frozenset(request.target_new for request in requests)
+    doubtful = {s.prompt: asked[s.prompt] for s in siblings if leaks(s, texts[s.prompt], "", targets)}
+    chat, answers = _other_form(tree), dict[str, str]()
+    if chat is not None:
+        questions = {request.text: lengths[request.text] + _ANSWERING for request in requests[: budget.chats]}
+        answers = _continuations(tree, questions, chat)
+    return _Heard(heard, texts, siblings, targets, doubtful, answers, tree.chat is not None)
+
+
+def _other_form(tree: Worktree) -> Chat | None:
+    """The base's chat form where facts are asked outside it; None where they are asked in it, or there is none."""
+    if tree.chat is None:
+        with suppress(SettingsError):
+            return chat_of(tree.tokenizer)
+    return None
+
+
+def _target_lengths(tree: Worktree, requests: Sequence[Request]) -> dict[str, int]:
+    """By prompt, the tokens of the longest target that is asked for there."""
+    lengths: dict[str, int] = {}
+    encoded = encode_targets(tree.tokenizer, [(r.text, r.target_new) for r in requests], chat=tree.chat)
+    for request, text in zip(requests, encoded, strict=True):
+        start, stop = text.target
+        lengths[request.text] = max(lengths.get(request.text, 0), stop - start)
+    return lengths
+
+
+def _continuations(tree: Worktree, asked: Mapping[str, int], chat: Chat | None) -> dict[str, str]:
+    """What the model writes after each prompt, greedily, up to so many tokens; those without room are left out."""
+    if not asked:
+        return {}
+    room = room_after(tree.model, tree.tokenizer, list(asked), max(asked.values()), chat=chat)
+    fitting = {prompt: tokens for prompt, tokens in asked.items() if room[prompt] >= tokens > 0}
+    return continue_within(tree.model, tree.tokenizer, fitting, chat=chat)
+
+
+def _earlier(
+    repository: Store, found: Prepared, texts: Mapping[Place, Request], requests: Sequence[Request]
+) -> list[Request]:
     """The facts of before that stay and that no new one contradicts, those first that the change moves most."""
     own, told = {request.id for request in requests}, {(request.prompt, request.subject) for request in requests}
-    texts = active_requests(repository, found.elements)
     places = {place for place, r in texts.items() if r.id not in own and (r.prompt, r.subject) not in told}
     return list({texts[place].id: texts[place] for place in most_moved(repository, found, places)}.values())
 
 
 def _read_base(repository: Store, tree: Worktree, budget: Budget) -> TextReading:
-    """The base's predictions on held text; the model is left as the base."""
+    """The base's predictions on held text, as many of them as the budget allows; the model is left as the base.
+
+    What its head is given is kept in the cache, so that only the first commit of a repository reads the base.
+    """
     _put(tree, patch_state(repository, {}, None))
     pinned = repository.config.recording
     metric = Metric.from_json(repository.objects.get(pinned.metric)) if pinned else None
     documents = held_documents(repository, metric, tree.stack, tree.tokenizer)
-    vocabulary = tree.model.config.get_text_config().vocab_size
-    return read_text(tree.model, leading(documents, min(budget.positions, room(vocabulary))))
+    head = Head.of(tree.model)
+    if head is None:
+        return read_text(tree.model, leading(documents, min(budget.positions, room(vocabulary_of(tree.model)))))
+    slot = repository.cache.slot(
+        KIND,
+        of=repository.config.base_id,
+        text=Text(tuple(tuple(document) for document in documents)).id,
+        dtype=str(tree.model.dtype),
+        device=tree.model.device.type,
+        quantised=is_quantised(tree.model),
+        versions=[torch.__version__, transformers.__version__],
+    )
+    wanted = sum(len(document) - 1 for document in leading(documents, budget.positions))
+    for kept in slot.contents():
+        stored = load(kept)
+        if len(stored["states"]) >= wanted:
+            ahead = leading(documents, len(stored["states"]))
+            whole = from_states(head, ahead, stored["states"].to(tree.model.device), float(stored["perplexity"]))
+            return part_of(whole, ahead, budget.positions)
+    ahead = leading(documents, max(budget.positions, min(_AHEAD * budget.positions, _POSITIONS[1])))
+    whole = read_text(tree.model, ahead)
+    perplexity = torch.tensor(whole.perplexity, dtype=torch.float64)
+    slot.keep([save({"states": torch.cat(whole.parts).cpu().contiguous(), "perplexity": perplexity})])
+    return part_of(whole, ahead, budget.positions)
 
 
 def _finite(found: Drift) -> Drift:
@@ -151,13 +340,10 @@ def _finite(found: Drift) -> Drift:
     return replace(found, perplexity_ratio=min(found.perplexity_ratio, float_info.max))
 
 
-def _recorded_drift(repository: Store, parent: str | None, positions: int) -> float | None:
-    """The drift of a commit over the same text, where the guard measured it when it was made."""
-    if parent is None:
-        return 0.0
-    report = Report.from_json(repository.commit(parent).check)
-    known = report.measured.drift if report else None
-    return known.kl if known and known.positions == positions else None
+def _recorded_drift(repository: Store, parent: str | None) -> Drifted | None:
+    """The drift of a commit, where the guard measured it when it was made."""
+    report = None if parent is None else Report.from_json(repository.commit(parent).check)
+    return report.measured.drift if report else None
 
 
 def _state_after(repository: Store, found: Prepared) -> PatchState:

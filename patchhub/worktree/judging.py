@@ -22,10 +22,12 @@ class Guarding:
     Attributes:
         force: write what fails all the same, and say so in the commit.
         check: ask the model too, where the verb does not have it in memory anyway.
+        all: refuse as soon as one new fact does not hold, runs on, or is said of another subject.
     """
 
     force: bool = False
     check: bool = False
+    all: bool = False
 
 
 GUARDED: Final = Guarding()
@@ -69,5 +71,5 @@ def judge(
                 f"{subjects} at the first token of the prompt, where the keys of all texts are alike: such an edit reaches "
                 "unrelated text; put words before the subject"
             )
-    report = decided(repository, measured, force=guarding.force, facts=facts, remedy=remedy)
+    report = decided(repository, measured, force=guarding.force, all_facts=guarding.all, facts=facts, remedy=remedy)
     return replace(commit, check={**commit.check, **report})

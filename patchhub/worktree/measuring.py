@@ -19,8 +19,9 @@ from patchhub.canonical import canonical_json, object_id
 from patchhub.editing.locate import encode_targets
 from patchhub.evaluation import drift, suites
 from patchhub.evaluation.drift import DocumentDrift, TextReading
-from patchhub.evaluation.live import LiveReading, continue_greedily, live_prompts, room_after, sample_continuations
+from patchhub.evaluation.live import LiveReading, continue_within, live_prompts, room_after, sample_continuations
 from patchhub.evaluation.metrics import TargetScore, score_targets
+from patchhub.evaluation.spoken import Sibling, negated, siblings_of
 from patchhub.evaluation.suites import FactReading
 from patchhub.models.architectures import read_config
 from patchhub.models.placement import Placement, chosen_dtype, name_of
@@ -77,6 +78,8 @@ CONTEXTS: Final = ("It had rained all morning, and when we came home the house w
 """What stands before the prompt in live decoding, on purpose none of the contexts that the editors optimise in."""
 NEW_TOKENS: Final = 20
 """Tokens that live decoding writes; more where a target is longer."""
+SHORT_TOKENS: Final = 8
+"""Tokens that are written after prompts of which only the beginning of the answer is judged; a multiple where a target is longer."""
 FLUENCY_FACTS: Final = 100
 FLUENCY_TOKENS: Final = 100
 FLUENCY_TOP_K: Final = 5
@@ -150,7 +153,10 @@ class Measurer:
         self._open: tuple[str, Worktree] | None = None
         self._base_text: TextReading | None = None
         self._tokenizer_id = object_id(self.tokenizer.backend_tokenizer.to_str().encode("utf-8"))
-        self.new_tokens = max(NEW_TOKENS, 1 + _longest_target(self.tokenizer, questions.requests, self.chat))
+        longest = _longest_target(self.tokenizer, questions.requests, self.chat)
+        self.new_tokens = max(NEW_TOKENS, 1 + longest)
+        self.siblings: list[list[Sibling]] = siblings_of(questions.requests)
+        self._short_tokens = self.new_tokens if self.chat else SHORT_TOKENS * (1 + longest // SHORT_TOKENS)
         self.documents = self._documents()
 
     @property
@@ -202,24 +208,49 @@ class Measurer:
         return suites.readings(requests, scores)
 
     def _live(self, revision: str, results: StateResults) -> list[LiveReading]:
+        """What is written after every request's prompts, and after those of its siblings, of which the beginning is enough."""
         requests, contexts = self.questions.requests, self.questions.contexts
-        prompts = [prompt for request in requests for prompt in live_prompts(request, contexts)]
+        own = [live_prompts(request, contexts) for request in requests]
+        whole = [
+            prompt
+            for request, prompts in zip(requests, own, strict=True)
+            for prompt in (*prompts, *request.paraphrases)
+        ]
+        denied = [negated(request.text) for request in requests]
+        near = [sibling.prompt for siblings in self.siblings for sibling in siblings]
+        short = [*near, *(prompt for prompt in denied if prompt is not None)]
+        label = f"live decoding {_short(revision)}"
+        written = self._continuations(label, revision, results, whole, self.new_tokens)
+        begun = self._continuations(label, revision, results, short, self._short_tokens)
+        return [
+            LiveReading(
+                request.id,
+                request.target_new,
+                tuple(written[prompt] for prompt in prompts),
+                tuple(written[prompt] for prompt in request.paraphrases),
+                None if denial is None else begun[denial],
+                tuple((sibling, begun[sibling.prompt]) for sibling in siblings),
+            )
+            for request, prompts, denial, siblings in zip(requests, own, denied, self.siblings, strict=True)
+        ]
+
+    def _continuations(
+        self, label: str, revision: str, results: StateResults, prompts: Sequence[str], new_tokens: int
+    ) -> dict[str, str | None]:
+        """What a revision writes after each prompt; None where there is no room for so many tokens."""
+        unique = list(dict.fromkeys(prompts))
 
         def key(prompt: str) -> str:
-            return item_key("greedy", prompt=prompt, new_tokens=self.new_tokens, **self.asking)
+            return item_key("greedy", prompt=prompt, new_tokens=new_tokens, **self.asking)
 
         def ask(missing: list[str]) -> list[Any]:
             model = self._model(revision)
-            room = room_after(model, self.tokenizer, missing, self.new_tokens, chat=self.chat)
-            fitting = [prompt for prompt in missing if room[prompt] == self.new_tokens]
-            texts = continue_greedily(model, self.tokenizer, fitting, chat=self.chat, max_new_tokens=self.new_tokens)
-            written = dict(zip(fitting, texts, strict=True))
+            room = room_after(model, self.tokenizer, missing, new_tokens, chat=self.chat)
+            fitting = {prompt: new_tokens for prompt in missing if room[prompt] == new_tokens}
+            written = continue_within(model, self.tokenizer, fitting, chat=self.chat)
             return [written.get(prompt) for prompt in missing]
 
-        found = self._answers(f"live decoding {_short(revision)}", results, prompts, key, ask)
-        size = 1 + len(contexts)
-        rows = [tuple(found[start : start + size]) for start in range(0, len(found), size)]
-        return [LiveReading(request.id, request.target_new, row) for request, row in zip(requests, rows, strict=True)]
+        return dict(zip(unique, self._answers(label, results, unique, key, ask), strict=True))
 
     def _texts(self, revision: str, results: StateResults) -> list[str | None]:
         asked = [request.text for request in self.questions.requests[: self.questions.fluency_facts]]

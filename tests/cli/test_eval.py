@@ -48,6 +48,18 @@ def test_scores_rise_with_the_edit_and_every_one_is_explained(run: Run, suite: s
         assert title in screen
 
 
+def test_six_figures_and_the_summary_come_first_and_fit_into_80_columns(run: Run, suite: str) -> None:
+    scores = report(run, "--suite", suite)["scores"]
+    head = run("eval", "--suite", suite).stdout.splitlines()[1:4]
+    assert head[0].split() == ["live", "efficacy", "paraphrase", "closure", "leak", "perplexity", "KL", "S"]
+    assert max(map(len, head)) <= 80
+    names = ("live_efficacy", "live_paraphrase", "closure", "leak", "perplexity_ratio", "kl", "S")
+    assert [float(cell) for cell in head[1].split()] == pytest.approx([scores[n]["value"] for n in names], abs=5e-3)
+    assert head[2].split()[0] == "base"
+    assert scores["leak"]["base"] == 0.0
+    assert scores["closure"]["value"] <= scores["live_efficacy"]["value"]
+
+
 def test_the_notes_are_shown_by_the_verbs_that_look(run: Run, suite: str) -> None:
     assert "Scores:" not in run("log").stdout
     value = report(run, "--suite", suite)["scores"]["S"]["value"]

@@ -73,3 +73,38 @@ def test_limits_are_settings(run: Run, more: str) -> None:
     run("config", "guard.drift", "0.00001")
     run("commit", more, "-m", "three more", code=10)
     run("config", "guard.drift", "-1", code=2)
+
+
+def test_what_does_not_read_right_is_named_by_commit_show_and_json(run: Run, store: Path) -> None:
+    """Two facts with the same prompt and subject cannot both be said."""
+    one, two = FACTS[10], {**FACTS[10], "target_new": FACTS[11]["target_new"]}
+    (store / "both.json").write_text(json.dumps([one, *FACTS[11:13]]), encoding="utf-8")
+    run("commit", str(store / "both.json"), "-m", "three")
+    (store / "other.json").write_text(json.dumps([two, FACTS[13]]), encoding="utf-8")
+    told = run("commit", str(store / "other.json"), "-m", "two", "--on-conflict", "keep", "--json", "--force").stdout
+    faults = json.loads(told)["faults"]
+    assert all(fault["why"] in ("not said", "runs on", "leak") and fault["prompt"] for fault in faults)
+    check = json.loads(run("show", "--json").stdout)["check"]["guard"]["spoken"]
+    assert check["faults"] == faults
+    assert check["said"]["of"] == check["closed"]["of"] == 2
+    failing = {fault["prompt"] for fault in faults if fault["why"] != "leak"}
+    assert len(failing) == 2 - check["closed"]["count"]
+    shown = run("show").stdout
+    assert "written freely" in shown
+    for fault in faults[:8]:
+        assert f"{fault['prompt']!r} is followed by" in shown
+
+
+def test_under_all_one_leak_is_enough_to_refuse(run: Run, store: Path) -> None:
+    """A limit that any leak breaks, and `--all`, refuse the same commit, and the refusal says what the model wrote."""
+    facts = json.dumps([{**fact, "target_new": FACTS[10]["target_new"]} for fact in FACTS[10:13]])
+    (store / "alike.json").write_text(facts, encoding="utf-8")
+    done = json.loads(run("commit", str(store / "alike.json"), "-m", "three", "--json").stdout)
+    run("undo")
+    if done["faults"]:
+        refused = run("commit", str(store / "alike.json"), "-m", "three", "--all", "--json", code=10)
+        error = json.loads(refused.stderr.splitlines()[-1])["error"]["facts"]
+        assert error["findings"][-1]["check"] == "all"
+        assert error["faults"] == done["faults"]
+    else:
+        run("commit", str(store / "alike.json"), "-m", "three", "--all")

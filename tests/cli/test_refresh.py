@@ -185,7 +185,7 @@ def test_facts_of_a_chat_are_asked_in_it(tmp_path: Path) -> None:
     for number, facts in enumerate((FACTS[:1], FACTS[5:10])):
         file = tmp_path / f"{number}.json"
         file.write_text(json.dumps(facts), encoding="utf-8")
-        invoke(tmp_path, "commit", str(file), "-m", "in a chat", "--chat", *by)
+        invoke(tmp_path, "commit", str(file), "-m", "in a chat", "--chat", "--force", *by)  # that few hold is the point
     invoke(tmp_path, "revert", "HEAD~1", *by)
     invoke(tmp_path, "refresh", *by)
     tokenizer = AutoTokenizer.from_pretrained(model)

@@ -63,9 +63,11 @@ def test_contexts_are_scored_apart_from_the_bare_prompt():
         "exact_in_context": 0.5,
         "contained": 1.0,
         "contained_in_context": 0.75,
+        "live_efficacy": 0.5,
+        "closure": 0.5,
     }
     bare = live_scores([LiveReading("1", "Paris", (" Paris",))]).estimates
-    assert set(bare) == {"exact", "contained"}
+    assert set(bare) == {"exact", "contained", "live_efficacy", "closure"}
 
 
 def test_the_context_stands_before_the_prompt(learned_model_and_tokenizer):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from patchhub.evaluation.definitions import (
     BESIDE,
     DEFINITIONS,
+    FIGURES,
     GENERALITY,
     GROUPS,
     LEADING,
@@ -14,14 +15,23 @@ from patchhub.evaluation.definitions import (
 )
 from patchhub.evaluation.drift import DocumentDrift, drift_scores, fluency_scores
 from patchhub.evaluation.live import LiveReading, live_scores
+from patchhub.evaluation.spoken import Sibling
 from patchhub.evaluation.suites import counterfact_scores, wise_scores, zsre_scores
 from tests.evaluation.test_suites import FACTS
 
+WRITTEN = LiveReading(
+    "1",
+    "Paris",
+    (" Paris", " Paris"),
+    (" Paris",),
+    " Rome",
+    ((Sibling("The capital of Spain is", frozenset()), " Rome"),),
+)
 EVERY = {
     "counterfact": counterfact_scores(FACTS, FACTS),
     "zsre": zsre_scores(FACTS, FACTS),
     "wise": wise_scores(FACTS, FACTS),
-    "live": live_scores([LiveReading("1", "Paris", (" Paris", " Paris"))]),
+    "live": live_scores([WRITTEN], [WRITTEN], chat=True),
     "fluency": fluency_scores(["a b c"]),
     "drift": drift_scores([DocumentDrift(0.1, 0.1, 3)]),
 }
@@ -34,7 +44,7 @@ def test_definitions_are_of_the_scores_and_of_nothing_else():
 
 def test_what_stands_for_a_suite_is_measured():
     shared = {name for suite in ("live", "fluency", "drift") for name in EVERY[suite].estimates}
-    assert set(BESIDE) <= shared
+    assert {*BESIDE, *FIGURES} <= shared
     for suite in SUITES:
         found = set(EVERY[suite].estimates)
         assert set(LEADING[suite]) <= found

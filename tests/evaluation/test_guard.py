@@ -12,11 +12,28 @@ from hypothesis import strategies as st
 
 from patchhub.canonical import canonical_json
 from patchhub.cli.options import guard_lines
-from patchhub.evaluation.guard import Drifted, Limits, Measured, Report, Share, is_guessing, judge
+from patchhub.evaluation.faults import Fault
+from patchhub.evaluation.guard import (
+    KEPT_FAULTS,
+    Drifted,
+    Limits,
+    Measured,
+    Report,
+    Share,
+    Spoken,
+    is_guessing,
+    judge,
+    worst,
+)
 
+FAULT = Fault("runs on", None, "The capital of Kazakhstan is", "Astana", " Astanaq.")
+SPOKEN = Spoken(
+    Share(84, 100), Share(80, 100), Share(4, 100), (FAULT,), Spoken(Share(50, 100), Share(40, 100), faults=(FAULT,))
+)
 HEALTHY = Measured(
     facts=100,
     own=Share(84, 100),
+    spoken=SPOKEN,
     earlier=Share(8, 80),
     active=100,
     unmet=Share(1, 100),
@@ -56,6 +73,9 @@ def test_a_healthy_change_passes() -> None:
     ("check", "broken"),
     [
         ("own", {"own": Share(3, 100)}),
+        ("fewest", {"own": Share(0, 3)}),
+        ("closed", {"spoken": replace(SPOKEN, closed=Share(0, 100))}),
+        ("leak", {"spoken": replace(SPOKEN, leak=Share(60, 100))}),
         ("earlier", {"earlier": Share(70, 100)}),
         ("earlier", {"crushed": Share(70, 100)}),
         ("misfit", {"unmet": Share(90, 100)}),
@@ -76,7 +96,8 @@ def test_a_change_that_leads_back_to_the_base_is_not_held_against_the_whole_way(
 
 
 def test_few_facts_are_excused_by_chance_and_may_drift_less() -> None:
-    assert failed(Measured(facts=3, own=Share(0, 3), unmet=Share(3, 3), earlier=Share(3, 3))) == []
+    few = Spoken(Share(0, 3), Share(0, 3), Share(3, 6))
+    assert failed(Measured(facts=3, own=Share(1, 3), spoken=few, unmet=Share(3, 3), earlier=Share(3, 3))) == []
     assert failed(Measured(facts=30, own=Share(0, 30))) == ["own"]
     drifted = Drifted(0.0, 0.3, 1.3, 800)
     assert failed(Measured(facts=1, drift=drifted)) == ["drift"]
@@ -106,6 +127,44 @@ def test_uniform_predictions_are_guessing_and_sure_ones_are_not() -> None:
     assert not is_guessing(57.0, 8192)
 
 
+def test_a_change_of_which_no_fact_holds_is_refused_unless_the_limits_allow_it() -> None:
+    none = Measured(facts=3, own=Share(0, 3))
+    assert failed(none) == ["fewest"]
+    assert failed(none, Limits(fewest=0)) == []
+    assert failed(Measured(facts=3, own=Share(1, 3))) == []
+    assert failed(Measured(facts=3, own=Share(2, 3)), Limits(fewest=5)) == ["fewest"]
+    assert failed(Measured(facts=0, own=Share(0, 0))) == []
+
+
+def test_what_is_said_in_a_chat_beside_is_not_judged() -> None:
+    silent = Spoken(Share(0, 100), Share(0, 100))
+    assert failed(replace(HEALTHY, spoken=replace(SPOKEN, chat=silent))) == []
+
+
+@pytest.mark.parametrize(
+    ("own", "spoken"),
+    [
+        (Share(3, 4), Spoken(Share(4, 4), Share(4, 4))),
+        (Share(4, 4), Spoken(Share(4, 4), Share(3, 4))),
+        (Share(4, 4), Spoken(Share(4, 4), Share(4, 4), Share(1, 9))),
+    ],
+)
+def test_where_all_facts_must_read_right_one_fault_is_enough(own: Share, spoken: Spoken) -> None:
+    found = Measured(facts=4, own=own, spoken=spoken)
+    assert failed(found) == []
+    assert [finding.check for finding in judge(found, LIMITS, all_facts=True)] == ["all"]
+    right = Measured(facts=4, own=Share(4, 4), spoken=Spoken(Share(4, 4), Share(4, 4), Share(0, 9)))
+    assert judge(right, LIMITS, all_facts=True) == ()
+
+
+def test_of_many_faults_the_worst_are_kept() -> None:
+    many = [replace(FAULT, why=why) for _ in range(KEPT_FAULTS) for why in ("runs on", "leak", "not said")]
+    kept = worst(many)
+    assert len(kept) == KEPT_FAULTS
+    assert {fault.why for fault in kept} == {"not said"}
+    assert [fault.why for fault in worst(many[:3])] == ["not said", "leak", "runs on"]
+
+
 def test_limits_move_the_verdict() -> None:
     assert failed(HEALTHY, Limits(own=0.95)) == ["own"]
     assert failed(replace(HEALTHY, own=Share(3, 100)), Limits(own=0.0)) == []
@@ -127,6 +186,7 @@ def test_a_report_survives_its_json(found: Measured) -> None:
         {"guard": {"failed": [], "own": 7}},
         {"guard": {"failed": [], "x": 1}},
         {"guard": {"failed": [], "own": {"count": "many", "of": 2}}},
+        {"guard": {"failed": [], "spoken": {"said": {"count": 1, "of": 2}}}},
         {"guard": {"failed": [], "spectrum": {"w": 2}}},
         {"guard": {"failed": []}, "survival": ["w"]},
     ],

@@ -20,6 +20,7 @@ from patchhub.delta import add, to_dense
 from patchhub.editing.requests import Batch, read_requests
 from patchhub.evaluation.definitions import LEADING
 from patchhub.evaluation.drift import fluency
+from patchhub.evaluation.spoken import Sibling, siblings_of
 from patchhub.models.placement import Placement
 from patchhub.porcelain.commit import commit
 from patchhub.porcelain.measure import Facts, evaluate
@@ -146,10 +147,24 @@ def expected_scores(metrics: str, plain: Plain, base: Plain) -> dict[str, float]
     return scores
 
 
+def expected_leak(plain: Plain, base: Plain) -> float:
+    """The share of all siblings that begin with a new target, which is not theirs, where the base did not."""
+    siblings = [sibling for found in siblings_of(REQUESTS) for sibling in found]
+    targets = [request.target_new for request in REQUESTS]
+
+    def leaks(sibling: Sibling) -> bool:
+        now, before = (model.write(sibling.prompt, 8).lstrip() for model in (plain, base))
+        return any(now.startswith(t) and not before.startswith(t) and t not in sibling.own for t in targets)
+
+    return mean(map(leaks, siblings))
+
+
 def expected_live(plain: Plain, tokens: int) -> dict[str, float]:
     bare = [(plain.write(r.text, tokens), r.target_new) for r in REQUESTS]
     inside = [(plain.write(CONTEXTS[0].replace("{}", r.text), tokens), r.target_new) for r in REQUESTS]
     begins, within = r"\s*{}(?!\w)", r"(?s:.*)(?<!\w){}(?!\w)"
+    phrased = [[(plain.write(p, tokens), r.target_new) for p in r.paraphrases] for r in REQUESTS]
+    denied = [(plain.write(f"{r.text} not", 8), r.target_new) for r in REQUESTS if r.text.endswith((" is", " was"))]
 
     def share(pattern: str, rows: list[tuple[str, str]]) -> float:
         return mean(bool(re.match(pattern.format(re.escape(target)), text)) for text, target in rows)
@@ -159,6 +174,10 @@ def expected_live(plain: Plain, tokens: int) -> dict[str, float]:
         "exact_in_context": share(begins, inside),
         "contained": share(within, bare),
         "contained_in_context": share(within, inside),
+        "live_efficacy": share(r"\s*{}", bare),
+        "live_paraphrase": mean(share(r"\s*{}", rows) for rows in phrased),
+        "closure": share(r"\s*{}(?:\s|$|[.,;:!?](?!\w))", bare),
+        "negation": 1.0 - share(r"\s*{}", denied),
     }
 
 
@@ -188,6 +207,7 @@ def beside(repository: Store, models: tuple[Plain, Plain]) -> dict[str, float]:
     assert all(text.startswith(request.text) for text, request in zip(texts, REQUESTS, strict=True))
     return {
         **expected_live(models[0], measurer.new_tokens),
+        "leak": expected_leak(*models),
         **expected_drift(*models, measurer.documents),
         "fluency": mean(fluency(text) for text in texts),
     }

@@ -12,7 +12,7 @@ import pytest
 
 from patchhub.editing.requests import Batch, Origin
 from patchhub.errors import GuardError
-from patchhub.evaluation.guard import Report
+from patchhub.evaluation.guard import Report, Share
 from patchhub.objects import Request
 from patchhub.porcelain.change import revert
 from patchhub.porcelain.commit import Committed, Writing, commit
@@ -186,6 +186,46 @@ def test_a_revert_asks_the_model_when_it_is_told_to(repository: Store) -> None:
 def test_larger_models_and_smaller_batches_get_smaller_budgets() -> None:
     tiny, small, large = (Budget.of_commit(1, size) for size in (10**6, 10**8, 10**10))
     assert tiny == Budget()
-    assert tiny.positions > small.positions > large.positions > 0
-    assert tiny.earlier > small.earlier >= large.earlier > 0
-    assert Budget.of_commit(1000, 10**10) == Budget()
+    for name in ("positions", "earlier", "siblings", "chats"):
+        sizes = [getattr(budget, name) for budget in (tiny, small, large)]
+        assert sizes == sorted(sizes, reverse=True)
+        assert sizes[-1] > 0
+        assert getattr(Budget.of_commit(1000, 10**10, 30), name) == getattr(Budget(), name)
+    assert Budget.of_commit(50, 135 * 10**6, 30).positions >= 2000
+
+
+def test_what_the_model_writes_is_kept_and_every_fault_is_named(repository: Store) -> None:
+    done = write(repository, FACTS[6:10])
+    spoken = report_at(repository).measured.spoken
+    assert spoken is not None
+    assert spoken.said == spoken.closed == Share(4, 4)
+    assert spoken.leak is not None
+    assert spoken.leak.of >= 12
+    assert len(done.faults) == spoken.leak.count
+    assert spoken.faults == done.faults
+    assert spoken.chat is None
+
+
+def test_where_all_facts_must_hold_one_that_does_not_is_enough(repository: Store) -> None:
+    """Two facts that contradict each other cannot both hold."""
+    one = FACTS[0]
+    two = Request.make(one.prompt, one.subject, FACTS[1].target_new)
+    before = repository.refs()
+    with pytest.raises(GuardError) as caught:
+        write(repository, [two, *FACTS[6:8]], on_conflict="keep", all_facts=True)
+    assert "--all" in caught.value.message
+    assert before == repository.refs()
+    faults = caught.value.facts["faults"]
+    assert {fault["why"] for fault in faults} <= {"not said", "leak", "runs on"}
+
+
+def test_the_base_is_read_once_and_what_is_kept_of_it_gives_the_same_drift(repository: Store, tmp_path: Path) -> None:
+    cache = repository.root / "cache" / "base_text"
+    assert len(list(cache.rglob("*.safetensors"))) == 1
+    write(repository, FACTS[6:8])
+    kept = report_at(repository).measured.drift
+    assert len(list(cache.rglob("*.safetensors"))) == 1
+    revert(repository, "HEAD", Who(AUTHOR, TIME, ""))
+    shutil.rmtree(cache)
+    write(repository, FACTS[6:8])
+    assert report_at(repository).measured.drift == kept
