@@ -63,7 +63,7 @@ def test_every_verb_that_judges_a_commit_is_one_of_them() -> None:
     """Porcelain functions that end in `judge` are called in that module alone."""
     folder = Path(inspect.getfile(WritingVerbs)).parents[1]
     judging = {
-        path.stem for path in (folder / "porcelain").rglob("*.py") if " judge" in path.read_text(encoding="utf-8")
+        path.stem for path in (folder / "porcelain").rglob("*.py") if "judge(" in path.read_text(encoding="utf-8")
     }
     assert judging == {"change", "commit", "exchange", "merge", "refresh"}
     verbs = ("import commit", "import update", "import revert", "import cherry_pick", "import squash", "import refresh")
