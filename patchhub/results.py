@@ -125,7 +125,9 @@ class Result:
     def _repr_html_(self) -> str:
         """A table of the fields, for notebooks."""
         rows = [(entry.name, getattr(self, entry.name)) for entry in fields(self)]  # type: ignore[arg-type]
-        return _table((), [(name, _cell(value)) for name, value in rows if not is_dataclass(value) or not _is_long(value)])
+        return _table(
+            (), [(name, _cell(value)) for name, value in rows if not is_dataclass(value) or not _is_long(value)]
+        )
 
 
 class Rows(Sequence[Row_co]):
