@@ -13,7 +13,6 @@ from dataclasses import Field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Final, TypeVar, overload
 
-from patchhub.canonical import StoredObject
 from patchhub.objects import Request
 
 Row_co = TypeVar("Row_co", covariant=True)
@@ -22,7 +21,6 @@ _ID: Final = re.compile(r"[0-9a-f]{64}")
 _SHORT: Final = 12  # digits of an id, as everywhere
 _WIDEST: Final = 60
 _LISTED: Final = 20
-_LONG: Final = (Mapping, StoredObject)
 
 
 def told(
@@ -119,7 +117,7 @@ class Result:
     def words(self) -> str:
         """What it says in one line: its fields that are short and not empty."""
         parts = [(entry, getattr(self, entry.name)) for entry in fields(self)]  # type: ignore[arg-type]
-        return ", ".join(_part(entry, value) for entry, value in parts if value and not isinstance(value, _LONG))
+        return ", ".join(_part(entry, value) for entry, value in parts if value and not _is_long(value))
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.words()}>"
@@ -127,7 +125,9 @@ class Result:
     def _repr_html_(self) -> str:
         """A table of the fields, for notebooks."""
         rows = [(entry.name, getattr(self, entry.name)) for entry in fields(self)]  # type: ignore[arg-type]
-        return _table((), [(name, _cell(value)) for name, value in rows])
+        return _table(
+            (), [(name, _cell(value)) for name, value in rows if not is_dataclass(value) or not _is_long(value)]
+        )
 
 
 class Rows(Sequence[Row_co]):
@@ -177,10 +177,15 @@ class Rows(Sequence[Row_co]):
         return _table(titles, [[_cell(row.get(title)) for title in titles] for row in documents])
 
 
+def _is_long(value: Any) -> bool:
+    """Whether a value has no short form: a mapping, or a dataclass that is neither a result nor a fact."""
+    return isinstance(value, Mapping) or (is_dataclass(value) and not isinstance(value, Result | Request))
+
+
 def _part(entry: Field[Any], value: Any) -> str:
     """A field in words: `2 written`, `held 2`, `0123456789ab`."""
     name = entry.name.replace("_", " ")
-    if isinstance(value, tuple | list):
+    if isinstance(value, tuple | list) and len({type(item) for item in value}) == 1:
         return f"{len(value)} {name}"
     if value is True:
         return name

@@ -26,6 +26,9 @@ class Named(Result):
     message: str
     current: bool
 
+    def words(self) -> str:
+        return f"{self.name}{' (current)' if self.current else ''} {self.commit[:12]} {self.message}"
+
 
 @dataclass(frozen=True)
 class Moved(Result):
@@ -71,6 +74,9 @@ class RefEntry(Result):
     author: str
     time: str
     message: str
+
+    def words(self) -> str:
+        return f"@{{{self.ago}}} {(self.commit or 'no commit')[:12]} {self.time} {self.command}: {self.message}"
 
 
 def branches(repository: Store) -> list[Named]:

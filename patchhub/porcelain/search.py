@@ -34,6 +34,9 @@ class Found(Result):
     changes: tuple[Change, ...]
     active: bool
 
+    def words(self) -> str:
+        return f"{self.fact.words()}, {'active' if self.active else 'not active'}"
+
     @property
     def taught(self) -> Change | None:
         """The commit that first added the fact."""

@@ -123,6 +123,10 @@ class Collected(Result):
     items: tuple[Garbage, ...]
     dry_run: bool
 
+    def words(self) -> str:
+        verb = "would delete" if self.dry_run else "deleted"
+        return f"{verb} {len(self.items)} files, {self.size / 1e6:.2f} MB"
+
     @property
     def size(self) -> int:
         """Bytes in all."""

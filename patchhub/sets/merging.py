@@ -98,6 +98,10 @@ class Contradiction(Result):
     ours: tuple[Claim, ...]
     theirs: tuple[Claim, ...]
 
+    def words(self) -> str:
+        sides = [f"{', '.join(claim.target for claim in self.claims(side))} ({side})" for side in SIDES]
+        return f"{self.text} {' or '.join(sides)}"
+
     def claims(self, side: Side) -> tuple[Claim, ...]:
         return self.ours if side == "ours" else self.theirs
 

@@ -145,6 +145,11 @@ class Report(Result):
     objects: int
     size: int = field(metadata=told(name="bytes"))
 
+    def words(self) -> str:
+        found = "; ".join(finding.problem for finding in self.findings[:3])
+        verdict = "sound" if self.sound else "DAMAGED"
+        return f"{self.objects} objects, {self.size / 1e6:.1f} MB: {verdict}{f' ({found})' if found else ''}"
+
     @property
     def sound(self) -> bool:
         """Whether nothing was found but harmless things."""

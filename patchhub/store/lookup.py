@@ -41,6 +41,9 @@ class Fact(Result):
     target_new: str
     target_true: str | None
 
+    def words(self) -> str:
+        return f"{self.text} {self.target_new}"
+
     @property
     def text(self) -> str:
         """The prompt with the subject filled in."""
