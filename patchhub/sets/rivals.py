@@ -78,21 +78,17 @@ def suspects(keys: Float[np.ndarray, "n in"], preimages: Float[np.ndarray, "n in
 
 def competition(
     repository: Store,
-    weight: str,
     requests: Sequence[Request],
     keys: Float[np.ndarray, "n in"],
     preimages: Float[np.ndarray, "n in"],
     ridge: float,
-    kept: frozenset[Element],
     active: Columns,
 ) -> tuple[Rival, ...]:
     """The facts of a batch and of the active set that compete with one of the batch for a key, the largest expected loss first.
 
     Args:
-        weight: the lowest edited weight.
-        keys, preimages, ridge: of the batch's requests at that weight.
-        kept: the active set that the batch is written on.
-        active: its columns at that weight, in the set's order.
+        keys, preimages, ridge: of the batch's requests at the lowest edited weight.
+        active: the columns of the set that the batch is written on, at that weight.
     """
     batch = _without_residuals(keys, preimages, ridge, active)
     together = join([batch, active])
@@ -100,10 +96,13 @@ def competition(
     if not near:
         return ()
     names = [(request.id, request.text, request.target_new) for request in requests]
-    names += _names(repository, weight, kept)
+    names += _names(repository, active.labels)
     rivals: dict[int, dict[int, float]] = {}
+    subjects = [request.subject for request in requests]
     for left, right, cosine in near:
-        if names[left][2] != names[right][2]:
+        # Facts of one subject in a batch are written with one value: they share their key, and do not compete for it.
+        shared = right < len(requests) and subjects[left] == subjects[right]
+        if names[left][2] != names[right][2] and not shared:
             rivals.setdefault(left, {})[right] = cosine
             rivals.setdefault(right, {})[left] = cosine
     found = [_rival(row, others, together, names, len(requests)) for row, others in rivals.items()]
@@ -153,16 +152,14 @@ def _rival(
     return Rival(request, text, target, row >= new, other, other_target, others[nearest[0]], alone, beside)
 
 
-def _names(repository: Store, weight: str, kept: frozenset[Element]) -> list[tuple[str, str, str]]:
-    """Id, text and target of each column of a weight in the set's order; a name of its own where texts are withheld."""
-    weights = {patch: repository.patch(patch).weights.keys() for patch in {patch for patch, _ in kept}}
-    rows = sorted((patch, request) for patch, request in kept if request is not None and weight in weights[patch])
-    texts = active_requests(repository, rows)
+def _names(repository: Store, labels: Sequence[Element]) -> list[tuple[str, str, str]]:
+    """Id, text and target of each labelled column; a name of its own where texts are withheld."""
+    texts = active_requests(repository, labels)
     return [
-        (request, texts[patch, request].text, texts[patch, request].target_new)
-        if (patch, request) in texts
-        else (request, f"request {request[:12]}", "(withheld)")
-        for patch, request in rows
+        (str(label[1]), texts[label].text, texts[label].target_new)
+        if label in texts
+        else (str(label[1]), f"request {str(label[1])[:12]}", "(withheld)")
+        for label in labels
     ]
 
 

@@ -174,7 +174,7 @@ def _rivals(
     if not found:
         return ()
     keys, preimages = read(found, recorder.contexts)
-    return competition(repository, weight, found, keys, preimages, settings.ridge, plan.kept, active)
+    return competition(repository, found, keys, preimages, settings.ridge, active)
 
 
 def _edit(
