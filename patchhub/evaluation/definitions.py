@@ -11,7 +11,7 @@ SUITES: Final = ("counterfact", "zsre", "wise")
 """The teacher-forced suites; live decoding, fluency and drift stand beside each."""
 
 DEFINITIONS: Final[Mapping[str, str]] = {
-    "live_efficacy": "what the model writes begins with the new target (in a chat: says it)",
+    "live_efficacy": "what the model writes begins with the new target; the word may go on",
     "live_paraphrase": "the same at other phrasings",
     "closure": "it begins with the new target and the word ends there",
     "leak": "share of other subjects' prompts that now say a new target and did not before",

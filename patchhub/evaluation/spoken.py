@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
+from itertools import islice, zip_longest
 from typing import Final
 
 from patchhub.canonical import nfc
@@ -65,7 +65,7 @@ def negated(prompt: str) -> str | None:
 
 @dataclass(frozen=True)
 class Sibling:
-    """A prompt about another subject, and the answers that are its own: those of facts and of records at this prompt."""
+    """A prompt about another subject, and its own answers: those of facts and records at this prompt, and of facts about that subject."""
 
     prompt: str
     own: frozenset[str]
@@ -83,7 +83,7 @@ def siblings_of(new: Sequence[Request], others: Iterable[Request] = (), *, most:
     """
     others = list(others)
     facts = [*new, *others]
-    own = _answers(facts)
+    own, about = _answers(facts), _answers_about(facts)
     alike: dict[str, list[Request]] = {}
     for fact in facts:
         alike.setdefault(fact.prompt, []).append(fact)
@@ -92,15 +92,17 @@ def siblings_of(new: Sequence[Request], others: Iterable[Request] = (), *, most:
     found = []
     for fact in new:
         shared = [fact.text] if any(other.subject != fact.subject for other in alike[fact.prompt]) else []
-        chosen = [prompt for prompt in shared if prompt not in taken]
-        for asked, limit in (
-            (_near(fact, alike[fact.prompt]), most + len(chosen)),
-            (_filled(fact, subjects, place[fact.subject]), min(_FILLED, most)),
-        ):
-            free = (prompt for prompt in dict.fromkeys(asked) if prompt not in {*taken, *told, *chosen})
-            chosen += [prompt for prompt, _ in zip(free, range(limit - len(chosen)), strict=False)]
+        filled = {fact.prompt.replace(SLOT, other): other for other in _after(subjects, place[fact.subject])}
+        chosen = dict.fromkeys(prompt for prompt in shared if prompt not in taken)
+        for asked, limit in ((_near(fact, alike[fact.prompt]), most + len(chosen)), (filled, min(_FILLED, most))):
+            for prompt in asked:
+                if len(chosen) >= limit:
+                    break
+                if prompt not in taken and prompt not in told:
+                    chosen[prompt] = None
         taken.update(chosen)
-        found.append([Sibling(prompt, frozenset(own.get(prompt, ()))) for prompt in chosen])
+        answers = (own.get(prompt, set()) | about.get(filled.get(prompt, ""), set()) for prompt in chosen)
+        found.append([Sibling(prompt, frozenset(texts)) for prompt, texts in zip(chosen, answers, strict=True)])
     return found
 
 
@@ -144,16 +146,24 @@ def _answers(facts: Iterable[Request]) -> dict[str, set[str]]:
     return own
 
 
+def _answers_about(facts: Iterable[Request]) -> dict[str, set[str]]:
+    """What facts say of each subject, whatever they are asked."""
+    about: dict[str, set[str]] = {}
+    for fact in facts:
+        about.setdefault(fact.subject, set()).add(fact.target_new)
+    return about
+
+
 def _near(fact: Request, alike: Sequence[Request]) -> Iterator[str]:
     """The same prompt about others that have facts, and the record's neighbourhood prompts."""
     yield from (other.text for other in alike if other.subject != fact.subject)
     yield from (neighbor.prompt for neighbor in fact.neighborhood)
 
 
-def _filled(fact: Request, subjects: Sequence[str], place: int) -> Iterator[str]:
-    """The prompt about every other subject, those first that stand after its own in the list."""
-    for subject in (*subjects[place + 1 :], *subjects[:place]):
-        yield fact.prompt.replace(SLOT, subject)
+def _after(subjects: Sequence[str], place: int) -> Iterator[str]:
+    """Some subjects beside the one at a place, those first that stand after it; more than are asked, since some may be told."""
+    others = (subjects[(place + step) % len(subjects)] for step in range(1, len(subjects)))
+    return islice(others, 4 * _FILLED)
 
 
 def _goes_on(left: str, right: str) -> bool:

@@ -124,6 +124,7 @@ def test_siblings_are_the_same_prompt_about_others_and_none_is_one_twice() -> No
         "The president of Norway is",
         "The president of Acme Corp is",
     ]
+    assert [sibling.own for sibling in found[2]] == [{"Bukhara"}, {"Bergen"}, {"Ada Young"}]
 
 
 def test_few_siblings_are_shared_out_among_the_facts() -> None:

@@ -168,7 +168,15 @@ def test_in_a_chat_the_template_stands_before_a_subject(tmp_path: Path) -> None:
         for key, value in (("metric.tokens", "1500"), ("memit.layers", "1"), ("memit.steps", "2"), ("chat", "true")):
             config_set(repository, key, value)
         write(repository, [Request.make("{} is located in", "The", "Lyon")])
-        assert report_at(repository).measured.first_token == 0
+        asked = report_at(repository).measured
+        assert asked.first_token == 0
+        assert asked.spoken is not None
+        assert asked.spoken.chat is None, "the facts are asked in the chat and nowhere else"
+        write(repository, [Request.make("The {} is", "Space Needle", "Milan")], chat=False)
+        plain = report_at(repository).measured.spoken
+        assert plain is not None
+        assert plain.chat is not None
+        assert (plain.said.of, plain.chat.said.of, plain.chat.leak) == (1, 1, None)
 
 
 def test_a_revert_asks_the_model_when_it_is_told_to(repository: Store) -> None:
