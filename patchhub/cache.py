@@ -60,6 +60,10 @@ class Kind:
     version: int = 1
 
 
+METRIC: Final = Kind("metric", ".npy")
+"""Of `editing.metric`; it stands here because showing what there is must not import torch."""
+
+
 @dataclass(frozen=True)
 class Cache:
     """A folder of entries, which can be deleted at any time.

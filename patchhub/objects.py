@@ -52,6 +52,8 @@ def _number(patch: str, request: str | None) -> int:
 
 PATCH_KINDS: Final = ("closed_form", "additive", "shard")
 METRIC_KINDS: Final = ("covariance", "null_space")
+METRIC_MATRICES: Final = {"covariance": "factor", "null_space": "complement"}
+"""What the matrix is called that preimages are read from, by the kind of metric."""
 
 Element = tuple[str, str | None]
 """What is active: (patch id, request id), or (patch id, None) for a whole additive patch or shard."""

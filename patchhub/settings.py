@@ -16,6 +16,11 @@ from typing import Any, Final
 from patchhub.errors import SettingsError
 
 _KEY: Final = "setting"
+_LAYERS: Final = "ascending layers such as 3,4,5 or 3-5"
+
+
+class UnfitError(ValueError):
+    """A text that stands for no value, with words of its own."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,8 @@ class Setting:
         """
         try:
             value = self.kind.read(text)
+        except UnfitError:
+            raise
         except ValueError:
             raise ValueError(f"it must be {self.kind.words}") from None
         if not self.kind.fits(value):
@@ -76,10 +83,10 @@ def read_layers(text: str) -> list[int]:
     for part in text.split(","):
         first, _, last = part.strip().partition("-")
         if not first.isdecimal() or not (last.isdecimal() or not last):
-            raise ValueError(text)
+            raise ValueError(_LAYERS)
         layers += range(int(first), int(last or first) + 1)
     if not _ascending(layers):
-        raise ValueError(text)
+        raise ValueError(_LAYERS)
     return layers
 
 
@@ -92,7 +99,7 @@ NOT_NEGATIVE: Final = _number("a number of at least 0", lambda value: value >= 0
 SHARE: Final = _number("a number above 0, at most 1", lambda value: 0 < value <= 1)
 COUNT: Final = _whole("a whole number above 0", 1)
 INDEX: Final = _whole("a whole number of at least 0", 0)
-LAYERS: Final = Kind("ascending layers such as 3,4,5 or 3-5", read_layers, _ascending)
+LAYERS: Final = Kind(_LAYERS, read_layers, _ascending)
 TEXT: Final = Kind("text", str, lambda value: isinstance(value, str))
 WHOLE: Final = Kind("a whole number", int, lambda value: isinstance(value, int) and not isinstance(value, bool))
 

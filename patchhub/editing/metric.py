@@ -21,9 +21,10 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.linalg import solve_triangular
 
-from patchhub.cache import Cache, Kind, Slot
+from patchhub.cache import METRIC, Cache, Slot
 from patchhub.errors import EditError, SettingsError
 from patchhub.models.tracing import Stack, right_padded
+from patchhub.objects import METRIC_MATRICES
 
 _BLOCK = 1024  # rows of a factor that are in float64 at a time
 
@@ -56,7 +57,7 @@ class Covariance(Preimages):
 
     epsilon: float = 0.0
 
-    keeps: ClassVar[str] = "factor"
+    keeps: ClassVar[str] = METRIC_MATRICES["covariance"]
 
     def prepare(self, moment: Float[Tensor, "in in"], weight: str) -> Float[Tensor, "in kept"]:
         """F with C = F F^T.
@@ -98,7 +99,7 @@ class NullSpace(Preimages):
     threshold: float
     l2: float
 
-    keeps: ClassVar[str] = "complement"
+    keeps: ClassVar[str] = METRIC_MATRICES["null_space"]
 
     def prepare(self, moment: Float[Tensor, "in in"], weight: str) -> Float[Tensor, "in kept"]:
         """V with P = I - V V^T.
@@ -204,8 +205,6 @@ def weight_of(path: Path, weights: Iterable[str]) -> str:
 def _unusable(path: Path, reason: str, remedy: str) -> SettingsError:
     return SettingsError(f"{path} cannot be used as a second moment: {reason}", remedy=remedy, file=str(path))
 
-
-KIND: Final = Kind("metric", ".npy")
 
 MEMORY: Final = 8 << 30
 """Bytes that the second moments may take while they are computed, where nothing else is said."""
@@ -315,7 +314,7 @@ class MetricCache:
         return f"{weight}.{self.preimages_by.keeps}.npy"
 
     def _slot(self, weight: str) -> Slot:
-        return self.cache.slot(KIND, of=self.metric, weight=weight, matrix=self.preimages_by.keeps)
+        return self.cache.slot(METRIC, of=self.metric, weight=weight, matrix=self.preimages_by.keeps)
 
 
 def _batches(documents: Sequence[Sequence[int]]) -> list[list[Sequence[int]]]:

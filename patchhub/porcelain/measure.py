@@ -16,9 +16,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Final
 
+from patchhub.cache import METRIC
 from patchhub.canonical import canonical_json, object_id
 from patchhub.editing.editor import EDITORS
-from patchhub.editing.metric import KIND as METRIC
 from patchhub.editing.requests import Batch, Origin
 from patchhub.editing.shapes import ZSRE_FIELDS
 from patchhub.errors import EditError, RequestError, SettingsError

@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Final
 
+from patchhub.cache import METRIC
 from patchhub.canonical import FORMAT, canonical_json
 from patchhub.errors import CorruptStoreError, PatchhubError, RepositoryError, SettingsError
 from patchhub.fsio import CHUNK, os_errors, temporary_path
-from patchhub.objects import Metric
+from patchhub.objects import METRIC_MATRICES, Metric
 from patchhub.progress import Progress
 from patchhub.results import Result
 from patchhub.sets.settings import is_metric_used, metric_settings
@@ -76,10 +77,11 @@ def show(repository: Store) -> Shown:
 
 def _files_of(repository: Store, metric: Metric) -> dict[str, Path]:
     """The file in the cache of every weight that it has something for."""
-    from patchhub.worktree.metric import metric_cache
-
-    cache = metric_cache(repository, metric)
-    found = {weight: cache.path(weight) for weight in editable_weights(repository)}
+    matrix = METRIC_MATRICES[metric.kind]
+    found = {
+        weight: repository.cache.slot(METRIC, of=metric.id, weight=weight, matrix=matrix).path()
+        for weight in editable_weights(repository)
+    }
     return {weight: path for weight, path in found.items() if path is not None}
 
 

@@ -21,6 +21,7 @@ from patchhub.settings import (
     WHOLE,
     Kind,
     Setting,
+    UnfitError,
     chosen,
     one_of,
     read_layers,
@@ -38,7 +39,7 @@ def _presets(text: str) -> str:
 
     names = sorted({PUBLISHED, *(row.model for row in PRESETS)})
     if text not in names:
-        raise ValueError(text)
+        raise UnfitError(f"the presets are {', '.join(names)}")
     return text
 
 

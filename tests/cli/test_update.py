@@ -70,24 +70,13 @@ def test_facts_kept_side_by_side_are_all_replaced(run: Run, store: Path) -> None
     assert facts(store) == {**before, AUSTRALIA: "Paris"}
 
 
-def test_facts_that_compete_are_named_before_anything_is_optimised(run: Run, store: Path) -> None:
-    """The same fact in other words with another target, against the active set and within the batch."""
+def test_two_answers_to_one_question_are_told_by_what_the_model_says(run: Run, store: Path) -> None:
+    """The same fact in other words with another target: they share a value, which cannot say both, and the loser is named."""
     rival = {"prompt": "The capital city of {} is", "subject": "Australia", "target_new": "Rome"}
-    unrelated = FACTS[12]
-    head = json.loads(run("show", "--json").stdout)["id"]
-    lines = f"{json.dumps(rival)}\n{json.dumps(unrelated)}"
-    refused = run("commit", "-", "-m", "x", "--strict", "--json", code=3, stdin=lines).stderr
-    error = json.loads(refused.splitlines()[-1])["error"]
-    assert error["kind"] == "InterferenceError"
-    found = {(rival["text"], rival["active"]): rival for rival in error["facts"]["facts"]}
-    assert found.keys() == {(AUSTRALIA, True), ("The capital city of Australia is", False)}
-    for rival_fact in found.values():
-        assert rival_fact["key_cosine"] > 0.9
-        assert rival_fact["after"] > rival_fact["before"] + 0.2
-    assert json.loads(run("show", "--json").stdout)["id"] == head
-    done = run("commit", "-", "-m", "x", "--json", "--force", stdin=lines)
-    assert "is expected to miss" in done.stderr
-    assert {rival["text"] for rival in json.loads(done.stdout)["rivals"]} == {text for text, _ in found}
+    done = json.loads(run("commit", "-", "-m", "x", "--json", "--force", stdin=json.dumps(rival)).stdout)
+    assert len(done["again"]) == 1
+    assert done["rivals"] == []
+    assert "not said" in {fault["why"] for fault in done["faults"]}
 
 
 def test_facts_of_one_target_do_not_compete(run: Run) -> None:
@@ -107,6 +96,7 @@ def test_settings_for_one_commit(run: Run, store: Path) -> None:
             "layers=2,3",
             "--set",
             "memit.ridge=99",
+            "--force",
             stdin=json.dumps(FACTS[12]),
         ).stdout
     )

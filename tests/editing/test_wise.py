@@ -21,7 +21,7 @@ from patchhub.editing.wise import training
 from patchhub.editing.wise.descent import descend, margin_loss
 from patchhub.editing.wise.settings import WiseSettings
 from patchhub.editing.wise.settings import default_wise_settings as default_settings
-from patchhub.editing.wise.task import FitProblem, fit_problem, solve_masked, subspace, wanted
+from patchhub.editing.wise.task import FitProblem, fit_problem, recompress, solve_masked, subspace, wanted
 from patchhub.editing.wise.texts import in_scope, neighbours, read_tokens, text_distances
 from patchhub.errors import EditError, SettingsError
 from patchhub.evaluation.suites import read_facts, wise_scores
@@ -236,7 +236,7 @@ def test_recompression_is_the_best_of_its_rank_and_says_its_error() -> None:
     whole = to_dense(made.shard.change)
     values = np.linalg.svd(whole, compute_uv=False)
     for rank in (1, 4):
-        small, error = training.recompress(made.shard, rank)
+        small, error = recompress(made.shard, rank)
         assert np.linalg.matrix_rank(to_dense(small.change)) == rank
         expected = float(np.sqrt((values[rank:] ** 2).sum() / (values**2).sum()))
         assert error == pytest.approx(expected, rel=1e-4)
@@ -299,8 +299,8 @@ def test_neighbours_begin_like_the_prompts_and_name_no_subject() -> None:
         ({"shard_size": 2.5}, "shard_size must be a whole number"),
         ({"steps": "many"}, "steps must be a whole number"),
         ({"ridge": float("nan")}, "ridge must be a number"),
-        ({"solver": "magic"}, "solver is 'magic'"),
-        ({"distance": "median"}, "distance is 'median'"),
+        ({"solver": "magic"}, "solver must be one of fit, descent"),
+        ({"distance": "median"}, "distance must be one of max, mean"),
         ({"merge_method": "average"}, "merge_method"),
         ({"margins": True}, "margins"),
     ],

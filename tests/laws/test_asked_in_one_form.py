@@ -71,6 +71,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[bool, Placement]]:
         raise Asked
 
     monkeypatch.setattr(opening, "chat_form", chat_form)
+    monkeypatch.setattr(measuring, "chat_form", chat_form)
     monkeypatch.setattr(opening, "load_base", load_base)
     return found
 

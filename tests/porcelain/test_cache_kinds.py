@@ -25,6 +25,7 @@ from patchhub.models.fingerprint import fingerprint
 from patchhub.objects import Metric
 from patchhub.porcelain.commit import commit
 from patchhub.porcelain.measure import Facts, evaluate
+from patchhub.porcelain.refs import undo
 from patchhub.porcelain.upkeep import collect
 from patchhub.progress import Silent
 from patchhub.sets import guard
@@ -103,8 +104,17 @@ def norms(repository: Store) -> Any:
     return guard.base_norms(repository, [f"transformer.h.{layer}.attn.c_proj.weight" for layer in (1, 2)])
 
 
+def base_text(repository: Store) -> Any:
+    """What the base says on held text, which the guard reads when facts are committed."""
+    who = Who(AUTHOR, TIME, "new")
+    made = commit(repository, Batch(NEW, tuple(Origin("a test") for _ in NEW), 0), who, Silent(), force=True)
+    found = repository.commit(made.commit).check["guard"]["drift"]
+    undo(repository, who=who)
+    return found
+
+
 MAKERS: Mapping[str, Callable[[Store], Any]] = {
-    made.__name__: made for made in (weights, values, metric, held, scores, digests, wise, spectrum, norms)
+    made.__name__: made for made in (weights, values, metric, held, scores, digests, wise, spectrum, norms, base_text)
 }
 
 
