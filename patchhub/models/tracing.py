@@ -23,7 +23,8 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from patchhub.delta import Delta, LowRank, add, to_dense
 from patchhub.errors import UnsupportedModelError
-from patchhub.models.architectures import Architecture
+from patchhub.models.architectures import Architecture, behind_of
+from patchhub.models.behind import Behind
 
 _SHAPES = ((64, 64, 64), (96, 384, 512), (33, 640, 129))  # rows, inner, columns of the products that are tried
 _KEPT_KERNELS = "128"
@@ -205,6 +206,7 @@ class Stack:
         self.blocks: list[nn.Module] = list(model.get_submodule(architecture.blocks))
         self.decoder: Any = model.get_submodule(architecture.blocks.rpartition(".")[0])
         self.ffn_out: list[nn.Module] = [block.get_submodule(architecture.ffn_out) for block in self.blocks]
+        self._behind: dict[int, Behind] = {}
         self._norm, self._tuple_output = self._probe()
 
     @property
@@ -221,6 +223,16 @@ class Stack:
     def device_of(self, index: int) -> torch.device:
         """Where block ``index`` lives."""
         return next(self.blocks[index].parameters()).device
+
+    def behind(self, layer: int) -> Behind:
+        """What stands between the FFN output projection of a layer and the residual stream.
+
+        Raises:
+            UnsupportedModelError: a norm of another kind than y / rms(y) times a gain.
+        """
+        if layer not in self._behind:
+            self._behind[layer] = behind_of(self.model, self.architecture, layer)
+        return self._behind[layer]
 
     @torch.no_grad()
     def begin(
