@@ -15,7 +15,7 @@ from patchhub.editing.keys import key_rows
 from patchhub.editing.locate import encode_marked, encode_prompts, mark_text
 from patchhub.editing.metric import MetricCache
 from patchhub.editing.record import Edit, Spread, State, record
-from patchhub.editing.rows import BlockOutput, Projections, Site
+from patchhub.editing.rows import BlockOutput, FeedForward, Projections, Site
 from patchhub.editing.settings import EditSettings, default_layers, inner_width, is_narrow
 from patchhub.editing.values import Fact, KeptValues, ValueSettings, optimise_values
 from patchhub.models.architectures import Architecture
@@ -71,20 +71,40 @@ def of_one_subject(requests: Sequence[Request]) -> list[list[int]]:
 
 
 @dataclass(frozen=True)
+class Way:
+    """Where values are optimised, and how what they ask for is shared among the edited layers."""
+
+    place: Callable[[Stack, int], Site]
+    spread: Spread
+
+    def layer(self, layers: Sequence[int]) -> int:
+        """The edited layer at which values are optimised: the first where the others' are replayed from it, else the last."""
+        return layers[0] if self.spread.measured == "replay" else layers[-1]
+
+    def site(self, stack: Stack, layers: Sequence[int]) -> Site:
+        """Where values are optimised."""
+        return self.place(stack, self.layer(layers))
+
+
+@dataclass(frozen=True)
 class Editor:
     """One way to write facts.
 
     Attributes:
         default_settings: the published settings, scaled to a model.
-        site: where in the last edited layer values are optimised.
-        spread: how what is missing there is shared among the layers.
+        plain: where values are optimised and how they are shared among layers, with nothing or a scale behind the projection.
+        normed: the same with a norm behind it.
         until_sure: PMET's stop rule, see ``ValueSettings``.
     """
 
     default_settings: Callable[[Architecture], EditSettings]
-    site: Callable[[Stack, int], Site]
-    spread: Spread
+    plain: Way
+    normed: Way
     until_sure: bool
+
+    def way(self, architecture: Architecture) -> Way:
+        """How this model is edited."""
+        return self.plain if architecture.norm is None else self.normed
 
     def edit(
         self,
@@ -114,9 +134,9 @@ class Editor:
         limit = context_length(stack.model)
         closers = Closers.of(tokenizer, stack.vocabulary) if settings.closing else None
         facts = encode_facts(tokenizer, requests, contexts, closers=closers, chat=settings.chat, limit=limit)
-        chosen = settings.values(until_sure=self.until_sure)
+        chosen, way = settings.values(until_sure=self.until_sure), self.way(stack.architecture)
         values = optimise_values(
-            self.site(stack, settings.layers[-1]),
+            way.site(stack, settings.layers),
             facts,
             chosen,
             together=of_one_subject(requests),
@@ -132,7 +152,7 @@ class Editor:
             settings.ridge,
             metric,
             state,
-            self.spread,
+            way.spread,
             memory=memory,
             progress=lambda done: progress("layers", done),
         )
@@ -141,6 +161,12 @@ class Editor:
 
 EQUAL_SHARES = Spread("block", lambda left: left)
 """What is missing in the residual stream after the last layer, over the number of layers left (algorithm 1)."""
+
+ROOT_SHARES = Spread("projection", math.sqrt)
+"""What is missing at the last layer's feed-forward output, over the root of the number of layers left."""
+
+REPLAYED = Spread("replay", lambda left: 1.0, length=1.0)
+"""What each layer gives when the whole change is made at the first one (Forward replay, arXiv 2605.00358)."""
 
 
 def memit_settings(architecture: Architecture) -> EditSettings:
@@ -157,11 +183,7 @@ def memit_settings(architecture: Architecture) -> EditSettings:
     )
 
 
-MEMIT = Editor(memit_settings, BlockOutput, EQUAL_SHARES, until_sure=False)
-
-
-ROOT_SHARES = Spread("projection", math.sqrt)
-"""What is missing at the last layer's feed-forward output, over the root of the number of layers left."""
+MEMIT = Editor(memit_settings, Way(BlockOutput, EQUAL_SHARES), Way(FeedForward, REPLAYED), until_sure=False)
 
 
 def pmet_settings(architecture: Architecture) -> EditSettings:
@@ -178,7 +200,7 @@ def pmet_settings(architecture: Architecture) -> EditSettings:
     )
 
 
-PMET = Editor(pmet_settings, Projections, ROOT_SHARES, until_sure=True)
+PMET = Editor(pmet_settings, Way(Projections, ROOT_SHARES), Way(Projections, REPLAYED), until_sure=True)
 
 
 EDITORS: Mapping[str, Editor] = {"memit": MEMIT, "pmet": PMET}

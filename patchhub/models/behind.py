@@ -81,12 +81,21 @@ class Behind:
 
         With a norm that is c v - y, c = <v, y> / <v, v>, where the result is at least ``length`` times as long as y.
         """
-        if self.gain is None:
-            return target - y
+        return target - y if self.gain is None else self.beyond(target, y, 0.0, length)
+
+    def beyond(
+        self, target: Float[Tensor, "n d"], y: Float[Tensor, "n d"], least: float, length: float
+    ) -> Float[Tensor, "n d"]:
+        """As `toward`, the smallest change that is at least ``least`` long; for a layer with a norm.
+
+        It is c v - y with the larger root c of ||c v - y|| = least, where that is larger than c of the smallest change.
+        """
         square = target.square().sum(-1, keepdim=True).clamp(min=torch.finfo(target.dtype).tiny)
         factor = (target * y).sum(-1, keepdim=True) / square
-        least = length * y.norm(dim=-1, keepdim=True) / square.sqrt()
-        return torch.maximum(factor, least) * target - y
+        aside = y.square().sum(-1, keepdim=True) - factor.square() * square
+        more = ((least**2 - aside).clamp(min=0) / square).sqrt()
+        floor = length * y.norm(dim=-1, keepdim=True) / square.sqrt()
+        return torch.maximum(factor + more, floor) * target - y
 
 
 @torch.no_grad()

@@ -161,7 +161,7 @@ def _block_structure(block: nn.Module, record: _Record) -> BlockStructure:
         raise StructureError("has blocks that are not called once per pass, or that hold no projection into the stream")
     nodes = {node: path for path, node in record.projections}
     stop = {*record.start, *nodes}
-    ways = _ways(record)
+    ways, multiplied = _ways(record)
     mixing = {path: _mixing_of(node, stop) for node, path in nodes.items()}
     feed_forward = [path for path in ways if not mixing[path]]
     attention = [path for path in ways if "softmax" in mixing[path]]
@@ -172,6 +172,8 @@ def _block_structure(block: nn.Module, record: _Record) -> BlockStructure:
             "has blocks other than one attention and one feed-forward network "
             f"(into the stream lead: {', '.join(path for path, _ in record.projections)})"
         )
+    if multiplied:
+        raise StructureError("multiplies the residual stream itself in each block")
     way = ways[feed_forward[0]]
     return BlockStructure(
         _projection(block, attention[0]), _projection(block, feed_forward[0]), norm=way.norm, scale=way.scale
@@ -190,17 +192,14 @@ class _Way:
         return self.norm is None and self.scale == 1.0
 
 
-def _ways(record: _Record) -> dict[str, _Way]:
-    """What stands behind each projection that writes into the stream.
-
-    Raises:
-        StructureError: the stream itself is multiplied.
-    """
+def _ways(record: _Record) -> tuple[dict[str, _Way], bool]:
+    """What stands behind each projection that writes into the stream, and whether the stream itself is multiplied."""
     nodes = {node: path for path, node in record.projections}
     norms = {output: (path, entered) for path, output, entered in record.norms}
     found: dict[str, _Way] = {}
     waiting: list[tuple[Any, _Way]] = [(record.end[0], _Way())]
     seen: set[Any] = set()
+    multiplied = False
     while waiting:
         node, way = waiting.pop()
         if node is None or node in seen:
@@ -209,8 +208,7 @@ def _ways(record: _Record) -> dict[str, _Way]:
         if node in nodes:
             found[nodes[node]] = way
         elif node in record.start:
-            if not way.plain:
-                raise StructureError("multiplies the residual stream itself in each block")
+            multiplied |= not way.plain
         elif node in norms and way.norm is None:
             path, entered = norms[node]
             waiting.append((entered, _Way(path, way.scale)))
@@ -218,7 +216,7 @@ def _ways(record: _Record) -> dict[str, _Way]:
             waiting += [(parent, _Way(None, way.scale * factor)) for parent, _ in node.next_functions]
         elif type(node).__name__ in _IDENTITY or (_keeps_sums(node) and way.norm is None):
             waiting += [(parent, way) for parent, _ in node.next_functions]
-    return found
+    return found, multiplied
 
 
 def _factor(node: Any) -> float | None:

@@ -20,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.hooks import RemovableHandle
 from transformers.activations import NewGELUActivation
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from patchhub.delta import Delta, LowRank, add, to_dense
 from patchhub.errors import UnsupportedModelError
@@ -207,6 +208,7 @@ class Stack:
         self.decoder: Any = model.get_submodule(architecture.blocks.rpartition(".")[0])
         self.ffn_out: list[nn.Module] = [block.get_submodule(architecture.ffn_out) for block in self.blocks]
         self._behind: dict[int, Behind] = {}
+        self._plain_head, self._any_token = True, torch.zeros(1, 1, dtype=torch.long, device=self.device)
         self._norm, self._tuple_output = self._probe()
 
     @property
@@ -319,10 +321,24 @@ class Stack:
 
     def logits(self, hidden: Float[Tensor, "... d"]) -> Float[Tensor, "... vocabulary"]:
         """Logits from hidden states after the last block."""
-        head = self.model.get_output_embeddings()
-        normed: Tensor = self._norm(hidden).to(head.weight.device)
-        logits: Tensor = _rounded(head, normed) if normed.dim() == 2 else head(normed)
+        weight = self.model.get_output_embeddings().weight
+        normed: Tensor = self._norm(hidden).to(weight.device)
+        logits: Tensor = _rounded(self._head, normed) if normed.dim() == 2 else self._head(normed)
         return logits.to(self.device)
+
+    def _head(self, normed: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch vocabulary"]:
+        """The head, and what the model does with its logits besides: a scale (Cohere, Granite), a soft cap (Gemma 2)."""
+        if self._plain_head:
+            plain: Tensor = self.model.get_output_embeddings()(normed)
+            return plain
+        rows = normed[None] if normed.dim() == 2 else normed
+
+        def ended(*args: Any, **kwargs: Any) -> BaseModelOutputWithPast:
+            return BaseModelOutputWithPast(last_hidden_state=rows)
+
+        with _replaced_forwards([self.model.base_model], ended):
+            logits: Tensor = self.model(input_ids=self._any_token, use_cache=False).logits
+        return logits.view(*normed.shape[:-1], -1)
 
     @contextmanager
     def watch_keys(self, layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
@@ -385,8 +401,9 @@ class Stack:
                 handle.remove()
         self._norm, self._tuple_output = (after[0] if after else nn.Identity()), tuples[0]
         start = self.begin(ids, torch.ones_like(ids), torch.arange(ids.shape[1], device=self.device)[None])
-        parts = self.logits(start.run(start.hidden, 0, len(self.blocks)))
-        if len(after) > 1 or not _close(parts, whole):
+        hidden = start.run(start.hidden, 0, len(self.blocks))
+        self._plain_head = _close(self.logits(hidden), whole)
+        if len(after) > 1 or not (self._plain_head or _close(self.logits(hidden), whole)):
             raise UnsupportedModelError(
                 f"the blocks and head of this {self.architecture.model_type} model do not compose to its logits",
                 remedy="Only models of the form embed -> blocks -> norm -> head can be edited.",

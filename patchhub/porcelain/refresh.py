@@ -256,7 +256,7 @@ def _record(
         group.settings["ridge"],
         recorder.cache,
         state,
-        EDITORS[group.method].spread,
+        EDITORS[group.method].way(stack.architecture).spread,
     )
 
 

@@ -214,20 +214,20 @@ def _edit(
         recorder.cache,
         state,
         memory=memory,
-        kept=lambda values: _kept_values(repository, tree, plan, method, settings.layers[-1], values),
+        kept=lambda values: _kept_values(repository, tree, plan, method, settings.layers, values),
         progress=report,
     )
 
 
 def _kept_values(
-    repository: Store, tree: Worktree, plan: Plan, method: str, layer: int, values: ValueSettings
+    repository: Store, tree: Worktree, plan: Plan, method: str, layers: Sequence[int], values: ValueSettings
 ) -> KeptValues:
     """Where the values of facts are kept that are optimised on this state with these settings."""
     config = tree.model.config
     inputs = {
         "base": repository.config.base_id,
         "dtype": str(tree.model.dtype),
-        "layer": layer,
+        "layer": EDITORS[method].way(tree.architecture).layer(layers),
         "method": method,
         "quantization": str(getattr(config, "quantization_config", None)),
         "settings": asdict(values),
