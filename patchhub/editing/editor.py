@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from transformers import PreTrainedTokenizerBase
 
@@ -16,7 +16,14 @@ from patchhub.editing.locate import encode_marked, encode_prompts, mark_text
 from patchhub.editing.metric import MetricCache
 from patchhub.editing.record import Edit, Spread, State, record
 from patchhub.editing.rows import BlockOutput, FeedForward, Projections, Site
-from patchhub.editing.settings import EditSettings, default_layers, inner_width, is_narrow
+from patchhub.editing.settings import (
+    NORMED_CLAMP,
+    NORMED_RATE,
+    EditSettings,
+    default_layers,
+    inner_width,
+    is_narrow,
+)
 from patchhub.editing.values import Fact, KeptValues, ValueSettings, optimise_values
 from patchhub.models.architectures import Architecture
 from patchhub.models.tracing import Stack
@@ -165,14 +172,14 @@ EQUAL_SHARES = Spread("block", lambda left: left)
 ROOT_SHARES = Spread("projection", math.sqrt)
 """What is missing at the last layer's feed-forward output, over the root of the number of layers left."""
 
-REPLAYED = Spread("replay", lambda left: 1.0, length=1.0)
+REPLAYED = Spread("replay", lambda left: 1.0, length=0.5)
 """What each layer gives when the whole change is made at the first one (Forward replay, arXiv 2605.00358)."""
 
 
 def memit_settings(architecture: Architecture) -> EditSettings:
     """The published settings, with layers and lambda from the model's size (docs/methods.md gives the measurements)."""
     narrow = is_narrow(architecture)
-    return EditSettings(
+    settings = EditSettings(
         layers=default_layers(architecture),
         ridge=inner_width(architecture) / 8,
         steps=20,
@@ -181,6 +188,11 @@ def memit_settings(architecture: Architecture) -> EditSettings:
         kl_factor=0.0625,
         clamp=2.0 if narrow else 0.75,
     )
+    return settings if architecture.norm is None else _behind_a_norm(settings)
+
+
+def _behind_a_norm(settings: EditSettings) -> EditSettings:
+    return replace(settings, learning_rate=NORMED_RATE, clamp=NORMED_CLAMP)
 
 
 MEMIT = Editor(memit_settings, Way(BlockOutput, EQUAL_SHARES), Way(FeedForward, REPLAYED), until_sure=False)
@@ -189,7 +201,7 @@ MEMIT = Editor(memit_settings, Way(BlockOutput, EQUAL_SHARES), Way(FeedForward, 
 def pmet_settings(architecture: Architecture) -> EditSettings:
     """The published settings, with layers and lambda from the model's size (docs/methods.md gives the measurements)."""
     narrow = is_narrow(architecture)
-    return EditSettings(
+    settings = EditSettings(
         layers=default_layers(architecture),
         ridge=inner_width(architecture) / 16,
         steps=30,
@@ -198,9 +210,10 @@ def pmet_settings(architecture: Architecture) -> EditSettings:
         kl_factor=0.25 if narrow else 1.0,
         clamp=8.0 if narrow else 0.75,
     )
+    return settings if architecture.norm is None else _behind_a_norm(settings)
 
 
-PMET = Editor(pmet_settings, Way(Projections, ROOT_SHARES), Way(Projections, REPLAYED), until_sure=True)
+PMET = Editor(pmet_settings, Way(Projections, ROOT_SHARES), Way(Projections, replace(ROOT_SHARES, length=0.5)), until_sure=True)
 
 
 EDITORS: Mapping[str, Editor] = {"memit": MEMIT, "pmet": PMET}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Final
 
 from patchhub.editing.values import ValueSettings
 from patchhub.errors import SettingsError
@@ -12,6 +12,11 @@ from patchhub.models.architectures import Architecture
 from patchhub.text.tokens import Chat
 
 _NARROW = 1024  # below this width hidden states are small against what an edit needs
+
+NORMED_RATE: Final = 0.5
+"""The learning rate behind a norm, in units of the output's root mean square, whatever the width."""
+NORMED_CLAMP: Final = 4.0
+"""The clamp behind a norm, where it is the output's length that it is relative to."""
 
 
 @dataclass(frozen=True)
