@@ -213,7 +213,9 @@ def pmet_settings(architecture: Architecture) -> EditSettings:
     return settings if architecture.norm is None else _behind_a_norm(settings)
 
 
-PMET = Editor(pmet_settings, Way(Projections, ROOT_SHARES), Way(Projections, replace(ROOT_SHARES, length=0.5)), until_sure=True)
+PMET = Editor(
+    pmet_settings, Way(Projections, ROOT_SHARES), Way(Projections, replace(ROOT_SHARES, length=0.5)), until_sure=True
+)
 
 
 EDITORS: Mapping[str, Editor] = {"memit": MEMIT, "pmet": PMET}

@@ -230,7 +230,9 @@ def behind_of(model: Any, architecture: Architecture, layer: int) -> Behind:
     Raises:
         UnsupportedModelError: a norm of another kind than y / rms(y) times a gain.
     """
-    norm = None if architecture.norm is None else model.get_submodule(f"{architecture.block(layer)}.{architecture.norm}")
+    norm = (
+        None if architecture.norm is None else model.get_submodule(f"{architecture.block(layer)}.{architecture.norm}")
+    )
     try:
         return read_behind(norm, architecture.scale, architecture.d_model)
     except StructureError as error:

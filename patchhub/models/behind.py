@@ -124,5 +124,7 @@ def read_behind(norm: nn.Module | None, scale: float, width: int) -> Behind:
     other = torch.cos(torch.arange(width, dtype=torch.float32)) + 0.25
     error = float((given(other) - behind(other.double()) / scale).norm())
     if not error <= _TOLERANCE * float(given(other).norm()) + 1e-9:
-        raise StructureError("has a norm behind the feed-forward network that is not a root-mean-square norm with a gain")
+        raise StructureError(
+            "has a norm behind the feed-forward network that is not a root-mean-square norm with a gain"
+        )
     return behind

@@ -51,7 +51,8 @@ _TEXTS = 64  # unrelated texts that the margin loss is computed from
 class _Rows:
     """Rows of prompts with targets, run once up to the edited block, and where their targets are predicted.
 
-    ``outputs`` are the feed-forward projection's, ``keys`` its inputs. States and keys are on the device of the edited block, what belongs to predictions where token ids go.
+    ``outputs`` are the feed-forward projection's, ``keys`` its inputs. States, outputs and keys are on the device of the edited block,
+    what belongs to predictions where token ids go.
     """
 
     start: Pass

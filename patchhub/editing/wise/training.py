@@ -36,7 +36,6 @@ from patchhub.models.behind import Behind
 from patchhub.models.tracing import Stack
 from patchhub.objects import Request
 
-
 _LENGTH = 1.0  # behind a norm, of the output with the side memory, in lengths of the one without
 
 
@@ -70,7 +69,9 @@ def fit_rounds(
         if number and not bool(values.steps.any()):
             break
         missing = torch.zeros(len(rows.scope.facts), before.shape[1], device=before.device)
-        missing[checked] = _missing(values, behind, bare[checked].cpu() @ change.T.cpu(), task.margins[1]).to(before.device)
+        missing[checked] = _missing(values, behind, bare[checked].cpu() @ change.T.cpu(), task.margins[1]).to(
+            before.device
+        )
         now = rows.keys @ change.T + missing[rows.owner]
         unmoved = ~new & (missing[rows.owner] == 0).all(1)
         outputs = torch.where(new[:, None], _lengthened(now, task.margins[1]), now) - before
@@ -82,12 +83,10 @@ def fit_rounds(
     return (task.start + added) * task.problem.mask, losses
 
 
-def _missing(
-    values: Values, behind: Behind, given: Float[Tensor, "n out"], least: float
-) -> Float[Tensor, "n out"]:
+def _missing(values: Values, behind: Behind, given: Float[Tensor, "n out"], least: float) -> Float[Tensor, "n out"]:
     """What the output of the projection lacks at the bare prompts, where the side memory gives ``given``.
 
-    Behind a norm the whole of what the side memory is to give is at least ``least`` long, since how long the output is does not matter there.
+    Behind a norm, which does not see how long an output is, the whole of what the side memory gives is at least ``least`` long.
     """
     if behind.gain is None:
         return (values.targets - values.hidden) / behind.scale
