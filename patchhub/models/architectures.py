@@ -17,7 +17,15 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from patchhub.errors import BaseError, SettingsError, UnsupportedModelError
 from patchhub.models.behind import Behind, read_behind
@@ -170,7 +178,7 @@ def read_model(folder: Path, **arguments: Any) -> PreTrainedModel:
     be another model than the files that were fingerprinted. No code of the folder is run.
 
     Args:
-        arguments: passed on to ``AutoModelForCausalLM.from_pretrained`` (dtype, device_map, quantization_config, ...).
+        arguments: passed on to ``from_pretrained`` (dtype, device_map, quantization_config, ...).
 
     Raises:
         SettingsError: ``trust_remote_code`` is asked for.
@@ -179,7 +187,7 @@ def read_model(folder: Path, **arguments: Any) -> PreTrainedModel:
         raise SettingsError("patchhub never runs a model's own code", remedy="Leave trust_remote_code out.")
     if (folder / _ADAPTER).is_file():
         arguments["adapter_kwargs"] = {"subfolder": _NO_ADAPTER}
-    factory: Any = AutoModelForCausalLM
+    factory = _factory(read_config(folder))
     model: PreTrainedModel = factory.from_pretrained(
         folder, **{"local_files_only": True, **arguments}, trust_remote_code=False
     )
@@ -315,9 +323,19 @@ def _refuse_by_config(config: Any) -> None:
         )
 
 
+def _factory(config: PreTrainedConfig) -> Any:
+    """Where transformers makes the model: among causal language models, else among those that see images and write text.
+
+    The latter are edited in their language model.
+    """
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        return AutoModelForImageTextToText
+    return AutoModelForCausalLM
+
+
 def _without_weights(config: PreTrainedConfig) -> Any:
     """The model on the meta device, with the attention whose steps autograd sees."""
-    factory: Any = AutoModelForCausalLM
+    factory = _factory(config)
     try:
         with torch.device("meta"):
             return factory.from_config(

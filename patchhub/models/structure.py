@@ -102,6 +102,9 @@ def _block_list(model: nn.Module, n_layers: int) -> tuple[str, list[nn.Module]]:
         for path, module in model.named_modules()
         if isinstance(module, nn.ModuleList) and len(module) == n_layers
     ]
+    if len(found) > 1:  # a vision tower may be as deep
+        inside = set(model.get_decoder().modules())  # type: ignore[operator]
+        found = [(path, blocks) for path, blocks in found if blocks[0] in inside]
     if len(found) != 1:
         raise StructureError(f"has {len(found)} lists of {n_layers} modules instead of one list of decoder blocks")
     return found[0]
