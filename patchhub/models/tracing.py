@@ -108,6 +108,14 @@ class SidePath:
         return changed.to(output.dtype)
 
 
+class _Ended(BaseModelOutputWithPast):
+    """What a decoder gives back, with None for whatever else a model's head looks for in it (images, cross attention)."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("_"):
+            raise AttributeError(name)
+
+
 _ROWS = 32
 _TOLERANCE = 1e-3  # relative difference of logits that the pieces may show against the whole (half precision)
 
@@ -333,8 +341,8 @@ class Stack:
             return plain
         rows = normed[None] if normed.dim() == 2 else normed
 
-        def ended(*args: Any, **kwargs: Any) -> BaseModelOutputWithPast:
-            return BaseModelOutputWithPast(last_hidden_state=rows)
+        def ended(*args: Any, **kwargs: Any) -> _Ended:
+            return _Ended(last_hidden_state=rows)
 
         with _replaced_forwards([self.model.base_model], ended):
             logits: Tensor = self.model(input_ids=self._any_token, use_cache=False).logits
@@ -401,7 +409,8 @@ class Stack:
                 handle.remove()
         self._norm, self._tuple_output = (after[0] if after else nn.Identity()), tuples[0]
         start = self.begin(ids, torch.ones_like(ids), torch.arange(ids.shape[1], device=self.device)[None])
-        hidden = start.run(start.hidden, 0, len(self.blocks))
+        # Read in another order, so that a head which mixes positions is found out.
+        hidden, whole = start.run(start.hidden, 0, len(self.blocks))[0].flip(0), whole[0].flip(0)
         self._plain_head = _close(self.logits(hidden), whole)
         if len(after) > 1 or not (self._plain_head or _close(self.logits(hidden), whole)):
             raise UnsupportedModelError(
