@@ -18,8 +18,15 @@ from patchhub.editing.keys import key_rows
 from patchhub.editing.locate import encode_marked, encode_prompts, mark_text
 from patchhub.editing.metric import MetricCache
 from patchhub.editing.record import Edit, Recording, Spread, State, record
-from patchhub.editing.rows import BlockOutput, Projections, Site
-from patchhub.editing.settings import EditSettings, default_layers, inner_width, is_narrow
+from patchhub.editing.rows import BlockOutput, FeedForward, Projections, Site
+from patchhub.editing.settings import (
+    NORMED_CLAMP,
+    NORMED_RATE,
+    EditSettings,
+    default_layers,
+    inner_width,
+    is_narrow,
+)
 from patchhub.editing.values import Fact, KeptValues, Values, ValueSettings, optimise_values
 from patchhub.models.architectures import Architecture
 from patchhub.models.tracing import Stack
@@ -75,20 +82,40 @@ def of_one_subject(requests: Sequence[Request]) -> list[list[int]]:
 
 
 @dataclass(frozen=True)
+class Way:
+    """Where values are optimised, and how what they ask for is shared among the edited layers."""
+
+    place: Callable[[Stack, int], Site]
+    spread: Spread
+
+    def layer(self, layers: Sequence[int]) -> int:
+        """The edited layer at which values are optimised: the first where the others' are replayed from it, else the last."""
+        return layers[0] if self.spread.measured == "replay" else layers[-1]
+
+    def site(self, stack: Stack, layers: Sequence[int]) -> Site:
+        """Where values are optimised."""
+        return self.place(stack, self.layer(layers))
+
+
+@dataclass(frozen=True)
 class Editor:
     """One way to write facts.
 
     Attributes:
         default_settings: the published settings, scaled to a model.
-        site: where in the last edited layer values are optimised.
-        spread: how what is missing there is shared among the layers.
+        plain: where values are optimised and how they are shared among layers, with nothing or a scale behind the projection.
+        normed: the same with a norm behind it.
         until_sure: PMET's stop rule, see ``ValueSettings``.
     """
 
     default_settings: Callable[[Architecture], EditSettings]
-    site: Callable[[Stack, int], Site]
-    spread: Spread
+    plain: Way
+    normed: Way
     until_sure: bool
+
+    def way(self, architecture: Architecture) -> Way:
+        """How this model is edited."""
+        return self.plain if architecture.norm is None else self.normed
 
     def edit(
         self,
@@ -125,7 +152,8 @@ class Editor:
         encode = partial(encode_facts, tokenizer, contexts=contexts, chat=settings.chat, limit=limit)
         facts = encode(requests, closers=closers)
         together = of_one_subject(requests)
-        site, chosen = self.site(stack, settings.layers[-1]), settings.values(until_sure=self.until_sure)
+        chosen, way = settings.values(until_sure=self.until_sure), self.way(stack.architecture)
+        site = way.site(stack, settings.layers)
         values = optimise_values(
             site,
             facts,
@@ -147,7 +175,7 @@ class Editor:
                 settings.ridge,
                 metric,
                 state,
-                self.spread,
+                way.spread,
                 still=still,
                 memory=memory,
                 progress=lambda done: progress("layers", done),
@@ -182,11 +210,17 @@ def _optimise_further(
 EQUAL_SHARES = Spread("block", lambda left: left)
 """What is missing in the residual stream after the last layer, over the number of layers left (algorithm 1)."""
 
+ROOT_SHARES = Spread("projection", math.sqrt)
+"""What is missing at the last layer's feed-forward output, over the root of the number of layers left."""
+
+REPLAYED = Spread("replay", lambda left: 1.0, length=0.5)
+"""What each layer gives when the whole change is made at the first one (Forward replay, arXiv 2605.00358)."""
+
 
 def memit_settings(architecture: Architecture) -> EditSettings:
     """The published settings, with layers and lambda from the model's size (docs/methods.md gives the measurements)."""
     narrow = is_narrow(architecture)
-    return EditSettings(
+    settings = EditSettings(
         layers=default_layers(architecture),
         ridge=inner_width(architecture) / 8,
         steps=20,
@@ -197,19 +231,20 @@ def memit_settings(architecture: Architecture) -> EditSettings:
         closing=0.5,
         repairs=2,
     )
+    return settings if architecture.norm is None else _behind_a_norm(settings)
 
 
-MEMIT = Editor(memit_settings, BlockOutput, EQUAL_SHARES, until_sure=False)
+def _behind_a_norm(settings: EditSettings) -> EditSettings:
+    return replace(settings, learning_rate=NORMED_RATE, clamp=NORMED_CLAMP)
 
 
-ROOT_SHARES = Spread("projection", math.sqrt)
-"""What is missing at the last layer's feed-forward output, over the root of the number of layers left."""
+MEMIT = Editor(memit_settings, Way(BlockOutput, EQUAL_SHARES), Way(FeedForward, REPLAYED), until_sure=False)
 
 
 def pmet_settings(architecture: Architecture) -> EditSettings:
     """The published settings, with layers and lambda from the model's size (docs/methods.md gives the measurements)."""
     narrow = is_narrow(architecture)
-    return EditSettings(
+    settings = EditSettings(
         layers=default_layers(architecture),
         ridge=inner_width(architecture) / 16,
         steps=30,
@@ -220,9 +255,12 @@ def pmet_settings(architecture: Architecture) -> EditSettings:
         closing=0.5,
         repairs=2,
     )
+    return settings if architecture.norm is None else _behind_a_norm(settings)
 
 
-PMET = Editor(pmet_settings, Projections, ROOT_SHARES, until_sure=True)
+PMET = Editor(
+    pmet_settings, Way(Projections, ROOT_SHARES), Way(Projections, replace(ROOT_SHARES, length=0.5)), until_sure=True
+)
 
 
 EDITORS: Mapping[str, Editor] = {"memit": MEMIT, "pmet": PMET}

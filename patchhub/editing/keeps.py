@@ -26,13 +26,18 @@ def keep_rows(texts: Sequence[Sequence[int]], first: int) -> list[KeyRow]:
 
 @torch.no_grad()
 def present_states(stack: Stack, texts: Sequence[Sequence[int]], layer: int) -> Float[Tensor, "n d"]:
-    """The hidden state after block ``layer`` at the last token of each text, float32 on the CPU."""
+    """What is there at the last token of each text, where the targets of facts are: float32 on the CPU.
+
+    The hidden state after block ``layer``; where a norm comes behind the feed-forward projection, the output of that.
+    """
     found = torch.zeros(len(texts), stack.architecture.d_model)
     for places in _batches(texts):
         ids, mask, positions = right_padded([texts[place] for place in places], stack.device)
-        with stack.fast():
+        with stack.fast(), stack.watch_values([layer]) as projected:
             start = stack.begin(ids, mask, positions)
             hidden = start.run(start.hidden, 0, layer + 1)
+        if stack.architecture.norm is not None:
+            hidden = projected[layer]
         last = torch.tensor([len(texts[place]) - 1 for place in places])
         found[places] = at(hidden, torch.arange(len(places)), last).float().cpu()
     return found
@@ -44,20 +49,23 @@ def most_moved(
 ) -> list[tuple[int, ...]]:
     """The ``count`` texts, each cut after one of its tokens, where the changes of the edited weights add most to the residual stream.
 
-    A place's score is || sum over layers of dW k || at the keys of the present weights; the text up to it is what it is read in.
+    A place's score is || sum over layers of phi(y + dW k) - phi(y) || at the keys of the present weights, with phi what stands behind
+    the projection and y its output; the text up to it is what it is read in.
     """
     layers = sorted(changes)
     paths = {layer: SidePath([changes[layer]]) for layer in layers}
     scores: list[tuple[float, int, int]] = []
     for places in _batches(documents):
         ids, mask, positions = right_padded([documents[place] for place in places], stack.device)
-        with stack.fast(), stack.watch_keys(layers) as keys:
+        with stack.fast(), stack.watch_keys(layers) as keys, stack.watch_values(layers) as projected:
             start = stack.begin(ids, mask, positions)
             start.run(start.hidden, 0, layers[-1] + 1)
         zero = torch.zeros(*ids.shape, stack.architecture.d_model)
         moved = zero
         for layer in layers:
-            moved = moved + paths[layer](stack.ffn_out[layer], (keys[layer],), zero.to(keys[layer].device)).cpu()
+            behind, y = stack.behind(layer), projected[layer].float()
+            added = paths[layer](stack.ffn_out[layer], (keys[layer],), zero.to(y.device))
+            moved = moved + (behind(added) if behind.gain is None else behind(y + added) - behind(y)).cpu()
         norms = moved.norm(dim=-1)
         scores += [
             (-float(norms[row, column]), place, column)

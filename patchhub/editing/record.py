@@ -12,12 +12,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from patchhub.constraints import Columns, beyond, difference, no_columns
 from patchhub.delta import Delta, add, image
@@ -26,7 +26,8 @@ from patchhub.editing.keys import Beginnings, Climb, KeyRow, at, batches, read_k
 from patchhub.editing.metric import MetricCache
 from patchhub.editing.rows import Trunk
 from patchhub.editing.values import Values
-from patchhub.models.tracing import Pass, SidePath, Stack
+from patchhub.models.behind import Behind
+from patchhub.models.tracing import SidePath, Stack, in_rows
 
 _GPU_POSITIONS, _LEAST_POSITIONS = 8192, 64  # of a batch
 
@@ -64,15 +65,18 @@ class Edit:
 
 @dataclass(frozen=True)
 class Spread:
-    """How what is missing at the last layer is shared among layers.
+    """How what is missing is shared among layers.
 
     Attributes:
-        measured: where values live: in the residual stream after the last "block", or at its feed-forward "projection".
+        measured: where it is: in the residual stream after the last "block"; in what the last layer's feed-forward part, its
+            "projection", puts into the stream; or at each layer, as it is when the whole change is made at the first ("replay").
         divisor: from the number of layers still to write, this one included, to what the missing part is divided by.
+        length: behind a norm, what is written is at least so many times as long as the output at hand, see `Behind.toward`.
     """
 
-    measured: Literal["block", "projection"]
+    measured: Literal["block", "projection", "replay"]
     divisor: Callable[[int], float]
+    length: float = 0.0
 
 
 @torch.no_grad()
@@ -93,8 +97,9 @@ def record(
     """Spread targets z of the last layer over all layers (MEMIT, Meng et al. 2023, eq. 20 and algorithm 1).
 
     Args:
-        layers: edited layers, ascending; z belongs to the last.
-        targets: z of each request, where ``spread`` measures.
+        layers: edited layers, ascending; z belongs to the last, under "replay" to the first.
+        targets: z of each request: the stream after the block where it is measured there, else, and in any case where a norm
+            comes behind, the output of the feed-forward projection.
         ridge: lambda of every request, or of each.
         state: what the stack's weights already hold besides W0.
         still: requests that are kept: their columns ask for no change of what the present weights give at their keys.
@@ -109,14 +114,16 @@ def record(
         written: dict[int, Sequence[Delta]] = {}
         columns: dict[str, Columns] = {}
         change: dict[str, Delta] = {}
-        before = 0
+        before, goal = 0, None
         for number, layer in enumerate(layers):
             with stack.fast(), side_paths(stack, written):
                 trunk = beginnings.run(stack)
-                keys, reached = _read(climbs, trunk, before, layer, layers[-1], targets.shape, spread)
-            share = (targets.double() - reached) / spread.divisor(len(layers) - number)
-            share[list(still)] = 0.0
-            columns[names[layer]], change[names[layer]] = _extend(keys, share, ridge, metric, names[layer], state)
+                keys, reached = _read(climbs, trunk, before, layer, layers[-1], targets.shape)
+                if goal is None:
+                    goal = _goal(climbs, trunk, layers, targets, reached, spread)
+            residual = goal.residual(layer, reached, len(layers) - number)
+            residual[list(still)] = 0.0
+            columns[names[layer]], change[names[layer]] = _extend(keys, residual, ridge, metric, names[layer], state)
             written[layer] = [change[names[layer]]]
             before = layer
             progress(1)
@@ -136,17 +143,17 @@ def side_paths(stack: Stack, deltas: Mapping[int, Sequence[Delta]]) -> Iterator[
 
 def _extend(
     keys: Float[Tensor, "n in"],
-    share: Float[Tensor, "n out"],
+    residual: Float[Tensor, "n out"],
     ridge: float | Float[np.ndarray, " n"],
     metric: MetricCache,
     weight: str,
     state: State,
 ) -> tuple[Columns, Delta]:
     """Columns of one weight, rounded to float32 first, and the change that adding them to the active ones makes."""
-    shape = (share.shape[1], keys.shape[1])
+    shape = (residual.shape[1], keys.shape[1])
     stored_keys = keys.cpu().numpy().astype(np.float32)
     preimages = metric.preimages(weight, torch.from_numpy(stored_keys).to(keys.device)).cpu().numpy()
-    residuals = share.cpu().numpy() + image(add(state.deltas.get(weight, ()), shape), stored_keys)
+    residuals = residual.cpu().numpy() + image(add(state.deltas.get(weight, ()), shape), stored_keys)
     added = Columns(
         stored_keys,
         preimages.astype(np.float32),
@@ -157,37 +164,115 @@ def _extend(
     return added, difference(active, beyond(added, state.fixed.get(weight, ())), no_columns(shape))
 
 
+@dataclass(frozen=True, eq=False)
+class _Reached:
+    """What the bare prompts reach, float64 on the CPU: outputs of the feed-forward projections of the layer at hand and of the last
+    one, and the stream after the last block."""
+
+    here: Float[Tensor, "n d"]
+    last: Float[Tensor, "n d"]
+    stream: Float[Tensor, "n d"]
+
+
+@dataclass(frozen=True, eq=False)
+class _Goal:
+    """What is to be reached.
+
+    Attributes:
+        behind: what stands behind each layer's projection.
+        stream: measured in the "block": the stream after the last one.
+        outputs: else the output of the last layer's projection, or under "replay" of each.
+    """
+
+    spread: Spread
+    layers: Sequence[int]
+    behind: Mapping[int, Behind]
+    stream: Float[Tensor, "n d"] | None
+    outputs: Mapping[int, Float[Tensor, "n d"]]
+
+    def residual(self, layer: int, reached: _Reached, left: int) -> Float[Tensor, "n d"]:
+        """What the layer's projection is to give besides, with so many layers left, this one included."""
+        behind, spread, last = self.behind[layer], self.spread, self.layers[-1]
+        if spread.measured == "replay":
+            return behind.toward(self.outputs[layer], reached.here, spread.length)
+        if self.stream is not None:
+            missing = self.stream - reached.stream
+        else:
+            missing = self.behind[last](self.outputs[last]) - self.behind[last](reached.last)
+        return behind.residual(reached.here, missing / spread.divisor(left), spread.length)
+
+
+def _goal(
+    climbs: Sequence[Climb],
+    trunk: Trunk,
+    layers: Sequence[int],
+    targets: Float[Tensor, "n d"],
+    reached: _Reached,
+    spread: Spread,
+) -> _Goal:
+    """What targets ask for, given what is reached before anything is written; the climbs stand at the first layer."""
+    stack, wanted, last = climbs[0].stack, targets.double(), layers[-1]
+    behind = {layer: stack.behind(layer) for layer in layers}
+    if spread.measured == "replay":
+        return _Goal(spread, layers, behind, None, _replayed(climbs, trunk, layers, wanted))
+    if spread.measured == "projection":
+        return _Goal(spread, layers, behind, None, {last: wanted})
+    if stack.architecture.norm is not None:
+        wanted = reached.stream + behind[last](wanted) - behind[last](reached.last)
+    return _Goal(spread, layers, behind, wanted, {})
+
+
+def _replayed(
+    climbs: Sequence[Climb], trunk: Trunk, layers: Sequence[int], targets: Float[Tensor, "n d"]
+) -> dict[int, Float[Tensor, "n d"]]:
+    """What each layer's projection gives at the bare prompts' last tokens when the first layer's gives the targets there."""
+    stack, first = climbs[0].stack, layers[0]
+    found = {layer: torch.zeros_like(targets) for layer in layers}
+    for climb in climbs:
+        if not climb.bare:
+            continue
+        rows, wanted = torch.arange(len(climb.last)), targets[climb.request]
+
+        def put(module: nn.Module, args: Any, output: Tensor, climb: Climb = climb, wanted: Tensor = wanted) -> Tensor:
+            at = (torch.arange(len(climb.last)).to(output.device), climb.last.to(output.device))
+            shaped = in_rows(output, climb.ids.shape)
+            return shaped.index_put(at, wanted.to(output.device, output.dtype)).view(output.shape)
+
+        handle = stack.ffn_out[first].register_forward_hook(put)
+        try:
+            with stack.watch_values(layers) as projected:
+                climb.step(trunk).run(climb.hidden, first, layers[-1] + 1)
+        finally:
+            handle.remove()
+        for layer in layers:
+            found[layer][climb.request] = at(projected[layer], rows, climb.last).double().cpu()
+    return found
+
+
 def _read(
-    climbs: Sequence[Climb], trunk: Trunk, before: int, layer: int, last_layer: int, shape: torch.Size, spread: Spread
-) -> tuple[Float[Tensor, "n in"], Float[Tensor, "n d"]]:
-    """Mean keys at ``layer`` and what the bare prompts reach at ``last_layer``, float64 on the CPU.
+    climbs: Sequence[Climb], trunk: Trunk, before: int, layer: int, last_layer: int, shape: torch.Size
+) -> tuple[Float[Tensor, "n in"], _Reached]:
+    """Mean keys at ``layer``, float64 on the CPU, and what the bare prompts reach.
 
     The climbs go from block ``before`` to ``layer``.
     """
     stack = climbs[0].stack
     keys = torch.zeros(shape[0], stack.architecture.shapes[layer][1], dtype=torch.float64)
-    reached = torch.zeros(shape, dtype=torch.float64)
+    here, last, stream = torch.zeros(3, *shape, dtype=torch.float64)
     for climb in climbs:
         step = climb.step(trunk)
         climb.advance(step, before, layer)
         if climb.bare:
-            found, hidden = _read_reached(climb, step, layer, last_layer, spread)
-            reached[climb.request] = hidden.double().cpu()
+            rows = torch.arange(len(climb.last))
+            with stack.watch_keys([layer]) as seen, stack.watch_values([layer, last_layer]) as projected:
+                hidden = step.run(climb.hidden, layer, last_layer + 1)
+            found = at(seen[layer], rows, climb.last)
+            for place, states in ((here, projected[layer]), (last, projected[last_layer]), (stream, hidden)):
+                place[climb.request] = at(states, rows, climb.last).double().cpu()
         else:
             found = read_keys(climb, step, layer)
         climb.add_to(keys, found)
-    return keys, reached
-
-
-def _read_reached(
-    climb: Climb, step: Pass, layer: int, last_layer: int, spread: Spread
-) -> tuple[Float[Tensor, "rows in"], Float[Tensor, "rows d"]]:
-    """Keys at the rows' last tokens, and what is reached there."""
-    rows, stack = torch.arange(len(climb.last)), climb.stack
-    with stack.watch_keys([layer]) as keys, stack.watch_values([last_layer]) as projected:
-        hidden = step.run(climb.hidden, layer, last_layer + 1)
-    reached = projected[last_layer] if spread.measured == "projection" else hidden
-    return at(keys[layer], rows, climb.last), at(reached, rows, climb.last)
+    return keys, _Reached(here, last, stream)
 
 
 def _open(stack: Stack, rows: Sequence[KeyRow], beginnings: Beginnings, budget: int, folder: Path) -> list[Climb]:

@@ -63,6 +63,12 @@ class Site(ABC):
     def unedited(self, rows: Rows) -> Float[Tensor, "rows parts d"]:
         """What the change is added to."""
 
+    def unit(self, hidden: Float[Tensor, "groups parts d"]) -> Float[Tensor, "groups parts 1"]:
+        """What lengths are measured in: 1, or where a norm comes behind, which does not see them, the root mean square of each part."""
+        if self.stack.architecture.norm is None:
+            return torch.ones_like(hidden[..., :1])
+        return hidden.square().mean(-1, keepdim=True).sqrt()
+
 
 class BlockOutput(Site):
     """The output of the layer's block: MEMIT's site."""
@@ -84,19 +90,17 @@ class BlockOutput(Site):
         return rows.hidden[:, :1].float()
 
 
-class Projections(Site):
-    """The outputs of the layer's feed-forward (part 0) and attention (part 1) projections: PMET's site."""
-
-    parts = 2
+class _AtProjections(Site):
+    """The outputs of some linear maps of the layer, with everything behind them in the pass."""
 
     @property
     def first(self) -> int:
         return self.layer
 
     @property
-    def _modules(self) -> tuple[nn.Module, nn.Module]:
-        block = self.stack.blocks[self.layer]
-        return self.stack.ffn_out[self.layer], block.get_submodule(self.stack.architecture.attn_out)
+    @abstractmethod
+    def _modules(self) -> tuple[nn.Module, ...]:
+        """One for each part."""
 
     def run(
         self, rows: Rows, change: Float[Tensor, "rows parts d"], row: Int[Tensor, " m"], column: Int[Tensor, " m"]
@@ -136,7 +140,31 @@ class Projections(Site):
         finally:
             for handle in handles:
                 handle.remove()
-        return torch.stack([found[0], found[1]], dim=1)
+        return torch.stack([found[part] for part in range(self.parts)], dim=1)
+
+
+class Projections(_AtProjections):
+    """The outputs of the layer's feed-forward (part 0) and attention (part 1) projections: PMET's site."""
+
+    parts = 2
+
+    @property
+    def _modules(self) -> tuple[nn.Module, ...]:
+        block = self.stack.blocks[self.layer]
+        return self.stack.ffn_out[self.layer], block.get_submodule(self.stack.architecture.attn_out)
+
+
+class FeedForward(_AtProjections):
+    """The output of the layer's feed-forward projection: MEMIT's site where a norm comes behind it.
+
+    What a norm can give is a small part of the stream, which a vector added to the stream itself would leave.
+    """
+
+    parts = 1
+
+    @property
+    def _modules(self) -> tuple[nn.Module, ...]:
+        return (self.stack.ffn_out[self.layer],)
 
 
 @dataclass(frozen=True)

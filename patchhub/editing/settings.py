@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from patchhub.settings import COUNT, INDEX, LAYERS, NOT_NEGATIVE, POSITIVE, check, setting
 
@@ -13,6 +13,11 @@ if TYPE_CHECKING:
     from patchhub.text.tokens import Chat
 
 _NARROW = 1024  # below this width hidden states are small against what an edit needs
+
+NORMED_RATE: Final = 0.5
+"""The learning rate behind a norm, in units of the output's root mean square, whatever the width."""
+NORMED_CLAMP: Final = 4.0
+"""The clamp behind a norm, where it is the output's length that it is relative to."""
 
 
 @dataclass(frozen=True)

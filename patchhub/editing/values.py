@@ -225,6 +225,7 @@ class _Batch:
     essence: Rows
     essence_log_probs: Float[Tensor, "groups vocabulary"]
     hidden: Float[Tensor, "groups parts d"]  # of each group's first fact
+    unit: Float[Tensor, "groups parts 1"]
     delta: Float[Tensor, "groups parts d"]
     first_moment: Float[Tensor, "groups parts d"]
     second_moment: Float[Tensor, "groups parts d"]
@@ -391,6 +392,7 @@ def _prepare(
         essence=essence,
         essence_log_probs=unedited,
         hidden=hidden,
+        unit=site.unit(hidden),
         delta=zeros,
         first_moment=zeros,
         second_moment=zeros,
@@ -431,7 +433,7 @@ def _evaluate(site: Site, batch: _Batch, settings: ValueSettings, *, last: bool)
         nll = torch.zeros_like(batch.nll_factor).index_add(0, where.fact, -log_probs * where.share)
         essence = stack.logits(_at_start(site, batch.essence, delta[batch.essence.fact])).float().log_softmax(-1)
         kl = settings.kl_factor * (essence.exp() * (essence - batch.essence_log_probs)).sum(-1)
-        decay = (delta.norm(dim=-1) / batch.hidden.norm(dim=-1).square()).sum(-1)
+        decay = (batch.unit[..., 0] * delta.norm(dim=-1) / batch.hidden.norm(dim=-1).square()).sum(-1)
         objective = batch.nll_factor * nll + kl + settings.weight_decay * decay
     gradient = None if last else torch.autograd.grad(objective.sum(), delta)[0]
     done, sure = objective < settings.stop_loss, torch.zeros_like(objective, dtype=torch.bool)
@@ -454,7 +456,7 @@ def _adam(batch: _Batch, step: _Step, number: int, settings: ValueSettings) -> _
     first = _BETAS[0] * batch.first_moment + (1 - _BETAS[0]) * step.gradient
     second = _BETAS[1] * batch.second_moment + (1 - _BETAS[1]) * step.gradient.square()
     scale = (second / (1 - _BETAS[1] ** (number + 1))).sqrt() + _ADAM_EPSILON
-    delta = batch.delta - settings.learning_rate * (first / (1 - _BETAS[0] ** (number + 1))) / scale
+    delta = batch.delta - settings.learning_rate * batch.unit * (first / (1 - _BETAS[0] ** (number + 1))) / scale
     limit = settings.clamp * batch.hidden.norm(dim=-1, keepdim=True)
     delta = delta * (limit / delta.norm(dim=-1, keepdim=True).clamp(min=1e-12)).clamp(max=1.0)
     return replace(
@@ -486,6 +488,7 @@ def _shrunk(batch: _Batch) -> _Batch:
         essence=batch.essence.select(keep, torch.arange(len(keep), device=keep.device)),
         essence_log_probs=batch.essence_log_probs[keep],
         hidden=batch.hidden[keep],
+        unit=batch.unit[keep],
         delta=batch.delta[keep],
         first_moment=batch.first_moment[keep],
         second_moment=batch.second_moment[keep],

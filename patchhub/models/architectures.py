@@ -4,22 +4,31 @@ The editable weights are the output projections of the feed-forward networks. Th
 model, built without weights (`structure`); for the families of `FAMILIES` the result must also be the one that was
 verified by hand. Nothing else in patchhub knows names of model families.
 
-A scale on the logits (Cohere) lies behind the residual stream and is no obstacle here; a scale on what enters the
-stream (Granite) is."""
+What stands between such a projection and the residual stream, a scale (Granite) or a norm (Gemma 2 and 3, OLMo 2), is a
+part of the row. A scale on the logits (Cohere) lies behind the stream and does not matter here."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from patchhub.errors import BaseError, SettingsError, UnsupportedModelError
+from patchhub.models.behind import Behind, read_behind
 from patchhub.models.structure import BlockStructure, Orientation, StructureError, find_structure, hidden_of
 
 _ADAPTER: Final = "adapter_config.json"  # by which transformers finds an adapter
@@ -29,15 +38,20 @@ _SOFTMAX_ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"
 
 @dataclass(frozen=True)
 class Family:
-    """One row of the table: module paths as in transformers; the projections are relative to a block."""
+    """One row of the table: module paths as in transformers; projections and norm are relative to a block.
+
+    ``norm`` is the norm behind the feed-forward projection. A scale there is a number of the model's configuration, so no part of a row.
+    """
 
     blocks: str
     ffn_out: str
     attn_out: str
     orientation: Orientation = "out_in"
+    norm: str | None = None
 
 
 _LLAMA_LIKE = Family("model.layers", "mlp.down_proj", "self_attn.o_proj")
+_POST_NORM = replace(_LLAMA_LIKE, norm="post_feedforward_layernorm")
 
 FAMILIES: Final[Mapping[str, Family]] = {
     "gpt2": Family("transformer.h", "mlp.c_proj", "attn.c_proj", "in_out"),
@@ -52,9 +66,13 @@ FAMILIES: Final[Mapping[str, Family]] = {
     "opt": Family("model.decoder.layers", "fc2", "self_attn.out_proj"),
     "phi": Family("model.layers", "mlp.fc2", "self_attn.dense"),
     "starcoder2": Family("model.layers", "mlp.c_proj", "self_attn.o_proj"),
+    "cohere": _LLAMA_LIKE,
+    "cohere2": _LLAMA_LIKE,
     "gemma": _LLAMA_LIKE,
     "glm": _LLAMA_LIKE,
+    "granite": _LLAMA_LIKE,
     "llama": _LLAMA_LIKE,
+    "minicpm3": _LLAMA_LIKE,
     "ministral": _LLAMA_LIKE,
     "mistral": _LLAMA_LIKE,
     "olmo": _LLAMA_LIKE,
@@ -63,6 +81,12 @@ FAMILIES: Final[Mapping[str, Family]] = {
     "qwen3": _LLAMA_LIKE,
     "smollm3": _LLAMA_LIKE,
     "stablelm": _LLAMA_LIKE,
+    "exaone4": _POST_NORM,
+    "gemma2": _POST_NORM,
+    "gemma3_text": _POST_NORM,
+    "olmo2": _POST_NORM,
+    "olmo3": _POST_NORM,
+    "glm4": replace(_LLAMA_LIKE, norm="post_mlp_layernorm"),
 }
 
 
@@ -79,6 +103,8 @@ class Architecture:
         attn_out: path of the attention output projection, relative to a block.
         orientation: how both weights are stored; deltas are (out, in) whatever it says.
         shapes: (out, in) of the feed-forward weight of each layer.
+        norm: path of the norm behind the feed-forward projection, relative to a block; None: there is none.
+        scale: what its output, or the norm's, is multiplied with before it enters the residual stream.
     """
 
     model_type: str
@@ -89,6 +115,8 @@ class Architecture:
     attn_out: str
     orientation: Orientation
     shapes: tuple[tuple[int, int], ...]
+    norm: str | None = None
+    scale: float = 1.0
 
     def block(self, layer: int) -> str:
         """The module path of a decoder block.
@@ -150,7 +178,7 @@ def read_model(folder: Path, **arguments: Any) -> PreTrainedModel:
     be another model than the files that were fingerprinted. No code of the folder is run.
 
     Args:
-        arguments: passed on to ``AutoModelForCausalLM.from_pretrained`` (dtype, device_map, quantization_config, ...).
+        arguments: passed on to ``from_pretrained`` (dtype, device_map, quantization_config, ...).
 
     Raises:
         SettingsError: ``trust_remote_code`` is asked for.
@@ -159,7 +187,7 @@ def read_model(folder: Path, **arguments: Any) -> PreTrainedModel:
         raise SettingsError("patchhub never runs a model's own code", remedy="Leave trust_remote_code out.")
     if (folder / _ADAPTER).is_file():
         arguments["adapter_kwargs"] = {"subfolder": _NO_ADAPTER}
-    factory: Any = AutoModelForCausalLM
+    factory = _factory(read_config(folder))
     model: PreTrainedModel = factory.from_pretrained(
         folder, **{"local_files_only": True, **arguments}, trust_remote_code=False
     )
@@ -199,35 +227,66 @@ def describe(config: PreTrainedConfig) -> Architecture:
         attn_out=found.attn_out,
         orientation=found.orientation,
         shapes=tuple(structure.feed_forward.shape for structure in structures),
+        norm=found.norm,
+        scale=structures[0].scale,
     )
+
+
+def behind_of(model: Any, architecture: Architecture, layer: int) -> Behind:
+    """What stands between the feed-forward projection of a layer and the residual stream, of a loaded model.
+
+    Raises:
+        UnsupportedModelError: a norm of another kind than y / rms(y) times a gain.
+    """
+    norm = (
+        None if architecture.norm is None else model.get_submodule(f"{architecture.block(layer)}.{architecture.norm}")
+    )
+    try:
+        return read_behind(norm, architecture.scale, architecture.d_model)
+    except StructureError as error:
+        raise _refusal(model.config, str(error)) from error
 
 
 @torch.no_grad()
 def additive_probe(model: Any, architecture: Architecture, layer: int) -> None:
-    """Check on a loaded model that a vector added to a feed-forward output arrives unchanged in the block's output.
+    """Check on a loaded model that a vector added to a feed-forward output moves the block's output by what `Behind` says.
 
-    The vector is as long as the hidden states, so that half precision resolves it; the tolerance is a few units in the
-    last place of the model's type.
+    The vector makes what enters the stream about as long as the hidden states, so that half precision resolves it, or is as long as
+    the output where a norm comes; the tolerance is a few units in the last place of the model's type.
 
     Raises:
-        UnsupportedModelError: something else than an addition lies between the projection and the residual stream.
+        UnsupportedModelError: something else lies between the projection and the residual stream.
     """
+    behind = behind_of(model, architecture, layer)
     block = model.get_submodule(architecture.block(layer))
     projection = block.get_submodule(architecture.ffn_out)
     ids = torch.arange(1, 5, device=model.get_input_embeddings().weight.device)[None]
-    before = _block_output(model, block, ids)
+    outputs: list[Tensor] = []
+    handle = projection.register_forward_hook(lambda module, args, output: outputs.append(output))
+    try:
+        before = _block_output(model, block, ids)
+    finally:
+        handle.remove()
+    own = outputs[0].reshape(before.shape).to(before.device)
     pattern = torch.linspace(-1.0, 1.0, before.shape[-1], device=before.device)
-    vector = (pattern * before.float().norm() / pattern.norm()).to(before.dtype)
+    length = before.float().norm() / abs(behind.scale) if behind.gain is None else own.float().norm()
+    vector = (pattern * length / pattern.norm()).to(before.dtype)
     handle = projection.register_forward_hook(lambda module, args, output: output + vector.to(output.device))
     try:
         after = _block_output(model, block, ids)
     finally:
         handle.remove()
-    error = ((after.float() - before.float()) - vector.float()).norm(dim=-1).max()
-    if not float(error) <= 8 * torch.finfo(before.dtype).eps * float(vector.float().norm()):
+    moved = own + vector
+    expected = behind(moved.double()) - behind(own.double())
+    error = ((after.double() - before.double()) - expected).norm(dim=-1).max()
+    size = torch.maximum(expected.norm(dim=-1).max(), before.double().norm(dim=-1).max())
+    # A norm is read off float32 numbers, and its own steps round too.
+    units = 8 if behind.gain is None else 64
+    if not float(error) <= units * torch.finfo(before.dtype).eps * float(size):
         raise UnsupportedModelError(
-            f"a vector added to the feed-forward output of layer {layer} does not enter the residual stream unchanged",
-            remedy="Only pre-norm models without residual multipliers can be edited.",
+            f"a vector added to the feed-forward output of layer {layer} does not enter the residual stream "
+            "as the model's structure says",
+            remedy="Only decoders with nothing, a scale or one norm behind the feed-forward projection can be edited.",
             layer=layer,
             model_type=architecture.model_type,
         )
@@ -264,9 +323,19 @@ def _refuse_by_config(config: Any) -> None:
         )
 
 
+def _factory(config: PreTrainedConfig) -> Any:
+    """Where transformers makes the model: among causal language models, else among those that see images and write text.
+
+    The latter are edited in their language model.
+    """
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        return AutoModelForImageTextToText
+    return AutoModelForCausalLM
+
+
 def _without_weights(config: PreTrainedConfig) -> Any:
     """The model on the meta device, with the attention whose steps autograd sees."""
-    factory: Any = AutoModelForCausalLM
+    factory = _factory(config)
     try:
         with torch.device("meta"):
             return factory.from_config(
@@ -278,8 +347,11 @@ def _without_weights(config: PreTrainedConfig) -> Any:
 
 
 def _one_family(blocks: str, structures: tuple[BlockStructure, ...]) -> Family:
-    rows = {Family(blocks, s.feed_forward.path, s.attention.path, s.feed_forward.orientation): None for s in structures}
-    if len(rows) != 1:
+    rows = {
+        Family(blocks, s.feed_forward.path, s.attention.path, s.feed_forward.orientation, s.norm): None
+        for s in structures
+    }
+    if len(rows) != 1 or len({s.scale for s in structures}) != 1:
         raise StructureError("has blocks of different structure")
     return next(iter(rows))
 
@@ -287,7 +359,7 @@ def _one_family(blocks: str, structures: tuple[BlockStructure, ...]) -> Family:
 def _refusal(config: Any, reason: str, *, remedy: str | None = None) -> UnsupportedModelError:
     return UnsupportedModelError(
         f"this {config.model_type} model {reason}",
-        remedy=remedy or f"Choose a dense pre-norm decoder, for example one of: {', '.join(sorted(FAMILIES))}.",
+        remedy=remedy or f"Choose a dense decoder, for example one of: {', '.join(sorted(FAMILIES))}.",
         model_type=config.model_type,
         reason=reason,
     )

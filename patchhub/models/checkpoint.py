@@ -36,6 +36,8 @@ FLOATS: Final = {"BF16": np.uint16, "F16": np.float16, "F32": np.float32, "F64":
 _LENGTH_BYTES = 8
 _MAX_HEADER = 100_000_000  # as in the safetensors library
 
+_WRAPPED, _UNWRAPPED = "model.language_model.", ("language_model.model.", "model.")
+
 
 @dataclass(frozen=True)
 class TensorEntry:
@@ -218,7 +220,9 @@ class Checkpoint:
         """The checkpoint's name of a model parameter.
 
         Checkpoints of a bare decoder lack the prefix that the causal language model gives it
-        (``h.0.mlp.c_proj.weight`` for ``transformer.h.0.mlp.c_proj.weight``), others have one more.
+        (``h.0.mlp.c_proj.weight`` for ``transformer.h.0.mlp.c_proj.weight``), others have one more. Those of models that see images
+        and read text have the text model's under other names than the parameters (``language_model.model.layers`` or
+        ``model.layers`` for ``model.language_model.layers``).
 
         Raises:
             BaseError: no tensor, or more than one, can be meant.
@@ -226,6 +230,10 @@ class Checkpoint:
         if parameter in self.tensors:
             return parameter
         found = [n for n in self.tensors if parameter.endswith("." + n) or n.endswith("." + parameter)]
+        if not found and parameter.startswith(_WRAPPED):
+            found = [
+                n for n in (stored + parameter.removeprefix(_WRAPPED) for stored in _UNWRAPPED) if n in self.tensors
+            ]
         if len(found) != 1:
             raise BaseError(
                 f"{self.name} has {len(found) or 'no'} tensors that could be the parameter {parameter}",

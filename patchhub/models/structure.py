@@ -1,11 +1,10 @@
 """Where the attention and the feed-forward network of each block write into the residual stream, found without weights.
 
-The model is run once on the meta device, which computes shapes but no numbers, with autograd recording. A projection is
-*additive* if the block's output is reached from the projection's output through additions (and changes of view or type)
-alone: then a vector added to the projection's output arrives in the stream as it is. A norm after the
-feed-forward network or a residual multiplier puts another operation on that way. The feed-forward projection is told
-from the attention's by what it is computed from: attention mixes positions (softmax, batched products), a feed-forward
-network does not."""
+The model is run once on the meta device, which computes shapes but no numbers, with autograd recording. A projection
+writes into the stream if the block's output is reached from the projection's output through additions (and changes of
+view or type), with at most a number and a norm on its way to the first of them: that is what stands *behind* it. The
+feed-forward projection is told from the attention's by what it is computed from: attention mixes positions (softmax,
+batched products), a feed-forward network does not."""
 
 from __future__ import annotations
 
@@ -29,6 +28,7 @@ _IDENTITY = {
     "CloneBackward0",
     "ToCopyBackward0",
 }
+_SCALING = "MulBackward0"
 _MIXING = ("softmax", "bmm")  # of positions; attention has both, a feed-forward network neither
 
 
@@ -47,10 +47,17 @@ class Projection:
 
 @dataclass(frozen=True)
 class BlockStructure:
-    """The two projections through which one block writes into the stream."""
+    """The two projections through which one block writes into the stream.
+
+    Attributes:
+        norm: path of the norm behind the feed-forward projection, relative to the block; None: there is none.
+        scale: what its output, or the norm's, is multiplied with.
+    """
 
     attention: Projection
     feed_forward: Projection
+    norm: str | None
+    scale: float
 
 
 @dataclass
@@ -60,7 +67,7 @@ class _Record:
     start: list[Any] = field(default_factory=list)
     end: list[Any] = field(default_factory=list)
     projections: list[tuple[str, Any]] = field(default_factory=list)
-    norms: list[tuple[str, int]] = field(default_factory=list)  # path, number of projections seen before it
+    norms: list[tuple[str, Any, Any]] = field(default_factory=list)  # path, node of the output, node of the input
 
 
 def find_structure(model: nn.Module, n_layers: int, d_model: int) -> tuple[str, tuple[BlockStructure, ...]]:
@@ -95,6 +102,9 @@ def _block_list(model: nn.Module, n_layers: int) -> tuple[str, list[nn.Module]]:
         for path, module in model.named_modules()
         if isinstance(module, nn.ModuleList) and len(module) == n_layers
     ]
+    if len(found) > 1:  # a vision tower may be as deep
+        inside = set(model.get_decoder().modules())  # type: ignore[operator]
+        found = [(path, blocks) for path, blocks in found if blocks[0] in inside]
     if len(found) != 1:
         raise StructureError(f"has {len(found)} lists of {n_layers} modules instead of one list of decoder blocks")
     return found[0]
@@ -138,7 +148,7 @@ def _watch(block: nn.Module, record: _Record, d_model: int) -> Iterable[Any]:
         return lambda module, args, output: record.projections.append((path, output.grad_fn))
 
     def norm(path: str) -> Callable[..., None]:
-        return lambda module, args, output: record.norms.append((path, len(record.projections)))
+        return lambda module, args, output: record.norms.append((path, output.grad_fn, args[0].grad_fn))
 
     yield block.register_forward_pre_hook(enter, with_kwargs=True)
     yield block.register_forward_hook(leave)
@@ -154,10 +164,10 @@ def _block_structure(block: nn.Module, record: _Record) -> BlockStructure:
         raise StructureError("has blocks that are not called once per pass, or that hold no projection into the stream")
     nodes = {node: path for path, node in record.projections}
     stop = {*record.start, *nodes}
-    additive = [nodes[n] for n in _reachable(record.end[0], stop, through_sums_only=True) if n in nodes]
+    ways, multiplied = _ways(record)
     mixing = {path: _mixing_of(node, stop) for node, path in nodes.items()}
-    feed_forward = [path for path in additive if not mixing[path]]
-    attention = [path for path in additive if "softmax" in mixing[path]]
+    feed_forward = [path for path in ways if not mixing[path]]
+    attention = [path for path in ways if "softmax" in mixing[path]]
     if not feed_forward:
         raise StructureError(_why_not_additive(record))
     if len(feed_forward) != 1 or len(attention) != 1:
@@ -165,10 +175,64 @@ def _block_structure(block: nn.Module, record: _Record) -> BlockStructure:
             "has blocks other than one attention and one feed-forward network "
             f"(into the stream lead: {', '.join(path for path, _ in record.projections)})"
         )
-    return BlockStructure(_projection(block, attention[0]), _projection(block, feed_forward[0]))
+    if multiplied:
+        raise StructureError("multiplies the residual stream itself in each block")
+    way = ways[feed_forward[0]]
+    return BlockStructure(
+        _projection(block, attention[0]), _projection(block, feed_forward[0]), norm=way.norm, scale=way.scale
+    )
 
 
-def _reachable(root: Any, stop: set[Any], *, through_sums_only: bool) -> list[Any]:
+@dataclass(frozen=True)
+class _Way:
+    """What was passed on the way down from a block's output: a norm, the number before it, and whether only these are left."""
+
+    norm: str | None = None
+    scale: float = 1.0
+
+    @property
+    def plain(self) -> bool:
+        return self.norm is None and self.scale == 1.0
+
+
+def _ways(record: _Record) -> tuple[dict[str, _Way], bool]:
+    """What stands behind each projection that writes into the stream, and whether the stream itself is multiplied."""
+    nodes = {node: path for path, node in record.projections}
+    norms = {output: (path, entered) for path, output, entered in record.norms}
+    found: dict[str, _Way] = {}
+    waiting: list[tuple[Any, _Way]] = [(record.end[0], _Way())]
+    seen: set[Any] = set()
+    multiplied = False
+    while waiting:
+        node, way = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node in nodes:
+            found[nodes[node]] = way
+        elif node in record.start:
+            multiplied |= not way.plain
+        elif node in norms and way.norm is None:
+            path, entered = norms[node]
+            waiting.append((entered, _Way(path, way.scale)))
+        elif (factor := _factor(node)) is not None and way.norm is None:
+            waiting += [(parent, _Way(None, way.scale * factor)) for parent, _ in node.next_functions]
+        elif type(node).__name__ in _IDENTITY or (_keeps_sums(node) and way.norm is None):
+            waiting += [(parent, way) for parent, _ in node.next_functions]
+    return found, multiplied
+
+
+def _factor(node: Any) -> float | None:
+    """The number that a node multiplies with; None: it does something else."""
+    if type(node).__name__ != _SCALING:
+        return None
+    for factor in (node._saved_self, node._saved_other):
+        if factor is not None and factor.ndim == 0 and not factor.is_meta:
+            return float(factor)
+    return None
+
+
+def _reachable(root: Any, stop: set[Any]) -> list[Any]:
     """The autograd nodes from which ``root`` is computed, in no order; the search does not go past ``stop``."""
     seen: dict[Any, None] = {}
     waiting = [root]
@@ -179,8 +243,7 @@ def _reachable(root: Any, stop: set[Any], *, through_sums_only: bool) -> list[An
         seen[node] = None
         if node is not root and node in stop:
             continue
-        if not through_sums_only or _keeps_sums(node):
-            waiting += [parent for parent, _ in node.next_functions]
+        waiting += [parent for parent, _ in node.next_functions]
     return list(seen)
 
 
@@ -191,20 +254,17 @@ def _keeps_sums(node: Any) -> bool:
 
 def _mixing_of(node: Any, stop: set[Any]) -> set[str]:
     """The kinds of mixing of positions that a projection's output is computed from."""
-    names = [type(n).__name__.lower() for n in _reachable(node, stop, through_sums_only=False)]
+    names = [type(n).__name__.lower() for n in _reachable(node, stop)]
     return {word for word in _MIXING for name in names if word in name}
 
 
 def _why_not_additive(record: _Record) -> str:
-    norms = [path for path, before in record.norms if before == len(record.projections)]
+    norms = [path for path, output, _ in record.norms if output is record.end[0]]
     if norms:
-        return (
-            f"applies a norm ({norms[-1]}) after the feed-forward network, so the output of its projection "
-            "is not what enters the residual stream (post-norm)"
-        )
+        return f"applies a norm ({norms[-1]}) to the residual stream itself, after the feed-forward network was added"
     return (
-        "has no feed-forward projection whose output enters the residual stream as it is "
-        "(a residual multiplier, a gate or a state-space layer stands in its place)"
+        "has no feed-forward projection whose output enters the residual stream as it is, scaled or through one norm "
+        "(a gate or a state-space layer stands in its place)"
     )
 
 

@@ -20,10 +20,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.hooks import RemovableHandle
 from transformers.activations import NewGELUActivation
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from patchhub.delta import Delta, LowRank, add, to_dense
 from patchhub.errors import UnsupportedModelError
-from patchhub.models.architectures import Architecture
+from patchhub.models.architectures import Architecture, behind_of
+from patchhub.models.behind import Behind
 
 _SHAPES = ((64, 64, 64), (96, 384, 512), (33, 640, 129))  # rows, inner, columns of the products that are tried
 _KEPT_KERNELS = "128"
@@ -104,6 +106,14 @@ class SidePath:
             change = torch.nn.functional.linear(change, factor)
         changed: Tensor = output.float() + change
         return changed.to(output.dtype)
+
+
+class _Ended(BaseModelOutputWithPast):
+    """What a decoder gives back, with None for whatever else a model's head looks for in it (images, cross attention)."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("_"):
+            raise AttributeError(name)
 
 
 _ROWS = 32
@@ -205,6 +215,8 @@ class Stack:
         self.blocks: list[nn.Module] = list(model.get_submodule(architecture.blocks))
         self.decoder: Any = model.get_submodule(architecture.blocks.rpartition(".")[0])
         self.ffn_out: list[nn.Module] = [block.get_submodule(architecture.ffn_out) for block in self.blocks]
+        self._behind: dict[int, Behind] = {}
+        self._plain_head, self._any_token = True, torch.zeros(1, 1, dtype=torch.long, device=self.device)
         self._norm, self._tuple_output = self._probe()
 
     @property
@@ -221,6 +233,16 @@ class Stack:
     def device_of(self, index: int) -> torch.device:
         """Where block ``index`` lives."""
         return next(self.blocks[index].parameters()).device
+
+    def behind(self, layer: int) -> Behind:
+        """What stands between the FFN output projection of a layer and the residual stream.
+
+        Raises:
+            UnsupportedModelError: a norm of another kind than y / rms(y) times a gain.
+        """
+        if layer not in self._behind:
+            self._behind[layer] = behind_of(self.model, self.architecture, layer)
+        return self._behind[layer]
 
     @torch.no_grad()
     def begin(
@@ -307,10 +329,24 @@ class Stack:
 
     def logits(self, hidden: Float[Tensor, "... d"]) -> Float[Tensor, "... vocabulary"]:
         """Logits from hidden states after the last block."""
-        head = self.model.get_output_embeddings()
-        normed: Tensor = self._norm(hidden).to(head.weight.device)
-        logits: Tensor = _rounded(head, normed) if normed.dim() == 2 else head(normed)
+        weight = self.model.get_output_embeddings().weight
+        normed: Tensor = self._norm(hidden).to(weight.device)
+        logits: Tensor = _rounded(self._head, normed) if normed.dim() == 2 else self._head(normed)
         return logits.to(self.device)
+
+    def _head(self, normed: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch vocabulary"]:
+        """The head, and what the model does with its logits besides: a scale (Cohere, Granite), a soft cap (Gemma 2)."""
+        if self._plain_head:
+            plain: Tensor = self.model.get_output_embeddings()(normed)
+            return plain
+        rows = normed[None] if normed.dim() == 2 else normed
+
+        def ended(*args: Any, **kwargs: Any) -> _Ended:
+            return _Ended(last_hidden_state=rows)
+
+        with _replaced_forwards([self.model.base_model], ended):
+            logits: Tensor = self.model(input_ids=self._any_token, use_cache=False).logits
+        return logits.view(*normed.shape[:-1], -1)
 
     @contextmanager
     def watch_keys(self, layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
@@ -373,8 +409,10 @@ class Stack:
                 handle.remove()
         self._norm, self._tuple_output = (after[0] if after else nn.Identity()), tuples[0]
         start = self.begin(ids, torch.ones_like(ids), torch.arange(ids.shape[1], device=self.device)[None])
-        parts = self.logits(start.run(start.hidden, 0, len(self.blocks)))
-        if len(after) > 1 or not _close(parts, whole):
+        # Read in another order, so that a head which mixes positions is found out.
+        hidden, whole = start.run(start.hidden, 0, len(self.blocks))[0].flip(0), whole[0].flip(0)
+        self._plain_head = _close(self.logits(hidden), whole)
+        if len(after) > 1 or not (self._plain_head or _close(self.logits(hidden), whole)):
             raise UnsupportedModelError(
                 f"the blocks and head of this {self.architecture.model_type} model do not compose to its logits",
                 remedy="Only models of the form embed -> blocks -> norm -> head can be edited.",

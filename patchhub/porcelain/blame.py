@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Final, Literal
+from typing import ClassVar, Final, Literal
 
 import numpy as np
 import torch
@@ -81,10 +81,16 @@ class Blame(Result):
 
 @dataclass(frozen=True, eq=False)
 class _Reading:
-    """What one pass of the patched model gives at one token: keys and outputs per edited weight, and the answer; in which form it was."""
+    """What one pass of the patched model gives at one token, per edited weight, and the answer; in which form it was.
+
+    Attributes:
+        outputs: the lengths of what the feed-forward parts put into the stream.
+        slopes: what a small change of each channel of the weight's output is multiplied with on its way there (out,).
+    """
 
     keys: Keys
     outputs: Mapping[str, float]
+    slopes: Mapping[str, Float[np.ndarray, " out"]]
     token: tuple[str, int]
     answer: tuple[str, float]
     chat: Chat | None
@@ -132,7 +138,9 @@ def blame(
     reading = _read(tree, prompt, place, sorted(columns))
     progress.close()
     contributions = {
-        weight: responsibilities(found) * (found.preimages.astype(np.float64) @ reading.keys[weight])[:, None]
+        weight: responsibilities(found)
+        * (found.preimages.astype(np.float64) @ reading.keys[weight])[:, None]
+        * reading.slopes[weight]
         for weight, found in columns.items()
     }
     changes = {weight: float(np.linalg.norm(rows.sum(0))) for weight, rows in contributions.items()}
@@ -180,28 +188,19 @@ def _read(
     architecture, stack = tree.architecture, tree.stack
     ids, place = _place(tree.tokenizer, prompt, subject, tree.chat)
     layers = [layer for layer in range(architecture.n_layers) if architecture.ffn_weight(layer) in weights]
-    outputs: dict[int, float] = {}
-    handles = [stack.ffn_out[layer].register_forward_hook(_keep_norm(outputs, layer, place)) for layer in layers]
     batch = right_padded([ids], stack.device)
-    with stack.watch_keys(layers) as seen:
+    with stack.watch_keys(layers) as seen, stack.watch_values(layers) as projected:
         logits = tree.model(input_ids=batch[0], attention_mask=batch[1]).logits[0, -1]
-    for handle in handles:
-        handle.remove()
+    outputs = {layer: projected[layer][0, place].double().cpu() for layer in layers}
     best = logits.float().softmax(-1).max(-1)
     return _Reading(
         {architecture.ffn_weight(layer): seen[layer][0, place].double().cpu().numpy() for layer in layers},
-        {architecture.ffn_weight(layer): outputs[layer] for layer in layers},
+        {architecture.ffn_weight(layer): float(stack.behind(layer)(outputs[layer]).norm()) for layer in layers},
+        {architecture.ffn_weight(layer): stack.behind(layer).slope(outputs[layer]).numpy() for layer in layers},
         (str(tree.tokenizer.decode([ids[place]])), place),
         (str(tree.tokenizer.decode([int(best.indices)])), float(best.values)),
         tree.chat,
     )
-
-
-def _keep_norm(outputs: dict[int, float], layer: int, place: int) -> Any:
-    def keep(module: Any, args: Any, output: torch.Tensor) -> None:
-        outputs[layer] = float(output.reshape(-1, output.shape[-1])[place].float().norm())  # OPT: (time, d)
-
-    return keep
 
 
 def _place(

@@ -248,7 +248,7 @@ def _record(
         group.settings["ridge"],
         recorder.cache,
         state,
-        EDITORS[group.method].spread,
+        EDITORS[group.method].way(stack.architecture).spread,
         still=[place for place, request in enumerate(group.requests) if request.id in kept],
     )
 

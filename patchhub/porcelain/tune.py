@@ -199,7 +199,7 @@ class Trials:
             settings.ridge,
             self._recorder.cache,
             State({}, {}),
-            self._editor.spread,
+            self._editor.way(tree.stack.architecture).spread,
         )
         changes = {layer: [recording.change[tree.architecture.ffn_weight(layer)]] for layer in settings.layers}
         items = [item for request in requests for item in counterfact_items(request)]
@@ -209,13 +209,15 @@ class Trials:
 
     def _targets(self, settings: EditSettings, facts: int) -> Float[Tensor, "n d"]:
         """z of the first facts; only those that were not optimised for this layer and step size before are now."""
-        key = settings.layers[-1], settings.learning_rate
+        stack = self._opened.stack
+        way = self._editor.way(stack.architecture)
+        key = way.layer(settings.layers), settings.learning_rate
         known = self._values.get(key)
         start = 0 if known is None else len(known)
         if start < facts:
             new = self._requests[start:facts]
             found = optimise_values(
-                self._editor.site(self._opened.stack, key[0]),
+                way.site(stack, settings.layers),
                 encode_facts(self._opened.tokenizer, new, self._recorder.contexts, chat=self._opened.chat),
                 settings.values(until_sure=self._editor.until_sure),
             ).targets

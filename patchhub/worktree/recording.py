@@ -211,7 +211,7 @@ def _edit(
         keeps=keeps,
         failing=lambda recording: _reading_wrong(tree, plan.requests, recording, settings),
         memory=memory,
-        kept=lambda values: _kept_values(repository, tree, plan, method, settings.layers[-1], values),
+        kept=lambda values: _kept_values(repository, tree, plan, method, settings.layers, values),
         progress=report,
     )
 
@@ -252,14 +252,14 @@ def _keeps(tree: Worktree, plan: Plan, progress: Progress) -> list[Request]:
 
 
 def _kept_values(
-    repository: Store, tree: Worktree, plan: Plan, method: str, layer: int, values: ValueSettings
+    repository: Store, tree: Worktree, plan: Plan, method: str, layers: Sequence[int], values: ValueSettings
 ) -> KeptValues:
     """Where the values of facts are kept that are optimised on this state with these settings."""
     config = tree.model.config
     inputs = {
         "base": repository.config.base_id,
         "dtype": str(tree.model.dtype),
-        "layer": layer,
+        "layer": EDITORS[method].way(tree.architecture).layer(layers),
         "method": method,
         "quantization": str(getattr(config, "quantization_config", None)),
         "settings": asdict(values),

@@ -258,6 +258,50 @@ def test_descent_trains_a_shard_too() -> None:
     assert made.shard.routing["distance"] == "mean"
 
 
+@contextmanager
+def beside(stack: Stack, layer: int, change: torch.Tensor) -> Iterator[None]:
+    """The side memory on for every token."""
+    handle = stack.ffn_out[layer].register_forward_hook(lambda module, args, output: output + args[0] @ change.T)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@torch.no_grad()
+def mean_loss(stack: Stack, contexts: Sequence[str], requests: Sequence[Request] = REQUESTS) -> float:
+    """Of the targets after the prompts, in nats per token, read plainly."""
+    losses = []
+    for row in encode_prompts(tiny_tokenizer(), [(context, one) for one in requests for context in contexts]):
+        log_probs = stack.model(input_ids=torch.tensor([row.input_ids]), use_cache=False).logits[0].log_softmax(-1)
+        places = range(*row.target)
+        losses.append(-sum(float(log_probs[place - 1, row.input_ids[place]]) for place in places) / len(places))
+    return sum(losses) / len(losses)
+
+
+@pytest.mark.parametrize("family", ["gemma3_text", "granite"])
+def test_descent_sees_what_comes_behind_the_projection(family: str) -> None:
+    """The loss that descent begins with is that of the model with the side memory on."""
+    stack = tiny_stack(family, **({"residual_multiplier": 0.3} if family == "granite" else {}))
+    start = 0.5 * torch.randn(stack.architecture.shapes[1], generator=torch.Generator().manual_seed(0))
+    prompts = [encode_prompts(tiny_tokenizer(), [(context, one) for context in CONTEXTS]) for one in REQUESTS]
+    settings = settings_for(stack, layer=1, descent_steps=1)
+    _, found = descend(stack, 1, prompts, [], torch.ones_like(start), start, (1.0, 1.0, 1.0), settings)
+    with beside(stack, 1, start):
+        assert found == pytest.approx(mean_loss(stack, CONTEXTS) * len(REQUESTS), rel=1e-4)
+    assert found != pytest.approx(mean_loss(stack, CONTEXTS) * len(REQUESTS), rel=1e-2)
+
+
+@pytest.mark.parametrize("family", ["gemma3_text", "olmo2", "granite"])
+def test_a_side_memory_behind_which_something_comes_lowers_the_loss(family: str) -> None:
+    stack = tiny_stack(family, **({"residual_multiplier": 0.3} if family == "granite" else {}))
+    settings = settings_for(stack, mask_ratio=1.0)
+    made = training.train(stack, tiny_tokenizer(), REQUESTS, CONTEXTS, settings, documents())
+    before = mean_loss(stack, ("{}",))
+    with beside(stack, settings.layer, torch.from_numpy(to_dense(made.shard.change)).float()):
+        assert mean_loss(stack, ("{}",)) < before
+
+
 def test_a_broken_model_is_refused_in_words() -> None:
     stack = tiny_stack("llama")
     with torch.no_grad():

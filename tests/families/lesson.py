@@ -2,7 +2,8 @@
 
 Beside the next-token loss, pairs of prompts exchange the hidden state at their subject's last token after an edited block, and
 must then answer for the other's subject (interchange intervention training, Geiger et al. 2022, arXiv 2112.00826). So a fact is
-recalled through that state, as it is in large models and as a tiny one would not learn by itself.
+recalled through that state, as it is in large models and as a tiny one would not learn by itself. Where a norm comes behind the
+feed-forward part, they also exchange what that puts into the stream.
 """
 
 from __future__ import annotations
@@ -28,6 +29,15 @@ VOCABULARY = 640  # at most: training stops when every word is one token
 WIDTH, INNER, LAYERS, HEADS, POSITIONS = 64, 256, 4, 4, 96
 STEPS, RATE, PAIRS, ROWS, LENGTH = 600, 4e-3, 16, 8, 40
 
+_GROUPED = {
+    "hidden_size": WIDTH,
+    "intermediate_size": INNER,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": HEADS // 2,
+    "max_position_embeddings": POSITIONS,
+    "pad_token_id": 0,
+}
 _GPT = {
     "n_embd": WIDTH,
     "n_inner": INNER,
@@ -48,6 +58,8 @@ SIZES: dict[str, dict[str, Any]] = {
         "num_attention_heads": HEADS,
         "max_position_embeddings": POSITIONS,
     },
+    "gemma3_text": {**_GROUPED, "head_dim": WIDTH // HEADS, "query_pre_attn_scalar": WIDTH // HEADS},
+    "olmo2": _GROUPED,
 }
 
 _GIVEN = ("Alda", "Boro", "Cilia", "Dago", "Esma", "Fenno", "Gita", "Haro")
@@ -117,7 +129,9 @@ def taught_model(family: str, tokenizer: PreTrainedTokenizerFast, *, seed: int =
 
 def _teach(model: Any, facts: Sequence[Known], tokenizer: Any, draw: random.Random) -> None:
     architecture = describe(model.config)
-    edited = [model.get_submodule(architecture.block(layer)) for layer in default_layers(architecture)]
+    paths = [architecture.block(layer) for layer in default_layers(architecture)]
+    paths += [] if architecture.norm is None else [f"{path}.{architecture.norm}" for path in paths]
+    edited = [model.get_submodule(path) for path in paths]
     optimiser = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.98), weight_decay=0.02)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, RATE, total_steps=STEPS, pct_start=0.1)
     model.train()

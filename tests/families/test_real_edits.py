@@ -1,6 +1,7 @@
-"""Facts are really written: on trained models of four architectures, from never right to right, with default settings.
+"""Facts are really written: on trained models of six architectures, from never right to right, with default settings.
 
-Llama is the model that patchhub ships. The others are taught in the set-up, in about 20 s of CPU time each, and kept in pytest's cache.
+Two of them, Gemma 3 and OLMo 2, have norms behind their feed-forward parts. Llama is the model that patchhub ships. The others are
+taught in the set-up, in about 20 s of CPU time each, and kept in pytest's cache.
 """
 
 from __future__ import annotations

@@ -60,12 +60,13 @@ def test_an_edit_of_every_family(family: str, method: str, tmp_path: Path) -> No
     for layer, name in zip(LAYERS, names, strict=True):
         metric.store(name, torch.eye(stack.architecture.shapes[layer][1], dtype=torch.float64))
 
-    site = editor.site(stack, LAYERS[-1])
+    way = editor.way(stack.architecture)
+    site = way.site(stack, LAYERS)
     values = optimise_values(site, FACTS, SETTINGS)
     first = optimise_values(site, FACTS, ValueSettings(**{**vars(SETTINGS), "steps": 1}))
     assert (values.loss < first.loss).all()
     rows = key_rows([fact.rows for fact in FACTS])
-    made = record(stack, LAYERS, rows, values.targets, RIDGE, metric, State({}, {}), editor.spread)
+    made = record(stack, LAYERS, rows, values.targets, RIDGE, metric, State({}, {}), way.spread)
     deltas = {name: [made.change[name]] for name in names}
     for layer, name in zip(LAYERS, names, strict=True):
         columns = made.columns[name]

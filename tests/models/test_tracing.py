@@ -292,11 +292,32 @@ def test_other_types_compose_too(dtype):
 def test_a_model_that_its_pieces_do_not_make_is_refused():
     model = tiny_model("llama")
     architecture = describe(model.config)
-    model.register_forward_hook(lambda _m, _a, out: out.__setitem__("logits", out.logits * 1.5))
+    model.register_forward_hook(lambda _m, _a, out: out.__setitem__("logits", out.logits + out.logits.roll(1, 1)))
     with pytest.raises(UnsupportedModelError) as caught:
         Stack(model, architecture)
     assert caught.value.remedy
     assert not any("forward" in vars(module) for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("gemma2", {"final_logit_softcapping": 3.0}),
+        ("cohere", {"logit_scale": 0.3}),
+        ("granite", {"logits_scaling": 4.0, "residual_multiplier": 0.3, "embedding_multiplier": 2.0}),
+    ],
+)
+def test_what_a_model_does_with_its_logits_is_part_of_the_head(family, changes):
+    stack = tiny_stack(family, **changes)
+    ids = torch.arange(5, 11)[None]
+    with torch.no_grad():
+        start = stack.begin(ids, torch.ones_like(ids), torch.arange(6)[None])
+        hidden = start.run(start.hidden, 0, len(stack.blocks))
+        theirs = stack.model(input_ids=ids, use_cache=False).logits
+        assert distance(stack.logits(hidden), theirs) < 1e-5
+        assert distance(stack.logits(hidden[0, [4, 1]]), theirs[0, [4, 1]]) < 1e-5
+        plain = stack.model.get_output_embeddings()(stack._norm(hidden))
+        assert distance(plain, theirs) > 0.1
 
 
 def test_a_model_with_weights_that_are_not_numbers_is_refused():

@@ -51,11 +51,13 @@ _TEXTS = 64  # unrelated texts that the margin loss is computed from
 class _Rows:
     """Rows of prompts with targets, run once up to the edited block, and where their targets are predicted.
 
-    States and keys are on the device of the edited block, what belongs to predictions where token ids go.
+    ``outputs`` are the feed-forward projection's, ``keys`` its inputs. States, outputs and keys are on the device of the edited block,
+    what belongs to predictions where token ids go.
     """
 
     start: Pass
     hidden: Float[Tensor, "rows time d"]
+    outputs: Float[Tensor, "rows time d"]
     keys: Float[Tensor, "rows time in"]
     prompt: Bool[Tensor, "rows time"]
     row: Int[Tensor, " m"]
@@ -132,7 +134,9 @@ def _step(
 
 def _edit_loss(stack: Stack, layer: int, rows: _Rows, change: Float[Tensor, "out in"]) -> Float[Tensor, ""]:
     """The part of the edit loss that some rows make."""
-    hidden = (rows.hidden.float() + rows.keys @ change.T).to(rows.hidden.dtype)
+    behind, added = stack.behind(layer), rows.keys @ change.T
+    moved = behind(added) if behind.gain is None else behind(rows.outputs + added) - behind(rows.outputs)
+    hidden = (rows.hidden.float() + moved).to(rows.hidden.dtype)
     logits = stack.logits(rows.start.finish(hidden, layer + 1, rows.row, rows.column)).float()
     chosen = logits.log_softmax(-1).gather(1, rows.token[:, None].to(logits.device))[:, 0]
     return -(chosen * rows.share.to(chosen.device)).sum().to(change.device)
@@ -161,7 +165,7 @@ def _prepare(stack: Stack, layer: int, prompts: Sequence[Sequence[Encoded]]) -> 
 
 def _rows(stack: Stack, layer: int, chunk: Sequence[tuple[Encoded, float]]) -> _Rows:
     ids, mask, positions = right_padded([text.input_ids for text, _ in chunk], stack.device)
-    with stack.watch_keys([layer]) as seen:
+    with stack.watch_keys([layer]) as seen, stack.watch_values([layer]) as projected:
         start = stack.begin(ids, mask, positions)
         hidden = start.run(start.hidden, 0, layer + 1).to(stack.device_of(layer))
     found = [
@@ -174,6 +178,7 @@ def _rows(stack: Stack, layer: int, chunk: Sequence[tuple[Encoded, float]]) -> _
     return _Rows(
         start=start,
         hidden=hidden,
+        outputs=projected[layer].float(),
         keys=seen[layer].float(),
         prompt=torch.arange(ids.shape[1], device=hidden.device)[None] < stops[:, None],
         row=torch.tensor(row).to(stack.device),

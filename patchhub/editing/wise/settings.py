@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from patchhub.editing.settings import inner_width, is_narrow
+from patchhub.editing.settings import NORMED_CLAMP, NORMED_RATE, inner_width, is_narrow
 from patchhub.settings import COUNT, INDEX, NOT_NEGATIVE, POSITIVE, SHARE, check, one_of, setting
 
 if TYPE_CHECKING:
@@ -113,8 +113,9 @@ def default_wise_settings(architecture: Architecture) -> WiseSettings:
     """
     narrow = is_narrow(architecture)
     inner = inner_width(architecture)
-    clamp = 2.0 if narrow else 0.75
-    beta = 0.75 * clamp
+    normed = architecture.norm is not None
+    clamp = NORMED_CLAMP if normed else 2.0 if narrow else 0.75
+    beta = 1.0 if normed else 0.75 * clamp
     return WiseSettings(
         layer=min(max(1, round(architecture.n_layers / 8)), architecture.n_layers - 1),
         shard_size=max(1, min(500, inner // 15)),
@@ -123,7 +124,7 @@ def default_wise_settings(architecture: Architecture) -> WiseSettings:
         beta=beta,
         gamma=beta / 2,
         steps=20,
-        learning_rate=1.0 if narrow else 0.5,
+        learning_rate=NORMED_RATE if normed else 1.0 if narrow else 0.5,
         clamp=clamp,
         ridge=inner / 16,
     )

@@ -155,6 +155,11 @@ class Rows:
     owner: Int[Tensor, " rows"]
     shares: Float[Tensor, " rows"]
 
+    @property
+    def firsts(self) -> Int[Tensor, " requests"]:
+        """The place of each request's first row, its bare prompt."""
+        return torch.searchsorted(self.owner, torch.arange(len(self.scope.facts), device=self.owner.device))
+
 
 @dataclass(frozen=True, eq=False)
 class Task:

@@ -153,7 +153,10 @@ def read_keys(stack: Stack, layer: int, texts: Sequence[Sequence[int]]) -> Itera
 
 @dataclass(frozen=True, eq=False)
 class Tokens:
-    """All tokens of some texts: their keys, the lengths of the hidden states after the block, and whose they are."""
+    """All tokens of some texts: their keys, the lengths of what a change is measured against, and whose they are.
+
+    The lengths are those of the hidden states after the block, or behind a norm of the projection's outputs.
+    """
 
     keys: Float[Tensor, "tokens in"]
     lengths: Float[Tensor, " tokens"]
@@ -176,9 +179,11 @@ def read_tokens(stack: Stack, layer: int, texts: Sequence[Sequence[int]]) -> Tok
     keys, lengths = [torch.zeros(0, inner, device=device)], [torch.zeros(0, device=device)]
     for chosen in _batches(texts):
         ids, mask, positions = right_padded([texts[index] for index in chosen], stack.device)
-        with stack.watch_keys([layer]) as seen:
+        with stack.watch_keys([layer]) as seen, stack.watch_values([layer]) as projected:
             start = stack.begin(ids, mask, positions)
             hidden = start.run(start.hidden, 0, layer + 1).to(device)
+        if stack.architecture.norm is not None:
+            hidden = projected[layer]
         real = mask.bool().to(device)
         keys.append(seen[layer][real].float())
         lengths.append(hidden[real].float().norm(dim=-1))

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from patchhub.delta import from_sparse
-from patchhub.editing.rows import BlockOutput
-from patchhub.editing.values import optimise_values
+from patchhub.editing.rows import BlockOutput, FeedForward
+from patchhub.editing.values import Values, optimise_values
 from patchhub.editing.wise.descent import descend, margin_loss
 from patchhub.editing.wise.settings import WiseSettings
 from patchhub.editing.wise.task import (
@@ -32,8 +32,11 @@ from patchhub.editing.wise.task import (
 )
 from patchhub.editing.wise.texts import SHARE_OF_BARE, text_distances
 from patchhub.errors import EditError
+from patchhub.models.behind import Behind
 from patchhub.models.tracing import Stack
 from patchhub.objects import Request
+
+_LENGTH = 1.0  # behind a norm, of the output with the side memory, in lengths of the one without
 
 
 def fit_rounds(
@@ -51,20 +54,24 @@ def fit_rounds(
     done = _SharedProgress(settings.rounds, count, progress)
     checked = _checked(task, settings)
     facts = [rows.scope.facts[index] for index in checked]
-    before = rows.keys @ task.start.T
+    before, behind = rows.keys @ task.start.T, stack.behind(settings.layer)
+    place = BlockOutput if behind.gain is None else FeedForward
+    bare = rows.keys[rows.firsts]
     new = rows.owner >= task.held
     added, losses = torch.zeros_like(task.start), torch.zeros(count)
     for number in range(settings.rounds):
         change = task.start + added
         steps = settings.steps if number == 0 else -(-settings.steps // 2)
         with _side_path(stack, settings.layer, change):
-            site = BlockOutput(stack, settings.layer)
+            site = place(stack, settings.layer)
             values = optimise_values(site, facts, settings.values(steps), progress=done.advance)
         losses = values.loss[-count:]
         if number and not bool(values.steps.any()):
             break
         missing = torch.zeros(len(rows.scope.facts), before.shape[1], device=before.device)
-        missing[checked] = (values.targets - values.hidden).to(before.device)
+        missing[checked] = _missing(values, behind, bare[checked].cpu() @ change.T.cpu(), task.margins[1]).to(
+            before.device
+        )
         now = rows.keys @ change.T + missing[rows.owner]
         unmoved = ~new & (missing[rows.owner] == 0).all(1)
         outputs = torch.where(new[:, None], _lengthened(now, task.margins[1]), now) - before
@@ -74,6 +81,18 @@ def fit_rounds(
         added = (task.start + added).clamp(-limit, limit) - task.start
     done.finish()
     return (task.start + added) * task.problem.mask, losses
+
+
+def _missing(values: Values, behind: Behind, given: Float[Tensor, "n out"], least: float) -> Float[Tensor, "n out"]:
+    """What the output of the projection lacks at the bare prompts, where the side memory gives ``given``.
+
+    Behind a norm, which does not see how long an output is, the whole of what the side memory gives is at least ``least`` long.
+    """
+    if behind.gain is None:
+        return (values.targets - values.hidden) / behind.scale
+    moved = values.steps > 0
+    found = behind.beyond(values.targets, values.hidden - given, least, _LENGTH) - given
+    return torch.where(moved[:, None], found, torch.zeros_like(found))
 
 
 def _checked(task: Task, settings: WiseSettings) -> list[int]:
