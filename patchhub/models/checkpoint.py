@@ -231,7 +231,9 @@ class Checkpoint:
             return parameter
         found = [n for n in self.tensors if parameter.endswith("." + n) or n.endswith("." + parameter)]
         if not found and parameter.startswith(_WRAPPED):
-            found = [n for n in (stored + parameter.removeprefix(_WRAPPED) for stored in _UNWRAPPED) if n in self.tensors]
+            found = [
+                n for n in (stored + parameter.removeprefix(_WRAPPED) for stored in _UNWRAPPED) if n in self.tensors
+            ]
         if len(found) != 1:
             raise BaseError(
                 f"{self.name} has {len(found) or 'no'} tensors that could be the parameter {parameter}",
