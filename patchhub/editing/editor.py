@@ -213,7 +213,7 @@ EQUAL_SHARES = Spread("block", lambda left: left)
 ROOT_SHARES = Spread("projection", math.sqrt)
 """What is missing at the last layer's feed-forward output, over the root of the number of layers left."""
 
-REPLAYED = Spread("replay", lambda left: 1.0, length=0.5)
+REPLAYED = Spread("replay", lambda left: 1.0, length=0.75)
 """What each layer gives when the whole change is made at the first one (Forward replay, arXiv 2605.00358)."""
 
 
@@ -259,7 +259,7 @@ def pmet_settings(architecture: Architecture) -> EditSettings:
 
 
 PMET = Editor(
-    pmet_settings, Way(Projections, ROOT_SHARES), Way(Projections, replace(ROOT_SHARES, length=0.5)), until_sure=True
+    pmet_settings, Way(Projections, ROOT_SHARES), Way(Projections, replace(ROOT_SHARES, length=0.75)), until_sure=True
 )
 
 
