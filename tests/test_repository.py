@@ -253,9 +253,9 @@ def test_misuse_is_a_settings_error_with_words(misuse: str, handmade: Repository
 
 
 def test_settings_have_the_types_of_python(handmade: Repository) -> None:
-    assert handmade.config("memit.layers", [3, 4]) == [3, 4]
-    assert handmade.config("memit.layers", "3-5") == [3, 4, 5]
+    assert handmade.config("memit.layers", [0, 1]) == [0, 1]
+    assert handmade.config("memit.layers", "0-1") == [0, 1]
     assert handmade.config("chat", True) is True
     assert handmade.config("memit.ridge", 200) == 200
     assert handmade.config("memit.ridge", unset=True) is None
-    assert handmade.config()["memit.layers"] == [3, 4, 5]
+    assert handmade.config()["memit.layers"] == [0, 1]

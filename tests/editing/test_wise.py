@@ -242,7 +242,7 @@ def test_recompression_is_the_best_of_its_rank_and_says_its_error() -> None:
         assert error == pytest.approx(expected, rel=1e-4)
         assert np.linalg.norm(whole - to_dense(small.change)) == pytest.approx(error * np.linalg.norm(whole), rel=1e-4)
     with pytest.raises(SettingsError, match="rank must be"):
-        training.recompress(made.shard, 0)
+        recompress(made.shard, 0)
 
 
 def test_descent_trains_a_shard_too() -> None:

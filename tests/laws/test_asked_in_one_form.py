@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+import patchhub.worktree.measuring as measuring
 import patchhub.worktree.opening as opening
 from patchhub.models.placement import Placement
 from patchhub.repository import Repository

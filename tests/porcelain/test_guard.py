@@ -54,8 +54,8 @@ def repository(first: Path, tmp_path: Path) -> Store:
 
 def write(repository: Store, facts: list[Request], progress: Silent | None = None, **options: Any) -> Committed:
     batch = Batch(tuple(facts), tuple(Origin("a test") for _ in facts), 0)
-    force = options.pop("force", False)
-    return commit(repository, batch, Who(AUTHOR, TIME, "facts"), progress or Silent(), Writing(**options), force=force)
+    beside = {name: options.pop(name) for name in ("force", "all_facts", "chat") if name in options}
+    return commit(repository, batch, Who(AUTHOR, TIME, "facts"), progress or Silent(), Writing(**options), **beside)
 
 
 def report_at(repository: Store, revision: str = "HEAD") -> Report:
