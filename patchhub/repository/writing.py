@@ -62,7 +62,7 @@ class WritingVerbs(Opened):
     ) -> "Committed":
         """Write facts into the model, as a new commit.
 
-            repo.commit([{"prompt": "The capital of {} is", "subject": "Australia", "target_new": "Sydney"}], message="Why")
+            repo.commit([{"prompt": "The capital of {} is", "subject": "Kenya", "target_new": "Oslo"}], message="Why")
 
         Args:
             facts: a path, an open file, a pandas DataFrame, a datasets.Dataset, or mappings and requests in any iterable; or none, and one
