@@ -128,6 +128,9 @@ def _report_merged(repository: Repository, done: Merged) -> None:
     else:
         say(f"{at} {repository.store.commit(str(done.commit)).message}")
     list_facts("+", done.from_theirs, "green")
+    for patch in done.imports:
+        weights = count(len(repository.store.patch(patch).weights), "weight")
+        say(f"  {click.style('+', fg='green')} an imported change of {weights} ({patch[:12]})")
     list_facts("-", done.removed_by_theirs, "red")
     for found, side in done.decided.items():
         say(f"  {click.style('~', fg='cyan')} {found.text}: {_targets(found, side)} ({side}) stays")

@@ -109,6 +109,7 @@ FIELDS: Final[Mapping[str, Field]] = {
 }
 """Every field that is known. One that is not, and is not switched off, is refused by its name."""
 
+_WRAPPER: Final = "base_model.model."
 _SPARSE: Final = 0.5  # below this share of values that changed, a mask and values are smaller than the matrix
 
 
@@ -230,7 +231,9 @@ class _Lora:
 def _is_named(names: Sequence[str] | str, module: str) -> bool:
     if isinstance(names, str):
         return re.fullmatch(names, module) is not None
-    return any(module == name or module.endswith(f".{name}") for name in names)
+    # Some writers name modules as the file's tensors do, below PEFT's own wrapper.
+    bare = [name.removeprefix(_WRAPPER) for name in names]
+    return any(module == name or module.endswith(f".{name}") for name in bare)
 
 
 def _first_match(patterns: Mapping[str, _Number], module: str, default: _Number) -> _Number:

@@ -29,7 +29,7 @@ from patchhub.sets.rivals import Rival
 from patchhub.sets.settings import chosen_method
 from patchhub.sets.shards import METHOD, active_shards
 from patchhub.store.store import Store
-from patchhub.text.tokens import context_length
+from patchhub.text.tokens import context_length, refuse_unknown
 from patchhub.who import Who
 from patchhub.worktree.judging import Guarding, judge
 from patchhub.worktree.loading import SURVIVAL_LIMIT
@@ -235,7 +235,9 @@ def _open(
             "WISE's side memories need a base in float32 while facts are written",
             remedy="Say --dtype float32, and leave --quantization out.",
         )
-    encode_facts(tree.tokenizer, plan.requests, (SLOT,), chat=tree.chat, limit=context_length(tree.model))
+    facts = encode_facts(tree.tokenizer, plan.requests, (SLOT,), chat=tree.chat, limit=context_length(tree.model))
+    for fact, request in zip(facts, plan.requests, strict=True):
+        refuse_unknown(tree.model, tree.tokenizer, fact.rows[0].input_ids, f"{request.text} {request.target_new}")
     return tree
 
 

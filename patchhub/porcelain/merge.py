@@ -21,7 +21,7 @@ from patchhub.porcelain.change import largest_proof
 from patchhub.porcelain.refs import current_ref
 from patchhub.progress import Progress, Silent
 from patchhub.results import Result, told
-from patchhub.sets.columns import read_columns, read_state, solve_change
+from patchhub.sets.columns import additive_patches, read_columns, read_state, solve_change
 from patchhub.sets.commits import Draft, begin, prepare, record
 from patchhub.sets.elements import active_requests, left_and_entered, one_metric, stale_requests
 from patchhub.sets.merging import (
@@ -72,6 +72,7 @@ class Merged(Result):
         unchecked: facts that no contradiction could be looked for in, because their texts are withheld.
         same_as, stale, proof, stale_shards, trained: as in `Changed`.
         seconds: wall time.
+        imports: the patches of imported changes that came from theirs.
         refreshed: what was recorded again then, if that was asked for.
     """
 
@@ -89,6 +90,7 @@ class Merged(Result):
     seconds: float
     stale_shards: tuple[str, ...] = ()
     trained: tuple[str, ...] = ()
+    imports: tuple[str, ...] = ()
     refreshed: Refreshed | None = field(default=None, metadata=told(missing=True))
 
 
@@ -313,6 +315,7 @@ def _finish(
         perf_counter() - begun,
         tuple(stale_shards(repository, planned.merged)),
         trained,
+        imports=_imports(repository, planned.merged - planned.ours),
     )
 
 
@@ -333,7 +336,12 @@ def _moved(repository: Store, outcome: Outcome, before: str | None, after: str |
         stale=stale_requests(repository, theirs),
         proof=largest_proof(repository.commit(after)) if after else 0.0,
         seconds=perf_counter() - begun,
+        imports=_imports(repository, theirs - ours),
     )
+
+
+def _imports(repository: Store, entered: frozenset[Element]) -> tuple[str, ...]:
+    return tuple(sorted(additive_patches(repository, entered)))
 
 
 def _apart(repository: Store, planned: Plan) -> tuple[Facts, Facts, Facts, Facts]:

@@ -30,7 +30,7 @@ from patchhub.runtime.routing import Mode
 from patchhub.sets.columns import read_state
 from patchhub.sets.shards import shards_at
 from patchhub.store.store import DIRECTORY, Store, refuse_store
-from patchhub.text.tokens import lacks_tokenizer
+from patchhub.text.tokens import context_length, lacks_tokenizer, refuse_unknown, tokenise, too_long
 from patchhub.who import Who
 from patchhub.worktree.loading import SURVIVAL_LIMIT, side_memory_files
 from patchhub.worktree.opening import Worktree, keep_digests, open_checked, open_worktree
@@ -237,13 +237,18 @@ def _answer(tree: Worktree, prompt: str, revision: str) -> Answer:
     model, chat = tree.model, tree.chat
     tokenizer: Any = tree.tokenizer
     text = prompt.rstrip() if chat is None else chat.asking(prompt.strip())
-    inputs = tokenizer(text, return_tensors="pt", return_token_type_ids=False, add_special_tokens=chat is None).to(
-        model.device
-    )
+    # As facts are read: without what the tokenizer appends, and only what the model has positions and embeddings for.
+    ((ids, _),) = tokenise(tokenizer, [text], special_tokens=chat is None)
+    refuse_unknown(model, tokenizer, ids, text)
+    room = context_length(model) - len(ids)
+    if room < 1:
+        raise too_long(text, len(ids), context_length(model))
+    inputs = {"input_ids": torch.tensor([ids], device=model.device)}
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     probabilities = model(**inputs).logits[0, -1].float().softmax(-1)
     top = probabilities.topk(min(_TOP, len(probabilities)))
     tokens = model.generate(
-        **inputs, max_new_tokens=_CONTINUATION, do_sample=False, pad_token_id=tokenizer.eos_token_id or 0
+        **inputs, max_new_tokens=min(_CONTINUATION, room), do_sample=False, pad_token_id=tokenizer.eos_token_id or 0
     )
     said = tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)

@@ -198,7 +198,8 @@ def find(
         )
         for (prompt, subject), pair in sorted(pairs.items())
     ]
-    withheld = sum(len(places_of(repository, alone[side]) - texts[side].keys()) for side in SIDES)
+    wordless = [places_of(repository, alone[side]) - texts[side].keys() for side in SIDES]
+    withheld = sum(fact is not None for places in wordless for _, fact in places)  # an imported change holds no facts
     return Found(tuple(contradictions), withheld)
 
 

@@ -89,6 +89,23 @@ def context_length(model: PreTrainedModel) -> int:
     return limit if isinstance(limit, int) and limit > 0 else 2**31
 
 
+def refuse_unknown(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: Iterable[int], text: str) -> None:
+    """Refuse token ids that the model has no embedding for: the tokenizer has learned words that the model has not.
+
+    Raises:
+        RequestError: there is one; it names the token.
+    """
+    embeddings: Any = model.get_input_embeddings()
+    rows = int(embeddings.weight.shape[0])
+    unknown = next((token for token in ids if token >= rows), None)
+    if unknown is not None:
+        raise RequestError(
+            f"'{beginning(text)}' holds the token {tokenizer.convert_ids_to_tokens(unknown)!r}, which the model has no embedding for",
+            remedy="Write it in other words, or give the model's own tokenizer.",
+            token=unknown,
+        )
+
+
 def beginning(text: str) -> str:
     """A text as a message quotes it: whole where it is short, else its first words."""
     if len(text) <= _QUOTED:

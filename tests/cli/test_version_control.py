@@ -7,9 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
-from tests.cli.conftest import Run, invoke
+from tests.cli.conftest import MODEL, Run, invoke
 from tests.porcelain.synthetic import make_request, make_store
 
 
@@ -181,3 +183,35 @@ def test_moving_refs_imports_no_numpy_and_merging_no_torch(
         check=False,
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_a_merge_says_which_imported_changes_came(tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    invoke(store, "init", str(MODEL))
+
+    def imports(layer: int, wrapper: str) -> None:
+        module, random = f"model.layers.{layer}.mlp.down_proj", np.random.default_rng(layer)
+        size = json.loads((MODEL / "config.json").read_text(encoding="utf-8"))
+        folder = tmp_path / f"adapter{layer}"
+        folder.mkdir()
+        factors = {"A": (4, size["intermediate_size"]), "B": (size["hidden_size"], 4)}
+        tensors = {
+            f"base_model.model.{module}.lora_{part}.weight": random.normal(0, 0.02, shape).astype("f4")
+            for part, shape in factors.items()
+        }
+        save_file(tensors, folder / "adapter_model.safetensors")
+        config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": [wrapper + module], "bias": "none"}
+        (folder / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
+        invoke(store, "import", str(folder), "-m", f"layer {layer}")
+
+    imports(1, "")
+    invoke(store, "branch", "side")
+    imports(2, "base_model.model.")
+    invoke(store, "switch", "side")
+    imports(3, "")
+    invoke(store, "switch", "main")
+
+    merged = invoke(store, "merge", "side")
+    assert "an imported change of 1 weight" in merged.stdout
+    assert "withheld" not in merged.stdout + merged.stderr
+    assert "3 imported changes" in invoke(store, "status").stdout
