@@ -14,6 +14,7 @@ from typing import Final
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from patchhub.editing.budget import release_memory
 from patchhub.editing.keys import key_rows
 from patchhub.editing.locate import encode_marked, encode_prompts, mark_text
 from patchhub.editing.metric import MetricCache
@@ -167,6 +168,8 @@ class Editor:
         rows, still = key_rows(texts), range(len(facts), len(texts))
         further = replace(chosen, stop_loss=chosen.stop_loss * _FURTHER, steps=2 * chosen.steps)
         for left in range(settings.repairs, -1, -1):
+            if memory is not None:
+                release_memory()  # what optimising and asking left in pieces would come on top
             recording = record(
                 stack,
                 settings.layers,
@@ -180,6 +183,8 @@ class Editor:
                 memory=memory,
                 progress=lambda done: progress("layers", done),
             )
+            if memory is not None:
+                release_memory()
             wrong = set(failing(recording)) if failing and left else set()
             groups = [group for group in together if wrong.intersection(group)]
             if not groups:

@@ -10,6 +10,7 @@ from time import perf_counter
 from typing import Any, Final
 
 from patchhub.canonical import nfc
+from patchhub.editing.budget import release_memory
 from patchhub.editing.editor import EDITORS, encode_facts
 from patchhub.editing.requests import Batch, Keep, Origin
 from patchhub.editing.settings import EditSettings
@@ -148,6 +149,8 @@ def commit(
     parents = (plan.parent,) if plan.parent else ()
     draft = Draft(parents, written.elements, written.metric, "commit", {"patches": list(written.patches)})
     prepared = prepare(repository, draft, who, change=written.change)
+    if writing.memory is not None:
+        release_memory()  # what the edit left in pieces would come on top of what the guard reads
     made = judge(repository, prepared, progress, Guarding(force, all=all_facts), tree=tree, written=plan.requests)
     identity = record(repository, made, draft)
     survival: Mapping[str, float] = made.check.get("survival", {})
