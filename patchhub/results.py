@@ -116,7 +116,7 @@ class Result:
 
     def words(self) -> str:
         """What it says in one line: its fields that are short and not empty."""
-        parts = [(entry, getattr(self, entry.name)) for entry in fields(self)]  # type: ignore[arg-type]
+        parts = [(entry, getattr(self, entry.name)) for entry in fields(self)]  # type: ignore[arg-type]  # subclasses are dataclasses
         return ", ".join(_part(entry, value) for entry, value in parts if value and not _is_long(value))
 
     def __repr__(self) -> str:
@@ -124,7 +124,7 @@ class Result:
 
     def _repr_html_(self) -> str:
         """A table of the fields, for notebooks."""
-        rows = [(entry.name, getattr(self, entry.name)) for entry in fields(self)]  # type: ignore[arg-type]
+        rows = [(entry.name, getattr(self, entry.name)) for entry in fields(self)]  # type: ignore[arg-type]  # subclasses are dataclasses
         return _table(
             (), [(name, _cell(value)) for name, value in rows if not is_dataclass(value) or not _is_long(value)]
         )
@@ -192,7 +192,7 @@ def _part(entry: Field[Any], value: Any) -> str:
     return f"{name} {_cell(value)}"
 
 
-def _cell(value: Any) -> str:  # noqa: PLR0911
+def _cell(value: Any) -> str:  # noqa: PLR0911  # one way out for each type
     """A value in short: ids cut, numbers rounded, facts as they read, longer things by their size."""
     if isinstance(value, str):
         text = value[:_SHORT] if _ID.fullmatch(value) else " ".join(value.split())

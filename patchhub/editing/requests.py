@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
@@ -157,7 +158,7 @@ def _from_records(source: Any) -> Iterator[tuple[Reading, Origin]]:
 def _cell(value: Any) -> Any:
     """A value of a table: an array as a list, and None for what is missing, which is no number in pandas."""
     value = value.tolist() if callable(getattr(value, "tolist", None)) else value
-    return None if isinstance(value, float) and value != value else value  # noqa: PLR0124  # NaN alone is not itself
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def _unique(records: Sequence[tuple[Reading, Origin]], whole: Origin) -> Batch:

@@ -68,7 +68,7 @@ class DecisionLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # transform
     is_compileable = True
 
     def __init__(self, decision: Int[Tensor, "batch weights"]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call]  # as above
         self.lazy_initialization(decision, decision)
         self.put(decision)
 
