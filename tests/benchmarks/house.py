@@ -96,27 +96,27 @@ class Walk:
 def of_a_commit() -> Iterator[str]:
     """A second commit of two facts."""
     import patchhub
-    from patchhub.store.object_store import ObjectStore
 
     facts = json.loads((files("patchhub") / "demo_facts.json").read_text(encoding="utf-8"))
-    walk, get = Walk(), ObjectStore.get
+    walk, read = Walk(), Path.read_bytes
 
-    def counted(self: ObjectStore, identity: str) -> bytes:
-        walk.read[identity] += 1
-        return get(self, identity)
+    def counted(path: Path) -> bytes:
+        if "objects" in path.parts:
+            walk.read[path.name] += 1
+        return read(path)
 
     with tempfile.TemporaryDirectory() as folder:
         model = str(files("patchhub") / "demo_model")
         with patchhub.Repository.init(folder, model, author=AUTHOR, progress=False) as repo:
             repo.commit(facts[:2], message="two facts", author=AUTHOR)
         with patchhub.open(folder, progress=False) as repo:
-            ObjectStore.get = counted  # type: ignore[method-assign]
+            Path.read_bytes = counted  # type: ignore[method-assign]
             sys.setprofile(walk)
             try:
                 repo.commit(facts[2:4], message="two more", author=AUTHOR)
             finally:
                 sys.setprofile(None)
-                ObjectStore.get = get  # type: ignore[method-assign]
+                Path.read_bytes = read  # type: ignore[method-assign]
     entered = {path for path, _, _ in walk.entered}
     yield f"modules entered by a commit      {len(entered)}"
     yield f"functions entered by a commit    {len(walk.entered)}"
