@@ -48,9 +48,8 @@ def test_which_fact_is_meant_must_be_clear(run: Run, store: Path) -> None:
     assert "already" in run("update", "--subject", "Australia", "--target", "Sydney", code=3).stderr
     assert "commit" in run("update", "--subject", "Zanzibar", "--target", "Rome", code=3).stderr
     second = {"prompt": "People in {} speak", "subject": "Australia", "target_new": "Polish"}
-    run(
-        "commit", "-", "-m", "x", "--force", stdin=json.dumps(second)
-    )  # which fact is meant does not depend on whether it holds
+    run("config", "memit.repairs", "0")  # which fact is meant does not depend on whether it holds
+    run("commit", "-", "-m", "x", "--force", stdin=json.dumps(second))
     refused = run("update", "--subject", "Australia", "--target", "Rome", code=3).stderr
     assert "People in {} speak; The capital of {} is" in refused
     wrong = run("update", "--subject", "Australia", "--target", "Rome", "--prompt", "The flag of {} is", code=3).stderr
@@ -73,6 +72,7 @@ def test_facts_kept_side_by_side_are_all_replaced(run: Run, store: Path) -> None
 def test_two_answers_to_one_question_are_told_by_what_the_model_says(run: Run, store: Path) -> None:
     """The same fact in other words with another target: they share a value, which cannot say both, and the loser is named."""
     rival = {"prompt": "The capital city of {} is", "subject": "Australia", "target_new": "Rome"}
+    run("config", "memit.repairs", "1")
     done = json.loads(run("commit", "-", "-m", "x", "--json", "--force", stdin=json.dumps(rival)).stdout)
     assert len(done["again"]) == 1
     assert done["rivals"] == []

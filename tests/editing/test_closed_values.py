@@ -149,7 +149,7 @@ def test_kept_values_of_a_group_depend_on_all_of_it(tmp_path):
 @pytest.mark.parametrize("memory", [0, 4 << 30])
 def test_the_size_of_a_batch_and_finished_groups_do_not_matter(memory):
     site = BlockOutput(stack("llama"), LAYER)
-    stopping = replace(SETTINGS, steps=14, learning_rate=0.5, clamp=8.0, stop_loss=9.0)
+    stopping = replace(SETTINGS, steps=10, learning_rate=0.5, clamp=8.0, stop_loss=9.0)
     whole = optimise_values(site, facts("llama"), stopping, together=TOGETHER)
     assert len(set(whole.steps.tolist())) > 1
     parts = optimise_values(site, facts("llama"), stopping, together=TOGETHER, memory=memory)
