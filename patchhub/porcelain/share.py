@@ -166,23 +166,27 @@ def fetch(
     progress: Progress,
     *,
     who: Who,
+    trust: bool = False,
     repair: bool = False,
     prune: bool = False,
     max_bytes: int = MAX_BYTES,
     access: Access = DEFAULT_ACCESS,
 ) -> Fetched:
-    """Bring all that a remote has here, each byte verified; branches as ``refs/remotes/<name>/*``.
+    """Bring all that a remote has here, each byte verified and weights proven; branches as ``refs/remotes/<name>/*``.
 
     Args:
+        trust: accept weights that are not those of their facts.
         repair: check everything reachable, and fetch again what is damaged or missing here.
         prune: forget where branches were that the remote does not have any more.
         max_bytes: refuse to download more.
 
     Raises:
-        RemoteError: unreachable, about another base, or it holds something the format does not allow.
+        RemoteError: unreachable, about another base, it holds something the format does not allow, or weights that are not those of
+            their facts.
     """
     remote = open_remote(address_of(repository, name), endpoint=access.endpoint, token=access.token)
-    return _fetch(repository, remote, name, progress, who=who, repair=repair, prune=prune, max_bytes=max_bytes)
+    options: dict[str, Any] = {"trust": trust, "repair": repair, "prune": prune, "max_bytes": max_bytes}
+    return _fetch(repository, remote, name, progress, who=who, **options)
 
 
 def pull(
@@ -191,6 +195,7 @@ def pull(
     progress: Progress,
     who: Who,
     *,
+    trust: bool = False,
     max_bytes: int = MAX_BYTES,
     access: Access = DEFAULT_ACCESS,
 ) -> Pulled:
@@ -203,7 +208,7 @@ def pull(
     branch, _ = repository.head
     if branch is None:
         raise RepositoryError("HEAD is on no branch", remedy="Switch to a branch, or use `patchhub fetch`.")
-    fetched = fetch(repository, name, progress, who=who, max_bytes=max_bytes, access=access)
+    fetched = fetch(repository, name, progress, who=who, trust=trust, max_bytes=max_bytes, access=access)
     ref = f"{REMOTES}{name}/{branch}"
     if ref not in repository.refs():
         return Pulled(fetched, None)
@@ -219,11 +224,13 @@ def _fetch(
     progress: Progress,
     *,
     who: Who,
+    trust: bool = False,
     repair: bool = False,
     prune: bool = False,
     max_bytes: int = MAX_BYTES,
 ) -> Fetched:
     from patchhub.sets.columns import linear_shapes, tensor_check, weight_shapes  # they need NumPy
+    from patchhub.sets.proofs import prove
 
     progress.stage("fetching", 0)
     if remote.view().source is None:
@@ -236,6 +243,8 @@ def _fetch(
         Limits(max_bytes, weights, linear),
         tensor_check(weights, linear),
         who=who,
+        prove=lambda commits: prove(repository, commits),
+        trust=trust,
         repair=repair,
         prune=prune,
         progress=progress.advance,
@@ -297,6 +306,7 @@ def clone(
     *,
     who: Who,
     base: str | None = None,
+    trust: bool = False,
     max_bytes: int = MAX_BYTES,
     access: Access = DEFAULT_ACCESS,
 ) -> Cloned:
@@ -304,6 +314,7 @@ def clone(
 
     Args:
         base: the base model, a folder or a Hub id; None: where the remote says it is on the Hub.
+        trust: accept weights that are not those of their facts.
 
     Raises:
         RepositoryError: there is a store already.
@@ -332,7 +343,7 @@ def clone(
                     base=source.base,
                 )
             remote_add(repository, ORIGIN, kept)
-            fetched = _fetch(repository, remote, ORIGIN, progress, who=who, max_bytes=max_bytes)
+            fetched = _fetch(repository, remote, ORIGIN, progress, who=who, trust=trust, max_bytes=max_bytes)
             branch, commit = _check_out(repository, who=who)
     except (PatchhubError, KeyboardInterrupt):
         shutil.rmtree(folder if created else folder / DIRECTORY, ignore_errors=True)
