@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from patchhub.errors import PatchhubError, RemoteError, RepositoryError, SettingsError
 from patchhub.progress import Progress
@@ -17,6 +17,7 @@ from patchhub.remotes.remote import Remote, Source
 from patchhub.remotes.sync import Fetched, Pushed, hub_id, normalised, open_remote
 from patchhub.results import Result, told
 from patchhub.store.config import Recording
+from patchhub.store.reachability import Proofs
 from patchhub.store.revisions import BRANCHES, HEAD, REMOTES, SYMBOLIC
 from patchhub.store.store import DIRECTORY, Store
 from patchhub.who import Who
@@ -109,10 +110,17 @@ class Pulled(Result):
 class Cloned(Result):
     """What `clone` made."""
 
+    TOLD: ClassVar = {"proofs": "proofs"}
+
     store: Path
     branch: str | None
     commit: str | None
     fetched: Fetched = field(metadata=told(omit=True))
+
+    @property
+    def proofs(self) -> Proofs:
+        """What was proven of the commits that came."""
+        return self.fetched.proofs
 
 
 # --- push, fetch, pull ----------------------------------------------------------------------------------------------

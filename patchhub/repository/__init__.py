@@ -214,6 +214,7 @@ class Repository(WritingVerbs, LookingVerbs, ModelVerbs, RefVerbs):
         *,
         base: Place | None = None,
         verify: bool = False,
+        prove: bool = False,
         wise: Mode | None = None,
         side_path: bool = False,
         **from_pretrained: Any,
@@ -223,7 +224,7 @@ class Repository(WritingVerbs, LookingVerbs, ModelVerbs, RefVerbs):
         from patchhub.worktree.loading import load
 
         path = place_of(base)
-        options: dict[str, Any] = {"base": path, "verify": verify, "wise": wise, "side_path": side_path}
+        options: dict[str, Any] = {"base": path, "verify": verify, "prove": prove, "wise": wise, "side_path": side_path}
         return load(self.store.root, rev, **options, **from_pretrained)
 
     def attach(

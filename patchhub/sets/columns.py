@@ -4,7 +4,7 @@ What tensors from elsewhere must satisfy before they enter the store is checked 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -147,21 +147,30 @@ def read_columns(repository: Store, elements: Iterable[Element]) -> dict[str, Co
     return _columns(repository, elements, read_additive(repository, elements))
 
 
-def read_rows(repository: Store, elements: Iterable[Element], weight: str, shape: tuple[int, int]) -> Columns:
+def read_rows(
+    patch_of: Callable[[str], Patch],
+    file_of: Callable[[str], Path],
+    elements: Iterable[Element],
+    weight: str,
+    shape: tuple[int, int],
+) -> Columns:
     """The columns of one weight as they were recorded, whatever additive patches are active; labelled, in the set's order.
 
     Only that weight's bytes are read, and nothing is hashed.
+
+    Args:
+        patch_of, file_of: a patch, and the file of a tensors object, by id.
 
     Raises:
         CorruptStoreError: a patch's tensors are not what its manifest says.
     """
     parts = [no_columns(shape)]
     for identity, requests in _by_patch(elements).items():
-        patch = repository.patch(identity)
+        patch = patch_of(identity)
         if weight not in patch.weights:
             continue
         place = {request: row for row, request in enumerate(patch.requests)}
-        with safe_open(repository.objects.path(patch.tensors), "np") as tensors:
+        with safe_open(file_of(patch.tensors), "np") as tensors:
             names = frozenset(tensors.keys())
             arrays = [tensors.get_tensor(name) if (name := f"{weight}.{part}") in names else None for part in _PARTS]
         taken = _sound_columns(identity, patch, weight, arrays).take([place[request] for request in requests])

@@ -25,6 +25,7 @@ from __future__ import annotations
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
 import numpy as np
@@ -32,8 +33,9 @@ from jaxtyping import Float
 from numpy.linalg import LinAlgError
 
 from patchhub.constraints import Columns, blocks
-from patchhub.delta import Delta, LowRank, norm, read_delta, to_dense, weights_in
-from patchhub.objects import Element
+from patchhub.delta import Delta, LowRank, norm, read_delta, read_deltas, to_dense, weights_in
+from patchhub.errors import CorruptStoreError
+from patchhub.objects import Element, Patch
 from patchhub.sets.columns import Shapes, linear_shapes, read_rows
 from patchhub.store.reachability import Proofs, Unprovable, Unproven
 from patchhub.store.store import Store
@@ -125,17 +127,17 @@ class _Seen:
         reached: V + X V.
         asked: G^T (Y + X') V.
         size: the sum of the squared norms of the deltas that make up D.
-        rest: F.
     """
 
     delta: Float[np.ndarray, "s in"]
     reached: Float[np.ndarray, "in s"]
     asked: Float[np.ndarray, "s s"]
     size: float
-    rest: Float[np.ndarray, "s s"]
 
-    def distance(self, rest: Float[np.ndarray, "s s"]) -> float:
-        """The norm behind F, relative to that of the deltas and of the solution; 0 where all are 0."""
+    @property
+    def distance(self) -> float:
+        """The norm behind F, relative to those of the deltas and of what is asked for; 0 where all are 0."""
+        rest = self.delta @ self.reached - self.asked
         scale = float(np.sqrt(self.size)) + float(np.linalg.norm(self.asked)) / DIRECTIONS
         return float(np.linalg.norm(rest)) / DIRECTIONS / scale if scale else 0.0
 
@@ -151,10 +153,10 @@ def prove(
     generator: np.random.Generator | None = None,
     advance: Heard = lambda done: None,
 ) -> Proofs:
-    """Prove the weights of commits, given those of their other ancestors.
+    """Prove the weights of commits.
 
-    A commit is at fault where its weights are not those of its facts and its change against its first parent does not make them so; what
-    stands on such a commit and changes its weights as its facts ask is not named again.
+    Where a commit's weights are not those of its facts, those of the commits that follow from it are not either, as a rule. The first ones
+    are named.
 
     Args:
         commits: in an order in which every commit comes after its parents. Each must be sound (`reachability.unsound`), with all that it
@@ -167,18 +169,14 @@ def prove(
     generator = np.random.default_rng() if generator is None else generator
     plan = _Plan.of(repository, commits)
     worst: dict[str, Unproven] = {}
-    unsure: set[str] = set()
     for weight in plan.weights:
-        for step, distance, own in _Walk(repository, plan, weight, generator).run():
+        for step, off in _Walk(repository, plan, weight, generator).run():
             advance(1)
-            if distance <= TOLERANCE:
-                continue
-            unsure.add(step.commit)
-            if own > TOLERANCE and not step.repeats:
-                found = Unproven(step.commit, weight, own)
+            if off > TOLERANCE:
+                found = Unproven(step.commit, weight, off)
                 worst[step.commit] = max(found, worst.get(step.commit, found), key=lambda one: one.distance)
-    at_fault = tuple(worst[step.commit] for step in plan.steps if step.commit in worst)
-    return Proofs(len(plan.steps) - len(unsure), at_fault, unprovable(repository, plan.brought))
+    first = tuple(worst[step.commit] for step in plan.steps if step.commit in worst and step.follows not in worst)
+    return Proofs(len(plan.steps) - len(worst), first, unprovable(repository, plan.brought))
 
 
 def unprovable(repository: Store, elements: Iterable[Element]) -> tuple[Unprovable, ...]:
@@ -199,20 +197,60 @@ def distance(
     asked = probe.ask(every) + sum((probe.project(part) @ probe.right for part in additive), np.zeros(()))
     reached = probe.right + probe.reach(every)
     size = sum(norm(part) ** 2 for part in deltas)
-    seen = _Seen(delta, reached, asked, size, delta @ reached - asked)
-    return seen.distance(seen.rest)
+    return _Seen(delta, reached, asked, size).distance
+
+
+def check_state(
+    elements: Iterable[Element],
+    state: Mapping[str, Sequence[Delta]],
+    shapes: Shapes,
+    *,
+    patch_of: Callable[[str], Patch],
+    file_of: Callable[[Patch], Path],
+) -> None:
+    """Prove one state alone.
+
+    Args:
+        elements: its set.
+        state: its deltas by weight.
+        shapes: (out, in) of every weight that may be changed.
+        patch_of: a patch by its id.
+        file_of: the verified file of a patch's tensors.
+
+    Raises:
+        CorruptStoreError: its weights are not those of its facts.
+    """
+    elements = frozenset(elements)
+    patches = {identity: patch_of(identity) for identity in {identity for identity, _ in elements}}
+    files = {patch.tensors: file_of(patch) for patch in patches.values() if patch.kind != "shard"}
+    additive: dict[str, list[Delta]] = {}
+    for patch in patches.values():
+        if patch.kind == "additive":
+            for weight, delta in read_deltas(files[patch.tensors], patch.weights).items():
+                additive.setdefault(weight, []).append(delta)
+    asked = {weight for patch in patches.values() if patch.kind == "closed_form" for weight in patch.weights}
+    for weight in sorted(asked | additive.keys() | state.keys()):
+        columns = read_rows(patches.__getitem__, files.__getitem__, elements, weight, shapes[weight])
+        off = distance(columns, additive.get(weight, ()), state.get(weight, ()))
+        if off > TOLERANCE:
+            raise CorruptStoreError(
+                f"the weights are not those of the facts: {weight} is off by {off:.2%} of the change",
+                remedy="Do not use them, or leave out the proof if you trust who made them.",
+                weight=weight,
+                distance=off,
+            )
 
 
 @dataclass(frozen=True)
 class _Step:
-    """One commit: what it changes, and the blobs of its state. `repeats`: its state is by definition an ancestor's."""
+    """One commit: what it changes, the blobs of its state, and the commit whose state that follows from."""
 
     commit: str
     parent: str | None
     removed: frozenset[Element]
     added: frozenset[Element]
     state: tuple[str, ...]
-    repeats: bool = False
+    follows: str | None = None
 
 
 @dataclass(frozen=True)
@@ -238,9 +276,8 @@ class _Plan:
             commit = repository.commit(identity)
             parent = next(iter(commit.parents), None)
             state = repository.state(identity)
-            steps.append(
-                _Step(identity, parent, commit.removed, commit.added, state, repeats=commit.same_as is not None)
-            )
+            follows = commit.same_as or parent
+            steps.append(_Step(identity, parent, commit.removed, commit.added, state, follows))
         known = {step.commit for step in steps}
         below = {step.parent for step in steps if step.parent is not None} - known
         starts = {
@@ -277,17 +314,18 @@ class _Walk:
         self._plan = plan
         self._weight = weight
         self._shapes: Shapes = linear_shapes(repository)
-        columns = read_rows(repository, plan.elements, weight, self._shapes[weight])
+        patch_of, file_of = repository.patch, repository.objects.path
+        columns = read_rows(patch_of, file_of, plan.elements, weight, self._shapes[weight])
         self._place = {element: row for row, element in enumerate(columns.labels)}
         self._probe = Probe(columns, generator)
         self._blobs = plan.blobs.get(weight, frozenset())
         self._projections: OrderedDict[str, tuple[Float[np.ndarray, "s in"], float]] = OrderedDict()
         inner = self._shapes[weight][1]
         nothing = np.zeros((DIRECTIONS, DIRECTIONS))
-        self._nothing = _Seen(np.zeros((DIRECTIONS, inner)), self._probe.right, nothing, 0.0, nothing)
+        self._nothing = _Seen(np.zeros((DIRECTIONS, inner)), self._probe.right, nothing, 0.0)
 
-    def run(self) -> Iterator[tuple[_Step, float, float]]:
-        """Each commit with the distance of its weight to its facts', and with the part of it that is the commit's own."""
+    def run(self) -> Iterator[tuple[_Step, float]]:
+        """Each commit with the distance of its weight to what its set asks for."""
         live: dict[str | None, tuple[_Step | None, _Seen]] = {None: (None, self._nothing)}
         for identity, start in self._plan.starts.items():
             live[identity] = (start, self._after(start, None, self._nothing))
@@ -295,8 +333,7 @@ class _Walk:
         for step in self._plan.steps:
             parent, before = live[step.parent]
             seen = self._after(step, parent, before)
-            whole = seen.distance(seen.rest)
-            yield step, whole, min(whole, seen.distance(seen.rest - before.rest))
+            yield step, seen.distance
             waiting[step.parent] -= 1
             if step.parent is not None and not waiting[step.parent]:
                 del live[step.parent]
@@ -321,7 +358,7 @@ class _Walk:
         start = before if goes_on else self._nothing
         delta = sum((projected for projected, _ in found), start.delta)
         size = start.size + sum(size for _, size in found)
-        return _Seen(delta, reached, asked, size, delta @ reached - asked)
+        return _Seen(delta, reached, asked, size)
 
     def _rows(self, elements: Iterable[Element]) -> list[int]:
         return [self._place[element] for element in elements if element in self._place]

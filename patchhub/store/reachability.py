@@ -142,10 +142,10 @@ SameSets = Callable[[str], Collection[str]]
 
 @dataclass(frozen=True)
 class Unproven(Result):
-    """A commit whose weights are not those of its facts.
+    """A commit whose weights are not those of its facts, and that follows from none of the others that are not.
 
     Attributes:
-        commit: the one whose change made them so.
+        commit: its id.
         weight: the weight that is farthest off.
         distance: the norm of the difference over that of the deltas that make up the weight's change.
     """
@@ -178,7 +178,7 @@ class Proofs(Result):
 
     Attributes:
         commits: how many have the weights of their facts.
-        unproven: those that do not.
+        unproven: the first of those that do not.
         unprovable: what they brought that no facts prove.
     """
 
