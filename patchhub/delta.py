@@ -6,14 +6,15 @@ float32 or float16; arithmetic is float64."""
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from jaxtyping import Float, UInt8
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load, save
 
 from patchhub.errors import CorruptStoreError
@@ -208,6 +209,41 @@ def read_deltas(source: bytes | Path, shapes: Mapping[str, tuple[int, int]]) -> 
         _check_array(name, form, array)
         grouped.setdefault(weight, {})[form] = array
     return {weight: _delta(weight, parts, shapes[weight]) for weight, parts in sorted(grouped.items())}
+
+
+def weights_in(file: Path) -> frozenset[str]:
+    """The weights that a file of deltas changes, from its header alone.
+
+    Raises:
+        CorruptStoreError: not a safetensors file.
+    """
+    with _opened(file) as tensors:
+        return frozenset(name.rpartition(".")[0] for name in tensors.keys())  # noqa: SIM118  # it is no mapping
+
+
+def read_delta(file: Path, weight: str, shape: tuple[int, int]) -> Delta:
+    """The delta of one weight, of which alone the bytes are read.
+
+    Raises:
+        CorruptStoreError: as in `read_deltas`, or the file does not change that weight.
+    """
+    with _opened(file) as tensors:
+        names = {name for name in tensors.keys() if name.rpartition(".")[0] == weight}  # noqa: SIM118  # it is no mapping
+        parts = {name.rpartition(".")[2]: tensors.get_tensor(name) for name in sorted(names)}
+    for form, array in parts.items():
+        if form not in FORMS:
+            raise CorruptStoreError(f"a delta holds the unexpected tensor '{weight}.{form}'", remedy=_REMEDY)
+        _check_array(f"{weight}.{form}", form, array)
+    return _delta(weight, parts, shape)
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    try:
+        with safe_open(file, "np") as tensors:
+            yield tensors
+    except (SafetensorError, OSError, TypeError, AttributeError, KeyError) as error:
+        raise CorruptStoreError(f"a delta is not a readable safetensors file ({error})", remedy=_REMEDY) from error
 
 
 _REMEDY = "Run `patchhub fsck` to see what is damaged."

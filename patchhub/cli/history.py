@@ -27,7 +27,7 @@ from patchhub.evaluation.definitions import DEFINITIONS
 
 if TYPE_CHECKING:
     from patchhub.objects import Patch, Request
-    from patchhub.porcelain.history import Divergence, Entry, Size
+    from patchhub.porcelain.history import Divergence, Entry, Shown, Size
     from patchhub.porcelain.search import ChangedAnswer, WeightStep
 
 
@@ -142,6 +142,7 @@ def show(rev: str, everything: bool, repo: Path | None, as_json: bool) -> None:
     proofs = numbers(shown.entry.commit.check, "proof")
     if proofs:
         say(f"proof {max(proofs):.1e}: relative residual of the joint solution, zero when exact", dim=True)
+    say(_standing(shown))
     for line in guard_lines(shown.entry.commit.check):
         say(line, dim=True)
 
@@ -236,7 +237,7 @@ def diff(
 @json_option
 @reports_errors
 def fsck(reindex: bool, repo: Path | None, as_json: bool) -> None:
-    """Check every stored byte and every link between objects."""
+    """Check every stored byte, every link between objects, and that weights are those of their facts."""
     report = opened(repo).fsck(reindex=reindex)
     if as_json:
         print_json(report)
@@ -244,10 +245,29 @@ def fsck(reindex: bool, repo: Path | None, as_json: bool) -> None:
         for finding in report.findings:
             say(finding.problem, fg="yellow" if finding.harmless else "red")
             say(f"  {finding.remedy}")
+        if report.proofs.commits:
+            say(f"{count(report.proofs.commits, 'commit')}: the weights are those of the facts", dim=True)
+        for taken in report.proofs.unprovable:
+            say(f"{taken.words()}: no facts prove what it does, its author alone vouches for it", fg="yellow")
         verdict = "sound" if report.sound else "DAMAGED"
         say(f"{count(report.objects, 'object')}, {report.size / 1e6:.1f} MB: {verdict}")
     if not report.sound:
         raise SystemExit(CorruptStoreError.exit_code)
+
+
+def _standing(shown: Shown) -> str:
+    """Whether the weights of a commit are known to be those of its facts."""
+    proof, trusted = shown.standing
+    if proof == "trusted":
+        whose = (
+            "its weights are" if trusted == shown.entry.id else f"it stands on {str(trusted)[:12]}, whose weights are"
+        )
+        return click.style(f"NOT proven: {whose} not those of the facts; trusted when fetched", fg="yellow")
+    known = {
+        "checked": "the proof was computed here",
+        "claimed": "the proof is its author's claim: `patchhub fsck` computes it",
+    }
+    return click.style(known[proof], dim=True)
 
 
 def _apart(found: Divergence) -> str:
@@ -287,14 +307,15 @@ def _entry_lines(entry: Entry, *, oneline: bool) -> list[str]:
 
 def _patch_words(patch: Patch) -> str:
     if patch.kind == "additive":
-        return f"{patch.method}, an imported change of {count(len(patch.weights), 'weight')}"
+        return f"{patch.method}, an imported change of {count(len(patch.weights), 'weight')}, proven by no facts"
     if patch.kind != "shard":
         return f"{patch.method}, {count(len(patch.requests), 'fact')}, layers {patch.settings.get('layers', [])}"
     threshold = patch.settings["routing"]["threshold"]
     number, weight = patch.settings["number"], next(iter(patch.weights))
     rank = patch.settings["report"].get("rank")
     form = f", rank {rank} (error {patch.settings['report']['relative_error']:.1e})" if rank else ""
-    return f"{patch.method} shard {number}, {count(len(patch.requests), 'fact')} beside {weight}{form}, threshold {threshold:.3g}"
+    facts = f"{count(len(patch.requests), 'fact')} beside {weight}{form}"
+    return f"{patch.method} shard {number}, {facts}, threshold {threshold:.3g}, proven by no facts"
 
 
 def _noted(entry: Entry) -> None:

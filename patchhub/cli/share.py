@@ -23,10 +23,15 @@ from patchhub.errors import ContradictionError
 
 if TYPE_CHECKING:
     from patchhub.remotes.sync import Fetched, Moved
+    from patchhub.store.reachability import Proofs
 
 
 size_option = click.option(
     "--max-size", type=click.FloatRange(min=0), default=64.0, show_default=True, help="Most gigabytes to download."
+)
+
+trust_option = click.option(
+    "--trust", is_flag=True, help="Accept weights that are not those of their facts; fsck and show go on saying so."
 )
 
 
@@ -124,6 +129,7 @@ def push(
 
 @click.command()
 @click.argument("remote", required=False)
+@trust_option
 @click.option("--repair", is_flag=True, help="Check all that is reachable and fetch again what is damaged here.")
 @click.option("--prune", is_flag=True, help="Forget branches of REMOTE that it does not have any more.")
 @size_option
@@ -132,7 +138,10 @@ def push(
 @json_option
 @reports_errors
 def fetch(repo: Path | None, as_json: bool, **options: Any) -> None:
-    """Bring all branches, tags and notes of REMOTE here, every byte verified. Your branches stay where they are."""
+    """Bring all branches, tags and notes of REMOTE here: every byte verified, and weights proven to be those of their facts.
+
+    Your branches stay where they are.
+    """
     fetched = opened(repo).fetch(**options)
     if as_json:
         print_json(fetched)
@@ -142,6 +151,7 @@ def fetch(repo: Path | None, as_json: bool, **options: Any) -> None:
 
 @click.command()
 @click.argument("remote", required=False)
+@trust_option
 @size_option
 @author_option
 @repo_option
@@ -167,6 +177,7 @@ def pull(repo: Path | None, as_json: bool, **options: Any) -> None:
 @click.argument("address")
 @click.argument("folder", required=False, type=click.Path(path_type=Path, file_okay=False))
 @click.option("--base", help="The base model, a folder or a Hub id. Default: where the remote says it is.")
+@trust_option
 @size_option
 @author_option
 @json_option
@@ -182,6 +193,7 @@ def clone(as_json: bool, **options: Any) -> None:
     if as_json:
         print_json(done)
         return
+    _say_proofs(done.fetched.proofs)
     say(f"Cloned into {done.store}")
     if done.commit:
         say(f"On branch {done.branch} at {click.style(done.commit[:12], fg='yellow')}")
@@ -211,6 +223,15 @@ def _say_fetched(fetched: Fetched) -> None:
         say(f"{count(received.objects, 'object')}, {received.size / 1e6:.2f} MB, all verified", dim=True)
     else:
         say("Nothing new")
+    _say_proofs(fetched.proofs)
+
+
+def _say_proofs(proofs: Proofs) -> None:
+    """What is proven of what came; what was trusted was said as a warning."""
+    if proofs.commits:
+        say(f"{count(proofs.commits, 'commit')}: the weights are those of the facts", dim=True)
+    for taken in proofs.unprovable:
+        say(f"{taken.words()}: no facts prove what it does, its author alone vouches for it", fg="yellow")
 
 
 COMMANDS = (remote, push, fetch, pull, clone)

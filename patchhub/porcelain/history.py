@@ -20,6 +20,7 @@ from patchhub.sets.shards import active_shards, shard_record, shards_at, stale_s
 from patchhub.store import graph, lookup
 from patchhub.store.graph import Parents, Rank
 from patchhub.store.lookup import Selection
+from patchhub.store.reading import Standing
 from patchhub.store.revisions import REMOTES, SYMBOLIC
 from patchhub.store.store import Store
 
@@ -245,7 +246,11 @@ def _patches(patches: Mapping[str, Patch]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Shown(Result):
-    """`show`: a commit with its facts and what was measured when it was made."""
+    """`show`: a commit with its facts and what was measured when it was made.
+
+    Attributes:
+        standing: whether its weights are known here to be those of its facts.
+    """
 
     TOLD: ClassVar = {"check": "check"}
 
@@ -253,6 +258,7 @@ class Shown(Result):
     patches: Mapping[str, Patch] = field(metadata=told(by=_patches))
     added: tuple[Request, ...] = field(metadata=told(name="facts_added", by=in_full))
     removed: tuple[Request, ...] = field(metadata=told(name="facts_removed", by=in_full))
+    standing: Standing
 
     @property
     def check(self) -> Mapping[str, Any]:
@@ -420,6 +426,7 @@ def show(repository: Store, revision: str = "HEAD") -> Shown:
         patches,
         added,
         removed,
+        repository.standing(identity),
     )
 
 

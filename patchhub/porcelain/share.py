@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from patchhub.errors import PatchhubError, RemoteError, RepositoryError, SettingsError
 from patchhub.progress import Progress
@@ -17,6 +17,7 @@ from patchhub.remotes.remote import Remote, Source
 from patchhub.remotes.sync import Fetched, Pushed, hub_id, normalised, open_remote
 from patchhub.results import Result, told
 from patchhub.store.config import Recording
+from patchhub.store.reachability import Proofs
 from patchhub.store.revisions import BRANCHES, HEAD, REMOTES, SYMBOLIC
 from patchhub.store.store import DIRECTORY, Store
 from patchhub.who import Who
@@ -109,10 +110,17 @@ class Pulled(Result):
 class Cloned(Result):
     """What `clone` made."""
 
+    TOLD: ClassVar = {"proofs": "proofs"}
+
     store: Path
     branch: str | None
     commit: str | None
     fetched: Fetched = field(metadata=told(omit=True))
+
+    @property
+    def proofs(self) -> Proofs:
+        """What was proven of the commits that came."""
+        return self.fetched.proofs
 
 
 # --- push, fetch, pull ----------------------------------------------------------------------------------------------
@@ -166,23 +174,27 @@ def fetch(
     progress: Progress,
     *,
     who: Who,
+    trust: bool = False,
     repair: bool = False,
     prune: bool = False,
     max_bytes: int = MAX_BYTES,
     access: Access = DEFAULT_ACCESS,
 ) -> Fetched:
-    """Bring all that a remote has here, each byte verified; branches as ``refs/remotes/<name>/*``.
+    """Bring all that a remote has here, each byte verified and weights proven; branches as ``refs/remotes/<name>/*``.
 
     Args:
+        trust: accept weights that are not those of their facts.
         repair: check everything reachable, and fetch again what is damaged or missing here.
         prune: forget where branches were that the remote does not have any more.
         max_bytes: refuse to download more.
 
     Raises:
-        RemoteError: unreachable, about another base, or it holds something the format does not allow.
+        RemoteError: unreachable, about another base, it holds something the format does not allow, or weights that are not those of
+            their facts.
     """
     remote = open_remote(address_of(repository, name), endpoint=access.endpoint, token=access.token)
-    return _fetch(repository, remote, name, progress, who=who, repair=repair, prune=prune, max_bytes=max_bytes)
+    options: dict[str, Any] = {"trust": trust, "repair": repair, "prune": prune, "max_bytes": max_bytes}
+    return _fetch(repository, remote, name, progress, who=who, **options)
 
 
 def pull(
@@ -191,6 +203,7 @@ def pull(
     progress: Progress,
     who: Who,
     *,
+    trust: bool = False,
     max_bytes: int = MAX_BYTES,
     access: Access = DEFAULT_ACCESS,
 ) -> Pulled:
@@ -203,7 +216,7 @@ def pull(
     branch, _ = repository.head
     if branch is None:
         raise RepositoryError("HEAD is on no branch", remedy="Switch to a branch, or use `patchhub fetch`.")
-    fetched = fetch(repository, name, progress, who=who, max_bytes=max_bytes, access=access)
+    fetched = fetch(repository, name, progress, who=who, trust=trust, max_bytes=max_bytes, access=access)
     ref = f"{REMOTES}{name}/{branch}"
     if ref not in repository.refs():
         return Pulled(fetched, None)
@@ -219,11 +232,13 @@ def _fetch(
     progress: Progress,
     *,
     who: Who,
+    trust: bool = False,
     repair: bool = False,
     prune: bool = False,
     max_bytes: int = MAX_BYTES,
 ) -> Fetched:
     from patchhub.sets.columns import linear_shapes, tensor_check, weight_shapes  # they need NumPy
+    from patchhub.sets.proofs import prove
 
     progress.stage("fetching", 0)
     if remote.view().source is None:
@@ -236,6 +251,8 @@ def _fetch(
         Limits(max_bytes, weights, linear),
         tensor_check(weights, linear),
         who=who,
+        prove=lambda commits: prove(repository, commits),
+        trust=trust,
         repair=repair,
         prune=prune,
         progress=progress.advance,
@@ -297,6 +314,7 @@ def clone(
     *,
     who: Who,
     base: str | None = None,
+    trust: bool = False,
     max_bytes: int = MAX_BYTES,
     access: Access = DEFAULT_ACCESS,
 ) -> Cloned:
@@ -304,6 +322,7 @@ def clone(
 
     Args:
         base: the base model, a folder or a Hub id; None: where the remote says it is on the Hub.
+        trust: accept weights that are not those of their facts.
 
     Raises:
         RepositoryError: there is a store already.
@@ -332,7 +351,7 @@ def clone(
                     base=source.base,
                 )
             remote_add(repository, ORIGIN, kept)
-            fetched = _fetch(repository, remote, ORIGIN, progress, who=who, max_bytes=max_bytes)
+            fetched = _fetch(repository, remote, ORIGIN, progress, who=who, trust=trust, max_bytes=max_bytes)
             branch, commit = _check_out(repository, who=who)
     except (PatchhubError, KeyboardInterrupt):
         shutil.rmtree(folder if created else folder / DIRECTORY, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Verbs that keep a repository well: `config`, `fsck`, `gc`. No torch, no NumPy."""
+"""Verbs that keep a repository well: `config`, `fsck`, `gc`. No torch, and NumPy in `fsck` alone."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from patchhub.progress import Progress, increments
 from patchhub.results import Result
 from patchhub.sets.settings import as_text, known_setting, read_setting, refuse_fixed, without_metric
 from patchhub.store.config import Config
-from patchhub.store.fsck import Garbage, Report, check, delete_garbage, reindex
+from patchhub.store.fsck import Garbage, Report, check, delete_garbage, every_commit, reindex, with_proofs
 from patchhub.store.store import Store
 from patchhub.who import FORMAT
 
@@ -102,11 +102,21 @@ def config_unset(repository: Store, key: str) -> None:
 
 
 def fsck(repository: Store, progress: Progress, *, rebuild: bool = False) -> Report:
-    """Check a whole store; with ``rebuild``, make its derived tables again first."""
+    """Check a whole store, and prove the weights of its commits where nothing is damaged.
+
+    Args:
+        rebuild: make its derived tables again first.
+    """
     if rebuild:
         reindex(repository)
     progress.stage("checking objects", sum(1 for _ in repository.objects.ids()))
     report = check(repository, progress=increments(progress))
+    commits = every_commit(repository) if report.sound else []
+    if commits:
+        from patchhub.sets.proofs import prove  # it needs NumPy
+
+        progress.stage("proving weights", 0)
+        report = with_proofs(repository, report, prove(repository, commits, advance=progress.advance))
     progress.close()
     return report
 

@@ -141,6 +141,8 @@ def _loading(card: Card) -> str:
     parts = [
         "## Use",
         f'With patchhub, checked against the base:\n\n    import patchhub\n    model = patchhub.load("{card.repo}")',
+        "That the weights are those of the facts is their author's claim (`model.patchhub.proof`). To check it, which downloads what the "
+        f'facts were recorded as:\n\n    model = patchhub.load("{card.repo}", prove=True)',
     ]
     if isinstance(card.adapter, AdapterNote):
         base = card.base_model or "BASE"

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from patchhub.errors import RemoteError, RepositoryError, RevisionError, SettingsError
 from patchhub.objects import Commit
@@ -15,7 +15,8 @@ from patchhub.remotes.receive import CheckTensors, Limits, Received, Receiver, r
 from patchhub.remotes.remote import Publication, Remote, RemoteMovedError, Source, Tip, View
 from patchhub.results import Result, told
 from patchhub.store import graph
-from patchhub.store.reachability import Reference, closure, references
+from patchhub.store.operations import FETCH, PROVEN, TRUSTED
+from patchhub.store.reachability import NOTHING_PROVEN, Proofs, Reference, closure, references
 from patchhub.store.revisions import BRANCHES, NOTES, REMOTES, SYMBOLIC, TAGS, check_ref
 from patchhub.store.store import Store
 from patchhub.who import Who
@@ -120,12 +121,40 @@ class Fetched(Result):
     Attributes:
         moved: refs of this store: ``refs/remotes/...``, tags, notes.
         received: objects and bytes that travelled.
-        warnings: refs that were left out, in words.
+        warnings: refs that were left out, and what was trusted, in words.
+        proofs: of the commits that are new here: whether their weights are those of their facts.
     """
 
     moved: tuple[Moved, ...]
     received: Received = field(metadata=told(inline=True))
     warnings: tuple[str, ...]
+    proofs: Proofs = NOTHING_PROVEN
+
+
+Prove = Callable[[Sequence[str]], Proofs]
+"""Proves commits that are new here, each after its parents."""
+
+
+class _Judge:
+    """What a fetch asks of the commits that it brings; `proofs` is what was found."""
+
+    def __init__(self, address: str, prove: Prove, *, trust: bool) -> None:
+        self._address = address
+        self._prove = prove
+        self._trust = trust
+        self.proofs = NOTHING_PROVEN
+
+    def __call__(self, commits: Sequence[str]) -> Mapping[str, Any]:
+        self.proofs = self._prove(commits)
+        unproven = self.proofs.unproven
+        if unproven and not self._trust:
+            raise RemoteError(
+                f"{self._address} is refused: {unproven[0].words()}{f', and {len(unproven) - 1} more' if unproven[1:] else ''}",
+                remedy="Nothing was changed here. Ask who pushed it; if you trust the weights as they are, say so with --trust.",
+                unproven=[found.to_json() for found in unproven],
+                remote=self._address,
+            )
+        return {PROVEN: self.proofs.commits, **({TRUSTED: [found.commit for found in unproven]} if unproven else {})}
 
 
 def fetch(
@@ -136,6 +165,8 @@ def fetch(
     check: CheckTensors,
     *,
     who: Who,
+    prove: Prove = lambda commits: NOTHING_PROVEN,
+    trust: bool = False,
     repair: bool = False,
     prune: bool = False,
     progress: Callable[[int], None] = lambda size: None,
@@ -144,14 +175,18 @@ def fetch(
 
     Args:
         limits: of all that is downloaded, whatever branch it belongs to.
+        prove: called with the commits that are new here, before any ref moves.
+        trust: accept commits that are not proven; the operation names them.
         repair: look also below known commits, and fetch again what is damaged here.
         prune: forget branches that the remote does not have any more.
 
     Raises:
-        RemoteError: unreachable, about another base, or it holds something the format does not allow.
+        RemoteError: unreachable, about another base, it holds something the format does not allow, or weights that are not those of
+            their facts.
     """
     view = remote.view()
     check_base(repository, remote, view)
+    judge = _Judge(remote.address, prove, trust=trust)
     warnings = [f"{ref} of {remote.address} is left out: {reason}" for ref, reason in view.skipped.items()]
     wanted: dict[str, str] = {}
     with receiving(repository, remote, limits, check, repair=repair, progress=progress) as receiver:
@@ -169,8 +204,12 @@ def fetch(
     moved += _gone(repository.refs(), view, name) if prune else []
     if moved:
         changes = {move.ref: (move.old, move.new) for move in moved}
-        repository.move_refs(changes, command="fetch", arguments={"remote": name}, author=who.author, time=who.time)
-    return Fetched(tuple(moved), receiver.received, tuple(warnings))
+        arguments = {"remote": name}
+        repository.move_refs(
+            changes, command=FETCH, arguments=arguments, author=who.author, time=who.time, accept=judge
+        )
+    warnings += [f"{found.words()}; it was trusted" for found in judge.proofs.unproven]
+    return Fetched(tuple(moved), receiver.received, tuple(warnings), judge.proofs)
 
 
 def _fetch_notes(repository: Store, remote: Remote, view: View, receiver: Receiver) -> dict[str, str]:

@@ -48,13 +48,15 @@ def clone(
     folder: Place | None = None,
     *,
     base: Place | None = None,
+    trust: bool = False,
     max_size: float = 64.0,
     author: str | None = None,
     time: str | None = None,
     progress: bool | Progress = True,
 ) -> "Repository":
     """A new repository with all that an address has, which it names `origin`. See `Repository.clone`."""
-    return Repository.clone(address, folder, base=base, max_size=max_size, author=author, time=time, progress=progress)
+    options: dict[str, Any] = {"trust": trust, "max_size": max_size, "author": author, "time": time}
+    return Repository.clone(address, folder, base=base, progress=progress, **options)
 
 
 class Repository(WritingVerbs, LookingVerbs, ModelVerbs, RefVerbs):
@@ -136,6 +138,7 @@ class Repository(WritingVerbs, LookingVerbs, ModelVerbs, RefVerbs):
         folder: Place | None = None,
         *,
         base: Place | None = None,
+        trust: bool = False,
         max_size: float = 64.0,
         author: str | None = None,
         time: str | None = None,
@@ -147,22 +150,24 @@ class Repository(WritingVerbs, LookingVerbs, ModelVerbs, RefVerbs):
             address: hf://user/repo, a folder, or an address that fsspec knows.
             folder: where it is made; None: in one of this folder, named as the address ends.
             base: the base model; None: where the remote says it is.
+            trust: accept weights that are not those of their facts, as `fetch` does.
             max_size: most gigabytes to download.
 
         Raises:
             RepositoryError: there is a repository already.
-            RemoteError: nothing there, unreachable, or something that the format does not allow.
+            RemoteError: nothing there, unreachable, something that the format does not allow, or weights that are not those of their facts.
             BaseError: the base cannot be read, or is not the remote's.
         """
         check("address", address, str)
         check("max_size", max_size, Amount)
+        check("trust", trust, bool)
         who, heard = who_of(author, time), listener(progress)
         path = Path(folder if folder is not None else address.rstrip("/").rpartition("/")[2])
         from patchhub.porcelain.share import clone
 
         place = place_of(base)
         try:
-            made = clone(address, path, heard, who=who, base=place, max_bytes=in_bytes(max_size))
+            made = clone(address, path, heard, who=who, base=place, trust=trust, max_bytes=in_bytes(max_size))
         finally:
             heard.close()
         repository = cls(path, progress=heard)
@@ -209,6 +214,7 @@ class Repository(WritingVerbs, LookingVerbs, ModelVerbs, RefVerbs):
         *,
         base: Place | None = None,
         verify: bool = False,
+        prove: bool = False,
         wise: Mode | None = None,
         side_path: bool = False,
         **from_pretrained: Any,
@@ -218,7 +224,7 @@ class Repository(WritingVerbs, LookingVerbs, ModelVerbs, RefVerbs):
         from patchhub.worktree.loading import load
 
         path = place_of(base)
-        options: dict[str, Any] = {"base": path, "verify": verify, "wise": wise, "side_path": side_path}
+        options: dict[str, Any] = {"base": path, "verify": verify, "prove": prove, "wise": wise, "side_path": side_path}
         return load(self.store.root, rev, **options, **from_pretrained)
 
     def attach(

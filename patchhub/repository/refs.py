@@ -190,15 +190,19 @@ class RefVerbs(Opened):
         self,
         remote: str | None = None,
         *,
+        trust: bool = False,
         repair: bool = False,
         prune: bool = False,
         max_size: Amount = 64.0,
         author: str | None = None,
         time: str | None = None,
     ) -> "Fetched":
-        """Bring all branches, tags and notes of a remote here, every byte verified. The branches here stay where they are.
+        """Bring all branches, tags and notes of a remote here: every byte verified, and weights proven to be those of their facts.
+
+        The branches here stay where they are.
 
         Args:
+            trust: accept weights that are not those of their facts; `fsck` and `show` go on saying so.
             repair: check all that is reachable and fetch again what is damaged here.
             prune: forget branches of the remote that it does not have any more.
             max_size: most gigabytes to download.
@@ -206,7 +210,7 @@ class RefVerbs(Opened):
         from patchhub.porcelain.share import default_remote, fetch
 
         who, name = self._who(author, time), remote or default_remote(self.store)
-        options: dict[str, Any] = {"repair": repair, "prune": prune, "max_bytes": in_bytes(max_size)}
+        options: dict[str, Any] = {"trust": trust, "repair": repair, "prune": prune, "max_bytes": in_bytes(max_size)}
         with self._heard() as progress:
             return fetch(self.store, name, progress, who=who, **options)
 
@@ -215,16 +219,22 @@ class RefVerbs(Opened):
         self,
         remote: str | None = None,
         *,
+        trust: bool = False,
         max_size: Amount = 64.0,
         author: str | None = None,
         time: str | None = None,
     ) -> "Pulled":
-        """Fetch, then bring the remote's branch of the same name into the current one: fast-forward, or merge."""
+        """Fetch, then bring the remote's branch of the same name into the current one: fast-forward, or merge.
+
+        Args:
+            trust: accept weights that are not those of their facts, as `fetch` does.
+            max_size: most gigabytes to download.
+        """
         from patchhub.porcelain.share import default_remote, pull
 
         who, name = self._who(author, time), remote or default_remote(self.store)
         with self._heard() as progress:
-            return pull(self.store, name, progress, who, max_bytes=in_bytes(max_size))
+            return pull(self.store, name, progress, who, trust=trust, max_bytes=in_bytes(max_size))
 
     @verb
     def config(self, key: str | None = None, value: Any = None, *, unset: bool = False) -> Any:
@@ -242,7 +252,7 @@ class RefVerbs(Opened):
 
     @verb
     def fsck(self, *, reindex: bool = False) -> "Report":
-        """Check every stored byte and every link between objects.
+        """Check every stored byte, every link between objects, and that weights are those of their facts.
 
         Args:
             reindex: rebuild the search index from the objects first.

@@ -54,8 +54,11 @@ def _module(model: nn.Module, weight: str) -> nn.Module:
 Progress = Callable[[int, int], None]
 """Called with the number of weights done and of weights in all."""
 
-ATTRIBUTE: Final = "_patchhub_attachment"
+ATTRIBUTE: Final = "patchhub"
 """The one attribute that patchhub sets on a model: its `Attachment`."""
+
+Proof = Literal["checked", "claimed", "trusted"]
+"""Whether weights are those of their facts: that was computed here, or their author says so, or they are not and were accepted."""
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -94,6 +97,7 @@ class PatchState:
         weights: parameter name -> the deltas whose sum is its change, in ascending order of blob id.
         commit: the commit's id, as a label; None for a state that is no commit.
         routing: the side memories beside those weights.
+        proof: whether the deltas are known to be those of the commit's facts; None for the base, which has none.
     """
 
     base: Base
@@ -101,6 +105,7 @@ class PatchState:
     weights: Mapping[str, Sequence[Delta]]
     commit: str | None = None
     routing: Routing = UNROUTED
+    proof: Proof | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,6 +124,16 @@ class Attachment:
     state: PatchState
     originals: Mapping[str, Tensor] = field(default_factory=dict)
     beside: tuple[RemovableHandle, ...] | None = None
+
+    @property
+    def commit(self) -> str | None:
+        """The commit whose weights the model has."""
+        return self.state.commit
+
+    @property
+    def proof(self) -> Proof | None:
+        """Whether they are known to be those of the commit's facts."""
+        return self.state.proof
 
 
 def load_patched(

@@ -4,7 +4,7 @@ What tensors from elsewhere must satisfy before they enter the store is checked 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated
 
 import numpy as np
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load, load_file, save
 
 from patchhub.canonical import COUNT, IDENTIFIER, NUMBER, TEXT, MalformedError, list_of, optional, record_of
@@ -147,6 +147,46 @@ def read_columns(repository: Store, elements: Iterable[Element]) -> dict[str, Co
     return _columns(repository, elements, read_additive(repository, elements))
 
 
+def read_rows(
+    patch_of: Callable[[str], Patch],
+    file_of: Callable[[str], Path],
+    elements: Iterable[Element],
+    weight: str,
+    shape: tuple[int, int],
+) -> Columns:
+    """The columns of one weight as they were recorded, whatever additive patches are active; labelled, in the set's order.
+
+    Only that weight's bytes are read, and nothing is hashed.
+
+    Args:
+        patch_of, file_of: a patch, and the file of a tensors object, by id.
+
+    Raises:
+        CorruptStoreError: a patch's tensors are not what its manifest says.
+    """
+    parts = [no_columns(shape)]
+    for identity, requests in _by_patch(elements).items():
+        patch = patch_of(identity)
+        if weight not in patch.weights:
+            continue
+        place = {request: row for row, request in enumerate(patch.requests)}
+        with safe_open(file_of(patch.tensors), "np") as tensors:
+            names = frozenset(tensors.keys())
+            arrays = [tensors.get_tensor(name) if (name := f"{weight}.{part}") in names else None for part in _PARTS]
+        taken = _sound_columns(identity, patch, weight, arrays).take([place[request] for request in requests])
+        parts.append(replace(taken, labels=tuple((identity, one) for one in requests)))
+    return join(parts)
+
+
+def _by_patch(elements: Iterable[Element]) -> dict[str, list[str]]:
+    """The requests of each closed-form patch, in the set's order."""
+    wanted: dict[str, list[str]] = {}
+    for identity, request in sorted(elements, key=lambda element: (element[0], element[1] or "")):
+        if request is not None:
+            wanted.setdefault(identity, []).append(request)
+    return wanted
+
+
 def solve_change(repository: Store, before: frozenset[Element], after: frozenset[Element]) -> dict[str, Delta]:
     """D(after) - D(before) of each weight that either set changes, from what was recorded alone (float64).
 
@@ -199,12 +239,8 @@ def _columns(
     repository: Store, elements: Iterable[Element], additive: Mapping[str, Sequence[Delta]]
 ) -> dict[str, Columns]:
     """The columns among ``elements``, with residuals against W0 plus those additive deltas."""
-    wanted: dict[str, list[str]] = {}
-    for identity, request in sorted(elements, key=lambda element: (element[0], element[1] or "")):
-        if request is not None:
-            wanted.setdefault(identity, []).append(request)
     parts: dict[str, list[Columns]] = {}
-    for identity, requests in wanted.items():
+    for identity, requests in _by_patch(elements).items():
         patch = repository.patch(identity)
         place = {request: row for row, request in enumerate(patch.requests)}
         for weight, columns in _patch_columns(repository, identity, patch).items():
@@ -219,17 +255,21 @@ def _patch_columns(repository: Store, identity: str, patch: Patch) -> dict[str, 
         tensors = load(repository.objects.get(patch.tensors))
     except SafetensorError as error:
         raise _damaged(identity, f"its tensors cannot be read ({error})") from error
-    found = {}
-    for weight, (out, inner) in patch.weights.items():
-        n = len(patch.requests)
-        expected = [(n, inner), (n, inner), (n, out), (n,)]
-        arrays = [tensors.get(f"{weight}.{part}") for part in _PARTS]
-        valid = [a for a, shape in zip(arrays, expected, strict=True) if a is not None and _is_column(a, shape)]
-        if len(valid) != len(_PARTS):
-            raise _damaged(identity, f"the columns of {weight} are missing, misshapen or not finite")
-        keys, preimages, residuals, ridge = valid
-        found[weight] = Columns(keys, preimages, residuals, ridge)
-    return found
+    return {
+        weight: _sound_columns(identity, patch, weight, [tensors.get(f"{weight}.{part}") for part in _PARTS])
+        for weight in patch.weights
+    }
+
+
+def _sound_columns(identity: str, patch: Patch, weight: str, arrays: Sequence[np.ndarray | None]) -> Columns:
+    """Columns of the shapes that a patch states, from its tensors."""
+    n, (out, inner) = len(patch.requests), patch.weights[weight]
+    expected = [(n, inner), (n, inner), (n, out), (n,)]
+    valid = [a for a, shape in zip(arrays, expected, strict=True) if a is not None and _is_column(a, shape)]
+    if len(valid) != len(_PARTS):
+        raise _damaged(identity, f"the columns of {weight} are missing, misshapen or not finite")
+    keys, preimages, residuals, ridge = valid
+    return Columns(keys, preimages, residuals, ridge)
 
 
 def _is_column(array: np.ndarray, shape: tuple[int, ...]) -> bool:

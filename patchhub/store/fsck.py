@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Final, Literal
 
@@ -22,10 +22,18 @@ from patchhub.errors import CorruptStoreError
 from patchhub.fsio import TEMPORARY_SUFFIX, os_errors
 from patchhub.objects import Operation
 from patchhub.results import Result, told
-from patchhub.store import graph, index, operations
+from patchhub.store import graph, index, operations, states
 from patchhub.store.index import database_errors, transaction
 from patchhub.store.object_store import REMEDY
-from patchhub.store.reachability import Reference, closure, recorded, references, unsound
+from patchhub.store.reachability import (
+    NOTHING_PROVEN,
+    Proofs,
+    Reference,
+    closure,
+    recorded,
+    references,
+    unsound,
+)
 from patchhub.store.store import Store
 
 _READ: Final = frozenset({"commit", "patch", "note", "metric"})
@@ -122,6 +130,7 @@ def _older(kind: Literal["object", "temporary", "cache"], path: Path, before: fl
 
 
 _RESTORE_DATABASE: Final = "Restore patchhub.db from a backup, or clone again from a remote."
+_UNPROVEN: Final = "Go back before it with `patchhub reset`, or write its facts again on the commit before it."
 _REINDEX: Final = "Run `patchhub fsck --reindex`."
 
 
@@ -137,13 +146,14 @@ class Finding(Result):
 
 @dataclass(frozen=True)
 class Report(Result):
-    """What a check found; `objects` and `size` (bytes) say how much was read."""
+    """What a check found; `objects` and `size` (bytes) say how much was read, `proofs` whether weights are those of their facts."""
 
     TOLD: ClassVar = {"sound": "sound"}
 
     findings: tuple[Finding, ...]
     objects: int
     size: int = field(metadata=told(name="bytes"))
+    proofs: Proofs = NOTHING_PROVEN
 
     def words(self) -> str:
         found = "; ".join(finding.problem for finding in self.findings[:3])
@@ -177,6 +187,26 @@ def check(repository: Store, *, progress: Callable[[int, int], None] = lambda do
     with repository.locked():
         findings.extend(_check_database(repository))
     return Report(tuple(_once(findings)), len(names), size)
+
+
+def every_commit(repository: Store) -> list[str]:
+    """All commits that the operations lead to, every parent before its children."""
+    roots = recorded(operation.changes for _, operation in repository.operations())
+    starts = {root.id if root.kind == "commit" else repository.note(root.id).commit for root in roots}
+    return list(graph.oldest_first(starts, repository.parents))
+
+
+def with_proofs(repository: Store, report: Report, proofs: Proofs) -> Report:
+    """A report that also says which commits do not have the weights of their facts; harmless where that was accepted with --trust."""
+    trusted = repository.trusted()
+    found = []
+    for unproven in proofs.unproven:
+        below = next((c for c in states.lineage(unproven.commit, repository.commit) if c in trusted), None)
+        why = ""
+        if below is not None:
+            why = "; it was trusted" if below == unproven.commit else f"; it stands on {below[:12]}, which was trusted"
+        found.append(Finding(unproven.words() + why, _UNPROVEN, harmless=below is not None, facts=unproven.to_json()))
+    return replace(report, findings=(*report.findings, *found), proofs=proofs)
 
 
 def reindex(repository: Store) -> None:

@@ -23,6 +23,11 @@ Changes = Mapping[str, tuple[str | None, str | None]]
 INIT: Final = "init"
 UNDO: Final = "undo"
 REDO: Final = "redo"
+FETCH: Final = "fetch"
+PROVEN: Final = "proven"
+"""In the arguments of a fetch: how many of the commits that it brought are proven to have the weights of their facts."""
+TRUSTED: Final = "trusted"
+"""In the arguments of a fetch: the commits that it brought which do not, and were accepted as they are."""
 
 TABLES: Final = (
     "CREATE TABLE operations (seq INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, json TEXT NOT NULL)",
@@ -103,6 +108,12 @@ def newest_first(connection: sqlite3.Connection) -> Iterator[tuple[str, Operatio
         expected = operation.previous
     if expected is not None:
         raise _broken(expected, "is missing")
+
+
+def fetches(connection: sqlite3.Connection) -> Iterator[Operation]:
+    """The operations that brought commits from elsewhere, oldest first, each verified against its id."""
+    for name, data in connection.execute(f"{_ROW} WHERE json_extract(json, '$.command') = ? ORDER BY seq", (FETCH,)):
+        yield _verified(name, data)
 
 
 def read(connection: sqlite3.Connection, identity: str) -> Operation:

@@ -6,10 +6,12 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from patchhub.canonical import object_id
 from patchhub.objects import Base, Commit, Element, Metric, Note, Patch, Text, requests_from_json, set_from_json
+from patchhub.results import Result
 from patchhub.store import states
 from patchhub.store.graph import Parents
 from patchhub.store.revisions import NOTES, SYMBOLIC
@@ -136,6 +138,56 @@ def recorded(changes: Iterable[Mapping[str, tuple[str | None, str | None]]]) -> 
 
 SameSets = Callable[[str], Collection[str]]
 """The proper ancestors of a commit that have its set digest."""
+
+
+@dataclass(frozen=True)
+class Unproven(Result):
+    """A commit whose weights are not those of its facts, and that follows from none of the others that are not.
+
+    Attributes:
+        commit: its id.
+        weight: the weight that is farthest off.
+        distance: the norm of the difference over that of the deltas that make up the weight's change.
+    """
+
+    commit: str
+    weight: str
+    distance: float
+
+    def words(self) -> str:
+        off = f"{self.distance:.2g} times" if self.distance >= 2 else f"{self.distance:.2%} of"
+        return f"commit {self.commit[:12]}: its weights are not those of its facts, {self.weight} is off by {off} the change"
+
+
+@dataclass(frozen=True)
+class Unprovable(Result):
+    """An imported change or a shard: it follows from no facts, so its author alone vouches for what it does."""
+
+    patch: str
+    kind: str
+    method: str
+
+    def words(self) -> str:
+        what = "imported change" if self.kind == "additive" else "shard"
+        return f"{what} {self.patch[:12]} ({self.method})"
+
+
+@dataclass(frozen=True)
+class Proofs(Result):
+    """What was proven of the weights of some commits.
+
+    Attributes:
+        commits: how many have the weights of their facts.
+        unproven: the first of those that do not.
+        unprovable: what they brought that no facts prove.
+    """
+
+    commits: int
+    unproven: tuple[Unproven, ...]
+    unprovable: tuple[Unprovable, ...]
+
+
+NOTHING_PROVEN: Final = Proofs(0, (), ())
 
 
 class Flaw(NamedTuple):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import Final, Literal, NamedTuple, TypeVar
 
 from patchhub.errors import CorruptStoreError
 from patchhub.objects import Commit, Element, Note, Operation, Patch, Request, requests_from_json, set_from_json
@@ -18,6 +18,19 @@ Value = TypeVar("Value")
 
 _REMEMBERED: Final = 256
 """How many commits, patches, sets and states an instance keeps; a keyframe is never further away than half of them."""
+
+
+class Standing(NamedTuple):
+    """What is known here about whether a commit's weights are those of its facts.
+
+    Attributes:
+        proof: "checked": computed here, when it was made or when it was fetched; "claimed": its author's word alone; "trusted": they are
+            not, and were accepted as they are.
+        trusted: the commit that was accepted, this one or one that it stands on.
+    """
+
+    proof: Literal["checked", "claimed", "trusted"]
+    trusted: str | None
 
 
 class Reading:
@@ -69,6 +82,25 @@ class Reading:
         """(id, operation), the last one first, each verified as it is read."""
         with database_errors(self.database):
             yield from operations.newest_first(self.connection)
+
+    def trusted(self) -> frozenset[str]:
+        """The commits that were accepted from elsewhere although their weights are not those of their facts."""
+        with database_errors(self.database):
+            found = [operation.arguments.get(operations.TRUSTED) for operation in operations.fetches(self.connection)]
+        return frozenset(str(commit) for commits in found if isinstance(commits, list) for commit in commits)
+
+    def standing(self, commit: str) -> Standing:
+        """What is known about whether a commit's weights are those of its facts."""
+        with database_errors(self.database):
+            brought = list(operations.fetches(self.connection))
+        trusted = self.trusted() if brought else frozenset()
+        below = next((c for c in states.lineage(commit, self.commit) if c in trusted), None) if trusted else None
+        if below is not None:
+            return Standing("trusted", below)
+        taken = [operation.changes for operation in brought if operations.PROVEN not in operation.arguments]
+        targets = {new for changes in taken for _, new in changes.values() if new is not None and self.commits(new)}
+        claimed = bool(targets) and bool(graph.among_ancestors([commit], targets, self.parents, self.rank))
+        return Standing("claimed" if claimed else "checked", None)
 
     # --- objects -------------------------------------------------------------------------------------------
 

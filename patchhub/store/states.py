@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Final
 
 from patchhub.canonical import canonical_json
@@ -139,6 +139,15 @@ def state(commit_id: str | None, commit_of: CommitOf, known: Mapping[str, tuple[
             blobs.extend([commit.tensors] if commit.tensors is not None else [])
             cursor = first_parent(commit)
     return tuple(reversed(blobs))
+
+
+def lineage(commit_id: str, commit_of: CommitOf) -> Iterator[str]:
+    """The commits that a commit's weights go back to: itself, the one that it repeats or its first parent, and so on."""
+    cursor: str | None = commit_id
+    while cursor is not None:
+        yield cursor
+        commit = commit_of(cursor)
+        cursor = None if commit.set_digest == EMPTY_SET else commit.same_as or first_parent(commit)
 
 
 def commits_read(commit_id: str | None, commit_of: CommitOf) -> int:

@@ -30,6 +30,10 @@ _REMEMBERED: Final = 1 << 28
 
 LOCK_SECONDS: Final = 60.0
 
+Accept = Callable[[Sequence[str]], Mapping[str, Any]]
+"""Asked about commits that come in, each after its parents, once they are sound: raises to refuse them all; what it returns joins the
+arguments of the operation that brings them."""
+
 
 class Store(Reading):
     """An open store. One instance serves one thread; close it, or use it as a context manager.
@@ -185,10 +189,14 @@ class Store(Reading):
         arguments: Mapping[str, Any],
         author: str,
         time: str,
+        accept: Accept | None = None,
     ) -> Operation:
         """Change refs, each from its old to its new target, all or none; None stands for no target.
 
         Targets may be commits or notes that were fetched: everything below them must be in the store and is checked.
+
+        Args:
+            accept: asked about the commits that are new here.
 
         Raises:
             StaleRefError: a ref is not at its old target.
@@ -196,7 +204,7 @@ class Store(Reading):
             CorruptStoreError: something below a new target is missing or not sound.
         """
         with self.locked(), transaction(self.connection, self.database):
-            return self._append(command, arguments, changes, author, time)
+            return self._append(command, arguments, changes, author, time, accept)
 
     def undo(self, *, author: str, time: str) -> Operation:
         """Reverse the last operation that stands; repeated, the one before it. Returns the new operation."""
@@ -220,18 +228,29 @@ class Store(Reading):
         return target[len(revisions.SYMBOLIC) :] if symbolic else revisions.HEAD
 
     def _append(
-        self, command: str, arguments: Mapping[str, Any], changes: Changes, author: str, time: str
+        self,
+        command: str,
+        arguments: Mapping[str, Any],
+        changes: Changes,
+        author: str,
+        time: str,
+        accept: Accept | None = None,
     ) -> Operation:
         """Add the operation and bring the index up to the new targets; inside the transaction."""
         targets = {new for _, new in changes.values() if new is not None and not new.startswith(revisions.SYMBOLIC)}
         notes = {new for ref, (_, new) in changes.items() if new is not None and ref.startswith(revisions.NOTES)}
-        self._bring_in(sorted(targets - notes), sorted(notes))
+        fresh = self._bring_in(sorted(targets - notes), sorted(notes))
+        told = {} if accept is None else accept(fresh)
         return operations.append(
-            self.connection, command=command, arguments=arguments, changes=changes, author=author, time=time
+            self.connection, command=command, arguments={**arguments, **told}, changes=changes, author=author, time=time
         )
 
-    def _bring_in(self, commits: Sequence[str], notes: Sequence[str]) -> None:
-        """Index those commits and notes, and all below them, that are not yet; `RepositoryError` if one is unsound."""
+    def _bring_in(self, commits: Sequence[str], notes: Sequence[str]) -> list[str]:
+        """Index those commits and notes, and all below them, that are not yet; returns the commits, each after its parents.
+
+        Raises:
+            RepositoryError: one is unsound.
+        """
 
         def unknown_parents(commit: str) -> list[str]:
             return [parent for parent in self.commit(commit).parents if not self._is_indexed(parent)]
@@ -239,7 +258,7 @@ class Store(Reading):
         noted = [self.note(identity).commit for identity in notes]
         fresh = list(graph.oldest_first([c for c in (*commits, *noted) if not self._is_indexed(c)], unknown_parents))
         if not fresh and not notes:
-            return
+            return fresh
         rows = index.derive(
             ((identity, self.commit(identity)) for identity in fresh),
             ((identity, self.note(identity)) for identity in notes),
@@ -254,6 +273,7 @@ class Store(Reading):
                 remedy="Nothing was changed; fetch it again, or report it if patchhub made it.",
                 commit=commit,
             )
+        return fresh
 
     def _is_indexed(self, commit: str) -> bool:
         return index.rank_and_active(self.connection, commit) is not None

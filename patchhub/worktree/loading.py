@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Final
 
@@ -20,16 +20,18 @@ from patchhub.models.architectures import describe, read_config, read_model
 from patchhub.models.checkpoint import Checkpoint, open_checkpoint
 from patchhub.models.fingerprint import check_tensors
 from patchhub.models.linear_weights import linear_shapes
-from patchhub.objects import Base, Patch, set_from_json
+from patchhub.objects import Base, Patch, set_digest, set_from_json
 from patchhub.remotes.hub_snapshot import HubSnapshot
-from patchhub.remotes.receive import delta_limit
+from patchhub.remotes.receive import columns_limit, delta_limit
 from patchhub.remotes.remote import NAME as REMOTE
 from patchhub.remotes.sync import HUB
 from patchhub.runtime import patched_model
 from patchhub.runtime.compose import ReadyWeights
-from patchhub.runtime.patched_model import PatchState, Routing, add_routing
+from patchhub.runtime.patched_model import PatchState, Proof, Routing, add_routing
 from patchhub.runtime.routing import Mode
-from patchhub.sets.columns import Shapes
+from patchhub.sets.columns import Shapes, tensor_check
+from patchhub.sets.columns import linear_shapes as stored_shapes
+from patchhub.sets.proofs import check_state
 from patchhub.store import states as stored_states
 from patchhub.store.store import DIRECTORY, Store
 from patchhub.worktree.opening import open_base
@@ -129,12 +131,16 @@ def open_published(
     *,
     base: str | Path | None = None,
     verify: bool = False,
+    prove: bool = False,
     wise: Mode | None = None,
 ) -> tuple[Checkpoint, PatchState]:
     """The base and the state of a revision of ``hf://repo``, for `load` and `attach`.
 
+    Args:
+        prove: download the facts' columns too, and prove that the deltas are theirs.
+
     Raises:
-        RemoteError: unreachable and not in the cache, or it holds something the format does not allow.
+        RemoteError: unreachable and not in the cache, it holds something the format does not allow, or is not proven.
         RevisionError: no such revision.
         BaseError: the base cannot be read; with ``verify``, it is another model, which loading finds out by itself of what it patches.
     """
@@ -156,11 +162,43 @@ def open_published(
             for weight, delta in read_deltas(snapshot.file(blob, limit=limit), linear).items():
                 weights.setdefault(weight, []).append(delta)
         routing = _routing(snapshot, shapes, limit, checked_mode(wise or MODES[0]))
+        if prove:
+            _prove_published(snapshot, weights, shapes, linear)
     except (CorruptStoreError, KeyError, TypeError) as error:
         raise RemoteError(f"hf://{repo} is refused: {error}", remedy="Do not use it.", remote=repo) from error
     if verify:
         check_tensors(about, checkpoint, None)
-    return checkpoint, PatchState(about, architecture.orientation, weights, snapshot.commit, routing)
+    proof: Proof = "checked" if prove else "claimed"
+    return checkpoint, PatchState(about, architecture.orientation, weights, snapshot.commit, routing, proof)
+
+
+def _prove_published(snapshot: HubSnapshot, state: Mapping[str, list[Delta]], weights: Shapes, linear: Shapes) -> None:
+    """Download what the facts of the snapshot's commit ask of its weights, and prove that its deltas are that.
+
+    Raises:
+        CorruptStoreError: they are not, or something is not of the format.
+    """
+    check = tensor_check(weights, linear)
+    elements = stored_states.active_set(
+        snapshot.commit, snapshot.read_commit, lambda i: set_from_json(snapshot.read(i)), {}
+    )
+    if set_digest(elements) != snapshot.read_commit(snapshot.commit).set_digest:
+        raise CorruptStoreError("the set of the commit is not what its digest says", remedy="Do not use it.")
+
+    def patch_of(identity: str) -> Patch:
+        patch = Patch.from_json(snapshot.read(identity))
+        allowed = linear if patch.kind == "additive" else weights
+        if any(allowed.get(weight) != shape for weight, shape in patch.weights.items()):
+            raise CorruptStoreError(f"patch {identity[:12]} is about weights of another base", remedy="Do not use it.")
+        return patch
+
+    def file_of(patch: Patch) -> Path:
+        limit = columns_limit(patch) if patch.kind == "closed_form" else delta_limit(patch.weights)
+        file = snapshot.file(patch.tensors, limit=limit)
+        check(patch, file)
+        return file
+
+    check_state(elements, state, linear, patch_of=patch_of, file_of=file_of)
 
 
 def _routing(snapshot: HubSnapshot, shapes: Shapes, limit: int, mode: Mode) -> Routing:
@@ -181,11 +219,15 @@ def load(
     *,
     base: str | Path | None = None,
     verify: bool = False,
+    prove: bool = False,
     wise: Mode | None = None,
     side_path: bool = False,
     **kwargs: Any,
 ) -> PreTrainedModel:
     """The model at a revision, as an ordinary transformers model; side memories of WISE shards are routed to.
+
+    ``model.patchhub.proof`` says whether its weights are known to be those of its facts: "checked" here, "claimed" by their author, or
+    "trusted" although they are not. What imported changes and shards do is nobody's but their author's claim.
 
     Args:
         path_or_repo: the folder that holds a store, the store itself, ``user/repo`` on the Hub, or a checkpoint that `apply` wrote of a
@@ -193,6 +235,8 @@ def load(
         revision: a branch, tag, commit, ``HEAD~2``, ... ; ``base`` is the unpatched model.
         base: where the base model is, if not where the repository says.
         verify: hash every tensor of the base, not only those that the patch touches.
+        prove: prove now that the weights are those of the facts. From the Hub that downloads the facts' columns, which loading does
+            without.
         wise: keep shards apart and let each query choose ("retrieve"), or join them into one side memory ("merge"). Default: the
             repository's ``wise.mode``, which is "retrieve" unless it was set.
         side_path: leave the weights as they are and run the changes beside them in float32, so that none is lost to rounding.
@@ -202,22 +246,38 @@ def load(
     Raises:
         RevisionError: no such revision.
         BaseError: the model found is not the repository's base.
+        CorruptStoreError, RemoteError: ``prove`` is given and the weights are not those of the facts.
         SettingsError: a checkpoint that `apply` wrote is named, and what only a store can give.
     """
     published = hub_name(path_or_repo)
     if published is not None:
-        checkpoint, state = open_published(published, revision, base=base, verify=verify, wise=wise)
+        checkpoint, state = open_published(published, revision, base=base, verify=verify, prove=prove, wise=wise)
         return patched_model.load_patched(checkpoint, state, side_path=side_path, **kwargs)
     if is_applied(Path(path_or_repo)):
-        _refuse_choices(path_or_repo, revision, base=base, verify=verify, side_path=side_path)
+        _refuse_choices(path_or_repo, revision, base=base, verify=verify, prove=prove, side_path=side_path)
         return load_applied(Path(path_or_repo), wise, **kwargs)
     with open_path(path_or_repo) as repository:
         state = state_at(repository, revision, wise)
+        if prove and state.commit is not None:
+            state = _proven(repository, state, state.commit)
         checkpoint = open_base(repository, base, verify=verify)
         ready = ReadyWeights(repository.cache, repository.config.base_id, repository.state(state.commit))
         return patched_model.load_patched(
             checkpoint, state, cache=repository.cache, ready=ready, side_path=side_path, **kwargs
         )
+
+
+def _proven(repository: Store, state: PatchState, commit: str) -> PatchState:
+    """A state of a store, proven anew; `CorruptStoreError` where its weights are not those of its facts."""
+    objects = repository.objects
+
+    def file_of(patch: Patch) -> Path:
+        objects.verify(patch.tensors)
+        return objects.path(patch.tensors)
+
+    elements = repository.active(commit)
+    check_state(elements, state.weights, stored_shapes(repository), patch_of=repository.patch, file_of=file_of)
+    return replace(state, proof="checked")
 
 
 def _refuse_choices(folder: str | Path, revision: str, **choices: Any) -> None:

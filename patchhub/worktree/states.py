@@ -73,6 +73,7 @@ def patch_state(
         weights=deltas,
         commit=commit,
         routing=routing,
+        proof=None if commit is None else repository.standing(commit).proof,
     )
 
 

@@ -128,7 +128,7 @@ def make_store(folder: Path, seed: int = 0) -> Synthetic:
     rng = np.random.default_rng(seed)
     tensors = {weight: TensorRecord("F32", shape, "0" * 64) for weight, shape in SHAPES.items()}
     weights = {weight: {"norm": 1.0, "shape": list(shape)} for weight, shape in SHAPES.items()}
-    info = {"model_type": "example", "path": str(folder), "revision": None, "weights": weights}
+    info = {"model_type": "example", "orientation": "out_in", "path": str(folder), "revision": None, "weights": weights}
     base = Base(architecture={"model_type": "example"}, tensors=tensors)
     repository = Store.init(
         folder, base.to_json(), base_info=info, settings={}, author=AUTHOR, time=TIME, disk=HastyDisk()

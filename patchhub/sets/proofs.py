@@ -1,0 +1,381 @@
+"""Whether the weights of commits are those of their facts: a proof whose cost is linear in what the commits change. NumPy only.
+
+A commit's weights are W0 plus D, the sum of its state's deltas. With X = K L^-1 U^T and Y = R L^-1 U^T of its columns (`constraints`),
+and X' the sum of its additive patches, D is what the set asks for exactly where
+
+    E = D (I + X) - Y - X'
+
+is zero. E is never formed. It is looked at from both sides through random directions that are drawn when it is checked, G of shape
+(out, s) and V of shape (in, s), as Freivalds (1977, "Probabilistic machines can use less running time") checks a product:
+
+    F = G^T E V = (G^T D) (V + X V) - G^T (Y + X') V
+
+Each part of F follows from the first parent's by what the commit changes: its delta, the columns that come and go, its additive patches. A
+history of N columns costs O(N (in + out) s), however many commits it has. V is (I + X_T)^-1 W, with T the union of all columns at hand, so
+for the set T itself F is G^T (D - D*) W, D* the solution: the distance to it, whatever the condition of the normal equations, which the
+residual in a commit's `check` grows with. Any V gives a valid check, so this one is solved in float32.
+
+G and W are normal, so the mean of |F|^2 / s^2 is the squared Frobenius norm of what is between them, and nobody who does not know them can
+choose a delta that they do not see. What they show of a matrix of rank one, the hardest, is its norm times two independent chi_s / sqrt(s);
+with s = 16 less than a fifth of it is seen once in about a million times, and less than a tenth never was in 4 10^7.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+from jaxtyping import Float
+from numpy.linalg import LinAlgError
+
+from patchhub.constraints import Columns, blocks
+from patchhub.delta import Delta, LowRank, norm, read_delta, read_deltas, to_dense, weights_in
+from patchhub.errors import CorruptStoreError
+from patchhub.objects import Element, Patch
+from patchhub.sets.columns import Shapes, linear_shapes, read_rows
+from patchhub.store.reachability import Proofs, Unprovable, Unproven
+from patchhub.store.store import Store
+
+DIRECTIONS: Final = 16
+"""Random directions on each side."""
+
+TOLERANCE: Final = 1e-4
+"""The distance of weights to their solution, relative to the size of the deltas that make them up, that is still called rounding. Honest
+histories were measured below 1e-6 (docs/trust.md)."""
+
+_PROJECTIONS: Final = 256  # of delta blobs that are kept: a state lists at most half as many
+_MOST: Final = 4096  # columns that V is fitted to: more make it no better, and cost their square
+
+
+class Probe:
+    """Random directions for one weight, and what its columns look like through them.
+
+    Attributes:
+        right: V.
+    """
+
+    def __init__(self, columns: Columns, generator: np.random.Generator) -> None:
+        """Draw the directions.
+
+        Args:
+            columns: every column that will be asked for, in any order; rows are named by their place here.
+        """
+        out, inner = columns.shape
+        self._left = generator.standard_normal((out, DIRECTIONS))
+        self.right = _towards(columns, generator.standard_normal((inner, DIRECTIONS)))
+        self._keys = columns.keys
+        parts = [(part.preimages, part.residuals, part.ridge) for part in blocks(columns)]
+        empty = np.zeros((0, DIRECTIONS))
+        seen = [(u.astype(np.float64) @ self.right) / ridge.astype(np.float64)[:, None] for u, _, ridge in parts]
+        self._seen: Float[np.ndarray, "n s"] = np.concatenate([empty, *seen])  # u_i V / lambda_i
+        asked = [r.astype(np.float64) @ self._left for _, r, _ in parts]
+        self._asked: Float[np.ndarray, "n s"] = np.concatenate([empty, *asked])
+
+    def reach(self, rows: Sequence[int]) -> Float[np.ndarray, "in s"]:
+        """X V of some columns."""
+        reached: Float[np.ndarray, "in s"] = self._keys[rows].astype(np.float64).T @ self._seen[rows]
+        return reached
+
+    def ask(self, rows: Sequence[int]) -> Float[np.ndarray, "s s"]:
+        """G^T Y V of some columns."""
+        asked: Float[np.ndarray, "s s"] = self._asked[rows].T @ self._seen[rows]
+        return asked
+
+    def project(self, delta: Delta) -> Float[np.ndarray, "s in"]:
+        """G^T D of a delta."""
+        projected: Float[np.ndarray, "s in"]
+        if isinstance(delta, LowRank):
+            projected = (self._left.T @ delta.B.astype(np.float64)) @ delta.A.astype(np.float64)
+        else:
+            projected = self._left.T @ to_dense(delta)
+        return projected
+
+
+def _towards(columns: Columns, wanted: Float[np.ndarray, "in s"]) -> Float[np.ndarray, "in s"]:
+    """(I + X)^-1 W in float32, in the smaller form of the solve; W where that cannot be solved."""
+    n, inner = len(columns), columns.shape[1]
+    if n > _MOST:
+        columns = columns.take(np.linspace(0, n - 1, _MOST).astype(int).tolist())
+    if not n:
+        return wanted
+    scale = (1 / np.sqrt(columns.ridge.astype(np.float32)))[:, None]
+    keys, preimages = scale * columns.keys, scale * columns.preimages
+    try:
+        if len(columns) <= inner:
+            gram = preimages @ keys.T
+            gram.flat[:: len(gram) + 1] += 1
+            found = wanted - keys.T @ np.linalg.solve(gram, preimages @ wanted.astype(np.float32))
+        else:
+            sums = keys.T @ preimages
+            sums.flat[:: inner + 1] += 1
+            found = np.linalg.solve(sums, wanted.astype(np.float32)).astype(np.float64)
+    except LinAlgError:
+        return wanted
+    return found if np.isfinite(found).all() else wanted
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """One weight at one commit, through the directions.
+
+    Attributes:
+        delta: G^T D.
+        reached: V + X V.
+        asked: G^T (Y + X') V.
+        size: the sum of the squared norms of the deltas that make up D.
+    """
+
+    delta: Float[np.ndarray, "s in"]
+    reached: Float[np.ndarray, "in s"]
+    asked: Float[np.ndarray, "s s"]
+    size: float
+
+    @property
+    def distance(self) -> float:
+        """The norm behind F, relative to those of the deltas and of what is asked for; 0 where all are 0."""
+        rest = self.delta @ self.reached - self.asked
+        scale = float(np.sqrt(self.size)) + float(np.linalg.norm(self.asked)) / DIRECTIONS
+        return float(np.linalg.norm(rest)) / DIRECTIONS / scale if scale else 0.0
+
+
+Heard = Callable[[int], None]
+"""Called with how many commits of how many weights are done."""
+
+
+def prove(
+    repository: Store,
+    commits: Iterable[str],
+    *,
+    generator: np.random.Generator | None = None,
+    advance: Heard = lambda done: None,
+) -> Proofs:
+    """Prove the weights of commits.
+
+    Where a commit's weights are not those of its facts, those of the commits that follow from it are not either, as a rule. The first ones
+    are named.
+
+    Args:
+        commits: in an order in which every commit comes after its parents. Each must be sound (`reachability.unsound`), with all that it
+            refers to in the store; none of it is hashed again.
+        generator: of the directions; None: one that nobody can foresee.
+
+    Raises:
+        CorruptStoreError: the tensors of a patch or a commit are not what the format says.
+    """
+    generator = np.random.default_rng() if generator is None else generator
+    plan = _Plan.of(repository, commits)
+    worst: dict[str, Unproven] = {}
+    for weight in plan.weights:
+        for step, off in _Walk(repository, plan, weight, generator).run():
+            advance(1)
+            if off > TOLERANCE:
+                found = Unproven(step.commit, weight, off)
+                worst[step.commit] = max(found, worst.get(step.commit, found), key=lambda one: one.distance)
+    first = tuple(worst[step.commit] for step in plan.steps if step.commit in worst and step.follows not in worst)
+    return Proofs(len(plan.steps) - len(worst), first, unprovable(repository, plan.brought))
+
+
+def unprovable(repository: Store, elements: Iterable[Element]) -> tuple[Unprovable, ...]:
+    """The imported changes and shards among some elements, which no facts prove; by patch id."""
+    whole = sorted({identity for identity, request in elements if request is None})
+    return tuple(
+        Unprovable(identity, patch.kind, patch.method) for identity in whole for patch in [repository.patch(identity)]
+    )
+
+
+def distance(
+    columns: Columns, additive: Sequence[Delta], deltas: Sequence[Delta], generator: np.random.Generator | None = None
+) -> float:
+    """How far one weight of one state is from what its columns and additive deltas ask for, as `prove` measures it."""
+    probe = Probe(columns, np.random.default_rng() if generator is None else generator)
+    every = range(len(columns))
+    delta = sum((probe.project(part) for part in deltas), np.zeros((DIRECTIONS, columns.shape[1])))
+    asked = probe.ask(every) + sum((probe.project(part) @ probe.right for part in additive), np.zeros(()))
+    reached = probe.right + probe.reach(every)
+    size = sum(norm(part) ** 2 for part in deltas)
+    return _Seen(delta, reached, asked, size).distance
+
+
+def check_state(
+    elements: Iterable[Element],
+    state: Mapping[str, Sequence[Delta]],
+    shapes: Shapes,
+    *,
+    patch_of: Callable[[str], Patch],
+    file_of: Callable[[Patch], Path],
+) -> None:
+    """Prove one state alone.
+
+    Args:
+        elements: its set.
+        state: its deltas by weight.
+        shapes: (out, in) of every weight that may be changed.
+        patch_of: a patch by its id.
+        file_of: the verified file of a patch's tensors.
+
+    Raises:
+        CorruptStoreError: its weights are not those of its facts.
+    """
+    elements = frozenset(elements)
+    patches = {identity: patch_of(identity) for identity in {identity for identity, _ in elements}}
+    files = {patch.tensors: file_of(patch) for patch in patches.values() if patch.kind != "shard"}
+    additive: dict[str, list[Delta]] = {}
+    for patch in patches.values():
+        if patch.kind == "additive":
+            for weight, delta in read_deltas(files[patch.tensors], patch.weights).items():
+                additive.setdefault(weight, []).append(delta)
+    asked = {weight for patch in patches.values() if patch.kind == "closed_form" for weight in patch.weights}
+    for weight in sorted(asked | additive.keys() | state.keys()):
+        columns = read_rows(patches.__getitem__, files.__getitem__, elements, weight, shapes[weight])
+        off = distance(columns, additive.get(weight, ()), state.get(weight, ()))
+        if off > TOLERANCE:
+            raise CorruptStoreError(
+                f"the weights are not those of the facts: {weight} is off by {off:.2%} of the change",
+                remedy="Do not use them, or leave out the proof if you trust who made them.",
+                weight=weight,
+                distance=off,
+            )
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One commit: what it changes, the blobs of its state, and the commit whose state that follows from."""
+
+    commit: str
+    parent: str | None
+    removed: frozenset[Element]
+    added: frozenset[Element]
+    state: tuple[str, ...]
+    follows: str | None = None
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What is to be proven.
+
+    Attributes:
+        steps: the commits.
+        starts: their parents that are not among them, as changes of nothing.
+        blobs: for each weight the blobs and additive patches' tensors that change it.
+        weights: every weight that facts, deltas or additive patches are of, in order.
+    """
+
+    steps: tuple[_Step, ...]
+    starts: Mapping[str, _Step]
+    blobs: Mapping[str, frozenset[str]]
+    weights: tuple[str, ...]
+
+    @classmethod
+    def of(cls, repository: Store, commits: Iterable[str]) -> _Plan:
+        steps = []
+        for identity in commits:
+            commit = repository.commit(identity)
+            parent = next(iter(commit.parents), None)
+            state = repository.state(identity)
+            follows = commit.same_as or parent
+            steps.append(_Step(identity, parent, commit.removed, commit.added, state, follows))
+        known = {step.commit for step in steps}
+        below = {step.parent for step in steps if step.parent is not None} - known
+        starts = {
+            identity: _Step(identity, None, frozenset(), repository.active(identity), repository.state(identity))
+            for identity in below
+        }
+        every = [*starts.values(), *steps]
+        patches = {identity: repository.patch(identity) for step in every for identity, _ in step.added}
+        additive = {patch.tensors for patch in patches.values() if patch.kind == "additive"}
+        blobs: dict[str, set[str]] = {}
+        for blob in additive.union(*(step.state for step in every)):
+            for weight in weights_in(repository.objects.path(blob)):
+                blobs.setdefault(weight, set()).add(blob)
+        asked = {weight for patch in patches.values() if patch.kind == "closed_form" for weight in patch.weights}
+        frozen = {weight: frozenset(found) for weight, found in blobs.items()}
+        return cls(tuple(steps), starts, frozen, tuple(sorted(asked | frozen.keys())))
+
+    @property
+    def brought(self) -> frozenset[Element]:
+        """Every element that a commit adds."""
+        return frozenset().union(*(step.added for step in self.steps))
+
+    @property
+    def elements(self) -> frozenset[Element]:
+        """Every element that is active anywhere."""
+        return self.brought.union(*(start.added for start in self.starts.values()))
+
+
+class _Walk:
+    """One weight's way through the commits of a plan."""
+
+    def __init__(self, repository: Store, plan: _Plan, weight: str, generator: np.random.Generator) -> None:
+        self._repository = repository
+        self._plan = plan
+        self._weight = weight
+        self._shapes: Shapes = linear_shapes(repository)
+        patch_of, file_of = repository.patch, repository.objects.path
+        columns = read_rows(patch_of, file_of, plan.elements, weight, self._shapes[weight])
+        self._place = {element: row for row, element in enumerate(columns.labels)}
+        self._probe = Probe(columns, generator)
+        self._blobs = plan.blobs.get(weight, frozenset())
+        self._projections: OrderedDict[str, tuple[Float[np.ndarray, "s in"], float]] = OrderedDict()
+        inner = self._shapes[weight][1]
+        nothing = np.zeros((DIRECTIONS, DIRECTIONS))
+        self._nothing = _Seen(np.zeros((DIRECTIONS, inner)), self._probe.right, nothing, 0.0)
+
+    def run(self) -> Iterator[tuple[_Step, float]]:
+        """Each commit with the distance of its weight to what its set asks for."""
+        live: dict[str | None, tuple[_Step | None, _Seen]] = {None: (None, self._nothing)}
+        for identity, start in self._plan.starts.items():
+            live[identity] = (start, self._after(start, None, self._nothing))
+        waiting = Counter(step.parent for step in self._plan.steps)
+        for step in self._plan.steps:
+            parent, before = live[step.parent]
+            seen = self._after(step, parent, before)
+            yield step, seen.distance
+            waiting[step.parent] -= 1
+            if step.parent is not None and not waiting[step.parent]:
+                del live[step.parent]
+            if waiting[step.commit]:
+                live[step.commit] = (step, seen)
+
+    def _after(self, step: _Step, parent: _Step | None, before: _Seen) -> _Seen:
+        """The weight after a commit, from what it was at its parent."""
+        gone, come = self._rows(step.removed), self._rows(step.added)
+        reached, asked = before.reached, before.asked
+        if gone or come:
+            reached = reached + self._probe.reach(come) - self._probe.reach(gone)
+            asked = asked + self._probe.ask(come) - self._probe.ask(gone)
+        for elements, sign in ((step.removed, -1.0), (step.added, 1.0)):
+            for blob in self._additive(elements):
+                asked = asked + sign * self._project(blob)[0] @ self._probe.right
+        then, now = ([blob for blob in (at.state if at else ()) if blob in self._blobs] for at in (parent, step))
+        if reached is before.reached and asked is before.asked and then == now:
+            return before
+        goes_on = now[: len(then)] == then
+        found = [self._project(blob) for blob in (now[len(then) :] if goes_on else now)]
+        start = before if goes_on else self._nothing
+        delta = sum((projected for projected, _ in found), start.delta)
+        size = start.size + sum(size for _, size in found)
+        return _Seen(delta, reached, asked, size)
+
+    def _rows(self, elements: Iterable[Element]) -> list[int]:
+        return [self._place[element] for element in elements if element in self._place]
+
+    def _additive(self, elements: Iterable[Element]) -> list[str]:
+        patches = (self._repository.patch(identity) for identity, request in elements if request is None)
+        return [p.tensors for p in patches if p.kind == "additive" and p.tensors in self._blobs]
+
+    def _project(self, blob: str) -> tuple[Float[np.ndarray, "s in"], float]:
+        """G^T D of a blob, and the squared norm of D."""
+        if blob in self._projections:
+            self._projections.move_to_end(blob)
+            return self._projections[blob]
+        delta = read_delta(self._repository.objects.path(blob), self._weight, self._shapes[self._weight])
+        projected = self._probe.project(delta)
+        size = float(np.sum(projected * projected)) / DIRECTIONS
+        self._projections[blob] = projected, size
+        if len(self._projections) > _PROJECTIONS:
+            self._projections.popitem(last=False)
+        return projected, size
