@@ -121,11 +121,13 @@ class Fetched(Result):
         moved: refs of this store: ``refs/remotes/...``, tags, notes.
         received: objects and bytes that travelled.
         warnings: refs that were left out, in words.
+        left_out: refs here that were not let in, and why.
     """
 
     moved: tuple[Moved, ...]
     received: Received = field(metadata=told(inline=True))
     warnings: tuple[str, ...]
+    left_out: Mapping[str, str] = field(default_factory=dict, metadata=told(optional=True))
 
 
 def fetch(
@@ -139,6 +141,7 @@ def fetch(
     repair: bool = False,
     prune: bool = False,
     progress: Callable[[int], None] = lambda size: None,
+    admit: Callable[[Mapping[str, str]], Mapping[str, str]] = lambda wanted: {},
 ) -> Fetched:
     """Bring all branches, tags and notes of a remote here: branches as ``refs/remotes/<name>/*``.
 
@@ -146,6 +149,7 @@ def fetch(
         limits: of all that is downloaded, whatever branch it belongs to.
         repair: look also below known commits, and fetch again what is damaged here.
         prune: forget branches that the remote does not have any more.
+        admit: of the refs that are to come and their targets, which are here by then, those that may not, each with the reason.
 
     Raises:
         RemoteError: unreachable, about another base, or it holds something the format does not allow.
@@ -165,12 +169,25 @@ def fetch(
             receiver.take(tip, Reference("commit", tip.commit))
             wanted[local] = tip.commit
         wanted |= _fetch_notes(repository, remote, view, receiver)
+    left_out = admit(wanted)
+    if left_out:
+        warnings += [f"{ref} is left out: {reason}" for ref, reason in left_out.items()]
+        wanted = _let_in(repository, wanted, left_out)
     moved = list(_changes(repository.refs(), wanted, warnings))
     moved += _gone(repository.refs(), view, name) if prune else []
     if moved:
         changes = {move.ref: (move.old, move.new) for move in moved}
         repository.move_refs(changes, command="fetch", arguments={"remote": name}, author=who.author, time=who.time)
-    return Fetched(tuple(moved), receiver.received, tuple(warnings))
+    return Fetched(tuple(moved), receiver.received, tuple(warnings), left_out)
+
+
+def _let_in(repository: Store, wanted: Mapping[str, str], left_out: Mapping[str, str]) -> dict[str, str]:
+    """What may come: refs that are not left out, and notes about commits that are here then."""
+    refs = {ref: target for ref, target in wanted.items() if not ref.startswith(NOTES) and ref not in left_out}
+    below = graph.ancestors(refs.values(), lambda commit: repository.commit(commit).parents)
+    notes = {ref: ref[len(NOTES) :].partition("/")[0] for ref in wanted if ref.startswith(NOTES)}
+    kept = {ref for ref, commit in notes.items() if commit in below or repository.commits(commit)}
+    return {**refs, **{ref: target for ref, target in wanted.items() if ref in kept}}
 
 
 def _fetch_notes(repository: Store, remote: Remote, view: View, receiver: Receiver) -> dict[str, str]:
@@ -256,6 +273,7 @@ def push(
     who: Who,
     private_facts: bool | None = None,
     dry_run: bool = False,
+    vouch: Callable[[str, str, str | None], None] = lambda ref, commit, theirs: None,
 ) -> list[Pushed]:
     """Bring branches and tags of this store to a remote, each fast-forward, one after the other.
 
@@ -264,6 +282,7 @@ def push(
         source: what the remote shall say about the base.
         pages: called once per ref that moves.
         private_facts: withhold the texts of requests; None: as the remote has it.
+        vouch: called with each ref, where it is here and where it is there, before anything is sent; raises what speaks against it.
 
     Raises:
         RemoteMovedError: a ref of the remote is not behind ours; nothing of that ref was sent.
@@ -272,6 +291,9 @@ def push(
     view = remote.view()
     check_base(repository, remote, view)
     withheld = bool(view.private) if private_facts is None else private_facts
+    for ref in refs:
+        tip = view.tips.get(ref)
+        vouch(ref, repository.refs()[ref], tip.commit if tip else None)
     done = []
     for ref in refs:
         plan = _plan(repository, remote, view, ref, source, withheld, asked=private_facts)

@@ -49,12 +49,14 @@ def clone(
     *,
     base: Place | None = None,
     max_size: float = 64.0,
+    require_signed: Place | None = None,
     author: str | None = None,
     time: str | None = None,
     progress: bool | Progress = True,
 ) -> "Repository":
     """A new repository with all that an address has, which it names `origin`. See `Repository.clone`."""
-    return Repository.clone(address, folder, base=base, max_size=max_size, author=author, time=time, progress=progress)
+    options: dict[str, Any] = {"base": base, "max_size": max_size, "require_signed": require_signed}
+    return Repository.clone(address, folder, author=author, time=time, progress=progress, **options)
 
 
 class Repository(WritingVerbs, LookingVerbs, ModelVerbs, RefVerbs):
@@ -137,6 +139,7 @@ class Repository(WritingVerbs, LookingVerbs, ModelVerbs, RefVerbs):
         *,
         base: Place | None = None,
         max_size: float = 64.0,
+        require_signed: Place | None = None,
         author: str | None = None,
         time: str | None = None,
         progress: bool | Progress = True,
@@ -148,9 +151,11 @@ class Repository(WritingVerbs, LookingVerbs, ModelVerbs, RefVerbs):
             folder: where it is made; None: in one of this folder, named as the address ends.
             base: the base model; None: where the remote says it is.
             max_size: most gigabytes to download.
+            require_signed: a file of allowed signers: branches and tags that none of them signed are left out.
 
         Raises:
             RepositoryError: there is a repository already.
+            SignatureError: a signature is broken, or the branch that would be the current one is left out.
             RemoteError: nothing there, unreachable, or something that the format does not allow.
             BaseError: the base cannot be read, or is not the remote's.
         """
@@ -160,9 +165,10 @@ class Repository(WritingVerbs, LookingVerbs, ModelVerbs, RefVerbs):
         path = Path(folder if folder is not None else address.rstrip("/").rpartition("/")[2])
         from patchhub.porcelain.share import clone
 
-        place = place_of(base)
+        options: dict[str, Any] = {"base": place_of(base), "max_bytes": in_bytes(max_size)}
+        required = None if require_signed is None else Path(require_signed)
         try:
-            made = clone(address, path, heard, who=who, base=place, max_bytes=in_bytes(max_size))
+            made = clone(address, path, heard, who=who, require_signed=required, **options)
         finally:
             heard.close()
         repository = cls(path, progress=heard)
