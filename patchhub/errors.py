@@ -97,6 +97,12 @@ class GuardError(EditError):
     exit_code = 10
 
 
+class SignatureError(PatchhubError):
+    """A signature or an approval is missing where it is required, or broken, or by a key that is not allowed."""
+
+    exit_code = 12
+
+
 class RemoteError(PatchhubError):
     """A remote could not be reached, refused, or holds something the format does not allow."""
 

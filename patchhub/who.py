@@ -1,4 +1,4 @@
-"""Who changes something, when and why; and durations and instants as people write them: "14 days", "36h", "2 weeks ago".
+"""Who changes something, when, why and with which key; and durations and instants as people write them: "14 days", "36h", "2 weeks ago".
 
 What the environment says of it (git's identity, the login name, a fixed clock) is read from a mapping that the two front floors hand in.
 """
@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import date, datetime, time, timedelta, timezone
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 from patchhub.errors import SettingsError
 
@@ -23,6 +23,23 @@ _DURATION: Final = re.compile(
 )
 
 
+class Signer(Protocol):
+    """A key that signs, wherever its private part is."""
+
+    @property
+    def method(self) -> str:
+        """Whose form its signatures have: ``ssh`` or ``model-signing``."""
+        ...
+
+    def check(self) -> None:
+        """Raise `SettingsError` where it cannot sign, before work is done for it."""
+        ...
+
+    def sign(self, statement: bytes, kind: str) -> tuple[str, str]:
+        """(public key, signature) of a statement of a kind; `SettingsError` where it cannot sign."""
+        ...
+
+
 @dataclass(frozen=True)
 class Who:
     """Who changes something, when, and why.
@@ -31,6 +48,7 @@ class Who:
         author: a name, or "Ada <ada@example.org>".
         time: the instant, in `FORMAT`.
         message: what the change is for; where it is empty, a verb that commits finds words of its own.
+        signer: the key that commits are signed with; None: they are not.
 
     Raises:
         SettingsError: the author is empty, or the time is not written in `FORMAT`.
@@ -39,6 +57,7 @@ class Who:
     author: str
     time: str
     message: str = ""
+    signer: Signer | None = None
 
     def __post_init__(self) -> None:
         if not self.author.strip():

@@ -230,6 +230,7 @@ FLOORS = {
     "sets": "what a revision holds and how one becomes another; store and NumPy, no torch",
     "export": "other programs' forms; NumPy",
     "remotes": "where stores are shared",
+    "signing": "who vouches for what: signatures as notes",
     "runtime": "patched models in memory",
     "evaluation": "measuring models",
     "store": "bytes, refs, operations, index; SQLite",

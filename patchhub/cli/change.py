@@ -13,9 +13,11 @@ from patchhub.cli.options import (
     check_option,
     force_option,
     format_option,
+    key_option,
     memory_option,
     placement_options,
     say_faults,
+    sign_option,
     text_option,
 )
 from patchhub.cli.terminal import (
@@ -30,6 +32,7 @@ from patchhub.cli.terminal import (
     say,
     say_stale_shards,
     say_trained,
+    short_ref,
     talk,
 )
 from patchhub.objects import EMPTY_SET
@@ -86,6 +89,8 @@ all_option = click.option(
 @placement_options
 @chat_option
 @memory_option("What may be held in memory, the model included (memit, pmet)")
+@sign_option
+@key_option
 @author_option
 @repo_option
 @json_option
@@ -199,7 +204,7 @@ def _report_step(done: Stepped, past: str, as_json: bool) -> None:
     if as_json:
         print_json(done)
         return
-    moved = ", ".join(ref.removeprefix("refs/heads/").removeprefix("refs/remotes/") for ref in done.changes)
+    moved = ", ".join(short_ref(ref) for ref in done.changes)
     say(f"`{done.command}` {past}: {moved}")
     if done.command == "push" and past == "undone":
         say(

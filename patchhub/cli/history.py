@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 import click
 
 from patchhub.cli.measure import measured_on, say_compared, say_scores, score_line, summary
-from patchhub.cli.options import guard_lines, guard_summary
+from patchhub.cli.options import allowed_option, guard_lines, guard_summary, short_signatures, signature_line
 from patchhub.cli.terminal import (
     count,
     json_option,
@@ -99,6 +99,8 @@ _SHOWN = 20
 @click.option("--until", metavar="WHEN", help="Not after.")
 @click.option("--author", help="Commits whose author contains this.")
 @click.option("--first-parent", is_flag=True, help="Follow the first parent of merges only.")
+@click.option("--signatures", is_flag=True, help="Check who signed and approved each commit.")
+@allowed_option
 @repo_option
 @json_option
 @reports_errors
@@ -288,7 +290,8 @@ def _entry_lines(entry: Entry, *, oneline: bool) -> list[str]:
     if oneline:
         short = click.style(entry.id[:12], fg="yellow")
         found = "".join(f" {name} {score.value:.3f}" for name, score in summary(entry.scores))
-        told = "".join(f" {words}" for words in (size, guard and f"guard {guard}") if words)
+        signed = "" if entry.signatures is None else short_signatures(entry.signatures)
+        told = "".join(f" {words}" for words in (size, guard and f"guard {guard}", signed) if words)
         return [f"{short}{_refs(entry)} {_first_line(entry)} {_facts(entry)}{told}{found}"]
     return [
         f"{click.style(f'commit {entry.id}', fg='yellow')}{_refs(entry)}",
@@ -299,6 +302,8 @@ def _entry_lines(entry: Entry, *, oneline: bool) -> list[str]:
         *([f"Size:   {size}"] if size else []),
         *([f"Guard:  {guard}"] if guard else []),
         *(f"Scores: {score_line(noted)}" for noted in entry.scores),
+        *(f"Signed: {signature_line(found)}" for found in entry.signatures or ()),
+        *(["Signed: no"] if entry.signatures == () else []),
         "",
         *(f"    {line}".rstrip() for line in entry.commit.message.splitlines() or [""]),
         "",

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from patchhub import __version__
-from patchhub.cli import change, exchange, history, measure, merge, model, refs, search, share, tune, upkeep
+from patchhub.cli import change, exchange, history, measure, merge, model, refs, search, share, signing, tune
 from patchhub.cli.habits import Group
 from patchhub.cli.terminal import quiet_libraries
 
@@ -40,7 +40,7 @@ def main(repo: Path | None) -> None:
     quiet_libraries()
 
 
-MODULES = (model, change, tune, history, measure, refs, merge, search, share, exchange, upkeep)
+MODULES = (model, change, tune, history, measure, refs, merge, search, share, signing, exchange)
 
 for module in MODULES:
     for command in module.COMMANDS:

@@ -75,7 +75,7 @@ def config(key: str | None, value: str | None, unset: bool, repo: Path | None, a
       patchhub config author "Ada <ada@example.org>"
       patchhub config memit.layers 3-5
     """
-    from patchhub.sets.settings import SETTINGS
+    from patchhub.sets.settings import APPROVALS, SETTINGS
 
     found = opened(repo).config(key, value, unset=unset)
     values = found if key is None else {key: found}
@@ -88,6 +88,7 @@ def config(key: str | None, value: str | None, unset: bool, repo: Path | None, a
         unset_keys = [name for name in SETTINGS if name not in values]
         for name in unset_keys:
             say(f"{name:20} {SETTINGS[name].purpose}", dim=True)
+        say(f"policy.BRANCH.approvals  {APPROVALS.purpose}", dim=True)
 
 
 @click.command()

@@ -6,13 +6,16 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from patchhub.cli.terminal import count, say
 from patchhub.evaluation.faults import Fault
 from patchhub.evaluation.guard import Measured, Report, Share, Spoken
+
+if TYPE_CHECKING:
+    from patchhub.signing.checking import Vouched
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -97,6 +100,26 @@ check_option = click.option(
     "--check", is_flag=True, help="Let the guard run the model too: whether facts hold, whether other text drifts."
 )
 
+
+sign_option = click.option(
+    "-s", "--sign/--no-sign", default=None, help="Sign it with a key. Default: as the config's `sign` says."
+)
+key_option = click.option(
+    "--key",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="The private key to sign with, or its public key where an agent holds it. Default: the config's.",
+)
+allowed_option = click.option(
+    "--allowed",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="A file of allowed signers, as OpenSSH has it. Default: the config's `sign.allowed`.",
+)
+required_option = click.option(
+    "--require-signed",
+    metavar="FILE",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Let in only branches and tags that somebody in this file of allowed signers signed.",
+)
 
 _FAULTS = 8
 
@@ -202,3 +225,22 @@ def _weights(found: Measured) -> Iterator[str]:
         yield f"largest singular value of a weight's change: {largest:.2f} times the base weight's"
     if found.survival:
         yield f"rounding to the base's type keeps at least {min(found.survival.values()):.1%} of the change"
+
+
+def signature_line(found: Vouched) -> str:
+    """A signature in words, coloured by what checking it found."""
+    colour = {"good": "green", "broken": "red"}.get(found.status, "yellow")
+    why = f": {found.message}" if found.message else ""
+    return f"{click.style(found.words(), fg=colour)}{why}"
+
+
+def short_signatures(found: Sequence[Vouched]) -> str:
+    """Who signed a commit and who approved it, in a few words."""
+    parts = []
+    for kind, verb in (("commit", "signed"), ("approval", "approved")):
+        whose = [signature for signature in found if signature.kind in (kind, None if kind == "commit" else kind)]
+        named = sorted({str(signature.principal) for signature in whose if signature.status == "good"})
+        named += sorted({f"an {s.status} key" for s in whose if s.status == "unknown"})
+        named += sorted({f"{s.status.upper()} {s.note[:12]}" for s in whose if s.status in ("broken", "unchecked")})
+        parts += [f"{verb} by {', '.join(named)}"] if named else []
+    return click.style("; ".join(parts), fg="cyan") if parts else click.style("unsigned", fg="yellow")

@@ -1,4 +1,4 @@
-"""Commands that list and move refs: branch, switch, tag, reset, reflog."""
+"""Commands that list and move refs, and tidy up: branch, switch, tag, reset, reflog, squash, gc."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from typing import Any
 
 import click
 
+from patchhub.cli.options import check_option, force_option, key_option, sign_option
 from patchhub.cli.terminal import (
     author_option,
+    count,
     json_option,
     opened,
     print_json,
@@ -17,6 +19,8 @@ from patchhub.cli.terminal import (
     say,
 )
 from patchhub.results import Rows
+
+_SHOWN = 20
 
 
 @click.command()
@@ -37,12 +41,17 @@ def branch(repo: Path | None, as_json: bool, **options: Any) -> None:
 @click.argument("name", required=False)
 @click.argument("rev", required=False)
 @click.option("-d", "--delete", is_flag=True, help="Remove the tag.")
+@sign_option
+@key_option
 @author_option
 @repo_option
 @json_option
 @reports_errors
 def tag(repo: Path | None, as_json: bool, **options: Any) -> None:
-    """List the tags, or make the tag NAME at REV (default: HEAD). Tags do not move."""
+    """List the tags, or make the tag NAME at REV (default: HEAD). Tags do not move.
+
+    What is signed of a tag is its name with the commit that it leads to.
+    """
     _report(opened(repo).tag(**options), as_json)
 
 
@@ -92,6 +101,57 @@ def reflog(ref: str, repo: Path | None, as_json: bool, **options: Any) -> None:
         say(f"{commit} {ref}@{{{entry.ago}}} {entry.time} {entry.command}: {entry.message}")
 
 
+@click.command()
+@click.argument("span")
+@click.option("-m", "--message", default="", help="Why. Default: the messages of the squashed commits.")
+@check_option
+@force_option
+@author_option
+@repo_option
+@json_option
+@reports_errors
+def squash(repo: Path | None, as_json: bool, **options: Any) -> None:
+    """Make one commit of the newest ones: SPAN is how many, or FROM..HEAD.
+
+    The active facts stay the same, and the weights to 1e-6; no model runs. Merges in between become plain. The old commits
+    stay in the operation log: `patchhub undo` brings them back.
+    """
+    repository = opened(repo)
+    done = repository.squash(**options)
+    if as_json:
+        print_json(done)
+        return
+    branch, _ = repository.store.head
+    say(f"[{branch or 'detached'} {done.commit[:12]}] {repository.store.commit(done.commit).message.splitlines()[0]}")
+    say(
+        f"{count(len(done.replaced), 'commit')} became one; {count(done.active, 'active fact')}; proof {done.proof:.1e}"
+    )
+
+
+@click.command()
+@click.option("--dry-run", is_flag=True, help="Say what would be deleted; delete nothing.")
+@click.option("--grace", default="14 days", show_default=True, help='Keep what is younger: "36 hours", 2w, 0.')
+@repo_option
+@json_option
+@reports_errors
+def gc(repo: Path | None, as_json: bool, **options: Any) -> None:
+    """Delete what nothing needs: objects that were never recorded, leftovers of interrupted commands, unused cache.
+
+    Whatever a branch, a tag, a remote branch, a note or any operation of the log leads to is kept, however old, so `undo` always
+    works. Use --grace 0 only when no other command runs.
+    """
+    done = opened(repo).gc(**options)
+    if as_json:
+        print_json(done)
+        return
+    for item in done.items[:_SHOWN]:
+        say(f"  {item.kind} {item.path} ({item.size / 1000:,.1f} kB)", dim=True)
+    if len(done.items) > _SHOWN:
+        say(f"  ... and {len(done.items) - _SHOWN} more (--json lists them)", dim=True)
+    kinds = ", ".join(count(number, kind) for kind, number in sorted(done.counts.items()))
+    say(f"{'would delete' if done.dry_run else 'deleted'} {kinds or 'nothing'}: {done.size / 1e6:.2f} MB")
+
+
 def _report(found: Any, as_json: bool) -> None:
     """A list of names, or a ref that moved."""
     if as_json:
@@ -113,4 +173,4 @@ def _place(commit: str | None) -> str:
     return commit[:12] if commit else "the base"
 
 
-COMMANDS = (branch, switch, tag, reset, reflog)
+COMMANDS = (branch, switch, tag, reset, reflog, squash, gc)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from patchhub.cli.merge import report_merge
+from patchhub.cli.options import required_option
 from patchhub.cli.terminal import (
     author_option,
     bars,
@@ -18,6 +19,7 @@ from patchhub.cli.terminal import (
     repo_option,
     reports_errors,
     say,
+    short_ref,
 )
 from patchhub.errors import ContradictionError
 
@@ -132,6 +134,7 @@ def push(
 @trust_option
 @click.option("--repair", is_flag=True, help="Check all that is reachable and fetch again what is damaged here.")
 @click.option("--prune", is_flag=True, help="Forget branches of REMOTE that it does not have any more.")
+@required_option
 @size_option
 @author_option
 @repo_option
@@ -152,6 +155,7 @@ def fetch(repo: Path | None, as_json: bool, **options: Any) -> None:
 @click.command()
 @click.argument("remote", required=False)
 @trust_option
+@required_option
 @size_option
 @author_option
 @repo_option
@@ -178,6 +182,7 @@ def pull(repo: Path | None, as_json: bool, **options: Any) -> None:
 @click.argument("folder", required=False, type=click.Path(path_type=Path, file_okay=False))
 @click.option("--base", help="The base model, a folder or a Hub id. Default: where the remote says it is.")
 @trust_option
+@required_option
 @size_option
 @author_option
 @json_option
@@ -201,16 +206,7 @@ def clone(as_json: bool, **options: Any) -> None:
 
 def _move(moved: Moved) -> str:
     new = click.style(moved.new[:12] if moved.new else "gone", fg="yellow")
-    return f"{_short(moved.ref):<24} {moved.old[:12] if moved.old else 'new':>12} -> {new}"
-
-
-def _short(ref: str) -> str:
-    """``main``, ``tag v1``, ``origin/main``, ``note on 0123456789ab (counterfact)``."""
-    kind, _, name = ref.removeprefix("refs/").partition("/")
-    if kind == "notes":
-        commit, _, suite = name.partition("/")
-        return f"note on {commit[:12]} ({suite})"
-    return f"tag {name}" if kind == "tags" else name
+    return f"{short_ref(moved.ref):<24} {moved.old[:12] if moved.old else 'new':>12} -> {new}"
 
 
 def _say_fetched(fetched: Fetched) -> None:

@@ -19,6 +19,7 @@ import click
 from patchhub.errors import PatchhubError, RepositoryError
 from patchhub.progress import Bars
 from patchhub.results import Result, Rows
+from patchhub.store.revisions import SIGNATURES
 
 if TYPE_CHECKING:
     from patchhub.objects import Request
@@ -85,6 +86,17 @@ def _spelled(character: str) -> str:
 def count(number: int, noun: str) -> str:
     """A number with its noun: 1 fact, 2 facts."""
     return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def short_ref(ref: str) -> str:
+    """``main``, ``tag v1``, ``origin/main``, ``note on 0123456789ab (counterfact)``, ``signature of 0123456789ab (approval)``."""
+    kind, _, name = ref.removeprefix("refs/").partition("/")
+    if kind == "notes":
+        commit, _, suite = name.partition("/")
+        if suite.startswith(SIGNATURES):
+            return f"signature of {commit[:12]} ({suite.split('/')[1]})"
+        return f"note on {commit[:12]} ({suite})"
+    return f"tag {name}" if kind == "tags" else name
 
 
 def list_facts(sign: str, requests: Sequence[Request], colour: str, *, shown: int = 8) -> None:

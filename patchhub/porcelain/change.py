@@ -27,7 +27,6 @@ from patchhub.sets.elements import (
 )
 from patchhub.sets.shards import ShardPlan, plan_shards, shards_among, shrink, stale_shards, without_shards
 from patchhub.store import graph
-from patchhub.store.revisions import BRANCHES, HEAD
 from patchhub.store.store import Store
 from patchhub.who import Who
 from patchhub.worktree.judging import GUARDED, Guarding, judge
@@ -200,7 +199,7 @@ def _carry_out(
         after, trained = train_reshaped(repository, before, after, shards, progress)
     draft = Draft((head,) if head else (), after, metric, command, arguments)
     commit = judge(repository, prepare(repository, draft, who), progress, guarding)
-    identity = record(repository, commit, draft)
+    identity = record(repository, commit, draft, who.signer)
     left, entered = left_and_entered(repository, before, after)
     again = {request for _, request in removed - columns.remove}
     skipped = {e for e in columns.remove - removed if e[1] not in again} | (columns.restore - restored)
@@ -305,20 +304,14 @@ def squash(
         GuardError: a check of the new state failed; nothing was committed.
     """
     head = begin(repository)
-    branch, _ = repository.head
     replaced, parent = _span(repository, span, head)
     who = who.saying("\n\n".join(repository.commit(commit).message for commit in reversed(replaced)))
     tip = repository.commit(replaced[0])
-    draft = Draft((parent,) if parent else (), repository.active(replaced[0]), tip.metric, "squash", {})
-    commit = judge(repository, prepare(repository, draft, who), progress or Silent(), guarding)
-    identity = repository.objects.put(commit.to_json())
-    repository.move_refs(
-        {HEAD if branch is None else BRANCHES + branch: (replaced[0], identity)},
-        command="squash",
-        arguments={"commits": list(replaced)},
-        author=who.author,
-        time=who.time,
+    draft = Draft(
+        (parent,) if parent else (), repository.active(replaced[0]), tip.metric, "squash", {"commits": list(replaced)}
     )
+    commit = judge(repository, prepare(repository, draft, who), progress or Silent(), guarding)
+    identity = record(repository, commit, draft, who.signer, instead_of=replaced[0])
     proofs = [float(value) for value in commit.check["proof"].values()]
     return Squashed(identity, tuple(replaced), repository.active_count(identity), max(proofs, default=0.0))
 

@@ -152,7 +152,7 @@ def commit(
     if writing.memory is not None:
         release_memory()  # what the edit left in pieces would come on top of what the guard reads
     made = judge(repository, prepared, progress, Guarding(force, all=all_facts), tree=tree, written=plan.requests)
-    identity = record(repository, made, draft)
+    identity = record(repository, made, draft, who.signer)
     survival: Mapping[str, float] = made.check.get("survival", {})
     _warn_of_losses(survival, progress)
     report = Report.from_json(made.check)

@@ -112,7 +112,7 @@ def import_change(
     progress.stage("writing the commit", 0)
     commit = prepare(repository, draft, who)
     commit = judge(repository, commit, progress, guarding, facts=_MANY_FACTS, remedy=_REMEDY)
-    written = record(repository, commit, draft)
+    written = record(repository, commit, draft, who.signer)
     progress.close()
     return Imported(written, identity, {weight: entry[1:] for weight, entry in found.deltas.items()})
 

@@ -17,6 +17,7 @@ from patchhub.results import Result, in_full, told
 from patchhub.sets.elements import active_requests, count_changed, distinct, imports_of, left_and_entered
 from patchhub.sets.merging import StoppedMerge, stopped_merge
 from patchhub.sets.shards import active_shards, shard_record, shards_at, stale_shards
+from patchhub.signing.checking import Vouched, allowed_signers, signatures_by_commit, vouched
 from patchhub.store import graph, lookup
 from patchhub.store.graph import Parents, Rank
 from patchhub.store.lookup import Selection
@@ -214,6 +215,7 @@ class Entry(Result):
         shown_parents: its parents in a drawing of the log: where commits are left out, the nearest ones that are not.
         size: how much it changes, if that was asked for.
         scores: what is noted about it.
+        signatures: who signed and approved it, if that was asked for.
     """
 
     id: str
@@ -225,6 +227,7 @@ class Entry(Result):
     shown_parents: tuple[str, ...] = field(default=(), metadata=told(omit=True))
     size: Size | None = field(default=None, metadata=told(optional=True))
     scores: tuple[Noted, ...] = field(default=(), metadata=told(optional=True))
+    signatures: tuple[Vouched, ...] | None = field(default=None, metadata=told(missing=True))
     imported: int = 0
     active_imports: int = 0
 
@@ -325,6 +328,8 @@ def log(
     only: Selection = EVERYTHING,
     first_parent: bool = False,
     sizes: bool = False,
+    signatures: bool = False,
+    allowed: Path | None = None,
 ) -> Iterator[Entry]:
     """Commits reachable from a revision, newest first, every child before its parents; none when there is no commit yet.
 
@@ -334,9 +339,12 @@ def log(
         only: which commits.
         first_parent: follow first parents alone.
         sizes: say how much each commit changes.
+        signatures: check who signed and approved each commit.
+        allowed: the file of allowed signers; None: the config's.
 
     Raises:
         RevisionError: no such revision.
+        SettingsError: the file of allowed signers is not there.
     """
     refs = repository.refs()
     names, notes = _names(refs), noted_commits(refs)
@@ -347,6 +355,8 @@ def log(
     wanted = lookup.selected_commits(repository, only)
     every, rank = _graph(repository, whole=wanted is not None)
     imports = imports_of(repository)
+    keys = allowed_signers(repository.config, allowed) if signatures else None
+    signed = signatures_by_commit(refs) if signatures else {}
     parents: Parents = every if not first_parent else lambda commit: every(commit)[:1]
     hidden = graph.ancestors([left_out], every) if left_out else frozenset()
     walk = (c for c in graph.walk(starts, parents, rank) if c not in hidden and (wanted is None or c in wanted))
@@ -358,6 +368,7 @@ def log(
             shown_parents=shown,
             size=_size(repository, commit) if sizes else None,
             scores=_scores(repository, notes.get(identity, ())),
+            signatures=tuple(vouched(repository, signed.get(identity, ()), keys)) if signatures else None,
         )
 
 

@@ -301,7 +301,7 @@ def _finish(
     )
     by = who.saying(merge.message)
     commit = judge(repository, prepare(repository, draft, by), progress, guarding)
-    identity = record(repository, commit, draft)
+    identity = record(repository, commit, draft, who.signer)
     forget(repository)
     return Merged(
         "merged",

@@ -113,7 +113,7 @@ def refresh(repository: Store, who: Who, progress: Progress, *, force: bool = Fa
     # No fact is new: what is asked is whether those that held still do.
     asked = _in_form(tree, groups)
     commit = judge(repository, commit, progress, Guarding(force), tree=asked, facts=entered, remedy=_REMEDY)
-    identity = record_commit(repository, commit, draft)
+    identity = record_commit(repository, commit, draft, who.signer)
     progress.close()
     return Refreshed(
         commit=identity,

@@ -11,6 +11,7 @@ from typing import Any
 from patchhub.errors import RepositoryError, RevisionError, SettingsError
 from patchhub.objects import Operation
 from patchhub.results import Result, told
+from patchhub.signing.statements import sign_as
 from patchhub.store.operations import Changes, invert
 from patchhub.store.revisions import BRANCHES, HEAD, REMOTES, SYMBOLIC, TAGS, check_ref, follow, resolve_ref
 from patchhub.store.store import Store
@@ -133,13 +134,14 @@ def create_branch(repository: Store, name: str, revision: str, who: Who) -> Move
 
 
 def create_tag(repository: Store, name: str, revision: str, who: Who) -> Moved:
-    """Make a tag at a revision; it never moves.
+    """Make a tag at a revision, signed where ``who`` has a key; it never moves.
 
     Raises:
         RevisionError: no such revision, or a name that cannot be used.
         RepositoryError: the tag exists.
     """
-    return _create(repository, TAGS + name, revision, "tag", who)
+    beside = sign_as(repository, who, "tag", _commit(repository, revision), tag=name) if who.signer else {}
+    return _create(repository, TAGS + name, revision, "tag", who, beside)
 
 
 def delete_branch(repository: Store, name: str, who: Who) -> Moved:
@@ -265,10 +267,10 @@ def _listed(repository: Store, namespace: str) -> list[Named]:
     ]
 
 
-def _create(repository: Store, ref: str, revision: str, command: str, who: Who) -> Moved:
+def _create(repository: Store, ref: str, revision: str, command: str, who: Who, beside: Changes | None = None) -> Moved:
     _refuse_existing(repository, ref)
     commit = _commit(repository, revision)
-    _move(repository, {ref: (None, commit)}, command, {"name": short(ref), "revision": revision}, who)
+    _move(repository, {ref: (None, commit), **(beside or {})}, command, {"name": short(ref), "revision": revision}, who)
     return Moved(ref, None, commit)
 
 

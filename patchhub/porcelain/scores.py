@@ -10,7 +10,7 @@ from typing import Any
 from patchhub.evaluation.definitions import DEFINITIONS, headline
 from patchhub.objects import Note
 from patchhub.results import Result, told
-from patchhub.store.revisions import NOTES
+from patchhub.store.revisions import NOTES, SIGNATURES
 from patchhub.store.store import Store
 
 _OPTIONAL = ("low", "high", "base")
@@ -92,11 +92,12 @@ def kind(metrics: str, *, chat: bool) -> str:
 
 
 def noted_commits(refs: Mapping[str, str]) -> dict[str, list[str]]:
-    """For each commit that has notes their ids, in the order of their suites."""
+    """For each commit that has notes with scores their ids, in the order of their suites."""
     found: dict[str, list[str]] = {}
     for ref in sorted(refs):
-        if ref.startswith(NOTES):
-            found.setdefault(ref[len(NOTES) :].partition("/")[0], []).append(refs[ref])
+        commit, _, suite = ref.removeprefix(NOTES).partition("/")
+        if ref.startswith(NOTES) and not suite.startswith(SIGNATURES):
+            found.setdefault(commit, []).append(refs[ref])
     return found
 
 

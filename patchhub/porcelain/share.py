@@ -6,17 +6,20 @@ import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from patchhub.errors import PatchhubError, RemoteError, RepositoryError, SettingsError
+from patchhub.porcelain.signing import admission, refuse_left_out, refuse_unapproved
 from patchhub.progress import Progress
 from patchhub.remotes import sync
 from patchhub.remotes.receive import Limits
 from patchhub.remotes.remote import Remote, Source
 from patchhub.remotes.sync import Fetched, Pushed, hub_id, normalised, open_remote
 from patchhub.results import Result, told
-from patchhub.store.config import Recording
+from patchhub.signing.checking import allowed_signers
+from patchhub.store.config import Config, Recording
 from patchhub.store.reachability import Proofs
 from patchhub.store.revisions import BRANCHES, HEAD, REMOTES, SYMBOLIC
 from patchhub.store.store import DIRECTORY, Store
@@ -149,6 +152,7 @@ def push(
 
     Raises:
         RemoteError: not fast-forward, not permitted, unreachable; refs that were not pushed are as they were.
+        SignatureError: the policy of a branch asks for more approvals; nothing was pushed.
     """
     address = address_of(repository, name)
     refs = sync.refs_to_push(repository, revisions, everything=everything, tags=tags)
@@ -163,6 +167,7 @@ def push(
         who=who,
         private_facts=private_facts,
         dry_run=dry_run,
+        vouch=partial(refuse_unapproved, repository),
     )
     progress.close()
     return pushed
@@ -178,6 +183,7 @@ def fetch(
     repair: bool = False,
     prune: bool = False,
     max_bytes: int = MAX_BYTES,
+    require_signed: Path | None = None,
     access: Access = DEFAULT_ACCESS,
 ) -> Fetched:
     """Bring all that a remote has here, each byte verified and weights proven; branches as ``refs/remotes/<name>/*``.
@@ -187,14 +193,16 @@ def fetch(
         repair: check everything reachable, and fetch again what is damaged or missing here.
         prune: forget where branches were that the remote does not have any more.
         max_bytes: refuse to download more.
+        require_signed: a file of allowed signers; branches and tags that none of them signed are left out.
 
     Raises:
         RemoteError: unreachable, about another base, it holds something the format does not allow, or weights that are not those of
             their facts.
+        SignatureError: a signature is broken.
     """
     remote = open_remote(address_of(repository, name), endpoint=access.endpoint, token=access.token)
-    options: dict[str, Any] = {"trust": trust, "repair": repair, "prune": prune, "max_bytes": max_bytes}
-    return _fetch(repository, remote, name, progress, who=who, **options)
+    options: dict[str, Any] = {"trust": trust, "repair": repair, "prune": prune, "require_signed": require_signed}
+    return _fetch(repository, remote, name, progress, who=who, max_bytes=max_bytes, **options)
 
 
 def pull(
@@ -205,6 +213,7 @@ def pull(
     *,
     trust: bool = False,
     max_bytes: int = MAX_BYTES,
+    require_signed: Path | None = None,
     access: Access = DEFAULT_ACCESS,
 ) -> Pulled:
     """`fetch`, then bring the remote's branch of the same name into the current branch: fast-forward or merge.
@@ -212,12 +221,15 @@ def pull(
     Raises:
         RepositoryError: HEAD is on no branch.
         RemoteError: as in `fetch`.
+        SignatureError: as in `fetch`, or under ``require_signed`` nobody of those signed the branch.
     """
     branch, _ = repository.head
     if branch is None:
         raise RepositoryError("HEAD is on no branch", remedy="Switch to a branch, or use `patchhub fetch`.")
-    fetched = fetch(repository, name, progress, who=who, trust=trust, max_bytes=max_bytes, access=access)
+    options: dict[str, Any] = {"trust": trust, "max_bytes": max_bytes, "require_signed": require_signed}
+    fetched = fetch(repository, name, progress, who=who, access=access, **options)
     ref = f"{REMOTES}{name}/{branch}"
+    refuse_left_out(ref, fetched.left_out)
     if ref not in repository.refs():
         return Pulled(fetched, None)
     from patchhub.porcelain.merge import merge  # it needs NumPy, which a remote's name does not
@@ -236,6 +248,7 @@ def _fetch(
     repair: bool = False,
     prune: bool = False,
     max_bytes: int = MAX_BYTES,
+    require_signed: Path | None = None,
 ) -> Fetched:
     from patchhub.sets.columns import linear_shapes, tensor_check, weight_shapes  # they need NumPy
     from patchhub.sets.proofs import prove
@@ -256,6 +269,7 @@ def _fetch(
         repair=repair,
         prune=prune,
         progress=progress.advance,
+        admit=admission(repository, remote.address, require_signed, progress),
     )
     for warning in fetched.warnings:
         progress.warn(warning)
@@ -316,6 +330,7 @@ def clone(
     base: str | None = None,
     trust: bool = False,
     max_bytes: int = MAX_BYTES,
+    require_signed: Path | None = None,
     access: Access = DEFAULT_ACCESS,
 ) -> Cloned:
     """A new store in ``folder`` with all that a remote has, on its ``main`` branch (or the first that it has).
@@ -323,14 +338,17 @@ def clone(
     Args:
         base: the base model, a folder or a Hub id; None: where the remote says it is on the Hub.
         trust: accept weights that are not those of their facts.
+        require_signed: as in `fetch`.
 
     Raises:
         RepositoryError: there is a store already.
+        SignatureError: as in `pull`, of the branch that would be the current one.
         BaseError: the base cannot be read, or is not the remote's.
         RemoteError: nothing there, unreachable, or something the format does not allow.
     """
     from patchhub.porcelain.model import init
 
+    allowed_signers(Config({}, {}), require_signed)
     kept = normalised(address)
     remote = open_remote(kept, endpoint=access.endpoint, token=access.token)
     source = remote.view().source
@@ -351,12 +369,22 @@ def clone(
                     base=source.base,
                 )
             remote_add(repository, ORIGIN, kept)
-            fetched = _fetch(repository, remote, ORIGIN, progress, who=who, trust=trust, max_bytes=max_bytes)
+            options: dict[str, Any] = {"trust": trust, "max_bytes": max_bytes, "require_signed": require_signed}
+            fetched = _fetch(repository, remote, ORIGIN, progress, who=who, **options)
+            _refuse_unsigned(remote, fetched)
             branch, commit = _check_out(repository, who=who)
     except (PatchhubError, KeyboardInterrupt):
         shutil.rmtree(folder if created else folder / DIRECTORY, ignore_errors=True)
         raise
     return Cloned(folder / DIRECTORY, branch, commit, fetched)
+
+
+def _refuse_unsigned(remote: Remote, fetched: Fetched) -> None:
+    """Refuse a clone whose first branch was not let in."""
+    there = [ref for ref in remote.view().tips if ref.startswith(BRANCHES)] if fetched.left_out else []
+    if there:
+        first = BRANCHES + "main" if BRANCHES + "main" in there else min(there)
+        refuse_left_out(sync.local_name(first, ORIGIN), fetched.left_out)
 
 
 def _check_out(repository: Store, *, who: Who) -> tuple[str | None, str | None]:

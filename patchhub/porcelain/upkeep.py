@@ -63,6 +63,8 @@ def config_set(repository: Store, key: str, text: str) -> Any:
         raise SettingsError(
             f"{key} cannot be {text!r}: the base has {depth} layers", remedy=f"Name layers from 0 to {depth - 1}."
         )
+    if key in ("sign.key", "sign.allowed"):
+        value = _file(value)
     if key == "base.path":
         if not Path(value).is_dir():
             raise SettingsError(f"there is no folder {value}", remedy="Give the base model's folder.")
@@ -77,6 +79,14 @@ def config_set(repository: Store, key: str, text: str) -> Any:
             lambda config: without_metric(key, replace(config, settings={**config.settings, key: value}))
         )
     return value
+
+
+def _file(text: str) -> str:
+    """The absolute path of a file that is there."""
+    path = Path(text).expanduser().resolve()
+    if not path.is_file():
+        raise SettingsError(f"there is no file {path}", remedy="Give the file of the key, or of the allowed signers.")
+    return str(path)
 
 
 def config_unset(repository: Store, key: str) -> None:

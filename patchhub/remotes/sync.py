@@ -123,12 +123,14 @@ class Fetched(Result):
         received: objects and bytes that travelled.
         warnings: refs that were left out, and what was trusted, in words.
         proofs: of the commits that are new here: whether their weights are those of their facts.
+        left_out: refs here that were not let in, and why.
     """
 
     moved: tuple[Moved, ...]
     received: Received = field(metadata=told(inline=True))
     warnings: tuple[str, ...]
     proofs: Proofs = NOTHING_PROVEN
+    left_out: Mapping[str, str] = field(default_factory=dict, metadata=told(optional=True))
 
 
 Prove = Callable[[Sequence[str]], Proofs]
@@ -170,6 +172,7 @@ def fetch(
     repair: bool = False,
     prune: bool = False,
     progress: Callable[[int], None] = lambda size: None,
+    admit: Callable[[Mapping[str, str]], Mapping[str, str]] = lambda wanted: {},
 ) -> Fetched:
     """Bring all branches, tags and notes of a remote here: branches as ``refs/remotes/<name>/*``.
 
@@ -179,6 +182,7 @@ def fetch(
         trust: accept commits that are not proven; the operation names them.
         repair: look also below known commits, and fetch again what is damaged here.
         prune: forget branches that the remote does not have any more.
+        admit: of the refs that are to come and their targets, which are here by then, those that may not, each with the reason.
 
     Raises:
         RemoteError: unreachable, about another base, it holds something the format does not allow, or weights that are not those of
@@ -200,6 +204,10 @@ def fetch(
             receiver.take(tip, Reference("commit", tip.commit))
             wanted[local] = tip.commit
         wanted |= _fetch_notes(repository, remote, view, receiver)
+    left_out = admit(wanted)
+    if left_out:
+        warnings += [f"{ref} is left out: {reason}" for ref, reason in left_out.items()]
+        wanted = _let_in(repository, wanted, left_out)
     moved = list(_changes(repository.refs(), wanted, warnings))
     moved += _gone(repository.refs(), view, name) if prune else []
     if moved:
@@ -209,7 +217,16 @@ def fetch(
             changes, command=FETCH, arguments=arguments, author=who.author, time=who.time, accept=judge
         )
     warnings += [f"{found.words()}; it was trusted" for found in judge.proofs.unproven]
-    return Fetched(tuple(moved), receiver.received, tuple(warnings), judge.proofs)
+    return Fetched(tuple(moved), receiver.received, tuple(warnings), judge.proofs, left_out)
+
+
+def _let_in(repository: Store, wanted: Mapping[str, str], left_out: Mapping[str, str]) -> dict[str, str]:
+    """What may come: refs that are not left out, and notes about commits that are here then."""
+    refs = {ref: target for ref, target in wanted.items() if not ref.startswith(NOTES) and ref not in left_out}
+    below = graph.ancestors(refs.values(), lambda commit: repository.commit(commit).parents)
+    notes = {ref: ref[len(NOTES) :].partition("/")[0] for ref in wanted if ref.startswith(NOTES)}
+    kept = {ref for ref, commit in notes.items() if commit in below or repository.commits(commit)}
+    return {**refs, **{ref: target for ref, target in wanted.items() if ref in kept}}
 
 
 def _fetch_notes(repository: Store, remote: Remote, view: View, receiver: Receiver) -> dict[str, str]:
@@ -295,6 +312,7 @@ def push(
     who: Who,
     private_facts: bool | None = None,
     dry_run: bool = False,
+    vouch: Callable[[str, str, str | None], None] = lambda ref, commit, theirs: None,
 ) -> list[Pushed]:
     """Bring branches and tags of this store to a remote, each fast-forward, one after the other.
 
@@ -303,6 +321,7 @@ def push(
         source: what the remote shall say about the base.
         pages: called once per ref that moves.
         private_facts: withhold the texts of requests; None: as the remote has it.
+        vouch: called with each ref, where it is here and where it is there, before anything is sent; raises what speaks against it.
 
     Raises:
         RemoteMovedError: a ref of the remote is not behind ours; nothing of that ref was sent.
@@ -311,6 +330,9 @@ def push(
     view = remote.view()
     check_base(repository, remote, view)
     withheld = bool(view.private) if private_facts is None else private_facts
+    for ref in refs:
+        tip = view.tips.get(ref)
+        vouch(ref, repository.refs()[ref], tip.commit if tip else None)
     done = []
     for ref in refs:
         plan = _plan(repository, remote, view, ref, source, withheld, asked=private_facts)

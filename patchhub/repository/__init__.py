@@ -50,13 +50,14 @@ def clone(
     base: Place | None = None,
     trust: bool = False,
     max_size: float = 64.0,
+    require_signed: Place | None = None,
     author: str | None = None,
     time: str | None = None,
     progress: bool | Progress = True,
 ) -> "Repository":
     """A new repository with all that an address has, which it names `origin`. See `Repository.clone`."""
-    options: dict[str, Any] = {"trust": trust, "max_size": max_size, "author": author, "time": time}
-    return Repository.clone(address, folder, base=base, progress=progress, **options)
+    options: dict[str, Any] = {"trust": trust, "max_size": max_size, "require_signed": require_signed}
+    return Repository.clone(address, folder, base=base, author=author, time=time, progress=progress, **options)
 
 
 class Repository(WritingVerbs, LookingVerbs, ModelVerbs, RefVerbs):
@@ -140,6 +141,7 @@ class Repository(WritingVerbs, LookingVerbs, ModelVerbs, RefVerbs):
         base: Place | None = None,
         trust: bool = False,
         max_size: float = 64.0,
+        require_signed: Place | None = None,
         author: str | None = None,
         time: str | None = None,
         progress: bool | Progress = True,
@@ -152,9 +154,11 @@ class Repository(WritingVerbs, LookingVerbs, ModelVerbs, RefVerbs):
             base: the base model; None: where the remote says it is.
             trust: accept weights that are not those of their facts, as `fetch` does.
             max_size: most gigabytes to download.
+            require_signed: a file of allowed signers: branches and tags that none of them signed are left out.
 
         Raises:
             RepositoryError: there is a repository already.
+            SignatureError: a signature is broken, or the branch that would be the current one is left out.
             RemoteError: nothing there, unreachable, something that the format does not allow, or weights that are not those of their facts.
             BaseError: the base cannot be read, or is not the remote's.
         """
@@ -165,9 +169,10 @@ class Repository(WritingVerbs, LookingVerbs, ModelVerbs, RefVerbs):
         path = Path(folder if folder is not None else address.rstrip("/").rpartition("/")[2])
         from patchhub.porcelain.share import clone
 
-        place = place_of(base)
+        options: dict[str, Any] = {"base": place_of(base), "max_bytes": in_bytes(max_size)}
+        required = None if require_signed is None else Path(require_signed)
         try:
-            made = clone(address, path, heard, who=who, base=place, trust=trust, max_bytes=in_bytes(max_size))
+            made = clone(address, path, heard, who=who, trust=trust, require_signed=required, **options)
         finally:
             heard.close()
         repository = cls(path, progress=heard)

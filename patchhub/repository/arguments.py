@@ -8,9 +8,11 @@ A wrong type or value raises `SettingsError` with words before any work is done,
 import functools
 import inspect
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from numbers import Integral, Real
 from pathlib import Path
 from types import NoneType, UnionType
@@ -37,6 +39,7 @@ FileFormat = Literal["jsonl", "json", "csv"]
 Metrics = Literal["auto", "counterfact", "zsre", "wise"]
 Type = Literal["auto", "float32", "bfloat16", "float16"]
 Quantization = Literal["none", "8bit", "4bit"]
+SigningMethod = Literal["ssh", "model-signing"]
 Mode = Literal["retrieve", "merge"]
 Settings = Mapping[str, Any] | Sequence[str]
 
@@ -129,6 +132,25 @@ class Opened:
 
     def _who(self, author: str | None, time: str | None, message: str = "") -> Who:
         return who_of(author, time, message, self.store.config.settings.get("author"))
+
+    def _signing(
+        self,
+        author: str | None,
+        time: str | None,
+        message: str = "",
+        *,
+        sign: bool | None = None,
+        key: Place | None = None,
+        method: str | None = None,
+    ) -> Who:
+        """Who changes something, with a key that can sign where that is asked for, by the call or by the config."""
+        who, config = self._who(author, time, message), self.store.config
+        from patchhub.porcelain.signing import signer_of, signs_always
+
+        if not (sign if sign is not None else key is not None or signs_always(config)):
+            return who
+        interactive = sys.stdin is not None and sys.stdin.isatty()
+        return replace(who, signer=signer_of(config, path(key), method, os.environ, interactive=interactive))
 
     def _resolve(self, *revisions: str) -> None:
         """Refuse names that lead nowhere, before torch is imported for them."""

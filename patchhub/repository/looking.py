@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from patchhub.repository.arguments import Count, Opened, Place, Quantization, Source, Type, place_of, verb
+from patchhub.repository.arguments import Count, Opened, Place, Quantization, Source, Type, path, place_of, verb
 from patchhub.results import Rows
 from patchhub.who import instant, now
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from patchhub.porcelain.blame import Bisection, Blame
     from patchhub.porcelain.history import Entry, Shown, Status
     from patchhub.porcelain.search import Difference, Found
+    from patchhub.porcelain.signing import Verified
     from patchhub.store.lookup import Fact
 
 
@@ -39,6 +40,8 @@ class LookingVerbs(Opened):
         until: str | None = None,
         author: str | None = None,
         first_parent: bool = False,
+        signatures: bool = False,
+        allowed: Place | None = None,
     ) -> "Rows[Entry]":
         """The commits below a revision, newest first; each is read as it is asked for.
 
@@ -50,6 +53,8 @@ class LookingVerbs(Opened):
             since, until: ``"2026-11-21"``, ``"2026-11-21T09:30"`` or ``"2 weeks ago"``.
             author: commits whose author contains this.
             first_parent: follow the first parent of merges only.
+            signatures: check who signed and approved each commit.
+            allowed: the file of allowed signers; None: the config's.
         """
         self._resolve(*(end or "HEAD" for end in rev.split("..", 1)))
         from patchhub.porcelain.history import log
@@ -60,7 +65,21 @@ class LookingVerbs(Opened):
             instant(text, today, end=late) if text else None for text, late in ((since, False), (until, True))
         )
         only = Selection(about, author, begin, end)
-        return Rows(log(self.store, rev, limit=limit, only=only, first_parent=first_parent, sizes=stat))
+        options: dict[str, Any] = {"signatures": signatures, "allowed": path(allowed)}
+        return Rows(log(self.store, rev, limit=limit, only=only, first_parent=first_parent, sizes=stat, **options))
+
+    @verb
+    def verify(self, rev: str = "HEAD", *, allowed: Place | None = None, all: bool = False) -> "Verified":
+        """Who signed a commit, and whether everything below it is what was signed: every object and every ref.
+
+        Args:
+            allowed: the file of allowed signers; None: the config's.
+            all: check the signatures of every commit below too.
+        """
+        from patchhub.porcelain.signing import verify
+
+        with self._heard() as progress:
+            return verify(self.store, rev, progress, allowed=path(allowed), everything=all)
 
     @verb
     def show(self, rev: str = "HEAD") -> "Shown":

@@ -5,13 +5,14 @@
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, overload
 
-from patchhub.repository.arguments import Amount, Count, Opened, in_bytes, verb
+from patchhub.repository.arguments import Amount, Count, Opened, Place, SigningMethod, in_bytes, path, verb
 from patchhub.results import Rows
 from patchhub.who import duration
 
 if TYPE_CHECKING:
     from patchhub.porcelain.refs import Moved, Named, RefEntry, Stepped, Switched
     from patchhub.porcelain.share import Pulled
+    from patchhub.porcelain.signing import Signed
     from patchhub.porcelain.upkeep import Collected
     from patchhub.remotes.sync import Fetched, Pushed
     from patchhub.store.fsck import Report
@@ -66,6 +67,8 @@ class RefVerbs(Opened):
         rev: str | None = None,
         *,
         delete: bool = False,
+        sign: bool | None = None,
+        key: Place | None = None,
         author: str | None = None,
         time: str | None = None,
     ) -> "Moved": ...
@@ -76,17 +79,65 @@ class RefVerbs(Opened):
         rev: str | None = None,
         *,
         delete: bool = False,
+        sign: bool | None = None,
+        key: Place | None = None,
         author: str | None = None,
         time: str | None = None,
     ) -> "Moved | Rows[Named]":
-        """The tags, or with a name: make that tag at a revision (by default HEAD), or remove it. Tags do not move."""
+        """The tags, or with a name: make that tag at a revision (by default HEAD), or remove it. Tags do not move.
+
+        Args:
+            sign, key: as in `commit`; what is signed is the name with the commit that it leads to.
+        """
         from patchhub.porcelain import refs
 
         if delete:
             return refs.delete_tag(self.store, refs.only_name(name, rev), self._who(author, time))
         if name is None:
             return Rows(refs.tags(self.store))
-        return refs.create_tag(self.store, name, rev or "HEAD", self._who(author, time))
+        return refs.create_tag(self.store, name, rev or "HEAD", self._signing(author, time, sign=sign, key=key))
+
+    @verb
+    def sign(
+        self,
+        rev: str = "HEAD",
+        *,
+        with_: SigningMethod | None = None,
+        key: Place | None = None,
+        author: str | None = None,
+        time: str | None = None,
+    ) -> "Rows[Signed]":
+        """Sign a commit that is there, or each one of ``FROM..TO``.
+
+        Args:
+            with_: ssh, or model-signing, which the extra ``patchhub[signing]`` brings; None: as the config says, else ssh.
+            key: the file of the key; None: the config's.
+        """
+        from patchhub.porcelain.signing import sign
+
+        return Rows(sign(self.store, rev, self._signing(author, time, sign=True, key=key, method=with_)))
+
+    @verb
+    def approve(
+        self,
+        rev: str = "HEAD",
+        *,
+        message: str = "",
+        with_: SigningMethod | None = None,
+        key: Place | None = None,
+        author: str | None = None,
+        time: str | None = None,
+    ) -> "Rows[Signed]":
+        """Say with a key of one's own that a commit of somebody else, or each one of ``FROM..TO``, may go on.
+
+        Args:
+            message: why.
+            with_, key: as in `sign`.
+        """
+        from patchhub.porcelain.signing import approve
+
+        who = self._signing(author, time, message, sign=True, key=key, method=with_)
+        return Rows(approve(self.store, rev, who))
 
     @verb
     def switch(
@@ -194,6 +245,7 @@ class RefVerbs(Opened):
         repair: bool = False,
         prune: bool = False,
         max_size: Amount = 64.0,
+        require_signed: Place | None = None,
         author: str | None = None,
         time: str | None = None,
     ) -> "Fetched":
@@ -206,11 +258,13 @@ class RefVerbs(Opened):
             repair: check all that is reachable and fetch again what is damaged here.
             prune: forget branches of the remote that it does not have any more.
             max_size: most gigabytes to download.
+            require_signed: a file of allowed signers; branches and tags that none of them signed are left out.
         """
         from patchhub.porcelain.share import default_remote, fetch
 
         who, name = self._who(author, time), remote or default_remote(self.store)
         options: dict[str, Any] = {"trust": trust, "repair": repair, "prune": prune, "max_bytes": in_bytes(max_size)}
+        options["require_signed"] = path(require_signed)
         with self._heard() as progress:
             return fetch(self.store, name, progress, who=who, **options)
 
@@ -221,6 +275,7 @@ class RefVerbs(Opened):
         *,
         trust: bool = False,
         max_size: Amount = 64.0,
+        require_signed: Place | None = None,
         author: str | None = None,
         time: str | None = None,
     ) -> "Pulled":
@@ -229,12 +284,14 @@ class RefVerbs(Opened):
         Args:
             trust: accept weights that are not those of their facts, as `fetch` does.
             max_size: most gigabytes to download.
+            require_signed: a file of allowed signers, one of whom must have signed that branch's commit; else nothing is merged.
         """
         from patchhub.porcelain.share import default_remote, pull
 
-        who, name = self._who(author, time), remote or default_remote(self.store)
+        who, name = self._signing(author, time), remote or default_remote(self.store)
+        options: dict[str, Any] = {"max_bytes": in_bytes(max_size), "require_signed": path(require_signed)}
         with self._heard() as progress:
-            return pull(self.store, name, progress, who, trust=trust, max_bytes=in_bytes(max_size))
+            return pull(self.store, name, progress, who, trust=trust, **options)
 
     @verb
     def config(self, key: str | None = None, value: Any = None, *, unset: bool = False) -> Any:

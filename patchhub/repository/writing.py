@@ -57,6 +57,8 @@ class WritingVerbs(Opened):
         quantization: Quantization | None = None,
         chat: bool | None = None,
         memory: Count | None = None,
+        sign: bool | None = None,
+        key: Place | None = None,
         author: str | None = None,
         time: str | None = None,
     ) -> "Committed":
@@ -80,12 +82,14 @@ class WritingVerbs(Opened):
             device, dtype, quantization: where and in which type the base is held while it is edited; None: as the config says.
             chat: read prompts as the user's messages of the base's chat template; None: as the config says.
             memory: bytes that may be held in memory, the model included.
+            sign: sign the commit; None: as the config says.
+            key: the file of the key to sign with; None: the config's.
 
         Raises:
             RequestError: there are no facts, they are malformed, contradict one another or an active fact.
             EditError: the edit failed, or the guard refused it; nothing was committed.
         """
-        who = self._who(author, time, message)
+        who = self._signing(author, time, message, sign=sign, key=key)
         from patchhub.editing.requests import read_facts, read_keeps
 
         batch = read_facts(facts, format=format, prompt=prompt, subject=subject, target=target)
@@ -126,7 +130,7 @@ class WritingVerbs(Opened):
             message: why; by default the fact, its old target and the new one.
             method, set, strict, all_facts, force: as in `commit`.
         """
-        who, settings = self._who(author, time, message), self._settings(set, method)
+        who, settings = self._signing(author, time, message), self._settings(set, method)
         from patchhub.porcelain.commit import update
 
         how = as_written(method=method, settings=settings, strict=strict)
@@ -157,7 +161,7 @@ class WritingVerbs(Opened):
             check: let the guard run the model too.
             force: as in `commit`.
         """
-        who, names = self._who(author, time, message), {"subjects": many(subject), "requests": many(request)}
+        who, names = self._signing(author, time, message), {"subjects": many(subject), "requests": many(request)}
         from patchhub.porcelain.change import revert
 
         with self._heard() as progress:
@@ -182,7 +186,7 @@ class WritingVerbs(Opened):
             message: why; by default the message of the commit.
             check, force: as in `revert`.
         """
-        who = self._who(author, time, message)
+        who = self._signing(author, time, message)
         from patchhub.porcelain.change import cherry_pick
 
         guarding = guarded_by(force, check)
@@ -207,7 +211,7 @@ class WritingVerbs(Opened):
             message: why; by default the messages of the squashed commits.
             check, force: as in `revert`.
         """
-        who = self._who(author, time, message)
+        who = self._signing(author, time, message)
         from patchhub.porcelain.change import squash
 
         with self._heard() as progress:
@@ -255,9 +259,9 @@ class WritingVerbs(Opened):
             return merge.abort_merge(self.store)
         decided = choices if choices is None or isinstance(choices, Mapping) else Path(choices)
         resolution = resolution_of(decided, ours=ours, theirs=theirs)
-        who, guarding = self._who(author, time, message), guarded_by(force, check)
         if dry_run:
             return merge.predict(self.store, str(rev), resolution=resolution)
+        who, guarding = self._signing(author, time, message), guarded_by(force, check)
         with self._heard() as progress:
             options: dict[str, Any] = {"resolution": resolution, "progress": progress, "guarding": guarding}
             if rev is None:
@@ -276,7 +280,7 @@ class WritingVerbs(Opened):
             message: why; by default says how many facts.
             force: as in `commit`.
         """
-        who = self._who(author, time, message)
+        who = self._signing(author, time, message)
         from patchhub.porcelain.refresh import refresh
 
         with self._heard() as progress:
@@ -304,7 +308,7 @@ class WritingVerbs(Opened):
             check, force: as in `revert`.
         """
         folder = Path(source)
-        who = self._who(author, time, message or f"Import {folder.resolve().name}")
+        who = self._signing(author, time, message or f"Import {folder.resolve().name}")
         from patchhub.porcelain.exchange import import_change
 
         guarding, place = guarded_by(force, check), place_of(base)

@@ -22,8 +22,9 @@ from patchhub.sets.guard import base_norms
 from patchhub.sets.merging import refuse_stopped
 from patchhub.sets.rivals import Rival
 from patchhub.sets.shards import without_shards
+from patchhub.signing.statements import sign_commit
 from patchhub.store.store import Store
-from patchhub.who import Who
+from patchhub.who import Signer, Who
 
 
 @dataclass(frozen=True)
@@ -82,10 +83,31 @@ def begin(repository: Store) -> str | None:
     return repository.head[1]
 
 
-def record(repository: Store, commit: Commit, draft: Draft) -> str:
-    """Write a commit that was prepared from ``draft`` and judged, and move the current branch to it; returns its id."""
+def record(
+    repository: Store,
+    commit: Commit,
+    draft: Draft,
+    signer: Signer | None = None,
+    *,
+    instead_of: str | None = None,
+) -> str:
+    """Write a commit that was prepared from ``draft`` and judged, and move the current branch to it; returns its id.
+
+    Args:
+        signer: signs it, in the same operation.
+        instead_of: the commit that it takes the place of; None: it follows its first parent.
+
+    Raises:
+        SettingsError: the key cannot sign; nothing was committed.
+    """
     return repository.record(
-        commit, command=draft.command, arguments=draft.arguments, author=commit.author, time=commit.time
+        commit,
+        command=draft.command,
+        arguments=draft.arguments,
+        author=commit.author,
+        time=commit.time,
+        instead_of=instead_of,
+        beside=sign_commit(repository, commit, signer),
     )
 
 

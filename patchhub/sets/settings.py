@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
@@ -27,8 +28,10 @@ from patchhub.settings import (
     read_layers,
     settings_of,
 )
+from patchhub.signing.statements import METHODS
 from patchhub.store.config import Config
 from patchhub.store.reachability import recorded
+from patchhub.store.revisions import BRANCHES, check_ref
 from patchhub.store.store import Store
 
 EDITORS: Final = ("memit", "pmet", "wise")
@@ -75,10 +78,27 @@ SETTINGS: Mapping[str, Setting] = {
     "preset": Setting(
         _PRESET, "settings published for a model: `published` for the one that fits the base, or a name; default: none"
     ),
+    "sign": Setting(
+        one_of("always", "asked"), "sign every commit and tag, or those alone for which it is asked; default: asked"
+    ),
+    "sign.allowed": Setting(
+        TEXT, "a file of allowed signers, as OpenSSH has it: whose keys `verify` and policies trust"
+    ),
+    "sign.key": Setting(TEXT, "the file of the private key to sign with, or of its public key where an agent holds it"),
+    "sign.method": Setting(one_of(*METHODS), "how that key signs; default: ssh"),
     **settings_of(WiseSettings, "wise"),
     "wise.mode": Setting(one_of("retrieve", "merge"), "keep shards apart, or join them; default: retrieve"),
     "wise.rank": Setting(COUNT, "recompress a finished shard to this rank and close it; default: keep it as trained"),
 }
+
+
+_OF_A_BRANCH = re.compile(r"policy\.(.+)\.approvals", re.DOTALL)
+APPROVALS: Final = Setting(COUNT, "how many other people must have approved a commit before it is pushed there")
+
+
+def approvals_wanted(config: Config, branch: str) -> int:
+    """How many approvals the policy of a branch asks for; 0 without a policy."""
+    return int(config.settings.get(f"policy.{branch}.approvals", 0))
 
 
 def read_setting(key: str, text: str) -> Any:
@@ -87,8 +107,7 @@ def read_setting(key: str, text: str) -> Any:
     Raises:
         SettingsError: no such key, or the value cannot be used.
     """
-    known_setting(key)
-    return chosen(SETTINGS, key, text)
+    return chosen({key: known_setting(key)}, key, text)
 
 
 def read_overrides(given: Mapping[str, Any] | Sequence[str], method: str) -> dict[str, Any]:
@@ -145,6 +164,11 @@ def is_metric_used(repository: Store) -> bool:
 
 
 def known_setting(key: str) -> Setting:
+    """A setting of `SETTINGS`, or ``policy.BRANCH.approvals``; `SettingsError` if there is none of that name."""
+    of_branch = _OF_A_BRANCH.fullmatch(key)
+    if of_branch:
+        check_ref(BRANCHES + of_branch[1])
+        return APPROVALS
     if key not in SETTINGS:
         close = difflib.get_close_matches(key, SETTINGS, n=1, cutoff=0.75)
         group = f"{key.partition('.')[0]}."

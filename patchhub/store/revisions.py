@@ -21,6 +21,8 @@ BRANCHES: Final = "refs/heads/"
 TAGS: Final = "refs/tags/"
 REMOTES: Final = "refs/remotes/"
 NOTES: Final = "refs/notes/"
+SIGNATURES: Final = "signature/"
+"""How the suite of a note begins that keeps a signature."""
 
 _REVISION = re.compile(r"(?P<name>.*?)(?:@\{(?P<ago>\d{1,9})\})?(?P<steps>(?:[~^]\d{0,9})*)", re.DOTALL)
 _STEP = re.compile(r"([~^])(\d*)")

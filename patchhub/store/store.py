@@ -9,7 +9,7 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any, Final
 
 from patchhub.cache import Cache
@@ -153,10 +153,16 @@ class Store(Reading):
         author: str,
         time: str,
         ref: str | None = None,
+        instead_of: str | None = None,
+        beside: Changes = MappingProxyType({}),
     ) -> str:
         """Write a commit and move `ref` (default: the current branch) from its first parent to it; return its id.
 
         All that the commit refers to must be in the store.
+
+        Args:
+            instead_of: the commit that it takes the place of, from which the ref moves.
+            beside: changes of other refs in the same operation, such as a note about the commit.
 
         Raises:
             StaleRefError: the ref is not at the commit's first parent.
@@ -166,8 +172,8 @@ class Store(Reading):
             identity = self.objects.put(commit.to_json())
             with transaction(self.connection, self.database):
                 moved = ref if ref is not None else self._current_ref()
-                old = commit.parents[0] if commit.parents else None
-                self._append(command, arguments, {moved: (old, identity)}, author, time)
+                old = instead_of or (commit.parents[0] if commit.parents else None)
+                self._append(command, arguments, {moved: (old, identity), **beside}, author, time)
         return identity
 
     def add_note(self, note: Note, *, command: str, arguments: Mapping[str, Any], author: str, time: str) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
+import subprocess
 import sys
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -125,7 +127,16 @@ STEPS = (
     "fsck",
     "fsck --reindex",
 )
-CODES = {"merge side -m 'the side comes in'": 4}
+SIGNED = (
+    "sign HEAD --key {folder}/ada",
+    "approve HEAD~1..HEAD --key {folder}/bob -m 'it reads right'",
+    "tag signed -s --key {folder}/ada",
+    "verify --allowed {folder}/allowed",
+    "verify --all",
+    "log --signatures --allowed {folder}/allowed -n 1",
+)
+"""What needs `ssh-keygen`, after all the rest."""
+CODES = {"merge side -m 'the side comes in'": 4, "verify --all": 12}
 """Exit codes other than 0."""
 
 COUNTS = {"bytes", "tensor_bytes", "shard_bytes"}
@@ -136,6 +147,7 @@ WRITTEN = {"continuation", "old", "new"}
 """Texts that a model wrote: pinned up to the first full stop."""
 SAMPLED = {"top", "contexts"}
 """Lists of which the model sampled all but the first, or ordered them by small numbers: told by their types."""
+_KEY = re.compile(r"SHA256:[A-Za-z0-9+/]{43}|AAAA[A-Za-z0-9+/=]{60,}")
 _ID = re.compile(r"\b([0-9a-f]{12})([0-9a-f]{52})?\b")
 
 STORED = Path(__file__).parent / "json"
@@ -167,7 +179,7 @@ def run_all(folder: Path) -> dict[str, Pinned]:
     places = {"model": str(MODEL), "folder": str(folder), "python": sys.executable}
     verbs = sorted(verbs_with_json(), key=len, reverse=True)
     found: dict[str, Pinned] = defaultdict(list)
-    for number, step in enumerate(STEPS):
+    for number, step in enumerate([*STEPS, *(SIGNED if keys_in(folder) else ())]):
         words = shlex.split(step.format(**places))
         typed = words if words[0] == "--repo" else ["--repo", str(folder), *words]
         verb = next(verb for verb in verbs if f"{' '.join(typed[2:])} ".startswith(f"{verb} "))
@@ -178,6 +190,23 @@ def run_all(folder: Path) -> dict[str, Pinned]:
             with Store.open(Path(typed[1])) as repository:
                 repository.objects.put(b"for gc: nothing refers to this")
     return dict(found)
+
+
+def keys_in(folder: Path) -> bool:
+    """Make Ada's key, Bob's, and a file that allows both; False where `ssh-keygen` is not there."""
+    if shutil.which("ssh-keygen") is None:
+        return False
+    lines = []
+    for name in ("ada", "bob"):
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / name)], check=True)
+        lines.append(f"{name}@example.org {(folder / f'{name}.pub').read_text(encoding='utf-8')}")
+    (folder / "allowed").write_text("".join(lines), encoding="utf-8")
+    return True
+
+
+def verbs_of(steps: Sequence[str]) -> set[str]:
+    """The verbs that are asked for in steps and in no others."""
+    return {step.split()[0] for step in steps} - {step.split()[0] for step in STEPS}
 
 
 class Normal:
@@ -215,7 +244,7 @@ class Normal:
         for path, name in self._places:
             text = text.replace(path, name)
         text = re.sub(r"(/cache/[\w-]+)/.*", r"\1/<entry>", text)  # by hashes, whose order says nothing
-        return _ID.sub(self._name, text)
+        return _ID.sub(self._name, _KEY.sub("<key>", text))
 
     def _name(self, found: re.Match[str]) -> str:
         number = self._ids.setdefault(found[1], len(self._ids) + 1)

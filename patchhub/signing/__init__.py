@@ -1,0 +1,1 @@
+"""Who vouches for what: signed statements about commits, tags and approvals."""
