@@ -83,7 +83,7 @@ def load_applied(folder: Path, mode: Mode | None, **from_pretrained: Any) -> Pre
         raise _damaged(place / MANIFEST, str(error)) from error
     patches = {identity: Patch.from_json(_verified(place, identity)) for identity in manifest.shards}
     architecture = describe(read_config(folder))
-    shapes = {architecture.ffn_weight(layer): architecture.shapes[layer] for layer in range(architecture.n_layers)}
+    shapes = {weight: projection.shape for weight, projection in architecture.weights.items()}
     chosen = checked_mode(mode or manifest.mode)
     routing = read_routing(patches, lambda identity: _verified(place, identity), shapes, chosen)
     model = read_model(folder, **from_pretrained)
@@ -145,7 +145,7 @@ def open_published(
         raise SettingsError(f"hf://{repo} does not say where its base is", remedy="Give the base model: base=...")
     checkpoint = open_checkpoint(place, manifest.base_revision if base is None else None)
     architecture = describe(read_config(checkpoint.folder))
-    shapes = {architecture.ffn_weight(layer): architecture.shapes[layer] for layer in range(architecture.n_layers)}
+    shapes = {weight: projection.shape for weight, projection in architecture.weights.items()}
     try:
         about = Base.from_json(snapshot.read(manifest.base))
         blobs = stored_states.state(snapshot.commit, snapshot.read_commit, {})
@@ -160,7 +160,8 @@ def open_published(
         raise RemoteError(f"hf://{repo} is refused: {error}", remedy="Do not use it.", remote=repo) from error
     if verify:
         check_tensors(about, checkpoint, None)
-    return checkpoint, PatchState(about, architecture.orientation, weights, snapshot.commit, routing)
+    stored = {weight: p.orientation for weight, p in architecture.weights.items() if p.experts}
+    return checkpoint, PatchState(about, architecture.orientation, weights, snapshot.commit, routing, stored)
 
 
 def _routing(snapshot: HubSnapshot, shapes: Shapes, limit: int, mode: Mode) -> Routing:
