@@ -23,7 +23,8 @@ def test_they_are_the_linear_modules_of_the_blocks(family: str, bare: bool, tmp_
     expected, orientations = {}, set()
     for name, module in model.named_modules():
         orientation = orientation_of(module)
-        if orientation and name.startswith(architecture.blocks + "."):
+        router = name.endswith(".router")  # Llama 4's is a linear module, but gives more than a product
+        if orientation and name.startswith(architecture.blocks + ".") and not router:
             rows, columns = module.weight.shape
             expected[f"{name}.weight"] = (rows, columns) if orientation == "out_in" else (columns, rows)
             orientations.add(orientation)
