@@ -161,11 +161,15 @@ class Architecture:
         return tuple(projection.shape for projection in self.feed_forward)
 
     @property
+    def chosen(self) -> dict[str, Projection]:
+        """The weights that facts are written into, by parameter name."""
+        return {self.ffn_weight(layer): projection for layer, projection in enumerate(self.feed_forward)}
+
+    @property
     def weights(self) -> dict[str, Projection]:
-        """Every weight that facts could be written into, by parameter name: those of `feed_forward`, then those beside them."""
-        chosen, other = enumerate(self.feed_forward), enumerate(self.beside)
-        found = {f"{self.block(layer)}.{p.parameter}": p for layer, p in chosen}
-        return found | {f"{self.block(layer)}.{p.parameter}": p for layer, p in other if p is not None}
+        """Every weight that facts could be written into: those of `feed_forward`, then those beside them."""
+        other = enumerate(self.beside)
+        return self.chosen | {f"{self.block(layer)}.{p.parameter}": p for layer, p in other if p is not None}
 
     def block(self, layer: int) -> str:
         """The module path of a decoder block.

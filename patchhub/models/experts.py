@@ -11,7 +11,8 @@ what the module gives."""
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -185,3 +186,32 @@ def stand_in(module: nn.Module, slots: list[int]) -> Callable[..., Tensor]:
         return hidden @ torch.zeros(hidden.shape[-1], known.out, device=hidden.device)
 
     return forward
+
+
+@contextmanager
+def watch_routes(model: nn.Module) -> Iterator[list[Int[Tensor, "tokens slots"]]]:
+    """While open, the experts of the tokens of each call of an experts' module, call by call."""
+    seen: list[Tensor] = []
+
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.append((*args, *kwargs.values())[1].detach().cpu())
+
+    handles = [
+        module.register_forward_pre_hook(note, with_kwargs=True)
+        for module in model.modules()
+        if shape_of(module) is not None
+    ]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def staying(
+    before: Sequence[Int[Tensor, "tokens slots"]], after: Sequence[Int[Tensor, "tokens slots"]]
+) -> tuple[int, int]:
+    """Of the experts of all tokens at all layers, how many are the tokens' still, and how many there were."""
+    pairs = zip(before, after, strict=True)
+    kept = sum(int((then[:, :, None] == now[:, None, :]).any(-1).sum()) for then, now in pairs)
+    return kept, sum(then.numel() for then in before)

@@ -22,7 +22,7 @@ from patchhub.models.checkpoint import Checkpoint, open_checkpoint
 from patchhub.models.fingerprint import check_tensors, fingerprint
 from patchhub.models.patched_copy import write_patched
 from patchhub.models.placement import Placement
-from patchhub.models.structure import Orientation
+from patchhub.models.structure import Orientation, Projection
 from patchhub.objects import Request
 from patchhub.progress import Progress, Silent, increments
 from patchhub.results import Result
@@ -116,8 +116,8 @@ def init(
             "revision": checkpoint.revision,
             "model_type": architecture.model_type,
             "orientation": architecture.orientation,
-            "weights": _weights(checkpoint, architecture, progress),
-            **({"experts": architecture.site} if architecture.site else {}),
+            "weights": _weights(checkpoint, architecture.chosen, progress),
+            **_experts(checkpoint, architecture, progress),
         }
         with Store.init(
             folder, identity.to_json(), base_info=info, settings={}, author=who.author, time=who.time
@@ -285,12 +285,21 @@ def _answer(tree: Worktree, prompt: str, revision: str) -> Answer:
     )
 
 
-def _weights(checkpoint: Checkpoint, architecture: Architecture, progress: Progress) -> dict[str, dict[str, Any]]:
-    """Shape (out, in) and Frobenius norm of every weight that can be edited."""
-    progress.stage("measuring weights", architecture.n_layers)
+def _experts(checkpoint: Checkpoint, architecture: Architecture, progress: Progress) -> dict[str, Any]:
+    """What the config says of a mixture of experts besides: which of them are edited, and the weights of the others."""
+    if architecture.site is None:
+        return {}
+    other = {name: p for name, p in architecture.weights.items() if name not in architecture.chosen}
+    return {"experts": architecture.site, "beside": _weights(checkpoint, other, progress)}
+
+
+def _weights(
+    checkpoint: Checkpoint, projections: Mapping[str, Projection], progress: Progress
+) -> dict[str, dict[str, Any]]:
+    """Shape (out, in) and Frobenius norm of weights that can be edited; of experts how many they are and how each is stored."""
+    progress.stage("measuring weights", len(projections))
     found = {}
-    for layer in range(architecture.n_layers):
-        name, projection = architecture.ffn_weight(layer), architecture.feed_forward[layer]
+    for name, projection in projections.items():
         norms = [float(checkpoint.read(part).float().norm()) for part in checkpoint.parts(name)]
         norm = math.hypot(*norms) if len(norms) > 1 else norms[0]
         if not math.isfinite(norm):

@@ -67,14 +67,19 @@ def weight_shapes(repository: Store) -> dict[str, tuple[int, int]]:
 
 def stacked_orientations(repository: Store) -> dict[str, Literal["out_in", "in_out"]]:
     """How each expert of the base's stacked weights is stored; other weights are missing."""
-    weights: Mapping[str, Mapping[str, Any]] = repository.config.base["weights"]
-    return {name: facts["orientation"] for name, facts in weights.items() if "experts" in facts}
+    return {name: facts["orientation"] for name, facts in _known(repository).items() if "experts" in facts}
 
 
 def stacked_weights(repository: Store) -> dict[str, int]:
     """How many experts each stacked weight of the base is made of; other weights are missing."""
-    weights: Mapping[str, Mapping[str, Any]] = repository.config.base["weights"]
-    return {name: int(facts["experts"]) for name, facts in weights.items() if "experts" in facts}
+    return {name: int(facts["experts"]) for name, facts in _known(repository).items() if "experts" in facts}
+
+
+def _known(repository: Store) -> Mapping[str, Mapping[str, Any]]:
+    """What the config says of the weights that facts are written into, and of those of other experts beside them."""
+    base = repository.config.base
+    known: Mapping[str, Mapping[str, Any]] = {**base["weights"], **base.get("beside", {})}
+    return known
 
 
 def linear_shapes(repository: Store) -> Shapes:
@@ -87,7 +92,7 @@ class _LinearShapes(Mapping[str, tuple[int, int]]):
 
     def __init__(self, repository: Store) -> None:
         self._repository = repository
-        self._edited = weight_shapes(repository)
+        self._edited = {name: (facts["shape"][0], facts["shape"][1]) for name, facts in _known(repository).items()}
 
     @cached_property
     def _all(self) -> Shapes:
