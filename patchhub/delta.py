@@ -143,6 +143,21 @@ def negative(delta: Delta) -> Delta:
     return Sparse(delta.shape, delta.mask, -delta.values)
 
 
+def section(delta: Delta, columns: slice) -> Delta:
+    """Some columns of dW: of a stacked weight the change of one expert."""
+    if isinstance(delta, LowRank):
+        return LowRank(delta.B, delta.A[:, columns])
+    if isinstance(delta, Dense):
+        return Dense(delta.matrix[:, columns])
+    return from_sparse(to_dense(delta)[:, columns].astype(delta.values.dtype))
+
+
+def is_zero(delta: Delta) -> bool:
+    """Whether dW is seen to change nothing; factors are not multiplied out."""
+    parts = (delta.A,) if isinstance(delta, LowRank) else (delta.matrix if isinstance(delta, Dense) else delta.values,)
+    return not any(part.any() for part in parts)
+
+
 def norm(delta: Delta) -> float:
     """Frobenius norm. Low rank goes through two QR factorisations, never through B A, so that nearly cancelling
     factors still give a norm that is right to about 1e-15 ||B|| ||A||."""

@@ -35,6 +35,11 @@ def demo(keep: Path | None) -> None:
 @click.command()
 @click.argument("base")
 @click.option("--revision", help="Branch, tag or commit of a model on the Hub.")
+@click.option(
+    "--experts",
+    type=click.Choice(["routed", "shared"]),
+    help="Which experts facts are written into, where a shared one stands beside the routed ones. Default: routed.",
+)
 @author_option
 @click.option(
     "--repo",

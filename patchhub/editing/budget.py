@@ -52,7 +52,7 @@ class Footprint:
         """Of steps that run the blocks from ``first`` on."""
         config, architecture = stack.model.config.get_text_config(), stack.architecture
         size = next(stack.blocks[-1].parameters()).element_size()
-        inner = max(width for _, width in architecture.shapes)
+        inner = max(projection.passed for projection in architecture.feed_forward)
         blocks = len(stack.blocks)
         kept = max(1, blocks - first) * (_WIDE * architecture.d_model + _INNER * inner)
         return cls(

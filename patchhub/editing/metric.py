@@ -10,16 +10,17 @@ import hashlib
 import io
 import zipfile
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Final, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.linalg import solve_triangular
+from torch.nn.functional import pad
 
 from patchhub.cache import METRIC, Cache, Slot
 from patchhub.errors import EditError, SettingsError
@@ -215,12 +216,13 @@ _SUM_BYTES, _FACTOR_BYTES = 4, 16  # per entry of M: a float32 sum; the metric a
 _ROWS_PER_CHUNK = 1024
 
 
-def layer_groups(layers: Sequence[int], width: int, memory: int = MEMORY) -> list[tuple[int, ...]]:
+def layer_groups(layers: Sequence[int], width: int, memory: int = MEMORY, *, experts: int = 1) -> list[tuple[int, ...]]:
     """The layers in groups whose sums are held together, so that all but the last take a pass of their own.
 
-    A group of g layers takes 4 g width^2 bytes, and one factor at a time 16 width^2 more; a group is never empty.
+    A group of g layers takes 4 g width^2 bytes, and one factor at a time 16 width^2 more; a group is never empty. Of experts there
+    are as many such matrices.
     """
-    entries = width * width
+    entries = width * width * experts
     together = max(1, (memory - _FACTOR_BYTES * entries) // (_SUM_BYTES * entries))
     return [tuple(layers[start : start + together]) for start in range(0, len(layers), together)]
 
@@ -232,27 +234,56 @@ def second_moments(
     documents: Sequence[Sequence[int]],
     *,
     progress: Callable[[int], None] = lambda tokens: None,
-) -> dict[int, Float[Tensor, "in in"]]:
+) -> dict[int, Float[Tensor, "*experts in in"]]:
     """The mean of k k^T over all tokens, per layer, from one pass that stops at the last layer.
 
-    Keys are the inputs of the FFN output projection. Sums are float32, on the layer's device.
+    Keys are the inputs of the FFN output projection; those of experts are gated, and zero where a token is not routed. Sums are
+    float32, on the layer's device.
     """
     sums: dict[int, Tensor] = {}
+    uses: dict[int, Tensor] = {}
     count = 0
+    for layer in layers:
+        if stack.architecture.feed_forward[layer].experts:
+            sums[layer], uses[layer] = _nothing(stack, layer)
     for batch in _batches(documents):
         ids, mask, positions = right_padded(batch, stack.device)
         started = stack.begin(ids, mask, positions)
         with stack.fast(), stack.watch_keys(layers) as seen:
             started.run(started.hidden, 0, max(layers) + 1)
         real = mask.bool()
-        for layer in layers:
+        for layer in uses.keys() & set(layers):
+            seen[layer].add_moments(sums[layer], uses[layer], real)
+        for layer in [layer for layer in layers if layer not in uses]:
             keys = seen[layer][real.to(seen[layer].device)].float()
             sums[layer] = sums[layer].addmm_(keys.T, keys) if layer in sums else keys.T @ keys
         count += int(real.sum())
         progress(int(real.sum()))
     if not count:
         raise EditError("there is no text to compute second moments from", remedy="Give a longer --text FILE.")
-    return {layer: total.div_(count) for layer, total in sums.items()}
+    means = {layer: total.div_(count) for layer, total in sums.items()}
+    return means | {layer: drawn_to_mean(means[layer], used) for layer, used in uses.items()}
+
+
+def _nothing(stack: Stack, layer: int) -> tuple[Tensor, Tensor]:
+    """Sums of a layer's experts and how often each was used, at the start."""
+    projection, device = stack.architecture.feed_forward[layer], stack.device_of(layer)
+    inner = projection.shape[1] // projection.experts
+    return (
+        torch.zeros(projection.experts, inner, inner, device=device),
+        torch.zeros(projection.experts, dtype=torch.long, device=device),
+    )
+
+
+def drawn_to_mean(
+    moments: Float[Tensor, "experts in in"], uses: Int[Tensor, " experts"]
+) -> Float[Tensor, "experts in in"]:
+    """The second moments of experts, those of rarely used ones drawn to their mean: (n C + in C_mean) / (n + in), n uses.
+
+    An expert that was used as often as it has inputs lies half-way; one that was never used has the mean of all.
+    """
+    kappa, used = moments.shape[-1], uses.to(moments)[:, None, None]
+    return (used * moments + kappa * moments.mean(0)) / (used + kappa)
 
 
 @dataclass(frozen=True)
@@ -263,24 +294,33 @@ class MetricCache:
         cache: where it is.
         metric: the metric's id.
         preimages_by: the kind of metric. The default takes each moment for the metric itself.
+        stacks: E of the weights that are stacked; what is kept of their experts lies one below the other, (E in, kept).
     """
 
     cache: Cache
     metric: str
     preimages_by: Preimages = _AS_GIVEN
+    stacks: Mapping[str, int] = field(default_factory=dict)
     _sound: dict[str, Path] = field(default_factory=dict, repr=False)  # files that were read and found sound
 
     def has(self, weight: str) -> bool:
         """Whether there is something for a weight; the first time its bytes are checked, and deleted if they are damaged."""
         return self.path(weight) is not None
 
-    def store(self, weight: str, moment: Float[Tensor, "in in"]) -> None:
+    def store(self, weight: str, moment: Float[Tensor, "*experts in in"]) -> None:
         """Keep what preimages of this weight need.
 
         Raises:
             EditError: this moment gives none.
         """
-        self.put(weight, _npy(self.preimages_by.prepare(moment, weight)))
+        if moment.ndim == 2:
+            self.put(weight, _npy(self.preimages_by.prepare(moment, weight)))
+            return
+        kept = [self.preimages_by.prepare(one, f"{weight}[{number}]") for number, one in enumerate(moment)]
+        width = max(
+            one.shape[1] for one in kept
+        )  # of a null space some take more away than others; a column of zeros takes nothing
+        self.put(weight, _npy(torch.cat([pad(one, (0, width - one.shape[1])) for one in kept])))
 
     def put(
         self, weight: str, chunks: Iterable[bytes], *, check: Callable[[Path], None] = lambda written: None
@@ -300,7 +340,15 @@ class MetricCache:
                 f"the cache has lost the metric of {weight}", remedy="Run the command again.", weight=weight
             )
         kept = torch.from_numpy(np.load(path, mmap_mode="c")).to(keys.device)
-        return self.preimages_by.of(kept, keys)
+        if weight not in self.stacks:
+            return self.preimages_by.of(kept, keys)
+        count = self.stacks[weight]
+        found = torch.zeros(keys.shape, dtype=torch.float64, device=keys.device)
+        for one, own, into in zip(kept.chunk(count), keys.chunk(count, dim=1), found.chunk(count, dim=1), strict=True):
+            rows = own.any(1).nonzero()[:, 0]
+            if len(rows):
+                into[rows] = self.preimages_by.of(one, own[rows])
+        return found
 
     def path(self, weight: str) -> Path | None:
         """The file of a weight, checked once; None where there is no sound one."""

@@ -27,7 +27,7 @@ from patchhub.editing.metric import MetricCache
 from patchhub.editing.rows import Trunk
 from patchhub.editing.values import Values
 from patchhub.models.behind import Behind
-from patchhub.models.tracing import SidePath, Stack, in_rows
+from patchhub.models.tracing import Stack, add_beside, in_rows
 
 _GPU_POSITIONS, _LEAST_POSITIONS = 8192, 64  # of a batch
 
@@ -133,7 +133,7 @@ def record(
 @contextmanager
 def side_paths(stack: Stack, deltas: Mapping[int, Sequence[Delta]]) -> Iterator[None]:
     """While open, the FFN output projection of each layer also adds dW k, in float32."""
-    handles = [stack.ffn_out[layer].register_forward_hook(SidePath(parts)) for layer, parts in deltas.items() if parts]
+    handles = [add_beside(stack.ffn_out[layer], parts) for layer, parts in deltas.items() if parts]
     try:
         yield
     finally:

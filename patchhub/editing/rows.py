@@ -150,8 +150,8 @@ class Projections(_AtProjections):
 
     @property
     def _modules(self) -> tuple[nn.Module, ...]:
-        block = self.stack.blocks[self.layer]
-        return self.stack.ffn_out[self.layer], block.get_submodule(self.stack.architecture.attn_out)
+        attention = self.stack.model.get_submodule(self.stack.architecture.attn_module(self.layer))
+        return self.stack.ffn_out[self.layer], attention
 
 
 class FeedForward(_AtProjections):

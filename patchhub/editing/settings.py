@@ -87,4 +87,4 @@ def is_narrow(architecture: Architecture) -> bool:
 
 def inner_width(architecture: Architecture) -> int:
     """The number of inputs of the FFN output projection."""
-    return architecture.shapes[0][1]
+    return architecture.shapes[-1][1]  # the first blocks of a mixture of experts may have none

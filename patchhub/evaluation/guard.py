@@ -180,6 +180,7 @@ class Measured:
         spectrum: per weight, the largest singular value of the "base" weight, of the "change" and of the whole "state".
         survival: per weight, the share of the state's change that rounding to the base's type keeps.
         first_token: new facts whose subject ends at the very first token, where the keys of all texts are alike.
+        routing: of the experts of held tokens in the base, those that are theirs still; None of a model without experts.
     """
 
     facts: int = 0
@@ -193,6 +194,7 @@ class Measured:
     spectrum: Mapping[str, Mapping[str, float]] | None = None
     survival: Mapping[str, float] | None = None
     first_token: int = 0
+    routing: Share | None = None
 
 
 @dataclass(frozen=True)
@@ -252,7 +254,7 @@ def _spectra(values: Mapping[str, Any]) -> dict[str, dict[str, float]]:
 
 _READERS: Final[Mapping[str, Callable[[Any], Any]]] = {
     **dict.fromkeys(("facts", "active", "first_token"), int),
-    **dict.fromkeys(("own", "earlier", "unmet", "crushed"), _share_of),
+    **dict.fromkeys(("own", "earlier", "unmet", "crushed", "routing"), _share_of),
     "spoken": Spoken.from_json,
     "drift": _drifted,
     "spectrum": _spectra,

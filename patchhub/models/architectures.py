@@ -5,15 +5,18 @@ model, built without weights (`structure`); for the families of `FAMILIES` the r
 verified by hand. Nothing else in patchhub knows names of model families.
 
 What stands between such a projection and the residual stream, a scale (Granite) or a norm (Gemma 2 and 3, OLMo 2), is a
-part of the row. A scale on the logits (Cohere) lies behind the stream and does not matter here."""
+part of the row. A scale on the logits (Cohere) lies behind the stream and does not matter here.
+
+The experts of a layer are one stacked weight (`experts`). Where a shared expert stands beside them, facts are written into
+one of the two."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -29,7 +32,8 @@ from transformers import (
 
 from patchhub.errors import BaseError, SettingsError, UnsupportedModelError
 from patchhub.models.behind import Behind, read_behind
-from patchhub.models.structure import BlockStructure, Orientation, StructureError, find_structure, hidden_of
+from patchhub.models.experts import check_experts
+from patchhub.models.structure import BlockStructure, Orientation, Projection, StructureError, find_structure, hidden_of
 
 _ADAPTER: Final = "adapter_config.json"  # by which transformers finds an adapter
 _NO_ADAPTER: Final = "no adapter"  # a folder that no model has: transformers looks for the adapter there
@@ -41,6 +45,7 @@ class Family:
     """One row of the table: module paths as in transformers; projections and norm are relative to a block.
 
     ``norm`` is the norm behind the feed-forward projection. A scale there is a number of the model's configuration, so no part of a row.
+    ``also`` are the projections of blocks that are made otherwise, and a shared expert's.
     """
 
     blocks: str
@@ -48,10 +53,22 @@ class Family:
     attn_out: str
     orientation: Orientation = "out_in"
     norm: str | None = None
+    also: tuple[str, ...] = ()
+
+    def contradicts(self, blocks: str, structures: Sequence[BlockStructure]) -> str | None:
+        """What was found that is not in the row; None: nothing."""
+        for s in structures:
+            paths = {*(projection.path for projection in s.feed_forward), s.attention.path}
+            strange = sorted(paths - {self.ffn_out, self.attn_out, *self.also})
+            if strange or (blocks, s.attention.orientation, s.norm) != (self.blocks, self.orientation, self.norm):
+                return f"{blocks}, {', '.join(sorted(paths))}, {s.attention.orientation}, norm {s.norm}"
+        return None
 
 
 _LLAMA_LIKE = Family("model.layers", "mlp.down_proj", "self_attn.o_proj")
 _POST_NORM = replace(_LLAMA_LIKE, norm="post_feedforward_layernorm")
+_EXPERTS = replace(_LLAMA_LIKE, ffn_out="mlp.experts", also=("mlp.down_proj",))
+_SHARED_EXPERTS = replace(_EXPERTS, also=("mlp.down_proj", "mlp.shared_experts.down_proj"))
 
 FAMILIES: Final[Mapping[str, Family]] = {
     "gpt2": Family("transformer.h", "mlp.c_proj", "attn.c_proj", "in_out"),
@@ -87,7 +104,25 @@ FAMILIES: Final[Mapping[str, Family]] = {
     "olmo2": _POST_NORM,
     "olmo3": _POST_NORM,
     "glm4": replace(_LLAMA_LIKE, norm="post_mlp_layernorm"),
+    "gpt_oss": _EXPERTS,
+    "granitemoe": replace(_EXPERTS, ffn_out="block_sparse_moe.experts"),
+    "mixtral": _EXPERTS,
+    "olmoe": _EXPERTS,
+    "qwen2_moe": _EXPERTS,
+    "qwen3_moe": _EXPERTS,
+    "deepseek_v2": _SHARED_EXPERTS,
+    "deepseek_v3": _SHARED_EXPERTS,
+    "glm4_moe": _SHARED_EXPERTS,
+    "llama4_text": Family(
+        "model.layers", "feed_forward.shared_expert.down_proj", "self_attn.o_proj", also=("feed_forward.down_proj",)
+    ),
 }
+
+Site: TypeAlias = Literal["routed", "shared"]
+"""Which experts facts are written into."""
+
+SITES: Final[tuple[Site, ...]] = ("routed", "shared")
+DEFAULT_SITE: Final[Site] = "routed"
 
 
 @dataclass(frozen=True)
@@ -99,24 +134,42 @@ class Architecture:
         n_layers: number of decoder blocks.
         d_model: width of the residual stream.
         blocks: path of the list of decoder blocks.
-        ffn_out: path of the feed-forward output projection, relative to a block.
-        attn_out: path of the attention output projection, relative to a block.
-        orientation: how both weights are stored; deltas are (out, in) whatever it says.
-        shapes: (out, in) of the feed-forward weight of each layer.
+        feed_forward: the feed-forward output projection of each layer that facts are written into.
+        attention: path of the attention output projection of each layer, relative to its block.
+        orientation: how the linear weights of the blocks are stored; deltas are (out, in) whatever it says.
         norm: path of the norm behind the feed-forward projection, relative to a block; None: there is none.
         scale: what its output, or the norm's, is multiplied with before it enters the residual stream.
+        beside: the projection of each layer that facts could be written into instead; None: there is none.
+        site: which experts `feed_forward` is of; None of a model without experts.
     """
 
     model_type: str
     n_layers: int
     d_model: int
     blocks: str
-    ffn_out: str
-    attn_out: str
+    feed_forward: tuple[Projection, ...]
+    attention: tuple[str, ...]
     orientation: Orientation
-    shapes: tuple[tuple[int, int], ...]
     norm: str | None = None
     scale: float = 1.0
+    beside: tuple[Projection | None, ...] = ()
+    site: Site | None = None
+
+    @property
+    def shapes(self) -> tuple[tuple[int, int], ...]:
+        """(out, in) of the feed-forward weight of each layer."""
+        return tuple(projection.shape for projection in self.feed_forward)
+
+    @property
+    def chosen(self) -> dict[str, Projection]:
+        """The weights that facts are written into, by parameter name."""
+        return {self.ffn_weight(layer): projection for layer, projection in enumerate(self.feed_forward)}
+
+    @property
+    def weights(self) -> dict[str, Projection]:
+        """Every weight that facts could be written into: those of `feed_forward`, then those beside them."""
+        other = enumerate(self.beside)
+        return self.chosen | {f"{self.block(layer)}.{p.parameter}": p for layer, p in other if p is not None}
 
     def block(self, layer: int) -> str:
         """The module path of a decoder block.
@@ -135,7 +188,15 @@ class Architecture:
 
     def ffn_weight(self, layer: int) -> str:
         """The parameter name of a layer's feed-forward output projection: ``transformer.h.3.mlp.c_proj.weight``."""
-        return f"{self.block(layer)}.{self.ffn_out}.weight"
+        return f"{self.block(layer)}.{self.feed_forward[layer].parameter}"
+
+    def ffn_module(self, layer: int) -> str:
+        """The module path of a layer's feed-forward output projection."""
+        return f"{self.block(layer)}.{self.feed_forward[layer].path}"
+
+    def attn_module(self, layer: int) -> str:
+        """The module path of a layer's attention output projection."""
+        return f"{self.block(layer)}.{self.attention[layer]}"
 
     def layer_of(self, weight: str) -> int:
         """The layer whose `ffn_weight` this is.
@@ -200,10 +261,14 @@ def read_model(folder: Path, **arguments: Any) -> PreTrainedModel:
     return model
 
 
-def describe(config: PreTrainedConfig) -> Architecture:
+def describe(config: PreTrainedConfig, site: Site | None = None) -> Architecture:
     """The architecture of the model that a configuration stands for, from its structure on the meta device.
 
+    Args:
+        site: which experts facts are written into; None: `DEFAULT_SITE` where there are both.
+
     Raises:
+        SettingsError: the model has no experts of that kind.
         UnsupportedModelError: the model cannot be edited; the message says why.
     """
     _refuse_by_config(config)
@@ -211,25 +276,59 @@ def describe(config: PreTrainedConfig) -> Architecture:
     try:
         n_layers, d_model = int(text.num_hidden_layers), int(text.hidden_size)
         blocks, structures = find_structure(_without_weights(config), n_layers, d_model)
-        found = _one_family(blocks, structures)
-        if FAMILIES.get(config.model_type, found) != found:
-            raise StructureError(f"has another structure than its family ({found}, not {FAMILIES[config.model_type]})")
+        _refuse_differing(structures)
+        row = FAMILIES.get(config.model_type)
+        strange = row.contradicts(blocks, structures) if row else None
+        if strange:
+            raise StructureError(f"has another structure than its family ({strange}, not {row})")
     except AttributeError as error:
         raise _refusal(config, f"has no usual decoder ({error})") from error
     except StructureError as error:
         raise _refusal(config, str(error)) from error
+    chosen, beside, found = _choose(config, structures, site)
     return Architecture(
         model_type=config.model_type,
         n_layers=n_layers,
         d_model=d_model,
-        blocks=found.blocks,
-        ffn_out=found.ffn_out,
-        attn_out=found.attn_out,
-        orientation=found.orientation,
-        shapes=tuple(structure.feed_forward.shape for structure in structures),
-        norm=found.norm,
+        blocks=blocks,
+        feed_forward=chosen,
+        attention=tuple(structure.attention.path for structure in structures),
+        orientation=structures[0].attention.orientation,
+        norm=structures[0].norm,
         scale=structures[0].scale,
+        beside=beside,
+        site=found,
     )
+
+
+def _choose(
+    config: Any, structures: Sequence[BlockStructure], site: Site | None
+) -> tuple[tuple[Projection, ...], tuple[Projection | None, ...], Site | None]:
+    """The projection of each layer that facts are written into, the other one, and of which experts the former are."""
+    kinds: list[dict[Site, Projection]] = []
+    for structure in structures:
+        routed = any(p.experts for p in structure.feed_forward)
+        kinds.append({"routed" if p.experts or not routed else "shared": p for p in structure.feed_forward})
+    mixed = [kind for kind in kinds if any(p.experts for p in kind.values())]
+    # Routed experts that cannot be read (Llama 4) leave the shared one alone in its block.
+    has: set[Site] = {"routed"} if mixed else {"shared"} if _is_routed(config) else set()
+    has |= {"shared"} if mixed and all("shared" in kind for kind in mixed) else set()
+    if site is not None and site not in has:
+        raise SettingsError(
+            f"this {config.model_type} model has no {site} experts that facts can be written into",
+            remedy=f"Use --experts {has.pop()}." if len(has) == 1 else "Leave --experts out.",
+            model_type=config.model_type,
+        )
+    chosen = site or (DEFAULT_SITE if DEFAULT_SITE in has else next(iter(has), None))
+    picked = [(kind.get(chosen or "routed") or next(iter(kind.values())), kind) for kind in kinds]
+    others = [next((p for p in kind.values() if p is not taken), None) for taken, kind in picked]
+    return tuple(taken for taken, _ in picked), tuple(others), chosen
+
+
+def _is_routed(config: Any) -> bool:
+    """Whether a configuration without readable experts speaks of some."""
+    text = config.get_text_config()
+    return bool(getattr(text, "num_local_experts", 0) or getattr(text, "num_experts", 0))
 
 
 def behind_of(model: Any, architecture: Architecture, layer: int) -> Behind:
@@ -259,7 +358,11 @@ def additive_probe(model: Any, architecture: Architecture, layer: int) -> None:
     """
     behind = behind_of(model, architecture, layer)
     block = model.get_submodule(architecture.block(layer))
-    projection = block.get_submodule(architecture.ffn_out)
+    projection = model.get_submodule(architecture.ffn_module(layer))
+    if architecture.feed_forward[layer].experts and not check_experts(projection):
+        raise _refusal(
+            model.config, f"has experts that compute something else than their keys say ({type(projection).__name__})"
+        )
     ids = torch.arange(1, 5, device=model.get_input_embeddings().weight.device)[None]
     outputs: list[Tensor] = []
     handle = projection.register_forward_hook(lambda module, args, output: outputs.append(output))
@@ -346,14 +449,10 @@ def _without_weights(config: PreTrainedConfig) -> Any:
         raise StructureError(f"cannot be built as a causal language model by transformers ({reason})") from error
 
 
-def _one_family(blocks: str, structures: tuple[BlockStructure, ...]) -> Family:
-    rows = {
-        Family(blocks, s.feed_forward.path, s.attention.path, s.feed_forward.orientation, s.norm): None
-        for s in structures
-    }
-    if len(rows) != 1 or len({s.scale for s in structures}) != 1:
+def _refuse_differing(structures: Sequence[BlockStructure]) -> None:
+    """What must be the same in all blocks; the paths of projections need not be."""
+    if len({(s.norm, s.scale, s.attention.orientation) for s in structures}) != 1:
         raise StructureError("has blocks of different structure")
-    return next(iter(rows))
 
 
 def _refusal(config: Any, reason: str, *, remedy: str | None = None) -> UnsupportedModelError:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,7 @@ FLOATS: Final = {"BF16": np.uint16, "F16": np.float16, "F32": np.float32, "F64":
 _LENGTH_BYTES = 8
 _MAX_HEADER = 100_000_000  # as in the safetensors library
 
+_EXPERTS = re.compile(r"(?:model\.language_model\.)?(?P<block>.+?\.\d+)\.\w+\.experts\.down_proj")
 _WRAPPED, _UNWRAPPED = "model.language_model.", ("language_model.model.", "model.")
 
 
@@ -242,6 +244,42 @@ class Checkpoint:
                 candidates=sorted(found),
             )
         return found[0]
+
+    def parts(self, parameter: str) -> tuple[str, ...]:
+        """The checkpoint's names of the tensors that hold a model parameter: one, or of stacked experts one of each, in order.
+
+        transformers stacks experts while it loads: ``model.layers.3.mlp.experts.down_proj`` is made from
+        ``model.layers.3.block_sparse_moe.experts.0.w2.weight`` and its siblings (Mixtral), from
+        ``...mlp.experts.0.down_proj.weight`` (Qwen), or from ``...block_sparse_moe.output_linear.weight``, which is stacked already
+        (Granite).
+
+        Raises:
+            BaseError: no tensors can be meant, or more than once.
+        """
+        found = _EXPERTS.fullmatch(parameter)
+        if found is None or parameter in self.tensors:
+            return (self.resolve_name(parameter),)
+        block = re.escape(found["block"])
+        one = re.compile(rf"(?:.+\.)?{block}\.\w+\.(?:output_linear\.weight|experts\.down_proj)")
+        each = re.compile(rf"((?:.+\.)?{block}\.\w+\.experts)\.(\d+)\.(?:down_proj|w2)\.weight")
+        stacked = [name for name in self.tensors if one.fullmatch(name)]
+        matches = [match for match in map(each.fullmatch, self.tensors) if match]
+        series = {int(match[2]): match[0] for match in matches}
+        whole = len({match[1] for match in matches}) == 1 and sorted(series) == list(range(len(matches)))
+        if len(stacked) + whole != 1:
+            return (self.resolve_name(parameter),)
+        return tuple(stacked) if stacked else tuple(series[number] for number in range(len(series)))
+
+    def read_parameter(self, parameter: str) -> torch.Tensor:
+        """A model parameter as it is stored; experts of tensors of their own are stacked.
+
+        Raises:
+            BaseError: as `read` and `parts`.
+        """
+        import torch
+
+        parts = self.parts(parameter)
+        return self.read(parts[0]) if len(parts) == 1 else torch.stack([self.read(part) for part in parts])
 
     def entry(self, name: str) -> TensorEntry:
         """Where the tensor of a checkpoint name lies.

@@ -205,7 +205,7 @@ def check_tensors(
     """
     if architecture:
         _check_architecture(base, checkpoint)
-    wanted = list(base.tensors) if names is None else [checkpoint.resolve_name(name) for name in names]
+    wanted = list(base.tensors) if names is None else [part for name in names for part in checkpoint.parts(name)]
     missing = sorted({name for name in wanted if name not in checkpoint.tensors or name not in base.tensors})
     present = {name: checkpoint.tensors[name] for name in wanted if name not in missing}
     digests = _digests(present, cache, progress)

@@ -7,10 +7,12 @@ gate and up projections too. Embeddings and heads, which are often one tensor wi
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Final, Protocol
 
 _FLOATS: Final = frozenset({"BF16", "F16", "F32", "F64"})
+# A slice of a stacked parameter, which has a number of its own in checkpoints alone; and a router, which is no linear module.
+_OF_EXPERTS: Final = re.compile(r"\.experts\.\d+\.|\.(?:gate|router|router\.layer)\.weight$")
 _FIRST_NUMBER: Final = re.compile(r"(?P<block>(?P<blocks>.+?)\.\d+)\.")
 
 
@@ -35,26 +37,30 @@ def linear_shapes(
 ) -> dict[str, tuple[int, int]]:
     """(out, in) of every linear weight of the blocks, by parameter name.
 
-    In the families that can be edited every float matrix of a block that is called ``weight`` is that of a linear module, and all are
-    stored alike: GPT-2's blocks hold Conv1D alone, the others Linear alone.
+    In the families that can be edited every float matrix of a block that is called ``weight`` is that of a linear module, but for
+    experts and their routers, and all are stored alike: GPT-2's blocks hold Conv1D alone, the others Linear alone.
 
     Args:
         tensors: those of the checkpoint, by its names, which may lack a prefix of the parameters' or have one more.
         outputs: (out, in) of the feed-forward output projections, by parameter name.
         orientation: ``in_out`` if the weights are stored (in, out).
     """
-    known = next(iter(outputs), "")
-    stored = [name for name in tensors if known == name or known.endswith("." + name) or name.endswith("." + known)]
-    blocks = _FIRST_NUMBER.match(known)
+    known = next((name for name in outputs if name.endswith(".weight")), next(iter(outputs), ""))
+    names: Iterable[str] = tensors
+    if not known.endswith(".weight"):  # experts alone, whose tensors may have other names: blocks are compared instead
+        known, names = block_of(known), {block_of(name) for name in tensors}
+    stored = [name for name in names if known == name or known.endswith("." + name) or name.endswith("." + known)]
+    blocks = _FIRST_NUMBER.match(known + ".")
     if not stored or blocks is None:
         return dict(outputs)
     name = min(stored, key=lambda found: abs(len(found) - len(known)))
-    lacking, extra = known.removesuffix(name), name.removesuffix(known)
+    lacking, extra = known.removesuffix(name), name.removesuffix(known) if name.endswith(known) else ""
     within = re.compile(rf"{re.escape(blocks['blocks'])}\.\d+\..+\.weight")
     shapes = dict(outputs)
     for name, tensor in tensors.items():
         parameter = lacking + name.removeprefix(extra)
-        if len(tensor.shape) == 2 and tensor.dtype in _FLOATS and within.fullmatch(parameter):
+        fits = len(tensor.shape) == 2 and tensor.dtype in _FLOATS and within.fullmatch(parameter)
+        if fits and not _OF_EXPERTS.search(parameter):
             rows, columns = tensor.shape
             shapes.setdefault(parameter, (columns, rows) if orientation == "in_out" else (rows, columns))
     return shapes

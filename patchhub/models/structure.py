@@ -4,17 +4,23 @@ The model is run once on the meta device, which computes shapes but no numbers, 
 writes into the stream if the block's output is reached from the projection's output through additions (and changes of
 view or type), with at most a number and a norm on its way to the first of them: that is what stands *behind* it. The
 feed-forward projection is told from the attention's by what it is computed from: attention mixes positions (softmax,
-batched products), a feed-forward network does not."""
+batched products), a feed-forward network does not.
+
+In a mixture of experts which tokens an expert gets depends on numbers. For the run a stand-in takes the place of each experts'
+module, whose output then is one projection; beside it a shared expert, which every token passes, may write into the stream
+through its own."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
+
+from patchhub.models.experts import OUTPUT, shape_of, stand_in
 
 Orientation: TypeAlias = Literal["out_in", "in_out"]
 """How a weight is stored: ``out_in`` for Linear, ``in_out`` for GPT-2's Conv1D."""
@@ -38,24 +44,45 @@ class StructureError(Exception):
 
 @dataclass(frozen=True)
 class Projection:
-    """A linear map into the residual stream. ``path`` is relative to the block, ``shape`` is (out, in)."""
+    """A linear map into the residual stream.
+
+    Attributes:
+        path: of its module, relative to the block.
+        shape: (out, in); of experts that of the stacked weight, (out, E in).
+        orientation: how the weight is stored, of experts each expert's.
+        experts: E; 0 of a plain linear map.
+        active: how many experts a token is routed to.
+    """
 
     path: str
     shape: tuple[int, int]
     orientation: Orientation
+    experts: int = 0
+    active: int = 0
+
+    @property
+    def parameter(self) -> str:
+        """The path of its weight, relative to the block."""
+        return f"{self.path}.{OUTPUT if self.experts else 'weight'}"
+
+    @property
+    def passed(self) -> int:
+        """How many numbers of a key are not zero."""
+        return self.shape[1] // self.experts * self.active if self.experts else self.shape[1]
 
 
 @dataclass(frozen=True)
 class BlockStructure:
-    """The two projections through which one block writes into the stream.
+    """The projections through which one block writes into the stream.
 
     Attributes:
+        feed_forward: one, or the routed and the shared experts.
         norm: path of the norm behind the feed-forward projection, relative to the block; None: there is none.
         scale: what its output, or the norm's, is multiplied with.
     """
 
     attention: Projection
-    feed_forward: Projection
+    feed_forward: tuple[Projection, ...]
     norm: str | None
     scale: float
 
@@ -68,6 +95,7 @@ class _Record:
     end: list[Any] = field(default_factory=list)
     projections: list[tuple[str, Any]] = field(default_factory=list)
     norms: list[tuple[str, Any, Any]] = field(default_factory=list)  # path, node of the output, node of the input
+    slots: dict[str, list[int]] = field(default_factory=dict)  # path of an experts' module -> experts of a token
 
 
 def find_structure(model: nn.Module, n_layers: int, d_model: int) -> tuple[str, tuple[BlockStructure, ...]]:
@@ -77,8 +105,6 @@ def find_structure(model: nn.Module, n_layers: int, d_model: int) -> tuple[str, 
         StructureError: saying why the model cannot be edited.
     """
     path, blocks = _block_list(model, n_layers)
-    for index, block in enumerate(blocks):
-        _refuse_experts(f"{path}.{index}", block)
     records = _trace(model, blocks, d_model)
     return path, tuple(_block_structure(block, record) for block, record in zip(blocks, records, strict=True))
 
@@ -110,20 +136,11 @@ def _block_list(model: nn.Module, n_layers: int) -> tuple[str, list[nn.Module]]:
     return found[0]
 
 
-def _refuse_experts(path: str, block: nn.Module) -> None:
-    names = {name.rpartition(".")[2] for name, _ in block.named_modules()}
-    stacked = [p for p in block.parameters() if p.ndim == 3 and min(p.shape) > 1]
-    if names & {"experts", "router", "gate"} or stacked:
-        raise StructureError(
-            f"keeps its weights per expert or in stacks ({path}; mixture of experts), "
-            "so no single feed-forward weight sees every token"
-        )
-
-
 def _trace(model: nn.Module, blocks: list[nn.Module], d_model: int) -> list[_Record]:
     """One run over four positions on the meta device, and what was recorded in each block."""
     records = [_Record() for _ in blocks]
     handles = [h for block, record in zip(blocks, records, strict=True) for h in _watch(block, record, d_model)]
+    replaced = [m for block, record in zip(blocks, records, strict=True) for m in _replace_experts(block, record)]
     ids = torch.zeros(1, 4, dtype=torch.long, device="meta")
     try:
         with torch.enable_grad():
@@ -133,7 +150,16 @@ def _trace(model: nn.Module, blocks: list[nn.Module], d_model: int) -> list[_Rec
     finally:
         for handle in handles:
             handle.remove()
+        for module in replaced:
+            del module.__dict__["forward"]
     return records
+
+
+def _replace_experts(block: nn.Module, record: _Record) -> Iterable[nn.Module]:
+    for path, module in block.named_modules():
+        if shape_of(module) is not None:
+            module.forward = stand_in(module, record.slots.setdefault(path, []))
+            yield module
 
 
 def _watch(block: nn.Module, record: _Record, d_model: int) -> Iterable[Any]:
@@ -153,7 +179,9 @@ def _watch(block: nn.Module, record: _Record, d_model: int) -> Iterable[Any]:
     yield block.register_forward_pre_hook(enter, with_kwargs=True)
     yield block.register_forward_hook(leave)
     for path, module in block.named_modules():
-        if orientation_of(module) and _shape(module)[0] == d_model:
+        known = shape_of(module)
+        out = known.out if known else _shape(module)[0] if orientation_of(module) else None
+        if out == d_model:
             yield module.register_forward_hook(project(path))
         elif "norm" in type(module).__name__.lower():
             yield module.register_forward_hook(norm(path))
@@ -170,7 +198,7 @@ def _block_structure(block: nn.Module, record: _Record) -> BlockStructure:
     attention = [path for path in ways if "softmax" in mixing[path]]
     if not feed_forward:
         raise StructureError(_why_not_additive(record))
-    if len(feed_forward) != 1 or len(attention) != 1:
+    if len(attention) != 1 or (len(feed_forward) != 1 and not _are_experts(record, feed_forward)):
         raise StructureError(
             "has blocks other than one attention and one feed-forward network "
             f"(into the stream lead: {', '.join(path for path, _ in record.projections)})"
@@ -178,9 +206,19 @@ def _block_structure(block: nn.Module, record: _Record) -> BlockStructure:
     if multiplied:
         raise StructureError("multiplies the residual stream itself in each block")
     way = ways[feed_forward[0]]
+    if len({ways[path] for path in feed_forward}) != 1:
+        raise StructureError("multiplies its routed and its shared experts with different numbers")
     return BlockStructure(
-        _projection(block, attention[0]), _projection(block, feed_forward[0]), norm=way.norm, scale=way.scale
+        _projection(block, attention[0], record),
+        tuple(_projection(block, path, record) for path in feed_forward),
+        norm=way.norm,
+        scale=way.scale,
     )
+
+
+def _are_experts(record: _Record, paths: Sequence[str]) -> bool:
+    """Whether these are one routed and one shared expert's projections, in any order."""
+    return len(paths) == 2 and sum(path in record.slots for path in paths) == 1
 
 
 @dataclass(frozen=True)
@@ -268,8 +306,13 @@ def _why_not_additive(record: _Record) -> str:
     )
 
 
-def _projection(block: nn.Module, path: str) -> Projection:
+def _projection(block: nn.Module, path: str, record: _Record) -> Projection:
     module = block.get_submodule(path)
+    known = shape_of(module)
+    if known is not None:
+        orientation: Orientation | None = "in_out" if known.transposed else "out_in"
+        shape, active = (known.out, known.experts * known.inner), record.slots[path][0]
+        return Projection(path, shape, orientation, known.experts, active)  # type: ignore[arg-type]
     orientation = orientation_of(module)
     assert orientation is not None
     return Projection(path, _shape(module), orientation)

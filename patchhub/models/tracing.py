@@ -26,6 +26,7 @@ from patchhub.delta import Delta, LowRank, add, to_dense
 from patchhub.errors import UnsupportedModelError
 from patchhub.models.architectures import Architecture, behind_of
 from patchhub.models.behind import Behind
+from patchhub.models.experts import Routed, gated_keys, shape_of
 
 _SHAPES = ((64, 64, 64), (96, 384, 512), (33, 640, 129))  # rows, inner, columns of the products that are tried
 _KEPT_KERNELS = "128"
@@ -79,7 +80,7 @@ def _error(rows: int, inner: int, columns: int, generator: torch.Generator) -> f
 
 
 class SidePath:
-    """A forward hook of a linear module: what the sum of some deltas adds to its output.
+    """A forward hook of a linear module: what the sum of some deltas adds to its output. Of experts see `add_beside`.
 
     Input and output may be of any float type; the products and the sum are float32, and one cast gives the output's type. The
     factors follow the output to its device at the first call there.
@@ -100,12 +101,29 @@ class SidePath:
     def __call__(
         self, module: torch.nn.Module, args: tuple[Any, ...], output: Float[Tensor, "*batch out"]
     ) -> Float[Tensor, "*batch out"]:
-        change: Tensor = args[0].to(output.device, torch.float32)
+        keys = args[0]
         self._factors = [factor.to(output.device) for factor in self._factors]
-        for factor in self._factors:
+        first, *rest = self._factors
+        if isinstance(keys, Routed):
+            change = keys.times(first)
+        else:
+            change = torch.nn.functional.linear(keys.to(output.device, torch.float32), first)
+        for factor in rest:
             change = torch.nn.functional.linear(change, factor)
-        changed: Tensor = output.float() + change
+        changed: Tensor = output.float() + change.view(output.shape)
         return changed.to(output.dtype)
+
+
+def add_beside(module: nn.Module, deltas: Sequence[Delta]) -> RemovableHandle:
+    """Let a linear module, or the experts of a layer, also give what the sum of some deltas gives, from now on."""
+    path = SidePath(deltas)
+    if shape_of(module) is None:
+        return module.register_forward_hook(path)
+
+    def add_to_experts(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+        return path(module, (gated_keys(module, args, kwargs, None),), output)
+
+    return module.register_forward_hook(add_to_experts, with_kwargs=True)
 
 
 class _Ended(BaseModelOutputWithPast):
@@ -214,9 +232,12 @@ class Stack:
         self.architecture = architecture
         self.blocks: list[nn.Module] = list(model.get_submodule(architecture.blocks))
         self.decoder: Any = model.get_submodule(architecture.blocks.rpartition(".")[0])
-        self.ffn_out: list[nn.Module] = [block.get_submodule(architecture.ffn_out) for block in self.blocks]
+        self.ffn_out: list[nn.Module] = [
+            model.get_submodule(architecture.ffn_module(layer)) for layer in range(len(self.blocks))
+        ]
         self._behind: dict[int, Behind] = {}
         self._plain_head, self._any_token = True, torch.zeros(1, 1, dtype=torch.long, device=self.device)
+        self._tuple_parts: set[int] = set()  # blocks whose feed-forward part returns more than hidden states
         self._norm, self._tuple_output = self._probe()
 
     @property
@@ -310,19 +331,21 @@ class Stack:
         Yields a list that grows by the number of positions with each run that was shortened: there the module sees one row that begins
         with these positions.
         """
-        path, shortened = self.architecture.ffn_out.rpartition(".")[0], list[int]()
+        path, shortened = self.architecture.feed_forward[index].path.rpartition(".")[0], list[int]()
         if not path:
             yield shortened
             return
         module = self.blocks[index].get_submodule(path)
-        whole = module.forward
+        whole, tuples = module.forward, index in self._tuple_parts
 
         def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
             if args or kwargs or hidden.dim() != 3:
                 return whole(hidden, *args, **kwargs)
             shortened.append(len(row))
             zeros, at = torch.zeros_like(hidden), (row.to(hidden.device), column.to(hidden.device))
-            return zeros.index_put(at, _rounded(lambda some: whole(some[None])[0], hidden[at])) if len(row) else zeros
+            given = _rounded(lambda some: _first(whole(some[None]))[0], hidden[at]) if len(row) else hidden[at]
+            found = zeros.index_put(at, given)
+            return (found, None) if tuples else found
 
         with _replaced_forwards([module], forward):
             yield shortened
@@ -349,15 +372,18 @@ class Stack:
         return logits.view(*normed.shape[:-1], -1)
 
     @contextmanager
-    def watch_keys(self, layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
-        """While open, the latest input of the FFN output projection of each layer: (batch, time, in)."""
-        seen: dict[int, Tensor] = {}
+    def watch_keys(self, layers: Sequence[int]) -> Iterator[dict[int, Any]]:
+        """While open, the latest input of the FFN output projection of each layer: (batch, time, in), of experts as `Routed`."""
+        seen: dict[int, Any] = {}
 
         def keep(layer: int, rows: dict[int, torch.Size]) -> RemovableHandle:
-            def note(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-                seen[layer] = in_rows(args[0], rows[layer])
+            def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                if self.architecture.feed_forward[layer].experts:
+                    seen[layer] = gated_keys(module, args, kwargs, rows[layer])
+                else:
+                    seen[layer] = in_rows(args[0], rows[layer])
 
-            return self.ffn_out[layer].register_forward_pre_hook(note)
+            return self.ffn_out[layer].register_forward_pre_hook(note, with_kwargs=True)
 
         with self._watch(layers, keep):
             yield seen
@@ -392,6 +418,15 @@ class Stack:
         with _removed(handle for layer in layers for handle in (enter(layer), keep(layer, rows))):
             yield
 
+    def _note_tuples(self, layer: int) -> RemovableHandle:
+        path = self.architecture.feed_forward[layer].path.rpartition(".")[0]
+
+        def note(module: nn.Module, args: Any, output: Any) -> None:
+            if path and isinstance(output, tuple):
+                self._tuple_parts.add(layer)
+
+        return self.blocks[layer].get_submodule(path).register_forward_hook(note)
+
     @torch.no_grad()
     def _probe(self) -> tuple[nn.Module, bool]:
         """Find what runs after the blocks and how blocks return, and check that the pieces make the whole."""
@@ -401,6 +436,7 @@ class Stack:
         siblings = [m for m in self.decoder.children() if not isinstance(m, nn.ModuleList)]
         handles = [last.register_forward_hook(lambda m, a, out: tuples.append(isinstance(out, tuple)))]
         handles += [m.register_forward_hook(lambda m, a, out: after.append(m) if tuples else None) for m in siblings]
+        handles += [self._note_tuples(layer) for layer in range(len(self.blocks))]
         ids = torch.arange(1, 5, device=self.device)[None] % self.model.config.get_text_config().vocab_size
         try:
             whole = self.model(input_ids=ids, use_cache=False).logits

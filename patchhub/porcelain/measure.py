@@ -30,7 +30,6 @@ from patchhub.evaluation.live import check_contexts, live_scores
 from patchhub.evaluation.spoken import fault_of
 from patchhub.evaluation.suites import Scores
 from patchhub.fsio import write_atomically
-from patchhub.models.architectures import describe, read_config
 from patchhub.models.placement import Placement
 from patchhub.objects import Metric, Note, Request, Text, requests_json
 from patchhub.porcelain.commit import Committed, Writing, commit
@@ -53,7 +52,7 @@ from patchhub.worktree.measuring import (
     Questions,
 )
 from patchhub.worktree.metric import HELD
-from patchhub.worktree.opening import open_base
+from patchhub.worktree.opening import base_files
 from patchhub.worktree.recording import chosen_settings
 
 
@@ -535,7 +534,7 @@ def _share_cache(repository: Store, trial: Store) -> None:
 
 def _complete_metric(trial: Store, contenders: Sequence[Contender], progress: Progress) -> None:
     """Compute what the editors need of the metric beforehand, so that no one of them pays for it."""
-    architecture = describe(read_config(open_base(trial).folder))
+    architecture = base_files(trial).architecture
     layers = {
         layer
         for one in contenders

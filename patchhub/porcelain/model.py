@@ -14,20 +14,21 @@ import torch
 from torch import Tensor
 
 from patchhub.cache import Cache
-from patchhub.delta import Delta
+from patchhub.delta import Delta, is_zero, section
 from patchhub.errors import RepositoryError, SettingsError
 from patchhub.evaluation.metrics import score_targets
-from patchhub.models.architectures import Architecture, describe, read_config
+from patchhub.models.architectures import Architecture, Site, describe, read_config
 from patchhub.models.checkpoint import Checkpoint, open_checkpoint
 from patchhub.models.fingerprint import check_tensors, fingerprint
 from patchhub.models.patched_copy import write_patched
 from patchhub.models.placement import Placement
+from patchhub.models.structure import Orientation, Projection
 from patchhub.objects import Request
 from patchhub.progress import Progress, Silent, increments
 from patchhub.results import Result
 from patchhub.runtime.compose import compose, survival
 from patchhub.runtime.routing import Mode
-from patchhub.sets.columns import read_state
+from patchhub.sets.columns import read_state, stacked_orientations
 from patchhub.sets.shards import shards_at
 from patchhub.store.store import DIRECTORY, Store, refuse_store
 from patchhub.text.tokens import context_length, lacks_tokenizer, refuse_unknown, tokenise, too_long
@@ -77,12 +78,21 @@ class Answer(Result):
         return f"{self.revision}: {self.continuation.strip()!r} ({likely})"
 
 
-def init(folder: Path, base: str, progress: Progress, *, who: Who, revision: str | None = None) -> Initialised:
+def init(
+    folder: Path,
+    base: str,
+    progress: Progress,
+    *,
+    who: Who,
+    revision: str | None = None,
+    experts: Site | None = None,
+) -> Initialised:
     """Make a store for a base model; reads every byte of the base once.
 
     Args:
         folder: where ``.patchhub`` is made.
         base: a model folder or a Hub id.
+        experts: which experts facts are written into; None: the default where there are both.
 
     Raises:
         RepositoryError: there is a store already.
@@ -92,7 +102,7 @@ def init(folder: Path, base: str, progress: Progress, *, who: Who, revision: str
         raise RepositoryError(f"{folder / DIRECTORY} exists already", remedy="Use it, or choose another folder.")
     begun = perf_counter()
     checkpoint = open_checkpoint(base, revision)
-    architecture = describe(read_config(checkpoint.folder))
+    architecture = describe(read_config(checkpoint.folder), experts)
     total = sum(entry.size for entry in checkpoint.tensors.values())
     lacking = lacks_tokenizer(checkpoint.folder)
     if lacking is not None:
@@ -106,7 +116,8 @@ def init(folder: Path, base: str, progress: Progress, *, who: Who, revision: str
             "revision": checkpoint.revision,
             "model_type": architecture.model_type,
             "orientation": architecture.orientation,
-            "weights": _weights(checkpoint, architecture, progress),
+            "weights": _weights(checkpoint, architecture.chosen, progress),
+            **_experts(checkpoint, architecture, progress),
         }
         with Store.init(
             folder, identity.to_json(), base_info=info, settings={}, author=who.author, time=who.time
@@ -152,22 +163,31 @@ def apply(
     checkpoint = open_checked(repository, base)
     check_tensors(base_object(repository), checkpoint, list(state))
     orientation = repository.config.base["orientation"]
+    stacked = stacked_orientations(repository)
     kept: dict[str, float] = {}
 
-    def replacement(weight: str, deltas: Sequence[Delta]) -> Callable[[Tensor], Tensor]:
+    def replacement(weight: str, deltas: Sequence[Delta], orientation: Orientation) -> Callable[[Tensor], Tensor]:
         def composed(stored: Tensor) -> Tensor:
             result = compose(stored, deltas, orientation=orientation, dtype=stored.dtype)
-            kept[weight] = survival(stored, deltas, result, orientation=orientation)
+            found = survival(stored, deltas, result, orientation=orientation)
+            kept[weight] = min(kept.get(weight, 1.0), found)
             return result
 
         return composed
+
+    replaced: dict[str, Callable[[Tensor], Tensor]] = {}
+    for weight, deltas in state.items():
+        tensors = checkpoint.parts(weight)
+        for tensor, parts in zip(tensors, _of_each(deltas, len(tensors)), strict=True):
+            if len(tensors) == 1 or not all(map(is_zero, parts)):
+                replaced[tensor] = replacement(weight, parts, stacked.get(weight, orientation))
 
     shards = shards_at(repository, commit)
     progress.stage("writing", sum(entry.size for entry in checkpoint.tensors.values()))
     write_patched(
         checkpoint,
         out,
-        {weight: replacement(weight, deltas) for weight, deltas in state.items()},
+        replaced,
         overwrite=overwrite,
         link=link,
         extra=side_memory_files(repository, commit, shards, chosen_mode(repository, wise)),
@@ -181,6 +201,14 @@ def apply(
             )
     progress.close()
     return Applied(out, commit, kept, len(shards))
+
+
+def _of_each(deltas: Sequence[Delta], tensors: int) -> list[Sequence[Delta]]:
+    """The deltas of each of the tensors that hold a weight: all of them, or those of each expert."""
+    if tensors == 1:
+        return [deltas]
+    inner = deltas[0].shape[1] // tensors
+    return [[section(delta, slice(e * inner, (e + 1) * inner)) for delta in deltas] for e in range(tensors)]
 
 
 def ask(
@@ -257,16 +285,28 @@ def _answer(tree: Worktree, prompt: str, revision: str) -> Answer:
     )
 
 
-def _weights(checkpoint: Checkpoint, architecture: Architecture, progress: Progress) -> dict[str, dict[str, Any]]:
-    """Shape (out, in) and Frobenius norm of every weight that can be edited."""
-    progress.stage("measuring weights", architecture.n_layers)
+def _experts(checkpoint: Checkpoint, architecture: Architecture, progress: Progress) -> dict[str, Any]:
+    """What the config says of a mixture of experts besides: which of them are edited, and the weights of the others."""
+    if architecture.site is None:
+        return {}
+    other = {name: p for name, p in architecture.weights.items() if name not in architecture.chosen}
+    return {"experts": architecture.site, "beside": _weights(checkpoint, other, progress)}
+
+
+def _weights(
+    checkpoint: Checkpoint, projections: Mapping[str, Projection], progress: Progress
+) -> dict[str, dict[str, Any]]:
+    """Shape (out, in) and Frobenius norm of weights that can be edited; of experts how many they are and how each is stored."""
+    progress.stage("measuring weights", len(projections))
     found = {}
-    for layer in range(architecture.n_layers):
-        name = architecture.ffn_weight(layer)
-        norm = float(checkpoint.read(checkpoint.resolve_name(name)).float().norm())
+    for name, projection in projections.items():
+        norms = [float(checkpoint.read(part).float().norm()) for part in checkpoint.parts(name)]
+        norm = math.hypot(*norms) if len(norms) > 1 else norms[0]
         if not math.isfinite(norm):
             raise not_finite(checkpoint.name, name)
-        found[name] = {"norm": norm, "shape": list(architecture.shapes[layer])}
+        found[name] = {"norm": norm, "shape": list(projection.shape)}
+        if projection.experts:
+            found[name] |= {"experts": projection.experts, "orientation": projection.orientation}
         progress.advance(1)
     return found
 

@@ -23,7 +23,7 @@ from patchhub.objects import Element, Patch, Request
 from patchhub.porcelain.change import largest_proof
 from patchhub.progress import Progress
 from patchhub.results import Result
-from patchhub.sets.columns import read_additive, read_columns, write_columns
+from patchhub.sets.columns import read_additive, read_columns, stacked_weights, write_columns
 from patchhub.sets.commits import Draft, begin, prepare, store_patch
 from patchhub.sets.commits import record as record_commit
 from patchhub.sets.elements import active_requests, distinct, is_stale
@@ -260,7 +260,7 @@ def _store(repository: Store, group: _Group, metric: str, below: frozenset[Eleme
         method=group.method,
         requests=group.requests,
         settings={**group.settings, "refreshes": list(group.patches)},
-        tensors=write_columns(recording.columns, group.targets),
+        tensors=write_columns(recording.columns, group.targets, stacked_weights(repository)),
         weights={weight: found.shape for weight, found in recording.columns.items()},
         below=without_shards(repository, below),
         metric=metric,

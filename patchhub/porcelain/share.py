@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from patchhub.errors import PatchhubError, RemoteError, RepositoryError, SettingsError
+from patchhub.models.linear_weights import block_of
 from patchhub.porcelain.signing import admission, refuse_left_out, refuse_unapproved
 from patchhub.progress import Progress
 from patchhub.remotes import sync
@@ -373,6 +374,7 @@ def clone(
             fetched = _fetch(repository, remote, ORIGIN, progress, who=who, **options)
             _refuse_unsigned(remote, fetched)
             branch, commit = _check_out(repository, who=who)
+            _follow_experts(repository)
     except (PatchhubError, KeyboardInterrupt):
         shutil.rmtree(folder if created else folder / DIRECTORY, ignore_errors=True)
         raise
@@ -385,6 +387,24 @@ def _refuse_unsigned(remote: Remote, fetched: Fetched) -> None:
     if there:
         first = BRANCHES + "main" if BRANCHES + "main" in there else min(there)
         refuse_left_out(sync.local_name(first, ORIGIN), fetched.left_out)
+
+
+def _follow_experts(repository: Store) -> None:
+    """Write into those experts that the facts of the cloned history are in, where a base has two kinds."""
+    base = repository.config.base
+    beside: Mapping[str, Any] = base.get("beside", {})
+    patches = {patch for patch, _ in repository.active(repository.head[1])}
+    if not any(beside.keys() & repository.patch(patch).weights.keys() for patch in patches):
+        return
+    other = {block_of(name): name for name in beside}
+    weights = {other.get(block_of(name), name): facts for name, facts in base["weights"].items()}
+    swapped = {
+        **base,
+        "experts": "shared" if base["experts"] == "routed" else "routed",
+        "weights": {name: beside.get(name, facts) for name, facts in weights.items()},
+        "beside": {name: facts for name, facts in base["weights"].items() if name not in weights},
+    }
+    repository.change_config(lambda config: replace(config, base=swapped))
 
 
 def _check_out(repository: Store, *, who: Who) -> tuple[str | None, str | None]:

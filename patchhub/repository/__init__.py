@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Union
+from typing import TYPE_CHECKING, Any, Literal, Union
 
 from patchhub.progress import Progress
 from patchhub.repository.arguments import Amount, Mode, Place, check, in_bytes, listener, place_of, who_of
@@ -105,6 +105,7 @@ class Repository(WritingVerbs, LookingVerbs, ModelVerbs, RefVerbs):
         base: Place,
         *,
         revision: str | None = None,
+        experts: Literal["routed", "shared"] | None = None,
         author: str | None = None,
         time: str | None = None,
         progress: bool | Progress = True,
@@ -114,10 +115,12 @@ class Repository(WritingVerbs, LookingVerbs, ModelVerbs, RefVerbs):
         Args:
             base: a model folder or a Hub id.
             revision: branch, tag or commit of a model on the Hub.
+            experts: of a mixture of experts with a shared expert, which of them facts are written into; None: the routed ones.
 
         Raises:
             RepositoryError: there is one already.
             BaseError: the base cannot be read or cannot be edited.
+            SettingsError: it has no such experts.
         """
         check("folder", folder, Place)
         check("base", base, Place)
@@ -125,7 +128,7 @@ class Repository(WritingVerbs, LookingVerbs, ModelVerbs, RefVerbs):
         from patchhub.porcelain.model import init
 
         try:
-            made = init(Path(folder), os.fspath(base), heard, who=who, revision=revision)
+            made = init(Path(folder), os.fspath(base), heard, who=who, revision=revision, experts=experts)
         finally:
             heard.close()
         repository = cls(folder, progress=heard)

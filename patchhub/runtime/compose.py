@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from patchhub.cache import Cache, Kind, Slot
-from patchhub.delta import NEGLIGIBLE, Delta, Dense, LowRank
+from patchhub.delta import NEGLIGIBLE, Delta, Dense, LowRank, section
 from patchhub.fsio import CHUNK
 from patchhub.models.structure import Orientation
 
@@ -29,8 +29,8 @@ _PER_BACKEND: Final = hasattr(torch.backends.cuda.matmul, "fp32_precision")  # t
 
 @torch.no_grad()
 def compose(
-    w0: Float[Tensor, "rows columns"], deltas: Sequence[Delta], *, orientation: Orientation, dtype: torch.dtype
-) -> Float[Tensor, "rows columns"]:
+    w0: Float[Tensor, "*experts rows columns"], deltas: Sequence[Delta], *, orientation: Orientation, dtype: torch.dtype
+) -> Float[Tensor, "*experts rows columns"]:
     """cast(W0 + sum of deltas), on the device of W0; W0 stays as it is.
 
     The factors of all low-rank deltas are concatenated in the given order and enter by one product; the sum of the
@@ -39,27 +39,40 @@ def compose(
     few blocks of rows, and one float32 matrix if there are dense or sparse deltas.
 
     Args:
-        w0: the weight as the checkpoint stores it.
+        w0: the weight as the checkpoint stores it; of three dimensions, the experts of a stacked weight.
         deltas: in ascending order of blob id, which is the caller's duty.
-        orientation: ``in_out`` if ``w0`` is (in, out); deltas are (out, in).
+        orientation: ``in_out`` if ``w0``, or each expert, is (in, out); deltas are (out, in), of a stack (out, E in).
         dtype: of the result.
 
     Raises:
         ValueError: a delta has another shape than the weight.
     """
-    change = _change(w0, deltas, orientation)
     result = torch.empty(w0.shape, dtype=dtype, device=w0.device)
-    with _ieee_products():
-        for rows in _blocks(w0):
-            result[rows] = change.added_to(w0[rows].to(torch.float32, copy=True), rows)
+    for into, part, parts in zip(_experts(result), _experts(w0), sections(w0, deltas, orientation), strict=True):
+        change = _change(part, parts, orientation)
+        with _ieee_products():
+            for rows in _blocks(part):
+                into[rows] = change.added_to(part[rows].to(torch.float32, copy=True), rows)
     return result
+
+
+def sections(w0: Tensor, deltas: Sequence[Delta], orientation: Orientation) -> list[Sequence[Delta]]:
+    """The deltas of each expert of a stacked weight; of another weight all of them."""
+    if w0.ndim == 2:
+        return [deltas]
+    inner = w0.shape[-1 if orientation == "out_in" else -2]
+    return [[section(d, slice(e * inner, (e + 1) * inner)) for d in deltas] for e in range(len(w0))]
+
+
+def _experts(weight: Tensor) -> list[Tensor]:
+    return [weight] if weight.ndim == 2 else list(weight)
 
 
 @torch.no_grad()
 def survival(
-    w0: Float[Tensor, "rows columns"],
+    w0: Float[Tensor, "*experts rows columns"],
     deltas: Sequence[Delta],
-    composed: Float[Tensor, "rows columns"],
+    composed: Float[Tensor, "*experts rows columns"],
     *,
     orientation: Orientation,
 ) -> float:
@@ -68,14 +81,15 @@ def survival(
     1 where nothing is lost or next to nothing changes (`NEGLIGIBLE`), 0 where no entry moved. Arguments and memory as for `compose`;
     ``composed`` is its result.
     """
-    change = _change(w0, deltas, orientation)
     lost = wanted = size = 0.0
-    with _ieee_products():
-        for rows in _blocks(w0):
-            block = change.added_to(torch.zeros(w0[rows].shape, dtype=torch.float32, device=w0.device), rows)
-            wanted += _square(block)
-            size += _square(w0[rows].to(torch.float32))
-            lost += _square(composed[rows].to(torch.float32, copy=True).sub_(w0[rows]).sub_(block))
+    for part, made, parts in zip(_experts(w0), _experts(composed), sections(w0, deltas, orientation), strict=True):
+        change = _change(part, parts, orientation)
+        with _ieee_products():
+            for rows in _blocks(part):
+                block = change.added_to(torch.zeros(part[rows].shape, dtype=torch.float32, device=w0.device), rows)
+                wanted += _square(block)
+                size += _square(part[rows].to(torch.float32))
+                lost += _square(made[rows].to(torch.float32, copy=True).sub_(part[rows]).sub_(block))
     return 1.0 if wanted <= NEGLIGIBLE**2 * size else 1.0 - (lost / wanted) ** 0.5
 
 

@@ -22,7 +22,7 @@ from patchhub.models.checkpoint import Checkpoint
 from patchhub.models.fingerprint import check_tensors, not_the_base
 from patchhub.models.placement import is_quantised
 from patchhub.models.structure import Orientation
-from patchhub.models.tracing import SidePath
+from patchhub.models.tracing import add_beside
 from patchhub.objects import Base
 from patchhub.runtime.compose import ReadyWeights, compose
 from patchhub.runtime.routing import Mode, SideMemory, route, unroute
@@ -35,7 +35,7 @@ def run_beside(model: nn.Module, weights: Mapping[str, Sequence[Delta]]) -> tupl
         BaseError: the model has no such module; nothing was attached then.
     """
     modules = {name: _module(model, name) for name in weights}
-    return tuple(modules[name].register_forward_hook(SidePath(deltas)) for name, deltas in weights.items() if deltas)
+    return tuple(add_beside(modules[name], deltas) for name, deltas in weights.items() if deltas)
 
 
 def take_off(handles: Iterable[RemovableHandle]) -> None:
@@ -46,7 +46,7 @@ def take_off(handles: Iterable[RemovableHandle]) -> None:
 
 def _module(model: nn.Module, weight: str) -> nn.Module:
     try:
-        return model.get_submodule(weight.removesuffix(".weight"))
+        return model.get_submodule(weight.rpartition(".")[0])
     except AttributeError as error:
         raise not_the_base("the model in memory", missing=[weight]) from error
 
@@ -93,11 +93,12 @@ class PatchState:
 
     Attributes:
         base: the base that the deltas belong to.
-        orientation: how the base stores the patched weights.
+        orientation: how the base stores the patched weights, apart from those of `stored`.
         weights: parameter name -> the deltas whose sum is its change, in ascending order of blob id.
         commit: the commit's id, as a label; None for a state that is no commit.
         routing: the side memories beside those weights.
         proof: whether the deltas are known to be those of the commit's facts; None for the base, which has none.
+        stored: how each expert of stacked weights is stored, by parameter name.
     """
 
     base: Base
@@ -106,6 +107,7 @@ class PatchState:
     commit: str | None = None
     routing: Routing = UNROUTED
     proof: Proof | None = None
+    stored: Mapping[str, Orientation] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -315,7 +317,7 @@ def _change(
     tensors = dict(_composed(model, checkpoint, state, originals, progress))
     for name in patched - state.weights.keys():
         parameter = _parameter(model, name)
-        stored = before.originals[name] if name in before.originals else _stored(checkpoint, name)
+        stored = before.originals[name] if name in before.originals else checkpoint.read_parameter(name)
         tensors[name] = stored.to(parameter.device, parameter.dtype)
     _put(model, tensors, before.state.routing, state.routing)
     kept = {name: tensor for name, tensor in originals.items() if name in state.weights}
@@ -378,20 +380,17 @@ def _composed(
     for done, (name, deltas) in enumerate(state.weights.items(), start=1):
         parameter = _parameter(model, name)
         w0 = originals.get(name)
-        if w0 is None or w0.dtype != checkpoint.dtype(checkpoint.resolve_name(name)):
-            w0 = _stored(checkpoint, name)
+        if w0 is None or w0.dtype != checkpoint.dtype(checkpoint.parts(name)[0]):
+            w0 = checkpoint.read_parameter(name)
         w0 = w0.to(parameter.device)
-        yield name, compose(w0, deltas, orientation=state.orientation, dtype=parameter.dtype)
+        orientation = state.stored.get(name, state.orientation)
+        yield name, compose(w0, deltas, orientation=orientation, dtype=parameter.dtype)
         progress(done, len(state.weights))
-
-
-def _stored(checkpoint: Checkpoint, name: str) -> Tensor:
-    return checkpoint.read(checkpoint.resolve_name(name))
 
 
 def _is_base(checkpoint: Checkpoint, name: str, tensor: Tensor) -> bool:
     """Whether a tensor in memory is the checkpoint's, cast to its type, bit for bit."""
-    expected = _stored(checkpoint, name).to(tensor.device, tensor.dtype)
+    expected = checkpoint.read_parameter(name).to(tensor.device, tensor.dtype)
     return expected.shape == tensor.shape and torch.equal(_bits(expected), _bits(tensor))
 
 

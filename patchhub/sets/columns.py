@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated
+from types import MappingProxyType
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -55,12 +56,30 @@ def _refused(patch: Patch, reason: str) -> CorruptStoreError:
 
 
 _PARTS = ("k", "u", "r", "lambda")
+_EXPERTS = "experts"
 
 
 def weight_shapes(repository: Store) -> dict[str, tuple[int, int]]:
     """(out, in) of every weight of the base that facts are written into."""
     weights: Mapping[str, Mapping[str, Sequence[int]]] = repository.config.base["weights"]
     return {name: (facts["shape"][0], facts["shape"][1]) for name, facts in weights.items()}
+
+
+def stacked_orientations(repository: Store) -> dict[str, Literal["out_in", "in_out"]]:
+    """How each expert of the base's stacked weights is stored; other weights are missing."""
+    return {name: facts["orientation"] for name, facts in _known(repository).items() if "experts" in facts}
+
+
+def stacked_weights(repository: Store) -> dict[str, int]:
+    """How many experts each stacked weight of the base is made of; other weights are missing."""
+    return {name: int(facts["experts"]) for name, facts in _known(repository).items() if "experts" in facts}
+
+
+def _known(repository: Store) -> Mapping[str, Mapping[str, Any]]:
+    """What the config says of the weights that facts are written into, and of those of other experts beside them."""
+    base = repository.config.base
+    known: Mapping[str, Mapping[str, Any]] = {**base["weights"], **base.get("beside", {})}
+    return known
 
 
 def linear_shapes(repository: Store) -> Shapes:
@@ -73,7 +92,7 @@ class _LinearShapes(Mapping[str, tuple[int, int]]):
 
     def __init__(self, repository: Store) -> None:
         self._repository = repository
-        self._edited = weight_shapes(repository)
+        self._edited = {name: (facts["shape"][0], facts["shape"][1]) for name, facts in _known(repository).items()}
 
     @cached_property
     def _all(self) -> Shapes:
@@ -106,13 +125,47 @@ def read_blobs(repository: Store, blobs: Iterable[str]) -> dict[str, list[Delta]
     return state
 
 
-def write_columns(columns: Mapping[str, Columns], targets: np.ndarray) -> bytes:
-    """The tensors of a closed-form patch: columns per weight and z (n, d)."""
+def write_columns(
+    columns: Mapping[str, Columns], targets: np.ndarray, experts: Mapping[str, int] = MappingProxyType({})
+) -> bytes:
+    """The tensors of a closed-form patch: columns per weight and z (n, d).
+
+    Args:
+        experts: E of the weights that are stacked, of whose keys and preimages only the blocks that are not zero are kept.
+    """
     tensors = {"z": np.ascontiguousarray(targets, np.float32)}
     for weight, found in columns.items():
-        arrays = (found.keys, found.preimages, found.residuals, found.ridge)
+        arrays = [found.keys, found.preimages, found.residuals, found.ridge]
+        if weight in experts:
+            blocks = (
+                found.keys.reshape(len(found), experts[weight], -1),
+                found.preimages.reshape(len(found), experts[weight], -1),
+            )
+            row, expert = np.nonzero((blocks[0] != 0).any(-1) | (blocks[1] != 0).any(-1))
+            tensors[f"{weight}.{_EXPERTS}"] = np.stack([row, expert], axis=1).astype(np.int32)
+            arrays[:2] = [block[row, expert] for block in blocks]
         tensors |= {f"{weight}.{part}": np.ascontiguousarray(a) for part, a in zip(_PARTS, arrays, strict=True)}
     return save(tensors)
+
+
+def _unpacked(tensors: dict[str, np.ndarray], weight: str, n: int, inner: int) -> None:
+    """Put the keys and preimages of a stacked weight, of which only some blocks are stored, at their places, if they can be such."""
+    at = tensors.pop(f"{weight}.{_EXPERTS}", None)
+    if at is None:
+        return
+    parts = [tensors.get(f"{weight}.{part}") for part in _PARTS[:2]]
+    if at.ndim != 2 or at.shape[1] != 2 or at.dtype != np.int32:
+        return
+    for name, part in zip(_PARTS, parts, strict=False):
+        if part is None or part.ndim != 2 or len(part) != len(at) or not part.shape[1] or inner % part.shape[1]:
+            return
+        count = inner // part.shape[1]
+        places = at[:, 0].astype(np.int64) * count + at[:, 1]
+        if len(at) and (at.min() < 0 or at[:, 0].max() >= n or at[:, 1].max() >= count or (np.diff(places) <= 0).any()):
+            return
+        whole = np.zeros((n, count, part.shape[1]), part.dtype)
+        whole[at[:, 0], at[:, 1]] = part
+        tensors[f"{weight}.{name}"] = whole.reshape(n, inner)
 
 
 def read_additive(repository: Store, elements: Iterable[Element]) -> dict[str, list[Delta]]:
@@ -171,8 +224,8 @@ def read_rows(
             continue
         place = {request: row for row, request in enumerate(patch.requests)}
         with safe_open(file_of(patch.tensors), "np") as tensors:
-            names = frozenset(tensors.keys())
-            arrays = [tensors.get_tensor(name) if (name := f"{weight}.{part}") in names else None for part in _PARTS]
+            wanted = {*tensors.keys()} & {f"{weight}.{part}" for part in (*_PARTS, _EXPERTS)}
+            arrays = {name: tensors.get_tensor(name) for name in wanted}
         taken = _sound_columns(identity, patch, weight, arrays).take([place[request] for request in requests])
         parts.append(replace(taken, labels=tuple((identity, one) for one in requests)))
     return join(parts)
@@ -255,15 +308,14 @@ def _patch_columns(repository: Store, identity: str, patch: Patch) -> dict[str, 
         tensors = load(repository.objects.get(patch.tensors))
     except SafetensorError as error:
         raise _damaged(identity, f"its tensors cannot be read ({error})") from error
-    return {
-        weight: _sound_columns(identity, patch, weight, [tensors.get(f"{weight}.{part}") for part in _PARTS])
-        for weight in patch.weights
-    }
+    return {weight: _sound_columns(identity, patch, weight, tensors) for weight in patch.weights}
 
 
-def _sound_columns(identity: str, patch: Patch, weight: str, arrays: Sequence[np.ndarray | None]) -> Columns:
+def _sound_columns(identity: str, patch: Patch, weight: str, tensors: dict[str, np.ndarray]) -> Columns:
     """Columns of the shapes that a patch states, from its tensors."""
     n, (out, inner) = len(patch.requests), patch.weights[weight]
+    _unpacked(tensors, weight, n, inner)
+    arrays = [tensors.get(f"{weight}.{part}") for part in _PARTS]
     expected = [(n, inner), (n, inner), (n, out), (n,)]
     valid = [a for a, shape in zip(arrays, expected, strict=True) if a is not None and _is_column(a, shape)]
     if len(valid) != len(_PARTS):
@@ -365,6 +417,8 @@ def _check_columns(patch: Patch, file: Path) -> None:
         tensors = load_file(file)
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CorruptStoreError(f"its columns are no readable safetensors file ({error})", remedy=_REMEDY) from error
+    for weight, (_, inner) in patch.weights.items():
+        _unpacked(tensors, weight, n, inner)
     targets = tensors.pop("z", None)
     found = {name: array.shape for name, array in tensors.items()}
     if found != shapes or targets is None or targets.ndim != 2 or len(targets) != n:

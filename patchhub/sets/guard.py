@@ -21,7 +21,7 @@ from patchhub.evaluation.guard import Finding, Limits, Measured, Report, Share, 
 from patchhub.interference import misfit
 from patchhub.models.checkpoint import FLOATS, Checkpoint, open_checkpoint, widened
 from patchhub.objects import Commit, Element
-from patchhub.sets.columns import Shapes, linear_shapes, read_blobs, read_columns, read_state
+from patchhub.sets.columns import Shapes, linear_shapes, read_blobs, read_columns, read_state, stacked_orientations
 from patchhub.sets.elements import Place, active_requests
 from patchhub.store import states
 from patchhub.store.store import Store
@@ -81,15 +81,21 @@ class BaseWeight:
 def open_weight(checkpoint: Checkpoint, parameter: str, orientation: str) -> BaseWeight | None:
     """A weight of the base by its parameter name; None where it is of a type that is not read here.
 
+    Of experts, which are mapped from one tensor or one each, it is the stacked weight, copied; ``orientation`` is each expert's.
+
     Raises:
         BaseError: the checkpoint has no such weight.
     """
-    entry = checkpoint.entry(checkpoint.resolve_name(parameter))
-    kind = _TYPES.get(entry.dtype)
-    if kind is None:
+    entries = [checkpoint.entry(part) for part in checkpoint.parts(parameter)]
+    kind = _TYPES.get(entries[0].dtype)
+    if kind is None or any(entry.dtype != entries[0].dtype for entry in entries):
         return None
-    raw = np.memmap(entry.file, FLOATS[entry.dtype], "r", entry.begin, entry.shape)
-    return BaseWeight(raw, kind, orientation == "in_out")
+    raw = [np.memmap(entry.file, FLOATS[entry.dtype], "r", entry.begin, entry.shape) for entry in entries]
+    if len(raw) == 1 and raw[0].ndim == 2:
+        return BaseWeight(raw[0], kind, orientation == "in_out")
+    experts = raw[0] if len(raw) == 1 else raw
+    stacked = np.concatenate([expert.T if orientation == "in_out" else expert for expert in experts], axis=1)
+    return BaseWeight(stacked, kind, False)
 
 
 def local_base(repository: Store) -> Checkpoint | None:
@@ -129,13 +135,18 @@ def _kept(
     if checkpoint is not None:
         found: dict[str, float] = {}
         for weight in missing:
-            opened = open_weight(checkpoint, weight, repository.config.base["orientation"])
+            opened = open_weight(checkpoint, weight, _orientation(repository, weight))
             if opened is not None:
                 found[weight] = compute(opened)
         if found:
             slot.keep([json.dumps(found, sort_keys=True).encode()])
         known |= found
     return {weight: known[weight] for weight in weights if weight in known}
+
+
+def _orientation(repository: Store, weight: str) -> str:
+    orientation: str = stacked_orientations(repository).get(weight, repository.config.base["orientation"])
+    return orientation
 
 
 def _norm(weight: BaseWeight) -> float:
@@ -342,7 +353,7 @@ def _spectrum(repository: Store, found: Prepared) -> dict[str, dict[str, float]]
 def _survival(repository: Store, found: Prepared, checkpoint: Checkpoint) -> dict[str, float]:
     kept = {}
     for weight, deltas in sorted(found.after.items()):
-        opened = open_weight(checkpoint, weight, repository.config.base["orientation"])
+        opened = open_weight(checkpoint, weight, _orientation(repository, weight))
         if opened is not None:
             kept[weight] = survival(opened, deltas)
     return kept

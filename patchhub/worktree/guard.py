@@ -15,6 +15,7 @@ from typing import Final
 import torch
 import transformers
 from safetensors.torch import load, save
+from torch import Tensor
 
 from patchhub.cache import Kind
 from patchhub.editing.locate import encode_prompts, encode_targets
@@ -36,7 +37,9 @@ from patchhub.evaluation.guard import Drifted, Measured, Report, Share, Spoken, 
 from patchhub.evaluation.live import continue_within, room_after
 from patchhub.evaluation.metrics import score_targets
 from patchhub.evaluation.spoken import Sibling, closed, fault_of, leaks, said, siblings_of, spread
+from patchhub.models.experts import staying, watch_routes
 from patchhub.models.placement import is_quantised
+from patchhub.models.tracing import right_padded
 from patchhub.objects import SLOT, Metric, Request, Text
 from patchhub.progress import Progress
 from patchhub.runtime.patched_model import PatchState, switch
@@ -148,12 +151,14 @@ def from_model(
             budget, positions=known.positions
         )  # so that what was measured of the parent need not be measured again
     text = _read_base(repository, tree, budget)
+    routes = _routes(tree, text)
     drifted_before = 0.0 if parent is None else known.kl if known and known.positions == text.positions else None
     if drifted_before is None:
         _put(tree, before)
         drifted_before = drift(tree.model, text).kl
     _put(tree, after)
     drifted = _finite(drift(tree.model, text))
+    routing = Share(*staying(routes, _routes(tree, text))) if routes else None
     own = _holding(tree, requests)
     read = earlier[: budget.earlier]
     failing = [request for request, holds in zip(read, _holding(tree, read), strict=True) if not holds]
@@ -174,6 +179,7 @@ def from_model(
         active=len(earlier),
         drift=Drifted(drifted_before, drifted.kl, drifted.perplexity_ratio, drifted.positions, guessing),
         first_token=_at_first_token(tree, requests),
+        routing=routing,
     )
 
 
@@ -328,6 +334,20 @@ def _read_base(repository: Store, tree: Worktree, budget: Budget) -> TextReading
     perplexity = torch.tensor(whole.perplexity, dtype=torch.float64)
     slot.keep([save({"states": torch.cat(whole.parts).cpu().contiguous(), "perplexity": perplexity})])
     return part_of(whole, ahead, budget.positions)
+
+
+@torch.no_grad()
+def _routes(tree: Worktree, text: TextReading) -> list[Tensor]:
+    """The experts of every held token at each layer that has some; nothing of a model without experts."""
+    if tree.architecture.site is None:
+        return []
+    found: list[Tensor] = []
+    for batch in text.batches:
+        ids, mask, positions = right_padded(batch, tree.stack.device)
+        with watch_routes(tree.model) as seen:
+            tree.stack.decoder(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False)
+        found += [experts[mask.flatten().bool().cpu()] for experts in seen]
+    return found
 
 
 def _finite(found: Drift) -> Drift:

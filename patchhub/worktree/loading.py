@@ -85,7 +85,7 @@ def load_applied(folder: Path, mode: Mode | None, **from_pretrained: Any) -> Pre
         raise _damaged(place / MANIFEST, str(error)) from error
     patches = {identity: Patch.from_json(_verified(place, identity)) for identity in manifest.shards}
     architecture = describe(read_config(folder))
-    shapes = {architecture.ffn_weight(layer): architecture.shapes[layer] for layer in range(architecture.n_layers)}
+    shapes = {weight: projection.shape for weight, projection in architecture.weights.items()}
     chosen = checked_mode(mode or manifest.mode)
     routing = read_routing(patches, lambda identity: _verified(place, identity), shapes, chosen)
     model = read_model(folder, **from_pretrained)
@@ -151,7 +151,7 @@ def open_published(
         raise SettingsError(f"hf://{repo} does not say where its base is", remedy="Give the base model: base=...")
     checkpoint = open_checkpoint(place, manifest.base_revision if base is None else None)
     architecture = describe(read_config(checkpoint.folder))
-    shapes = {architecture.ffn_weight(layer): architecture.shapes[layer] for layer in range(architecture.n_layers)}
+    shapes = {weight: projection.shape for weight, projection in architecture.weights.items()}
     try:
         about = Base.from_json(snapshot.read(manifest.base))
         blobs = stored_states.state(snapshot.commit, snapshot.read_commit, {})
@@ -169,7 +169,8 @@ def open_published(
     if verify:
         check_tensors(about, checkpoint, None)
     proof: Proof = "checked" if prove else "claimed"
-    return checkpoint, PatchState(about, architecture.orientation, weights, snapshot.commit, routing, proof)
+    stored = {weight: p.orientation for weight, p in architecture.weights.items() if p.experts}
+    return checkpoint, PatchState(about, architecture.orientation, weights, snapshot.commit, routing, proof, stored)
 
 
 def _prove_published(snapshot: HubSnapshot, state: Mapping[str, list[Delta]], weights: Shapes, linear: Shapes) -> None:

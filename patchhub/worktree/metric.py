@@ -20,6 +20,7 @@ from patchhub.models.tracing import Stack
 from patchhub.objects import Metric, Text
 from patchhub.progress import Progress
 from patchhub.runtime.patched_model import unpatched
+from patchhub.sets.columns import stacked_weights
 from patchhub.sets.settings import metric_settings
 from patchhub.store.config import Recording
 from patchhub.store.store import Store
@@ -112,7 +113,7 @@ def sampled_documents(
     """Documents that the base writes, as the repository's settings say, and the metric's `source`."""
     settings = repository.config.settings
     seed = int(settings.get("metric.seed", 0))
-    width = max(inner for _, inner in stack.architecture.shapes)
+    width = max(p.shape[1] // max(1, p.experts) for p in stack.architecture.feed_forward)
     total = int(settings.get("metric.tokens", _SAMPLED_TOKENS_PER_INPUT * width))
     progress.stage("text from the base", total)
     documents = sample_documents(stack, tokenizer, total, length=_SAMPLED_LENGTH, seed=seed, progress=progress.advance)
@@ -270,7 +271,7 @@ def pin(repository: Store, metric: Metric, contexts: tuple[str, ...]) -> None:
 
 def metric_cache(repository: Store, metric: Metric) -> MetricCache:
     """What the repository's cache holds of a metric."""
-    return MetricCache(repository.cache, metric.id, preimages_by(metric))
+    return MetricCache(repository.cache, metric.id, preimages_by(metric), stacked_weights(repository))
 
 
 def preimages_by(metric: Metric) -> Preimages:
@@ -320,8 +321,10 @@ def _complete(
         return
     texts = documents or kept_documents(repository, metric, [weights[layer] for layer in missing])
     measured = measured_part(texts, metric)
-    width = max(stack.architecture.shapes[layer][1] for layer in missing)
-    groups = layer_groups(missing, width, memory)
+    projections = [stack.architecture.feed_forward[layer] for layer in missing]
+    experts = max(1, *(p.experts for p in projections))
+    width = max(p.shape[1] // max(1, p.experts) for p in projections)
+    groups = layer_groups(missing, width, memory, experts=experts)
     progress.stage("second moments", len(groups) * sum(map(len, measured)))
     for group in groups:
         with unpatched(stack.model):

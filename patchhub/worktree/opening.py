@@ -84,7 +84,7 @@ def open_base(repository: Store, path: str | Path | None = None, *, verify: bool
 def base_files(repository: Store, path: str | Path | None = None) -> BaseFiles:
     """The repository's base model and its architecture, before anything of it is checked or loaded."""
     checkpoint = open_base(repository, path)
-    return BaseFiles(checkpoint, describe(read_config(checkpoint.folder)))
+    return BaseFiles(checkpoint, describe(read_config(checkpoint.folder), repository.config.base.get("experts")))
 
 
 def check_base(repository: Store, checkpoint: Checkpoint, weights: Sequence[str] = ()) -> None:

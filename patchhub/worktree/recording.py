@@ -25,7 +25,14 @@ from patchhub.evaluation.live import continue_greedily, first_clause, reads_righ
 from patchhub.models.architectures import Architecture, additive_probe
 from patchhub.objects import SLOT, Metric, Request, set_digest
 from patchhub.progress import Progress
-from patchhub.sets.columns import read_additive, read_columns, read_state, solve_change, write_columns
+from patchhub.sets.columns import (
+    read_additive,
+    read_columns,
+    read_state,
+    solve_change,
+    stacked_weights,
+    write_columns,
+)
 from patchhub.sets.commits import Written, store_patch
 from patchhub.sets.elements import Plan
 from patchhub.sets.rivals import Rival, competition, refuse, suspects, warnings
@@ -140,7 +147,9 @@ def write_closed_form(
             **_written_again(plan),
             **({"keeps": [keep.id for keep in keeps]} if keeps else {}),
         },
-        tensors=write_columns(columns, np.concatenate([edit.values.targets.numpy(), unmoved])),
+        tensors=write_columns(
+            columns, np.concatenate([edit.values.targets.numpy(), unmoved]), stacked_weights(repository)
+        ),
         weights={weight: found.shape for weight, found in columns.items()},
         below=without_shards(repository, plan.kept),
         metric=recorder.metric,

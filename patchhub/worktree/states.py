@@ -12,7 +12,7 @@ from patchhub.errors import BaseError, CorruptStoreError, SettingsError
 from patchhub.objects import Base, Patch
 from patchhub.runtime.patched_model import UNROUTED, PatchState, Routing
 from patchhub.runtime.routing import Mode, SideMemory
-from patchhub.sets.columns import Shapes, read_shard_change, read_state, weight_shapes
+from patchhub.sets.columns import Shapes, read_shard_change, read_state, stacked_orientations, weight_shapes
 from patchhub.sets.shards import ShardRecord, shard_record, shards_at
 from patchhub.store.store import Store
 
@@ -70,6 +70,7 @@ def patch_state(
     return PatchState(
         base=base_object(repository),
         orientation=repository.config.base["orientation"],
+        stored=stacked_orientations(repository),
         weights=deltas,
         commit=commit,
         routing=routing,

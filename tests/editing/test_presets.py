@@ -7,12 +7,14 @@ import pytest
 from patchhub.editing.presets import PRESETS, PUBLISHED, Preset, Shape, preset, shape_of
 from patchhub.errors import SettingsError
 from patchhub.models.architectures import Architecture
+from patchhub.models.structure import Projection
 from tests.tiny_models import tiny_stack
 
 
 def architecture(shape: Shape) -> Architecture:
-    shapes = ((shape.d_model, shape.inner),) * shape.n_layers
-    return Architecture(shape.model_type, shape.n_layers, shape.d_model, "h", "mlp", "attn", "out_in", shapes)
+    projections = (Projection("mlp", (shape.d_model, shape.inner), "out_in"),) * shape.n_layers
+    attention = ("attn",) * shape.n_layers
+    return Architecture(shape.model_type, shape.n_layers, shape.d_model, "h", projections, attention, "out_in")
 
 
 @pytest.mark.parametrize("row", PRESETS, ids=lambda row: f"{row.method} {row.model}")

@@ -3,7 +3,7 @@
 Beside the next-token loss, pairs of prompts exchange the hidden state at their subject's last token after an edited block, and
 must then answer for the other's subject (interchange intervention training, Geiger et al. 2022, arXiv 2112.00826). So a fact is
 recalled through that state, as it is in large models and as a tiny one would not learn by itself. Where a norm comes behind the
-feed-forward part, they also exchange what that puts into the stream.
+feed-forward part, or that is a mixture of experts, they also exchange what that puts into the stream.
 """
 
 from __future__ import annotations
@@ -60,6 +60,31 @@ SIZES: dict[str, dict[str, Any]] = {
     },
     "gemma3_text": {**_GROUPED, "head_dim": WIDTH // HEADS, "query_pre_attn_scalar": WIDTH // HEADS},
     "olmo2": _GROUPED,
+    "mixtral": {**_GROUPED, "intermediate_size": INNER // 2, "num_local_experts": 8, "num_experts_per_tok": 2},
+    "qwen3_moe": {
+        **_GROUPED,
+        "head_dim": WIDTH // HEADS,
+        "moe_intermediate_size": INNER // 4,
+        "num_experts": 16,
+        "num_experts_per_tok": 4,
+        "norm_topk_prob": True,
+    },
+    "deepseek_v3": {
+        **_GROUPED,
+        "num_key_value_heads": HEADS,
+        "moe_intermediate_size": INNER // 4,
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 2,
+        "n_shared_experts": 2,
+        "first_k_dense_replace": 1,
+        "n_group": 1,
+        "topk_group": 1,
+        "q_lora_rank": WIDTH // 2,
+        "kv_lora_rank": WIDTH // 2,
+        "qk_nope_head_dim": WIDTH // HEADS,
+        "qk_rope_head_dim": WIDTH // HEADS // 2,
+        "v_head_dim": WIDTH // HEADS,
+    },
 }
 
 _GIVEN = ("Alda", "Boro", "Cilia", "Dago", "Esma", "Fenno", "Gita", "Haro")
@@ -130,12 +155,16 @@ def taught_model(family: str, tokenizer: PreTrainedTokenizerFast, *, seed: int =
 def _teach(model: Any, facts: Sequence[Known], tokenizer: Any, draw: random.Random) -> None:
     architecture = describe(model.config)
     paths = [architecture.block(layer) for layer in default_layers(architecture)]
-    paths += [] if architecture.norm is None else [f"{path}.{architecture.norm}" for path in paths]
+    steps = STEPS
+    if architecture.norm is not None:
+        paths += [f"{path}.{architecture.norm}" for path in paths]
+    elif architecture.site is not None:  # each expert sees a part of the text
+        paths, steps = [*paths, *(f"{path}.mlp" for path in paths)], STEPS * 3 // 2
     edited = [model.get_submodule(path) for path in paths]
     optimiser = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.98), weight_decay=0.02)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, RATE, total_steps=STEPS, pct_start=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, RATE, total_steps=steps, pct_start=0.1)
     model.train()
-    for _ in range(STEPS):
+    for _ in range(steps):
         ids = _rows(facts, tokenizer, draw)
         loss = cross_entropy(model(ids[:, :-1], use_cache=False).logits.flatten(0, 1), ids[:, 1:].flatten())
         loss = loss + _exchange_loss(model, draw.choice(edited), facts, tokenizer, draw)

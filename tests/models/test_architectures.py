@@ -31,12 +31,15 @@ def test_described_names_shapes_and_orientation_are_the_models_and_the_probe_agr
     for layer in range(3):
         name = architecture.ffn_weight(layer)
         stored = tuple(model.get_parameter(name).shape)
-        out, inner = architecture.shapes[layer]
-        assert stored == ((out, inner) if architecture.orientation == "out_in" else (inner, out))
+        projection = architecture.feed_forward[layer]
+        out, inner = projection.shape
+        one = (out, inner // max(1, projection.experts))
+        one = one if projection.orientation == "out_in" else one[::-1]
+        assert stored == ((projection.experts, *one) if projection.experts else one)
         assert out == 32
         assert inner > 32
         assert architecture.layer_of(name) == layer
-        attention = model.get_submodule(f"{architecture.block(layer)}.{architecture.attn_out}")
+        attention = model.get_submodule(architecture.attn_module(layer))
         assert 32 in attention.weight.shape
         additive_probe(model, architecture, layer)
     assert (architecture.orientation == "in_out") == (family == "gpt2")
@@ -86,7 +89,7 @@ def test_an_unknown_family_is_found_by_its_structure(family: str) -> None:
     config = make_config(family, settings if family == "xglm" else SUPPORTED["llama"])
     architecture = describe(config)
     model = random_model(config)
-    assert isinstance(model.get_submodule(f"{architecture.block(2)}.{architecture.ffn_out}"), nn.Linear)
+    assert isinstance(model.get_submodule(architecture.ffn_module(2)), nn.Linear)
     assert architecture.shapes == ((32, 80),) * 3
     for layer in range(3):
         additive_probe(model, architecture, layer)

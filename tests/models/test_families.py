@@ -56,9 +56,12 @@ def test_an_edit_of_every_family(family: str, method: str, tmp_path: Path) -> No
     stack = Stack(model, describe(model.config))
     editor = EDITORS[method]
     names = [stack.architecture.ffn_weight(layer) for layer in LAYERS]
-    metric = MetricCache(Cache(tmp_path / "metric"), "0" * 64)
-    for layer, name in zip(LAYERS, names, strict=True):
-        metric.store(name, torch.eye(stack.architecture.shapes[layer][1], dtype=torch.float64))
+    projections = dict(zip(names, (stack.architecture.feed_forward[layer] for layer in LAYERS), strict=True))
+    stacks = {name: projection.experts for name, projection in projections.items() if projection.experts}
+    metric = MetricCache(Cache(tmp_path / "metric"), "0" * 64, stacks=stacks)
+    for name, projection in projections.items():
+        one = torch.eye(projection.shape[1] // max(1, projection.experts), dtype=torch.float64)
+        metric.store(name, one.expand(projection.experts, -1, -1) if projection.experts else one)
 
     way = editor.way(stack.architecture)
     site = way.site(stack, LAYERS)
@@ -76,7 +79,8 @@ def test_an_edit_of_every_family(family: str, method: str, tmp_path: Path) -> No
         assert np.linalg.norm(change - missing.T / RIDGE @ columns.preimages) < 1e-3 * np.linalg.norm(change)
 
     checkpoint = open_checkpoint(tmp_path / "base")
-    state = PatchState(fingerprint(checkpoint), stack.architecture.orientation, deltas)
+    stored = {name: projection.orientation for name, projection in projections.items() if projection.experts}
+    state = PatchState(fingerprint(checkpoint), stack.architecture.orientation, deltas, stored=stored)
     said = []
     with torch.no_grad():
         before = model(TOKENS).logits

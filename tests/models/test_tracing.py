@@ -219,9 +219,9 @@ def test_keys_are_the_inputs_of_the_ffn_projection(family):
     assert seen.keys() == {0, 2}
     for layer, keys in seen.items():
         expected: list[Tensor] = []
-        handle = stack.model.get_submodule(
-            f"{stack.architecture.block(layer)}.{stack.architecture.ffn_out}"
-        ).register_forward_hook(lambda _m, args, _o, into=expected: into.append(args[0]))
+        handle = stack.model.get_submodule(stack.architecture.ffn_module(layer)).register_forward_hook(
+            lambda _m, args, _o, into=expected: into.append(args[0])
+        )
         for row in rows:
             whole(stack.model, row)
         handle.remove()

@@ -40,7 +40,21 @@ _BLOOM = {
     "eos_token_id": 0,
     "pad_token_id": 0,
 }
-_EXPERTS = {"num_local_experts": 2, "num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16}
+_EXPERTS = {**_LLAMA, "num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+_DEEPSEEK = {
+    **{key: value for key, value in _EXPERTS.items() if key != "head_dim"},
+    "num_key_value_heads": 4,
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 8,
+}
 
 SUPPORTED: dict[str, dict[str, Any]] = {
     "gpt2": _GPT,
@@ -93,12 +107,19 @@ SUPPORTED: dict[str, dict[str, Any]] = {
     "qwen3": _LLAMA,
     "smollm3": _NO_HEAD_DIM,
     "stablelm": _NO_HEAD_DIM,
+    "deepseek_v2": {**_DEEPSEEK, "topk_method": "greedy"},
+    "deepseek_v3": _DEEPSEEK,
+    "glm4_moe": {**_DEEPSEEK, "head_dim": 8},
+    "gpt_oss": {**_EXPERTS, "layer_types": ["full_attention"] * 3},
+    "granitemoe": {**_EXPERTS, "residual_multiplier": 0.2},
+    "llama4_text": _EXPERTS,
+    "mixtral": _EXPERTS,
+    "olmoe": _EXPERTS,
+    "qwen2_moe": {**_EXPERTS, "shared_expert_intermediate_size": 40},
+    "qwen3_moe": _EXPERTS,
 }
 
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
-    ("mixtral", {**_LLAMA, **_EXPERTS}, "mixture of experts"),
-    ("qwen3_moe", {**_LLAMA, **_EXPERTS}, "mixture of experts"),
-    ("gpt_oss", {**_LLAMA, **_EXPERTS, "layer_types": ["full_attention"] * 3}, "mixture of experts"),
     ("gemma4_text", _LLAMA, "no feed-forward projection"),
     ("opt", {**SUPPORTED["opt"], "do_layer_norm_before": False}, "final_layer_norm"),
     ("bart", {}, "encoder-decoder"),

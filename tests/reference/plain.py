@@ -135,7 +135,7 @@ def block(model: Any, places: Places, layer: int) -> nn.Module:
 
 
 def projection(model: Any, places: Places, layer: int) -> nn.Module:
-    module: nn.Module = block(model, places, layer).get_submodule(places.ffn_out)
+    module: nn.Module = model.get_submodule(places.ffn_module(layer))
     return module
 
 

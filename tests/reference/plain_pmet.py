@@ -21,7 +21,6 @@ from tests.reference.plain import (
     Value,
     ValueSettings,
     Written,
-    block,
     fact_rows,
     logits,
     objective_parts,
@@ -61,7 +60,7 @@ def find_values(
     width, dtype = model.get_input_embeddings().weight.shape[1], next(model.parameters()).dtype
     deltas = [torch.zeros(width, dtype=dtype, requires_grad=True) for _ in range(2)]
     optimiser = torch.optim.Adam(deltas, lr=settings.learning_rate)
-    modules = (projection(model, places, layer), block(model, places, layer).get_submodule(places.attn_out))
+    modules = (projection(model, places, layer), model.get_submodule(places.attn_module(layer)))
     hidden: dict[int, Tensor] = {}
     unedited, steps, nll_factor = None, 0, settings.nll_factor
     model.requires_grad_(False)

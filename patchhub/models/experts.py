@@ -1,0 +1,217 @@
+"""Experts: a mixture of experts as one linear map on a stacked, gated key.
+
+A token's output is sum_e w_e W_e k_e over the experts e that it is routed to, k_e the input of the expert's output projection
+and w_e its gate. That is W K with W = [W_1 ... W_E] of shape (out, E in) and K = (w_1 k_1, ..., w_E k_E), zero where the token is
+not routed (decision 8).
+
+transformers keeps the experts of a layer in one module, called with hidden states (tokens, d), the experts of each token
+(tokens, slots) and their gates. Keys are computed here once more from these; `check_experts` compares what follows from them with
+what the module gives."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+OUTPUT: Final = "down_proj"
+"""The parameter of an experts' module that is the output projections of all of them, (E, out, in) or (E, in, out)."""
+
+_INPUTS: Final = ("gate_up_proj", "up_proj")
+_ARGUMENTS: Final = 4  # self, hidden states, experts of each token, their gates
+_TOKENS, _SLOTS = 6, 2  # of the check
+_UNITS: Final = 64  # in the last place, that sums in another order may differ by
+
+
+@dataclass(frozen=True)
+class ExpertsShape:
+    """Of one experts' module: how many there are, (out, in) of each output projection, and whether they are stored (in, out)."""
+
+    experts: int
+    out: int
+    inner: int
+    transposed: bool
+
+
+def shape_of(module: nn.Module) -> ExpertsShape | None:
+    """The shape of an experts' module whose keys can be computed here; None of any other module."""
+    weights = dict(module.named_parameters(recurse=False))
+    output, entry = weights.get(OUTPUT), next((weights[name] for name in _INPUTS if name in weights), None)
+    if output is None or entry is None or output.ndim != 3 or entry.ndim != 3:
+        return None
+    if len(inspect.signature(type(module).forward).parameters) != _ARGUMENTS:
+        return None
+    transposed = bool(getattr(module, "is_transposed", False))
+    experts, one, other = output.shape
+    return ExpertsShape(experts, other, one, True) if transposed else ExpertsShape(experts, one, other, False)
+
+
+@dataclass(frozen=True, eq=False)
+class Routed:
+    """Gated keys of tokens, and the experts that they are of.
+
+    Indexed by (row, column) as a tensor (batch, time, E in) would be, it gives those rows of it, in float32.
+
+    Attributes:
+        count: E.
+        experts: of each slot; no expert occurs twice in a row.
+        keys: gate times key.
+        shape: (batch, time) of the tokens.
+    """
+
+    count: int
+    experts: Int[Tensor, "tokens slots"]
+    keys: Float[Tensor, "tokens slots in"]
+    shape: tuple[int, ...]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the keys are."""
+        return self.keys.device
+
+    def __getitem__(self, item: Any) -> Float[Tensor, "*some stacked"]:
+        places = torch.arange(len(self.keys), device=self.device).view(self.shape)[item]
+        rows = places.flatten()
+        width = self.keys.shape[-1]
+        where = self.experts[rows][..., None].expand(-1, -1, width)
+        stacked = torch.zeros(len(rows), self.count, width, device=self.device)
+        return stacked.scatter(1, where, self.keys[rows].float()).view(*places.shape, -1)
+
+    def times(self, matrix: Float[Tensor, "rows stacked"]) -> Float[Tensor, "*batch rows"]:
+        """``matrix`` K of each token, in float32, by the slices of the experts that are used."""
+        slices = matrix.view(len(matrix), self.count, -1)
+        keys = self.keys.float().flatten(0, 1)
+        given = by_expert(
+            self.experts, self.count, len(matrix), keys, lambda e, some, pairs: linear(some, slices[:, e])
+        )
+        return given.view(*self.experts.shape, -1).sum(1).view(*self.shape, -1)
+
+    def add_moments(
+        self, sums: Float[Tensor, "experts in in"], counts: Int[Tensor, " experts"], real: Bool[Tensor, "batch time"]
+    ) -> None:
+        """Add k k^T of the real tokens' gated keys to the sum of each expert, and how many there were to its count."""
+        kept = real.flatten().to(self.device)
+        experts, keys = self.experts[kept].flatten(), self.keys[kept].float().flatten(0, 1)
+        for expert in torch.unique(experts).tolist():
+            own = keys[experts == expert]
+            sums[expert].addmm_(own.T, own)
+            counts[expert] += len(own)
+
+
+def by_expert(
+    experts: Int[Tensor, "tokens slots"],
+    count: int,
+    width: int,
+    states: Float[Tensor, "pairs inner"],
+    function: Callable[[int, Tensor, Tensor], Tensor],
+) -> Float[Tensor, "pairs width"]:
+    """``function`` of each expert on the states of its (token, slot) pairs, given which pairs these are; 0 where a slot is of no expert."""
+    flat = experts.flatten()
+    found, places = [], []
+    for expert in torch.unique(flat).tolist():
+        if expert < count:
+            pairs = (flat == expert).nonzero()[:, 0]
+            found.append(function(expert, states[pairs], pairs))
+            places.append(pairs)
+    zeros = states.new_zeros(len(flat), width)
+    return zeros.index_copy(0, torch.cat(places), torch.cat(found).to(zeros.dtype)) if found else zeros
+
+
+def gated_keys(module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], shape: tuple[int, ...] | None) -> Routed:
+    """The keys of one call of an experts' module, times their gates.
+
+    Args:
+        shape: (batch, time) of the tokens where they are all of a batch; else they are taken for one row.
+    """
+    hidden, experts, gates = (*args, *kwargs.values())[:3]
+    known, slots = shape_of(module), experts.shape[1]
+    assert known is not None
+    gated = "gate_up_proj" in module._parameters
+    name = "gate_up_proj" if gated else "up_proj"
+    weights, bias = module._parameters[name], module._parameters.get(f"{name}_bias")
+
+    def key(expert: int, states: Tensor, pairs: Tensor) -> Tensor:
+        weight = weights[expert].T if known.transposed else weights[expert]
+        entered = linear(states, weight, None if bias is None else bias[expert])
+        found: Tensor = module._apply_gate(entered) if gated else module.act_fn(entered)
+        return found
+
+    repeated = hidden.repeat_interleave(slots, dim=0)
+    keys = by_expert(experts, known.experts, known.inner, repeated, key).view(*experts.shape, -1)
+    keys = keys * gates[..., None].to(keys.dtype)
+    whole = shape if shape is not None and torch.Size(shape).numel() == len(hidden) else (1, len(hidden))
+    return Routed(known.experts, experts.clamp(max=known.experts - 1), keys, tuple(whole))
+
+
+@torch.no_grad()
+def check_experts(module: Any) -> bool:
+    """Whether an experts' module gives what its gated keys and output projections say, on random numbers."""
+    known = shape_of(module)
+    if known is None or not callable(getattr(module, "_apply_gate", getattr(module, "act_fn", None))):
+        return False
+    weight = module._parameters[OUTPUT]
+    generator = torch.Generator().manual_seed(0)
+    slots = min(_SLOTS, known.experts)
+    hidden = torch.randn(_TOKENS, known.out, generator=generator)
+    experts = torch.rand(_TOKENS, known.experts, generator=generator).topk(slots).indices
+    gates = torch.rand(_TOKENS, slots, generator=generator) + 0.25
+    args = hidden.to(weight), experts.to(weight.device), gates.to(weight)
+    given = module(*args).double()
+    routed = gated_keys(module, args, {}, None)
+    stacked = weight.mT if known.transposed else weight  # (E, out, in)
+    expected = routed.times(stacked.float().transpose(0, 1).flatten(1))[0].double()
+    bias = module._parameters.get(f"{OUTPUT}_bias")
+    if bias is not None:
+        expected = expected + (bias[args[1]].double() * args[2][..., None].double()).sum(1)
+    return bool((given - expected).norm() <= _UNITS * torch.finfo(weight.dtype).eps * expected.norm())
+
+
+def stand_in(module: nn.Module, slots: list[int]) -> Callable[..., Tensor]:
+    """A forward without numbers for a module on the meta device, where which tokens an expert gets is not known.
+
+    Its output is computed from the hidden states alone by one product. It notes how many experts a token has.
+    """
+    known = shape_of(module)
+    assert known is not None
+
+    def forward(hidden: Tensor, experts: Tensor, gates: Tensor) -> Tensor:
+        slots.append(experts.shape[1])
+        return hidden @ torch.zeros(hidden.shape[-1], known.out, device=hidden.device)
+
+    return forward
+
+
+@contextmanager
+def watch_routes(model: nn.Module) -> Iterator[list[Int[Tensor, "tokens slots"]]]:
+    """While open, the experts of the tokens of each call of an experts' module, call by call."""
+    seen: list[Tensor] = []
+
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.append((*args, *kwargs.values())[1].detach().cpu())
+
+    handles = [
+        module.register_forward_pre_hook(note, with_kwargs=True)
+        for module in model.modules()
+        if shape_of(module) is not None
+    ]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def staying(
+    before: Sequence[Int[Tensor, "tokens slots"]], after: Sequence[Int[Tensor, "tokens slots"]]
+) -> tuple[int, int]:
+    """Of the experts of all tokens at all layers, how many are the tokens' still, and how many there were."""
+    pairs = zip(before, after, strict=True)
+    kept = sum(int((then[:, :, None] == now[:, None, :]).any(-1).sum()) for then, now in pairs)
+    return kept, sum(then.numel() for then in before)

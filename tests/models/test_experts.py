@@ -1,0 +1,264 @@
+"""Experts as one stacked weight: keys, second moments, columns, checkpoints, and a whole history on random mixtures."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.numpy import load
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
+
+import patchhub
+from patchhub.constraints import Columns, solve
+from patchhub.delta import section, to_dense
+from patchhub.editing.metric import drawn_to_mean, second_moments
+from patchhub.errors import SettingsError, UnsupportedModelError
+from patchhub.models.architectures import additive_probe, describe
+from patchhub.models.checkpoint import open_checkpoint
+from patchhub.models.experts import Routed, check_experts, shape_of
+from patchhub.models.tracing import Stack
+from patchhub.repository import Repository
+from patchhub.sets.columns import read_columns, write_columns
+from patchhub.store.store import Store
+from tests.models.tiny_configs import SUPPORTED, make_config, random_model, tiny_config
+from tests.tiny_models import BOS, EOS, VOCABULARY, tiny_tokenizer
+
+MIXTURES = ("mixtral", "qwen3_moe", "gpt_oss", "granitemoe", "deepseek_v3", "qwen2_moe")
+PLACES = {"vocab_size": VOCABULARY, "bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": EOS}
+PLACES |= {"max_position_embeddings": 96}
+
+
+def stack_of(family: str) -> Stack:
+    model = random_model(tiny_config(family)).eval()
+    return Stack(model, describe(model.config))
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_gated_keys_and_the_stacked_weight_give_what_the_experts_give(family: str) -> None:
+    stack, layer = stack_of(family), 1
+    projection, module = stack.architecture.feed_forward[layer], stack.ffn_out[layer]
+    assert projection.experts == 4
+    assert projection.active == 2
+    ids = torch.arange(1, 9).view(2, 4)
+    with torch.no_grad(), stack.watch_keys([layer]) as keys, stack.watch_values([layer]) as values:
+        stack.model(input_ids=ids, use_cache=False)
+    seen = keys[layer]
+    assert isinstance(seen, Routed)
+    weight = dict(module.named_parameters())["down_proj"].detach()
+    weight = weight.mT if projection.orientation == "in_out" else weight
+    stacked = torch.cat(list(weight), dim=1)
+    assert stacked.shape == projection.shape
+    bias = dict(module.named_parameters()).get("down_proj_bias")
+    dense = seen[torch.arange(2)[:, None], torch.arange(4)]
+    assert int((dense.view(2, 4, 4, -1) != 0).any(-1).sum()) == 2 * 4 * 2
+    expected = dense @ stacked.T
+    torch.testing.assert_close(seen.times(stacked), expected)
+    if bias is None or not bias.any():
+        torch.testing.assert_close(values[layer], expected)
+
+
+class LouderExperts(Qwen3MoeExperts):
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        found: Tensor = super().forward(hidden_states, top_k_index, top_k_weights)
+        return 0.9 * found
+
+
+def test_experts_that_compute_something_else_are_refused_by_name() -> None:
+    model = random_model(tiny_config("qwen3_moe"))
+    architecture = describe(model.config)
+    experts = model.model.layers[1].mlp.experts
+    assert check_experts(experts)
+    experts.__class__ = LouderExperts
+    assert not check_experts(experts)
+    with pytest.raises(UnsupportedModelError, match="LouderExperts"):
+        additive_probe(model, architecture, 1)
+
+
+def test_of_other_modules_there_is_no_shape() -> None:
+    assert shape_of(torch.nn.Linear(3, 4)) is None
+    llama4 = random_model(tiny_config("llama4_text"))
+    assert shape_of(llama4.model.layers[0].feed_forward.experts) is None
+
+
+@pytest.mark.parametrize(
+    ("family", "site"), [("deepseek_v3", "routed"), ("deepseek_v3", "shared"), ("glm4_moe", "shared")]
+)
+def test_the_site_says_which_experts_are_edited(family: str, site: Any) -> None:
+    model = random_model(tiny_config(family)).eval()
+    found = describe(model.config, site)
+    assert found.site == site
+    assert found.feed_forward[0].path == "mlp.down_proj"  # the first layer is dense
+    assert bool(found.feed_forward[1].experts) == (site == "routed")
+    assert describe(model.config, "shared" if site == "routed" else "routed").feed_forward[1] == found.beside[1]
+    additive_probe(model, found, 1)
+    Stack(model, found)
+
+
+@pytest.mark.parametrize(
+    ("family", "site"), [("mixtral", "shared"), ("llama4_text", "routed"), ("qwen2_moe", "shared")]
+)
+def test_a_site_that_is_not_there_is_refused(family: str, site: Any) -> None:
+    with pytest.raises(SettingsError, match=f"no {site} experts"):
+        describe(tiny_config(family), site)
+
+
+def test_second_moments_are_those_of_the_dense_stack_drawn_to_the_mean() -> None:
+    stack, documents = stack_of("qwen3_moe"), [[3, 7, 20, 9], [40, 41, 5]]
+    (found,) = second_moments(stack, [1], documents).values()
+    keys = []
+    for document in documents:
+        with torch.no_grad(), stack.watch_keys([1]) as seen:
+            stack.model(input_ids=torch.tensor([document]), use_cache=False)
+        keys.append(seen[1][0, :])
+    rows = torch.cat(keys).view(7, 4, -1).double()
+    moments = torch.einsum("tei,tej->eij", rows, rows) / 7
+    uses = (rows != 0).any(-1).sum(0)
+    assert int(uses.sum()) == 14
+    torch.testing.assert_close(found.double(), drawn_to_mean(moments, uses), rtol=1e-5, atol=1e-9)
+    never = drawn_to_mean(moments, torch.zeros(4, dtype=torch.long))
+    torch.testing.assert_close(never, moments.mean(0).expand(4, -1, -1))
+
+
+def sparse_columns(n: int, experts: int, inner: int, out: int) -> Columns:
+    """Each row is of three experts."""
+    draw = np.random.default_rng(0)
+    keys = np.zeros((n, experts, inner), np.float32)
+    preimages = np.zeros_like(keys)
+    basis = draw.standard_normal((experts, inner, inner)) / np.sqrt(inner)
+    for row in range(n):
+        for expert in draw.choice(experts, 3, replace=False):
+            keys[row, expert] = draw.standard_normal(inner)
+            preimages[row, expert] = basis[expert] @ basis[expert].T @ keys[row, expert]
+    residuals = draw.standard_normal((n, out)).astype(np.float32)
+    return Columns(keys.reshape(n, -1), preimages.reshape(n, -1), residuals, np.full(n, 0.5, np.float32))
+
+
+def test_one_system_for_all_experts_is_the_dense_solution_on_the_stack() -> None:
+    """M = L + sum_e K_e U_e^T and D_e = R^T M^-1 U_e of the blocks alone, against the stack's stationary point and `solve`."""
+    n, experts, inner, out = 12, 16, 6, 5
+    columns = sparse_columns(n, experts, inner, out)
+    blocks = [slice(e * inner, (e + 1) * inner) for e in range(experts)]
+    keys, preimages = columns.keys.astype(float), columns.preimages.astype(float)
+    gram = np.diag(columns.ridge.astype(float))
+    for block in blocks:
+        routed = keys[:, block].any(1)
+        gram[np.ix_(routed, routed)] += keys[routed, block] @ preimages[routed, block].T
+    shares = np.linalg.solve(gram.T, columns.residuals.astype(float))
+    found = solve(columns)
+    weights = np.diag(1 / columns.ridge)
+    dense = np.linalg.solve(
+        (np.eye(experts * inner) + keys.T @ weights @ preimages).T,
+        (columns.residuals.T @ weights @ preimages).T,
+    ).T
+    for block in blocks:
+        one = shares.T @ preimages[:, block]
+        assert np.linalg.norm(to_dense(section(found, block)) - one) <= 1e-6 * np.linalg.norm(dense)
+    assert np.linalg.norm(to_dense(found) - dense) <= 1e-6 * np.linalg.norm(dense)
+
+
+def test_columns_are_stored_by_their_blocks_and_read_back_bit_for_bit() -> None:
+    columns = sparse_columns(5, 8, 6, 4)
+    stored = load(write_columns({"w": columns}, np.zeros((5, 4), np.float32), {"w": 8}))
+    assert stored["w.experts"].dtype == np.int32
+    assert stored["w.k"].shape == (15, 6) == stored["w.u"].shape
+    assert len(stored["w.experts"]) == 15
+    whole = np.zeros((5, 8, 6), np.float32)
+    whole[stored["w.experts"][:, 0], stored["w.experts"][:, 1]] = stored["w.k"]
+    assert np.array_equal(whole.reshape(5, -1), columns.keys)
+
+
+def test_the_bytes_of_stacked_columns_are_pinned() -> None:
+    keys = np.zeros((2, 6), np.float32)
+    keys[0, 2:4], keys[1, :2], keys[1, 4:] = (1, 2), (3, 4), (0, 5)
+    columns = Columns(keys, 2 * keys, np.ones((2, 3), np.float32), np.full(2, 0.5, np.float32))
+    data = write_columns({"w": columns}, np.zeros((2, 3), np.float32), {"w": 3})
+    stored = load(data)
+    assert stored["w.experts"].tolist() == [[0, 1], [1, 0], [1, 2]]
+    assert stored["w.k"].tolist() == [[1, 2], [3, 4], [0, 5]]
+    assert hashlib.sha256(data).hexdigest() == "4c4b637110e60223a5c72336ffe9db7b8cea5d8a59601938c315848482e6d948"
+
+
+def tensors_of(folder: Path) -> dict[str, str]:
+    """SHA-256 of every tensor's bytes, with its type and shape."""
+    checkpoint = open_checkpoint(folder)
+    return {
+        name: hashlib.sha256(checkpoint.read(name).reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
+        + f" {entry.dtype} {entry.shape}"
+        for name, entry in checkpoint.tensors.items()
+    }
+
+
+def fact(subject: str, target: str) -> dict[str, Any]:
+    return {"prompt": "The mother tongue of {} is", "subject": subject, "target_new": target}
+
+
+def made(folder: Path, family: str, **options: Any) -> Repository:
+    model = random_model(make_config(family, {**SUPPORTED[family], **PLACES}))
+    model.save_pretrained(folder / "base")
+    tiny_tokenizer().save_pretrained(folder / "base")
+    text = folder / "text.json"
+    text.write_text(json.dumps(["The Space Needle is located in Seattle, in the United States."] * 12))
+    repository = Repository.init(folder, folder / "base", progress=False, author="Ada <ada@example.org>", **options)
+    for key, value in {"layers": "1", "steps": "2", "repairs": "0"}.items():
+        repository.config(f"memit.{key}", value)
+    return repository
+
+
+def said(model: Any) -> Tensor:
+    with torch.no_grad():
+        logits: Tensor = model(torch.tensor([[3, 7, 20, 9, 11, 60]])).logits
+    return logits
+
+
+@pytest.mark.filterwarnings("ignore:none of these facts")
+@pytest.mark.parametrize(
+    ("family", "experts"),
+    [
+        ("mixtral", None),
+        pytest.param("gpt_oss", None, marks=pytest.mark.slow),
+        pytest.param("deepseek_v3", "shared", marks=pytest.mark.slow),
+    ],
+)
+def test_a_history_on_a_mixture_of_experts(family: str, experts: str | None, tmp_path: Path) -> None:
+    """Merge gives the joint solution, squash and revert keep their promises, and the applied checkpoint is the base's in all else."""
+    base = tmp_path / "base"
+    options: Mapping[str, Any] = {"experts": experts} if experts else {}
+    with made(tmp_path, family, **options) as repository:
+        commit: Mapping[str, Any] = {"force": True, "text": [tmp_path / "text.json"]}
+        repository.commit([fact("Ada", "Dutch")], message="one", **commit)
+        repository.branch("side")
+        repository.commit([fact("Bob", "Greek")], message="two", **commit)
+        repository.switch("side")
+        repository.commit([fact("Eve", "Welsh")], message="three", **commit)
+        merged = repository.merge("main", force=True)
+        assert merged.proof < 1e-5
+        state = said(patchhub.load(tmp_path))
+        repository.apply("HEAD", out=tmp_path / "out")
+        repository.squash(2, force=True)
+        assert float((said(patchhub.load(tmp_path)) - state).norm()) < 1e-4 * float(state.norm())
+        repository.revert(subject=["Ada", "Bob", "Eve"], force=True)
+    plain = said(AutoModelForCausalLM.from_pretrained(tmp_path / "out"))
+    assert torch.equal(plain, state)
+    before = said(AutoModelForCausalLM.from_pretrained(base))
+    assert torch.equal(said(patchhub.load(tmp_path)), before)
+    assert not torch.equal(plain, before)
+    ours, theirs = tensors_of(base), tensors_of(tmp_path / "out")
+    changed = {name for name in ours if ours[name] != theirs[name]}
+    assert ours.keys() == theirs.keys()
+    place = "shared_experts" if experts == "shared" else "experts"
+    assert changed
+    assert all(f".1.{'block_sparse_moe' if family == 'mixtral' else 'mlp'}.{place}." in name for name in changed)
+    with Store.open(tmp_path) as store:
+        for weight, columns in read_columns(store, store.active(store.resolve("HEAD~2"))).items():
+            assert columns.shape == tuple(store.config.base["weights"][weight]["shape"])
+    with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"}
