@@ -44,9 +44,7 @@ def squash(repo: Path | None, as_json: bool, **options: Any) -> None:
         return
     branch, _ = repository.store.head
     say(f"[{branch or 'detached'} {done.commit[:12]}] {repository.store.commit(done.commit).message.splitlines()[0]}")
-    say(
-        f"{count(len(done.replaced), 'commit')} became one; {count(done.active, 'active fact')}; proof {done.proof:.1e}"
-    )
+    say(f"{count(len(done.replaced), 'commit')} became one; {count(done.active, 'active fact')}")
 
 
 @click.command()

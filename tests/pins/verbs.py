@@ -124,6 +124,13 @@ STEPS = (
     "gc",
     "fsck",
     "fsck --reindex",
+    "show Australia",
+    "show v1:Australia",
+    "branch -m side aside",
+    "op log -n 3",
+    "log --all --oneline -n 2",
+    "remote add origin {folder}/remote",
+    "remote rename origin elsewhere",
 )
 CODES = {"merge side -m 'the side comes in'": 4}
 """Exit codes other than 0."""
