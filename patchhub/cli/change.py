@@ -94,12 +94,13 @@ all_option = click.option(
 @json_option
 @reports_errors
 def commit(repo: Path | None, as_json: bool, **options: Any) -> None:
-    """Write the facts in FILE (JSONL, JSON or CSV; `-` is standard input) into the model.
+    """Write the facts in FILE into the model: JSONL, JSON, CSV, TSV, YAML, Parquet; `-` is standard input.
 
     \b
       {"prompt": "The capital of {} is", "subject": "France", "target_new": "Lyon"}
 
-    CounterFact, EasyEdit and zsRE records are read too. The first commit also computes the metric: from text that is
+    Records of CounterFact, zsRE, EasyEdit, KnowEdit, MQuAKE, RippleEdits and others are read too (docs/data.md), and FILE may be
+    hf://datasets/user/name[/FILE]. The first commit also computes the metric: from text that is
     sampled from the base, or from --text.
 
     With --method wise the facts go into a side memory beside the model, and queries are routed to it.

@@ -104,7 +104,9 @@ class FactsFile(click.ParamType[Any]):
     name = "file"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        return sys.stdin.buffer if value == "-" else Path(value)
+        if value == "-":
+            return sys.stdin.buffer
+        return value if str(value).startswith("hf://") else Path(value)
 
 
 def memory_option(purpose: str) -> Callable[[Command], Command]:
@@ -125,7 +127,9 @@ limit_option = click.option(
 seed_option = click.option(
     "--seed", type=click.IntRange(min=0), help="Of the sample, of sampled text and of the intervals."
 )
-format_option = click.option("--format", type=click.Choice(["jsonl", "json", "csv"]), help="How to read FILE.")
+format_option = click.option(
+    "--format", type=click.Choice(["jsonl", "json", "csv", "tsv", "yaml", "parquet"]), help="How to read FILE."
+)
 text_option = click.option(
     "--text", multiple=True, type=click.Path(path_type=Path), help="Text for the metric (first commit only)."
 )
