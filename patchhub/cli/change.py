@@ -9,6 +9,8 @@ import click
 
 from patchhub.cli.options import (
     FactsFile,
+    Revision,
+    Subject,
     chat_option,
     check_option,
     force_option,
@@ -63,10 +65,11 @@ all_option = click.option(
 
 @click.command()
 @click.argument("facts", required=False, metavar="[FILE]", type=FactsFile())
-@click.option("-m", "--message", required=True, help="Why.")
+@click.option("-m", "--message", default="", help="Why; needed, unless --amend keeps what the last commit says.")
+@click.option("--amend", is_flag=True, help="Put the facts into the last commit; without facts, change its message.")
 @click.option("--method", help="The editor: memit (default), pmet or wise.")
 @click.option("--prompt", help='One fact from the command line: "The mother tongue of {} is".')
-@click.option("--subject", help="Its subject.")
+@click.option("--subject", type=Subject(), help="Its subject.")
 @click.option("--target", help="What the model shall say.")
 @format_option
 @text_option
@@ -96,12 +99,13 @@ all_option = click.option(
 @json_option
 @reports_errors
 def commit(repo: Path | None, as_json: bool, **options: Any) -> None:
-    """Write the facts in FILE (JSONL, JSON or CSV; `-` is standard input) into the model.
+    """Write the facts in FILE into the model: JSONL, JSON, CSV, TSV, YAML, Parquet; `-` is standard input.
 
     \b
       {"prompt": "The capital of {} is", "subject": "France", "target_new": "Lyon"}
 
-    CounterFact, EasyEdit and zsRE records are read too. The first commit also computes the metric: from text that is
+    Records of CounterFact, zsRE, EasyEdit, KnowEdit, MQuAKE, RippleEdits and others are read too (docs/data.md), and FILE may be
+    hf://datasets/user/name[/FILE]. The first commit also computes the metric: from text that is
     sampled from the base, or from --text.
 
     With --method wise the facts go into a side memory beside the model, and queries are routed to it.
@@ -122,10 +126,11 @@ def report_committed(repository: Repository, done: Committed, as_json: bool) -> 
     list_facts("=", done.kept, "cyan")
     if done.again:
         talk(f"{count(len(done.again), 'active fact')} of the same subjects written again with these")
-    say(
-        f"{count(len(done.written), 'fact')} written in {done.seconds:.1f} s; "
-        f"{done.held} of them {'is' if done.held == 1 else 'are'} now the model's answer"
-    )
+    if done.patches:
+        say(
+            f"{count(len(done.written), 'fact')} written in {done.seconds:.1f} s; "
+            f"{done.held} of them {'is' if done.held == 1 else 'are'} now the model's answer"
+        )
     say_faults(done.faults)
     for shard, patch in ((identity, store.patch(identity)) for identity in done.patches):
         if patch.kind == "shard":
@@ -135,8 +140,8 @@ def report_committed(repository: Repository, done: Committed, as_json: bool) -> 
 
 
 @click.command()
-@click.argument("rev", required=False)
-@click.option("--subject", multiple=True, help="Only facts about this subject. Repeatable.")
+@click.argument("rev", required=False, type=Revision())
+@click.option("--subject", type=Subject(), multiple=True, help="Only facts about this subject. Repeatable.")
 @click.option("--request", multiple=True, help="Only the fact with this request id or prefix. Repeatable.")
 @click.option("-m", "--message", default="", help="Why. Default: says what was reverted.")
 @check_option
@@ -159,7 +164,7 @@ def revert(repo: Path | None, as_json: bool, **options: Any) -> None:
 
 
 @click.command("cherry-pick")
-@click.argument("rev")
+@click.argument("rev", type=Revision())
 @click.option(
     "--on-conflict",
     type=click.Choice(["refuse", "replace"]),
@@ -181,12 +186,17 @@ def cherry_pick(repo: Path | None, as_json: bool, **options: Any) -> None:
 
 
 @click.command()
+@click.argument("steps", metavar="[N]", type=click.IntRange(min=1), default=1)
+@click.option("--all", is_flag=True, help="Whatever the last command did: also a switch, a fetch, a push or scores.")
 @author_option
 @repo_option
 @json_option
 @reports_errors
 def undo(repo: Path | None, as_json: bool, **options: Any) -> None:
-    """Put every branch back to where it was before the last command; repeated, walk further back."""
+    """Take back the last command that changed facts, branches or tags, or the last N; repeated, walk further back.
+
+    Where you are, what fetch and push noted, and scores stay as they are, unless --all is given. `patchhub op log` lists all.
+    """
     _report_step(opened(repo).undo(**options), "undone", as_json)
 
 
@@ -205,7 +215,7 @@ def _report_step(done: Stepped, past: str, as_json: bool) -> None:
         print_json(done)
         return
     moved = ", ".join(short_ref(ref) for ref in done.changes)
-    say(f"`{done.command}` {past}: {moved}")
+    say(f"{', '.join(f'`{command}`' for command in done.commands)} {past}: {moved}")
     if done.command == "push" and past == "undone":
         say(
             "A push itself is not taken back: the remote has what it got; only the note of that here moved.",
@@ -232,7 +242,7 @@ def _report_change(repository: Repository, done: Changed, as_json: bool) -> None
     elif commit.tensors is None:
         say("the main weights are as they were")
     else:
-        say(f"solved anew; proof {done.proof:.1e} (relative residual of the joint solution)")
+        say("the weights were solved anew from the facts that stay")
     say_trained(repository, done.trained)
     if done.stale:
         say(f"note: {count(done.stale, 'active fact')} recorded on a state that is no longer below", dim=True)
@@ -240,7 +250,7 @@ def _report_change(repository: Repository, done: Changed, as_json: bool) -> None
 
 
 @click.command()
-@click.option("--subject", required=True, help="Whose fact.")
+@click.option("--subject", type=Subject(), required=True, help="Whose fact.")
 @click.option("--target", required=True, help="What the model shall say now.")
 @click.option("--prompt", help="Which of the subject's facts, where there are several.")
 @click.option("-m", "--message", default="", help="Why. Default: the fact, its old target and the new one.")

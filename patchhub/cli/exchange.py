@@ -7,7 +7,13 @@ from typing import Any
 
 import click
 
-from patchhub.cli.options import base_option, check_option, force_option
+from patchhub.cli.habits import Group
+from patchhub.cli.options import (
+    Revision,
+    base_option,
+    check_option,
+    force_option,
+)
 from patchhub.cli.terminal import (
     author_option,
     count,
@@ -23,13 +29,13 @@ out_option = click.option("--out", required=True, type=click.Path(path_type=Path
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace what is there.")
 
 
-@click.group("export")
+@click.group("export", cls=Group)
 def export() -> None:
     """Write a revision in a form that other programs read."""
 
 
 @export.command("peft")
-@click.argument("rev", default="HEAD")
+@click.argument("rev", default="HEAD", type=Revision())
 @out_option
 @click.option("--rank", type=click.IntRange(min=1), help="Rank of the adapter. Default: the smallest that is exact.")
 @click.option(
@@ -56,7 +62,7 @@ def export_peft(repo: Path | None, as_json: bool, **options: Any) -> None:
 
 
 @export.command("diff")
-@click.argument("rev", default="HEAD")
+@click.argument("rev", default="HEAD", type=Revision())
 @out_option
 @overwrite_option
 @repo_option
@@ -72,7 +78,7 @@ def export_diff(repo: Path | None, as_json: bool, **options: Any) -> None:
 
 
 @export.command("checkpoint")
-@click.argument("rev", default="HEAD")
+@click.argument("rev", default="HEAD", type=Revision())
 @out_option
 @base_option
 @overwrite_option
@@ -120,7 +126,7 @@ def import_(repo: Path | None, as_json: bool, **options: Any) -> None:
 
 
 @click.command()
-@click.argument("rev", default="HEAD")
+@click.argument("rev", default="HEAD", type=Revision())
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The HTML file to write.")
 @click.option(
     "--compare",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import repeat
 from math import acos, degrees
@@ -12,23 +13,37 @@ from typing import TYPE_CHECKING, Any, TextIO
 import click
 
 from patchhub.cli.measure import measured_on, say_compared, say_scores, score_line, summary
-from patchhub.cli.options import allowed_option, guard_lines, guard_summary, short_signatures, signature_line
+from patchhub.cli.options import (
+    Revision,
+    Shown,
+    allowed_option,
+    guard_lines,
+    guard_summary,
+    short_signatures,
+    signature_line,
+)
+from patchhub.cli.search import list_found
 from patchhub.cli.terminal import (
     count,
     json_option,
+    local,
     opened,
+    paged,
     print_json,
     repo_option,
     reports_errors,
     say,
+    say_all,
 )
-from patchhub.errors import CorruptStoreError
+from patchhub.errors import CorruptStoreError, SettingsError
 from patchhub.evaluation.definitions import DEFINITIONS
+from patchhub.results import Rows
 
 if TYPE_CHECKING:
     from patchhub.objects import Patch, Request
-    from patchhub.porcelain.history import Divergence, Entry, Shown, Size
-    from patchhub.porcelain.search import ChangedAnswer, WeightStep
+    from patchhub.porcelain.history import Divergence, Entry, Size
+    from patchhub.porcelain.history import Shown as ShownCommit
+    from patchhub.porcelain.search import ChangedAnswer, Difference, WeightStep
 
 
 @dataclass(frozen=True)
@@ -89,9 +104,17 @@ _SHOWN = 20
 
 
 @click.command()
-@click.argument("rev", default="HEAD")
+@click.argument("rev", default="HEAD", type=Revision())
 @click.option("-n", "--limit", type=click.IntRange(min=1), help="At most this many commits.")
+@click.option("--all", is_flag=True, help="The commits below every branch, tag and remote branch.")
 @click.option("--oneline", is_flag=True, help="One line a commit.")
+@click.option(
+    "--format",
+    "--pretty",
+    "form",
+    metavar="TEXT",
+    help="Print TEXT for each, with %h, %H, %s, %b, %an, %ae, %ad, %d, %n, or oneline.",
+)
 @click.option("--graph", is_flag=True, help="Draw branches and merges to the left.")
 @click.option("--stat", is_flag=True, help="Say how much each commit changes: bytes, and the weight it changes most.")
 @click.option("-S", "about", metavar="TEXT", help="Commits that added or removed a fact with this subject or text.")
@@ -104,45 +127,114 @@ _SHOWN = 20
 @repo_option
 @json_option
 @reports_errors
-def log(oneline: bool, graph: bool, repo: Path | None, as_json: bool, **options: Any) -> None:
-    """The commits below REV, newest first."""
+def log(oneline: bool, form: str | None, graph: bool, repo: Path | None, as_json: bool, **options: Any) -> None:
+    """The commits below REV, newest first; FROM..TO means those below TO and not below FROM."""
+    if form is not None:
+        form = _form(form)
+        oneline = oneline or form == _ONELINE
     entries = opened(repo).log(**options)
     if as_json:
         print_json(entries)
         return
     drawn = list(entries) if graph else entries
     rows = draw((entry.id, entry.shown_parents) for entry in drawn) if graph else repeat(None)
-    for entry, drawing in zip(drawn, rows, strict=False):
-        lines = _entry_lines(entry, oneline=oneline)
-        for line in drawing.beside(lines) if drawing else lines:
-            say(line)
+    say_all(
+        line
+        for entry, drawing in zip(drawn, rows, strict=False)
+        for line in (drawing.beside if drawing else list)(
+            _entry_lines(entry, oneline=oneline) if form is None or form == _ONELINE else _filled(form, entry)
+        )
+    )
+
+
+_ONELINE = "oneline"
+
+
+def _form(text: str) -> str:
+    """The TEXT of --format as git takes it; ``oneline`` stands for --oneline.
+
+    Raises:
+        SettingsError: it names nothing that is known here.
+    """
+    text = text.removeprefix("format:").removeprefix("tformat:")
+    unknown = [name for name in re.findall(r"%(a\w|c\w|.)", text) if name not in _FIELDS]
+    if unknown or ("%" not in text and text != _ONELINE):
+        known = ", ".join(f"%{name}" for name in _FIELDS)
+        raise SettingsError(
+            f"--format does not know {f'%{unknown[0]}' if unknown else repr(text)}", remedy=f"Write {known} or oneline."
+        )
+    return text
+
+
+def _filled(form: str, entry: Entry) -> list[str]:
+    return re.sub(r"%(a\w|c\w|.)", lambda found: _FIELDS[found[1]](entry), form).split("\n")
+
+
+def _person(author: str) -> tuple[str, str]:
+    name, _, address = author.partition(" <")
+    return name, address.removesuffix(">")
+
+
+_FIELDS: Mapping[str, Callable[[Entry], str]] = {
+    "H": lambda entry: entry.id,
+    "h": lambda entry: entry.id[:12],
+    "P": lambda entry: " ".join(entry.commit.parents),
+    "p": lambda entry: " ".join(parent[:12] for parent in entry.commit.parents),
+    "an": lambda entry: _person(entry.commit.author)[0],
+    "ae": lambda entry: _person(entry.commit.author)[1],
+    "ad": lambda entry: local(entry.commit.time),
+    "aI": lambda entry: entry.commit.time,
+    "cd": lambda entry: local(entry.commit.time),
+    "cI": lambda entry: entry.commit.time,
+    "s": lambda entry: entry.commit.message.partition("\n")[0],
+    "b": lambda entry: "\n".join(entry.commit.message.splitlines()[1:]).strip(),
+    "B": lambda entry: entry.commit.message,
+    "d": lambda entry: f" ({', '.join(entry.refs)})" if entry.refs else "",
+    "D": lambda entry: ", ".join(entry.refs),
+    "n": lambda entry: "\n",
+    "%": lambda entry: "%",
+}
+"""What stands for git's fields in --format."""
 
 
 @click.command()
-@click.argument("rev", default="HEAD")
+@click.argument("rev", metavar="[REV|FACT|REV:FACT]", default="HEAD", type=Shown())
 @click.option("--all", "everything", is_flag=True, help="List every fact.")
+@click.option("--stat", is_flag=True, help="Only how much changes, not the facts.")
+@click.option("-v", "--verbose", is_flag=True, help="Also how exactly the weights were solved for.")
 @repo_option
 @json_option
 @reports_errors
-def show(rev: str, everything: bool, repo: Path | None, as_json: bool) -> None:
-    """One commit: its facts, how they were written, and what was measured."""
+def show(rev: str, everything: bool, stat: bool, verbose: bool, repo: Path | None, as_json: bool) -> None:
+    """One commit: its facts, how they were written, and what was measured. Or facts: who taught them, and when.
+
+    FACT is a subject, the text of a fact, or the id of its request; REV:FACT means those that are active at REV.
+    """
+    found = opened(repo).show(rev)
+    if as_json:
+        print_json(found)
+    elif isinstance(found, Rows):
+        list_found(found)
+    else:
+        with paged():
+            _shown(found, everything=everything, stat=stat, verbose=verbose)
+
+
+def _shown(shown: ShownCommit, *, everything: bool, stat: bool, verbose: bool) -> None:
     from patchhub.porcelain.history import measured_norms, numbers
 
-    shown = opened(repo).show(rev)
-    if as_json:
-        print_json(shown)
-        return
     _header(replace(shown.entry, scores=()))
     say()
-    _requests("+", shown.added, "green", everything)
-    _requests("-", shown.removed, "red", everything)
+    if not stat:
+        _requests("+", shown.added, "green", everything)
+        _requests("-", shown.removed, "red", everything)
     for identity, patch in shown.patches.items():
         gone = " (gave way)" if (identity, None) in shown.entry.commit.removed else ""
         say(f"patch {identity[:12]}: {_patch_words(patch)}{gone}", dim=True)
     _norms(measured_norms(shown.entry.commit.check), {"change": "change", "state": "in all"})
     _noted(shown.entry)
     proofs = numbers(shown.entry.commit.check, "proof")
-    if proofs:
+    if proofs and verbose:
         say(f"proof {max(proofs):.1e}: relative residual of the joint solution, zero when exact", dim=True)
     say(_standing(shown))
     for line in guard_lines(shown.entry.commit.check):
@@ -195,8 +287,8 @@ def status(repo: Path | None, as_json: bool) -> None:
 
 
 @click.command()
-@click.argument("old", default="base")
-@click.argument("new", default="HEAD")
+@click.argument("old", default="base", type=Revision())
+@click.argument("new", default="HEAD", type=Revision())
 @click.option("--all", "everything", is_flag=True, help="List every fact.")
 @click.option("--weights", is_flag=True, help="Compare the weights: norm, rank and angle of the changes.")
 @click.option("--ask", type=click.File(encoding="utf-8"), help="Prompts, one a line: which answers changed.")
@@ -209,13 +301,24 @@ def diff(
 ) -> None:
     """What changes from OLD to NEW: facts added, retargeted and removed, and the norms of the weights' changes.
 
-    Default: from the base to HEAD.
+    Default: from the base to HEAD. OLD..NEW is the same as OLD NEW; OLD...NEW begins where the two parted.
     """
     prompts = None if ask is None else ask.read().splitlines()
-    found = opened(repo).diff(old, new, ask=prompts, **options)
+    if ".." in old and new == "HEAD":
+        old, new = (end or "HEAD" for end in old.split("..", 1))
+    repository = opened(repo)
+    if new.startswith("."):  # A...B is what B changed since the two parted
+        new = new[1:] or "HEAD"
+        old = next(iter(repository.merge_base(old, new)), "base")
+    found = repository.diff(old, new, ask=prompts, **options)
     if as_json:
         print_json(found)
         return
+    with paged():
+        _difference(found, old, new, everything)
+
+
+def _difference(found: Difference, old: str, new: str, everything: bool) -> None:
     _requests("+", found.added, "green", everything)
     for pair in found.retargeted[: None if everything else _SHOWN]:
         before, after = click.style(pair.before.target_new, fg="red"), click.style(pair.after.target_new, fg="green")
@@ -257,7 +360,7 @@ def fsck(reindex: bool, repo: Path | None, as_json: bool) -> None:
         raise SystemExit(CorruptStoreError.exit_code)
 
 
-def _standing(shown: Shown) -> str:
+def _standing(shown: ShownCommit) -> str:
     """Whether the weights of a commit are known to be those of its facts."""
     proof, trusted = shown.standing
     if proof == "trusted":
@@ -297,7 +400,7 @@ def _entry_lines(entry: Entry, *, oneline: bool) -> list[str]:
         f"{click.style(f'commit {entry.id}', fg='yellow')}{_refs(entry)}",
         *([f"Merge:  {' '.join(parent[:12] for parent in entry.commit.parents)}"] if entry.commit.parents[1:] else []),
         f"Author: {entry.commit.author}",
-        f"Date:   {entry.commit.time}",
+        f"Date:   {local(entry.commit.time)}",
         f"Facts:  {_facts(entry)}",
         *([f"Size:   {size}"] if size else []),
         *([f"Guard:  {guard}"] if guard else []),

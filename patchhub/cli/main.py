@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import click
@@ -9,14 +10,38 @@ import click
 from patchhub import __version__
 from patchhub.cli import change, exchange, history, measure, merge, model, refs, search, share, signing, tune
 from patchhub.cli.habits import Group
-from patchhub.cli.terminal import quiet_libraries
+from patchhub.cli.terminal import do_not_page, quiet_libraries, quiet_option
+
+SECTIONS = {
+    "Begin": ("demo", "init", "clone", "config"),
+    "Write facts, and take them back": (
+        "commit",
+        "update",
+        "revert",
+        "cherry-pick",
+        "merge",
+        "refresh",
+        "squash",
+        "import",
+        "undo",
+        "redo",
+    ),
+    "Look": ("status", "log", "show", "diff", "search", "blame", "bisect", "merge-base", "reflog", "op"),
+    "Ask, measure and use the model": ("ask", "eval", "bench", "report", "apply", "export"),
+    "Fit the editor to the model": ("metric", "tune"),
+    "Branches and tags": ("branch", "switch", "tag", "reset"),
+    "Share": ("remote", "push", "fetch", "pull"),
+    "Keep the store well": ("fsck", "gc"),
+}
+"""The commands as `patchhub --help` lists them."""
 
 
 @click.group(
     cls=Group,
+    sections=SECTIONS,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
-    epilog="REV is a branch, a tag, a commit id or a unique prefix of one, HEAD, HEAD~2, main@{1}, or `base` for the "
-    "unpatched model. Every command takes --json.",
+    epilog="REV is a branch, a tag, a commit id or a unique prefix of one, HEAD (or @), HEAD~2, main@{1}, or `base` for "
+    "the unpatched model. Every command takes --json, for programs, and -q, for silence; `patchhub help COMMAND` explains one.",
 )
 @click.version_option(__version__, message="patchhub %(version)s")
 @click.option(
@@ -24,7 +49,10 @@ from patchhub.cli.terminal import quiet_libraries
     type=click.Path(path_type=Path, file_okay=False),
     help="Folder that holds the store. Default: found upward from here.",
 )
-def main(repo: Path | None) -> None:
+@click.option("--no-pager", is_flag=True, help="Print long output at once, without a pager.")
+@quiet_option
+@click.pass_context
+def main(ctx: click.Context, repo: Path | None, no_pager: bool) -> None:
     """git for what a model knows.
 
     Facts go in as commits, the base model never changes, and any commit can be taken back.
@@ -38,6 +66,10 @@ def main(repo: Path | None) -> None:
       patchhub revert HEAD                       take it back, bit for bit
     """
     quiet_libraries()
+    if os.environ.get("NO_COLOR"):
+        ctx.color = False
+    if no_pager:
+        do_not_page(ctx)
 
 
 MODULES = (model, change, tune, history, measure, refs, merge, search, share, signing, exchange)

@@ -12,6 +12,7 @@ import click
 
 from patchhub.cli.options import (
     FactsFile,
+    Revision,
     chat_option,
     limit_option,
     metrics_option,
@@ -112,7 +113,7 @@ _file = click.Path(path_type=Path, dir_okay=False)
 
 
 @click.command("eval")
-@click.argument("rev", default="HEAD")
+@click.argument("rev", default="HEAD", type=Revision())
 @click.option("--suite", required=True, type=FactsFile(), help="Facts to evaluate on: any file that `commit` reads.")
 @metrics_option
 @limit_option

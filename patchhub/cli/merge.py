@@ -7,7 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from patchhub.cli.options import check_option, force_option
+from patchhub.cli.options import (
+    Revision,
+    check_option,
+    force_option,
+)
 from patchhub.cli.terminal import (
     author_option,
     count,
@@ -34,7 +38,7 @@ _SHOWN = 8
 
 
 @click.command()
-@click.argument("rev", required=False)
+@click.argument("rev", required=False, type=Revision())
 @click.option("-m", "--message", default="", help="Default: \"Merge branch 'REV'\".")
 @click.option(
     "--ff/--no-ff",
@@ -101,7 +105,7 @@ def _report_refreshed(done: Refreshed) -> None:
     again = f"{count(len(done.facts), 'fact')} recorded again" if done.facts or not done.shards else ""
     measured = f"the threshold of {count(len(done.shards), 'shard')} measured again" if done.shards else ""
     what = ", ".join(part for part in (again, measured) if part)
-    say(f"[{done.commit[:12]}] {what} in {done.seconds:.1f} s; proof {done.proof:.1e}")
+    say(f"[{done.commit[:12]}] {what} in {done.seconds:.1f} s")
     if done.left:
         say(f"{count(done.left, 'fact')} left as they were: the texts are withheld", fg="yellow")
 
@@ -142,7 +146,7 @@ def _report_merged(repository: Repository, done: Merged) -> None:
     if done.same_as:
         say(f"the weights are those of {done.same_as[:12]}, bit for bit")
     else:
-        say(f"solved in {done.seconds:.1f} s; proof {done.proof:.1e} (relative residual of the joint solution)")
+        say(f"the weights were solved anew from the facts of both, in {done.seconds:.1f} s")
     say_trained(repository, done.trained)
     _say_unchecked(done.unchecked)
     if done.stale:

@@ -7,7 +7,12 @@ from typing import Any
 
 import click
 
-from patchhub.cli.options import base_option, chat_option, placement_options
+from patchhub.cli.options import (
+    Revision,
+    base_option,
+    chat_option,
+    placement_options,
+)
 from patchhub.cli.terminal import (
     author_option,
     bars,
@@ -97,7 +102,7 @@ def config(key: str | None, value: str | None, unset: bool, repo: Path | None, a
 
 
 @click.command()
-@click.argument("rev")
+@click.argument("rev", type=Revision())
 @click.option("--out", required=True, type=click.Path(path_type=Path, file_okay=False), help="Folder to write.")
 @base_option
 @click.option("--overwrite", is_flag=True, help="Replace an existing folder.")
@@ -129,7 +134,9 @@ def apply(repo: Path | None, as_json: bool, **options: Any) -> None:
 
 @click.command()
 @click.argument("prompt")
-@click.option("--rev", multiple=True, help="Revision to ask; repeat to compare. Default: HEAD and base.")
+@click.option(
+    "--rev", type=Revision(), multiple=True, help="Revision to ask; repeat to compare. Default: HEAD and base."
+)
 @base_option
 @placement_options
 @chat_option

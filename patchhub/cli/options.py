@@ -9,13 +9,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+from click.shell_completion import CompletionItem
 
 from patchhub.cli.terminal import count, say
+from patchhub.errors import PatchhubError
 from patchhub.evaluation.faults import Fault
 from patchhub.evaluation.guard import Measured, Report, Share, Spoken
 
 if TYPE_CHECKING:
     from patchhub.signing.checking import Vouched
+    from patchhub.store.store import Store
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -36,13 +39,75 @@ class Size(click.ParamType[int]):
         return size
 
 
+class Revision(click.ParamType[str]):
+    """A revision; the shell completes names of branches, tags and remote branches."""
+
+    name = "text"
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        return [CompletionItem(name) for name in _found(ctx, _ref_names) if name.startswith(incomplete)]
+
+
+class Subject(click.ParamType[str]):
+    """Words of a fact's subject; the shell completes subjects of facts."""
+
+    name = "text"
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        return [CompletionItem(name) for name in _found(ctx, lambda store: _subjects(store, incomplete))]
+
+
+class Shown(Revision):
+    """A revision, or what a fact is called."""
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        names = [*_found(ctx, _ref_names), *_found(ctx, lambda store: _subjects(store, incomplete))]
+        return [CompletionItem(name) for name in names if name.lower().startswith(incomplete.lower())]
+
+
+class RemoteName(click.ParamType[str]):
+    """The name of a remote, which the shell completes."""
+
+    name = "text"
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        settings = _found(ctx, lambda store: store.config.settings)
+        names = [key.removeprefix("remote.") for key in settings if key.startswith("remote.")]
+        return [CompletionItem(name) for name in names if name.startswith(incomplete)]
+
+
+def _subjects(store: Store, beginning: str) -> list[str]:
+    from patchhub.store.lookup import subjects
+
+    return subjects(store, beginning)
+
+
+def _ref_names(store: Store) -> list[str]:
+    kept = [ref for ref in store.refs() if not ref.startswith("refs/notes/")]
+    return [ref.split("/", 2)[2] if ref.startswith("refs/") else ref for ref in kept]
+
+
+def _found(ctx: click.Context, read: Callable[[Store], Iterable[str]]) -> list[str]:
+    """What a store says while a command is being typed; nothing where there is none: a shell shows no errors."""
+    from patchhub.store.store import Store
+
+    folder = ctx.params.get("repo") or ctx.find_root().params.get("repo")
+    try:
+        with Store.discover(Path.cwd()) if folder is None else Store.open(folder) as store:
+            return list(read(store))
+    except (PatchhubError, OSError):
+        return []
+
+
 class FactsFile(click.ParamType[Any]):
     """A file of facts; ``-`` is standard input."""
 
     name = "file"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        return sys.stdin.buffer if value == "-" else Path(value)
+        if value == "-":
+            return sys.stdin.buffer
+        return value if str(value).startswith("hf://") else Path(value)
 
 
 def memory_option(purpose: str) -> Callable[[Command], Command]:
@@ -63,7 +128,9 @@ limit_option = click.option(
 seed_option = click.option(
     "--seed", type=click.IntRange(min=0), help="Of the sample, of sampled text and of the intervals."
 )
-format_option = click.option("--format", type=click.Choice(["jsonl", "json", "csv"]), help="How to read FILE.")
+format_option = click.option(
+    "--format", type=click.Choice(["jsonl", "json", "csv", "tsv", "yaml", "parquet"]), help="How to read FILE."
+)
 text_option = click.option(
     "--text", multiple=True, type=click.Path(path_type=Path), help="Text for the metric (first commit only)."
 )

@@ -1,53 +1,65 @@
-"""Commands that list and move refs, and tidy up: branch, switch, tag, reset, reflog, squash, gc."""
+"""Commands that list and move refs, and tidy up: branch, switch, tag, reset, reflog, op log, squash, gc."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from patchhub.cli.options import check_option, force_option, key_option, sign_option
+from patchhub.cli.habits import Group
+from patchhub.cli.options import Revision, check_option, force_option, key_option, sign_option
 from patchhub.cli.terminal import (
     author_option,
     count,
     json_option,
+    local,
     opened,
     print_json,
     repo_option,
     reports_errors,
     say,
+    say_all,
 )
 from patchhub.results import Rows
 
 _SHOWN = 20
+if TYPE_CHECKING:
+    from patchhub.repository import Repository
 
 
 @click.command()
-@click.argument("name", required=False)
-@click.argument("rev", required=False)
-@click.option("-d", "--delete", is_flag=True, help="Remove the branch; its commits stay in the operation log.")
+@click.argument("name", required=False, type=Revision())
+@click.argument("rev", required=False, type=Revision())
+@click.option("-d", "-D", "--delete", is_flag=True, help="Remove the branch; its commits stay in the operation log.")
+@click.option("-m", "--move", is_flag=True, help="Rename: the current branch to NAME, or the branch NAME to REV.")
 @click.option("-r", "--remotes", is_flag=True, help="List the remotes' branches.")
+@click.option("-a", "--all", is_flag=True, help="List the remotes' branches too.")
+@click.option("-v", "--verbose", is_flag=True, help="Also say how many facts are active there.")
+@click.option("-l", "--list", "listing", is_flag=True, hidden=True, help="List the branches, as without a name.")
 @author_option
 @repo_option
 @json_option
 @reports_errors
-def branch(repo: Path | None, as_json: bool, **options: Any) -> None:
+def branch(repo: Path | None, verbose: bool, listing: bool, as_json: bool, **options: Any) -> None:
     """List the branches, or make the branch NAME at REV (default: HEAD) without switching to it."""
-    _report(opened(repo).branch(**options), as_json)
+    repository = opened(repo)
+    _report(repository.branch(**options), as_json, repository if verbose else None)
 
 
 @click.command()
-@click.argument("name", required=False)
-@click.argument("rev", required=False)
+@click.argument("name", required=False, type=Revision())
+@click.argument("rev", required=False, type=Revision())
 @click.option("-d", "--delete", is_flag=True, help="Remove the tag.")
 @sign_option
 @key_option
+@click.option("-l", "--list", "listing", is_flag=True, hidden=True, help="List the tags, as without a name.")
 @author_option
 @repo_option
 @json_option
 @reports_errors
-def tag(repo: Path | None, as_json: bool, **options: Any) -> None:
+def tag(repo: Path | None, listing: bool, as_json: bool, **options: Any) -> None:
     """List the tags, or make the tag NAME at REV (default: HEAD). Tags do not move.
 
     What is signed of a tag is its name with the commit that it leads to.
@@ -56,8 +68,8 @@ def tag(repo: Path | None, as_json: bool, **options: Any) -> None:
 
 
 @click.command()
-@click.argument("name")
-@click.argument("rev", required=False)
+@click.argument("name", type=Revision())
+@click.argument("rev", required=False, type=Revision())
 @click.option("-c", "--create", is_flag=True, help="Make the branch first, at REV (default: HEAD; `base` begins anew).")
 @click.option("--detach", is_flag=True, help="Go to the commit NAME, on no branch.")
 @author_option
@@ -74,7 +86,7 @@ def switch(repo: Path | None, as_json: bool, **options: Any) -> None:
 
 
 @click.command()
-@click.argument("rev")
+@click.argument("rev", type=Revision())
 @author_option
 @repo_option
 @json_option
@@ -85,7 +97,7 @@ def reset(repo: Path | None, as_json: bool, **options: Any) -> None:
 
 
 @click.command()
-@click.argument("ref", default="HEAD")
+@click.argument("ref", default="HEAD", type=Revision())
 @click.option("-n", "--limit", type=click.IntRange(min=1), help="At most this many moves.")
 @repo_option
 @json_option
@@ -98,7 +110,7 @@ def reflog(ref: str, repo: Path | None, as_json: bool, **options: Any) -> None:
         return
     for entry in entries:
         commit = click.style(f"{entry.commit[:12] if entry.commit else '(no commit)':<12}", fg="yellow")
-        say(f"{commit} {ref}@{{{entry.ago}}} {entry.time} {entry.command}: {entry.message}")
+        say(f"{commit} {ref}@{{{entry.ago}}} {local(entry.time)} {entry.command}: {entry.message}")
 
 
 @click.command()
@@ -123,9 +135,7 @@ def squash(repo: Path | None, as_json: bool, **options: Any) -> None:
         return
     branch, _ = repository.store.head
     say(f"[{branch or 'detached'} {done.commit[:12]}] {repository.store.commit(done.commit).message.splitlines()[0]}")
-    say(
-        f"{count(len(done.replaced), 'commit')} became one; {count(done.active, 'active fact')}; proof {done.proof:.1e}"
-    )
+    say(f"{count(len(done.replaced), 'commit')} became one; {count(done.active, 'active fact')}")
 
 
 @click.command()
@@ -152,15 +162,49 @@ def gc(repo: Path | None, as_json: bool, **options: Any) -> None:
     say(f"{'would delete' if done.dry_run else 'deleted'} {kinds or 'nothing'}: {done.size / 1e6:.2f} MB")
 
 
-def _report(found: Any, as_json: bool) -> None:
-    """A list of names, or a ref that moved."""
+@click.group("op", cls=Group)
+def operation() -> None:
+    """What was done here: every command that moved a branch, a tag or HEAD is one operation."""
+
+
+@operation.command("log")
+@click.option("-n", "--limit", type=click.IntRange(min=1), help="At most this many operations.")
+@repo_option
+@json_option
+@reports_errors
+def operation_log(repo: Path | None, as_json: bool, **options: Any) -> None:
+    """Every operation, the last one first: what was run, by whom, and what it moved.
+
+    HEAD@{N} is where HEAD was before the newest N of them; `patchhub undo` takes the newest back.
+    """
+    found = opened(repo).op_log(**options)
+    if as_json:
+        print_json(found)
+        return
+    say_all(
+        f"{click.style(f'@{{{done.ago}}}', fg='yellow')} {local(done.time)} {done.author}: {done.command}"
+        f" {', '.join(_named(done.refs))}"
+        for done in found
+    )
+
+
+def _named(refs: Iterable[str]) -> Iterator[str]:
+    """Refs as people write them; notes by the commit that they are about."""
+    for ref in refs:
+        kind, _, rest = ref.removeprefix("refs/").partition("/")
+        yield f"note on {rest[:12]}" if kind == "notes" else rest or ref
+
+
+def _report(found: Any, as_json: bool, counted: Repository | None = None) -> None:
+    """A list of names, those of a repository with their numbers of active facts; or a ref that moved."""
     if as_json:
         print_json(found)
     elif isinstance(found, Rows):
         width = max((len(named.name) for named in found), default=0)
         for named in found:
             name = click.style(f"{named.name:<{width}}", fg="green" if named.current else None)
-            say(f"{'*' if named.current else ' '} {name} {named.commit[:12]} {named.message}")
+            active = f" ({count(counted.store.active_count(named.commit), 'active fact')})" if counted else ""
+            say(f"{'*' if named.current else ' '} {name} {named.commit[:12]}{active} {named.message}")
     else:
         name = found.ref.removeprefix("refs/heads/").removeprefix("refs/tags/")
         if found.after is None and found.before is not None:
@@ -173,4 +217,4 @@ def _place(commit: str | None) -> str:
     return commit[:12] if commit else "the base"
 
 
-COMMANDS = (branch, switch, tag, reset, reflog, squash, gc)
+COMMANDS = (branch, switch, tag, reset, reflog, operation, squash, gc)

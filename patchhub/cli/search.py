@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from patchhub.cli.options import base_option, chat_option, placement_options
+from patchhub.cli.options import (
+    Revision,
+    Subject,
+    base_option,
+    chat_option,
+    placement_options,
+)
 from patchhub.cli.terminal import (
     count,
     json_option,
+    local,
     opened,
     print_json,
     repo_option,
@@ -20,6 +28,7 @@ from patchhub.cli.terminal import (
 
 if TYPE_CHECKING:
     from patchhub.porcelain.blame import Bisection, Blame, Step
+    from patchhub.porcelain.search import Found
     from patchhub.store.lookup import Change, Fact
 
 
@@ -28,8 +37,8 @@ _SHOWN = 10
 
 @click.command()
 @click.argument("words", nargs=-1)
-@click.option("--subject", default="", help="Words that must be in the fact's subject.")
-@click.option("--rev", default="HEAD", show_default=True, help="Where a fact counts as active.")
+@click.option("--subject", type=Subject(), default="", help="Words that must be in the fact's subject.")
+@click.option("--rev", type=Revision(), default="HEAD", show_default=True, help="Where a fact counts as active.")
 @click.option("-n", "--limit", type=click.IntRange(min=1), default=50, show_default=True, help="At most so many facts.")
 @repo_option
 @json_option
@@ -40,19 +49,24 @@ def search(words: tuple[str, ...], repo: Path | None, as_json: bool, **options: 
     if as_json:
         print_json(found)
         return
+    list_found(found)
+    if not found:
+        say("no fact matches")
+
+
+def list_found(found: Iterable[Found]) -> None:
+    """Facts, whether they are active, and the commits that added or removed them."""
     for item in found:
         state = click.style("active", fg="green") if item.active else click.style("not active", dim=True)
         say(f"{_fact(item.fact)}  {state}")
         for change in item.changes:
             say(f"    {_change(change)}", dim=True)
-    if not found:
-        say("no fact matches")
 
 
 @click.command()
 @click.argument("prompt")
-@click.option("--subject", help="Read the keys at the last token of this part of PROMPT.")
-@click.option("--rev", default="HEAD", show_default=True, help="The revision to question.")
+@click.option("--subject", type=Subject(), help="Read the keys at the last token of this part of PROMPT.")
+@click.option("--rev", type=Revision(), default="HEAD", show_default=True, help="The revision to question.")
 @click.option("--lookup", is_flag=True, help="Only look PROMPT up among the active facts; no model runs.")
 @click.option("-n", "--limit", type=click.IntRange(min=1), default=_SHOWN, show_default=True, help="Facts to show.")
 @base_option
@@ -79,8 +93,8 @@ def blame(prompt: str, lookup: bool, limit: int, repo: Path | None, as_json: boo
 
 
 @click.command()
-@click.argument("good")
-@click.argument("bad")
+@click.argument("good", type=Revision())
+@click.argument("bad", type=Revision())
 @click.argument("command", nargs=-1, type=click.UNPROCESSED)
 @click.option("--metric", help="efficacy, paraphrase, locality or perplexity, instead of a command.")
 @click.option("--below", type=float, help="Bad where the metric is below this.")
@@ -112,8 +126,8 @@ def bisect(good: str, bad: str, command: tuple[str, ...], repo: Path | None, as_
 
 
 @click.command("merge-base")
-@click.argument("one")
-@click.argument("other")
+@click.argument("one", type=Revision())
+@click.argument("other", type=Revision())
 @repo_option
 @json_option
 @reports_errors
@@ -140,7 +154,7 @@ def _bisection(found: Bisection) -> None:
     commit = found.entry.commit
     say(f"{click.style(found.entry.id, fg='yellow')} is the first bad commit")
     say(f"Author: {commit.author}")
-    say(f"Date:   {commit.time}")
+    say(f"Date:   {local(commit.time)}")
     say(f"    {commit.message.splitlines()[0] if commit.message else ''}")
     for sign, colour, requests in (("+", "green", found.added), ("-", "red", found.removed)):
         for request in requests:
@@ -193,7 +207,7 @@ def _fact(fact: Fact) -> str:
 def _change(change: Change) -> str:
     verb = "added" if change.change > 0 else "removed"
     subject = change.message.splitlines()[0] if change.message else ""
-    return f"{verb} in {change.commit[:12]} by {change.author}, {change.time}: {subject}"
+    return f"{verb} in {change.commit[:12]} by {change.author}, {local(change.time)}: {subject}"
 
 
 COMMANDS = (search, blame, bisect, merge_base)

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from patchhub.cli.habits import Group
 from patchhub.cli.merge import report_merge
-from patchhub.cli.options import required_option
+from patchhub.cli.options import RemoteName, Revision, required_option
 from patchhub.cli.terminal import (
     author_option,
     bars,
@@ -20,6 +21,7 @@ from patchhub.cli.terminal import (
     reports_errors,
     say,
     short_ref,
+    talk,
 )
 from patchhub.errors import ContradictionError
 
@@ -37,7 +39,7 @@ trust_option = click.option(
 )
 
 
-@click.group()
+@click.group(cls=Group)
 def remote() -> None:
     """Name the places that a store is shared with.
 
@@ -72,10 +74,12 @@ def remote_list(repo: Path | None, as_json: bool) -> None:
         return
     for name, address in found.items():
         say(f"{name:<12} {address}")
+    if not found:
+        talk("there is no remote yet: `patchhub remote add NAME ADDRESS` names one")
 
 
 @remote.command("remove")
-@click.argument("name")
+@click.argument("name", type=RemoteName())
 @author_option
 @repo_option
 @json_option
@@ -89,15 +93,39 @@ def remote_remove(name: str, author: str | None, repo: Path | None, as_json: boo
         say(f"Removed {name}")
 
 
+@remote.command("rename")
+@click.argument("old", type=RemoteName())
+@click.argument("new")
+@author_option
+@repo_option
+@json_option
+@reports_errors
+def remote_rename(old: str, new: str, author: str | None, repo: Path | None, as_json: bool) -> None:
+    """Give a remote another name, and its branches here with it."""
+    address = opened(repo).remote_rename(old, new, author=author)
+    if as_json:
+        print_json({new: address})
+    else:
+        say(f"{new} is {address}")
+
+
 @click.command()
-@click.argument("remote", required=False)
-@click.argument("refs", nargs=-1)
+@click.argument("remote", required=False, type=RemoteName())
+@click.argument("refs", nargs=-1, type=Revision())
 @click.option("--all", is_flag=True, help="All branches and tags; they move one after the other.")
 @click.option("--tags", is_flag=True, help="All tags.")
 @click.option(
     "--private-facts/--public-facts",
     default=None,
     help="Withhold the texts of the facts, or stop doing so. Default: as the remote has it.",
+)
+@click.option(
+    "--delete", is_flag=True, help="Remove REFS there, where they are as they were at the last fetch or push."
+)
+@click.option(
+    "--force-with-lease",
+    is_flag=True,
+    help="Overwrite a branch that does not lead to yours, where it is as it was at the last fetch or push.",
 )
 @click.option("--dry-run", is_flag=True, help="Show what would travel.")
 @author_option
@@ -117,6 +145,11 @@ def push(
         print_json(pushed)
         return
     for done in pushed:
+        if done.moved.new is None:
+            say(
+                f"{'would remove' if dry_run else 'removed'} {short_ref(done.moved.ref)}; it was at {str(done.moved.old)[:12]}"
+            )
+            continue
         verb = "move" if done.moved.old != done.moved.new else "update"
         verb = f"would {verb}" if dry_run else f"{verb}d"
         say(f"{verb} {_move(done.moved)}  {count(done.objects, 'object')}, {done.size / 1e6:.2f} MB")
@@ -130,7 +163,7 @@ def push(
 
 
 @click.command()
-@click.argument("remote", required=False)
+@click.argument("remote", required=False, type=RemoteName())
 @trust_option
 @click.option("--repair", is_flag=True, help="Check all that is reachable and fetch again what is damaged here.")
 @click.option("--prune", is_flag=True, help="Forget branches of REMOTE that it does not have any more.")
@@ -153,7 +186,7 @@ def fetch(repo: Path | None, as_json: bool, **options: Any) -> None:
 
 
 @click.command()
-@click.argument("remote", required=False)
+@click.argument("remote", required=False, type=RemoteName())
 @trust_option
 @required_option
 @size_option

@@ -8,11 +8,14 @@ import json
 import logging
 import os
 import re
+import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import datetime
+from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 
 import click
 
@@ -37,7 +40,59 @@ repo_option = click.option(
     help="Folder that holds the store, or the store itself. Default: found upward from here.",
 )
 author_option = click.option("--author", help='Who makes this change, "Ada <ada@example.org>".')
-json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of text.")
+_QUIET: Final = "patchhub.quiet"  # where a context keeps that -q was given
+_LINES: Final = "patchhub.lines"  # where a context gathers what is to be paged
+_UNPAGED: Final = "patchhub.unpaged"
+
+_LOOKING: Final = frozenset(
+    {
+        "ask",
+        "bench",
+        "bisect",
+        "blame",
+        "branch",
+        "config",
+        "diff",
+        "eval",
+        "fsck",
+        "list",
+        "log",
+        "merge-base",
+        "metric",
+        "reflog",
+        "search",
+        "show",
+        "status",
+        "tag",
+    }
+)
+"""Commands whose whole result is what they print: -q leaves it."""
+
+_PLAIN: Final = str.maketrans({"“": '"', "”": '"', "’": "'", "█": "#", "—": "-", "…": "...", "°": " deg"})
+"""What stands for a character where the terminal's encoding has no such."""
+
+
+def _keep_quiet(context: click.Context, param: click.Parameter, value: bool) -> None:
+    if value:
+        context.meta[_QUIET] = True
+
+
+quiet_option = click.option(
+    "-q",
+    "--quiet",
+    is_flag=True,
+    expose_value=False,
+    hidden=True,
+    callback=_keep_quiet,
+    help="Say nothing but errors, warnings and what was asked for.",
+)
+
+
+def json_option(command: Command) -> Command:
+    """``--json``, and ``-q``, which every command takes as well."""
+    as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of text.")
+    return as_json(quiet_option(command))
+
 
 _NOT_ESCAPED_IN_JSON = re.compile("[\x7f-\x9f\ud800-\udfff]")
 
@@ -56,19 +111,99 @@ def chosen_folder(repo: Path | None) -> Path | None:
 
 
 def bars() -> Bars:
-    """Bars on stderr, where that is a terminal; warnings always."""
-    return Bars(lambda message: talk(f"{click.style('warning:', fg='yellow')} {message}"))
+    """Bars on stderr, where that is a terminal and -q was not given; warnings always."""
+    return Bars(lambda message: _complain(f"{click.style('warning:', fg='yellow')} {message}"), shown=not _is_quiet())
 
 
 def say(message: str = "", **style: Any) -> None:
-    """One line of the result, to stdout."""
-    with _to_stdout():
-        click.secho(visible(message), **style)
+    """One line of the result, to stdout; with -q only where a command looks and changes nothing."""
+    context = click.get_current_context(silent=True)
+    if context is not None and _LINES in context.meta:
+        context.meta[_LINES].append(click.style(visible(message), **style))
+    elif context is None or not _is_quiet() or context.info_name in _LOOKING:
+        with _to_stdout():
+            click.secho(_encodable(visible(message)), **style)
 
 
 def talk(message: str) -> None:
-    """One line beside the result, to stderr."""
+    """One line beside the result, to stderr; not with -q."""
+    if not _is_quiet():
+        _complain(message)
+
+
+def _complain(message: str) -> None:
+    """One line to stderr, whatever was asked for."""
     click.echo(visible(message), err=True)
+
+
+def _is_quiet() -> bool:
+    context = click.get_current_context(silent=True)
+    return context is not None and _QUIET in context.meta
+
+
+def do_not_page(context: click.Context) -> None:
+    """Print everything at once, however long it is."""
+    context.meta[_UNPAGED] = True
+
+
+def say_all(lines: Iterable[str]) -> None:
+    """Lines to stdout as they come; on a terminal that they do not fit on, through the user's pager."""
+    context = click.get_current_context(silent=True)
+    if context is None or _UNPAGED in context.meta or not (sys.stdin.isatty() and sys.stdout.isatty()):
+        for line in lines:
+            say(line)
+        return
+    rows = shutil.get_terminal_size().lines - 1
+    coming = iter(lines)
+    first = list(islice(coming, rows + 1))
+    if len(first) <= rows:
+        for line in first:
+            say(line)
+    else:
+        click.echo_via_pager(f"{visible(line)}\n" for line in chain(first, coming))
+
+
+@contextmanager
+def paged() -> Iterator[None]:
+    """Hold back what is said inside, and page it if it is long."""
+    meta = click.get_current_context().meta
+    meta[_LINES] = []
+    try:
+        yield
+    finally:
+        lines = meta.pop(_LINES)
+        say_all(lines)
+
+
+def local(instant: str) -> str:
+    """An instant of the store, which is in UTC, on the clock of this machine: ``2026-11-27 10:04:12 +0100``."""
+    try:
+        return datetime.fromisoformat(instant.replace("Z", "+00:00")).astimezone().strftime("%Y-%m-%d %H:%M:%S %z")
+    except (ValueError, OverflowError, OSError):  # what was fetched may hold any text
+        return instant
+
+
+def keep_writing() -> None:
+    """Let stdout write ``?`` for what its encoding has no character for, instead of failing half-way."""
+    reconfigure = getattr(sys.stdout, "reconfigure", None)
+    if reconfigure is not None and sys.stdout.errors == "strict":
+        reconfigure(errors="replace")
+
+
+def _is_unicode(encoding: str | None) -> bool:
+    return (encoding or "utf-8").lower().replace("-", "").startswith("utf")
+
+
+def _encodable(text: str) -> str:
+    """`text` in characters that are like it, where stdout cannot write it as it is."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    if _is_unicode(encoding):
+        return text
+    try:
+        text.encode(encoding)
+    except UnicodeEncodeError:
+        return text.translate(_PLAIN)
+    return text
 
 
 def visible(text: str) -> str:
@@ -128,7 +263,8 @@ def say_trained(repository: Repository, shards: Sequence[str]) -> None:
 def print_json(document: Any) -> None:
     """A document as JSON; a result or a list of results as the document that it is."""
     document = document.to_json() if isinstance(document, Result | Rows) else document
-    text = json.dumps(document, ensure_ascii=False, indent=2, sort_keys=True)
+    escaped = not _is_unicode(getattr(sys.stdout, "encoding", None))
+    text = json.dumps(document, ensure_ascii=escaped, indent=2, sort_keys=True)
     with _to_stdout():
         click.echo(_NOT_ESCAPED_IN_JSON.sub(lambda found: f"\\u{ord(found[0]):04x}", text))
 
@@ -175,12 +311,12 @@ def reports_errors(command: Command) -> Command:
             if kwargs.get("as_json"):
                 click.echo(json.dumps({"error": error_json(error)}, ensure_ascii=False), err=True)
             else:
-                talk(f"{click.style('error:', fg='red', bold=True)} {error.message}")
+                _complain(f"{click.style('error:', fg='red', bold=True)} {error.message}")
                 if error.remedy:
-                    talk(f"  {_sentence(error.remedy)}")
+                    _complain(f"  {_sentence(error.remedy)}")
             raise SystemExit(error.exit_code) from None
         except KeyboardInterrupt:
-            talk("interrupted; the store is as it was")
+            _complain("interrupted; the store is as it was")
             raise SystemExit(130) from None
 
     return cast(Command, wrapped)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from patchhub.cli.habits import Group
 from patchhub.cli.options import FactsFile, format_option, memory_option, text_option
 from patchhub.cli.terminal import (
     count,
@@ -37,7 +38,7 @@ def _read_layers(ctx: click.Context, param: click.Parameter, value: str | None) 
         raise click.BadParameter(f"{value!r}: {error}", ctx, param) from None
 
 
-@click.group(invoke_without_command=True)
+@click.group(cls=Group, invoke_without_command=True)
 @repo_option
 @json_option
 @click.pass_context

@@ -1,7 +1,7 @@
 """Read the facts to write: a file, a stream, or one fact from the command line; and find contradictions among them.
 
-Formats: JSONL, JSON and CSV; the record shapes are those of `record_shapes`. Everything that is wrong with the input
-is a `RequestError` that names the file, the line or record, the field and the remedy."""
+Formats: JSONL, JSON, CSV (with commas, semicolons or tabs), YAML, Parquet, and data sets of the Hub; the record shapes are those of
+`shapes`. Everything that is wrong with the input is a `RequestError` that names the file, the line or record, the field and the remedy."""
 
 from __future__ import annotations
 
@@ -13,15 +13,34 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Any, Literal, get_args
 
-from patchhub.editing.shapes import REQUIRED_FIELDS, ZSRE_FIELDS, Reading, json_kind, read_record, request_from_record
+from patchhub.editing.shapes import (
+    REQUIRED_FIELDS,
+    ZSRE_FIELDS,
+    Reading,
+    is_record,
+    json_kind,
+    read_record,
+    request_from_record,
+)
 from patchhub.errors import ContradictionError, RequestError
 from patchhub.objects import Request
 
-Format = Literal["jsonl", "json", "csv"]
+Format = Literal["jsonl", "json", "csv", "tsv", "yaml", "parquet"]
 
-_SUFFIXES: Mapping[str, Format] = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv"}
+_SUFFIXES: Mapping[str, Format] = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "json",
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".yaml": "yaml",
+    ".yml": "yaml",
+    ".parquet": "parquet",
+}
+_HUB = "hf://datasets/"
+_DATA = "install the extra that reads it: pip install 'patchhub[data]'"
 _LIST_COLUMNS = ("paraphrases", "neighborhood")
 _LISTED_CONTRADICTIONS = 5
 _UNSAID = "(as before)"  # stands for the answer of a keep while its record is read
@@ -45,13 +64,14 @@ class Batch:
     """The unique requests of one source in their order, and their origins beside them.
 
     `duplicates` counts the records that were dropped because their request id had been read before, `unanswered` the
-    neighbourhood prompts that were left out because their record gives no answer to them.
+    neighbourhood prompts that were left out because their record gives no answer to them, `ignored` names the fields that were left out.
     """
 
     requests: tuple[Request, ...]
     origins: tuple[Origin, ...]
     duplicates: int
     unanswered: int = 0
+    ignored: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -92,14 +112,26 @@ def read_requests(
         RequestError: the source cannot be read, holds no record, or one of its records is malformed.
     """
     whole = Origin(name or (str(source) if isinstance(source, Path) else "standard input"))
-    if format is not None and format not in _READERS:
-        raise RequestError(f"unknown format '{format}'", remedy=f"use one of {', '.join(_READERS)}")
+    if format is not None and format not in get_args(Format):
+        raise RequestError(f"unknown format '{format}'", remedy=f"use one of {', '.join(get_args(Format))}")
+    return _unique(_readings(_records(source, whole, format)), whole)
+
+
+def _readings(records: Iterable[tuple[Origin, object]]) -> list[tuple[Reading, Origin]]:
+    return [(reading, origin) for origin, record in records for reading in _convert(record, origin)]
+
+
+def _records(
+    source: Path | IO[bytes] | IO[str], whole: Origin, format: Format | None
+) -> Iterator[tuple[Origin, object]]:
+    """The decoded records of a file or stream, whatever its format."""
+    suffix = _SUFFIXES.get(source.suffix.lower()) if isinstance(source, Path) else None
+    if (format or suffix) == "parquet":
+        return _read_parquet(source, whole)
     text = _read_text(source, whole)
     if not text.strip():
         raise _refuse(whole, "empty", "give at least one fact to write")
-    suffix = _SUFFIXES.get(source.suffix.lower()) if isinstance(source, Path) else None
-    read = _READERS[format or suffix or _sniff(text, whole)]
-    return _unique([(_convert(record, origin), origin) for origin, record in read(text, whole)], whole)
+    return _READERS[format or suffix or _sniff(text, whole)](text, whole)
 
 
 def read_facts(
@@ -129,11 +161,50 @@ def read_facts(
         raise RequestError(problem, remedy="Give a file or a list of facts, or prompt, subject and target.")
     if len(missing) < len(given):
         raise RequestError("a source of facts and a prompt are both given", remedy="Give one of them.")
+    if isinstance(source, str) and source.startswith(_HUB):
+        return _from_hub(source, format)
     if isinstance(source, str | PathLike):
         return read_requests(Path(source), format=format)
     if callable(getattr(source, "read", None)):
         return read_requests(source, format=format)
     return _unique(list(_from_records(source)), Origin("the records"))
+
+
+def _from_hub(address: str, format: Format | None) -> Batch:
+    """A file of a data set on the Hub, ``hf://datasets/user/name/path``, or all of a data set's rows, ``hf://datasets/user/name``.
+
+    Of a data set the split ``train`` is read, or its only one. A revision follows the name: ``user/name@v1``.
+    """
+    whole = Origin(address)
+    user, name, *path = [*address[len(_HUB) :].split("/", 2), ""][:3]
+    if not user or not name:
+        raise _refuse(
+            whole,
+            "names no data set of the Hub",
+            f"write {_HUB}user/name, or a file of it: {_HUB}user/name/facts.jsonl",
+        )
+    try:
+        if path[0]:
+            from huggingface_hub import HfFileSystem
+
+            with HfFileSystem().open(address.removeprefix("hf://"), "rb") as stream:
+                suffix = _SUFFIXES.get(Path(path[0]).suffix.lower())
+                return read_requests(io.BytesIO(stream.read()), name=address, format=format or suffix)
+        import datasets
+
+        name, _, revision = name.partition("@")
+        splits = datasets.load_dataset(f"{user}/{name}", revision=revision or None)
+    except ImportError:
+        raise _refuse(whole, "a whole data set cannot be read here", f"{_DATA}; or name one file of it") from None
+    except RequestError:
+        raise
+    except Exception as error:  # the clients raise errors of several libraries
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise _refuse(
+            whole, f"cannot be read ({reason})", "check the address, the connection and `hf auth login`"
+        ) from error
+    split = "train" if "train" in splits else next(iter(splits))
+    return _unique(list(_from_records(splits[split])), whole)
 
 
 def _from_records(source: Any) -> Iterator[tuple[Reading, Origin]]:
@@ -150,7 +221,8 @@ def _from_records(source: Any) -> Iterator[tuple[Reading, Origin]]:
             yield Reading(record, 0), origin
         elif isinstance(record, Mapping):
             present = {str(name): _cell(value) for name, value in record.items()}
-            yield _convert({name: value for name, value in present.items() if value is not None}, origin), origin
+            filled = {name: value for name, value in present.items() if value is not None}
+            yield from ((reading, origin) for reading in _convert(filled, origin))
         else:
             raise _refuse(origin, f"a {type(record).__name__} stands where a fact belongs", "write it as a mapping")
 
@@ -165,11 +237,12 @@ def _unique(records: Sequence[tuple[Reading, Origin]], whole: Origin) -> Batch:
     if not records:
         raise _refuse(whole, "no records", "give at least one fact to write")
     first: dict[str, tuple[Request, Origin]] = {}
-    for (request, _), origin in records:
-        first.setdefault(request.id, (request, origin))
+    for reading, origin in records:
+        first.setdefault(reading.request.id, (reading.request, origin))
     requests, origins = zip(*first.values(), strict=True)
     unanswered = sum(reading.unanswered for reading, _ in records)
-    return Batch(requests, origins, duplicates=len(records) - len(first), unanswered=unanswered)
+    ignored = sorted(frozenset().union(*(reading.ignored for reading, _ in records)))
+    return Batch(requests, origins, len(records) - len(first), unanswered, tuple(ignored))
 
 
 def read_keeps(source: Any) -> tuple[Keep, ...]:
@@ -184,12 +257,7 @@ def read_keeps(source: Any) -> tuple[Keep, ...]:
     if source is None:
         return ()
     if isinstance(source, str | PathLike):
-        path = Path(source)
-        whole = Origin(str(path))
-        text = _read_text(path, whole)
-        if not text.strip():
-            raise _refuse(whole, "empty", "give at least one prompt to keep")
-        records = _READERS[_SUFFIXES.get(path.suffix.lower()) or _sniff(text, whole)](text, whole)
+        records = _records(Path(source), Origin(str(source)), None)
     else:
         records = ((Origin("the keeps", record=number), record) for number, record in enumerate(source, start=1))
     found: dict[tuple[str, str], Keep] = {}
@@ -204,7 +272,7 @@ def _keep(record: object, origin: Origin) -> Keep:
         record.get(name) for name in ("target_new", "alt", "requested_rewrite")
     )
     filled = record if answered or not isinstance(record, dict) else {**record, "target_new": _UNSAID}
-    request = _convert(filled, origin).request
+    request = _convert(filled, origin)[0].request
     return Keep(request.prompt, request.subject, request.target_new if answered else None)
 
 
@@ -285,14 +353,22 @@ def _sniff(text: str, whole: Origin) -> Format:
         except (ValueError, RecursionError):
             spread = text.lstrip().startswith("{\n") or first_line.endswith(("{", "[", ",", ":"))
             return "json" if spread else "jsonl"
-    header = {cell.strip().strip('"') for cell in first_line.split(",")}
+    header = {cell.strip().strip('"') for cell in first_line.split(_delimiter(first_line))}
     if header >= REQUIRED_FIELDS or header >= ZSRE_FIELDS:
         return "csv"
+    if first_line.startswith("- ") or first_line in ("---", "requests:"):
+        return "yaml"
+    known = ", ".join(get_args(Format))
     raise _refuse(
         whole,
         "neither the name nor the content tells the format",
-        "say the format (jsonl, json or csv); a CSV's first line names the columns prompt, subject and target_new",
+        f"say the format ({known}); a CSV's first line names the columns prompt, subject and target_new",
     )
+
+
+def _delimiter(line: str) -> str:
+    """What parts the cells of a table's first line: the one of comma, semicolon and tab that it has most of."""
+    return max(",;\t", key=line.count)
 
 
 def _read_jsonl(text: str, whole: Origin) -> Iterator[tuple[Origin, object]]:
@@ -303,8 +379,15 @@ def _read_jsonl(text: str, whole: Origin) -> Iterator[tuple[Origin, object]]:
 
 
 def _read_json(text: str, whole: Origin) -> Iterator[tuple[Origin, object]]:
-    content = _parse_json(text, whole)
-    records = content["requests"] if isinstance(content, dict) and content.keys() == {"requests"} else content
+    return _listed(_parse_json(text, whole), whole)
+
+
+def _listed(content: object, whole: Origin) -> Iterator[tuple[Origin, object]]:
+    """The records of a document: a list, a list under one name (``requests``), or one record alone."""
+    records = content
+    if isinstance(content, dict):
+        lists = [value for value in content.values() if isinstance(value, list)]
+        records = lists[0] if len(content) == 1 and lists else [content] if is_record(content) else content
     if not isinstance(records, list):
         message = f"{json_kind(records)} stands where a list of records belongs"
         raise _refuse(whole, message, 'write [{...}, {...}] or {"requests": [...]}')
@@ -312,9 +395,38 @@ def _read_json(text: str, whole: Origin) -> Iterator[tuple[Origin, object]]:
         yield Origin(whole.source, record=number), record
 
 
+def _read_yaml(text: str, whole: Origin) -> Iterator[tuple[Origin, object]]:
+    import yaml  # huggingface_hub brings it
+
+    try:
+        content = yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" at line {mark.line + 1}" if mark is not None else ""
+        raise _refuse(
+            whole, f"malformed YAML{where} ({getattr(error, 'problem', None) or error})", "correct it there"
+        ) from None
+    return _listed(content, whole)
+
+
+def _read_parquet(source: Path | IO[bytes] | IO[str], whole: Origin) -> Iterator[tuple[Origin, object]]:
+    """One record per row; a null is an absent field."""
+    try:
+        from pyarrow import parquet
+    except ImportError:
+        raise _refuse(whole, "a Parquet file cannot be read here", _DATA) from None
+    try:
+        rows = parquet.read_table(source).to_pylist()
+    except Exception as error:  # the library raises errors of its own and of the system
+        raise _refuse(whole, f"cannot be read as Parquet ({error})", "name a Parquet file") from None
+    for number, row in enumerate(rows, start=1):
+        yield Origin(whole.source, record=number), {name: value for name, value in row.items() if value is not None}
+
+
 def _read_csv(text: str, whole: Origin) -> Iterator[tuple[Origin, object]]:
     """One record per row; an empty cell is an absent field; list columns hold JSON or texts separated by `|`."""
-    rows = csv.reader(io.StringIO(text, newline=""), strict=True)
+    delimiter = _delimiter(text.lstrip("\n").partition("\n")[0])
+    rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     line = 1
     try:
         header = [cell.strip() for cell in next(rows)]
@@ -325,7 +437,8 @@ def _read_csv(text: str, whole: Origin) -> Iterator[tuple[Origin, object]]:
             origin, line = Origin(whole.source, line=line), rows.line_num + 1
             if len(row) > len(header):
                 message = f"{len(row)} cells under {len(header)} columns"
-                raise _refuse(origin, message, 'put quotes ("...") around cells that contain commas')
+                between = {",": "commas", ";": "semicolons", "\t": "tabs"}[delimiter]
+                raise _refuse(origin, message, f'put quotes ("...") around cells that contain {between}')
             record: dict[str, Any] = {name: cell for name, cell in zip(header, row, strict=False) if cell.strip()}
             for name in _LIST_COLUMNS:
                 if name in record:
@@ -366,7 +479,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return unique
 
 
-def _convert(record: object, origin: Origin) -> Reading:
+def _convert(record: object, origin: Origin) -> list[Reading]:
     try:
         return read_record(record)
     except RequestError as error:
@@ -383,4 +496,6 @@ _READERS: Mapping[Format, Callable[[str, Origin], Iterator[tuple[Origin, object]
     "jsonl": _read_jsonl,
     "json": _read_json,
     "csv": _read_csv,
+    "tsv": _read_csv,
+    "yaml": _read_yaml,
 }

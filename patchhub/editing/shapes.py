@@ -1,13 +1,17 @@
 """The shapes in which people publish facts, each turned into a `Request`.
 
-Recognised: our own, CounterFact (Meng et al. 2022), EasyEdit's flat form, and zsRE as MEND publishes it. What differs
-between shapes is a row of `_SHAPES`: the fields that give a shape away and the function that reads it. A foreign
-shape's other fields are ignored; in our own shape an unknown field is refused, as most likely a typing error."""
+Recognised: our own, CounterFact (Meng et al. 2022) with what builds on it (MQuAKE, AKEW), EasyEdit's flat form with KnowEdit's sets,
+zsRE as MEND publishes it, RippleEdits, UnKE, HalluEditBench, and the columns of known_1000 and counterfact-tracing. What differs
+between shapes is a row of `_SHAPES`: its name, the fields that give it away and the function that reads it. A foreign shape's other
+fields are ignored; in our own shape an unknown field is left out and told, unless it is nearly the name of a known one: that is
+refused, as most likely a typing error."""
 
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from patchhub.canonical import nfc
@@ -23,28 +27,31 @@ _OWN_FIELDS = REQUIRED_FIELDS | OPTIONAL_FIELDS
 _EASYEDIT_FIELDS = frozenset(
     {"ground_truth", "rephrase_prompt", "rephrase", "locality_prompt", "locality_ground_truth", "locality"}
 )
-_SHAPES_REMEDY = (
-    "use one of these shapes: {prompt, subject, target_new[, target_true, paraphrases, neighborhood]}; "
-    "CounterFact {requested_rewrite, paraphrase_prompts, neighborhood_prompts}; "
-    "EasyEdit {prompt, subject, target_new, ground_truth, rephrase_prompt, locality_prompt, locality_ground_truth}; "
-    "zsRE {subject, src, alt, answers, rephrase, loc, loc_ans}"
-)
+_OWN_SHAPE = "{prompt, subject, target_new[, target_true, paraphrases, neighborhood]}"
+_TYPING_ERROR = 0.7  # how like a known field's name an unknown one must be
 
 
 class Reading(NamedTuple):
-    """A request, and how many neighbourhood prompts of its record were left out because the record gives no answer to them."""
+    """A request of a record.
+
+    Attributes:
+        request: the fact.
+        unanswered: how many neighbourhood prompts were left out because the record gives no answer to them.
+        ignored: fields of our own shape that it does not know.
+    """
 
     request: Request
     unanswered: int
+    ignored: frozenset[str] = frozenset()
 
 
 def request_from_record(record: object) -> Request:
-    """Turn one decoded record of any known shape into a request; raises as `read_record`."""
-    return read_record(record).request
+    """Turn one decoded record of any known shape that holds one fact into a request; raises as `read_record`."""
+    return read_record(record)[0].request
 
 
-def read_record(record: object) -> Reading:
-    """Turn one decoded record of any known shape into a request.
+def read_record(record: object) -> list[Reading]:
+    """Turn one decoded record of any known shape into its requests: one, or as many as MQuAKE has in one record.
 
     A neighbourhood prompt only says what to evaluate. Where a published file gives no answer to it (KnowEdit has empty lists), it is left
     out; in our own shape that is refused, since whoever wrote it can say the answer.
@@ -53,19 +60,36 @@ def read_record(record: object) -> Reading:
         RequestError: without file and line, which the caller knows.
     """
     if not isinstance(record, dict):
-        raise RequestError(f"the record is {json_kind(record)}, not an object with fields", remedy=_SHAPES_REMEDY)
-    for telling, convert in _SHAPES:
-        if telling.isdisjoint(record):
-            continue
-        ours = OPTIONAL_FIELDS & record.keys()
-        if convert is not _from_own and ours:
-            foreign = min(telling & record.keys())
-            raise RequestError(
-                f"the record mixes shapes: '{min(ours)}' beside '{foreign}'", remedy=_SHAPES_REMEDY, field=min(ours)
-            )
-        return convert(record)
-    fields = ", ".join(f"'{key}'" for key in list(record)[:8]) or "none"
-    raise RequestError(f"unknown record shape (fields: {fields})", remedy=_SHAPES_REMEDY)
+        raise RequestError(
+            f"the record is {json_kind(record)}, not an object with fields", remedy=f"write {_OWN_SHAPE}"
+        )
+    shape = next((shape for shape in _SHAPES if shape.fits(record)), None)
+    if shape is None:
+        fields = ", ".join(f"'{key}'" for key in list(record)[:8]) or "none"
+        raise RequestError(f"unknown record shape (fields: {fields})", remedy=_nearest(record))
+    ours = (OPTIONAL_FIELDS - {"target_true"} if shape.has_true else OPTIONAL_FIELDS) & record.keys()
+    if shape.convert is not _from_own and ours:
+        foreign = min(shape.telling & record.keys())
+        remedy = f"write {_OWN_SHAPE}, or {shape.name} {{{', '.join(shape.fields)}}} alone"
+        raise RequestError(f"the record mixes shapes: '{min(ours)}' beside '{foreign}'", remedy=remedy, field=min(ours))
+    found = shape.convert(record)
+    return found if isinstance(found, list) else [found]
+
+
+def is_record(content: Record) -> bool:
+    """Whether an object is one record of a known shape."""
+    return any(shape.fits(content) for shape in _SHAPES)
+
+
+def _nearest(record: Record) -> str:
+    """The shape that has most of a record's fields, and what it lacks of it; our own where none is like it."""
+    alike = {shape: len(set(shape.fields) & record.keys()) for shape in _SHAPES}
+    shape = max(_SHAPES, key=lambda shape: (alike[shape], shape.convert is _from_own))
+    known = f"{shape.name} {{{', '.join(shape.fields)}}}"
+    if not alike[shape]:
+        return f"write {_OWN_SHAPE}; docs/data.md lists the shapes of published files"
+    lacking = ", ".join(f"'{name}'" for name in shape.fields if name not in record)
+    return f"the nearest shape is {known}, of which {lacking} is not there; docs/data.md lists all"
 
 
 def json_kind(value: object) -> str:
@@ -78,11 +102,12 @@ def json_kind(value: object) -> str:
 
 
 def _from_own(record: Record) -> Reading:
-    for name in record:
-        if name not in _OWN_FIELDS:
-            close = difflib.get_close_matches(str(name), sorted(_OWN_FIELDS), n=1)
-            remedy = f"did you mean '{close[0]}'?" if close else f"the fields are {', '.join(sorted(_OWN_FIELDS))}"
-            raise RequestError(f"unknown field '{name}'", remedy=remedy, field=name)
+    unknown = [str(name) for name in record if name not in _OWN_FIELDS]
+    for name in unknown:
+        meant = sorted(OPTIONAL_FIELDS | _OWN_FIELDS - record.keys())
+        close = difflib.get_close_matches(name, meant, n=1, cutoff=_TYPING_ERROR)
+        if close:
+            raise RequestError(f"unknown field '{name}'", remedy=f"did you mean '{close[0]}'?", field=name)
     subject, target_new = _text(record, "subject"), _text(record, "target_new")
     target_true = _optional_text(record, "target_true")
     if target_new == target_true:
@@ -93,7 +118,7 @@ def _from_own(record: Record) -> Reading:
         )
     neighborhood = record.get("neighborhood")
     entries = neighborhood if isinstance(neighborhood, list) else [] if neighborhood is None else [neighborhood]
-    return _request(
+    reading = _request(
         _text(record, "prompt"),
         subject,
         target_new,
@@ -101,6 +126,7 @@ def _from_own(record: Record) -> Reading:
         paraphrases=[text.replace(SLOT, subject) for text in _texts(record, "paraphrases")],
         neighborhood=[_own_neighbor(entry, target_true) for entry in entries],
     )
+    return reading._replace(ignored=frozenset(unknown))
 
 
 def _own_neighbor(entry: object, target_true: str | None) -> tuple[str, str]:
@@ -122,8 +148,22 @@ def _own_neighbor(entry: object, target_true: str | None) -> tuple[str, str]:
     return prompt, _optional_text(fields, "target", "neighborhood.") or _given(target_true, prompt)
 
 
+def _from_mquake(record: Record) -> list[Reading]:
+    """`requested_rewrite` is a list of facts; a question in a fact asks it in other words. The questions of several hops are left out."""
+    rewrites = record["requested_rewrite"]
+    if not rewrites:
+        raise RequestError("'requested_rewrite' is empty", remedy="give a fact in it, or leave the record out")
+    readings = []
+    for number, rewrite in enumerate(rewrites, start=1):
+        if not isinstance(rewrite, dict):
+            raise _wrong_type(f"requested_rewrite {number}", "an object", rewrite)
+        question = _texts(rewrite, "question")
+        readings.append(_from_counterfact({"requested_rewrite": rewrite, "paraphrase_prompts": question}))
+    return readings
+
+
 def _from_counterfact(record: Record) -> Reading:
-    """Every neighbourhood prompt's right answer is the request's `target_true`."""
+    """Every neighbourhood prompt's right answer is the request's `target_true`. Of AKEW's records the short target is what is written."""
     rewrite = _object(record, "requested_rewrite")
     new = _text(_object(rewrite, "target_new"), "str", "target_new.")
     true = _optional_text(_object(rewrite, "target_true"), "str", "target_true.")
@@ -168,6 +208,101 @@ def _from_easyedit(record: Record) -> Reading:
     )
 
 
+def _from_wikibio(record: Record) -> Reading:
+    """KnowEdit's WikiBio: `text` is a biography so far, `labels` the sentence that shall follow, `concept` whose it is."""
+    neighbors = []
+    for group in _object(record, "locality").values():
+        for entry in group if isinstance(group, list) else [group]:
+            neighbors += _parallel_neighbors(entry, "prompt", "ground_truth") if isinstance(entry, dict) else []
+    return _request(
+        _text(record, "text"),
+        _text(record, "concept"),
+        _texts(record, "labels")[0] if _texts(record, "labels") else _text(record, "labels"),
+        target_true=None,
+        paraphrases=(),
+        neighborhood=neighbors,
+    )
+
+
+def _from_ripple(record: Record) -> Reading:
+    """RippleEdits: the edit is a sentence, "The name of the father of Ada is Bob.", beside the one that was true and its relation."""
+    edit = _object(record, "edit")
+    sentence, relation = _text(edit, "prompt", "edit."), _text(edit, "relation", "edit.")
+    name = relation.replace("_", " ").lower()
+    found = re.fullmatch(rf"(The (?:.*? )?{re.escape(name)} of )(.+?) (is|are) (.+?)\.?", sentence)
+    if found is None:
+        raise RequestError(
+            f"the edit '{sentence}' does not tell its subject from its target",
+            remedy=f"write {_OWN_SHAPE}: what the sentence is about, and what follows",
+            field="edit.prompt",
+        )
+    before, subject, verb, target = found.groups()
+    original = _optional_text(_object(edit, "original_fact"), "prompt", "edit.original_fact.")
+    head = f"{before}{subject} {verb} "
+    true = original[len(head) :].rstrip(".") if original and original.startswith(head) else None
+    return _request(f"{before}{SLOT} {verb}", subject, target, target_true=true, paraphrases=(), neighborhood=())
+
+
+def _from_unke(record: Record) -> Reading:
+    """UnKE and what is published like it: a question and a long answer. No subject is marked, so the whole question is the subject."""
+    question = _text(record, "question")
+    subject = _optional_text(record, "subject")
+    marked = subject is not None and subject in question
+    return _request(
+        question if marked else SLOT,
+        subject if marked and subject else question,
+        _text(record, "answer"),
+        target_true=None,
+        paraphrases=_texts(record, "para_question"),
+        neighborhood=(),
+    )
+
+
+def _from_halluedit(record: Record) -> Reading:
+    """HalluEditBench: `object` is the right answer to `question`, which the model gets wrong."""
+    question, subject = _text(record, "question"), _text(record, "subject")
+    return _request(
+        question if subject in question else SLOT,
+        subject if subject in question else question,
+        _text(record, "object"),
+        target_true=None,
+        paraphrases=_texts(record, "paraphrased_question"),
+        neighborhood=[(text, None) for text in _texts(record, "locality_question")],
+    )
+
+
+def _from_known(record: Record) -> Reading:
+    """known_1000 (Meng et al. 2022): what a model knows, `attribute` being the answer: to be kept, or to be measured."""
+    return _request(
+        _text(record, "prompt"),
+        _text(record, "subject"),
+        _text(record, "attribute"),
+        target_true=None,
+        paraphrases=(),
+        neighborhood=(),
+    )
+
+
+def _from_tracing(record: Record) -> Reading:
+    """counterfact-tracing: CounterFact in columns, `target_false` being what is to be written."""
+    return _request(
+        _text(record, "prompt"),
+        _text(record, "subject"),
+        _text(record, "target_false"),
+        target_true=_optional_text(record, "target_true"),
+        paraphrases=(),
+        neighborhood=(),
+    )
+
+
+def _from_convsent(record: Record) -> Reading:
+    """KnowEdit's ConvSent holds no facts."""
+    raise RequestError(
+        "the record asks for a sentiment about a topic (KnowEdit's ConvSent), not for a fact",
+        remedy="give facts: a prompt, its subject and what shall follow",
+    )
+
+
 def _parallel_neighbors(record: Record, prompts: str, targets: str) -> list[tuple[str, str | None]]:
     """Prompts and answers from two parallel fields, each a text or a list; an answer may be a list of its names.
 
@@ -207,12 +342,84 @@ def _given(target: str | None, prompt: str) -> str:
     return target
 
 
-_SHAPES: tuple[tuple[frozenset[str], Callable[[Record], Reading]], ...] = (
-    (frozenset({"requested_rewrite"}), _from_counterfact),
-    (ZSRE_FIELDS, _from_zsre),
-    (_EASYEDIT_FIELDS, _from_easyedit),
-    (_OWN_FIELDS, _from_own),
+@dataclass(frozen=True)
+class Shape:
+    """One form of records.
+
+    Attributes:
+        name: who publishes it.
+        fields: the fields that are read, as they are told to people.
+        convert: reads a record.
+        telling: any of these fields gives it away.
+        needed: and these must be there beside it.
+        has_true: whether ``target_true`` is a field of it.
+    """
+
+    name: str
+    fields: tuple[str, ...]
+    convert: Callable[[Record], Reading | list[Reading]]
+    telling: frozenset[str]
+    needed: frozenset[str] = frozenset()
+    has_true: bool = False
+
+    def fits(self, record: Record) -> bool:
+        several = self.convert is _from_mquake
+        return (
+            not self.telling.isdisjoint(record)
+            and self.needed <= record.keys()
+            and (not several or isinstance(record["requested_rewrite"], list))
+        )
+
+
+_COUNTERFACT = ("requested_rewrite", "paraphrase_prompts", "neighborhood_prompts")
+_SHAPES: tuple[Shape, ...] = (
+    Shape("MQuAKE", ("requested_rewrite",), _from_mquake, frozenset({"requested_rewrite"})),
+    Shape("CounterFact", _COUNTERFACT, _from_counterfact, frozenset({"requested_rewrite"})),
+    Shape("RippleEdits", ("edit",), _from_ripple, frozenset({"edit"}), frozenset({"edit"})),
+    Shape("zsRE", ("subject", "src", "alt", "answers", "rephrase", "loc", "loc_ans"), _from_zsre, ZSRE_FIELDS),
+    Shape(
+        "WikiBio",
+        ("text", "concept", "labels", "locality"),
+        _from_wikibio,
+        frozenset({"concept"}),
+        frozenset({"text", "labels"}),
+    ),
+    Shape("ConvSent", ("topic", "pos", "neg"), _from_convsent, frozenset({"topic"}), frozenset({"pos", "neg"})),
+    Shape("UnKE", ("question", "answer", "para_question"), _from_unke, frozenset({"para_question", "sub_question"})),
+    Shape(
+        "HalluEdit",
+        ("subject", "object", "question", "paraphrased_question"),
+        _from_halluedit,
+        frozenset({"object"}),
+        frozenset({"subject", "question"}),
+    ),
+    Shape(
+        "known_1000", ("subject", "attribute", "prompt"), _from_known, frozenset({"attribute"}), frozenset({"prompt"})
+    ),
+    Shape(
+        "counterfact-tracing",
+        ("subject", "prompt", "target_false", "target_true"),
+        _from_tracing,
+        frozenset({"target_false"}),
+        has_true=True,
+    ),
+    Shape(
+        "EasyEdit",
+        (
+            "prompt",
+            "subject",
+            "target_new",
+            "ground_truth",
+            "rephrase_prompt",
+            "locality_prompt",
+            "locality_ground_truth",
+        ),
+        _from_easyedit,
+        _EASYEDIT_FIELDS,
+    ),
+    Shape("facts", ("prompt", "subject", "target_new"), _from_own, _OWN_FIELDS),
 )
+"""Every shape; the first that fits is meant."""
 
 
 # --- fields
@@ -295,7 +502,7 @@ def _clean(value: object, name: str) -> str:
         raise _wrong_type(name, "a text", value)
     text = nfc(value).strip()
     if not text:
-        raise RequestError(f"'{name}' is empty", remedy=f"fill in '{name}', or leave it out", field=name)
+        raise RequestError(f"'{name}' is empty", remedy=_filled(name), field=name)
     if "\0" in text or any("\ud800" <= character <= "\udfff" for character in text):
         raise RequestError(
             f"'{name}' contains a character that no text has (NUL or half a surrogate pair)",
@@ -303,6 +510,11 @@ def _clean(value: object, name: str) -> str:
             field=name,
         )
     return text
+
+
+def _filled(name: str) -> str:
+    """What to do about a field that is empty: some must be there."""
+    return f"say it: every fact needs '{name}'" if name in REQUIRED_FIELDS else f"fill in '{name}', or leave it out"
 
 
 def _wrong_type(name: str, expected: str, value: object) -> RequestError:

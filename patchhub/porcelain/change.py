@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, Literal
 
@@ -27,6 +27,7 @@ from patchhub.sets.elements import (
 )
 from patchhub.sets.shards import ShardPlan, plan_shards, shards_among, shrink, stale_shards, without_shards
 from patchhub.store import graph
+from patchhub.store.revisions import REMOTES
 from patchhub.store.store import Store
 from patchhub.who import Who
 from patchhub.worktree.judging import GUARDED, Guarding, judge
@@ -187,8 +188,8 @@ def _carry_out(
     after = (before - removed - shards.remove) | restored | shards.restore
     if after == before and not shards.train:
         raise RevisionError(
-            f"nothing is left to {command}: these facts are as it would make them already",
-            remedy="See `patchhub status` for what is active.",
+            f"nothing to {command}: {_as_it_is(repository, change)}",
+            remedy="`patchhub search WORDS` says which commits added and removed a fact.",
         )
     metric = one_metric(repository, after) or (repository.commit(head).metric if head else None)
     _refuse_contradictions(repository, head, before, after, shards)
@@ -214,6 +215,17 @@ def _carry_out(
         trained=trained,
         stale_shards=tuple(stale_shards(repository, after)),
     )
+
+
+def _as_it_is(repository: Store, change: Change) -> str:
+    """Why a change changes nothing: what it would take away is not active, what it would bring is."""
+    parts = []
+    for elements, state in ((change.remove, "not active"), (change.restore, "active already")):
+        facts = distinct(active_requests(repository, elements))
+        if facts:
+            others = f" and {len(facts) - 1} more are" if facts[1:] else " is"
+            parts.append(f"“{facts[0].text} {facts[0].target_new}”{others} {state}")
+    return ", ".join(parts) or "its change is in effect already, or taken back already"
 
 
 def _shard_change(repository: Store, active: frozenset[Element], change: Change) -> ShardPlan:
@@ -307,13 +319,50 @@ def squash(
     replaced, parent = _span(repository, span, head)
     who = who.saying("\n\n".join(repository.commit(commit).message for commit in reversed(replaced)))
     tip = repository.commit(replaced[0])
-    draft = Draft(
-        (parent,) if parent else (), repository.active(replaced[0]), tip.metric, "squash", {"commits": list(replaced)}
-    )
+    draft = Draft((parent,) if parent else (), repository.active(replaced[0]), tip.metric, "squash", {})
     commit = judge(repository, prepare(repository, draft, who), progress or Silent(), guarding)
-    identity = record(repository, commit, draft, who.signer, instead_of=replaced[0])
+    identity = _put_in_place(repository, commit, draft, replaced, who)
     proofs = [float(value) for value in commit.check["proof"].values()]
     return Squashed(identity, tuple(replaced), repository.active_count(identity), max(proofs, default=0.0))
+
+
+def _put_in_place(repository: Store, commit: Commit, draft: Draft, replaced: Sequence[str], who: Who) -> str:
+    """Store a commit, signed where that is asked for, and put it where the newest of the replaced ones is; returns its id."""
+    named = replace(draft, arguments={"commits": list(replaced)})
+    return record(repository, commit, named, who.signer, instead_of=replaced[0])
+
+
+def amend(repository: Store, who: Who, progress: Progress, amended: str, *, guarding: Guarding = GUARDED) -> str:
+    """Put one commit in the place of ``amended`` and of what was committed onto it since; returns its id.
+
+    Where nothing was, the commit is the same but for its message, author and time. The parents are those of ``amended``, and its
+    message is kept where there is no other.
+
+    Raises:
+        RepositoryError: a stopped merge waits on HEAD.
+        GuardError: a check of the new state failed; the commits are as they were.
+    """
+    head = begin(repository)
+    old = repository.commit(amended)
+    who = who.saying(old.message)
+    _warn_of_pushed(repository, amended, progress)
+    if head is None or head == amended:
+        commit = replace(old, message=who.message, author=who.author, time=who.time)
+        as_it_was = Draft(old.parents, repository.active(amended), old.metric, "amend", {})
+        return amended if commit == old else _put_in_place(repository, commit, as_it_was, (amended,), who)
+    draft = Draft(old.parents, repository.active(head), repository.commit(head).metric, "amend", {})
+    commit = judge(repository, prepare(repository, draft, who), progress, guarding)
+    return _put_in_place(repository, commit, draft, (head, amended), who)
+
+
+def _warn_of_pushed(repository: Store, commit: str, progress: Progress) -> None:
+    for ref, target in repository.refs().items():
+        if ref.startswith(REMOTES) and graph.is_ancestor(commit, target, repository.parents):
+            progress.warn(
+                f"{commit[:12]} was pushed already ({ref[len(REMOTES) :]}): the next push is refused until a pull merges the two, "
+                "or with --force-with-lease"
+            )
+            return
 
 
 def _span(repository: Store, span: str, head: str | None) -> tuple[Sequence[str], str | None]:

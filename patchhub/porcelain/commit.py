@@ -267,6 +267,8 @@ def _warn_of_what_is_left_out(batch: Batch, progress: Progress) -> None:
     if batch.unanswered:
         left = f"{batch.unanswered} neighborhood prompt{'' if batch.unanswered == 1 else 's'}"
         progress.warn(f"{left} without an answer left out")
+    if batch.ignored:
+        progress.warn(f"fields of the records that say nothing here are left out: {', '.join(batch.ignored)}")
 
 
 def _none_holds(method: str) -> str:

@@ -22,7 +22,7 @@ from patchhub.store import graph, lookup
 from patchhub.store.graph import Parents, Rank
 from patchhub.store.lookup import Selection
 from patchhub.store.reading import Standing
-from patchhub.store.revisions import REMOTES, SYMBOLIC
+from patchhub.store.revisions import NOTES, REMOTES, SYMBOLIC, follow
 from patchhub.store.store import Store
 
 SHARES: Final = ("own", "earlier", "crushed")
@@ -325,6 +325,7 @@ def log(
     revision: str = "HEAD",
     *,
     limit: int | None = None,
+    everything: bool = False,
     only: Selection = EVERYTHING,
     first_parent: bool = False,
     sizes: bool = False,
@@ -336,6 +337,7 @@ def log(
     Args:
         revision: a revision, or ``FROM..TO``: what is below TO and not below FROM.
         limit: at most this many.
+        everything: below every branch, tag and remote branch, and HEAD, instead.
         only: which commits.
         first_parent: follow first parents alone.
         sizes: say how much each commit changes.
@@ -352,6 +354,8 @@ def log(
     start = repository.resolve(tip or "HEAD")
     left_out = repository.resolve(below) if below else None
     starts = [start] if start else []
+    if everything:
+        starts = sorted({target for ref in refs if not ref.startswith(NOTES) and (target := follow(ref, refs))})
     wanted = lookup.selected_commits(repository, only)
     every, rank = _graph(repository, whole=wanted is not None)
     imports = imports_of(repository)

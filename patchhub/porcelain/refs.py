@@ -56,6 +56,7 @@ class Stepped(Result):
         changes: per ref where it was and where it is.
         branch, head: where that leaves the repository.
         command: the command whose effect was taken away or brought back.
+        commands: the same of each step, the first one first.
     """
 
     operation: str
@@ -63,6 +64,7 @@ class Stepped(Result):
     branch: str | None
     head: str | None
     command: str = field(metadata=told(omit=True))
+    commands: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,28 @@ class RefEntry(Result):
 
     def words(self) -> str:
         return f"@{{{self.ago}}} {(self.commit or 'no commit')[:12]} {self.time} {self.command}: {self.message}"
+
+
+@dataclass(frozen=True)
+class Done(Result):
+    """One operation: ``ago`` operations before now ``author`` ran ``command``, which moved ``refs``."""
+
+    ago: int
+    id: str
+    command: str
+    author: str
+    time: str
+    refs: tuple[str, ...]
+    undoes: str | None
+
+    def words(self) -> str:
+        return f"@{{{self.ago}}} {self.time} {self.command}: {', '.join(map(short, self.refs))}"
+
+
+def operations(repository: Store, *, limit: int | None = None) -> Iterator[Done]:
+    """Every operation, the last one first; ``HEAD@{ago}`` is where HEAD was before those that are listed above it."""
+    for ago, (identity, done) in enumerate(islice(repository.operations(), limit)):
+        yield Done(ago, identity, done.command, done.author, done.time, tuple(done.changes), done.undoes)
 
 
 def branches(repository: Store) -> list[Named]:
@@ -157,6 +181,29 @@ def delete_branch(repository: Store, name: str, who: Who) -> Moved:
             f"{name} is the current branch", remedy="Switch to another branch first: `patchhub switch NAME`.", ref=ref
         )
     return _delete(repository, ref, "branch", who)
+
+
+def rename_branch(repository: Store, old: str | None, new: str, who: Who) -> Moved:
+    """Give a branch another name; None: the current one.
+
+    Raises:
+        RevisionError: no such branch, or a name that cannot be used.
+        RepositoryError: there is a branch of the new name, or HEAD is on no branch.
+    """
+    here = current_ref(repository)
+    if old is None and here == HEAD:
+        raise RepositoryError("HEAD is on no branch", remedy="Name the branch to rename: `patchhub branch -m OLD NEW`.")
+    ref = here if old is None else _existing(repository, BRANCHES, old, "`patchhub branch` lists what there is.")
+    _refuse_existing(repository, BRANCHES + new)
+    refs = repository.refs()
+    commit = refs.get(ref)
+    changes: dict[str, tuple[str | None, str | None]] = {}
+    if commit is not None:
+        changes = {ref: (commit, None), BRANCHES + new: (None, commit)}
+    if ref == here:
+        changes[HEAD] = (refs[HEAD], SYMBOLIC + BRANCHES + new)
+    _move(repository, changes, "branch", {"rename": short(ref), "to": new}, who)
+    return Moved(BRANCHES + new, None, commit)
 
 
 def delete_tag(repository: Store, name: str, who: Who) -> Moved:
@@ -362,9 +409,16 @@ def _first_line(repository: Store, commit: str) -> str:
     return next(iter(repository.commit(commit).message.splitlines()), "")
 
 
-def undo(repository: Store, *, who: Who) -> Stepped:
-    """Put every ref back to where it was before the last operation; repeated, it walks further back."""
-    return _stepped(repository, repository.undo(author=who.author, time=who.time))
+def undo(repository: Store, *, who: Who, steps: int = 1, everything: bool = True) -> Stepped:
+    """Put every ref back to where it was before the last operation; repeated, it walks further back.
+
+    Args:
+        steps: how many operations to take back, at once.
+        everything: whatever they were; else those that moved a branch or a tag, and moves of HEAD, remote branches and notes stay.
+    """
+    return _stepped(
+        repository, *repository.undo_several(steps, author=who.author, time=who.time, everything=everything)
+    )
 
 
 def redo(repository: Store, *, who: Who) -> Stepped:
@@ -372,8 +426,14 @@ def redo(repository: Store, *, who: Who) -> Stepped:
     return _stepped(repository, repository.redo(author=who.author, time=who.time))
 
 
-def _stepped(repository: Store, operation: Operation) -> Stepped:
-    commands, first = dict(repository.operations()), operation
-    while first.undoes is not None:
-        first = commands[first.undoes]
-    return Stepped(operation.id, operation.changes, *repository.head, first.command)
+def _stepped(repository: Store, *operations: Operation) -> Stepped:
+    known, commands = dict(repository.operations()), []
+    changes: dict[str, tuple[str | None, str | None]] = {}
+    for operation in operations:
+        first = operation
+        while first.undoes is not None:
+            first = known[first.undoes]
+        commands.append(first.command)
+        for ref, (old, new) in operation.changes.items():
+            changes[ref] = (changes.get(ref, (old, new))[0], new)
+    return Stepped(operations[-1].id, changes, *repository.head, commands[-1], tuple(commands))

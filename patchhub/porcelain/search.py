@@ -5,13 +5,14 @@ Both are answered by the index and by JSON; only the weights and answers of `dif
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import ClassVar, Final
 
-from patchhub.errors import RequestError, SettingsError
+from patchhub.errors import RequestError, RevisionError, SettingsError
 from patchhub.objects import Element, Request
-from patchhub.porcelain.history import measured_norms
+from patchhub.porcelain.history import Shown, measured_norms, show
 from patchhub.porcelain.scores import Compared, compare
 from patchhub.progress import Progress
 from patchhub.results import Result, in_full, told
@@ -62,6 +63,53 @@ def search(repository: Store, words: str, *, subject: str = "", revision: str = 
     facts = _enough(lambda rows: read(limit=rows), _first_of_each, limit, first=2 * limit)
     active = {request for _, request in lookup.active_among(repository, commit, [fact.request for fact in facts])}
     return [Found(fact, tuple(lookup.changes(repository, fact.request)), fact.request in active) for fact in facts]
+
+
+def named(repository: Store, name: str, revision: str = "HEAD", *, active: bool = False) -> list[Found]:
+    """The facts that a name means: a subject, the text of a fact, or a request id or a prefix of one.
+
+    Args:
+        revision: where a fact counts as active.
+        active: leave out the others.
+
+    Raises:
+        RevisionError: no such revision.
+    """
+    commit = repository.resolve(revision)
+    facts = _first_of_each(lookup.named(repository, name))
+    here = {request for _, request in lookup.active_among(repository, commit, [fact.request for fact in facts])}
+    return [
+        Found(fact, tuple(lookup.changes(repository, fact.request)), fact.request in here)
+        for fact in facts
+        if fact.request in here or not active
+    ]
+
+
+def shown(repository: Store, name: str) -> Shown | list[Found]:
+    """What a name leads to: a commit, or facts; ``REV:FACT`` means facts active at REV.
+
+    Raises:
+        RevisionError: nothing has that name, or it is the unpatched model or a patch.
+    """
+    revision, colon, fact = name.partition(":")
+    if colon:
+        with suppress(RevisionError):
+            repository.resolve(revision or "HEAD")
+            if found := named(repository, fact.strip(), revision or "HEAD", active=True):
+                return found
+            raise RequestError(
+                f"no fact that is active at {revision or 'HEAD'} has the subject, the text or the id {fact.strip()!r}",
+                remedy=f"`patchhub search {fact.strip()} --rev {revision or 'HEAD'}` looks for its words.",
+            )
+    try:
+        return show(repository, name)
+    except RevisionError as error:
+        if found := named(repository, name):
+            return found
+        if "patch" not in error.facts and not error.facts.get("close") and " " in name:
+            remedy = "It is no fact's text either; `patchhub search WORDS` looks for words of it."
+            raise RevisionError(error.message, remedy=remedy, **error.facts) from None
+        raise
 
 
 def mentioned(repository: Store, prompt: str, revision: str = "HEAD", *, limit: int = 20) -> list[Fact]:

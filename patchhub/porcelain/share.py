@@ -47,13 +47,17 @@ def remote_add(repository: Store, name: str, address: str) -> str:
     Raises:
         SettingsError: a name or an address that cannot be used, or a name that is taken.
     """
+    _refuse_name(repository, name)
+    kept = normalised(address)
+    _change_settings(repository, lambda settings: {**settings, _KEY + name: kept})
+    return kept
+
+
+def _refuse_name(repository: Store, name: str) -> None:
     if _NAME.fullmatch(name) is None:
         raise SettingsError(f"{name!r} cannot name a remote", remedy="Use letters, digits, `-` and `_`.")
     if name in remotes(repository):
         raise SettingsError(f"there is a remote {name} already", remedy=f"Remove it: `patchhub remote remove {name}`.")
-    kept = normalised(address)
-    _change_settings(repository, lambda settings: {**settings, _KEY + name: kept})
-    return kept
 
 
 def remote_remove(repository: Store, name: str, *, who: Who) -> None:
@@ -66,6 +70,29 @@ def remote_remove(repository: Store, name: str, *, who: Who) -> None:
     if gone:
         repository.move_refs(gone, command="remote", arguments={"remove": name}, author=who.author, time=who.time)
     _change_settings(repository, lambda settings: {k: v for k, v in settings.items() if k != _KEY + name})
+
+
+def remote_rename(repository: Store, old: str, new: str, *, who: Who) -> str:
+    """Give a remote another name, and its branches here with it; returns its address.
+
+    Raises:
+        SettingsError: there is none of the old name, or the new one is taken or cannot be used.
+    """
+    address = address_of(repository, old)
+    _refuse_name(repository, new)
+    prefix = f"{REMOTES}{old}/"
+    changes: dict[str, tuple[str | None, str | None]] = {}
+    for ref, target in repository.refs().items():
+        if ref.startswith(prefix):
+            changes |= {ref: (target, None), f"{REMOTES}{new}/{ref[len(prefix) :]}": (None, target)}
+    if changes:
+        arguments = {"rename": old, "to": new}
+        repository.move_refs(changes, command="remote", arguments=arguments, author=who.author, time=who.time)
+    _change_settings(
+        repository,
+        lambda settings: {_KEY + new if key == _KEY + old else key: value for key, value in settings.items()},
+    )
+    return address
 
 
 def address_of(repository: Store, name: str) -> str:
@@ -140,6 +167,8 @@ def push(
     everything: bool = False,
     tags: bool = False,
     private_facts: bool | None = None,
+    delete: bool = False,
+    lease: bool = False,
     dry_run: bool = False,
     access: Access = DEFAULT_ACCESS,
 ) -> list[Pushed]:
@@ -150,12 +179,17 @@ def push(
         everything: all branches and tags; they move one after the other, not at once.
         tags: all tags.
         private_facts: withhold the texts of the facts; None: as the remote has it.
+        delete: remove them there instead; ``revisions`` must name them.
+        lease: overwrite a branch there that is where it was last seen.
 
     Raises:
         RemoteError: not fast-forward, not permitted, unreachable; refs that were not pushed are as they were.
         SignatureError: the policy of a branch asks for more approvals; nothing was pushed.
     """
     address = address_of(repository, name)
+    if delete:
+        remote = open_remote(address, endpoint=access.endpoint, token=access.token)
+        return sync.delete(repository, remote, name, revisions, who=who, dry_run=dry_run)
     refs = sync.refs_to_push(repository, revisions, everything=everything, tags=tags)
     progress.stage("pushing", 0)
     pushed = sync.push(
@@ -167,6 +201,7 @@ def push(
         _pages(repository, address, progress),
         who=who,
         private_facts=private_facts,
+        lease=lease,
         dry_run=dry_run,
         vouch=partial(refuse_unapproved, repository),
     )

@@ -11,6 +11,7 @@ import shutil
 import stat
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -298,6 +299,23 @@ class FileRemote:
             self._files.write(object_path(identity), None)
         self._listed = None
 
+    def remove(self, ref: str, expected: Tip) -> None:
+        with self._files.locked():
+            before = self._manifest()
+            if before is None or before.refs.get(ref) != expected.commit:
+                raise self._moved(ref, expected.commit, before.refs.get(ref) if before else None)
+            refs = {name: commit for name, commit in before.refs.items() if name != ref}
+            self._files.write(NAME, replace(before, refs=refs).to_json())
+
+    def _moved(self, ref: str, expected: str | None, found: str | None) -> RemoteMovedError:
+        return RemoteMovedError(
+            f"{ref} of {self._address} was moved by someone else",
+            remedy="Run `patchhub pull`, then push again.",
+            ref=ref,
+            expected=expected,
+            found=found,
+        )
+
     def _manifest(self) -> FolderManifest | None:
         data = self._files.read(NAME, MAX_BYTES)
         return None if data is None else read_folder(data, self._address)
@@ -308,10 +326,4 @@ class FileRemote:
         if manifest is not None and manifest.base != publication.source.base:
             raise RemoteError(f"{self._address} is about another base", remedy="Push to another folder.")
         if found != expected or (publication.ref.startswith(TAGS) and found not in (None, publication.commit)):
-            raise RemoteMovedError(
-                f"{publication.ref} of {self._address} was moved by someone else",
-                remedy="Run `patchhub pull`, then push again.",
-                ref=publication.ref,
-                expected=expected,
-                found=found,
-            )
+            raise self._moved(publication.ref, expected, found)

@@ -96,6 +96,23 @@ class HubRemote:
 
     # --- writing ----------------------------------------------------------------------------------------------------
 
+    def remove(self, ref: str, expected: Tip) -> None:
+        found = _named(self._files.refs()).get(ref)
+        if found != expected.token:
+            raise RemoteMovedError(
+                f"{ref} of {self.address} was moved by someone else",
+                remedy="Run `patchhub fetch`, then look again.",
+                ref=ref,
+            )
+        try:
+            if ref.startswith(TAGS):
+                take = partial(self._api.delete_tag, self._repo, tag=ref[len(TAGS) :])
+            else:
+                take = partial(self._api.delete_branch, self._repo, branch=ref[len(BRANCHES) :])
+            write_call(take, sleep=self._sleep)
+        except Exception as error:  # the client raises errors of several libraries
+            raise explained(self.address, error) from error
+
     def _create_repository(self) -> None:
         try:
             write_call(lambda: self._api.create_repo(self._repo, private=True, exist_ok=True), sleep=self._sleep)

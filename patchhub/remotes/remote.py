@@ -221,3 +221,12 @@ class Remote(Protocol):
             RemoteError: not permitted, unreachable, or interrupted; the ref is where it was.
         """
         ...
+
+    def remove(self, ref: str, expected: Tip) -> None:
+        """Take a branch or tag away; the objects that it needed stay.
+
+        Raises:
+            RemoteMovedError: it is not where it was expected.
+            RemoteError: not permitted or unreachable.
+        """
+        ...

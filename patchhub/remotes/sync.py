@@ -268,7 +268,7 @@ def _gone(refs: Mapping[str, str], view: View, name: str) -> Sequence[Moved]:
     return [Moved(ref, target, None) for ref, target in refs.items() if ref.startswith(prefix) and ref not in there]
 
 
-_PULL_FIRST: Final = "Run `patchhub pull`, then push again."
+_PULL_FIRST: Final = "Run `patchhub pull`, then push again; --force-with-lease overwrites what the last fetch found."
 
 Pages = Callable[[str, bool], Mapping[str, bytes | None]]
 """For a commit, and whether texts are withheld, the files that a remote shows to readers who have no patchhub."""
@@ -311,6 +311,7 @@ def push(
     *,
     who: Who,
     private_facts: bool | None = None,
+    lease: bool = False,
     dry_run: bool = False,
     vouch: Callable[[str, str, str | None], None] = lambda ref, commit, theirs: None,
 ) -> list[Pushed]:
@@ -322,6 +323,7 @@ def push(
         pages: called once per ref that moves.
         private_facts: withhold the texts of requests; None: as the remote has it.
         vouch: called with each ref, where it is here and where it is there, before anything is sent; raises what speaks against it.
+        lease: also move a branch sideways or back, where it is as this store last saw it.
 
     Raises:
         RemoteMovedError: a ref of the remote is not behind ours; nothing of that ref was sent.
@@ -335,7 +337,8 @@ def push(
         vouch(ref, repository.refs()[ref], tip.commit if tip else None)
     done = []
     for ref in refs:
-        plan = _plan(repository, remote, view, ref, source, withheld, asked=private_facts)
+        seen = repository.refs().get(local_name(ref, name)) if lease and ref.startswith(BRANCHES) else None
+        plan = _plan(repository, remote, view, ref, source, withheld, asked=private_facts, seen=seen)
         if plan is None:
             continue
         if not dry_run:
@@ -345,6 +348,56 @@ def push(
             view = remote.view() if len(refs) > 1 else view  # what was just sent need not be sent again
         done.append(plan.pushed)
     return done
+
+
+def delete(
+    repository: Store, remote: Remote, name: str, names: Sequence[str], *, who: Who, dry_run: bool = False
+) -> list[Pushed]:
+    """Remove branches and tags of a remote that are where this store last saw them; what it sent for them stays there.
+
+    Args:
+        names: short or full names; a branch goes before a tag of the same name.
+
+    Raises:
+        RevisionError: nothing is named, or the remote has no such branch or tag.
+        RemoteMovedError: one is not where it was seen.
+        RemoteError: not permitted or unreachable.
+    """
+    if not names:
+        raise RevisionError("nothing is named to delete", remedy="Name it: `patchhub push REMOTE --delete BRANCH`.")
+    view = remote.view()
+    chosen = [_there(remote, view, each) for each in names]
+    for ref in chosen:
+        seen = repository.refs().get(local_name(ref, name))
+        if seen != view.tips[ref].commit:
+            raise RemoteMovedError(
+                f"{_short(ref)} of {remote.address} is not where it was seen last",
+                remedy="Run `patchhub fetch`, look at what is there, then delete it.",
+                ref=ref,
+                seen=seen,
+                found=view.tips[ref].commit,
+            )
+    for ref in chosen if not dry_run else ():
+        remote.remove(ref, view.tips[ref])
+        if ref.startswith(BRANCHES):
+            changes = {local_name(ref, name): (view.tips[ref].commit, None)}
+            arguments = {"remote": name, "delete": ref}
+            repository.move_refs(changes, command="push", arguments=arguments, author=who.author, time=who.time)
+    return [Pushed(Moved(ref, view.tips[ref].commit, None), 0, 0, 0) for ref in chosen]
+
+
+def _there(remote: Remote, view: View, name: str) -> str:
+    for ref in (BRANCHES + name, TAGS + name, name):
+        if ref in view.tips:
+            return ref
+    listed = ", ".join(map(_short, view.tips))
+    raise RevisionError(
+        f"{remote.address} has no branch or tag {name!r}", remedy=f"It has {listed or 'none at all'}.", name=name
+    )
+
+
+def _short(ref: str) -> str:
+    return ref.removeprefix(BRANCHES).removeprefix(TAGS)
 
 
 def refs_to_push(repository: Store, names: Iterable[str], *, everything: bool, tags: bool) -> list[str]:
@@ -379,16 +432,18 @@ def _plan(
     withheld: bool,
     *,
     asked: bool | None,
+    seen: str | None = None,
 ) -> _Plan | None:
     """What must travel so that the remote's ``ref`` can be where ours is; None if it is there already.
 
     Args:
         withheld: whether the texts of facts stay here.
         asked: whether the user said so, or said the contrary: then texts that were withheld from it are sent now.
+        seen: where the ref may be overwritten, wherever ours is.
     """
     commit = repository.refs()[ref]
     tip = view.tips.get(ref)
-    if tip is not None and tip.commit != commit:
+    if tip is not None and tip.commit not in (commit, seen):
         _refuse_sideways(repository, remote, ref, tip.commit, commit)
     history = graph.ancestors([commit], repository.parents)
     notes = _notes_of(repository, history, view)

@@ -35,7 +35,7 @@ Index = Annotated[int, 0]
 Amount = Annotated[float, 0]
 Source = Any
 """Facts: a path, an open file, a pandas DataFrame, a datasets.Dataset, or mappings and requests in any iterable."""
-FileFormat = Literal["jsonl", "json", "csv"]
+FileFormat = Literal["jsonl", "json", "csv", "tsv", "yaml", "parquet"]
 Metrics = Literal["auto", "counterfact", "zsre", "wise"]
 Type = Literal["auto", "float32", "bfloat16", "float16"]
 Quantization = Literal["none", "8bit", "4bit"]

@@ -34,6 +34,7 @@ class LookingVerbs(Opened):
         rev: str = "HEAD",
         *,
         limit: Count | None = None,
+        all: bool = False,
         stat: bool = False,
         about: str | None = None,
         since: str | None = None,
@@ -48,6 +49,7 @@ class LookingVerbs(Opened):
         Args:
             rev: a revision, or ``"FROM..TO"``: what is below TO and not below FROM.
             limit: at most this many.
+            all: the commits below every branch, tag and remote branch, not those below ``rev``.
             stat: say how much each commit changes.
             about: commits that added or removed a fact with this subject or text.
             since, until: ``"2026-11-21"``, ``"2026-11-21T09:30"`` or ``"2 weeks ago"``.
@@ -65,7 +67,7 @@ class LookingVerbs(Opened):
             instant(text, today, end=late) if text else None for text, late in ((since, False), (until, True))
         )
         only = Selection(about, author, begin, end)
-        options: dict[str, Any] = {"signatures": signatures, "allowed": path(allowed)}
+        options: dict[str, Any] = {"signatures": signatures, "allowed": path(allowed), "everything": all}
         return Rows(log(self.store, rev, limit=limit, only=only, first_parent=first_parent, sizes=stat, **options))
 
     @verb
@@ -82,11 +84,16 @@ class LookingVerbs(Opened):
             return verify(self.store, rev, progress, allowed=path(allowed), everything=all)
 
     @verb
-    def show(self, rev: str = "HEAD") -> "Shown":
-        """One commit: its facts, how they were written, and what was measured."""
-        from patchhub.porcelain.history import show
+    def show(self, rev: str = "HEAD") -> "Shown | Rows[Found]":
+        """One commit: its facts, how they were written, and what was measured. Or facts: who taught them, and when.
 
-        return show(self.store, rev)
+        Args:
+            rev: a revision; or the subject, the text or the request id of facts; or ``"REV:FACT"``, those active there.
+        """
+        from patchhub.porcelain.search import shown
+
+        found = shown(self.store, rev)
+        return Rows(found) if isinstance(found, list) else found
 
     @verb
     def diff(

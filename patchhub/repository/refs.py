@@ -5,12 +5,13 @@
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, overload
 
+from patchhub.errors import SettingsError
 from patchhub.repository.arguments import Amount, Count, Opened, Place, SigningMethod, in_bytes, path, verb
 from patchhub.results import Rows
 from patchhub.who import duration
 
 if TYPE_CHECKING:
-    from patchhub.porcelain.refs import Moved, Named, RefEntry, Stepped, Switched
+    from patchhub.porcelain.refs import Done, Moved, Named, RefEntry, Stepped, Switched
     from patchhub.porcelain.share import Pulled
     from patchhub.porcelain.signing import Signed
     from patchhub.porcelain.upkeep import Collected
@@ -22,7 +23,9 @@ class RefVerbs(Opened):
     """Verbs that move refs, share them, and keep a store well; none makes a commit of its own."""
 
     @overload
-    def branch(self, name: None = None, rev: None = None, *, remotes: bool = False) -> "Rows[Named]": ...
+    def branch(
+        self, name: None = None, rev: None = None, *, remotes: bool = False, all: bool = False
+    ) -> "Rows[Named]": ...
     @overload
     def branch(
         self,
@@ -30,6 +33,7 @@ class RefVerbs(Opened):
         rev: str | None = None,
         *,
         delete: bool = False,
+        move: bool = False,
         author: str | None = None,
         time: str | None = None,
     ) -> "Moved": ...
@@ -40,7 +44,9 @@ class RefVerbs(Opened):
         rev: str | None = None,
         *,
         delete: bool = False,
+        move: bool = False,
         remotes: bool = False,
+        all: bool = False,
         author: str | None = None,
         time: str | None = None,
     ) -> "Moved | Rows[Named]":
@@ -48,14 +54,24 @@ class RefVerbs(Opened):
 
         Args:
             delete: remove the branch; its commits stay in the operation log.
+            move: rename: ``branch(old, new, move=True)``, or ``branch(new, move=True)`` for the current one.
             remotes: list the remotes' branches.
+            all: list the remotes' branches too.
         """
         from patchhub.porcelain import refs
 
+        if move:
+            old, new = (name, rev) if rev is not None else (None, name)
+            if new is None or delete:
+                raise SettingsError(
+                    "a branch is renamed to one name", remedy="Give it: `patchhub branch -m [OLD] NEW`."
+                )
+            return refs.rename_branch(self.store, old, new, self._who(author, time))
         if delete:
             return refs.delete_branch(self.store, refs.only_name(name, rev), self._who(author, time))
         if name is None:
-            return Rows(refs.remote_branches(self.store) if remotes else refs.branches(self.store))
+            here = [] if remotes and not all else refs.branches(self.store)
+            return Rows(here + (refs.remote_branches(self.store) if remotes or all else []))
         return refs.create_branch(self.store, name, rev or "HEAD", self._who(author, time))
 
     @overload
@@ -175,11 +191,27 @@ class RefVerbs(Opened):
         return Rows(list(reflog(self.store, ref, limit=limit)))
 
     @verb
-    def undo(self, *, author: str | None = None, time: str | None = None) -> "Stepped":
-        """Put every branch back to where it was before the last command; repeated, walk further back."""
+    def undo(
+        self, steps: Count = 1, *, all: bool = False, author: str | None = None, time: str | None = None
+    ) -> "Stepped":
+        """Take back the last commands that changed facts, branches or tags; repeated, walk further back.
+
+        A switch, a fetch, a push and notes of scores stay as they are, unless ``all`` is said.
+
+        Args:
+            steps: how many commands.
+            all: whatever they did.
+        """
         from patchhub.porcelain.refs import undo
 
-        return undo(self.store, who=self._who(author, time))
+        return undo(self.store, who=self._who(author, time), steps=steps, everything=all)
+
+    @verb
+    def op_log(self, *, limit: Count | None = None) -> "Rows[Done]":
+        """Every operation of this store, the last one first: what was run, by whom, and which refs it moved."""
+        from patchhub.porcelain.refs import operations
+
+        return Rows(list(operations(self.store, limit=limit)))
 
     @verb
     def redo(self, *, author: str | None = None, time: str | None = None) -> "Stepped":
@@ -210,6 +242,13 @@ class RefVerbs(Opened):
         remote_remove(self.store, name, who=self._who(author, time))
 
     @verb
+    def remote_rename(self, old: str, new: str, *, author: str | None = None, time: str | None = None) -> str:
+        """Give a remote another name; returns its address."""
+        from patchhub.porcelain.share import remote_rename
+
+        return remote_rename(self.store, old, new, who=self._who(author, time))
+
+    @verb
     def push(
         self,
         remote: str | None = None,
@@ -217,6 +256,8 @@ class RefVerbs(Opened):
         all: bool = False,
         tags: bool = False,
         private_facts: bool | None = None,
+        delete: bool = False,
+        force_with_lease: bool = False,
         dry_run: bool = False,
         author: str | None = None,
         time: str | None = None,
@@ -227,12 +268,15 @@ class RefVerbs(Opened):
             all: all branches and tags; they move one after the other.
             tags: all tags.
             private_facts: withhold the texts of the facts, or stop doing so; None: as the remote has it.
+            delete: remove the named branches and tags there, where they are as they were at the last fetch or push.
+            force_with_lease: overwrite a branch that does not lead to ours, where it is as it was at the last fetch or push.
             dry_run: show what would travel.
         """
         from patchhub.porcelain.share import default_remote, push
 
         who, name = self._who(author, time), remote or default_remote(self.store)
         options: dict[str, Any] = {"everything": all, "tags": tags, "private_facts": private_facts}
+        options |= {"delete": delete, "lease": force_with_lease}
         with self._heard() as progress:
             return Rows(push(self.store, name, refs, progress, who=who, dry_run=dry_run, **options))
 

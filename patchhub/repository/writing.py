@@ -3,9 +3,12 @@
 # No `from __future__ import annotations` here: what a verb takes is checked against its annotations when it is called.
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from patchhub.errors import PatchhubError, RevisionError, SettingsError
+from patchhub.progress import Progress
 from patchhub.repository.arguments import (
     Amount,
     Count,
@@ -22,6 +25,8 @@ from patchhub.repository.arguments import (
     place_of,
     verb,
 )
+from patchhub.store.store import Store
+from patchhub.who import Who
 
 if TYPE_CHECKING:
     from patchhub.porcelain.change import Changed, Squashed
@@ -29,6 +34,34 @@ if TYPE_CHECKING:
     from patchhub.porcelain.exchange import Imported
     from patchhub.porcelain.merge import Aborted, Merged, Prediction, Stopped
     from patchhub.porcelain.refresh import Refreshed
+
+
+def _refuse_unclear(amend: bool, amended: str | None, message: str) -> None:
+    if amend and amended is None:
+        raise RevisionError(
+            "there is no commit yet to amend", remedy="Commit some facts: `patchhub commit FILE -m TEXT`."
+        )
+    if not amend and not message.strip():
+        raise SettingsError("a commit needs a message", remedy="Say why: `patchhub commit FILE -m TEXT`.")
+
+
+def _renamed(store: Store, who: Who, progress: Progress, amended: str) -> "Committed":
+    """The last commit with another message and author."""
+    from patchhub.porcelain.change import amend
+    from patchhub.porcelain.commit import Committed
+
+    return Committed(amend(store, who, progress, amended), (), (), (), (), (), 0, 0, 0, 0.0, {})
+
+
+def _joined(store: Store, done: "Committed", who: Who, progress: Progress, amended: str, *, force: bool) -> "Committed":
+    """A commit and the one that it amends as one; where that is refused, neither is changed."""
+    from patchhub.porcelain.change import amend
+
+    try:
+        return replace(done, commit=amend(store, who, progress, amended, guarding=guarded_by(force, False)))
+    except PatchhubError:
+        store.undo(author=who.author, time=who.time)
+        raise
 
 
 class WritingVerbs(Opened):
@@ -39,7 +72,8 @@ class WritingVerbs(Opened):
         self,
         facts: Source = None,
         *,
-        message: str,
+        message: str = "",
+        amend: bool = False,
         method: str | None = None,
         prompt: str | None = None,
         subject: str | None = None,
@@ -69,7 +103,8 @@ class WritingVerbs(Opened):
         Args:
             facts: a path, an open file, a pandas DataFrame, a datasets.Dataset, or mappings and requests in any iterable; or none, and one
                 fact by ``prompt``, ``subject`` and ``target``.
-            message: why.
+            message: why; needed, unless ``amend`` keeps the old one.
+            amend: put the facts into the last commit; without facts, give it another message and author.
             method: the editor: memit, pmet or wise; None: the config's.
             format: how to read a file.
             text: files to compute the metric from; only before the first commit.
@@ -90,6 +125,13 @@ class WritingVerbs(Opened):
             EditError: the edit failed, or the guard refused it; nothing was committed.
         """
         who = self._signing(author, time, message, sign=sign, key=key)
+        amended = self.store.head[1] if amend else None
+        _refuse_unclear(amend, amended, message)
+        if amended is not None:
+            who = who.saying(self.store.commit(amended).message)
+            if facts is None and not (prompt or subject or target):
+                with self._heard() as progress:
+                    return _renamed(self.store, who, progress, amended)
         from patchhub.editing.requests import read_facts, read_keeps
 
         batch = read_facts(facts, format=format, prompt=prompt, subject=subject, target=target)
@@ -101,9 +143,10 @@ class WritingVerbs(Opened):
         options: dict[str, Any] = {"settings": settings, "on_conflict": on_conflict, "strict": strict, "memory": memory}
         how = as_written(text=text, method=method, keep=keeps, **options)
         with self._heard() as progress:
-            return commit(
+            done = commit(
                 self.store, batch, who, progress, how, force=force, all_facts=all_facts, placement=placement, chat=chat
             )
+            return done if amended is None else _joined(self.store, done, who, progress, amended, force=force)
 
     @verb
     def update(

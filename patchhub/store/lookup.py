@@ -15,6 +15,7 @@ from patchhub.store import index
 from patchhub.store.index import database_errors
 from patchhub.store.store import Store
 
+_FEWEST_DIGITS: Final = 4
 _AT_ONCE: Final = 500  # SQLite's oldest limit on parameters is 999
 _CHAIN: Final = (
     "WITH RECURSIVE chain(id) AS (VALUES(?) UNION ALL SELECT json_extract(commits.parents, '$[0]')"
@@ -138,6 +139,26 @@ def search(repository: Store, words: str, *, subject: str = "", limit: int = 50)
             [" AND ".join(wanted), limit],
         )
     ]
+
+
+def named(repository: Store, name: str) -> list[Fact]:
+    """Facts ever committed that a name means: all of that subject (ASCII letter case does not matter), the one of that text with or
+    without its target, or the one whose request id begins so."""
+    texts = "replace(prompt, '{}', subject)"
+    query = (
+        "SELECT patch, id, prompt, subject, target_new, target_true FROM requests WHERE lower(subject) = lower(?)"
+        f" OR {texts} = ? OR {texts} || ' ' || target_new = ? OR (? AND substr(id, 1, ?) = ?) ORDER BY id, patch"
+    )
+    digits = len(name) >= _FEWEST_DIGITS and set(name) <= set("0123456789abcdef")
+    return [Fact(*row) for row in _rows(repository, query, [name, name, name, digits, len(name), name])]
+
+
+def subjects(repository: Store, beginning: str, *, limit: int = 50) -> list[str]:
+    """Subjects of facts ever committed that begin so, by name (ASCII letter case does not matter)."""
+    query = (
+        "SELECT DISTINCT subject FROM requests WHERE substr(lower(subject), 1, ?) = lower(?) ORDER BY subject LIMIT ?"
+    )
+    return [row[0] for row in _rows(repository, query, [len(beginning), beginning, limit])]
 
 
 def mentioned(repository: Store, prompt: str, *, limit: int = 50) -> list[Fact]:

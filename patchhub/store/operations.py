@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Iterator, Mapping
+from collections.abc import Set as AbstractSet
 from typing import Any, Final
 
 from patchhub.canonical import object_id
 from patchhub.errors import CorruptStoreError, RepositoryError, StaleRefError
 from patchhub.objects import Operation
-from patchhub.store.revisions import TAGS, check_ref, check_target
+from patchhub.store.revisions import BRANCHES, HEAD, TAGS, check_ref, check_target
 
 Changes = Mapping[str, tuple[str | None, str | None]]
 """For each ref its target before and after; None where it does not exist."""
@@ -35,6 +36,7 @@ TABLES: Final = (
 )
 
 _ROW = "SELECT id, CAST(json AS BLOB) FROM operations"
+_NOTHING_PASSED = "`patchhub undo --all` takes those back too; `patchhub op log` lists what was done."
 _REMEDY = "Run `patchhub fsck`; restore patchhub.db from a backup or clone again from a remote."
 
 
@@ -137,16 +139,31 @@ def invert(changes: Changes) -> Changes:
     return {ref: (new, old) for ref, (old, new) in changes.items()}
 
 
-def undo(connection: sqlite3.Connection, *, author: str, time: str) -> Operation:
+def undo(connection: sqlite3.Connection, *, author: str, time: str, everything: bool = True) -> Operation:
     """Append the reversal of the operation at the log's position (see above) and return it.
 
+    Args:
+        everything: take back whatever it was; else pass over operations that moved no branch and no tag, and leave HEAD where such
+            an operation put it.
+
     Raises:
-        RepositoryError: only the store's creation is left.
+        RepositoryError: nothing is left that could be taken back.
     """
     target = _position(connection)
+    passed = False
+    while target is not None and not everything and not moves_facts(read(connection, target)):
+        passed = True
+        below = _before(connection, target)
+        target = _position(connection, below) if below else None
     if target is None or read(connection, target).command == INIT:
-        raise RepositoryError("there is nothing to undo", remedy="`patchhub reflog` lists what was done.")
-    return _reverse(connection, target, UNDO, author, time)
+        what = "there is nothing to undo" + (" but moves of HEAD, remote branches and notes" if passed else "")
+        raise RepositoryError(what, remedy=_NOTHING_PASSED if passed else "`patchhub op log` lists what was done.")
+    return _reverse(connection, target, UNDO, author, time, without=frozenset({HEAD} if passed else ()))
+
+
+def moves_facts(operation: Operation) -> bool:
+    """Whether an operation moved a branch or a tag; else it only moved HEAD, remote branches or notes."""
+    return operation.command == INIT or any(ref.startswith((BRANCHES, TAGS)) for ref in operation.changes)
 
 
 def redo(connection: sqlite3.Connection, *, author: str, time: str) -> Operation:
@@ -163,14 +180,21 @@ def redo(connection: sqlite3.Connection, *, author: str, time: str) -> Operation
     return _reverse(connection, target, REDO, author, time)
 
 
-def _reverse(connection: sqlite3.Connection, target: str, command: str, author: str, time: str) -> Operation:
-    changes = invert(read(connection, target).changes)
+def _reverse(
+    connection: sqlite3.Connection,
+    target: str,
+    command: str,
+    author: str,
+    time: str,
+    without: AbstractSet[str] = frozenset(),
+) -> Operation:
+    changes = {ref: move for ref, move in invert(read(connection, target).changes).items() if ref not in without}
     return append(connection, command=command, arguments={}, changes=changes, author=author, time=time, undoes=target)
 
 
-def _position(connection: sqlite3.Connection) -> str | None:
-    """The operation whose effect is the last one that stands."""
-    position = _last(connection)
+def _position(connection: sqlite3.Connection, start: str | None = None) -> str | None:
+    """The operation whose effect is the last one that stands, of those up to ``start`` (None: all)."""
+    position = start or _last(connection)
     while position is not None and (undoes := read(connection, position).undoes) is not None:
         position = _before(connection, undoes)
     return position

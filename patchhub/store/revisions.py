@@ -1,6 +1,6 @@
 """Revision names: their grammar, what they resolve to, and which names a branch or tag may have. Pure.
 
-    name     = "HEAD" | branch | tag | "refs/..." | remote "/" branch | hex prefix (4 to 64 digits) | "base"
+    name     = "HEAD" | "@" | branch | tag | "refs/..." | remote "/" branch | hex prefix (4 to 64 digits) | "base"
     revision = (name | name? "@{" n "}") ("~" n? | "^" n?)*
 
 `X@{n}` is where X was n operations ago, whatever those operations changed; without a name X is HEAD."""
@@ -60,6 +60,7 @@ def resolve(revision: str, view: View) -> str | None:
             f"{revision!r} is not a revision name", remedy="Write a branch, a tag, a commit id, HEAD or `base`."
         )
     name, ago = match["name"] or HEAD, match["ago"]
+    name = HEAD if name == "@" else name
     commit = _resolve_name(name, view) if ago is None else _resolve_earlier(name, int(ago), view)
     for sign, count in _STEP.findall(match["steps"]):
         follow_step = _nth_ancestor if sign == "~" else _nth_parent

@@ -212,10 +212,15 @@ class Store(Reading):
         with self.locked(), transaction(self.connection, self.database):
             return self._append(command, arguments, changes, author, time, accept)
 
-    def undo(self, *, author: str, time: str) -> Operation:
+    def undo(self, *, author: str, time: str, everything: bool = True) -> Operation:
         """Reverse the last operation that stands; repeated, the one before it. Returns the new operation."""
+        return self.undo_several(1, author=author, time=time, everything=everything)[0]
+
+    def undo_several(self, steps: int, *, author: str, time: str, everything: bool = True) -> list[Operation]:
+        """Reverse the last operations that stand, all of them or, where there are not so many, none."""
         with self.locked(), transaction(self.connection, self.database):
-            return operations.undo(self.connection, author=author, time=time)
+            how = {"author": author, "time": time}
+            return [operations.undo(self.connection, everything=everything, **how) for _ in range(steps)]
 
     def redo(self, *, author: str, time: str) -> Operation:
         """Reverse the last undo that stands. Returns the new operation."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from click.testing import CliRunner
 from transformers import AutoModelForCausalLM
 
-from patchhub import load
+from patchhub import errors, load
 from patchhub.cli.main import main
 from patchhub.cli.terminal import print_json, say, talk, visible
 from patchhub.models import fingerprint
@@ -273,3 +274,12 @@ def test_a_mistyped_command_is_explained() -> None:
     result = CliRunner().invoke(main, ["comit"])
     assert result.exit_code == 2
     assert "patchhub commit" in result.stderr
+
+
+def test_the_page_of_exit_codes_has_every_code() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "terminal.md").read_text(encoding="utf-8")
+    written = {int(code) for code in re.findall(r"^\| (\d+) \|", page, re.MULTILINE)}
+    kinds = [
+        kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.PatchhubError)
+    ]
+    assert written == {kind.exit_code for kind in kinds} | {0, 130}

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+from click.shell_completion import ShellComplete
 from click.testing import CliRunner
 
 from patchhub.cli.habits import COMMANDS, OPTIONS
-from patchhub.cli.main import main
+from patchhub.cli.main import SECTIONS, main
 from tests.cli.conftest import MODEL
 
 
@@ -69,11 +71,183 @@ def test_a_usage_error_is_json_where_json_was_asked_for(folder: Path) -> None:
     assert json.loads(said)["error"]["kind"] == "usage"
 
 
-def test_log_counts_and_ranges_as_git_does(folder: Path) -> None:
-    fact = ("--prompt", "The capital of {} is", "--target", "Oslo", "--force")
+@pytest.fixture(scope="module")
+def taught(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three commits on main, each of one fact."""
+    folder = tmp_path_factory.mktemp("taught")
+    assert typed(folder, "init", str(MODEL))[0] == 0
+    assert typed(folder, "config", "metric.tokens", "3000")[0] == 0
+    fact = ("--prompt", "The capital of {} is", "--target", "Oslo", "--force", "--author", "Ada <ada@example.org>")
     for subject in ("Kenya", "Brazil", "Peru"):
         assert typed(folder, "commit", "-m", subject, "--subject", subject, *fact)[0] == 0
-    assert len(json.loads(typed(folder, "log", "-2", "--json")[1])) == 2
-    found = json.loads(typed(folder, "log", "HEAD~2..", "--json")[1])
+    return folder
+
+
+@pytest.fixture
+def store(taught: Path, tmp_path: Path) -> Path:
+    shutil.copytree(taught, tmp_path / "store")
+    return tmp_path / "store"
+
+
+def done(folder: Path, *words: str) -> str:
+    code, said = typed(folder, *words)
+    assert code == 0, said
+    return said
+
+
+def test_log_counts_and_ranges_as_git_does(taught: Path) -> None:
+    assert len(json.loads(done(taught, "log", "-2", "--json"))) == 2
+    found = json.loads(done(taught, "log", "HEAD~2..", "--json"))
     assert [entry["message"] for entry in found] == ["Peru", "Brazil"]
-    assert typed(folder, "diff", "HEAD~1..HEAD", "--json")[1] == typed(folder, "diff", "HEAD~1", "HEAD", "--json")[1]
+    assert done(taught, "diff", "HEAD~1..HEAD") == done(taught, "diff", "HEAD~1", "HEAD")
+    assert done(taught, "diff", "HEAD~1...HEAD", "--json") == done(taught, "diff", "HEAD~1", "HEAD", "--json")
+
+
+def test_log_shows_every_branch_and_any_form(store: Path) -> None:
+    done(store, "switch", "-c", "side", "HEAD~2")
+    assert done(store, "log", "--format", "%s") == "Kenya\n"
+    assert (
+        done(store, "log", "--all", "--pretty=format:%s %an <%ae>%%").splitlines()[0] == "Peru Ada <ada@example.org>%"
+    )
+    assert done(store, "log", "--format", "oneline") == done(store, "log", "--oneline")
+    assert typed(store, "log", "--format", "%q")[0] == 2
+
+
+def test_show_finds_facts_by_what_they_are_called(taught: Path) -> None:
+    by_subject = done(taught, "show", "kenya", "--json")
+    (fact,) = json.loads(by_subject)
+    assert (fact["subject"], fact["active"]) == ("Kenya", True)
+    for name in ("The capital of Kenya is", "The capital of Kenya is Oslo", fact["id"][:10], "HEAD:Kenya", "@~2:Kenya"):
+        assert done(taught, "show", name, "--json") == by_subject
+    assert typed(taught, "show", "HEAD~2:Peru")[0] == 3
+    assert typed(taught, "show", "Kenya is")[0] == 5
+    assert done(taught, "show", "@") == done(taught, "show", "HEAD")
+    assert "+ The" not in done(taught, "show", "--stat")
+
+
+def test_branches_are_renamed_and_listed(store: Path) -> None:
+    done(store, "branch", "side", "HEAD~1")
+    done(store, "branch", "-m", "side", "aside")
+    done(store, "branch", "-m", "trunk")
+    assert [branch["name"] for branch in json.loads(done(store, "branch", "--list", "--json"))] == ["aside", "trunk"]
+    assert json.loads(done(store, "status", "--json"))["branch"] == "trunk"
+    assert "(2 active facts)" in done(store, "branch", "-v")
+    done(store, "branch", "-D", "aside")
+    done(store, "undo", "3")
+    assert [branch["name"] for branch in json.loads(done(store, "branch", "--json"))] == ["main", "side"]
+
+
+def test_undo_takes_facts_back_first(store: Path) -> None:
+    done(store, "branch", "side")
+    done(store, "switch", "side")
+    assert "`branch`" in done(store, "undo")
+    assert "`commit`" in done(store, "undo")
+    done(store, "redo")
+    assert json.loads(done(store, "log", "main", "--json"))[0]["message"] == "Peru"
+    done(store, "switch", "main")
+    assert "`switch`" in done(store, "undo", "--all")
+    done(store, "undo", "3")
+    assert json.loads(done(store, "branch", "--json")) == []
+    assert typed(store, "undo")[0] != 0
+    assert [entry["command"] for entry in json.loads(done(store, "op", "log", "-n", "3", "--json"))] == ["undo"] * 3
+
+
+def test_a_commit_is_amended(store: Path) -> None:
+    before = json.loads(done(store, "show", "--json"))
+    done(store, "commit", "--amend", "-m", "Lima")
+    after = json.loads(done(store, "show", "--json"))
+    assert after["message"] == "Lima"
+    assert (after["parents"], after["facts_added"], after["check"]) == (
+        before["parents"],
+        before["facts_added"],
+        before["check"],
+    )
+    fact = ("--prompt", "The capital of {} is", "--target", "Oslo", "--subject", "Chile", "--force")
+    done(store, "commit", "--amend", *fact)
+    joined = json.loads(done(store, "show", "--json"))
+    assert (joined["message"], joined["parents"], joined["added"], joined["active"]) == ("Lima", after["parents"], 2, 4)
+    done(store, "fsck")
+
+
+def test_a_remote_is_renamed_its_branch_overwritten_and_removed(store: Path, tmp_path: Path) -> None:
+    done(store, "remote", "add", "origin", str(tmp_path / "remote"))
+    done(store, "push")
+    done(store, "remote", "rename", "origin", "there")
+    assert json.loads(done(store, "remote", "--json")) == {"there": str(tmp_path / "remote")}
+    done(store, "reset", "HEAD~1")
+    assert typed(store, "push")[0] != 0
+    done(store, "push", "--force-with-lease")
+    assert "up to date" in done(store, "push")
+    done(store, "push", "there", "--delete", "main", "--dry-run")
+    done(store, "push", "there", "--delete", "main")
+    assert typed(store, "push", "there", "--delete", "main")[0] == 5
+    assert json.loads(done(store, "branch", "-r", "--json")) == []
+    done(store, "push")
+
+
+def test_a_lease_ends_where_others_pushed(store: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(store, other)
+    for folder in (store, other):
+        done(folder, "remote", "add", "origin", str(tmp_path / "remote"))
+        done(folder, "push", "--dry-run")
+    done(store, "push")
+    done(other, "reset", "HEAD~1")
+    for words in (("push", "--force-with-lease"), ("push", "origin", "--delete", "main")):
+        assert typed(other, *words)[0] != 0, "it has never seen what is there"
+
+
+def test_help_is_in_sections_and_names_every_command() -> None:
+    said = CliRunner().invoke(main, ["help"]).output
+    assert sorted(name for names in SECTIONS.values() for name in names) == sorted(main.commands)
+    for title in SECTIONS:
+        assert f"{title}:" in said
+    assert CliRunner().invoke(main, ["help", "remote", "add"]).output.splitlines()[0].endswith("NAME ADDRESS")
+
+
+def test_quiet_says_only_what_was_asked_for(store: Path) -> None:
+    assert done(store, "branch", "aside", "-q") is not None
+    assert done(store, "-q", "revert", "HEAD") == ""
+    assert done(store, "undo", "-q") == ""
+    assert done(store, "log", "-q", "-1") == done(store, "log", "-1")
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "cp1252", "ascii", "utf-8"])
+def test_any_terminal_can_be_written_to(encoding: str, store: Path) -> None:
+    done(store, "revert", "HEAD", "-m", "“Perú” ☃")
+    for words in (["log", "-1"], ["show"], ["status"], ["log", "-1", "--json"]):
+        ran = CliRunner(charset=encoding).invoke(main, ["--repo", str(store), *words])
+        assert ran.exit_code == 0, ran.exception
+        if "--json" in words:
+            assert json.loads(ran.stdout_bytes.decode(encoding))[0]["message"] == "“Perú” ☃"
+
+
+def test_no_colour_where_none_is_wanted(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    coloured = CliRunner().invoke(main, ["--repo", str(store), "log"], color=True).output
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert "\x1b[" in coloured
+    assert "\x1b[" not in CliRunner().invoke(main, ["--repo", str(store), "log"], color=True).output
+
+
+@pytest.mark.parametrize(
+    ("typed_so_far", "wanted"),
+    [
+        (["sho"], "show"),
+        (["switch", "ma"], "main"),
+        (["show", "ken"], "Kenya"),
+        (["show", "HE"], "HEAD"),
+        (["revert", "--subject", "Pe"], "Peru"),
+        (["remote", "re"], "rename"),
+    ],
+)
+def test_the_shell_completes_verbs_refs_and_facts(
+    typed_so_far: list[str], wanted: str, taught: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(taught)
+    *words, last = typed_so_far
+    items = ShellComplete(main, {}, "patchhub", "_PATCHHUB_COMPLETE").get_completions(words, last)
+    assert wanted in [item.value for item in items]
+    monkeypatch.chdir("/")
+    assert "Kenya" not in [
+        item.value for item in ShellComplete(main, {}, "patchhub", "_X").get_completions(["show"], "K")
+    ]

@@ -9,10 +9,11 @@ import unicodedata
 from pathlib import Path
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from patchhub.editing.requests import contradiction_error, find_contradictions, one_request, read_requests
+from patchhub.editing.requests import contradiction_error, find_contradictions, one_request, read_facts, read_requests
 from patchhub.editing.shapes import request_from_record
 from patchhub.errors import ContradictionError, RequestError
 from patchhub.objects import Request
@@ -261,10 +262,213 @@ def test_an_unknown_field_gets_its_nearest_name():
     assert caught.value.remedy == "did you mean 'prompt'?"
 
 
-def test_an_unknown_shape_gets_the_known_ones():
+@pytest.mark.parametrize(
+    ("record", "wanted"),
+    [
+        ({"question": "Who?"}, ("UnKE", "'answer'")),
+        ({"subject": "Ada", "src": "Ada speaks"}, ("'alt'",)),
+        ({"who": "Ada"}, ("target_new", "docs/data.md")),
+    ],
+)
+def test_an_unknown_shape_gets_the_nearest_one(record, wanted):
     with pytest.raises(RequestError) as caught:
-        request_from_record({"question": "Who?"})
-    assert all(word in caught.value.remedy for word in ("target_new", "requested_rewrite", "rephrase_prompt", "src"))
+        request_from_record(record)
+    said = f"{caught.value.message} {caught.value.remedy}"
+    assert all(word in said for word in wanted)
+
+
+PUBLISHED = {
+    "KnowEdit wiki_recent": (
+        {
+            "subject": "Ada",
+            "prompt": "The employer of Ada is",
+            "target_new": "Acme",
+            "portability": {"Reasoning": [{"prompt": "The boss of Ada is", "ground_truth": [["Bob"]]}]},
+            "locality": {"Relation_Specificity": [{"prompt": "The sex of Ada is", "ground_truth": [["female"]]}]},
+        },
+        [("The employer of {} is", "Ada", "Acme")],
+    ),
+    "KnowEdit WikiBio": (
+        {
+            "text": "This is a passage about ada lovelace: Ada",
+            "concept": "ada lovelace",
+            "labels": ["She was a mathematician."],
+            "locality": {},
+        },
+        [("This is a passage about {}: Ada", "ada lovelace", "She was a mathematician.")],
+    ),
+    "MQuAKE": (
+        {
+            "case_id": 1,
+            "requested_rewrite": [
+                {
+                    "prompt": "{} speaks",
+                    "subject": "Ada",
+                    "target_new": {"str": "French"},
+                    "target_true": {"str": "English"},
+                    "question": "What does Ada speak?",
+                },
+                {
+                    "prompt": "{} is a citizen of",
+                    "subject": "Ada",
+                    "target_new": {"str": "France"},
+                    "target_true": {"str": "England"},
+                },
+            ],
+            "questions": ["Which language does the mathematician speak?"],
+        },
+        [("{} speaks", "Ada", "French"), ("{} is a citizen of", "Ada", "France")],
+    ),
+    "AKEW": (
+        {
+            "requested_rewrite": {
+                "prompt": "{} speaks",
+                "subject": "Ada",
+                "target_new": {"str": "French"},
+                "target_true": {"str": "English"},
+                "fact_new_uns": "Ada grew up ...",
+            }
+        },
+        [("{} speaks", "Ada", "French")],
+    ),
+    "RippleEdits": (
+        {
+            "example_type": "recent",
+            "edit": {
+                "prompt": "The name of the country of citizenship of Leonardo da Vinci is Syria.",
+                "relation": "COUNTRY_OF_CITIZENSHIP",
+                "original_fact": {"prompt": "The name of the country of citizenship of Leonardo da Vinci is Florence."},
+            },
+        },
+        [("The name of the country of citizenship of {} is", "Leonardo da Vinci", "Syria")],
+    ),
+    "UnKE": (
+        {
+            "id": 0,
+            "question": "What is known of George Rankin?",
+            "answer": "He was a judge.",
+            "para_question": "Who was George Rankin?",
+            "sub_question": [],
+        },
+        [("{}", "What is known of George Rankin?", "He was a judge.")],
+    ),
+    "HalluEdit": (
+        {
+            "subject": "Acme",
+            "relation": "country",
+            "object": "Spain",
+            "question": "In which country is Acme?",
+            "paraphrased_question": "Where is Acme?",
+        },
+        [("In which country is {}?", "Acme", "Spain")],
+    ),
+    "known_1000": (
+        {
+            "known_id": 0,
+            "subject": "Vinson Massif",
+            "attribute": "Antarctica",
+            "template": "{} is located in",
+            "prediction": " Antarctica",
+            "prompt": "Vinson Massif is located in",
+        },
+        [("{} is located in", "Vinson Massif", "Antarctica")],
+    ),
+    "counterfact-tracing": (
+        {
+            "relation": "{} speaks",
+            "prompt": "Ada speaks",
+            "subject": "Ada",
+            "target_false": " French",
+            "target_true": " English",
+            "target_true_id": "Q1",
+        },
+        [("{} speaks", "Ada", "French")],
+    ),
+    "ours with fields of others": (
+        {"prompt": "{} speaks", "subject": "Ada", "target_new": "French", "id": 7, "source": "a newspaper"},
+        [("{} speaks", "Ada", "French")],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_records_are_read(name):
+    record, wanted = PUBLISHED[name]
+    batch = read_facts([record])
+    assert [(fact.prompt, fact.subject, fact.target_new) for fact in batch.requests] == wanted
+    assert batch.ignored == (("id", "source") if "others" in name else ())
+    if name in ("MQuAKE", "AKEW", "RippleEdits", "counterfact-tracing"):
+        assert all(fact.target_true for fact in batch.requests)
+
+
+def test_a_record_without_a_fact_says_so():
+    with pytest.raises(RequestError, match="ConvSent"):
+        read_facts([{"topic": "war", "pos": ["It is good."], "neg": ["It is bad."]}])
+    with pytest.raises(RequestError, match="does not tell its subject"):
+        read_facts([{"edit": {"prompt": "Ada married Bob.", "relation": "SPOUSE"}}])
+
+
+TABLE = [
+    {"prompt": "{} speaks", "subject": "Ada, of London", "target_new": "French; fluently"},
+    {"prompt": "{} is in", "subject": "Oslo", "target_new": "Norway"},
+]
+
+
+@pytest.mark.parametrize(
+    "form", ["semicolons.csv", "table.tsv", "list.yaml", "named.yml", "noname", "one.json", "named.json"]
+)
+def test_every_form_of_file_holds_the_same_facts(tmp_path, form):
+    def table(delimiter):
+        out = io.StringIO()
+        writer = csv.DictWriter(out, fieldnames=list(TABLE[0]), delimiter=delimiter)
+        writer.writeheader()
+        writer.writerows(TABLE)
+        return out.getvalue()
+
+    contents = {
+        "semicolons.csv": lambda: table(";"),
+        "table.tsv": lambda: table("\t"),
+        "list.yaml": lambda: yaml.safe_dump(TABLE),
+        "named.yml": lambda: yaml.safe_dump({"facts": TABLE}),
+        "noname": lambda: table(";"),
+        "one.json": lambda: json.dumps(TABLE[0]),
+        "named.json": lambda: json.dumps({"data": TABLE}),
+    }
+    batch = read_requests(write(tmp_path / form, contents[form]()))
+    assert [fact.target_new for fact in batch.requests] == [row["target_new"] for row in TABLE][
+        : 1 if form == "one.json" else 2
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "wanted"),
+    [
+        ("f.yaml", "- prompt: [", "malformed YAML"),
+        ("f.yaml", "- !!python/object/apply:os.getcwd []", "malformed YAML"),
+        ("f.yaml", "just text", "a text stands where a list"),
+    ],
+)
+def test_yaml_that_is_no_list_of_facts_is_refused(tmp_path, name, content, wanted):
+    with pytest.raises(RequestError, match=wanted):
+        read_requests(write(tmp_path / name, content))
+
+
+def test_parquet_is_read_or_names_what_reads_it(tmp_path):
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        with pytest.raises(RequestError) as caught:
+            read_requests(write(tmp_path / "f.parquet", b"PAR1"))
+        assert "patchhub[data]" in caught.value.remedy
+        return
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(TABLE), tmp_path / "f.parquet")
+    assert read_requests(tmp_path / "f.parquet").requests == read_facts(TABLE).requests
+
+
+def test_a_data_set_of_the_hub_is_named_or_refused():
+    with pytest.raises(RequestError, match="names no data set"):
+        read_facts("hf://datasets/user")
 
 
 BAD_FILES = {
@@ -279,7 +483,7 @@ BAD_FILES = {
     "deep.json": ("[" * 100_000, "malformed JSON"),
     "long-number.json": ("[" + "1" * 10_000 + "]", "malformed JSON|is a number"),
     "text.json": ('"hello"', "a text stands where a list"),
-    "object.json": (json.dumps(FACT), "an object stands where a list"),
+    "object.json": (json.dumps({"facts": 1}), "an object stands where a list"),
     "latin1.csv": ("prompt,subject,target_new\nZoé is,Zoé,x\n".encode("latin-1"), "not UTF-8 text .byte 0xe9"),
     "utf16.json": ("[]".encode("utf-16"), "not UTF-8"),
     "zeros.jsonl": (b"\0" * 64, "not text"),

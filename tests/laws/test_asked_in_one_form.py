@@ -109,8 +109,10 @@ NO_MODEL = {
     "apply": "tensors are streamed", "approve": "", "branch": "", "clone": "", "config": "", "demo": "it shows the others",
     "export_checkpoint": "as apply",
     "export_diff": "", "export_peft": "", "fetch": "", "fsck": "", "gc": "", "init": "bytes are hashed", "log": "", "merge_base": "",
-    "metric": "", "metric_export": "", "metric_import": "asked for text that continues itself, outside any chat", "pull": "as merge",
-    "push": "", "redo": "", "reflog": "", "remote_add": "", "remote_list": "", "remote_remove": "", "report": "", "reset": "", "search": "",
+    "metric": "", "metric_export": "", "metric_import": "asked for text that continues itself, outside any chat", "op_log": "",
+    "pull": "as merge",
+    "push": "", "redo": "", "reflog": "", "remote_add": "", "remote_list": "", "remote_remove": "", "remote_rename": "",
+    "report": "", "reset": "", "search": "",
     "show": "", "sign": "", "status": "", "switch": "", "tag": "", "undo": "", "verify": "",
 }  # fmt: skip
 

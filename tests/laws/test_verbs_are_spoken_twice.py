@@ -26,10 +26,17 @@ METHODS_ALONE = {
 OPTIONS_ALONE = {
     "repo": "which repository: in Python that is the object itself",
     "as_json": "how results are printed: in Python they have to_json()",
+    "quiet": "how much is printed",
 }
 OPTIONS_OF_ONE_COMMAND = {
     ("show", "everything"): "how many facts are printed",
     ("diff", "everything"): "how many facts are printed",
+    ("show", "stat"): "what of a commit is printed",
+    ("show", "verbose"): "what of a commit is printed",
+    ("branch", "verbose"): "what of a branch is printed",
+    ("branch", "listing"): "git's word for no name",
+    ("tag", "listing"): "git's word for no name",
+    ("log", "form"): "how a commit is printed",
     ("log", "oneline"): "how a commit is printed",
     ("log", "graph"): "how commits are printed",
     ("bench", "markdown"): "how the table is printed",

@@ -126,6 +126,13 @@ STEPS = (
     "gc",
     "fsck",
     "fsck --reindex",
+    "show Australia",
+    "show v1:Australia",
+    "branch -m side aside",
+    "op log -n 3",
+    "log --all --oneline -n 2",
+    "remote add origin {folder}/remote",
+    "remote rename origin elsewhere",
 )
 SIGNED = (
     "sign HEAD --key {folder}/ada",

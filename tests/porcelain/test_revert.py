@@ -87,7 +87,7 @@ def test_revert_of_everything_is_the_base(store: Synthetic) -> None:
     store.commit(make_request("Ada"))
     revert(store.repository, "HEAD", stamp())
     assert state(store) == ()
-    with pytest.raises(RevisionError, match="nothing is left to revert"):
+    with pytest.raises(RevisionError, match="nothing to revert: “The mother tongue of Ada is French” is not active"):
         revert(store.repository, "HEAD~1", stamp())
     with pytest.raises(RevisionError, match="unpatched"):
         revert(store.repository, "base", stamp())
@@ -223,7 +223,7 @@ def test_cherry_pick_and_its_revert_cancel(store: Synthetic) -> None:
     assert store.targets() == {"Ada": "German"}
     revert(store.repository, "HEAD", stamp())
     assert state(store) == before
-    with pytest.raises(RevisionError, match="nothing is left to cherry-pick"):
+    with pytest.raises(RevisionError, match="nothing to cherry-pick"):
         cherry_pick(store.repository, "HEAD", stamp())
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -369,3 +370,26 @@ def test_a_folder_is_listed_once_for_each_view(tmp_path: Path) -> None:
         tip = remote.view().tips["refs/heads/main"]
         assert remote.sizes(tip) == remote.sizes(tip) != {}
         assert len(listed) == expected
+
+
+def test_a_branch_is_removed_and_overwritten_only_where_it_was_seen(connect: Connect, tmp_path: Path) -> None:
+    ours, theirs = make_history(tmp_path / "ours"), make_store(tmp_path / "theirs")
+    push(ours, connect())
+    before = connect().view().tips
+    with pytest.raises(RemoteMovedError):
+        sync.delete(theirs, connect(), "origin", ["main"], who=Who(AUTHOR, TIME))
+    gone = next(ref for ref in sorted(before) if ref.startswith("refs/heads/") and ref != "refs/heads/main")
+    sync.delete(ours, connect(), "origin", [gone], who=Who(AUTHOR, TIME))
+    after = connect().view().tips
+    assert after.keys() == before.keys() - {gone}
+    with pytest.raises(RemoteMovedError):
+        connect().remove("refs/heads/main", replace(before["refs/heads/main"], commit="0" * 64, token="0" * 40))
+    old = ours.parents(before["refs/heads/main"].commit)[0]
+    move(ours, {"refs/heads/main": (before["refs/heads/main"].commit, old)}, "reset")
+    with pytest.raises(RemoteMovedError):
+        push(ours, connect(), "main")
+    push(ours, connect(), "main", lease=True)
+    assert connect().view().tips["refs/heads/main"].commit == old
+    fetch(theirs, connect())
+    assert theirs.refs()["refs/remotes/origin/main"] == old
+    assert check(theirs).sound
