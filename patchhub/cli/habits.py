@@ -86,7 +86,6 @@ OPTIONS: Final[Mapping[tuple[str, str], str]] = {
     ("log", "--grep"): "`patchhub log -S TEXT` looks for facts, `patchhub search WORDS` too.",
     ("tag", "-m"): _TAG,
     ("tag", "-a"): _TAG,
-    ("tag", "-s"): _TAG,
     ("tag", "-f"): "Tags do not move; `patchhub tag -d NAME` drops one, which then can be made anew.",
     ("reset", "--hard"): _PLAIN_RESET,
     ("reset", "--soft"): _PLAIN_RESET,

@@ -52,11 +52,14 @@ def test_every_commit_that_is_recorded_is_handed_the_key() -> None:
     found = 0
     for path in (PACKAGE / "porcelain").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Call) and [ast.unparse(part) for part in node.args][2:3] == ["draft"]:
+            if isinstance(node, ast.Call) and [ast.unparse(part) for part in (node.func, *node.args[:1])] == [
+                "record",
+                "repository",
+            ]:
                 assert ast.unparse(node.args[3]) == "who.signer", f"{path}: {ast.unparse(node)}"
                 found += 1
         assert "repository.record(" not in path.read_text(encoding="utf-8"), path
-    assert found == 6
+    assert found == 6  # commit, change twice, merge, refresh, import
 
 
 @pytest.mark.parametrize(
