@@ -30,7 +30,8 @@ from patchhub.porcelain.model import apply
 from patchhub.porcelain.share import clone, push, remote_add
 from patchhub.progress import Silent
 from patchhub.sets.columns import linear_shapes, read_additive, read_columns, read_state, weight_shapes
-from patchhub.store.fsck import check
+from patchhub.sets.proofs import prove
+from patchhub.store.fsck import check, every_commit
 from patchhub.store.store import Store
 from patchhub.who import Who
 from tests.export.models import distance, load_base, logits, model_folder, model_store
@@ -311,6 +312,11 @@ def assert_joint(store: Store) -> None:
         found = to_dense(add(state.get(weight, ()), shape))
         assert np.linalg.norm(found - expected[weight]) <= 1e-5 * max(np.linalg.norm(expected[weight]), 1e-9)
     assert max(store.commit(commit).check["proof"].values()) < 1e-4
+    proofs = prove(store, every_commit(store))
+    assert proofs.unproven == ()
+    assert {one.kind for one in proofs.unprovable} == {
+        "additive"
+    }  # it follows from no facts, and what stands on it does
 
 
 @OLD_WAY

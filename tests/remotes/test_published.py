@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import patchhub
+from patchhub.delta import Dense, read_deltas, to_dense, write_deltas
 from patchhub.errors import PatchhubError, RemoteError, RevisionError
 from patchhub.models.checkpoint import open_checkpoint
 from patchhub.porcelain import share as verbs
@@ -16,6 +18,7 @@ from patchhub.porcelain.share import Access, remote_add
 from patchhub.progress import Silent
 from patchhub.remotes.hub import HubRemote
 from patchhub.runtime.patched_model import load_patched
+from patchhub.sets.columns import weight_shapes
 from patchhub.store.store import Store
 from patchhub.who import Who
 from patchhub.worktree.loading import hub_name, open_published
@@ -98,6 +101,26 @@ def test_load_reads_no_columns_and_no_texts(store: Store, base: Path, hub: Any) 
     patches = [store.patch(patch) for patch, _ in store.active(heads[0])]
     for unneeded in {patch.tensors for patch in patches} | {patch.requests_blob for patch in patches}:
         assert not [entry for entry in hub.log if unneeded[2:] in entry["line"]]
+
+
+def test_load_proves_when_it_is_asked_to(store: Store, base: Path, hub: Any) -> None:
+    claimed = patchhub.load("tester/facts", base=base)
+    assert claimed.patchhub.proof == "claimed"
+    proven = patchhub.load("tester/facts", base=base, prove=True)
+    assert (proven.patchhub.proof, proven.patchhub.commit) == ("checked", store.resolve("main"))
+    assert load_patched(open_checkpoint(base), state_at(store, "main")).patchhub.proof == "checked"
+    weights = weight_shapes(store)
+    commit = store.commit(str(store.head[1]))
+    lying = {
+        weight: Dense(2 * to_dense(delta).astype("float32"))
+        for weight, delta in read_deltas(store.objects.get(str(commit.tensors)), weights).items()
+    }
+    other = replace(commit, tensors=store.objects.put(write_deltas(lying)))
+    move(store, {"refs/heads/lie": (None, store.objects.put(other.to_json()))})
+    verbs.push(store, "origin", ("lie",), Silent(), who=Who(AUTHOR, TIME), access=Access(hub.url, TOKEN))
+    assert patchhub.load("tester/facts", "lie", base=base).patchhub.proof == "claimed"
+    with pytest.raises(RemoteError, match="not those of the facts"):
+        patchhub.load("tester/facts", "lie", base=base, prove=True)
 
 
 def test_load_finds_damage(store: Store, base: Path, hub: Any) -> None:
