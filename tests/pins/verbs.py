@@ -126,6 +126,10 @@ STEPS = (
     "gc",
     "fsck",
     "fsck --reindex",
+    "audit",
+    "audit v1 --since 2100-01-02",
+    "export bom --out {folder}/bom.json",
+    "export attestations v1 --out {folder}/scores.jsonl",
 )
 SIGNED = (
     "sign HEAD --key {folder}/ada",
