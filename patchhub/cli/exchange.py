@@ -10,9 +10,12 @@ import click
 from patchhub.cli.habits import Group
 from patchhub.cli.options import (
     Revision,
+    allowed_option,
     base_option,
     check_option,
     force_option,
+    key_option,
+    sign_option,
 )
 from patchhub.cli.terminal import (
     author_option,
@@ -92,6 +95,41 @@ def export_checkpoint(repo: Path | None, as_json: bool, **options: Any) -> None:
         print_json(done)
     else:
         say(f"Wrote {done.out}, {count(len(done.survival), 'weight')} changed")
+
+
+@export.command("bom")
+@click.argument("rev", default="HEAD")
+@out_option
+@allowed_option
+@overwrite_option
+@repo_option
+@json_option
+@reports_errors
+def export_bom(repo: Path | None, as_json: bool, **options: Any) -> None:
+    """A CycloneDX 1.6 ML-BOM: the base with its hashes, the pedigree with a patch for each commit and its facts, scores."""
+    done = opened(repo).export_bom(**options)
+    if as_json:
+        print_json(done)
+    else:
+        say(f"Wrote {done.out}: {count(done.count, 'commit')} on the base")
+
+
+@export.command("attestations")
+@click.argument("rev", default="HEAD")
+@out_option
+@sign_option
+@key_option
+@overwrite_option
+@repo_option
+@json_option
+@reports_errors
+def export_attestations(repo: Path | None, as_json: bool, **options: Any) -> None:
+    """The scores that are noted about REV as in-toto Statements, one a line; with a key, each in a signed DSSE envelope."""
+    done = opened(repo).export_attestations(**options)
+    if as_json:
+        print_json(done)
+    else:
+        say(f"Wrote {done.out}: {count(done.count, 'statement')}, {'signed' if done.signed else 'not signed'}")
 
 
 @click.command("import")

@@ -30,7 +30,7 @@ SECTIONS = {
     "Ask, measure and use the model": ("ask", "eval", "bench", "report", "apply", "export"),
     "Fit the editor to the model": ("metric", "tune"),
     "Branches and tags": ("branch", "switch", "tag", "reset"),
-    "Sign, and say that it was looked at": ("sign", "approve", "verify"),
+    "Sign, and say that it was looked at": ("sign", "approve", "verify", "audit"),
     "Share": ("remote", "push", "fetch", "pull"),
     "Keep the store well": ("fsck", "gc"),
 }

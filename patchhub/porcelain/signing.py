@@ -130,9 +130,8 @@ def verify(
     identity, refs = _commit(repository, revision), repository.refs()
     by_commit = signatures_by_commit(refs)
     progress.stage("reading what is below", 0)
-    reached, damage = _walk(repository, identity, refs, progress)
+    reached, damage = differences_below(repository, identity, progress)
     commits = [reference.id for reference in reached if reference.kind == "commit"]
-    damage += _misplaced(repository, refs)
     told = vouched(
         repository,
         [entry for commit in (commits if everything else [identity]) for entry in by_commit.get(commit, ())],
@@ -157,10 +156,9 @@ def verify(
     )
 
 
-def _walk(
-    repository: Store, commit: str, refs: Mapping[str, str], progress: Progress
-) -> tuple[list[Reference], list[Damage]]:
-    """All that a commit and the notes about what is below it lead to, and what of it is not what its hash says."""
+def differences_below(repository: Store, commit: str, progress: Progress) -> tuple[list[Reference], list[Damage]]:
+    """All that a commit and the notes about what is below it lead to; and what of it is not what its hash says, with refs that moved."""
+    refs = repository.refs()
     notes: dict[str, list[str]] = {}
     for ref, target in refs.items():
         if ref.startswith(NOTES):
@@ -189,7 +187,8 @@ def _walk(
         progress.advance(1)
         return found
 
-    return list(closure([Reference("commit", commit)], follow)), damage
+    reached = list(closure([Reference("commit", commit)], follow))
+    return reached, damage + _misplaced(repository, refs)
 
 
 def _misplaced(repository: Store, refs: Mapping[str, str]) -> list[Damage]:

@@ -11,6 +11,7 @@ from patchhub.results import Rows
 from patchhub.who import instant, now
 
 if TYPE_CHECKING:
+    from patchhub.porcelain.audit import Audit
     from patchhub.porcelain.blame import Bisection, Blame
     from patchhub.porcelain.history import Entry, Shown, Status
     from patchhub.porcelain.search import Difference, Found
@@ -215,6 +216,29 @@ class LookingVerbs(Opened):
             options["placement"] = self._placement(device, dtype, quantization)
             asked = blame.metric_check(self.store, metric, requests, progress=progress, **options)
             return blame.bisect(self.store, good, bad, asked, progress, chat=asked.chat)
+
+    @verb
+    def audit(
+        self,
+        rev: str = "HEAD",
+        *,
+        since: str | None = None,
+        allowed: Place | None = None,
+        csv: Place | None = None,
+    ) -> "Audit":
+        """Every change of a fact below a revision: who, when, why, on whose approval, with which evidence, and what took it back.
+
+        Args:
+            since: only changes from then on: ``"2026-11-21"``, ``"2 weeks ago"``.
+            allowed: the file of allowed signers; None: the config's.
+            csv: a file to write the rows to as well.
+        """
+        self._resolve(rev)
+        from patchhub.porcelain.audit import audit
+
+        begin = instant(since, now(os.environ)) if since else None
+        with self._heard() as progress:
+            return audit(self.store, rev, progress, since=begin, allowed=path(allowed), csv=path(csv))
 
     @verb
     def merge_base(self, one: str, other: str) -> list[str]:

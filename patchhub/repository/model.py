@@ -28,6 +28,7 @@ from patchhub.repository.arguments import (
 from patchhub.results import Rows
 
 if TYPE_CHECKING:
+    from patchhub.porcelain.evidence import WrittenEvidence
     from patchhub.porcelain.exchange import Exported
     from patchhub.porcelain.measure import Bench, Evaluation
     from patchhub.porcelain.metric import Shown as ShownMetric
@@ -279,6 +280,42 @@ class ModelVerbs(Opened):
         options: dict[str, Any] = {"tolerance": tolerance, "rank": rank, "overwrite": overwrite}
         with self._heard() as progress:
             return export_peft(self.store, rev, Path(out), progress, **options)
+
+    @verb
+    def export_bom(
+        self, rev: str = "HEAD", *, out: Place, allowed: Place | None = None, overwrite: bool = False
+    ) -> "WrittenEvidence":
+        """Write a CycloneDX ML-BOM: the base with its hashes, the pedigree with a patch for each commit and its facts, scores.
+
+        Args:
+            allowed: the file of allowed signers; None: the config's.
+        """
+        self._resolve(rev)
+        from patchhub.porcelain.evidence import export_bom
+
+        with self._heard() as progress:
+            return export_bom(self.store, rev, Path(out), progress, allowed=path(allowed), overwrite=overwrite)
+
+    @verb
+    def export_attestations(
+        self,
+        rev: str = "HEAD",
+        *,
+        out: Place,
+        sign: bool | None = None,
+        key: Place | None = None,
+        overwrite: bool = False,
+    ) -> "WrittenEvidence":
+        """Write the scores that are noted about a revision as in-toto Statements, a JSON document a line.
+
+        Args:
+            sign, key: as in `commit`: each in a DSSE envelope that is signed.
+        """
+        self._resolve(rev)
+        from patchhub.porcelain.evidence import export_attestations
+
+        signer = self._signing(None, None, sign=sign, key=key).signer
+        return export_attestations(self.store, rev, Path(out), signer=signer, overwrite=overwrite)
 
     @verb
     def export_diff(self, rev: str = "HEAD", *, out: Place, overwrite: bool = False) -> "Exported":

@@ -133,6 +133,10 @@ STEPS = (
     "log --all --oneline -n 2",
     "remote add origin {folder}/remote",
     "remote rename origin elsewhere",
+    "audit",
+    "audit v1 --since 2100-01-02",
+    "export bom --out {folder}/bom.json",
+    "export attestations v1 --out {folder}/scores.jsonl",
 )
 SIGNED = (
     "sign HEAD --key {folder}/ada",
