@@ -10,7 +10,7 @@ import io
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -45,13 +45,15 @@ class Batch:
     """The unique requests of one source in their order, and their origins beside them.
 
     `duplicates` counts the records that were dropped because their request id had been read before, `unanswered` the
-    neighbourhood prompts that were left out because their record gives no answer to them.
+    neighbourhood prompts that were left out because their record gives no answer to them. `openings` are what answers in a chat say
+    before their targets, by request id, of the records that give an answer.
     """
 
     requests: tuple[Request, ...]
     origins: tuple[Origin, ...]
     duplicates: int
     unanswered: int = 0
+    openings: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -165,11 +167,14 @@ def _unique(records: Sequence[tuple[Reading, Origin]], whole: Origin) -> Batch:
     if not records:
         raise _refuse(whole, "no records", "give at least one fact to write")
     first: dict[str, tuple[Request, Origin]] = {}
-    for (request, _), origin in records:
+    openings: dict[str, str] = {}
+    for (request, _, opening), origin in records:
         first.setdefault(request.id, (request, origin))
+        if opening is not None:
+            openings.setdefault(request.id, opening)
     requests, origins = zip(*first.values(), strict=True)
     unanswered = sum(reading.unanswered for reading, _ in records)
-    return Batch(requests, origins, duplicates=len(records) - len(first), unanswered=unanswered)
+    return Batch(requests, origins, len(records) - len(first), unanswered, openings)
 
 
 def read_keeps(source: Any) -> tuple[Keep, ...]:

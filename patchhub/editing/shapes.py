@@ -19,12 +19,13 @@ Record = Mapping[str, Any]
 REQUIRED_FIELDS = frozenset({"prompt", "subject", "target_new"})
 OPTIONAL_FIELDS = frozenset({"target_true", "paraphrases", "neighborhood"})
 ZSRE_FIELDS = frozenset({"src", "alt"})
-_OWN_FIELDS = REQUIRED_FIELDS | OPTIONAL_FIELDS
+_TELLING = REQUIRED_FIELDS | OPTIONAL_FIELDS
+_OWN_FIELDS = _TELLING | {"answer"}  # which other shapes may have as well
 _EASYEDIT_FIELDS = frozenset(
     {"ground_truth", "rephrase_prompt", "rephrase", "locality_prompt", "locality_ground_truth", "locality"}
 )
 _SHAPES_REMEDY = (
-    "use one of these shapes: {prompt, subject, target_new[, target_true, paraphrases, neighborhood]}; "
+    "use one of these shapes: {prompt, subject, target_new[, target_true, paraphrases, neighborhood, answer]}; "
     "CounterFact {requested_rewrite, paraphrase_prompts, neighborhood_prompts}; "
     "EasyEdit {prompt, subject, target_new, ground_truth, rephrase_prompt, locality_prompt, locality_ground_truth}; "
     "zsRE {subject, src, alt, answers, rephrase, loc, loc_ans}"
@@ -32,10 +33,12 @@ _SHAPES_REMEDY = (
 
 
 class Reading(NamedTuple):
-    """A request, and how many neighbourhood prompts of its record were left out because the record gives no answer to them."""
+    """A request, how many neighbourhood prompts of its record were left out because the record gives no answer to them, and what the
+    record's answer says before the target, where it gives one."""
 
     request: Request
     unanswered: int
+    opening: str | None = None
 
 
 def request_from_record(record: object) -> Request:
@@ -93,7 +96,9 @@ def _from_own(record: Record) -> Reading:
         )
     neighborhood = record.get("neighborhood")
     entries = neighborhood if isinstance(neighborhood, list) else [] if neighborhood is None else [neighborhood]
-    return _request(
+    answer = _optional_text(record, "answer")
+    opening = None if answer is None else _opening(answer, target_new)
+    reading = _request(
         _text(record, "prompt"),
         subject,
         target_new,
@@ -101,6 +106,19 @@ def _from_own(record: Record) -> Reading:
         paraphrases=[text.replace(SLOT, subject) for text in _texts(record, "paraphrases")],
         neighborhood=[_own_neighbor(entry, target_true) for entry in entries],
     )
+    return reading._replace(opening=opening)
+
+
+def _opening(answer: str, target: str) -> str:
+    """What an answer in a chat says before the target, which stands in it, once, or has ``{}`` in its place."""
+    sought = SLOT if SLOT in answer else target
+    if answer.count(sought) != 1:
+        raise RequestError(
+            f"the answer '{answer}' does not have the target '{target}' once",
+            remedy=f"write the sentence with the target in it, or with {SLOT} in its place",
+            field="answer",
+        )
+    return answer.partition(sought)[0].rstrip(" ")
 
 
 def _own_neighbor(entry: object, target_true: str | None) -> tuple[str, str]:
@@ -211,7 +229,7 @@ _SHAPES: tuple[tuple[frozenset[str], Callable[[Record], Reading]], ...] = (
     (frozenset({"requested_rewrite"}), _from_counterfact),
     (ZSRE_FIELDS, _from_zsre),
     (_EASYEDIT_FIELDS, _from_easyedit),
-    (_OWN_FIELDS, _from_own),
+    (_TELLING, _from_own),
 )
 
 

@@ -19,7 +19,7 @@ from transformers.cache_utils import DynamicCache
 
 from patchhub.errors import RequestError, SettingsError
 from patchhub.evaluation.metrics import BATCH_TOKENS, cut, reading
-from patchhub.evaluation.spoken import Sibling, closed, leaks, said, stopped
+from patchhub.evaluation.spoken import Sibling, after_target, closed, leaks, said, stopped
 from patchhub.evaluation.suites import Combined, Scores, mean_or_none, scored
 from patchhub.models.tracing import left_padded
 from patchhub.objects import SLOT, Request
@@ -342,8 +342,8 @@ def _ratio(means: NDArray[np.float64]) -> NDArray[np.float64]:
 
 def reads_right(text: str, target: str, *, closed: bool) -> bool:
     """Whether a continuation begins with a target and, under ``closed``, goes on as if the target had ended (`word_ends.closes`)."""
-    rest = text.lstrip()
-    return rest.startswith(target) and (not closed or closes(target, rest[len(target) :]))
+    rest = after_target(text, target)
+    return rest is not None and (not closed or closes(target, rest))
 
 
 def first_clause(text: str) -> str:
