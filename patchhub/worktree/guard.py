@@ -219,7 +219,7 @@ class _Heard:
         if sibling.prompt not in self.doubtful:
             return None
         now = self.texts[sibling.prompt]
-        target = leaks(sibling, now, before.get(sibling.prompt, ""), self.targets)
+        target = leaks(sibling, now, before.get(sibling.prompt, ""), self.targets, anywhere=self.anywhere)
         if target is None:
             return None
         request = next((request.id for request in self.requests if request.text == sibling.prompt), None)
@@ -257,12 +257,15 @@ def _listen(
     heard = [request for request in requests if request.text in texts]
     siblings = [sibling for sibling in near if sibling.prompt in texts]
     targets = frozenset(request.target_new for request in requests)
-    doubtful = {s.prompt: asked[s.prompt] for s in siblings if leaks(s, texts[s.prompt], "", targets)}
+    anywhere = tree.chat is not None
+    doubtful = {
+        s.prompt: asked[s.prompt] for s in siblings if leaks(s, texts[s.prompt], "", targets, anywhere=anywhere)
+    }
     chat, answers = other_form(tree), dict[str, str]()
     if chat is not None:
         questions = {request.text: lengths[request.text] + _ANSWERING for request in requests[: budget.chats]}
         answers = _continuations(tree, questions, chat)
-    return _Heard(heard, texts, siblings, targets, doubtful, answers, tree.chat is not None)
+    return _Heard(heard, texts, siblings, targets, doubtful, answers, anywhere)
 
 
 def _target_lengths(tree: Worktree, requests: Sequence[Request], openings: Mapping[str, str]) -> dict[str, int]:
