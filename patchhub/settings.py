@@ -97,6 +97,7 @@ def _ascending(layers: Sequence[int]) -> bool:
 POSITIVE: Final = _number("a number above 0", lambda value: value > 0)
 NOT_NEGATIVE: Final = _number("a number of at least 0", lambda value: value >= 0)
 SHARE: Final = _number("a number above 0, at most 1", lambda value: 0 < value <= 1)
+AT_MOST_ONE: Final = _number("a number from 0 to 1", lambda value: 0 <= value <= 1)
 COUNT: Final = _whole("a whole number above 0", 1)
 INDEX: Final = _whole("a whole number of at least 0", 0)
 LAYERS: Final = Kind(_LAYERS, read_layers, _ascending)

@@ -8,15 +8,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import Final
+from typing import Any, Final
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from patchhub.editing.budget import release_memory
 from patchhub.editing.keys import key_rows
-from patchhub.editing.locate import encode_marked, encode_prompts, mark_text
+from patchhub.editing.locate import encode_marked, mark, mark_text
 from patchhub.editing.metric import MetricCache
 from patchhub.editing.record import Edit, Recording, Spread, State, record
 from patchhub.editing.rows import BlockOutput, FeedForward, Projections, Site
@@ -31,9 +30,12 @@ from patchhub.editing.settings import (
 from patchhub.editing.values import Fact, KeptValues, Values, ValueSettings, optimise_values
 from patchhub.models.architectures import Architecture
 from patchhub.models.tracing import Stack
-from patchhub.objects import Request
+from patchhub.objects import SLOT, Request
 from patchhub.text.tokens import Chat, check_lengths, context_length
 from patchhub.text.word_ends import Closers
+
+NOTHING_SAID: Final[Mapping[str, str]] = {}
+"""No answer has words of its own before its target."""
 
 _FURTHER: Final = 0.2  # of the loss below which a fact is finished, where it does not read right yet (docs/methods.md)
 _ESSENCE = " is a"  # the KL prompt is "{subject} is a" in the published code of both editors
@@ -46,6 +48,7 @@ def encode_facts(
     *,
     closers: Closers | None = None,
     chat: Chat | None = None,
+    openings: Mapping[str, str] = NOTHING_SAID,
     limit: int | None = None,
 ) -> list[Fact]:
     """Every request in every context (templates with one ``{}``; the first is the bare prompt), in two tokenizer calls.
@@ -53,13 +56,15 @@ def encode_facts(
     Args:
         closers: the tokens that may follow a target; None: what follows it is not optimised.
         chat: put each of these texts, and the prompt of the KL term, into a chat as the user's message.
+        openings: in a chat, what the answer to a request says before its target, by request id.
         limit: refuse texts of more tokens, before any of them is given to the model; None: any length will do.
 
     Raises:
         RequestError: a text is longer than ``limit``, or a subject or target has no token of its own.
     """
     pairs = [(context, request) for request in requests for context in contexts]
-    rows = encode_prompts(tokenizer, pairs, chat=chat)
+    marked = [mark(context, request, chat=chat, opening=openings.get(request.id, "")) for context, request in pairs]
+    rows = encode_marked(tokenizer, marked, chat=chat)
     essences = [mark_text("", request.subject, _ESSENCE, chat=chat) for request in requests]
     count = len(contexts)
     encoded = encode_marked(tokenizer, essences, chat=chat)
@@ -129,6 +134,8 @@ class Editor:
         state: State,
         *,
         keeps: Sequence[Request] = (),
+        openings: Mapping[str, str] = NOTHING_SAID,
+        also: Chat | None = None,
         failing: Callable[[Recording], Sequence[int]] | None = None,
         memory: int | None = None,
         kept: Callable[[ValueSettings], KeptValues] | None = None,
@@ -139,6 +146,9 @@ class Editor:
         Args:
             contexts: templates with one ``{}``; the first is the bare prompt.
             keeps: requests that the present weights answer; their columns, after those of ``requests``, ask for no change.
+            openings: as in `encode_facts`.
+            also: with facts outside a chat, the chat form in which each prompt is optimised as well, as ``settings.chat_weight`` says; the
+                keys are those of the facts' own form.
             failing: the places of the requests that do not read right with a recording on top of the present weights. With
                 ``settings.repairs``, they are optimised further and all is recorded again.
             memory: bytes that the process may hold, its model included; None: half of what is free may be taken besides.
@@ -150,8 +160,12 @@ class Editor:
         """
         limit = context_length(stack.model)
         closers = Closers.of(tokenizer, stack.vocabulary) if settings.closing else None
-        encode = partial(encode_facts, tokenizer, contexts=contexts, chat=settings.chat, limit=limit)
-        facts = encode(requests, closers=closers)
+        form: dict[str, Any] = {"chat": settings.chat, "openings": openings, "limit": limit}
+        facts = encode_facts(tokenizer, requests, contexts, closers=closers, **form)
+        texts = [fact.rows for fact in facts]
+        if also is not None:
+            form |= {"chat": also}
+            facts = _with_others(facts, encode_facts(tokenizer, requests, (SLOT,), **form), settings.chat_weight)
         together = of_one_subject(requests)
         chosen, way = settings.values(until_sure=self.until_sure), self.way(stack.architecture)
         site = way.site(stack, settings.layers)
@@ -164,7 +178,8 @@ class Editor:
             kept=kept(chosen) if kept else None,
             progress=lambda done: progress("values", done),
         )
-        texts = [fact.rows for fact in facts] + ([fact.rows for fact in encode(keeps)] if keeps else [])
+        if keeps:
+            texts += [fact.rows for fact in encode_facts(tokenizer, keeps, contexts, chat=settings.chat, limit=limit)]
         rows, still = key_rows(texts), range(len(facts), len(texts))
         further = replace(chosen, stop_loss=chosen.stop_loss * _FURTHER, steps=2 * chosen.steps)
         for left in range(settings.repairs, -1, -1):
@@ -191,6 +206,14 @@ class Editor:
                 break
             _optimise_further(site, facts, groups, further, values, memory)
         return Edit(recording, values)
+
+
+def _with_others(facts: Sequence[Fact], others: Sequence[Fact], weight: float) -> list[Fact]:
+    """Facts with rows in another form, which weigh so much of their objective."""
+    return [
+        replace(fact, rows=(*fact.rows, *other.rows), others=len(other.rows), weight=weight)
+        for fact, other in zip(facts, others, strict=True)
+    ]
 
 
 def _optimise_further(
@@ -234,6 +257,8 @@ def memit_settings(architecture: Architecture) -> EditSettings:
         kl_factor=0.0625,
         clamp=2.0 if narrow else 0.75,
         closing=0.5,
+        opening=1.0,
+        chat_weight=0.5,
         repairs=2,
     )
     return settings if architecture.norm is None else _behind_a_norm(settings)
@@ -258,6 +283,8 @@ def pmet_settings(architecture: Architecture) -> EditSettings:
         kl_factor=0.25 if narrow else 1.0,
         clamp=8.0 if narrow else 0.75,
         closing=0.5,
+        opening=1.0,
+        chat_weight=0.5,
         repairs=2,
     )
     return settings if architecture.norm is None else _behind_a_norm(settings)

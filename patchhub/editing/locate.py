@@ -21,24 +21,33 @@ from patchhub.text.word_ends import joiner
 
 @dataclass(frozen=True)
 class Marked:
-    """A text and the characters that matter in it: the subject's span, the end of the prompt, and where the target begins."""
+    """A text and the characters that matter in it.
+
+    Attributes:
+        subject: its span.
+        prompt_end: where what stands before the target ends.
+        target_begin: where the target begins, behind what joins the two.
+        opening: where the words of an answer begin that stand before its target; None: there are none.
+    """
 
     text: str
     subject: Span
     prompt_end: int
     target_begin: int
+    opening: int | None = None
 
 
 @dataclass(frozen=True)
 class Encoded:
     """A tokenised text: its ids, the index of the subject's last token, and the target's tokens [start, stop).
 
-    Without a target the span is empty, at the end.
+    Without a target the span is empty, at the end. ``opening`` are the tokens of the answer before the target.
     """
 
     input_ids: tuple[int, ...]
     subject_last: int
     target: Span
+    opening: int = 0
 
 
 @dataclass(frozen=True)
@@ -49,28 +58,37 @@ class EncodedTarget:
     target: Span
 
 
-def mark(context: str, request: Request, *, with_target: bool = True, chat: Chat | None = None) -> Marked:
+def mark(
+    context: str, request: Request, *, with_target: bool = True, chat: Chat | None = None, opening: str = ""
+) -> Marked:
     """The text of `request` inside `context`, and where its subject and prompt end.
 
     `context` has one `{}`, which the filled prompt replaces ("The reason was. {}"); the target follows as the script is written
     (`word_ends.joiner`). The subject is the one that fills the prompt's slot, wherever else its name occurs. In a chat the whole
-    is the user's message, and the target is the answer, as the template joins them.
+    is the user's message, and the target is the answer, as the template joins them, or stands in it behind its ``opening``.
     """
     before, after = _split(context)
     head, tail = _split(request.prompt)
-    return mark_text(
-        f"{before}{head}", request.subject, f"{tail}{after}", request.target_new if with_target else "", chat=chat
-    )
+    target = request.target_new if with_target else ""
+    return mark_text(f"{before}{head}", request.subject, f"{tail}{after}", target, chat=chat, opening=opening)
 
 
-def mark_text(head: str, subject: str, tail: str, target: str = "", *, chat: Chat | None = None) -> Marked:
-    """The text ``head + subject + tail``, in a chat the user's message, and the target after it, if there is one."""
+def mark_text(
+    head: str, subject: str, tail: str, target: str = "", *, chat: Chat | None = None, opening: str = ""
+) -> Marked:
+    """The text ``head + subject + tail``, in a chat the user's message, and the target after it, if there is one.
+
+    Args:
+        opening: in a chat, the words of the answer before the target.
+    """
     if chat is not None:
         head, tail = f"{chat.before}{head}", f"{tail}{chat.after}"
-    prompt = f"{head}{subject}{tail}"
-    joint = joiner(prompt, target) if chat is None else ""
+    asked = f"{head}{subject}{tail}"
+    prompt = f"{asked}{opening}" if chat is not None else asked
+    joint = joiner(prompt, target) if chat is None or opening else ""
     text = f"{prompt}{joint}{target}" if target else prompt
-    return Marked(text, (len(head), len(head) + len(subject)), len(prompt), len(prompt) + len(joint))
+    span, begin = (len(head), len(head) + len(subject)), len(asked) if prompt != asked else None
+    return Marked(text, span, len(prompt), len(prompt) + len(joint), begin)
 
 
 def encode_prompts(
@@ -122,10 +140,23 @@ def encode_marked(
 
 
 def encode_targets(
-    tokenizer: PreTrainedTokenizerBase, pairs: Iterable[tuple[str, str]], *, chat: Chat | None = None
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Iterable[tuple[str, str]],
+    *,
+    chat: Chat | None = None,
+    openings: Sequence[str] | None = None,
 ) -> list[EncodedTarget]:
-    """Encode (prompt, target) pairs, joined as `mark_text` does, in one tokenizer call; errors as in `encode_prompts`."""
-    marked = [mark_text(prompt, "", "", target, chat=chat) for prompt, target in pairs]
+    """Encode (prompt, target) pairs, joined as `mark_text` does, in one tokenizer call; errors as in `encode_prompts`.
+
+    Args:
+        openings: in a chat, what each answer says before its target.
+    """
+    pairs = list(pairs)
+    said = openings if openings is not None else [""] * len(pairs)
+    marked = [
+        mark_text(prompt, "", "", target, chat=chat, opening=opening)
+        for (prompt, target), opening in zip(pairs, said, strict=True)
+    ]
     tokenised = tokenise(tokenizer, [item.text for item in marked], special_tokens=chat is None)
     return [EncodedTarget(ids, _target(offsets, item)) for item, (ids, offsets) in zip(marked, tokenised, strict=True)]
 
@@ -151,7 +182,12 @@ def _encoded(ids: tuple[int, ...], offsets: Sequence[Span], item: Marked) -> Enc
             remedy="Put a word between the subject and the target.",
             text=item.text,
         )
-    return Encoded(ids, last, target)
+    return Encoded(ids, last, target, target[0] - _begun(offsets, item) if item.opening is not None else 0)
+
+
+def _begun(offsets: Sequence[Span], item: Marked) -> int:
+    """The first token that reaches into the answer's opening."""
+    return next(index for index, (_, end) in enumerate(offsets) if end > (item.opening or 0))
 
 
 def _subject_last(offsets: Sequence[Span], item: Marked) -> int:

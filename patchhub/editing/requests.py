@@ -10,7 +10,7 @@ import io
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
 from typing import IO, Any, Literal, get_args
@@ -65,6 +65,7 @@ class Batch:
 
     `duplicates` counts the records that were dropped because their request id had been read before, `unanswered` the
     neighbourhood prompts that were left out because their record gives no answer to them, `ignored` names the fields that were left out.
+    `openings` are what answers in a chat say before their targets, by request id, of the records that give an answer.
     """
 
     requests: tuple[Request, ...]
@@ -72,6 +73,7 @@ class Batch:
     duplicates: int
     unanswered: int = 0
     ignored: tuple[str, ...] = ()
+    openings: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -237,12 +239,15 @@ def _unique(records: Sequence[tuple[Reading, Origin]], whole: Origin) -> Batch:
     if not records:
         raise _refuse(whole, "no records", "give at least one fact to write")
     first: dict[str, tuple[Request, Origin]] = {}
+    openings: dict[str, str] = {}
     for reading, origin in records:
         first.setdefault(reading.request.id, (reading.request, origin))
+        if reading.opening is not None:
+            openings.setdefault(reading.request.id, reading.opening)
     requests, origins = zip(*first.values(), strict=True)
     unanswered = sum(reading.unanswered for reading, _ in records)
     ignored = sorted(frozenset().union(*(reading.ignored for reading, _ in records)))
-    return Batch(requests, origins, len(records) - len(first), unanswered, tuple(ignored))
+    return Batch(requests, origins, len(records) - len(first), unanswered, tuple(ignored), openings)
 
 
 def read_keeps(source: Any) -> tuple[Keep, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-from patchhub.settings import COUNT, INDEX, LAYERS, NOT_NEGATIVE, POSITIVE, check, setting
+from patchhub.settings import AT_MOST_ONE, COUNT, INDEX, LAYERS, NOT_NEGATIVE, POSITIVE, check, setting
 
 if TYPE_CHECKING:
     from patchhub.editing.values import ValueSettings
@@ -43,6 +43,17 @@ class EditSettings:
     stop_loss: float = setting(NOT_NEGATIVE, "a fact is finished below this loss", default=0.05)
     nll_factor: float = setting(POSITIVE, "weight of the target's likelihood in the loss", default=1.0)
     closing: float = setting(NOT_NEGATIVE, "weight of what follows the target: a new word, or an end", default=0.0)
+    opening: float = setting(
+        NOT_NEGATIVE,
+        "in a chat, weight of what the base says before the target, which then stands where the base's answer has it; "
+        "0: the target is the answer's first word",
+        default=0.0,
+    )
+    chat_weight: float = setting(
+        AT_MOST_ONE,
+        "of facts outside a chat: how much of the loss is of the same prompt as a message in the base's chat template, if it has one",
+        default=0.0,
+    )
     repairs: int = setting(
         INDEX, "rounds in which facts that are not said, or run on, are optimised further", default=0
     )
@@ -64,6 +75,7 @@ class EditSettings:
             stop_loss=self.stop_loss,
             nll_factor=self.nll_factor,
             closing=self.closing,
+            opening=self.opening,
             until_sure=until_sure,
         )
 

@@ -23,11 +23,12 @@ Record = Mapping[str, Any]
 REQUIRED_FIELDS = frozenset({"prompt", "subject", "target_new"})
 OPTIONAL_FIELDS = frozenset({"target_true", "paraphrases", "neighborhood"})
 ZSRE_FIELDS = frozenset({"src", "alt"})
-_OWN_FIELDS = REQUIRED_FIELDS | OPTIONAL_FIELDS
+_TELLING = REQUIRED_FIELDS | OPTIONAL_FIELDS
+_OWN_FIELDS = _TELLING | {"answer"}  # which other shapes may have as well
 _EASYEDIT_FIELDS = frozenset(
     {"ground_truth", "rephrase_prompt", "rephrase", "locality_prompt", "locality_ground_truth", "locality"}
 )
-_OWN_SHAPE = "{prompt, subject, target_new[, target_true, paraphrases, neighborhood]}"
+_OWN_SHAPE = "{prompt, subject, target_new[, target_true, paraphrases, neighborhood, answer]}"
 _TYPING_ERROR = 0.7  # how like a known field's name an unknown one must be
 
 
@@ -38,11 +39,13 @@ class Reading(NamedTuple):
         request: the fact.
         unanswered: how many neighbourhood prompts were left out because the record gives no answer to them.
         ignored: fields of our own shape that it does not know.
+        opening: what the record's answer says before the target, where it gives one.
     """
 
     request: Request
     unanswered: int
     ignored: frozenset[str] = frozenset()
+    opening: str | None = None
 
 
 def request_from_record(record: object) -> Request:
@@ -118,6 +121,8 @@ def _from_own(record: Record) -> Reading:
         )
     neighborhood = record.get("neighborhood")
     entries = neighborhood if isinstance(neighborhood, list) else [] if neighborhood is None else [neighborhood]
+    answer = _optional_text(record, "answer")
+    opening = None if answer is None else _opening(answer, target_new)
     reading = _request(
         _text(record, "prompt"),
         subject,
@@ -126,7 +131,19 @@ def _from_own(record: Record) -> Reading:
         paraphrases=[text.replace(SLOT, subject) for text in _texts(record, "paraphrases")],
         neighborhood=[_own_neighbor(entry, target_true) for entry in entries],
     )
-    return reading._replace(ignored=frozenset(unknown))
+    return reading._replace(ignored=frozenset(unknown), opening=opening)
+
+
+def _opening(answer: str, target: str) -> str:
+    """What an answer in a chat says before the target, which stands in it, once, or has ``{}`` in its place."""
+    sought = SLOT if SLOT in answer else target
+    if answer.count(sought) != 1:
+        raise RequestError(
+            f"the answer '{answer}' does not have the target '{target}' once",
+            remedy=f"write the sentence with the target in it, or with {SLOT} in its place",
+            field="answer",
+        )
+    return answer.partition(sought)[0].rstrip(" ")
 
 
 def _own_neighbor(entry: object, target_true: str | None) -> tuple[str, str]:
@@ -417,7 +434,7 @@ _SHAPES: tuple[Shape, ...] = (
         _from_easyedit,
         _EASYEDIT_FIELDS,
     ),
-    Shape("facts", ("prompt", "subject", "target_new"), _from_own, _OWN_FIELDS),
+    Shape("facts", ("prompt", "subject", "target_new"), _from_own, _TELLING),
 )
 """Every shape; the first that fits is meant."""
 

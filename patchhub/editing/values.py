@@ -70,9 +70,16 @@ class KeptValues:
         return self.cache.slot(KIND, **self.inputs, width=self.width)
 
 
-def fact_key(rows: Sequence[tuple[Sequence[int], int, tuple[int, int]]]) -> str:
-    """SHA-256 of a fact's texts: token ids, place of the subject's last token, and the target's tokens [start, stop) of each."""
-    return object_id(canonical_json([[list(ids), place, list(target)] for ids, place, target in rows]))
+def fact_key(rows: Sequence[Encoded]) -> str:
+    """SHA-256 of a fact's texts: token ids, place of the subject's last token, and the target's tokens [start, stop) of each.
+
+    Where an answer has an opening, the number of its tokens besides.
+    """
+    return object_id(canonical_json([_identifying(row) for row in rows]))
+
+
+def _identifying(row: Encoded) -> list[Any]:
+    return [list(row.input_ids), row.subject_last, list(row.target), *([row.opening] if row.opening else [])]
 
 
 def _encoded(key: str, value: KeptValue) -> bytes:
@@ -96,7 +103,7 @@ class ValueSettings:
 
     ``until_sure`` is PMET's stop rule: while a request's target is the argmax at every position, its likelihood weighs a tenth in the
     next step, and it is finished once its KL term is at most 0.01. ``closing`` weighs the token after the target against the mean of
-    the target's tokens.
+    the target's tokens, ``opening`` the mean of what an answer says before it.
     """
 
     steps: int
@@ -107,6 +114,7 @@ class ValueSettings:
     stop_loss: float
     nll_factor: float = 1.0
     closing: float = 0.0
+    opening: float = 0.0
     until_sure: bool = False
 
 
@@ -115,11 +123,20 @@ class Fact:
     """One request as the optimiser sees it: ``rows[0]`` is the bare prompt; ``essence`` is "{subject} is a".
 
     ``closers`` are the tokens that may follow the target, the same tensor for targets that end alike; None: what follows is not optimised.
+    The last ``others`` of the rows are in another form than the first; together they weigh ``weight``, and the rest what is left.
     """
 
     rows: tuple[Encoded, ...]
     essence: Encoded
     closers: Bool[Tensor, " vocabulary"] | None = None
+    others: int = 0
+    weight: float = 0.0
+
+    @property
+    def shares(self) -> list[float]:
+        """What each row weighs; 1 in all."""
+        own = len(self.rows) - self.others
+        return [(1.0 - self.weight) / own] * own + ([self.weight / self.others] * self.others if self.others else [])
 
     def suffix(self, row: Encoded) -> int:
         """Positions from the subject's last token to the last that predicts: the last target token, or what follows it."""
@@ -345,7 +362,8 @@ def _batches(
 def _bytes(fact: Fact, footprint: Footprint) -> int:
     """What one fact adds to a step."""
     rows = (*fact.rows, fact.essence)
-    predictions = 1 + sum(row.target[1] - row.target[0] + (fact.closers is not None) for row in fact.rows)
+    ends = fact.closers is not None
+    predictions = 1 + sum(row.opening + row.target[1] - row.target[0] + ends for row in fact.rows)
     return (
         footprint.position * (1 + sum(fact.suffix(row) for row in fact.rows))
         + footprint.prediction * predictions
@@ -358,8 +376,7 @@ def _keys(facts: Sequence[Fact], group: Sequence[int]) -> list[tuple[int, str]]:
     found = []
     for place in group:
         ordered = [facts[place], *(facts[other] for other in group if other != place)]
-        rows = [row for fact in ordered for row in (*fact.rows, fact.essence)]
-        found.append((place, fact_key([(row.input_ids, row.subject_last, row.target) for row in rows])))
+        found.append((place, fact_key([row for fact in ordered for row in (*fact.rows, fact.essence)])))
     return found
 
 
@@ -372,6 +389,7 @@ def _prepare(
     rows = [
         Row(fact.rows[context], fact.suffix(fact.rows[context]), context, number) for fact, context, number in opened
     ]
+    weights = [fact.shares[context] for fact, context, _ in opened]
     targets = open_rows(site, rows, trunk)
     bare = torch.tensor([place for place, row in enumerate(rows) if row.trunk == 0], device=stack.device)
     last = len(trunk.lengths) - 1
@@ -388,7 +406,7 @@ def _prepare(
         members=members,
         live=torch.ones(len(chosen), dtype=torch.bool, device=stack.device),
         targets=targets,
-        predictions=_predictions(rows, [fact for fact, _, _ in opened], settings, stack.device),
+        predictions=_predictions(rows, [fact for fact, _, _ in opened], weights, settings, stack.device),
         essence=essence,
         essence_log_probs=unedited,
         hidden=hidden,
@@ -401,18 +419,25 @@ def _prepare(
 
 
 def _predictions(
-    rows: Sequence[Row], facts: Sequence[Fact], settings: ValueSettings, device: torch.device
+    rows: Sequence[Row],
+    facts: Sequence[Fact],
+    weights: Sequence[float],
+    settings: ValueSettings,
+    device: torch.device,
 ) -> _Predictions:
-    """What is predicted in each row; ``facts`` are the rows' facts."""
+    """What is predicted in each row; ``facts`` are the rows' facts, and ``weights`` what each row weighs in its fact."""
     kinds = {id(fact.closers): fact.closers for fact in facts if fact.closers is not None}
     kind = {identity: number for number, identity in enumerate(kinds)}
     found: list[tuple[int, int, int, float, int, int]] = []
     for number, row in enumerate(rows):
         text, (start, stop), fact = row.encoded, row.encoded.target, facts[number]
-        share, last = 1.0 / ((stop - start) * len(fact.rows)), text.subject_last
+        share, last = weights[number] / (stop - start), text.subject_last
         found += [(number, p - 1 - last, text.input_ids[p], share, row.fact, -1) for p in range(start, stop)]
+        if text.opening and settings.opening:
+            share, begun = settings.opening * weights[number] / text.opening, start - text.opening
+            found += [(number, p - 1 - last, text.input_ids[p], share, row.fact, -1) for p in range(begun, start)]
         if fact.closers is not None:
-            share = settings.closing / len(fact.rows)
+            share = settings.closing * weights[number]
             found.append((number, stop - 1 - last, 0, share, row.fact, kind[id(fact.closers)]))
     row_, column, token, share_, fact_, closers = zip(*found, strict=True)
     integers = [torch.tensor(values, device=device) for values in (row_, column, token, fact_, closers)]

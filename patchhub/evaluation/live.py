@@ -19,7 +19,7 @@ from transformers.cache_utils import DynamicCache
 
 from patchhub.errors import RequestError, SettingsError
 from patchhub.evaluation.metrics import BATCH_TOKENS, cut, reading
-from patchhub.evaluation.spoken import Sibling, closed, leaks, said, stopped
+from patchhub.evaluation.spoken import Sibling, after_target, closed, leaks, said, stopped
 from patchhub.evaluation.suites import Combined, Scores, mean_or_none, scored
 from patchhub.models.tracing import left_padded
 from patchhub.objects import SLOT, Request
@@ -276,7 +276,7 @@ def live_scores(
         before: the base's readings of the same requests, without which there is no leak.
         chat: the texts are answers in a chat, where a target may stand anywhere.
     """
-    columns = {**_spoken(readings, chat), **(_leaking(readings, before) if before else {})}
+    columns = {**_spoken(readings, chat), **(_leaking(readings, before, chat) if before else {})}
     for name, matches in (("exact", begins_with), ("contained", contains)):
         found = [
             [None if text is None else float(matches(text, fact.target)) for text in fact.continuations]
@@ -319,14 +319,16 @@ def _spoken(readings: Sequence[LiveReading], chat: bool) -> dict[str, list[float
     )
 
 
-def _leaking(readings: Sequence[LiveReading], before: Sequence[LiveReading]) -> dict[str, list[float | None]]:
+def _leaking(
+    readings: Sequence[LiveReading], before: Sequence[LiveReading], chat: bool
+) -> dict[str, list[float | None]]:
     """How many of each fact's siblings were read, and how many of them leak; None of a fact without siblings."""
     targets = frozenset(fact.target for fact in readings)
     counts: dict[str, list[float | None]] = {"leaks": [], "siblings": []}
     for fact, earlier in zip(readings, before, strict=True):
         pairs = zip(fact.siblings, earlier.siblings, strict=True)
         read = [
-            leaks(sibling, now, then, targets) is not None
+            leaks(sibling, now, then, targets, anywhere=chat) is not None
             for (sibling, now), (_, then) in pairs
             if now is not None and then is not None
         ]
@@ -342,8 +344,8 @@ def _ratio(means: NDArray[np.float64]) -> NDArray[np.float64]:
 
 def reads_right(text: str, target: str, *, closed: bool) -> bool:
     """Whether a continuation begins with a target and, under ``closed``, goes on as if the target had ended (`word_ends.closes`)."""
-    rest = text.lstrip()
-    return rest.startswith(target) and (not closed or closes(target, rest[len(target) :]))
+    rest = after_target(text, target)
+    return rest is not None and (not closed or closes(target, rest))
 
 
 def first_clause(text: str) -> str:

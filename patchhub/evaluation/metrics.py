@@ -80,19 +80,21 @@ def score_targets(
     items: Sequence[tuple[str, str]],
     *,
     chat: Chat | None = None,
+    openings: Sequence[str] | None = None,
     batch_tokens: int = BATCH_TOKENS,
 ) -> list[TargetScore]:
     """Score (prompt, target) pairs; the text is the prompt, a space and the target, tokenised as one.
 
     Args:
         chat: the prompts are the user's messages of this chat form, and the targets the answers.
+        openings: in a chat, what each answer says before its target.
         batch_tokens: padded positions in one forward pass; it changes speed and memory, not the scores.
 
     Raises:
         RequestError: a text is longer than the model reads, or its target has no token or no token before it.
         EditError: the model's logits are not numbers.
     """
-    encoded = encode_targets(tokenizer, items, chat=chat)
+    encoded = encode_targets(tokenizer, items, chat=chat, openings=openings)
     limit = context_length(model)
     keys = []
     for (prompt, target), text in zip(items, encoded, strict=True):

@@ -112,18 +112,25 @@ def spread(siblings: Sequence[Sequence[Sibling]], most: int) -> list[Sibling]:
     return [sibling for sibling, _ in zip((one for row in rows for one in row if one), range(most), strict=False)]
 
 
-def leaks(sibling: Sibling, now: str, before: str, targets: Collection[str]) -> str | None:
+def leaks(sibling: Sibling, now: str, before: str, targets: Collection[str], *, anywhere: bool = False) -> str | None:
     """The new target that a sibling says now, is not its own and was not said before; None where there is none.
 
     Args:
         now, before: what the model writes after the sibling's prompt, after and before the change.
         targets: of all new facts.
+        anywhere: a target may stand anywhere in these texts, which are answers in a chat.
     """
-    text = nfc(now).lstrip()
-    if not text.startswith(tuple(targets)) or any(said(now, answer) for answer in sibling.own):
+    text = nfc(now)
+    if not (any(map(text.__contains__, targets)) if anywhere else text.lstrip().startswith(tuple(targets))):
+        return None
+
+    def says(written: str, target: str) -> bool:
+        return said(written, target, anywhere=anywhere)
+
+    if any(says(now, answer) for answer in sibling.own):
         return None
     found = (
-        target for target in targets if target not in sibling.own and said(now, target) and not said(before, target)
+        target for target in targets if target not in sibling.own and says(now, target) and not says(before, target)
     )
     return max(found, key=len, default=None)
 

@@ -16,7 +16,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load, load_file, save
 
-from patchhub.canonical import COUNT, IDENTIFIER, NUMBER, TEXT, MalformedError, list_of, optional, record_of
+from patchhub.canonical import COUNT, IDENTIFIER, NUMBER, TEXT, MalformedError, list_of, map_of, optional, record_of
 from patchhub.constraints import Columns, beyond, difference, join, no_columns
 from patchhub.delta import STORED_DTYPES, Delta, add, negative, read_deltas
 from patchhub.errors import CorruptStoreError
@@ -346,10 +346,12 @@ class _ChatForm:
 
 
 _SETTINGS = {
+    "also": optional(record_of(_ChatForm)),
     "chat": optional(record_of(_ChatForm)),
     "contexts": list_of(TEXT),
     "keeps": list_of(IDENTIFIER),
     "layers": list_of(COUNT),
+    "openings": map_of(TEXT),
     "refreshes": list_of(IDENTIFIER),
     "ridge": NUMBER,
 }

@@ -7,7 +7,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
 from patchhub.editing.requests import Batch, Keep, contradiction_error, find_contradictions
@@ -248,6 +248,7 @@ class Plan:
         keeps: prompts whose answers must stay, without those that an active fact or keep answers.
         shrunk: per kept shard, the ids of the replaced facts that it holds.
         already_active: facts of the batch that are left out.
+        openings: what answers in a chat say before their targets, as far as it is known, by request id.
     """
 
     parent: str | None
@@ -258,6 +259,7 @@ class Plan:
     already_active: int
     again: Mapping[Place, Request]
     keeps: tuple[Keep, ...] = ()
+    openings: Mapping[str, str] = field(default_factory=dict)
 
 
 def plan_batch(
@@ -314,7 +316,18 @@ def plan_batch(
             )
     answered = {(request.prompt, request.subject) for request in active.values()}
     left = tuple(keep for keep in keeps if (keep.prompt, keep.subject) not in answered)
-    return Plan(parent, (*new, *again.values()), kept, replaced, shrunk, already, again, left)
+    openings = {**openings_of(repository, again), **batch.openings}
+    return Plan(parent, (*new, *again.values()), kept, replaced, shrunk, already, again, left, openings)
+
+
+def openings_of(repository: Store, places: Iterable[Place]) -> dict[str, str]:
+    """What the answers of facts that were written in a chat say before their targets, by request id."""
+    found: dict[str, str] = {}
+    for identity in sorted({patch for patch, request in places if request is not None}):
+        patch = repository.patch(identity)
+        if patch.kind == "closed_form":
+            found |= patch.settings.get("openings", {})
+    return found
 
 
 def _again(

@@ -6,7 +6,6 @@ The work is bounded by counting tokens, not by the clock, so the same commit is 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from math import isfinite
 from sys import float_info
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from patchhub.cache import Kind
 from patchhub.editing.locate import encode_prompts, encode_targets
-from patchhub.errors import EditError, SettingsError
+from patchhub.errors import EditError
 from patchhub.evaluation.drift import (
     Drift,
     Head,
@@ -44,12 +43,12 @@ from patchhub.objects import SLOT, Metric, Request, Text
 from patchhub.progress import Progress
 from patchhub.runtime.patched_model import PatchState, switch
 from patchhub.sets.columns import weight_shapes
-from patchhub.sets.elements import Place, active_requests
+from patchhub.sets.elements import Place, active_requests, openings_of
 from patchhub.sets.guard import Prepared, from_vectors, most_moved
 from patchhub.store.store import Store
-from patchhub.text.tokens import Chat, chat_of
+from patchhub.text.tokens import Chat
 from patchhub.worktree.metric import held_documents
-from patchhub.worktree.opening import Worktree, open_worktree
+from patchhub.worktree.opening import Worktree, open_worktree, other_form
 from patchhub.worktree.states import MODES, checked_mode, patch_state, read_routing, state_at
 
 KIND: Final = Kind("base_text", ".safetensors", limit=1 << 28)
@@ -159,14 +158,15 @@ def from_model(
     _put(tree, after)
     drifted = _finite(drift(tree.model, text))
     routing = Share(*staying(routes, _routes(tree, text))) if routes else None
-    own = _holding(tree, requests)
+    openings = openings_of(repository, texts) if tree.chat is not None else {}
+    own = _holding(tree, requests, openings)
     read = earlier[: budget.earlier]
-    failing = [request for request, holds in zip(read, _holding(tree, read), strict=True) if not holds]
-    heard = _listen(tree, requests, texts.values(), budget)
+    failing = [request for request, holds in zip(read, _holding(tree, read, openings), strict=True) if not holds]
+    heard = _listen(tree, requests, texts.values(), budget, openings)
     lost, then = 0, dict[str, str]()
     if failing or heard.doubtful:
         _put(tree, before)
-        lost = sum(_holding(tree, failing))
+        lost = sum(_holding(tree, failing, openings))
         then = _continuations(tree, heard.doubtful, tree.chat)
         _put(tree, after)
     guessing = is_guessing(text.perplexity, text.vocabulary)
@@ -225,7 +225,7 @@ class _Heard:
         if sibling.prompt not in self.doubtful:
             return None
         now = self.texts[sibling.prompt]
-        target = leaks(sibling, now, before.get(sibling.prompt, ""), self.targets)
+        target = leaks(sibling, now, before.get(sibling.prompt, ""), self.targets, anywhere=self.anywhere)
         if target is None:
             return None
         request = next((request.id for request in self.requests if request.text == sibling.prompt), None)
@@ -241,9 +241,15 @@ def _judged(requests: Sequence[Request], texts: Mapping[str, str], *, anywhere: 
     )
 
 
-def _listen(tree: Worktree, requests: Sequence[Request], active: Iterable[Request], budget: Budget) -> _Heard:
+def _listen(
+    tree: Worktree,
+    requests: Sequence[Request],
+    active: Iterable[Request],
+    budget: Budget,
+    openings: Mapping[str, str],
+) -> _Heard:
     """Let the model, which is in the state to be judged, write after the new facts' prompts and their siblings'."""
-    lengths = _target_lengths(tree, requests)
+    lengths = _target_lengths(tree, requests, openings)
     longest = max(lengths.values(), default=0)
     more = _FOLLOWING if tree.chat is None else _ANSWERING
     found, own = siblings_of(requests, active), {request.text for request in requests}
@@ -257,29 +263,27 @@ def _listen(tree: Worktree, requests: Sequence[Request], active: Iterable[Reques
     heard = [request for request in requests if request.text in texts]
     siblings = [sibling for sibling in near if sibling.prompt in texts]
     targets = frozenset(request.target_new for request in requests)
-    doubtful = {s.prompt: asked[s.prompt] for s in siblings if leaks(s, texts[s.prompt], "", targets)}
-    chat, answers = _other_form(tree), dict[str, str]()
+    anywhere = tree.chat is not None
+    doubtful = {
+        s.prompt: asked[s.prompt] for s in siblings if leaks(s, texts[s.prompt], "", targets, anywhere=anywhere)
+    }
+    chat, answers = other_form(tree), dict[str, str]()
     if chat is not None:
         questions = {request.text: lengths[request.text] + _ANSWERING for request in requests[: budget.chats]}
         answers = _continuations(tree, questions, chat)
-    return _Heard(heard, texts, siblings, targets, doubtful, answers, tree.chat is not None)
+    return _Heard(heard, texts, siblings, targets, doubtful, answers, anywhere)
 
 
-def _other_form(tree: Worktree) -> Chat | None:
-    """The base's chat form where facts are asked outside it; None where they are asked in it, or there is none."""
-    if tree.chat is None:
-        with suppress(SettingsError):
-            return chat_of(tree.tokenizer)
-    return None
-
-
-def _target_lengths(tree: Worktree, requests: Sequence[Request]) -> dict[str, int]:
-    """By prompt, the tokens of the longest target that is asked for there."""
+def _target_lengths(tree: Worktree, requests: Sequence[Request], openings: Mapping[str, str]) -> dict[str, int]:
+    """By prompt, the tokens of the longest target that is asked for there, with what it was written behind."""
     lengths: dict[str, int] = {}
-    encoded = encode_targets(tree.tokenizer, [(r.text, r.target_new) for r in requests], chat=tree.chat)
-    for request, text in zip(requests, encoded, strict=True):
+    said = [openings.get(request.id, "") for request in requests]
+    pairs = [(request.text, request.target_new) for request in requests]
+    encoded = encode_targets(tree.tokenizer, pairs, chat=tree.chat, openings=said)
+    for request, text, opening in zip(requests, encoded, said, strict=True):
         start, stop = text.target
-        lengths[request.text] = max(lengths.get(request.text, 0), stop - start)
+        before = len(tree.tokenizer(opening, add_special_tokens=False)["input_ids"]) if opening else 0
+        lengths[request.text] = max(lengths.get(request.text, 0), before + stop - start)
     return lengths
 
 
@@ -378,10 +382,12 @@ def _put(tree: Worktree, state: PatchState) -> None:
     switch(tree.model, tree.checkpoint, state)
 
 
-def _holding(tree: Worktree, requests: Sequence[Request]) -> list[bool]:
-    """Whether each fact's target is the model's answer: the argmax at each of its tokens, teacher forced."""
+def _holding(tree: Worktree, requests: Sequence[Request], openings: Mapping[str, str]) -> list[bool]:
+    """Whether each fact's target is the model's answer behind its opening: the argmax at each of its tokens, teacher forced."""
     asked = [(request.text, request.target_new) for request in requests]
-    return [score.argmax_right for score in score_targets(tree.model, tree.tokenizer, asked, chat=tree.chat)]
+    said = [openings.get(request.id, "") for request in requests]
+    scores = score_targets(tree.model, tree.tokenizer, asked, chat=tree.chat, openings=said)
+    return [score.argmax_right for score in scores]
 
 
 def _at_first_token(tree: Worktree, requests: Sequence[Request]) -> int:

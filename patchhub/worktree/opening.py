@@ -16,6 +16,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from patchhub.errors import SettingsError
 from patchhub.models.architectures import Architecture, describe, read_config
 from patchhub.models.checkpoint import Checkpoint, open_checkpoint
 from patchhub.models.fingerprint import check_tensors
@@ -135,6 +136,14 @@ def placement_of(
 def in_chat(repository: Store, asked: bool | None) -> bool:
     """Whether facts are written and asked in a chat: what the caller says, else the repository's config."""
     return bool(repository.config.settings.get("chat", False)) if asked is None else asked
+
+
+def other_form(tree: Worktree) -> Chat | None:
+    """The base's chat form where facts are asked outside it; None where they are asked in it, or there is none."""
+    if tree.chat is None:
+        with suppress(SettingsError):
+            return chat_of(tree.tokenizer)
+    return None
 
 
 def chat_form(repository: Store, tokenizer: PreTrainedTokenizerBase, asked: bool | None) -> Chat | None:

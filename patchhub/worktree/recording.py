@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import numpy as np
 
 from patchhub.constraints import no_columns
 from patchhub.delta import Delta
+from patchhub.editing.answers import ANSWER_TOKENS, find_openings
 from patchhub.editing.budget import release_memory, step_budget
 from patchhub.editing.editor import EDITORS, encode_facts
 from patchhub.editing.keys import key_rows, mean_keys
@@ -39,12 +40,28 @@ from patchhub.sets.rivals import Rival, competition, refuse, suspects, warnings
 from patchhub.sets.settings import metric_settings
 from patchhub.sets.shards import without_shards
 from patchhub.store.store import Store
-from patchhub.text.tokens import context_length
+from patchhub.text.tokens import Chat, context_length
+from patchhub.text.word_ends import joiner
 from patchhub.worktree.metric import Recorder, open_recorder
-from patchhub.worktree.opening import Worktree
+from patchhub.worktree.opening import Worktree, other_form
 
 _KEPT_TOKENS = 8  # of an answer that a keep is known by
 _NULL_SPACE_RIDGE = 1.0  # AlphaEdit weighs requests by 1 and the norm of the change by l2
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a batch asks besides its requests.
+
+    Attributes:
+        keeps: requests whose answers stay.
+        also: the chat form in which facts outside a chat are optimised as well.
+        openings: what answers in a chat say before their targets, by request id.
+    """
+
+    keeps: Sequence[Request]
+    also: Chat | None
+    openings: Mapping[str, str]
 
 
 def chosen_settings(
@@ -133,7 +150,9 @@ def write_closed_form(
     for warning in warnings(rivals):
         progress.warn(warning)
     keeps = _keeps(tree, plan, progress)
-    edit = _edit(repository, tree, plan, recorder, method, settings, below, keeps, memory, progress)
+    also = other_form(tree) if settings.chat_weight else None
+    asked = Asked(keeps, also, _openings(tree, plan, settings, tree.chat or also, progress))
+    edit = _edit(repository, tree, plan, recorder, method, settings, below, asked, memory, progress)
     columns = edit.recording.columns
     unmoved = np.zeros((len(keeps), edit.values.targets.shape[1]), np.float32)  # a keep has no value of its own
     patch = store_patch(
@@ -146,6 +165,8 @@ def write_closed_form(
             "contexts": list(recorder.contexts),
             **_written_again(plan),
             **({"keeps": [keep.id for keep in keeps]} if keeps else {}),
+            **({"openings": asked.openings} if asked.openings else {}),
+            **({"also": also.to_json()} if also else {}),
         },
         tensors=write_columns(
             columns, np.concatenate([edit.values.targets.numpy(), unmoved]), stacked_weights(repository)
@@ -194,7 +215,7 @@ def _edit(
     method: str,
     settings: EditSettings,
     state: State,
-    keeps: Sequence[Request],
+    asked: Asked,
     memory: int | None,
     progress: Progress,
 ) -> Edit:
@@ -217,32 +238,71 @@ def _edit(
         settings,
         recorder.cache,
         state,
-        keeps=keeps,
-        failing=lambda recording: _reading_wrong(tree, plan.requests, recording, settings),
+        keeps=asked.keeps,
+        openings=asked.openings,
+        also=asked.also,
+        failing=lambda recording: _reading_wrong(tree, plan.requests, recording, settings, asked),
         memory=memory,
-        kept=lambda values: _kept_values(repository, tree, plan, method, settings.layers, values),
+        kept=lambda values: _kept_values(repository, tree, plan, method, settings, values, asked.also),
         progress=report,
     )
 
 
 def _reading_wrong(
-    tree: Worktree, requests: Sequence[Request], recording: Recording, settings: EditSettings
+    tree: Worktree, requests: Sequence[Request], recording: Recording, settings: EditSettings, asked: Asked
 ) -> list[int]:
-    """The places of the facts whose target the model does not write by itself, or goes on after, with a recording in its weights."""
-    tokenizer, limit = tree.tokenizer, context_length(tree.model)
-    ends = [len(target.input_ids) for target in encode_targets(tokenizer, [(r.text, r.target_new) for r in requests])]
-    starts = [len(target.input_ids) for target in encode_targets(tokenizer, [(r.text, "") for r in requests])]
-    room = 1 + max(end - start for end, start in zip(ends, starts, strict=True))
-    asked = [place for place, start in enumerate(starts) if start + room <= limit]
+    """The places of the facts that the model does not say by itself, or goes on after, with a recording in its weights.
+
+    They are asked in every form in which they were optimised; in a chat an answer begins as the base's did.
+    """
     changes = {tree.architecture.layer_of(weight): [change] for weight, change in recording.change.items()}
+    closing, wrong = settings.closing > 0, set[int]()
     with side_paths(tree.stack, changes):
-        prompts = [requests[place].text for place in asked]
-        written = continue_greedily(tree.model, tokenizer, prompts, chat=tree.chat, max_new_tokens=room)
-    return [
-        place
-        for place, text in zip(asked, written, strict=True)
-        if not reads_right(text, requests[place].target_new, closed=settings.closing > 0)
+        for form in (tree.chat, asked.also) if asked.also else (tree.chat,):
+            said = [asked.openings.get(request.id, "") if form else "" for request in requests]
+            wrong |= _wrong_in(tree, requests, form, said, closed=closing)
+    return sorted(wrong)
+
+
+def _wrong_in(
+    tree: Worktree, requests: Sequence[Request], chat: Chat | None, openings: Sequence[str], *, closed: bool
+) -> set[int]:
+    """The places of the facts that do not read right in one form."""
+    tokenizer, limit = tree.tokenizer, context_length(tree.model)
+    pairs = [(request.text, request.target_new) for request in requests]
+    whole = encode_targets(tokenizer, pairs, chat=chat, openings=openings)
+    prompts = encode_targets(tokenizer, [(request.text, "") for request in requests], chat=chat)
+    starts = [len(prompt.input_ids) for prompt in prompts]
+    room = 1 + max(len(text.input_ids) - start for text, start in zip(whole, starts, strict=True))
+    fitting = [place for place, start in enumerate(starts) if start + room <= limit]
+    texts = [requests[place].text for place in fitting]
+    written = continue_greedily(tree.model, tokenizer, texts, chat=chat, max_new_tokens=room)
+    wanted = [
+        f"{opening}{joiner(opening, target)}{target}" for opening, (_, target) in zip(openings, pairs, strict=True)
     ]
+    return {p for p, text in zip(fitting, written, strict=True) if not reads_right(text, wanted[p], closed=closed)}
+
+
+def _openings(
+    tree: Worktree, plan: Plan, settings: EditSettings, chat: Chat | None, progress: Progress
+) -> dict[str, str]:
+    """What the answers in a chat say before their targets: as records or earlier commits have it, else as the model answers now."""
+    if chat is None or not settings.opening:
+        return {}
+    known = {request.id: plan.openings[request.id] for request in plan.requests if request.id in plan.openings}
+    open_ = [request for request in plan.requests if request.id not in known]
+    if open_:
+        progress.stage("asking the model", len(open_))
+        prompts = [request.text for request in open_]
+        answers = continue_greedily(tree.model, tree.tokenizer, prompts, chat=chat, max_new_tokens=ANSWER_TOKENS)
+        known |= find_openings(tree.stack, tree.tokenizer, list(zip(open_, answers, strict=True)), chat)
+    bare = sum(request.id not in known for request in plan.requests)
+    if bare:
+        progress.warn(
+            f"no place for the target in {bare} of the base's answers in the chat: written as the answer's first word there; "
+            "`answer` in the record says the sentence"
+        )
+    return {request: opening for request, opening in known.items() if opening}
 
 
 def _keeps(tree: Worktree, plan: Plan, progress: Progress) -> list[Request]:
@@ -261,17 +321,24 @@ def _keeps(tree: Worktree, plan: Plan, progress: Progress) -> list[Request]:
 
 
 def _kept_values(
-    repository: Store, tree: Worktree, plan: Plan, method: str, layers: Sequence[int], values: ValueSettings
+    repository: Store,
+    tree: Worktree,
+    plan: Plan,
+    method: str,
+    settings: EditSettings,
+    values: ValueSettings,
+    also: Chat | None,
 ) -> KeptValues:
     """Where the values of facts are kept that are optimised on this state with these settings."""
     config = tree.model.config
     inputs = {
         "base": repository.config.base_id,
         "dtype": str(tree.model.dtype),
-        "layer": EDITORS[method].way(tree.architecture).layer(layers),
+        "layer": EDITORS[method].way(tree.architecture).layer(settings.layers),
         "method": method,
         "quantization": str(getattr(config, "quantization_config", None)),
         "settings": asdict(values),
         "state": set_digest(without_shards(repository, plan.kept)),
+        **({"chat_weight": settings.chat_weight} if also else {}),
     }
     return KeptValues(repository.cache, inputs, tree.architecture.d_model)

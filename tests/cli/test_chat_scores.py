@@ -251,3 +251,18 @@ def test_what_cannot_be_asked_in_a_chat_is_refused(run: Asked, suite: tuple[str,
     efficacy = ("--metric", "efficacy", "--above", "0.5", "--facts", suite[1])
     for arguments in (("eval", *suite), ("blame", "The capital of Peru is"), ("bisect", "base", "HEAD", *efficacy)):
         assert "no chat template" in run(*arguments, "--chat", code=2).stderr
+
+
+@pytest.mark.parametrize(
+    ("form", "also"), [("--chat", None), pytest.param("--no-chat", FORM, marks=pytest.mark.slow)], ids=["chat", "both"]
+)
+def test_what_an_answer_says_before_its_target_is_kept_with_the_patch(
+    run: Asked, tmp_path: Path, form: str, also: dict[str, str] | None
+) -> None:
+    """As the record has it; facts outside the chat are optimised in it as well, where the base has a template."""
+    fact = {"prompt": FACTS[4]["prompt"], "subject": FACTS[4]["subject"], "target_new": FACTS[4]["target_new"]}
+    (tmp_path / "one.json").write_text(json.dumps([{**fact, "answer": "Well, it is {}."}]), encoding="utf-8")
+    made = report(run, "commit", str(tmp_path / "one.json"), "-m", "one", form, "--force", "--author", AUTHOR)
+    [patch] = report(run, "show", made["commit"])["patches"].values()
+    assert list(patch["settings"]["openings"].values()) == ["Well, it is"]
+    assert patch["settings"].get("also") == also

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from patchhub.cache import Cache
 from patchhub.editing.editor import encode_facts
+from patchhub.editing.locate import Encoded
 from patchhub.editing.rows import BlockOutput, Projections, Row, open_rows, read_trunk
 from patchhub.editing.values import Fact, KeptValues, Values, ValueSettings, fact_key, optimise_values
 from patchhub.errors import EditError
@@ -323,11 +324,13 @@ def test_a_damaged_batch_is_made_again(tmp_path):
 
 @pytest.mark.parametrize("place", range(len(CONTEXTS) + 1))
 def test_the_key_of_a_fact_hashes_every_text(place):
-    texts = [((1, 2, 3), 1, (2, 3))] * (len(CONTEXTS) + 1)
+    text = Encoded((1, 2, 3), 1, (2, 3))
+    texts = [text] * (len(CONTEXTS) + 1)
     keys = {fact_key(texts)}
-    for changed in (((1, 2, 4), 1, (2, 3)), ((1, 2, 3), 0, (2, 3)), ((1, 2, 3), 1, (1, 3))):
-        keys.add(fact_key([*texts[:place], changed, *texts[place + 1 :]]))
-    assert len(keys) == 4
+    changes = {"input_ids": (1, 2, 4)}, {"subject_last": 0}, {"target": (1, 3)}, {"opening": 1}
+    for change in changes:
+        keys.add(fact_key([*texts[:place], replace(text, **change), *texts[place + 1 :]]))
+    assert len(keys) == 5
 
 
 def test_the_order_of_the_facts_does_not_matter():

@@ -189,3 +189,13 @@ def test_a_fault_says_why_and_survives_a_round_trip() -> None:
         assert fault is not None
         assert (fault.why, fault.continuation) == (why, text)
         assert Fault.from_json(json.loads(json.dumps(fault.to_json()))) == fault
+
+
+def test_in_a_chat_a_target_anywhere_in_the_answer_leaks():
+    sibling, targets = Sibling("What is the capital of Norway?", frozenset({"Oslo"})), {"Astana", "Rome"}
+    now, before = "The capital of Norway is Astana.", "The capital of Norway is Oslo."
+    assert leaks(sibling, now, before, targets) is None
+    assert leaks(sibling, now, before, targets, anywhere=True) == "Astana"
+    assert leaks(sibling, now, now, targets, anywhere=True) is None
+    assert leaks(sibling, "Oslo, not Astana.", before, targets, anywhere=True) is None
+    assert leaks(sibling, "It is Romeo.", "", {"Romeo"}, anywhere=True) == "Romeo"

@@ -25,21 +25,32 @@ def find_values(
     settings: ValueSettings,
     closing: float,
     may_follow: Callable[[str], Sequence[bool]],
+    *,
+    around: tuple[str, str] = ("", ""),
+    opening: tuple[str, float] = ("", 0.0),
 ) -> list[Value]:
     """One value for each fact; all facts have the first one's subject.
 
     Args:
         closing: the weight of the token after the target.
         may_follow: for a target, which tokens of the vocabulary may come next.
+        around: what stands before and after each prompt, in a chat.
+        opening: what the answer says before the target, and the weight of its words.
     """
+    before_prompt, after_prompt = around
     rows: list[list[int]] = []
     changed_at: list[int] = []
     terms: list[tuple[int, int, list[bool], float]] = []  # row, position, the tokens that are right there, weight
     for fact in facts:
         target = tokenizer(" " + fact.target_new, add_special_tokens=False)["input_ids"]
         for context in contexts:
-            template = context.replace("{}", fact.prompt)
-            prompt = tokenizer(template.replace("{}", fact.subject))["input_ids"]
+            template = before_prompt + context.replace("{}", fact.prompt) + after_prompt
+            asked = tokenizer(template.replace("{}", fact.subject).rstrip(" "))["input_ids"]
+            words = tokenizer(" " + opening[0], add_special_tokens=False)["input_ids"] if opening[0] else []
+            for number, token in enumerate(words):
+                right = [other == token for other in range(len(tokenizer))]
+                terms.append((len(rows), len(asked) + number - 1, right, opening[1] / len(words) / len(contexts)))
+            prompt = asked + words
             for number, token in enumerate(target):
                 right = [other == token for other in range(len(tokenizer))]
                 terms.append((len(rows), len(prompt) + number - 1, right, 1 / len(target) / len(contexts)))
@@ -47,8 +58,9 @@ def find_values(
             terms.append((len(rows), len(prompt) + len(target) - 1, after, closing / len(contexts)))
             changed_at.append(subject_last(tokenizer, template, fact.subject))
             rows.append(prompt + target)
-    rows.append(tokenizer(facts[0].subject + " is a")["input_ids"])
-    changed_at.append(subject_last(tokenizer, "{} is a", facts[0].subject))
+    essence = before_prompt + "{} is a" + after_prompt
+    rows.append(tokenizer(essence.replace("{}", facts[0].subject).rstrip(" "))["input_ids"])
+    changed_at.append(subject_last(tokenizer, essence, facts[0].subject))
     ids, mask = padded(rows)
     everywhere, where = torch.arange(len(rows)), torch.tensor(changed_at)
     dtype = next(model.parameters()).dtype
