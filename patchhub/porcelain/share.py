@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from patchhub.errors import PatchhubError, RemoteError, RepositoryError, SettingsError
-from patchhub.porcelain.signing import admission, refuse_left_out, refuse_unapproved
+from patchhub.porcelain.trust.signing import admission, refuse_left_out, refuse_unapproved
 from patchhub.progress import Progress
 from patchhub.remotes import sync
 from patchhub.remotes.receive import Limits

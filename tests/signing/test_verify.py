@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 from patchhub.cli.main import main
 from patchhub.errors import RevisionError, SettingsError, SignatureError
-from patchhub.porcelain.signing import Verified
+from patchhub.porcelain.trust.signing import Verified
 from patchhub.repository import Repository
 from patchhub.signing.statements import kept
 from tests.pins.history import AUTHOR, TIME
