@@ -17,6 +17,7 @@ from patchhub.cli.terminal import (
     repo_option,
     reports_errors,
     say,
+    say_signed,
 )
 from patchhub.results import Rows
 
@@ -126,6 +127,7 @@ def squash(repo: Path | None, as_json: bool, **options: Any) -> None:
     say(
         f"{count(len(done.replaced), 'commit')} became one; {count(done.active, 'active fact')}; proof {done.proof:.1e}"
     )
+    say_signed(repository, done.commit)
 
 
 @click.command()

@@ -155,6 +155,10 @@ def test_the_commands_say_it_and_end_with_a_code_of_their_own(signed: Repository
         return result.stdout
 
     assert "is trusted" in run("verify", "v1")
+    signed.config("sign", "always")
+    assert "signed with SHA256:" in run("revert", "--subject", "Ann")
+    run("undo")
+    signed.config("sign", unset=True)
     assert "good signature by ada@example.org" in run("log", "--signatures")
     assert "signed by ada@example.org; approved by bob@example.org" in run("log", "--oneline", "--signatures")
     shown = json.loads(run("log", "--signatures", "--json"))
