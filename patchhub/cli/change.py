@@ -32,6 +32,7 @@ from patchhub.cli.terminal import (
     repo_option,
     reports_errors,
     say,
+    say_signed,
     say_stale_shards,
     say_trained,
     short_ref,
@@ -132,6 +133,7 @@ def report_committed(repository: Repository, done: Committed, as_json: bool) -> 
             f"{done.held} of them {'is' if done.held == 1 else 'are'} now the model's answer"
         )
     say_faults(done.faults)
+    say_signed(repository, done.commit)
     for shard, patch in ((identity, store.patch(identity)) for identity in done.patches):
         if patch.kind == "shard":
             say(f"shard {patch.settings['number']} ({shard[:12]}) holds {count(len(patch.requests), 'fact')}", dim=True)
@@ -244,6 +246,7 @@ def _report_change(repository: Repository, done: Changed, as_json: bool) -> None
     else:
         say("the weights were solved anew from the facts that stay")
     say_trained(repository, done.trained)
+    say_signed(repository, done.commit)
     if done.stale:
         say(f"note: {count(done.stale, 'active fact')} recorded on a state that is no longer below", dim=True)
     say_stale_shards(len(done.stale_shards))

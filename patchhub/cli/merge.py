@@ -22,6 +22,7 @@ from patchhub.cli.terminal import (
     repo_option,
     reports_errors,
     say,
+    say_signed,
     say_stale_shards,
     say_trained,
 )
@@ -148,6 +149,7 @@ def _report_merged(repository: Repository, done: Merged) -> None:
     else:
         say(f"the weights were solved anew from the facts of both, in {done.seconds:.1f} s")
     say_trained(repository, done.trained)
+    say_signed(repository, str(done.commit))
     _say_unchecked(done.unchecked)
     if done.stale:
         say(f"note: {count(done.stale, 'active fact')} recorded on a state that is no longer below", dim=True)

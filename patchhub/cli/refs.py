@@ -21,6 +21,7 @@ from patchhub.cli.terminal import (
     reports_errors,
     say,
     say_all,
+    say_signed,
 )
 from patchhub.results import Rows
 
@@ -136,6 +137,7 @@ def squash(repo: Path | None, as_json: bool, **options: Any) -> None:
     branch, _ = repository.store.head
     say(f"[{branch or 'detached'} {done.commit[:12]}] {repository.store.commit(done.commit).message.splitlines()[0]}")
     say(f"{count(len(done.replaced), 'commit')} became one; {count(done.active, 'active fact')}")
+    say_signed(repository, done.commit)
 
 
 @click.command()

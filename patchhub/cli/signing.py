@@ -26,8 +26,8 @@ from patchhub.errors import SignatureError
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from patchhub.porcelain.audit import Audit, FactChange
-    from patchhub.porcelain.signing import Signed
+    from patchhub.porcelain.trust.audit import Audit, FactChange
+    from patchhub.porcelain.trust.signing import Signed
 
 with_option = click.option(
     "--with",
@@ -141,7 +141,7 @@ _LEFT = (10, 12, 12)  # when, commit, who
 
 def _table(found: Audit) -> Iterator[str]:
     """The rows in `_WIDTH` columns: a cell for each change, then why, and what speaks for all of the commit."""
-    from patchhub.porcelain.audit import by_commit
+    from patchhub.porcelain.trust.audit import by_commit
 
     left = sum(_LEFT) + len(_LEFT)
     titles = "".join(f"{title:<{width}} " for title, width in zip(("when", "commit", "who"), _LEFT, strict=True))

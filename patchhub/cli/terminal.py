@@ -22,7 +22,7 @@ import click
 from patchhub.errors import PatchhubError, RepositoryError
 from patchhub.progress import Bars
 from patchhub.results import Result, Rows
-from patchhub.store.revisions import SIGNATURES
+from patchhub.store.revisions import NOTES, SIGNATURES
 
 if TYPE_CHECKING:
     from patchhub.objects import Request
@@ -240,6 +240,16 @@ def list_facts(sign: str, requests: Sequence[Request], colour: str, *, shown: in
         say(f"  {click.style(sign, fg=colour)} {request.text} {click.style(request.target_new, bold=True)}")
     if len(requests) > shown:
         say(f"  {sign} ... and {len(requests) - shown} more", dim=True)
+
+
+def say_signed(repository: Repository, commit: str) -> None:
+    """With which key a commit that was just made is signed, if it is."""
+    prefix = f"{NOTES}{commit}/{SIGNATURES}commit/"
+    for ref in repository.store.refs():
+        if ref.startswith(prefix):
+            from patchhub.signing.statements import fingerprint
+
+            say(f"signed with {fingerprint(ref[len(prefix) :])}", dim=True)
 
 
 def say_stale_shards(number: int) -> None:

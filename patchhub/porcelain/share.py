@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from patchhub.errors import PatchhubError, RemoteError, RepositoryError, SettingsError
 from patchhub.models.linear_weights import block_of
-from patchhub.porcelain.signing import admission, refuse_left_out, refuse_unapproved
+from patchhub.porcelain.trust.signing import admission, refuse_left_out, refuse_unapproved
 from patchhub.progress import Progress
 from patchhub.remotes import sync
 from patchhub.remotes.receive import Limits

@@ -145,7 +145,7 @@ class Opened:
     ) -> Who:
         """Who changes something, with a key that can sign where that is asked for, by the call or by the config."""
         who, config = self._who(author, time, message), self.store.config
-        from patchhub.porcelain.signing import signer_of, signs_always
+        from patchhub.porcelain.trust.signing import signer_of, signs_always
 
         if not (sign if sign is not None else key is not None or signs_always(config)):
             return who

@@ -11,11 +11,11 @@ from patchhub.results import Rows
 from patchhub.who import instant, now
 
 if TYPE_CHECKING:
-    from patchhub.porcelain.audit import Audit
     from patchhub.porcelain.blame import Bisection, Blame
     from patchhub.porcelain.history import Entry, Shown, Status
     from patchhub.porcelain.search import Difference, Found
-    from patchhub.porcelain.signing import Verified
+    from patchhub.porcelain.trust.audit import Audit
+    from patchhub.porcelain.trust.signing import Verified
     from patchhub.store.lookup import Fact
 
 
@@ -79,7 +79,7 @@ class LookingVerbs(Opened):
             allowed: the file of allowed signers; None: the config's.
             all: check the signatures of every commit below too.
         """
-        from patchhub.porcelain.signing import verify
+        from patchhub.porcelain.trust.signing import verify
 
         with self._heard() as progress:
             return verify(self.store, rev, progress, allowed=path(allowed), everything=all)
@@ -234,7 +234,7 @@ class LookingVerbs(Opened):
             csv: a file to write the rows to as well.
         """
         self._resolve(rev)
-        from patchhub.porcelain.audit import audit
+        from patchhub.porcelain.trust.audit import audit
 
         begin = instant(since, now(os.environ)) if since else None
         with self._heard() as progress:

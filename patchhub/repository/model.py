@@ -28,12 +28,12 @@ from patchhub.repository.arguments import (
 from patchhub.results import Rows
 
 if TYPE_CHECKING:
-    from patchhub.porcelain.evidence import WrittenEvidence
     from patchhub.porcelain.exchange import Exported
     from patchhub.porcelain.measure import Bench, Evaluation
     from patchhub.porcelain.metric import Shown as ShownMetric
     from patchhub.porcelain.model import Answer, Applied
     from patchhub.porcelain.report.report import Written
+    from patchhub.porcelain.trust.evidence import WrittenEvidence
     from patchhub.porcelain.tune import Tuned
 
 
@@ -291,7 +291,7 @@ class ModelVerbs(Opened):
             allowed: the file of allowed signers; None: the config's.
         """
         self._resolve(rev)
-        from patchhub.porcelain.evidence import export_bom
+        from patchhub.porcelain.trust.evidence import export_bom
 
         with self._heard() as progress:
             return export_bom(self.store, rev, Path(out), progress, allowed=path(allowed), overwrite=overwrite)
@@ -312,7 +312,7 @@ class ModelVerbs(Opened):
             sign, key: as in `commit`: each in a DSSE envelope that is signed.
         """
         self._resolve(rev)
-        from patchhub.porcelain.evidence import export_attestations
+        from patchhub.porcelain.trust.evidence import export_attestations
 
         signer = self._signing(None, None, sign=sign, key=key).signer
         return export_attestations(self.store, rev, Path(out), signer=signer, overwrite=overwrite)

@@ -13,7 +13,7 @@ from patchhub.who import duration
 if TYPE_CHECKING:
     from patchhub.porcelain.refs import Done, Moved, Named, RefEntry, Stepped, Switched
     from patchhub.porcelain.share import Pulled
-    from patchhub.porcelain.signing import Signed
+    from patchhub.porcelain.trust.signing import Signed
     from patchhub.porcelain.upkeep import Collected
     from patchhub.remotes.sync import Fetched, Pushed
     from patchhub.store.fsck import Report
@@ -129,7 +129,7 @@ class RefVerbs(Opened):
             with_: ssh, or model-signing, which the extra ``patchhub[signing]`` brings; None: as the config says, else ssh.
             key: the file of the key; None: the config's.
         """
-        from patchhub.porcelain.signing import sign
+        from patchhub.porcelain.trust.signing import sign
 
         return Rows(sign(self.store, rev, self._signing(author, time, sign=True, key=key, method=with_)))
 
@@ -150,7 +150,7 @@ class RefVerbs(Opened):
             message: why.
             with_, key: as in `sign`.
         """
-        from patchhub.porcelain.signing import approve
+        from patchhub.porcelain.trust.signing import approve
 
         who = self._signing(author, time, message, sign=True, key=key, method=with_)
         return Rows(approve(self.store, rev, who))

@@ -18,6 +18,7 @@ from patchhub.signing.statements import Verdict
 FILE: Final = "statement.json"
 """The one file of the folder that is signed."""
 
+_LONGEST: Final = 1 << 20  # characters of a bundle: one by a key has 1,500
 _MISSING: Final = "the package model-signing is not there"
 _INSTALL: Final = "Install it: `pip install 'patchhub[signing]'`."
 
@@ -93,6 +94,8 @@ def verify(statement: bytes, kind: str, public_key: str, text: str, time: str, a
         from model_signing import verifying
     except ImportError as error:
         return Verdict("unchecked", None, f"{_MISSING} ({error}): {_INSTALL}")
+    if len(text) > _LONGEST:
+        return Verdict("broken", None, f"its bundle is longer than {_LONGEST} characters")
     with TemporaryDirectory() as name:
         folder, bundle, key = _folder(Path(name), statement), Path(name) / "bundle.json", Path(name) / "key.pem"
         try:

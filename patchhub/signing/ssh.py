@@ -148,6 +148,7 @@ def verify(statement: bytes, kind: str, public_key: str, text: str, time: str, a
     try:
         if signing_key(text) != public_key:
             return Verdict("broken", None, "it is by another key than its note says")
+        at = f"-Overify-time={_local(time)}"
     except ValueError as error:
         return Verdict("broken", None, str(error))
     if shutil.which(PROGRAM) is None:
@@ -157,7 +158,6 @@ def verify(statement: bytes, kind: str, public_key: str, text: str, time: str, a
         file.write_text(text, encoding="ascii")
         reason = ""
         if allowed is not None:
-            at = f"-Overify-time={_local(time)}"
             found, reason = _asked(b"", "find-principals", "-s", str(file), "-f", str(allowed), at)
             for principal in found.splitlines():
                 arguments = ("-s", str(file), "-f", str(allowed), "-I", principal, "-n", namespace(kind), at)
@@ -187,9 +187,16 @@ def _asked(data: bytes, verb: str, *arguments: str) -> tuple[str, str]:
 
 
 def _local(time: str) -> str:
-    """An instant of the store as `ssh-keygen` reads it: in local time, which every version takes."""
+    """An instant of the store as `ssh-keygen` reads it: in local time, which every version takes.
+
+    Raises:
+        ValueError: it is so far away that local time has no name for it.
+    """
     instant = datetime.strptime(time, FORMAT).replace(tzinfo=timezone.utc)
-    return instant.astimezone().strftime("%Y%m%d%H%M%S")
+    try:
+        return instant.astimezone().strftime("%Y%m%d%H%M%S")
+    except (OverflowError, OSError):
+        raise ValueError(f"it is of {time}, which is no time of this world") from None
 
 
 # --- allowed signers ------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 from patchhub.cli.main import main
 from patchhub.objects import Note
-from patchhub.porcelain.audit import COLUMNS, Audit, as_csv, inert
+from patchhub.porcelain.trust.audit import COLUMNS, Audit, as_csv, inert
 from patchhub.repository import Repository
 from patchhub.sets.elements import places_of
 from tests.pins.history import AUTHOR, EPOCH, TIME, commit_facts, init, make_history

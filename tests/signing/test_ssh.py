@@ -41,6 +41,8 @@ def test_a_signature_is_good_unknown_or_broken(ada: SshKey, keys: Path) -> None:
     for place in range(1, len(lines) - 1):
         flipped = ("B" if lines[place][0] == "A" else "A") + lines[place][1:]
         assert status(of="".join([*lines[:place], flipped, *lines[place + 1 :]])) == "broken", place
+    for time in ("0001-01-01T00:00:00Z", "9999-12-31T23:59:59Z", "1969-12-31T23:59:59Z"):
+        assert verify(WORDS + b" ", "commit", key, text, time, allowed).status == "broken"
     assert status(of="") == status(of=text[:-40]) == status(of=text * 2) == status(of="A" * (1 << 17)) == "broken"
 
 

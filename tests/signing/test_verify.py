@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 from patchhub.cli.main import main
 from patchhub.errors import RevisionError, SettingsError, SignatureError
-from patchhub.porcelain.signing import Verified
+from patchhub.porcelain.trust.signing import Verified
 from patchhub.repository import Repository
 from patchhub.signing.statements import kept
 from tests.pins.history import AUTHOR, TIME
@@ -155,6 +155,10 @@ def test_the_commands_say_it_and_end_with_a_code_of_their_own(signed: Repository
         return result.stdout
 
     assert "is trusted" in run("verify", "v1")
+    signed.config("sign", "always")
+    assert "signed with SHA256:" in run("revert", "--subject", "Ann")
+    run("undo")
+    signed.config("sign", unset=True)
     assert "good signature by ada@example.org" in run("log", "--signatures")
     assert "signed by ada@example.org; approved by bob@example.org" in run("log", "--oneline", "--signatures")
     shown = json.loads(run("log", "--signatures", "--json"))

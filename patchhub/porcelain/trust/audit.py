@@ -13,10 +13,10 @@ from patchhub.fsio import write_atomically
 from patchhub.objects import Commit, Element, Request
 from patchhub.porcelain.history import guard, numbers
 from patchhub.porcelain.scores import Noted, noted_commits, read_note
-from patchhub.porcelain.signing import Damage, differences_below
+from patchhub.porcelain.trust.signing import Damage, differences_below
 from patchhub.progress import Progress
 from patchhub.results import Result
-from patchhub.sets.elements import Place, active_requests, places_of
+from patchhub.sets.elements import Place, places_of
 from patchhub.signing.checking import Vouched, allowed_signers, approvers, signatures_by_commit, vouched
 from patchhub.store import graph
 from patchhub.store.store import Store
@@ -176,12 +176,13 @@ def audit(
     damage = differences_below(repository, tip, progress)[1] if tip else []
     walked = [identity for identity, _ in repository.log(*([tip] if tip else []))]
     evidence = _Evidences(repository, walked, keys)
-    rows = _Rows(repository)
+    rows = _Rows({identity: repository.parents(identity) for identity in reversed(walked)})
+    texts = _Texts(repository)
     signed = set()
     for identity in reversed(walked):
         found = evidence.of(identity)
         signed |= {identity} if any(s.kind == "commit" and s.status == "good" for s in found.signatures) else set()
-        for row in _rows(repository, identity, found):
+        for row in _rows(repository, identity, texts, found):
             rows.add(row)
         progress.advance(1)
     progress.close()
@@ -217,25 +218,49 @@ class _Evidences:
         )
 
 
-def _rows(repository: Store, identity: str, evidence: Evidence) -> Iterator[FactChange]:
+class _Texts:
+    """The facts of patches, each patch read once: at each place its fact, and where among its patch's it was given."""
+
+    def __init__(self, repository: Store) -> None:
+        self._repository = repository
+        self._patches: dict[str, tuple[dict[str, int], dict[str, Request]]] = {}
+
+    def get(self, place: Place) -> Request | None:
+        """The fact at a place; None of an imported change, and where texts are withheld."""
+        return self._read(place[0])[1].get(str(place[1]))
+
+    def ordered(self, places: frozenset[Place]) -> list[Place]:
+        """By patch, and then as the facts were given."""
+        return sorted(places, key=lambda place: (place[0], self._read(place[0])[0].get(str(place[1]), 0)))
+
+    def _read(self, identity: str) -> tuple[dict[str, int], dict[str, Request]]:
+        if identity not in self._patches:
+            patch = self._repository.patch(identity)
+            texts = {request.id: request for request in self._repository.requests(patch)}
+            self._patches[identity] = ({fact: number for number, fact in enumerate(patch.requests)}, texts)
+        return self._patches[identity]
+
+
+def _rows(repository: Store, identity: str, texts: _Texts, evidence: Evidence) -> Iterator[FactChange]:
     """The changes of one commit, by fact."""
     commit = repository.commit(identity)
     removed, added = _own_changes(repository, identity, commit)
     leaving, entering = places_of(repository, removed), places_of(repository, added)
-    texts = active_requests(repository, removed | added)
     again = {request for _, request in leaving if request} & {request for _, request in entering if request}
-    still = _still_active(repository, identity, commit)
-    gone = [place for place in _ordered(repository, leaving) if place[1] not in again and place[1] not in still]
-    come = [place for place in _ordered(repository, entering) if place[1] not in again]
-    before = {(texts[place].prompt, texts[place].subject): place for place in gone if place in texts}
+    still = _still_active(repository, identity, commit) if leaving else set()
+    gone = [place for place in texts.ordered(leaving) if place[1] not in again and place[1] not in still]
+    come = [place for place in texts.ordered(entering) if place[1] not in again]
+    before = {(text.prompt, text.subject): place for place in gone if (text := texts.get(place))}
+    retargeted = set()
     for place in come:
         text = texts.get(place)
         earlier = before.pop((text.prompt, text.subject), None) if text else None
-        gone = [other for other in gone if other != earlier]
-        old = texts[earlier].target_new if earlier else None
-        yield _row(repository, identity, commit, evidence, place, text, RETARGETED if earlier else ADDED, old)
+        old = texts.get(earlier) if earlier else None
+        retargeted.add(earlier)
+        yield _row(repository, identity, commit, evidence, place, text, RETARGETED if old else ADDED, old)
     for place in gone:
-        yield _row(repository, identity, commit, evidence, place, texts.get(place), REMOVED, None)
+        if place not in retargeted:
+            yield _row(repository, identity, commit, evidence, place, texts.get(place), REMOVED, None)
 
 
 def _own_changes(repository: Store, identity: str, commit: Commit) -> tuple[frozenset[Element], frozenset[Element]]:
@@ -257,14 +282,6 @@ def _still_active(repository: Store, identity: str, commit: Commit) -> set[str |
     return {request for _, request in places_of(repository, repository.active(identity)) if request is not None}
 
 
-def _ordered(repository: Store, places: frozenset[Place]) -> list[Place]:
-    """By patch, and then as the facts were given."""
-    order = {
-        (patch, fact): n for patch in {p for p, _ in places} for n, fact in enumerate(repository.patch(patch).requests)
-    }
-    return sorted(places, key=lambda place: (place[0], order.get((place[0], str(place[1])), 0)))
-
-
 def _row(
     repository: Store,
     identity: str,
@@ -273,7 +290,7 @@ def _row(
     place: Place,
     text: Request | None,
     change: str,
-    old: str | None,
+    old: Request | None,
 ) -> FactChange:
     patch = repository.patch(place[0])
     imported = place[1] is None and patch.kind == "additive"
@@ -289,7 +306,7 @@ def _row(
         fact=f"an imported change of {len(patch.weights)} weights" if imported else text.text if text else "",
         prompt=text.prompt if text else "",
         subject=text.subject if text else "",
-        before=target if change == REMOVED else old,
+        before=target if change == REMOVED else old.target_new if old else None,
         after=None if change == REMOVED else target,
         request=place[1],
         patch=place[0],
@@ -306,13 +323,14 @@ class _Rows:
     What takes back is a removal of what was added, a fact that comes back, or one that gets its earlier target again.
     """
 
-    def __init__(self, repository: Store) -> None:
-        self._repository = repository
-        self._places: dict[tuple[str, ...], list[int]] = {}
+    def __init__(self, parents: Mapping[str, Sequence[str]]) -> None:
+        self._parents = parents  # of each commit, the oldest first
+        self._age = {commit: number for number, commit in enumerate(parents)}
+        self._alike: dict[tuple[str, ...], list[int]] = {}
         self.rows: list[FactChange] = []
 
     def add(self, row: FactChange) -> None:
-        alike = self._places.setdefault((row.prompt, row.subject) if row.prompt else (row.request or row.patch,), [])
+        alike = self._alike.setdefault((row.prompt, row.subject) if row.prompt else (row.request or row.patch,), [])
         for place in reversed(alike):
             earlier = self.rows[place]
             if earlier.undone_by is None and _takes_back(row, earlier) and self._is_below(earlier, row):
@@ -323,8 +341,15 @@ class _Rows:
         self.rows.append(row)
 
     def _is_below(self, earlier: FactChange, row: FactChange) -> bool:
-        parents = self._repository.parents
-        return earlier.commit != row.commit and graph.is_ancestor(earlier.commit, row.commit, parents)
+        """Whether the one's commit is an ancestor of the other's; nothing older is looked at."""
+        oldest, seen, waiting = self._age[earlier.commit], {row.commit}, [row.commit]
+        while waiting:
+            fresh = {parent for parent in self._parents[waiting.pop()] if self._age[parent] >= oldest} - seen
+            if earlier.commit in fresh:
+                return True
+            seen |= fresh
+            waiting.extend(fresh)
+        return False
 
 
 def _takes_back(row: FactChange, earlier: FactChange) -> bool:

@@ -15,8 +15,8 @@ from patchhub.errors import RevisionError, SettingsError
 from patchhub.export import cyclonedx
 from patchhub.fsio import os_errors, write_atomically
 from patchhub.objects import Base
-from patchhub.porcelain.audit import Audit, FactChange, audit, by_commit
 from patchhub.porcelain.scores import Noted, notes_of
+from patchhub.porcelain.trust.audit import Audit, FactChange, audit, by_commit
 from patchhub.progress import Progress
 from patchhub.results import Result
 from patchhub.signing.statements import fingerprint, key_id
