@@ -35,6 +35,7 @@ def demo(keep: Path | None) -> None:
 @click.command()
 @click.argument("base")
 @click.option("--revision", help="Branch, tag or commit of a model on the Hub.")
+@click.option("--shared", is_flag=True, help="Let the group of the folder write in the store, whatever their umask.")
 @author_option
 @click.option(
     "--repo",

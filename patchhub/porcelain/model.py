@@ -77,12 +77,23 @@ class Answer(Result):
         return f"{self.revision}: {self.continuation.strip()!r} ({likely})"
 
 
-def init(folder: Path, base: str, progress: Progress, *, who: Who, revision: str | None = None) -> Initialised:
+def init(
+    folder: Path,
+    base: str,
+    progress: Progress,
+    *,
+    who: Who,
+    revision: str | None = None,
+    shared: bool = False,
+    settings: Mapping[str, Any] | None = None,
+) -> Initialised:
     """Make a store for a base model; reads every byte of the base once.
 
     Args:
         folder: where ``.patchhub`` is made.
         base: a model folder or a Hub id.
+        shared: let the group of the folder write in the store.
+        settings: what its config holds from the beginning.
 
     Raises:
         RepositoryError: there is a store already.
@@ -109,7 +120,13 @@ def init(folder: Path, base: str, progress: Progress, *, who: Who, revision: str
             "weights": _weights(checkpoint, architecture, progress),
         }
         with Store.init(
-            folder, identity.to_json(), base_info=info, settings={}, author=who.author, time=who.time
+            folder,
+            identity.to_json(),
+            base_info=info,
+            settings=settings or {},
+            author=who.author,
+            time=who.time,
+            shared=shared,
         ) as repository:
             keep_digests(repository, Path(kept))
     progress.close()

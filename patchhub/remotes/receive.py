@@ -14,6 +14,7 @@ from typing import Any, Final, NamedTuple
 
 from patchhub.cache import DOWNLOADS
 from patchhub.errors import CorruptStoreError, RemoteError
+from patchhub.fsio import make_directories, os_errors
 from patchhub.objects import Commit, Patch
 from patchhub.remotes.remote import Remote, Tip
 from patchhub.results import Result, told
@@ -95,8 +96,10 @@ def receiving(
         progress: called with the bytes of each object.
     """
     parent = repository.cache.folder
-    parent.mkdir(exist_ok=True)  # it can be deleted at any time
-    with TemporaryDirectory(dir=parent, prefix=DOWNLOADS) as folder:
+    with os_errors(parent):
+        make_directories(parent)  # it can be deleted at any time
+        downloads = TemporaryDirectory(dir=parent, prefix=DOWNLOADS, ignore_cleanup_errors=True)
+    with downloads as folder:
         yield Receiver(repository, remote, limits, check, Path(folder), repair=repair, progress=progress)
 
 

@@ -104,6 +104,7 @@ class Repository(WritingVerbs, LookingVerbs, ModelVerbs, RefVerbs):
         base: Place,
         *,
         revision: str | None = None,
+        shared: bool = False,
         author: str | None = None,
         time: str | None = None,
         progress: bool | Progress = True,
@@ -113,6 +114,7 @@ class Repository(WritingVerbs, LookingVerbs, ModelVerbs, RefVerbs):
         Args:
             base: a model folder or a Hub id.
             revision: branch, tag or commit of a model on the Hub.
+            shared: let the group of the folder write in it, whatever the umask of its members.
 
         Raises:
             RepositoryError: there is one already.
@@ -120,11 +122,12 @@ class Repository(WritingVerbs, LookingVerbs, ModelVerbs, RefVerbs):
         """
         check("folder", folder, Place)
         check("base", base, Place)
+        check("shared", shared, bool)
         who, heard = who_of(author, time), listener(progress)
         from patchhub.porcelain.model import init
 
         try:
-            made = init(Path(folder), os.fspath(base), heard, who=who, revision=revision)
+            made = init(Path(folder), os.fspath(base), heard, who=who, revision=revision, shared=shared)
         finally:
             heard.close()
         repository = cls(folder, progress=heard)
