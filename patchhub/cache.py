@@ -18,7 +18,7 @@ from typing import Any, Final
 
 from patchhub.canonical import canonical_json, object_id
 from patchhub.errors import RepositoryError
-from patchhub.fsio import CHUNK, READ_WRITE, TEMPORARY_SUFFIX, Disk, os_errors, temporary_path
+from patchhub.fsio import CHUNK, READ_WRITE, TEMPORARY_SUFFIX, Disk, make_directories, os_errors, temporary_path
 
 DOWNLOADS: Final = "receive-"
 """How the directories beside the kinds begin that hold what a fetch downloads while it runs."""
@@ -175,7 +175,7 @@ class Slot:
         temporary = temporary_path(self.folder / "entry")
         try:
             with os_errors(self.folder):
-                self.folder.mkdir(parents=True, exist_ok=True)
+                make_directories(self.folder, disk=self.cache.disk)
                 self.cache.disk.write(temporary, chunks, READ_WRITE)
             check(temporary)
             with os_errors(self.folder):

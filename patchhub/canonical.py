@@ -22,6 +22,10 @@ FORMAT: Final = 1
 
 Object = TypeVar("Object", bound="StoredObject")
 
+UNSEEN: Final = "\x00-\x1f\x7f-\x9f\u200b\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff"
+"""For a character class: what is acted upon where text is shown, turns its direction, or is not seen; not the joiners of Persian."""
+
+_UNSEEN = re.compile(f"[{UNSEEN}]")
 _ID = re.compile(r"[0-9a-f]{64}")
 _TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ")
 
@@ -35,6 +39,16 @@ def canonical_json(value: Any) -> bytes:
 def object_id(data: bytes) -> str:
     """The SHA-256 of an object's bytes, 64 lower-case hexadecimal digits."""
     return hashlib.sha256(data).hexdigest()
+
+
+def has_unseen(text: str) -> bool:
+    """Whether text holds any of `UNSEEN`."""
+    return _UNSEEN.search(text) is not None
+
+
+def one_line(text: str) -> str:
+    """Text with a space in place of each of `UNSEEN`, line ends among them: for places that show what others wrote."""
+    return _UNSEEN.sub(" ", text)
 
 
 # --- fields: how one value is read from JSON and written to it ------------------------------------------------------

@@ -9,6 +9,7 @@ import errno
 import os
 import secrets
 import sqlite3
+import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Final
@@ -17,7 +18,10 @@ from patchhub.errors import RepositoryError
 
 TEMPORARY_SUFFIX: Final = ".tmp"
 READ_ONLY: Final = 0o444
-READ_WRITE: Final = 0o644
+READ_WRITE: Final = 0o666
+"""Permissions of files, of which the user's umask takes away what it takes away anywhere."""
+GROUP: Final = stat.S_ISGID | stat.S_IRWXG
+"""What a directory that a group shares has: what is made in it belongs to the group, which may write it."""
 CHUNK: Final = 1 << 20
 """Bytes per read where a file is streamed."""
 
@@ -31,16 +35,18 @@ class Disk:
         """Create one directory durably; one that is there is left as it is."""
         if not path.is_dir():
             path.mkdir(exist_ok=True)
+            if is_shared(path.parent):
+                path.chmod(path.stat().st_mode | GROUP)
             self.sync_directory(path.parent)
 
     def write(self, path: Path, chunks: Iterable[bytes], mode: int) -> None:
-        """Create `path`, which must not exist, with permissions `mode`; return when its bytes are on the disk."""
+        """Create `path`, which must not exist, with permissions `mode` as far as the umask allows; return when it is on the disk."""
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), READ_WRITE)
         with open(descriptor, "wb") as file:
             for chunk in chunks:
                 file.write(chunk)
             file.flush()
-            os.chmod(path, mode)
+            os.chmod(path, _permissions(path, mode))
             self.sync(file.fileno())
 
     def sync(self, descriptor: int) -> None:
@@ -66,10 +72,36 @@ class Disk:
 
     def connect(self, path: Path) -> sqlite3.Connection:
         """A connection to the database at `path` that starts transactions only when told to."""
+        if not path.exists():  # SQLite would make it without the group, whatever the umask says
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT, READ_WRITE))
+            os.chmod(path, _permissions(path, READ_WRITE))
         return sqlite3.connect(path, isolation_level=None)
 
 
 DISK: Final = Disk()
+
+
+def is_shared(directory: Path) -> bool:
+    """Whether a group shares a directory: `init --shared` says so by its permissions, and all that is made below inherits them."""
+    return directory.stat().st_mode & GROUP == GROUP
+
+
+def share(directory: Path) -> None:
+    """Let the group of a directory write in it, and own what is made in it."""
+    directory.chmod(directory.stat().st_mode | GROUP)
+
+
+def make_directories(path: Path, *, disk: Disk = DISK) -> None:
+    """Create a directory and those above it that are missing."""
+    if not path.is_dir():
+        make_directories(path.parent, disk=disk)
+        disk.make_directory(path)
+
+
+def _permissions(path: Path, mode: int) -> int:
+    """The permissions of a file that was just made as `READ_WRITE`: what of `mode` the umask left, and the group's share of it."""
+    found = stat.S_IMODE(path.stat().st_mode) & mode
+    return found | (mode & (stat.S_IRGRP | stat.S_IWGRP)) if is_shared(path.parent) else found
 
 
 def temporary_path(target: Path) -> Path:
@@ -90,7 +122,8 @@ def write_atomically(target: Path, chunks: Iterable[bytes], *, mode: int = READ_
             disk.rename(temporary, target)
             disk.sync_directory(target.parent)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # what is wrong is said already; `gc` finds what stays
+            temporary.unlink(missing_ok=True)
         raise
 
 
@@ -128,9 +161,13 @@ def writer_lock(path: Path, *, timeout: float) -> Iterator[None]:
     """
     from filelock import FileLock, Timeout  # 15 ms that verbs which only read do not pay
 
-    lock = FileLock(path, timeout=timeout)
     with os_errors(path):
         try:
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT, READ_WRITE))
+            mode = _permissions(path, READ_WRITE)
+            with contextlib.suppress(PermissionError):  # another user's file
+                os.chmod(path, mode)
+            lock = FileLock(path, timeout=timeout, mode=mode)
             lock.acquire()
         except Timeout:
             raise RepositoryError(
@@ -141,4 +178,5 @@ def writer_lock(path: Path, *, timeout: float) -> Iterator[None]:
     try:
         yield
     finally:
-        lock.release()
+        with contextlib.suppress(OSError):  # the system frees it with the process
+            lock.release()

@@ -21,6 +21,7 @@ _ID: Final = re.compile(r"[0-9a-f]{64}")
 _SHORT: Final = 12  # digits of an id, as everywhere
 _WIDEST: Final = 60
 _LISTED: Final = 20
+_FORMULA: Final = frozenset("=+-@\t\r\n")
 
 
 def told(
@@ -128,6 +129,11 @@ class Result:
         return _table(
             (), [(name, _cell(value)) for name, value in rows if not is_dataclass(value) or not _is_long(value)]
         )
+
+
+def spreadsheet_cell(value: Any) -> Any:
+    """A value for a CSV file: text that a spreadsheet would run as a formula gets an apostrophe before it, which keeps it text."""
+    return f"'{value}" if isinstance(value, str) and value[:1] in _FORMULA else value
 
 
 class Rows(Sequence[Row_co]):

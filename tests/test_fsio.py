@@ -13,10 +13,14 @@ import pytest
 
 from patchhub.errors import RepositoryError
 from patchhub.fsio import (
+    DISK,
     READ_ONLY,
     TEMPORARY_SUFFIX,
     Disk,
+    is_shared,
+    make_directories,
     read_chunks,
+    share,
     temporary_path,
     write_atomically,
     writer_lock,
@@ -140,3 +144,39 @@ def test_the_lock_is_freed_when_the_body_raises(tmp_path: Path) -> None:
     for _ in range(2):
         with pytest.raises(KeyError), writer_lock(tmp_path / "lock", timeout=0.05):
             raise KeyError
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no umask there")
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+def test_files_are_as_the_umask_says_and_a_group_shares_what_is_shared(umask: int, tmp_path: Path) -> None:
+    before = os.umask(umask)
+    try:
+        for shared in (False, True):
+            folder = tmp_path / f"shared {shared}"
+            folder.mkdir()
+            if shared:
+                share(folder)
+            make_directories(folder / "a" / "b")
+            write_atomically(folder / "a" / "b" / "new", [b"x"])
+            write_atomically(folder / "a" / "b" / "old", [b"x"], mode=READ_ONLY)
+            DISK.connect(folder / "a" / "db").close()
+            with writer_lock(folder / "a" / "lock", timeout=1):
+                pass
+            group = 0o060 if shared else 0
+            for name, mode in {"a/b/new": 0o666, "a/b/old": 0o444, "a/db": 0o666, "a/lock": 0o666}.items():
+                found = stat.S_IMODE((folder / name).stat().st_mode)
+                assert found == (mode & ~umask) | (mode & group), name
+            assert is_shared(folder / "a" / "b") == shared
+    finally:
+        os.umask(before)
+
+
+def test_a_disk_that_keeps_failing_says_so_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The clean-up fails as the write did; what is told is the write."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(Path, "unlink", fail)
+    with pytest.raises(RepositoryError, match="cannot write"):
+        write_atomically(tmp_path / "file", [b"x"], disk=FailingDisk("rename", errno.ENOSPC))

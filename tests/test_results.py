@@ -130,3 +130,12 @@ def test_rows_are_read_as_they_are_asked_for_and_once() -> None:
     assert repr(rows).endswith("... 50 in all")
     assert repr(Rows([])) == "<nothing>"
     assert rows.to_json()[:1] == [{"number": 0}]
+
+
+def test_text_that_a_spreadsheet_would_run_stays_text() -> None:
+    from patchhub.results import spreadsheet_cell
+
+    for formula in ("=HYPERLINK(1)", "+1", "-1", "@SUM(1)", "\t=1"):
+        assert spreadsheet_cell(formula) == f"'{formula}"
+    for value in ("Ada", "", 1.5, -2.5, None, "a=b"):
+        assert spreadsheet_cell(value) == value

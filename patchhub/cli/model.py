@@ -45,6 +45,7 @@ def demo(keep: Path | None) -> None:
     type=click.Choice(["routed", "shared"]),
     help="Which experts facts are written into, where a shared one stands beside the routed ones. Default: routed.",
 )
+@click.option("--shared", is_flag=True, help="Let the group of the folder write in the store, whatever their umask.")
 @author_option
 @click.option(
     "--repo",

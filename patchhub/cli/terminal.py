@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 
 import click
 
+from patchhub.canonical import UNSEEN
 from patchhub.errors import PatchhubError, RepositoryError
 from patchhub.progress import Bars
 from patchhub.results import Result, Rows
@@ -31,8 +32,9 @@ if TYPE_CHECKING:
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
-_UNSAFE = re.compile("\x1b\\[(?:[012]|3[1-6])m|([\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff])")
-"""Characters that a terminal would act upon, or that cannot be written; the colours and weights of `say` match whole."""
+_UNSAFE = re.compile(f"\x1b\\[(?:[012]|3[1-6])m|(?![\n\t])([{UNSEEN}])")
+"""Characters that a terminal would act upon, that turn the direction of text, or that cannot be written; the colours and weights of `say`
+match whole."""
 
 repo_option = click.option(
     "--repo",
@@ -94,7 +96,7 @@ def json_option(command: Command) -> Command:
     return as_json(quiet_option(command))
 
 
-_NOT_ESCAPED_IN_JSON = re.compile("[\x7f-\x9f\ud800-\udfff]")
+_NOT_ESCAPED_IN_JSON = re.compile(f"(?![\x00-\x1f])[{UNSEEN}]")
 
 
 def opened(repo: Path | None) -> Repository:

@@ -37,7 +37,7 @@ from patchhub.porcelain.metric import compute
 from patchhub.porcelain.refs import switch_to_new
 from patchhub.porcelain.scores import Noted, Score, notes_of, read_note
 from patchhub.progress import Progress
-from patchhub.results import Result, Rows, told
+from patchhub.results import Result, Rows, spreadsheet_cell, told
 from patchhub.sets.settings import Contender
 from patchhub.store.store import Store
 from patchhub.who import Who
@@ -489,7 +489,9 @@ def bench_csv(found: Bench) -> str:
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(["editor", *found.titles])
     for row in found.rows:
-        writer.writerow([row.name, *("" if value is None else value for value in row_values(found, row))])
+        writer.writerow(
+            [spreadsheet_cell(row.name), *("" if value is None else value for value in row_values(found, row))]
+        )
     return buffer.getvalue()
 
 

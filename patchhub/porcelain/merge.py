@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cache
 from time import perf_counter
@@ -302,7 +303,8 @@ def _finish(
     by = who.saying(merge.message)
     commit = judge(repository, prepare(repository, draft, by), progress, guarding)
     identity = record(repository, commit, draft, who.signer)
-    forget(repository)
+    with suppress(RepositoryError):  # the merge has landed; the file counts no more, as HEAD has moved
+        forget(repository)
     return Merged(
         "merged",
         identity,

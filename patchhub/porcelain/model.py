@@ -86,6 +86,8 @@ def init(
     who: Who,
     revision: str | None = None,
     experts: Site | None = None,
+    shared: bool = False,
+    settings: Mapping[str, Any] | None = None,
 ) -> Initialised:
     """Make a store for a base model; reads every byte of the base once.
 
@@ -93,6 +95,8 @@ def init(
         folder: where ``.patchhub`` is made.
         base: a model folder or a Hub id.
         experts: which experts facts are written into; None: the default where there are both.
+        shared: let the group of the folder write in the store.
+        settings: what its config holds from the beginning.
 
     Raises:
         RepositoryError: there is a store already.
@@ -120,7 +124,13 @@ def init(
             **_experts(checkpoint, architecture, progress),
         }
         with Store.init(
-            folder, identity.to_json(), base_info=info, settings={}, author=who.author, time=who.time
+            folder,
+            identity.to_json(),
+            base_info=info,
+            settings=settings or {},
+            author=who.author,
+            time=who.time,
+            shared=shared,
         ) as repository:
             keep_digests(repository, Path(kept))
     progress.close()

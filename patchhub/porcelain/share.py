@@ -21,6 +21,7 @@ from patchhub.remotes.sync import Fetched, Pushed, hub_id, normalised, open_remo
 from patchhub.results import Result, told
 from patchhub.signing.checking import allowed_signers
 from patchhub.store.config import Config, Recording
+from patchhub.store.operations import FETCH, INIT
 from patchhub.store.reachability import Proofs
 from patchhub.store.revisions import BRANCHES, HEAD, REMOTES, SYMBOLIC
 from patchhub.store.store import DIRECTORY, Store
@@ -395,7 +396,9 @@ def clone(
         raise SettingsError(f"{address} does not say where its base is", remedy="Give the base model with --base.")
     revision = source.revision if base is None else None
     created = not folder.exists()
-    init(folder, place, progress, who=who, revision=revision)
+    made = not _was_begun(folder, kept)
+    if made:
+        init(folder, place, progress, who=who, revision=revision)
     try:
         with Store.open(folder) as repository:
             if repository.config.base_id != source.base:
@@ -404,14 +407,16 @@ def clone(
                     remedy="Give the right base model with --base.",
                     base=source.base,
                 )
-            remote_add(repository, ORIGIN, kept)
+            if ORIGIN not in remotes(repository):
+                remote_add(repository, ORIGIN, kept)
             options: dict[str, Any] = {"trust": trust, "max_bytes": max_bytes, "require_signed": require_signed}
             fetched = _fetch(repository, remote, ORIGIN, progress, who=who, **options)
             _refuse_unsigned(remote, fetched)
             branch, commit = _check_out(repository, who=who)
             _follow_experts(repository)
     except (PatchhubError, KeyboardInterrupt):
-        shutil.rmtree(folder if created else folder / DIRECTORY, ignore_errors=True)
+        if made:
+            shutil.rmtree(folder if created else folder / DIRECTORY, ignore_errors=True)
         raise
     return Cloned(folder / DIRECTORY, branch, commit, fetched)
 
@@ -440,6 +445,15 @@ def _follow_experts(repository: Store) -> None:
         "beside": {name: facts for name, facts in base["weights"].items() if name not in weights},
     }
     repository.change_config(lambda config: replace(config, base=swapped))
+
+
+def _was_begun(folder: Path, address: str) -> bool:
+    """Whether a clone of that address began in a folder and was killed: then it is taken up, with the objects that came already."""
+    if not (folder / DIRECTORY).is_dir():
+        return False
+    with Store.open(folder) as repository:
+        commands = {operation.command for _, operation in repository.operations()}
+        return commands <= {INIT, FETCH} and remotes(repository) in ({}, {ORIGIN: address})
 
 
 def _check_out(repository: Store, *, who: Who) -> tuple[str | None, str | None]:

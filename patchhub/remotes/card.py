@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+from patchhub.canonical import one_line
 from patchhub.objects import Request
 
 _ROWS: Final = 100
@@ -101,7 +102,7 @@ def _front_matter(card: Card) -> str:
 def _introduction(card: Card) -> str:
     base = f"`{card.base_model}`" if card.base_model else f"a base model (fingerprint `{card.base[:12]}`)"
     at = f" at `{card.base_revision[:12]}`" if card.base_revision else ""
-    methods = " and ".join(method.upper() for method in card.methods)
+    methods = " and ".join(_cell(method.upper()) for method in card.methods)
     how = f" by {methods}" if methods else ""
     return (
         f"# {card.repo.rpartition('/')[2]}\n\n"
@@ -177,7 +178,7 @@ def _about(card: Card) -> str:
 
 def _cell(text: str) -> str:
     """Text that stays inside a table cell and is no markup."""
-    line = " ".join(text.split())
-    for character in "\\`*_[]<>|":
+    line = one_line(" ".join(text.split()))
+    for character in "\\`*_[]<>|&":
         line = line.replace(character, f"\\{character}")
     return line

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Final, Protocol
 
 from patchhub.errors import RemoteError, RepositoryError
-from patchhub.fsio import CHUNK, DISK, TEMPORARY_SUFFIX, read_chunks, write_atomically, writer_lock
+from patchhub.fsio import CHUNK, DISK, TEMPORARY_SUFFIX, make_directories, read_chunks, write_atomically, writer_lock
 from patchhub.remotes.remote import (
     MAX_BYTES,
     NAME,
@@ -82,7 +82,7 @@ class LocalFiles:
             if source is None:
                 path.unlink(missing_ok=True)
                 return
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_directories(path.parent)
             write_atomically(path, (source,) if isinstance(source, bytes) else read_chunks(source), disk=DISK)
         except OSError as error:
             raise _unwritable(str(path), error) from error
@@ -106,7 +106,7 @@ class LocalFiles:
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         try:
-            self.root.mkdir(parents=True, exist_ok=True)
+            make_directories(self.root)
         except OSError as error:
             raise _unwritable(str(self.root), error) from error
         with writer_lock(self.root / LOCK, timeout=LOCK_SECONDS):

@@ -14,11 +14,12 @@ from typing import Any, Final, NamedTuple
 
 from patchhub.cache import DOWNLOADS
 from patchhub.errors import CorruptStoreError, RemoteError
+from patchhub.fsio import make_directories, os_errors
 from patchhub.objects import Commit, Patch
 from patchhub.remotes.remote import Remote, Tip
 from patchhub.results import Result, told
 from patchhub.store.object_store import file_digest
-from patchhub.store.reachability import KINDS, Reference
+from patchhub.store.reachability import KINDS, Reference, unfit
 from patchhub.store.store import Store
 
 MAX_JSON: Final = 64 << 20
@@ -26,7 +27,9 @@ MAX_JSON: Final = 64 << 20
 
 _AHEAD: Final = 32 << 20  # small objects are fetched together, before it is known which are needed
 _SMALL: Final = 256 << 10
-_HEADER: Final = 1 << 20  # bytes that the header of a tensor file may have
+MAX_HEADER: Final = 1 << 20
+"""Bytes that the header of a tensor file may have."""
+
 
 Owner = Patch | Commit | None
 CheckTensors = Callable[[Owner, Path], None]
@@ -64,14 +67,14 @@ class Received(Result):
 
 def delta_limit(weights: Mapping[str, tuple[int, int]]) -> int:
     """Bytes that a delta of those weights can need at most: float32 values and one bit per entry."""
-    return _HEADER + sum(4 * out * inner + (out * inner + 7) // 8 for out, inner in weights.values())
+    return MAX_HEADER + sum(4 * out * inner + (out * inner + 7) // 8 for out, inner in weights.values())
 
 
 def columns_limit(patch: Patch) -> int:
     """Bytes that the columns of a patch can need at most: K, U, R, lambda per weight and z, in float32."""
     n = len(patch.requests)
     widest = max((max(shape) for shape in patch.weights.values()), default=0)
-    return _HEADER + 4 * n * (widest + sum(2 * inner + out + 1 for out, inner in patch.weights.values()))
+    return MAX_HEADER + 4 * n * (widest + sum(2 * inner + out + 1 for out, inner in patch.weights.values()))
 
 
 @contextlib.contextmanager
@@ -93,8 +96,10 @@ def receiving(
         progress: called with the bytes of each object.
     """
     parent = repository.cache.folder
-    parent.mkdir(exist_ok=True)  # it can be deleted at any time
-    with TemporaryDirectory(dir=parent, prefix=DOWNLOADS) as folder:
+    with os_errors(parent):
+        make_directories(parent)  # it can be deleted at any time
+        downloads = TemporaryDirectory(dir=parent, prefix=DOWNLOADS, ignore_cleanup_errors=True)
+    with downloads as folder:
         yield Receiver(repository, remote, limits, check, Path(folder), repair=repair, progress=progress)
 
 
@@ -238,6 +243,8 @@ class Receiver:
     def _check_value(self, wanted: _Wanted, value: Any) -> None:
         """What the object must satisfy because of who refers to it, or because of this store's base."""
         identity = wanted.reference.id
+        for problem in unfit(value):
+            raise self._error(identity, problem)
         if isinstance(value, Patch):
             allowed = self._limits.linear if value.kind == "additive" else self._limits.weights
             for weight, shape in value.weights.items():

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
-from patchhub.errors import RemoteError, RepositoryError, RevisionError, SettingsError
+from patchhub.canonical import one_line
+from patchhub.errors import CorruptStoreError, RemoteError, RepositoryError, RevisionError, SettingsError
 from patchhub.objects import Commit
 from patchhub.remotes.file import FileRemote, FsspecFiles, LocalFiles
 from patchhub.remotes.receive import CheckTensors, Limits, Received, Receiver, receiving
@@ -17,7 +18,7 @@ from patchhub.results import Result, told
 from patchhub.store import graph
 from patchhub.store.operations import FETCH, PROVEN, TRUSTED
 from patchhub.store.reachability import NOTHING_PROVEN, Proofs, Reference, closure, references
-from patchhub.store.revisions import BRANCHES, NOTES, REMOTES, SYMBOLIC, TAGS, check_ref
+from patchhub.store.revisions import BRANCHES, NOTES, REMOTES, SYMBOLIC, TAGS, check_ref, twins
 from patchhub.store.store import Store
 from patchhub.who import Who
 
@@ -147,7 +148,12 @@ class _Judge:
         self.proofs = NOTHING_PROVEN
 
     def __call__(self, commits: Sequence[str]) -> Mapping[str, Any]:
-        self.proofs = self._prove(commits)
+        try:
+            self.proofs = self._prove(commits)
+        except CorruptStoreError as error:
+            raise RemoteError(
+                f"{self._address} is refused: {error.message}", remedy="Nothing was changed here.", remote=self._address
+            ) from error
         unproven = self.proofs.unproven
         if unproven and not self._trust:
             raise RemoteError(
@@ -193,6 +199,13 @@ def fetch(
     judge = _Judge(remote.address, prove, trust=trust)
     warnings = [f"{ref} of {remote.address} is left out: {reason}" for ref, reason in view.skipped.items()]
     wanted: dict[str, str] = {}
+    alike = twins(view.tips)
+    if alike is not None:
+        raise RemoteError(
+            f"{remote.address} is refused: {alike[0]} and {alike[1]} differ in the case of letters alone",
+            remedy="Rename or delete one of them there.",
+            refs=list(alike),
+        )
     with receiving(repository, remote, limits, check, repair=repair, progress=progress) as receiver:
         for ref, tip in sorted(view.tips.items()):
             local = local_name(ref, name)
@@ -584,4 +597,5 @@ def _remember(repository: Store, name: str, ref: str, commit: str, *, who: Who) 
 
 
 def _headline(commit: Commit) -> str:
-    return (commit.message.strip().splitlines() or ["patchhub commit"])[0][:200]
+    line = (commit.message.strip().splitlines() or ["patchhub commit"])[0][:200]
+    return one_line(line)

@@ -106,6 +106,7 @@ class Repository(WritingVerbs, LookingVerbs, ModelVerbs, RefVerbs):
         *,
         revision: str | None = None,
         experts: Literal["routed", "shared"] | None = None,
+        shared: bool = False,
         author: str | None = None,
         time: str | None = None,
         progress: bool | Progress = True,
@@ -116,6 +117,7 @@ class Repository(WritingVerbs, LookingVerbs, ModelVerbs, RefVerbs):
             base: a model folder or a Hub id.
             revision: branch, tag or commit of a model on the Hub.
             experts: of a mixture of experts with a shared expert, which of them facts are written into; None: the routed ones.
+            shared: let the group of the folder write in it, whatever the umask of its members.
 
         Raises:
             RepositoryError: there is one already.
@@ -124,11 +126,13 @@ class Repository(WritingVerbs, LookingVerbs, ModelVerbs, RefVerbs):
         """
         check("folder", folder, Place)
         check("base", base, Place)
+        check("shared", shared, bool)
         who, heard = who_of(author, time), listener(progress)
         from patchhub.porcelain.model import init
 
         try:
-            made = init(Path(folder), os.fspath(base), heard, who=who, revision=revision, experts=experts)
+            options: dict[str, Any] = {"revision": revision, "experts": experts, "shared": shared}
+            made = init(Path(folder), os.fspath(base), heard, who=who, **options)
         finally:
             heard.close()
         repository = cls(folder, progress=heard)

@@ -22,7 +22,7 @@ from patchhub.delta import STORED_DTYPES, Delta, add, negative, read_deltas
 from patchhub.errors import CorruptStoreError
 from patchhub.models import linear_weights
 from patchhub.objects import Base, Element, Patch
-from patchhub.remotes.receive import CheckTensors, Owner
+from patchhub.remotes.receive import MAX_HEADER, CheckTensors, Owner
 from patchhub.sets.shards import shard_record
 from patchhub.store.store import Store
 
@@ -222,13 +222,25 @@ def read_rows(
         patch = patch_of(identity)
         if weight not in patch.weights:
             continue
-        place = {request: row for row, request in enumerate(patch.requests)}
-        with safe_open(file_of(patch.tensors), "np") as tensors:
-            wanted = {*tensors.keys()} & {f"{weight}.{part}" for part in (*_PARTS, _EXPERTS)}
-            arrays = {name: tensors.get_tensor(name) for name in wanted}
-        taken = _sound_columns(identity, patch, weight, arrays).take([place[request] for request in requests])
+        rows = _rows_of(identity, patch, requests)
+        try:
+            with safe_open(file_of(patch.tensors), "np") as tensors:
+                wanted = {*tensors.keys()} & {f"{weight}.{part}" for part in (*_PARTS, _EXPERTS)}
+                arrays = {name: tensors.get_tensor(name) for name in wanted}
+        except (SafetensorError, OSError, TypeError, AttributeError) as error:
+            raise _damaged(identity, f"its tensors cannot be read ({error})") from error
+        taken = _sound_columns(identity, patch, weight, arrays).take(rows)
         parts.append(replace(taken, labels=tuple((identity, one) for one in requests)))
     return join(parts)
+
+
+def _rows_of(identity: str, patch: Patch, requests: Sequence[str]) -> list[int]:
+    """Where some requests stand among a patch's."""
+    place = {request: row for row, request in enumerate(patch.requests)}
+    lacking = [request for request in requests if request not in place]
+    if lacking:
+        raise _damaged(identity, f"it has no column of the request {lacking[0][:12]} that a set takes from it")
+    return [place[request] for request in requests]
 
 
 def _by_patch(elements: Iterable[Element]) -> dict[str, list[str]]:
@@ -295,9 +307,9 @@ def _columns(
     parts: dict[str, list[Columns]] = {}
     for identity, requests in _by_patch(elements).items():
         patch = repository.patch(identity)
-        place = {request: row for row, request in enumerate(patch.requests)}
+        rows = _rows_of(identity, patch, requests)
         for weight, columns in _patch_columns(repository, identity, patch).items():
-            taken = columns.take([place[request] for request in requests])
+            taken = columns.take(rows)
             parts.setdefault(weight, []).append(replace(taken, labels=tuple((identity, one) for one in requests)))
     joined = {weight: join(found) for weight, found in sorted(parts.items())}
     return {weight: beyond(columns, additive.get(weight, ())) for weight, columns in joined.items()}
@@ -367,6 +379,7 @@ def tensor_check(weights: Mapping[str, tuple[int, int]], linear: Mapping[str, tu
     """
 
     def check(owner: Owner, file: Path) -> None:
+        _refuse_metadata(file)
         if isinstance(owner, Patch) and owner.kind == "closed_form":
             _check_settings(owner)
             _check_columns(owner, file)
@@ -377,6 +390,15 @@ def tensor_check(weights: Mapping[str, tuple[int, int]], linear: Mapping[str, tu
             _check_deltas(file, owner.weights if isinstance(owner, Patch) else linear)
 
     return check
+
+
+def _refuse_metadata(file: Path) -> None:
+    """Refuse a ``__metadata__``, which safetensors lets pass: one delta would have many ids."""
+    with open(file, "rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        header = stream.read(min(length, MAX_HEADER))
+    if b'"__metadata__"' in header:
+        raise CorruptStoreError("its tensors carry a __metadata__, which the format does not have", remedy=_REMEDY)
 
 
 def _check_settings(patch: Patch) -> None:

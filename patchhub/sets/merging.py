@@ -12,7 +12,7 @@ from typing import ClassVar, Final, Literal
 
 from patchhub.canonical import canonical_json
 from patchhub.errors import CorruptStoreError, RepositoryError, RequestError, SettingsError
-from patchhub.fsio import write_atomically
+from patchhub.fsio import os_errors, write_atomically
 from patchhub.objects import Element, Request
 from patchhub.results import Result, told
 from patchhub.sets.elements import Place, active_requests, places_of
@@ -328,7 +328,8 @@ def forget(repository: Store) -> bool:
     path = repository.root / FILE
     with repository.locked():
         present = path.is_file()
-        path.unlink(missing_ok=True)
+        with os_errors(path):
+            path.unlink(missing_ok=True)
     return present
 
 

@@ -230,7 +230,7 @@ def check_state(
                 additive.setdefault(weight, []).append(delta)
     asked = {weight for patch in patches.values() if patch.kind == "closed_form" for weight in patch.weights}
     for weight in sorted(asked | additive.keys() | state.keys()):
-        columns = read_rows(patches.__getitem__, files.__getitem__, elements, weight, shapes[weight])
+        columns = read_rows(patches.__getitem__, files.__getitem__, elements, weight, _shape_of(shapes, weight))
         off = distance(columns, additive.get(weight, ()), state.get(weight, ()))
         if off > TOLERANCE:
             raise CorruptStoreError(
@@ -239,6 +239,15 @@ def check_state(
                 weight=weight,
                 distance=off,
             )
+
+
+def _shape_of(shapes: Shapes, weight: str) -> tuple[int, int]:
+    try:
+        return shapes[weight]
+    except KeyError:
+        raise CorruptStoreError(
+            f"a commit changes {weight!r}, which is no weight of the base", remedy="Do not use it.", weight=weight
+        ) from None
 
 
 @dataclass(frozen=True)
@@ -313,14 +322,14 @@ class _Walk:
         self._repository = repository
         self._plan = plan
         self._weight = weight
-        self._shapes: Shapes = linear_shapes(repository)
+        self._shape = _shape_of(linear_shapes(repository), weight)
         patch_of, file_of = repository.patch, repository.objects.path
-        columns = read_rows(patch_of, file_of, plan.elements, weight, self._shapes[weight])
+        columns = read_rows(patch_of, file_of, plan.elements, weight, self._shape)
         self._place = {element: row for row, element in enumerate(columns.labels)}
         self._probe = Probe(columns, generator)
         self._blobs = plan.blobs.get(weight, frozenset())
         self._projections: OrderedDict[str, tuple[Float[np.ndarray, "s in"], float]] = OrderedDict()
-        inner = self._shapes[weight][1]
+        inner = self._shape[1]
         nothing = np.zeros((DIRECTIONS, DIRECTIONS))
         self._nothing = _Seen(np.zeros((DIRECTIONS, inner)), self._probe.right, nothing, 0.0)
 
@@ -372,7 +381,7 @@ class _Walk:
         if blob in self._projections:
             self._projections.move_to_end(blob)
             return self._projections[blob]
-        delta = read_delta(self._repository.objects.path(blob), self._weight, self._shapes[self._weight])
+        delta = read_delta(self._repository.objects.path(blob), self._weight, self._shape)
         projected = self._probe.project(delta)
         size = float(np.sum(projected * projected)) / DIRECTIONS
         self._projections[blob] = projected, size

@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from patchhub.canonical import FORMAT
 from patchhub.errors import CorruptStoreError, RepositoryError
-from patchhub.fsio import DISK, TEMPORARY_SUFFIX, Disk, os_errors, write_atomically
+from patchhub.fsio import DISK, TEMPORARY_SUFFIX, Disk, os_errors, share, write_atomically
 from patchhub.objects import Base
 from patchhub.store import index, operations
 from patchhub.store.index import connect, transaction
@@ -115,6 +115,7 @@ def create(
     settings: Mapping[str, Any],
     author: str,
     time: str,
+    shared: bool,
     disk: Disk,
 ) -> None:
     """Make the directory `root` a store about the base whose canonical object is `base`.
@@ -130,7 +131,10 @@ def create(
     try:
         with os_errors(root):
             root.parent.mkdir(parents=True, exist_ok=True)
-            for path in (unfinished, unfinished / "objects", unfinished / "cache"):
+            disk.make_directory(unfinished)
+            if shared:
+                share(unfinished)
+            for path in (unfinished / "objects", unfinished / "cache"):
                 disk.make_directory(path)
             base_id = ObjectStore(unfinished / "objects", disk=disk).put(base)
             _make_database(unfinished / DATABASE, author=author, time=time, disk=disk)

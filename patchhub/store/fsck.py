@@ -18,7 +18,7 @@ from typing import Any, ClassVar, Final, Literal
 
 from patchhub.cache import Cache
 from patchhub.canonical import object_id
-from patchhub.errors import CorruptStoreError
+from patchhub.errors import CorruptStoreError, RevisionError
 from patchhub.fsio import TEMPORARY_SUFFIX, os_errors
 from patchhub.objects import Operation
 from patchhub.results import Result, told
@@ -34,6 +34,7 @@ from patchhub.store.reachability import (
     references,
     unsound,
 )
+from patchhub.store.revisions import check_ref
 from patchhub.store.store import Store
 
 _READ: Final = frozenset({"commit", "patch", "note", "metric"})
@@ -307,6 +308,11 @@ def _read_operations(connection: sqlite3.Connection) -> tuple[list[Operation], l
 def _check_refs(connection: sqlite3.Connection, log: Iterable[Operation]) -> Iterator[Finding]:
     found = dict(connection.execute("SELECT CAST(name AS TEXT), CAST(target AS TEXT) FROM refs"))
     expected = operations.fold(operation.changes for operation in log)
+    for ref in sorted(found):
+        try:
+            check_ref(ref)
+        except RevisionError as error:
+            yield Finding(error.message, error.remedy or REMEDY, facts={"ref": ref})
     for ref in sorted(found.keys() | expected.keys()):
         if found.get(ref) != expected.get(ref):
             yield Finding(

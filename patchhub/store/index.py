@@ -49,13 +49,37 @@ def transaction(connection: sqlite3.Connection, path: Path) -> Iterator[None]:
     """Everything in the body becomes durable at its end, or nothing does if it raises."""
     with database_errors(path):
         connection.execute("BEGIN IMMEDIATE")
+        before, after = _last_operation(connection), None
         try:
             yield
+            after = _last_operation(connection)
             connection.execute("COMMIT")
-        except BaseException:
-            if connection.in_transaction:
-                connection.execute("ROLLBACK")
+        except BaseException as error:
+            with contextlib.suppress(sqlite3.Error):  # it is rolled back when the database is next opened
+                if connection.in_transaction:
+                    connection.execute("ROLLBACK")
+            if isinstance(error, sqlite3.Error) and after not in (None, before) and _landed(connection, after):
+                raise RepositoryError(
+                    f"the change is made, but the disk did not confirm that it will last ({error})",
+                    remedy="Check the disk. `patchhub reflog` shows the change: do not run the command again before you looked.",
+                    path=str(path),
+                ) from error
             raise
+
+
+def _last_operation(connection: sqlite3.Connection) -> int | None:
+    """The number of the last operation; None where there is no table of them yet, or none in it."""
+    if connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'operations'").fetchone() is None:
+        return None
+    found: int | None = connection.execute("SELECT max(seq) FROM operations").fetchone()[0]
+    return found
+
+
+def _landed(connection: sqlite3.Connection, operation: int | None) -> bool:
+    try:
+        return _last_operation(connection) == operation
+    except sqlite3.Error:
+        return False
 
 
 @contextlib.contextmanager

@@ -14,9 +14,9 @@ from collections.abc import Set as AbstractSet
 from typing import Any, Final
 
 from patchhub.canonical import object_id
-from patchhub.errors import CorruptStoreError, RepositoryError, StaleRefError
+from patchhub.errors import CorruptStoreError, RepositoryError, RevisionError, StaleRefError
 from patchhub.objects import Operation
-from patchhub.store.revisions import BRANCHES, HEAD, TAGS, check_ref, check_target
+from patchhub.store.revisions import BRANCHES, HEAD, TAGS, check_ref, check_target, twins
 
 Changes = Mapping[str, tuple[str | None, str | None]]
 """For each ref its target before and after; None where it does not exist."""
@@ -230,6 +230,18 @@ def _check_change(connection: sqlite3.Connection, ref: str, old: str | None, new
     if new is not None:
         check_ref(ref)
         check_target(ref, new)
+        if current is None:
+            _refuse_twin(connection, ref)
+
+
+def _refuse_twin(connection: sqlite3.Connection, ref: str) -> None:
+    """Refuse a new ref whose name is that of another but for the case of letters: people and file systems take them for one."""
+    alike = twins([ref, *read_refs(connection)])
+    if alike is not None and ref in alike:
+        other = alike[alike[0] == ref]
+        raise RevisionError(
+            f"{ref} differs from {other} in the case of letters alone", remedy="Use another name.", ref=ref, other=other
+        )
 
 
 def _brief(target: str | None) -> str:

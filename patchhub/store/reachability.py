@@ -4,12 +4,13 @@ Both are pure. The checks are linear in the changes of the commits that are chec
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from patchhub.canonical import object_id
+from patchhub.canonical import has_unseen, object_id
 from patchhub.objects import Base, Commit, Element, Metric, Note, Patch, Text, requests_from_json, set_from_json
 from patchhub.results import Result
 from patchhub.store import states
@@ -190,6 +191,51 @@ class Proofs(Result):
 NOTHING_PROVEN: Final = Proofs(0, (), ())
 
 
+_METHOD = re.compile(r"[a-z0-9][a-z0-9 _.+-]{0,63}")
+_SETTING = re.compile(r"[A-Za-z0-9_][\w.-]{0,199}", re.ASCII)
+_WEIGHT = re.compile(r"[A-Za-z0-9_][\w.:/-]{0,511}", re.ASCII)
+_LONGEST = 200  # characters of an author
+_LONGEST_MESSAGE = 100_000
+
+
+def unfit(value: Any) -> Iterator[str]:
+    """In words, which names of an object nobody here would have written: they have a grammar and a length."""
+    if isinstance(value, Patch):
+        if _METHOD.fullmatch(value.method) is None:
+            yield f"its method {_brief(value.method)} is no name of lower-case letters, digits and `-`"
+        yield from _bad_names("setting", value.settings, _SETTING)
+        yield from _bad_names("weight", value.weights, _WEIGHT)
+    elif isinstance(value, Commit):
+        yield from _bad_author(value.author)
+        if len(value.message) > _LONGEST_MESSAGE:
+            yield f"its message of {len(value.message)} characters is too long"
+        if len(set(value.parents)) < len(value.parents):
+            yield "it names a parent twice"
+    elif isinstance(value, Note):
+        yield from _bad_author(value.made_by)
+        yield from _bad_names("setting", value.settings, _SETTING)
+    elif isinstance(value, Base):
+        yield from _bad_names("tensor", value.tensors, _WEIGHT)
+
+
+def _bad_author(author: str) -> Iterator[str]:
+    if not author.strip():
+        yield "its author is empty"
+    elif len(author) > _LONGEST or has_unseen(author):
+        yield f"its author {_brief(author)} is too long, or has characters that are not shown"
+
+
+def _bad_names(kind: str, names: Iterable[str], grammar: re.Pattern[str]) -> Iterator[str]:
+    for name in names:
+        if grammar.fullmatch(name) is None or name == "__metadata__":
+            yield f"{_brief(name)} is no name of a {kind}"
+
+
+def _brief(text: str) -> str:
+    """Text as a literal, cut: nothing in it is acted upon."""
+    return ascii(text if len(text) <= 40 else text[:37] + "...")
+
+
 class Flaw(NamedTuple):
     """A commit, and in words what is wrong with it."""
 
@@ -242,6 +288,9 @@ class _Walk:
             yield f"it is about another base ({commit.base[:12]})"
         lacking = list(missing(commit, store.patch, store.objects.__contains__))
         yield from (f"its {part.kind} {part.id[:12]} is missing" for part in lacking)
+        yield from unfit(commit)
+        for patch in {patch for patch, _ in commit.added} if not lacking else ():
+            yield from (f"patch {patch[:12]}: {problem}" for problem in unfit(store.patch(patch)))
         yield from misfits(commit, self._active)
         self._active.change(removed=change.removed, added=change.added)
         yield from flaws(commit, self._active, self._ancestors_like(identity, commit))

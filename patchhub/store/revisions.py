@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping, Sequence
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Final, Protocol
 
+from patchhub.canonical import UNSEEN
 from patchhub.errors import RevisionError
 
 HEAD: Final = "HEAD"
@@ -29,7 +31,10 @@ _STEP = re.compile(r"([~^])(\d*)")
 _PREFIX = re.compile(r"[0-9a-f]{4,64}")
 _ID = re.compile(r"[0-9a-f]{64}")
 _HUB_COMMIT = re.compile(r"[0-9a-f]{40}")
-_FORBIDDEN_IN_NAME = re.compile(r"[\x00-\x20\x7f-\x9f\ud800-\udfff~^:?*\[\\]|\.\.|@\{|//|/\.|\.lock(/|$)")
+MAX_NAME: Final = 200
+"""Characters of the longest name: more cannot be shown, nor be a file's name everywhere."""
+
+_FORBIDDEN_IN_NAME = re.compile(rf"[{UNSEEN}\x20~^:?*\[\\]|\.\.|@\{{|//|/\.|\.lock(/|$)")
 
 
 class View(Protocol):
@@ -113,6 +118,22 @@ def check_ref(ref: str) -> None:
             remedy="Use letters, digits, `-`, `_`, `.` and single `/`, not an id, `HEAD` or `base`.",
             name=name,
         )
+    if len(name) > MAX_NAME:
+        raise RevisionError(
+            f"{name[:30]!r}... of {len(name)} characters is too long for a name",
+            remedy=f"Use at most {MAX_NAME} characters.",
+            length=len(name),
+        )
+
+
+def twins(refs: Iterable[str]) -> tuple[str, str] | None:
+    """Two refs whose names differ in the case of letters alone, as `main` and `MAIN`, if there are any."""
+    seen: dict[str, str] = {}
+    for ref in sorted(refs):
+        other = seen.setdefault(unicodedata.normalize("NFKC", ref).casefold(), ref)
+        if other != ref:
+            return other, ref
+    return None
 
 
 def check_target(ref: str, target: str) -> None:

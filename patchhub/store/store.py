@@ -70,15 +70,19 @@ class Store(Reading):
         settings: Mapping[str, Any],
         author: str,
         time: str,
+        shared: bool = False,
         disk: Disk = DISK,
     ) -> Store:
         """Make ``directory/.patchhub`` for the base whose canonical object is `base`, and open it.
+
+        Args:
+            shared: let the group of the directory write in it.
 
         Raises:
             RepositoryError: there is a store already.
         """
         root = directory / DIRECTORY
-        create(root, base, base_info=base_info, settings=settings, author=author, time=time, disk=disk)
+        create(root, base, base_info=base_info, settings=settings, author=author, time=time, shared=shared, disk=disk)
         return cls(root, disk=disk)
 
     @classmethod

@@ -6,7 +6,6 @@ on which device, in which type or quantisation it runs, in which chat form it is
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -16,7 +15,9 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from patchhub.errors import SettingsError
+from patchhub.cache import Cache
+from patchhub.errors import RepositoryError, SettingsError
+from patchhub.fsio import make_directories, read_chunks, write_atomically
 from patchhub.models.architectures import Architecture, describe, read_config
 from patchhub.models.checkpoint import Checkpoint, open_checkpoint
 from patchhub.models.fingerprint import check_tensors
@@ -115,8 +116,11 @@ def open_checked(repository: Store, path: str | Path | None = None) -> Checkpoin
 
 def keep_digests(repository: Store, folder: Path) -> None:
     """Put digests that ``fingerprint`` kept in another folder, made before there was a store, into the store's cache."""
-    with suppress(OSError, shutil.Error):
-        shutil.copytree(folder, repository.cache.folder, dirs_exist_ok=True)
+    with suppress(OSError, RepositoryError):
+        for path in Cache(folder).files():  # copied by content: a temporary folder's permissions are its maker's alone
+            target = repository.cache.folder / path.relative_to(folder)
+            make_directories(target.parent)
+            write_atomically(target, read_chunks(path))
 
 
 def placement_of(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -13,10 +15,13 @@ from click.testing import CliRunner, Result
 from patchhub.cli.main import main
 from patchhub.errors import RepositoryError
 from patchhub.objects import Request
+from patchhub.porcelain import share
+from patchhub.progress import Silent
 from patchhub.store.store import Store
+from patchhub.who import Who
 from patchhub.worktree.loading import open_path
 from tests.export.models import model_folder, model_store
-from tests.remotes.stores import add_batch, add_patch, move
+from tests.remotes.stores import AUTHOR, TIME, add_batch, add_patch, move
 
 
 def run(folder: Path, *arguments: str, code: int = 0) -> Result:
@@ -201,3 +206,36 @@ def test_sharing_imports_no_torch(verb: list[str], heavy: set[str], ours: Path) 
     command = [sys.executable, "-c", check, "--repo", str(ours), *verb]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_killed_clone_is_taken_up_again(ours: Path, base: Path, tmp_path: Path) -> None:
+    """Killed after the store was made, and again after the objects came and before a branch was checked out."""
+    run(ours, "push")
+    address, clone = str(tmp_path / "shared"), tmp_path / "clone"
+    for killed in ("_fetch", "_check_out"):
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(share, killed, lambda *_, **__: (_ for _ in ()).throw(SystemExit(9)))  # nothing cleans up
+            with pytest.raises(SystemExit):
+                share.clone(address, clone, Silent(), who=Who(AUTHOR, TIME), base=str(base))
+        assert (clone / ".patchhub").is_dir()
+    done = share.clone(address, clone, Silent(), who=Who(AUTHOR, TIME), base=str(base))
+    with Store.open(ours) as theirs:
+        assert done.commit == theirs.head[1]
+    with pytest.raises(RepositoryError, match="exists already"):
+        share.clone(address, clone, Silent(), who=Who(AUTHOR, TIME), base=str(base))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no groups there")
+def test_a_shared_store_is_the_groups_whatever_the_umask(base: Path, tmp_path: Path) -> None:
+    before = os.umask(0o077)
+    try:
+        result = CliRunner().invoke(main, ["init", str(base), "--shared", "--repo", str(tmp_path / "ours")])
+        assert result.exit_code == 0, result.output
+        with Store.open(tmp_path / "ours") as store:
+            add_batch(store, range(2))
+        for path in (tmp_path / "ours" / ".patchhub").rglob("*"):
+            wanted = stat.S_IRGRP if path.is_file() and "objects" in path.parts else stat.S_IRGRP | stat.S_IWGRP
+            assert path.stat().st_mode & wanted == wanted, path
+            assert not path.stat().st_mode & stat.S_IRWXO
+    finally:
+        os.umask(before)

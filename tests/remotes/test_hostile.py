@@ -30,18 +30,21 @@ from patchhub.porcelain.history import log, show
 from patchhub.porcelain.search import diff
 from patchhub.porcelain.share import remote_add
 from patchhub.progress import Silent
+from patchhub.remotes import sync
 from patchhub.remotes.file import object_path
-from patchhub.remotes.remote import read_branch, read_folder
+from patchhub.remotes.receive import Limits
+from patchhub.remotes.remote import Remote, read_branch, read_folder
 from patchhub.remotes.sync import open_remote
-from patchhub.sets.columns import write_columns
+from patchhub.sets.columns import tensor_check, write_columns
 from patchhub.sets.commits import Draft, prepare
 from patchhub.sets.commits import record as commit_draft
+from patchhub.sets.proofs import prove
 from patchhub.store.fsck import check
 from patchhub.store.store import Store
 from patchhub.who import Who
 from tests.benchmarks.synthetic_store import HastyDisk
 from tests.remotes.stores import AUTHOR, BASE, SHAPES, STAMP, TIME, make_history, make_request, make_store, metric_of
-from tests.remotes.test_conformance import fetch, push
+from tests.remotes.test_conformance import push
 
 MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 """A disk that does not wait for other programs, where there is one."""
@@ -68,6 +71,13 @@ def attacked(honest: Path) -> Iterator[tuple[Path, Store]]:
         shutil.copytree(honest / "receiver", Path(folder) / "receiver")
         with Store.open(Path(folder) / "receiver", disk=HastyDisk()) as repository:
             yield remote, repository
+
+
+def fetch(repository: Store, remote: Remote) -> None:
+    """As `patchhub fetch` does."""
+    limits, check_tensors = Limits(1 << 30, SHAPES, SHAPES), tensor_check(SHAPES, SHAPES)
+    who = Who(AUTHOR, TIME)
+    sync.fetch(repository, remote, "origin", limits, check_tensors, who=who, prove=lambda c: prove(repository, c))
 
 
 def replace_file(path: Path, data: bytes) -> None:
@@ -483,3 +493,82 @@ def test_other_linear_weights_travel_in_additive_patches_alone(kind: str, tmp_pa
         else:
             with pytest.raises(RemoteError, match="is no weight of this base"):
                 commands.fetch(theirs, "origin", Silent(), who=Who(AUTHOR, TIME))
+
+
+# --- names ----------------------------------------------------------------------------------------------------------
+
+
+def with_fields(remote: Path, of_patch: bool, **fields: Any) -> None:
+    """Make the remote's main its first commit, or that with its patch, with some fields written otherwise; every hash is right."""
+
+    def put(value: Any) -> str:
+        data = canonical_json(value)
+        replace_file(remote / object_path(object_id(data)), data)
+        return object_id(data)
+
+    manifest = json.loads((remote / "patchhub.json").read_bytes())
+    commit = json.loads((remote / object_path(manifest["refs"]["refs/tags/v1"])).read_bytes())
+    if of_patch:
+        ((identity, requests),) = commit["added"]
+        patch = json.loads((remote / object_path(identity)).read_bytes())
+        commit["added"] = [[put({**patch, **fields}), requests]]
+        commit["set"] = digest_of(commit["added"])
+    else:
+        commit.update(fields)
+    replace_file(
+        remote / "patchhub.json", canonical_json({**manifest, "refs": {"refs/heads/main": put(commit)}, "notes": {}})
+    )
+
+
+@pytest.mark.parametrize(
+    ("of_patch", "fields", "match"),
+    [
+        (True, {"method": "<script>"}, "method"),
+        (True, {"method": "m" * 100_000}, "method"),
+        (True, {"settings": {"contexts": ["{}"], "a b\x1b[2J": 1}}, "setting"),
+        (False, {"author": ""}, "author is empty"),
+        (False, {"author": "A" * 100_000}, "too long"),
+        (False, {"author": "Ada \u202emoc.elpmaxe"}, "not shown"),
+        (False, {"author": "Ada \x1b[31m"}, "not shown"),
+        (False, {"message": "m" * 200_000}, "message"),
+    ],
+)
+def test_names_that_nobody_here_would_write_are_refused(
+    of_patch: bool, fields: dict[str, Any], match: str, honest: Path
+) -> None:
+    with attacked(honest) as (remote, repository):
+        with_fields(remote, of_patch, **fields)
+        refused(remote, repository, match)
+    with attacked(honest) as (remote, repository):
+        with_fields(remote, of_patch)
+        fetch(repository, open_remote(str(remote)))
+
+
+def test_a_parent_named_twice_is_refused(honest: Path) -> None:
+    with attacked(honest) as (remote, repository):
+        manifest = json.loads((remote / "patchhub.json").read_bytes())
+        head = json.loads((remote / object_path(manifest["refs"]["refs/heads/main"])).read_bytes())
+        data = canonical_json({**head, "parents": head["parents"] * 2})
+        replace_file(remote / object_path(object_id(data)), data)
+        refs = {"refs/heads/main": object_id(data)}
+        replace_file(remote / "patchhub.json", canonical_json({**manifest, "refs": refs}))
+        refused(remote, repository, "twice")
+
+
+@pytest.mark.parametrize(
+    ("ref", "match"),
+    [("refs/heads/" + "a" * 100_000, "too long"), ("refs/heads/MAIN", "case"), ("refs/heads/a\u202eb", "cannot be")],
+)
+def test_refs_have_a_grammar_and_a_length(ref: str, match: str, honest: Path) -> None:
+    with attacked(honest) as (remote, repository):
+        manifest = json.loads((remote / "patchhub.json").read_bytes())
+        refs = {**manifest["refs"], ref: manifest["refs"]["refs/heads/main"]}
+        replace_file(remote / "patchhub.json", canonical_json({**manifest, "refs": refs}))
+        refused(remote, repository, match)
+
+
+def test_metadata_beside_tensors_is_refused(honest: Path) -> None:
+    good = honest_tensors(honest, of_patch=False)
+    with attacked(honest) as (remote, repository):
+        with_tensors(remote, save(good, metadata={"a": "b"}), of_patch=False)
+        refused(remote, repository, "__metadata__")

@@ -14,6 +14,7 @@ from patchhub.evaluation.definitions import DEFINITIONS, GENERALITY, LEADING, SP
 from patchhub.fsio import write_atomically
 from patchhub.porcelain.measure import Evaluation
 from patchhub.porcelain.scores import Noted, Score, kind, noted_history
+from patchhub.results import spreadsheet_cell
 from patchhub.store.store import Store
 
 SERIES: Final = 6
@@ -338,5 +339,5 @@ def _csv(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
     buffer = io.StringIO()
     writer = csv.DictWriter(buffer, columns, restval="", lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows({name: spreadsheet_cell(value) for name, value in row.items()} for row in rows)
     return buffer.getvalue()
