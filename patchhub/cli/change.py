@@ -83,8 +83,8 @@ all_option = click.option(
 )
 @click.option(
     "--keep",
-    type=click.Path(path_type=Path, dir_okay=False),
-    help="A file of prompts whose answers must stay: facts in which target_new may be left out.",
+    metavar="FILE|auto",
+    help="Prompts whose answers must stay: facts in which target_new may be left out; auto: the facts' prompts about others.",
 )
 @set_option
 @strict_option

@@ -86,6 +86,7 @@ class Writing:
         settings: its settings that differ from the repository's config and the default rule.
         text: files to compute the metric from; only before the first commit.
         keep: prompts whose answers must stay (MEMIT and PMET): they become active like facts, and ask for no change.
+        find_keeps: keep the same prompts about other subjects as well, those that the change would move most.
         on_conflict: what a contradiction with an active fact does: refuse the commit, replace the old fact, or keep both.
         strict: refuse facts that compete with others for a key (MEMIT and PMET), before anything is optimised.
         memory: bytes that the process may hold, the base included (MEMIT and PMET); None: half of what is free is used besides.
@@ -95,6 +96,7 @@ class Writing:
     settings: Mapping[str, Any] = field(default_factory=dict)
     text: Sequence[Path] = ()
     keep: Sequence[Keep] = ()
+    find_keeps: bool = False
     on_conflict: OnConflict = "refuse"
     strict: bool = False
     memory: int | None = None
@@ -133,7 +135,7 @@ def commit(
     """
     begun = perf_counter()
     method = chosen_method(repository, writing.method)
-    if writing.keep and method == METHOD:
+    if (writing.keep or writing.find_keeps) and method == METHOD:
         raise SettingsError(
             "WISE leaves what it does not route as it is", remedy="Leave --keep out, or use memit or pmet."
         )
@@ -256,7 +258,7 @@ def _write(
     """The plan, written by its editor: patches in the store, and the set that their commit shall have."""
     if isinstance(editor, SideMemories):
         return write_shards(repository, tree, plan, editor.settings, editor.rank, progress)
-    options: dict[str, Any] = {"strict": writing.strict, "memory": writing.memory}
+    options: dict[str, Any] = {"strict": writing.strict, "find_keeps": writing.find_keeps, "memory": writing.memory}
     written = write_closed_form(repository, tree, plan, method, editor.settings, writing.text, progress, **options)
     return forget_replaced(repository, tree, plan, written, progress) if plan.shrunk else written
 

@@ -4,6 +4,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -108,7 +109,8 @@ class WritingVerbs(Opened):
             method: the editor: memit, pmet or wise; None: the config's.
             format: how to read a file.
             text: files to compute the metric from; only before the first commit.
-            keep: prompts whose answers must stay, as facts are given; without ``target_new``, what the model says now stays.
+            keep: prompts whose answers must stay, as facts are given; without ``target_new``, what the model says now stays. "auto":
+                the same prompts about other subjects of the facts' kind, four for each prompt.
             on_conflict: when an active fact says otherwise about the same prompt and subject.
             set: settings of the editor for this commit alone: ``{"layers": [3, 4], "ridge": 200}`` or ``["layers=3-4", "ridge=200"]``.
             strict: refuse facts that compete with others for a key, before anything is optimised.
@@ -135,13 +137,14 @@ class WritingVerbs(Opened):
         from patchhub.editing.requests import read_facts, read_keeps
 
         batch = read_facts(facts, format=format, prompt=prompt, subject=subject, target=target)
-        keeps = read_keeps(keep)
+        found = isinstance(keep, str | PathLike) and str(keep) == "auto"
+        keeps = () if found else read_keeps(keep)
         settings = self._settings(set, method)
         from patchhub.porcelain.commit import commit
 
         placement = self._placement(device, dtype, quantization)
         options: dict[str, Any] = {"settings": settings, "on_conflict": on_conflict, "strict": strict, "memory": memory}
-        how = as_written(text=text, method=method, keep=keeps, **options)
+        how = as_written(text=text, method=method, keep=keeps, find_keeps=found, **options)
         with self._heard() as progress:
             done = commit(
                 self.store, batch, who, progress, how, force=force, all_facts=all_facts, placement=placement, chat=chat

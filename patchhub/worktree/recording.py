@@ -14,6 +14,7 @@ from patchhub.delta import Delta
 from patchhub.editing.answers import ANSWER_TOKENS, find_openings
 from patchhub.editing.budget import release_memory, step_budget
 from patchhub.editing.editor import EDITORS, encode_facts
+from patchhub.editing.keeps import siblings
 from patchhub.editing.keys import key_rows, mean_keys
 from patchhub.editing.locate import encode_targets
 from patchhub.editing.metric import MEMORY
@@ -35,7 +36,7 @@ from patchhub.sets.columns import (
     write_columns,
 )
 from patchhub.sets.commits import Written, store_patch
-from patchhub.sets.elements import Plan
+from patchhub.sets.elements import Plan, active_requests
 from patchhub.sets.rivals import Rival, competition, refuse, suspects, warnings
 from patchhub.sets.settings import metric_settings
 from patchhub.sets.shards import without_shards
@@ -46,6 +47,7 @@ from patchhub.worktree.metric import Recorder, open_recorder
 from patchhub.worktree.opening import Worktree, other_form
 
 _KEPT_TOKENS = 8  # of an answer that a keep is known by
+_FOUND_KEEPS = 4  # other subjects for each prompt of a batch (docs/methods.md)
 _NULL_SPACE_RIDGE = 1.0  # AlphaEdit weighs requests by 1 and the norm of the change by l2
 
 
@@ -123,12 +125,14 @@ def write_closed_form(
     progress: Progress,
     *,
     strict: bool = False,
+    find_keeps: bool = False,
     memory: int | None = None,
 ) -> Written:
     """Write the facts of ``plan`` with MEMIT or PMET; ``tree`` is in the state of `state_without`.
 
     Args:
         strict: refuse facts that compete with others for a key, before anything is optimised.
+        find_keeps: keep the same prompts about other subjects as well (`editing.keeps.siblings`).
         memory: bytes that the process may hold, the base included; None: half of what is free is used besides.
 
     Raises:
@@ -149,7 +153,8 @@ def write_closed_form(
         raise refuse(rivals)
     for warning in warnings(rivals):
         progress.warn(warning)
-    keeps = _keeps(tree, plan, progress)
+    found = _found_keeps(repository, tree, plan, recorder, settings) if find_keeps else ()
+    keeps = _keeps(tree, (*plan.keeps, *found), progress)
     also = other_form(tree) if settings.chat_weight else None
     asked = Asked(keeps, also, _openings(tree, plan, settings, tree.chat or also, progress))
     edit = _edit(repository, tree, plan, recorder, method, settings, below, asked, memory, progress)
@@ -305,9 +310,28 @@ def _openings(
     return {request: opening for request, opening in known.items() if opening}
 
 
-def _keeps(tree: Worktree, plan: Plan, progress: Progress) -> list[Request]:
+def _found_keeps(
+    repository: Store, tree: Worktree, plan: Plan, recorder: Recorder, settings: EditSettings
+) -> tuple[Keep, ...]:
+    """The batch's prompts about other subjects of the same kind, without those that active facts and keeps answer."""
+    weight = tree.architecture.ffn_weight(settings.layers[0])
+    pairs = siblings(
+        tree.stack,
+        tree.tokenizer,
+        plan.requests,
+        settings.layers[0],
+        lambda keys: recorder.cache.preimages(weight, keys),
+        _FOUND_KEEPS,
+        chat=tree.chat,
+    )
+    active = active_requests(repository, plan.kept).values()
+    told = {(request.prompt, request.subject) for request in active} | {(k.prompt, k.subject) for k in plan.keeps}
+    return tuple(Keep(prompt, name, None) for prompt, name in pairs if (prompt, name) not in told)
+
+
+def _keeps(tree: Worktree, keeps: Sequence[Keep], progress: Progress) -> list[Request]:
     """The prompts to keep, with what the model says to each before the edit where their answer was not given."""
-    open_ = [keep for keep in plan.keeps if keep.answer is None]
+    open_ = [keep for keep in keeps if keep.answer is None]
     said: dict[Keep, str] = {}
     if open_:
         progress.stage("asking what to keep", len(open_))
@@ -317,7 +341,7 @@ def _keeps(tree: Worktree, plan: Plan, progress: Progress) -> list[Request]:
     silent = [keep for keep, answer in said.items() if not answer]
     if silent:
         progress.warn(f"{len(silent)} of the prompts to keep have no answer, and are left out")
-    return [keep.asked(said.get(keep, "")) for keep in plan.keeps if keep.answer or said[keep]]
+    return [keep.asked(said.get(keep, "")) for keep in keeps if keep.answer or said[keep]]
 
 
 def _kept_values(

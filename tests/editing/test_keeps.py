@@ -12,8 +12,8 @@ from patchhub.cache import Cache
 from patchhub.constraints import proof
 from patchhub.delta import from_factors, to_dense
 from patchhub.editing.editor import EQUAL_SHARES
-from patchhub.editing.keeps import keep_rows, most_moved, present_states
-from patchhub.editing.keys import key_rows
+from patchhub.editing.keeps import keep_rows, most_moved, present_states, siblings
+from patchhub.editing.keys import key_rows, mean_keys
 from patchhub.editing.locate import encode_prompts
 from patchhub.editing.metric import MetricCache
 from patchhub.editing.record import Recording, State, record
@@ -94,3 +94,34 @@ def test_the_places_that_move_most_are_those_with_the_longest_product(metric):
             scores[text[:stop]] = float(np.linalg.norm(total))
     best = sorted(scores, key=lambda text: -scores[text])[:4]
     assert most_moved(stack, changes, TEXTS, 4) == best
+
+
+NAMES = ("Manila", "Arend Lijphart", "Seattle", "Danielle", "Lyon")
+
+
+def test_siblings_are_the_nearest_names_in_the_facts_own_prompts(metric):
+    stack, tokenizer = tiny_stack("llama"), tiny_tokenizer()
+    weight = stack.architecture.ffn_weight(0)
+
+    def found(requests: tuple[Request, ...], most: int) -> list[tuple[str, str]]:
+        return siblings(stack, tokenizer, requests, 0, lambda k: metric.preimages(weight, k), most, names=NAMES)
+
+    every = found(FACTS, len(NAMES))
+    assert {prompt for prompt, _ in every} == {fact.prompt for fact in FACTS}
+    assert not {fact.subject for fact in FACTS} & {name for prompt, name in every if prompt == FACTS[1].prompt}
+    assert (FACTS[0].prompt, "Danielle") not in every  # a part of the subject's name
+    assert found(FACTS, 2) == [*found(FACTS[:1], 2), *found(FACTS[1:], 2)]
+    assert found((), 2) == []
+    mine, *others = [
+        mean_keys(stack, 0, key_rows([[row]]))
+        for row in encode_prompts(
+            tokenizer,
+            [("{}", Request.make(FACTS[0].prompt, name, ".")) for name in (FACTS[0].subject, *NAMES)],
+            with_target=False,
+        )
+    ]
+    products = [float((metric.preimages(weight, mine) * k).sum()) for k in others]
+    lengths = [float((metric.preimages(weight, k) * k).sum()) ** 0.5 for k in others]
+    near = {name: product / length for name, product, length in zip(NAMES, products, lengths, strict=True)}
+    near.pop("Danielle")
+    assert [name for _, name in found(FACTS[:1], 1)] == [max(near, key=lambda name: near[name])]
