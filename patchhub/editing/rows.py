@@ -39,7 +39,9 @@ class Rows:
         """States at the subjects' last tokens."""
         return states[torch.arange(len(states), device=states.device), self.last.to(states.device)]
 
-    def put_last(self, states: Float[Tensor, "rows time d"], new: Float[Tensor, "rows d"]) -> Float[Tensor, "rows time d"]:
+    def put_last(
+        self, states: Float[Tensor, "rows time d"], new: Float[Tensor, "rows d"]
+    ) -> Float[Tensor, "rows time d"]:
         """States with others at the subjects' last tokens."""
         return states.index_put((torch.arange(len(states), device=states.device), self.last.to(states.device)), new)
 

@@ -120,6 +120,22 @@ FAMILIES: Final[Mapping[str, Family]] = {
     "deepseek_v2": _SHARED_EXPERTS,
     "deepseek_v3": _SHARED_EXPERTS,
     "glm4_moe": _SHARED_EXPERTS,
+    "bamba": Family("model.layers", "feed_forward.down_proj", "self_attn.o_proj", also=("mamba.out_proj",)),
+    "falcon_h1": Family("model.layers", "feed_forward.down_proj", "self_attn.o_proj"),
+    "granitemoehybrid": Family(
+        "model.layers",
+        "block_sparse_moe.experts",
+        "self_attn.o_proj",
+        also=("shared_mlp.output_linear", "mamba.out_proj"),
+    ),
+    "jamba": Family(
+        "model.layers",
+        "feed_forward.experts",
+        "self_attn.o_proj",
+        also=("feed_forward.down_proj", "mamba.out_proj"),
+    ),
+    "qwen3_5_text": replace(_LLAMA_LIKE, also=("linear_attn.out_proj",)),
+    "qwen3_next": replace(_EXPERTS, also=("mlp.down_proj", "linear_attn.out_proj")),
     "llama4_text": Family(
         "model.layers", "feed_forward.shared_expert.down_proj", "self_attn.o_proj", also=("feed_forward.down_proj",)
     ),

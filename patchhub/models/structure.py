@@ -38,7 +38,7 @@ _SCALING = "MulBackward0"
 _MIXING = ("softmax", "bmm", "convolution")  # of positions; attention has one or more, a feed-forward network none
 
 
-_SOFTMAX_ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
+_SOFTMAX_ATTENTION, _LINEAR = {"full_attention", "sliding_attention", "chunked_attention"}, "linear_attention"
 
 
 class StructureError(Exception):
@@ -154,9 +154,13 @@ def _trace(model: nn.Module, blocks: list[nn.Module], d_model: int) -> list[_Rec
     handles = [h for block, record in zip(blocks, records, strict=True) for h in _watch(block, record, d_model)]
     replaced = [m for block, record in zip(blocks, records, strict=True) for m in _replace_experts(block, record)]
     ids = torch.zeros(1, 4, dtype=torch.long, device="meta")
-    mask = torch.ones_like(ids)
-    if is_recurrent(model.config):  # such layers look whether a mask of two dimensions hides anything, which has no answer here
-        mask = torch.zeros(1, 1, 4, 4, device="meta")
+    mask: Tensor | None = torch.ones_like(ids)
+    if is_recurrent(
+        model.config
+    ):  # such layers ask whether a mask of two dimensions hides anything, which has no answer here
+        config: Any = model.config
+        alone = set(config.get_text_config().layer_types) == {_LINEAR}
+        mask = None if alone else torch.zeros(1, 1, 4, 4, device="meta")
     try:
         with torch.enable_grad():
             model.eval()(input_ids=ids, attention_mask=mask, use_cache=False)
