@@ -38,7 +38,7 @@ _SCALING = "MulBackward0"
 _MIXING = ("softmax", "bmm", "convolution")  # of positions; attention has one or more, a feed-forward network none
 
 
-_SOFTMAX_ATTENTION, _LINEAR = {"full_attention", "sliding_attention", "chunked_attention"}, "linear_attention"
+_SOFTMAX_ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
 
 
 class StructureError(Exception):
@@ -150,22 +150,27 @@ def _block_list(model: nn.Module, n_layers: int) -> tuple[str, list[nn.Module]]:
 
 def _trace(model: nn.Module, blocks: list[nn.Module], d_model: int) -> list[_Record]:
     """One run over four positions on the meta device, and what was recorded in each block."""
+    ids = torch.zeros(1, 4, dtype=torch.long, device="meta")
+    masks: list[Tensor | None] = [torch.ones_like(ids)]
+    if is_recurrent(model.config):
+        # Such layers ask whether a mask of two dimensions hides anything, which has no answer here; some take one of four, some none.
+        masks = [torch.zeros(1, 1, 4, 4, device="meta"), None]
+    failed: Exception | None = None
+    for mask in masks:
+        try:
+            return _run(model, blocks, d_model, ids, mask)
+        except Exception as error:  # any model's own code runs here
+            failed = failed or error
+    raise StructureError(f"cannot be traced without weights ({type(failed).__name__}: {failed})") from failed
+
+
+def _run(model: nn.Module, blocks: list[nn.Module], d_model: int, ids: Tensor, mask: Tensor | None) -> list[_Record]:
     records = [_Record() for _ in blocks]
     handles = [h for block, record in zip(blocks, records, strict=True) for h in _watch(block, record, d_model)]
     replaced = [m for block, record in zip(blocks, records, strict=True) for m in _replace_experts(block, record)]
-    ids = torch.zeros(1, 4, dtype=torch.long, device="meta")
-    mask: Tensor | None = torch.ones_like(ids)
-    if is_recurrent(
-        model.config
-    ):  # such layers ask whether a mask of two dimensions hides anything, which has no answer here
-        config: Any = model.config
-        alone = set(config.get_text_config().layer_types) == {_LINEAR}
-        mask = None if alone else torch.zeros(1, 1, 4, 4, device="meta")
     try:
         with torch.enable_grad():
             model.eval()(input_ids=ids, attention_mask=mask, use_cache=False)
-    except Exception as error:  # any model's own code runs here
-        raise StructureError(f"cannot be traced without weights ({type(error).__name__}: {error})") from error
     finally:
         for handle in handles:
             handle.remove()

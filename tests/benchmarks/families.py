@@ -81,6 +81,9 @@ TINY: dict[str, Any] = {
 }
 """Of a tiny model, under every name that families have for it; a family gets those that its default configuration has."""
 
+LARGEST = 20_000_000
+"""Parameters of a model that is given numbers."""
+
 
 @dataclass(frozen=True)
 class Looked:
@@ -104,6 +107,8 @@ def tiny(config_class: Any) -> Any:
         for name, value in TINY.items()
         if isinstance(getattr(own, name, None), int | None) and hasattr(own, name)
     }
+    if hasattr(own, "kv_lora_rank") or hasattr(own, "v_head_dim"):
+        settings["num_key_value_heads"] = TINY["num_attention_heads"]
     for name in ("layer_types", "mlp_layer_types", "layers_block_type"):
         types = getattr(own, name, None)
         if types and not isinstance(getattr(config_class, name, None), property):
@@ -118,6 +123,10 @@ def look(config_class: Any) -> Looked:
     factory: Any = AutoModelForCausalLM
     try:
         config = tiny(config_class)
+        with torch.device("meta"):
+            size = sum(p.numel() for p in factory.from_config(copy.deepcopy(config)).parameters())
+        if size > LARGEST:
+            raise ValueError(f"{size} parameters")
         torch.manual_seed(0)
         model = factory.from_config(copy.deepcopy(config), dtype=torch.float32).eval()
     except Exception:  # any model's own code runs here
