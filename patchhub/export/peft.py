@@ -5,7 +5,8 @@ PEFT scales each module by ``alpha_i / r_i``, vLLM by the one ``lora_alpha / r``
 there are no patterns and no rsLoRA: so all factors are padded with zeros to one rank, and the scale is 1.
 
 The experts of a layer are a parameter, not a module (``target_parameters``): PEFT reads lora_A (E r, in) as the E blocks of A and lora_B
-(out, r E) as B of each expert, expert by expert in the last place. Here all experts have one B."""
+(out, r E) as B of each expert, expert by expert in the last place. Here all experts have one B. In a mixture of experts PEFT takes
+any module called ``down_proj``, a shared expert's too, for the routed ones, so there every weight is named as a parameter."""
 
 from __future__ import annotations
 
@@ -51,11 +52,13 @@ class Adapter:
 
 @dataclass(frozen=True)
 class BaseName:
-    """How the adapter names the model that it is for, whether that stores weights as (in, out), and E of its stacked weights."""
+    """How the adapter names the model that it is for, whether that stores weights as (in, out), whether it is a mixture of experts, and
+    E of its stacked weights."""
 
     model: str | None
     revision: str | None
     fan_in_fan_out: bool
+    mixture: bool = False
     experts: Mapping[str, int] = field(default_factory=dict)
 
 
@@ -100,7 +103,7 @@ def make_adapter(
 def adapter_files(adapter: Adapter, base: BaseName) -> dict[str, bytes]:
     """``adapter_config.json`` and ``adapter_model.safetensors``."""
     tensors: dict[str, np.ndarray] = {}
-    stacked = sorted(weight for weight in adapter.factors if weight in base.experts)
+    parameters = sorted(adapter.factors) if base.mixture else []
     for weight, factor in adapter.factors.items():
         a, b, module = factor.A, factor.B, module_of(weight)
         if weight in base.experts:
@@ -123,8 +126,8 @@ def adapter_files(adapter: Adapter, base: BaseName) -> dict[str, bytes]:
         "r": adapter.rank,
         "rank_pattern": {},
         "revision": base.revision,
-        "target_modules": sorted(module_of(weight) for weight in adapter.factors if weight not in base.experts),
-        **({"target_parameters": stacked} if stacked else {}),
+        "target_modules": [] if base.mixture else sorted(module_of(weight) for weight in adapter.factors),
+        **({"target_parameters": parameters} if parameters else {}),
         "task_type": "CAUSAL_LM",
         "use_dora": False,
         "use_rslora": False,
@@ -176,7 +179,7 @@ def _scaled(files: Mapping[str, bytes], scale: Any) -> dict[str, LowRank]:
             module = name.removesuffix(".lora_A.weight")
             a, b = tensors[name], tensors[f"{module}.lora_B.weight"]
             weight = stacked.get(module.removeprefix(_PREFIX), module.removeprefix(_PREFIX) + ".weight")
-            if weight in stacked.values():
+            if weight in stacked.values() and not weight.endswith(".weight"):
                 rank = int(config["r"])
                 a = a.reshape(-1, rank, a.shape[1]).swapaxes(0, 1).reshape(rank, -1)
                 b = b.reshape(len(b), rank, -1)

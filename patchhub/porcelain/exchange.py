@@ -361,6 +361,7 @@ def _base_name(repository: Store) -> BaseName:
         base["path"] if on_hub else None,
         base["revision"] if on_hub else None,
         fan_in_fan_out=base["orientation"] == "in_out",
+        mixture="experts" in base,
         experts=stacked_weights(repository),
     )
 
