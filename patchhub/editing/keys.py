@@ -46,7 +46,10 @@ class Beginnings:
     tokens: tuple[tuple[int, ...], ...]
 
     @classmethod
-    def of(cls, rows: Sequence[KeyRow]) -> Beginnings:
+    def of(cls, rows: Sequence[KeyRow], stack: Stack) -> Beginnings:
+        """Nothing is in front where a block's state cannot be kept."""
+        if stack.architecture.recurrent:
+            return cls(((),) * (1 + max(row.context for row in rows)))
         groups: list[list[tuple[int, ...]]] = [[] for _ in range(1 + max(row.context for row in rows))]
         for row in rows:
             groups[row.context].append(row.tokens[:-1])
@@ -169,7 +172,7 @@ def mean_keys(stack: Stack, layer: int, rows: Sequence[KeyRow]) -> Float[Tensor,
     """
     requests = 1 + max(row.request for row in rows)
     keys = torch.zeros(requests, stack.architecture.shapes[layer][1], dtype=torch.float64)
-    beginnings = Beginnings.of(rows)
+    beginnings = Beginnings.of(rows, stack)
     with stack.fast():
         trunk = beginnings.run(stack)
         for batch in batches(rows, beginnings, _TOKENS):

@@ -107,7 +107,7 @@ def record(
             temporary file.
     """
     with TemporaryDirectory() as folder:
-        beginnings = Beginnings.of(rows)
+        beginnings = Beginnings.of(rows, stack)
         with stack.fast():
             climbs = _open(stack, rows, beginnings, step_budget(stack.device, memory), Path(folder))
         names = {layer: stack.architecture.ffn_weight(layer) for layer in layers}

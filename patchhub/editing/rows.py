@@ -20,7 +20,11 @@ from patchhub.models.tracing import Pass, Prefix, Stack, left_padded, right_padd
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """Rows of one batch from the subject's last token on (column 0), over a frozen prefix."""
+    """Rows of one batch from the subject's last token on, over a frozen prefix; whole texts where no state can be kept.
+
+    Attributes:
+        last: column of the subject's last token: 0 over a prefix.
+    """
 
     start: Pass
     ids: Int[Tensor, "rows time"]
@@ -29,12 +33,23 @@ class Rows:
     prefix: Prefix | None
     hidden: Float[Tensor, "rows time d"]  # before the first block that runs at each step
     fact: Int[Tensor, " rows"]  # index into the batch's facts
+    last: Int[Tensor, " rows"]
+
+    def at_last(self, states: Float[Tensor, "rows time d"]) -> Float[Tensor, "rows d"]:
+        """States at the subjects' last tokens."""
+        return states[torch.arange(len(states), device=states.device), self.last.to(states.device)]
+
+    def put_last(
+        self, states: Float[Tensor, "rows time d"], new: Float[Tensor, "rows d"]
+    ) -> Float[Tensor, "rows time d"]:
+        """States with others at the subjects' last tokens."""
+        return states.index_put((torch.arange(len(states), device=states.device), self.last.to(states.device)), new)
 
     def select(self, rows: Int[Tensor, " kept"], fact: Int[Tensor, " kept"]) -> Rows:
         prefix = self.prefix.select(rows) if self.prefix is not None else None
         ids, mask, positions = self.ids[rows], self.mask[rows], self.positions[rows]
         start = self.start.stack.begin(ids, mask, positions, prefix)
-        return Rows(start, ids, mask, positions, prefix, self.hidden[rows], fact)
+        return Rows(start, ids, mask, positions, prefix, self.hidden[rows], fact, self.last[rows])
 
 
 class Site(ABC):
@@ -57,7 +72,7 @@ class Site(ABC):
     def run(
         self, rows: Rows, change: Float[Tensor, "rows parts d"], row: Int[Tensor, " m"], column: Int[Tensor, " m"]
     ) -> Float[Tensor, "m d"]:
-        """Hidden states after the last block at some positions, with the change added in column 0."""
+        """Hidden states after the last block, with the change added at the subject's last token; columns count from there."""
 
     @abstractmethod
     def unedited(self, rows: Rows) -> Float[Tensor, "rows parts d"]:
@@ -82,12 +97,11 @@ class BlockOutput(Site):
     def run(
         self, rows: Rows, change: Float[Tensor, "rows parts d"], row: Int[Tensor, " m"], column: Int[Tensor, " m"]
     ) -> Float[Tensor, "m d"]:
-        first = (rows.hidden[:, 0].float() + change[:, 0]).to(rows.hidden.dtype)
-        hidden = torch.cat([first[:, None], rows.hidden[:, 1:]], dim=1)
-        return rows.start.finish(hidden, self.first, row, column)
+        first = (rows.at_last(rows.hidden).float() + change[:, 0]).to(rows.hidden.dtype)
+        return rows.start.finish(rows.put_last(rows.hidden, first), self.first, row, rows.last[row] + column)
 
     def unedited(self, rows: Rows) -> Float[Tensor, "rows parts d"]:
-        return rows.hidden[:, :1].float()
+        return rows.at_last(rows.hidden)[:, None].float()
 
 
 class _AtProjections(Site):
@@ -108,13 +122,13 @@ class _AtProjections(Site):
         def adding(part: int) -> Any:
             def add(module: nn.Module, args: Any, output: Tensor) -> Tensor:
                 found = output.view(rows.hidden.shape)  # OPT's feed-forward part has no rows
-                first = (found[:, 0].float() + change[:, part].to(output.device)).to(output.dtype)
-                return torch.cat([first[:, None], found[:, 1:]], dim=1).view(output.shape)
+                first = (rows.at_last(found).float() + change[:, part].to(output.device)).to(output.dtype)
+                return rows.put_last(found, first).view(output.shape)
 
             return add
 
         handles = [module.register_forward_hook(adding(part)) for part, module in enumerate(self._modules)]
-        blocks = len(self.stack.blocks)
+        blocks, column = len(self.stack.blocks), rows.last[row] + column
         try:
             if self.layer < blocks - 1:
                 return rows.start.finish(rows.hidden, self.first, row, column)
@@ -130,7 +144,7 @@ class _AtProjections(Site):
 
         def keeping(part: int) -> Any:
             def keep(module: nn.Module, args: Any, output: Tensor) -> None:
-                found[part] = output.view(rows.hidden.shape)[:, 0].float().to(self.stack.device)
+                found[part] = rows.at_last(output.view(rows.hidden.shape)).float().to(self.stack.device)
 
             return keep
 
@@ -188,6 +202,8 @@ class Trunk:
 
 def read_trunk(stack: Stack, groups: Sequence[Sequence[Encoded]]) -> Trunk:
     """Run what the texts of each group have in common before their subjects' last tokens."""
+    if stack.architecture.recurrent:
+        return run_trunk(stack, [()] * len(groups))
     return run_trunk(stack, [common_beginning([text.input_ids[: text.subject_last] for text in g]) for g in groups])
 
 
@@ -211,15 +227,21 @@ def common_beginning(texts: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
 def open_rows(site: Site, rows: Sequence[Row], trunk: Trunk) -> Rows:
     """Run what cannot change of the rows, and the blocks below the site for the rest."""
     stack = site.stack
-    prefix, prefix_mask = _read_prefix(stack, rows, trunk)
     before = torch.tensor([row.encoded.subject_last for row in rows], device=stack.device)
+    fact = torch.tensor([row.fact for row in rows], device=stack.device)
+    if stack.architecture.recurrent:
+        whole = [row.encoded.input_ids[: row.encoded.subject_last + row.kept] for row in rows]
+        ids, mask, positions = right_padded(whole, stack.device)
+        start = stack.begin(ids, mask, positions)
+        hidden = start.run(start.hidden, 0, site.first)
+        return Rows(start, ids, mask, positions, None, hidden, fact, before)
+    prefix, prefix_mask = _read_prefix(stack, rows, trunk)
     after = [row.encoded.input_ids[row.encoded.subject_last :][: row.kept] for row in rows]
     ids, mask, positions = right_padded(after, stack.device)
     positions, mask = positions + before[:, None], torch.cat([prefix_mask, mask], dim=1)
     start = stack.begin(ids, mask, positions, prefix)
     hidden = start.run(start.hidden, 0, site.first)
-    fact = torch.tensor([row.fact for row in rows], device=stack.device)
-    return Rows(start, ids, mask, positions, prefix, hidden, fact)
+    return Rows(start, ids, mask, positions, prefix, hidden, fact, torch.zeros_like(before))
 
 
 def _read_prefix(stack: Stack, rows: Sequence[Row], trunk: Trunk) -> tuple[Prefix | None, Int[Tensor, "rows time"]]:

@@ -8,6 +8,7 @@ import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from patchhub.errors import RequestError, SettingsError
 from patchhub.evaluation.metrics import BATCH_TOKENS, cut, reading
 from patchhub.evaluation.spoken import Sibling, after_target, closed, leaks, said, stopped
 from patchhub.evaluation.suites import Combined, Scores, mean_or_none, scored
+from patchhub.models.structure import is_recurrent
 from patchhub.models.tracing import left_padded
 from patchhub.objects import SLOT, Request
 from patchhub.text.tokens import Chat, context_length, tokenise
@@ -153,7 +155,9 @@ def _continue(
 ) -> list[list[int]]:
     """One batch: each row's new tokens, up to its end of text or its room. The prompts are read once, then one token at a time."""
     ends = _end_tokens(model)
-    cache, last = DynamicCache(), context_length(model) - 1
+    # Without a configuration sliding layers keep every position, and the mask does the sliding; recurrent ones need theirs.
+    cache: Any = DynamicCache(config=model.config) if is_recurrent(model.config) else DynamicCache()
+    last = context_length(model) - 1
     ids, mask, positions = left_padded(rows, model.device)
     written: list[list[int]] = [[] for _ in rows]
     going = set(range(len(rows)))

@@ -21,6 +21,7 @@ from transformers.cache_utils import DynamicCache
 
 from patchhub.editing.locate import encode_targets
 from patchhub.errors import EditError, RequestError, SettingsError
+from patchhub.models.structure import is_recurrent
 from patchhub.models.tracing import Prefix, fast, left_padded, right_padded
 from patchhub.text.tokens import Chat, beginning, context_length, tokenise, too_long
 
@@ -210,6 +211,9 @@ def _score_batch(
     model: PreTrainedModel, rows: Sequence[_Row]
 ) -> Iterator[tuple[tuple[TokenIds, TokenIds], TargetScore]]:
     """Read the prompts, then the first longer target of every row, then the second, over the prompts' cache."""
+    if is_recurrent(model.config):
+        yield from _score_whole(model, rows)
+        return
     rounds = len(rows[0].long)
     ids, mask, positions = left_padded([row.prompt for row in rows], model.device)
     cache = DynamicCache() if rounds else None
@@ -234,6 +238,20 @@ def _score_batch(
         rest = _later_tokens(model, targets, mask, prefix)
         for index, (row, target) in enumerate(zip(rows, targets, strict=True)):
             yield (row.prompt, target), _score(target, [first[index, target[0]], *rest[index]])
+
+
+def _score_whole(
+    model: PreTrainedModel, rows: Sequence[_Row]
+) -> Iterator[tuple[tuple[TokenIds, TokenIds], TargetScore]]:
+    """Read each prompt with each of its targets, from the beginning, where what was read of the prompt cannot be kept."""
+    pairs = [(row.prompt, target) for row in rows for target in row.short + row.long]
+    ids, mask, positions = right_padded([prompt + target[:-1] for prompt, target in pairs], model.device)
+    logits = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
+    for found, (prompt, target) in zip(logits, pairs, strict=True):
+        predicted = found[len(prompt) - 1 :][: len(target)]
+        logprobs = _logprobs(predicted, torch.tensor(target, device=predicted.device)).tolist()
+        argmax = predicted.argmax(-1).tolist()
+        yield (prompt, target), _score(target, [_Prediction(*one) for one in zip(logprobs, argmax, strict=True)])
 
 
 def _first_tokens(logits: Float[Tensor, "rows vocabulary"], rows: Sequence[_Row]) -> dict[tuple[int, int], _Prediction]:

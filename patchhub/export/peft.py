@@ -2,13 +2,17 @@
 
 PEFT scales each module by ``alpha_i / r_i``, vLLM by the one ``lora_alpha / r`` of the configuration, llama.cpp by
 ``lora_alpha`` over the rank of each tensor. They agree where every module has the same rank r, ``lora_alpha = r``, and
-there are no patterns and no rsLoRA: so all factors are padded with zeros to one rank, and the scale is 1."""
+there are no patterns and no rsLoRA: so all factors are padded with zeros to one rank, and the scale is 1.
+
+The experts of a layer are a parameter, not a module (``target_parameters``): PEFT reads lora_A (E r, in) as the E blocks of A and lora_B
+(out, r E) as B of each expert, expert by expert in the last place. Here all experts have one B. In a mixture of experts PEFT takes
+any module called ``down_proj``, a shared expert's too, for the routed ones, so there every weight is named as a parameter."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 import numpy as np
@@ -48,11 +52,14 @@ class Adapter:
 
 @dataclass(frozen=True)
 class BaseName:
-    """How the adapter names the model that it is for, and whether that stores weights as (in, out)."""
+    """How the adapter names the model that it is for, whether that stores weights as (in, out), whether it is a mixture of experts, and
+    E of its stacked weights."""
 
     model: str | None
     revision: str | None
     fan_in_fan_out: bool
+    mixture: bool = False
+    experts: Mapping[str, int] = field(default_factory=dict)
 
 
 def make_adapter(
@@ -96,9 +103,15 @@ def make_adapter(
 def adapter_files(adapter: Adapter, base: BaseName) -> dict[str, bytes]:
     """``adapter_config.json`` and ``adapter_model.safetensors``."""
     tensors: dict[str, np.ndarray] = {}
+    parameters = sorted(adapter.factors) if base.mixture else []
     for weight, factor in adapter.factors.items():
-        tensors[f"{_PREFIX}{module_of(weight)}.lora_A.weight"] = np.ascontiguousarray(factor.A)
-        tensors[f"{_PREFIX}{module_of(weight)}.lora_B.weight"] = np.ascontiguousarray(factor.B)
+        a, b, module = factor.A, factor.B, module_of(weight)
+        if weight in base.experts:
+            count, module = base.experts[weight], weight.rpartition(".")[0]
+            a = a.reshape(adapter.rank, count, -1).swapaxes(0, 1).reshape(count * adapter.rank, -1)
+            b = np.repeat(b, count, axis=1)
+        tensors[f"{_PREFIX}{module}.lora_A.weight"] = np.ascontiguousarray(a)
+        tensors[f"{_PREFIX}{module}.lora_B.weight"] = np.ascontiguousarray(b)
     config: dict[str, Any] = {
         "alpha_pattern": {},
         "base_model_name_or_path": base.model,
@@ -113,7 +126,8 @@ def adapter_files(adapter: Adapter, base: BaseName) -> dict[str, bytes]:
         "r": adapter.rank,
         "rank_pattern": {},
         "revision": base.revision,
-        "target_modules": sorted(module_of(weight) for weight in adapter.factors),
+        "target_modules": [] if base.mixture else sorted(module_of(weight) for weight in adapter.factors),
+        **({"target_parameters": parameters} if parameters else {}),
         "task_type": "CAUSAL_LM",
         "use_dora": False,
         "use_rslora": False,
@@ -123,7 +137,10 @@ def adapter_files(adapter: Adapter, base: BaseName) -> dict[str, bytes]:
 
 
 def deltas_as_vllm_reads(files: Mapping[str, bytes]) -> dict[str, LowRank]:
-    """The delta of each weight under vLLM's rule: ``lora_alpha / r`` of the configuration, patterns ignored."""
+    """The delta of each weight under vLLM's rule: ``lora_alpha / r`` of the configuration, patterns ignored.
+
+    Those of experts are read as PEFT does.
+    """
     config = json.loads(files[CONFIG])
     return _scaled(files, lambda rank: float(config["lora_alpha"]) / float(config["r"]))
 
@@ -154,13 +171,20 @@ def module_of(weight: str) -> str:
 
 
 def _scaled(files: Mapping[str, bytes], scale: Any) -> dict[str, LowRank]:
-    tensors = load(files[WEIGHTS])
+    tensors, config = load(files[WEIGHTS]), json.loads(files[CONFIG])
+    stacked = {weight.rpartition(".")[0]: weight for weight in config.get("target_parameters", ())}
     found = {}
     for name in tensors:
         if name.endswith(".lora_A.weight"):
             module = name.removesuffix(".lora_A.weight")
             a, b = tensors[name], tensors[f"{module}.lora_B.weight"]
-            found[module.removeprefix(_PREFIX) + ".weight"] = LowRank(b * np.float32(scale(a.shape[0])), a)
+            weight = stacked.get(module.removeprefix(_PREFIX), module.removeprefix(_PREFIX) + ".weight")
+            if weight in stacked.values() and not weight.endswith(".weight"):
+                rank = int(config["r"])
+                a = a.reshape(-1, rank, a.shape[1]).swapaxes(0, 1).reshape(rank, -1)
+                b = b.reshape(len(b), rank, -1)
+                b = np.where((b == b[..., :1]).all(), b[..., 0], np.float32(np.inf))  # all experts have one B
+            found[weight] = LowRank(b * np.float32(scale(a.shape[0])), a)
     return found
 
 

@@ -33,11 +33,18 @@ from transformers import (
 from patchhub.errors import BaseError, SettingsError, UnsupportedModelError
 from patchhub.models.behind import Behind, read_behind
 from patchhub.models.experts import check_experts
-from patchhub.models.structure import BlockStructure, Orientation, Projection, StructureError, find_structure, hidden_of
+from patchhub.models.structure import (
+    BlockStructure,
+    Orientation,
+    Projection,
+    StructureError,
+    find_structure,
+    hidden_of,
+    is_recurrent,
+)
 
 _ADAPTER: Final = "adapter_config.json"  # by which transformers finds an adapter
 _NO_ADAPTER: Final = "no adapter"  # a folder that no model has: transformers looks for the adapter there
-_SOFTMAX_ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
 
 
 @dataclass(frozen=True)
@@ -113,6 +120,22 @@ FAMILIES: Final[Mapping[str, Family]] = {
     "deepseek_v2": _SHARED_EXPERTS,
     "deepseek_v3": _SHARED_EXPERTS,
     "glm4_moe": _SHARED_EXPERTS,
+    "bamba": Family("model.layers", "feed_forward.down_proj", "self_attn.o_proj", also=("mamba.out_proj",)),
+    "falcon_h1": Family("model.layers", "feed_forward.down_proj", "self_attn.o_proj"),
+    "granitemoehybrid": Family(
+        "model.layers",
+        "block_sparse_moe.experts",
+        "self_attn.o_proj",
+        also=("shared_mlp.output_linear", "mamba.out_proj"),
+    ),
+    "jamba": Family(
+        "model.layers",
+        "feed_forward.experts",
+        "self_attn.o_proj",
+        also=("feed_forward.down_proj", "mamba.out_proj"),
+    ),
+    "qwen3_5_text": replace(_LLAMA_LIKE, also=("linear_attn.out_proj",)),
+    "qwen3_next": replace(_EXPERTS, also=("mlp.down_proj", "linear_attn.out_proj")),
     "llama4_text": Family(
         "model.layers", "feed_forward.shared_expert.down_proj", "self_attn.o_proj", also=("feed_forward.down_proj",)
     ),
@@ -141,6 +164,7 @@ class Architecture:
         scale: what its output, or the norm's, is multiplied with before it enters the residual stream.
         beside: the projection of each layer that facts could be written into instead; None: there is none.
         site: which experts `feed_forward` is of; None of a model without experts.
+        recurrent: as `is_recurrent`.
     """
 
     model_type: str
@@ -154,6 +178,7 @@ class Architecture:
     scale: float = 1.0
     beside: tuple[Projection | None, ...] = ()
     site: Site | None = None
+    recurrent: bool = False
 
     @property
     def shapes(self) -> tuple[tuple[int, int], ...]:
@@ -298,6 +323,7 @@ def describe(config: PreTrainedConfig, site: Site | None = None) -> Architecture
         scale=structures[0].scale,
         beside=beside,
         site=found,
+        recurrent=is_recurrent(config),
     )
 
 
@@ -416,13 +442,6 @@ def _refuse_by_config(config: Any) -> None:
             config,
             "has quantised weights, to which a change cannot be added",
             remedy="Use the unquantised checkpoint that it was made from.",
-        )
-    other = sorted(set(getattr(config.get_text_config(), "layer_types", None) or ()) - _SOFTMAX_ATTENTION)
-    if other:
-        raise _refusal(
-            config,
-            f"has layers other than full or sliding-window attention ({', '.join(other)}), "
-            "whose state is not a list of keys and values",
         )
 
 

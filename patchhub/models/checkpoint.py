@@ -262,7 +262,7 @@ class Checkpoint:
         block = re.escape(found["block"])
         one = re.compile(rf"(?:.+\.)?{block}\.\w+\.(?:output_linear\.weight|experts\.down_proj)")
         each = re.compile(rf"((?:.+\.)?{block}\.\w+\.experts)\.(\d+)\.(?:down_proj|w2)\.weight")
-        stacked = [name for name in self.tensors if one.fullmatch(name)]
+        stacked = [name for name, entry in self.tensors.items() if len(entry.shape) == 3 and one.fullmatch(name)]
         matches = [match for match in map(each.fullmatch, self.tensors) if match]
         series = {int(match[2]): match[0] for match in matches}
         whole = len({match[1] for match in matches}) == 1 and sorted(series) == list(range(len(matches)))

@@ -35,7 +35,10 @@ _IDENTITY = {
     "ToCopyBackward0",
 }
 _SCALING = "MulBackward0"
-_MIXING = ("softmax", "bmm")  # of positions; attention has both, a feed-forward network neither
+_MIXING = ("softmax", "bmm", "convolution")  # of positions; attention has one or more, a feed-forward network none
+
+
+_SOFTMAX_ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
 
 
 class StructureError(Exception):
@@ -98,6 +101,15 @@ class _Record:
     slots: dict[str, list[int]] = field(default_factory=dict)  # path of an experts' module -> experts of a token
 
 
+def is_recurrent(config: Any) -> bool:
+    """Whether some block keeps another state of what it has read than keys and values: linear attention, state spaces, convolutions.
+
+    Such a state cannot be cut after any of its positions, so texts are read from their beginning.
+    """
+    text = config.get_text_config()
+    return bool(set(getattr(text, "layer_types", None) or ()) - _SOFTMAX_ATTENTION)
+
+
 def find_structure(model: nn.Module, n_layers: int, d_model: int) -> tuple[str, tuple[BlockStructure, ...]]:
     """The path of the list of blocks, and the structure of each block, of a model on the meta device.
 
@@ -138,15 +150,27 @@ def _block_list(model: nn.Module, n_layers: int) -> tuple[str, list[nn.Module]]:
 
 def _trace(model: nn.Module, blocks: list[nn.Module], d_model: int) -> list[_Record]:
     """One run over four positions on the meta device, and what was recorded in each block."""
+    ids = torch.zeros(1, 4, dtype=torch.long, device="meta")
+    masks: list[Tensor | None] = [torch.ones_like(ids)]
+    if is_recurrent(model.config):
+        # Such layers ask whether a mask of two dimensions hides anything, which has no answer here; some take one of four, some none.
+        masks = [torch.zeros(1, 1, 4, 4, device="meta"), None]
+    failed: Exception | None = None
+    for mask in masks:
+        try:
+            return _run(model, blocks, d_model, ids, mask)
+        except Exception as error:  # any model's own code runs here
+            failed = failed or error
+    raise StructureError(f"cannot be traced without weights ({type(failed).__name__}: {failed})") from failed
+
+
+def _run(model: nn.Module, blocks: list[nn.Module], d_model: int, ids: Tensor, mask: Tensor | None) -> list[_Record]:
     records = [_Record() for _ in blocks]
     handles = [h for block, record in zip(blocks, records, strict=True) for h in _watch(block, record, d_model)]
     replaced = [m for block, record in zip(blocks, records, strict=True) for m in _replace_experts(block, record)]
-    ids = torch.zeros(1, 4, dtype=torch.long, device="meta")
     try:
         with torch.enable_grad():
-            model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
-    except Exception as error:  # any model's own code runs here
-        raise StructureError(f"cannot be traced without weights ({type(error).__name__}: {error})") from error
+            model.eval()(input_ids=ids, attention_mask=mask, use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
@@ -195,7 +219,8 @@ def _block_structure(block: nn.Module, record: _Record) -> BlockStructure:
     ways, multiplied = _ways(record)
     mixing = {path: _mixing_of(node, stop) for node, path in nodes.items()}
     feed_forward = [path for path in ways if not mixing[path]]
-    attention = [path for path in ways if "softmax" in mixing[path]]
+    # Beside softmax attention a block may hold a recurrent layer; one of the two stands for what mixes positions.
+    attention = [path for path in ways if "softmax" in mixing[path]] or [path for path in ways if mixing[path]]
     if not feed_forward:
         raise StructureError(_why_not_additive(record))
     if len(attention) != 1 or (len(feed_forward) != 1 and not _are_experts(record, feed_forward)):

@@ -22,7 +22,7 @@ from patchhub.porcelain.scores import notes_of
 from patchhub.progress import Progress
 from patchhub.remotes.card import AdapterNote, Card, ScoreLine, adapter_name, write_card
 from patchhub.results import Result, told
-from patchhub.sets.columns import linear_shapes, read_state
+from patchhub.sets.columns import linear_shapes, read_state, stacked_weights
 from patchhub.sets.commits import Draft, begin, prepare, record, store_patch
 from patchhub.sets.elements import active_requests, distinct
 from patchhub.sets.guard import base_norms
@@ -243,6 +243,11 @@ def export_peft(
             remedy="Report this: it is a bug.",
             error=error,
         )
+    if adapter.factors.keys() & stacked_weights(repository).keys():
+        progress.warn(
+            "this adapter changes routed experts (target_parameters): PEFT loads it, but servers were seen to leave such adapters "
+            "out without a word; ask the server for a changed fact, or serve what `patchhub apply` writes"
+        )
     folder = out / adapter_name(out.name or "facts", commit or "base")
     refuse_store(repository, folder)
     _write(folder, files, overwrite=overwrite)
@@ -356,6 +361,8 @@ def _base_name(repository: Store) -> BaseName:
         base["path"] if on_hub else None,
         base["revision"] if on_hub else None,
         fan_in_fan_out=base["orientation"] == "in_out",
+        mixture="experts" in base,
+        experts=stacked_weights(repository),
     )
 
 

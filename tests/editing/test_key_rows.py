@@ -71,7 +71,7 @@ def test_beginnings_are_run_on_the_present_weights():
 )
 def test_rows_keep_what_follows_their_beginning(requests, contexts, lengths):
     rows = rows_of(requests, contexts)
-    beginnings = Beginnings.of(rows)
+    beginnings = Beginnings.of(rows, tiny_stack("llama"))
     for row in rows:
         front = beginnings.tokens[row.context]
         assert front + beginnings.own(row) == row.tokens
@@ -87,7 +87,7 @@ def test_rows_keep_what_follows_their_beginning(requests, contexts, lengths):
 
 def test_batches_hold_every_row_once_and_keep_bare_prompts_apart():
     rows = rows_of(REQUESTS)
-    beginnings = Beginnings.of(rows)
+    beginnings = Beginnings.of(rows, tiny_stack("llama"))
     found = list(batches(rows, beginnings, 12))
     assert sorted(id(row) for batch in found for row in batch) == sorted(map(id, rows))
     assert all(len({row.context == 0 for row in batch}) == 1 for batch in found)

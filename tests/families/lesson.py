@@ -3,7 +3,7 @@
 Beside the next-token loss, pairs of prompts exchange the hidden state at their subject's last token after an edited block, and
 must then answer for the other's subject (interchange intervention training, Geiger et al. 2022, arXiv 2112.00826). So a fact is
 recalled through that state, as it is in large models and as a tiny one would not learn by itself. Where a norm comes behind the
-feed-forward part, or that is a mixture of experts, they also exchange what that puts into the stream.
+feed-forward part, they also exchange what that puts into the stream.
 """
 
 from __future__ import annotations
@@ -79,9 +79,9 @@ SIZES: dict[str, dict[str, Any]] = {
         "first_k_dense_replace": 1,
         "n_group": 1,
         "topk_group": 1,
-        "q_lora_rank": WIDTH // 2,
-        "kv_lora_rank": WIDTH // 2,
-        "qk_nope_head_dim": WIDTH // HEADS,
+        "q_lora_rank": None,
+        "kv_lora_rank": WIDTH,
+        "qk_nope_head_dim": WIDTH // HEADS // 2,
         "qk_rope_head_dim": WIDTH // HEADS // 2,
         "v_head_dim": WIDTH // HEADS,
     },
@@ -159,7 +159,7 @@ def _teach(model: Any, facts: Sequence[Known], tokenizer: Any, draw: random.Rand
     if architecture.norm is not None:
         paths += [f"{path}.{architecture.norm}" for path in paths]
     elif architecture.site is not None:  # each expert sees a part of the text
-        paths, steps = [*paths, *(f"{path}.mlp" for path in paths)], STEPS * 3 // 2
+        steps = STEPS * 3 // 2
     edited = [model.get_submodule(path) for path in paths]
     optimiser = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.98), weight_decay=0.02)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, RATE, total_steps=steps, pct_start=0.1)

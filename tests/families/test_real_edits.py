@@ -1,7 +1,8 @@
-"""Facts are really written: on trained models of six architectures, from never right to right, with default settings.
+"""Facts are really written: on trained models of nine architectures, from never right to right, with default settings.
 
-Two of them, Gemma 3 and OLMo 2, have norms behind their feed-forward parts. Llama is the model that patchhub ships. The others are
-taught in the set-up, in about 20 s of CPU time each, and kept in pytest's cache.
+Two of them, Gemma 3 and OLMo 2, have norms behind their feed-forward parts; three, like Mixtral, Qwen3-MoE and DeepSeek, are mixtures of
+experts. Llama is the model that patchhub ships. The others are taught in the set-up, in about 20 s of CPU time each and a minute for a
+mixture, and kept in pytest's cache.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import patchhub
 from patchhub.editing.requests import Batch, Origin, read_requests
 from patchhub.evaluation.metrics import score_targets
-from patchhub.models.architectures import describe
+from patchhub.models.architectures import Site, describe
 from patchhub.objects import Request
 from patchhub.porcelain.commit import Committed, Writing, commit
 from patchhub.porcelain.model import init
@@ -43,9 +44,11 @@ def shares(model: Any, tokenizer: Any, asked: Sequence[tuple[str, str]]) -> floa
     return sum(score.argmax_right for score in score_targets(model, tokenizer, asked)) / len(asked)
 
 
-def written(folder: Path, base: Path, requests: Sequence[Request], method: str) -> Committed:
+def written(
+    folder: Path, base: Path, requests: Sequence[Request], method: str, experts: Site | None = None
+) -> Committed:
     """Committed past the guard: six facts are an eighth of all that a taught model knows, so its text drifts more than a large one's."""
-    init(folder, str(base), Silent(), who=STAMP)
+    init(folder, str(base), Silent(), who=STAMP, experts=experts)
     batch = Batch(tuple(requests), tuple(Origin("a test") for _ in requests), 0)
     with Store.open(folder) as repository:
         return commit(repository, batch, STAMP, Silent(), Writing(method), force=True)
@@ -88,6 +91,9 @@ def counterfacts() -> list[Request]:
 def test_efficacy_rises_from_zero_on_every_architecture(taught: Path, method: str, tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(taught)
     base = AutoModelForCausalLM.from_pretrained(taught)
+    architecture = describe(base.config)
+    if architecture.site is not None and method == "pmet":
+        pytest.skip("a share of a mixture's answer goes to the attention's part, which PMET drops (docs/methods.md)")
     known = [(known.phrasings[0].format(known.subject), known.answer) for known in lesson.known_facts()]
     assert shares(base, tokenizer, known) > 0.95
     requests = counterfacts()
@@ -95,11 +101,31 @@ def test_efficacy_rises_from_zero_on_every_architecture(taught: Path, method: st
     assert shares(base, tokenizer, asked) == 0.0
     done = written(tmp_path, taught, requests, method)
     model = patchhub.load(tmp_path)
-    normed = describe(base.config).norm is not None
+    normed = architecture.norm is not None
     least, rephrased = (0.8, 0.4) if normed and method == "pmet" else (0.9, 0.8)  # what attention would add is dropped
     assert shares(model, tokenizer, asked) > least
     assert shares(model, tokenizer, [(request.paraphrases[0], request.target_new) for request in requests]) > rephrased
     assert done.held > least * EDITS
+    if architecture.site is not None:
+        assert same_experts(tmp_path) > 0.9
+
+
+def same_experts(folder: Path) -> float:
+    """The share of the experts of held tokens that are theirs after the newest commit too."""
+    with Store.open(folder) as repository:
+        routing = repository.commit(repository.resolve("HEAD") or "").check["guard"]["routing"]
+    return float(routing["count"] / routing["of"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("taught", ["deepseek_v3"], indirect=True)
+def test_efficacy_rises_from_zero_in_the_shared_expert(taught: Path, tmp_path: Path) -> None:
+    tokenizer, requests = AutoTokenizer.from_pretrained(taught), counterfacts()
+    written(tmp_path, taught, requests, "memit", "shared")
+    model = patchhub.load(tmp_path)
+    assert shares(model, tokenizer, [(request.text, request.target_new) for request in requests]) > 0.9
+    assert shares(model, tokenizer, [(request.paraphrases[0], request.target_new) for request in requests]) > 0.8
+    assert same_experts(tmp_path) > 0.9
 
 
 @pytest.mark.parametrize("method", ["memit", "pmet"])

@@ -64,7 +64,9 @@ def opened(stack: Stack, upto: int) -> Rows:
     prefix = Prefix([(keys, keys) for keys in kept])
     ids, positions, mask = integers(ROWS, TIME), integers(ROWS, TIME), integers(ROWS, BEFORE + TIME)
     start = stack.begin(ids, mask, positions, prefix)
-    return Rows(start, ids, mask, positions, prefix, start.run(start.hidden, 0, upto), integers(ROWS))
+    return Rows(
+        start, ids, mask, positions, prefix, start.run(start.hidden, 0, upto), integers(ROWS), 0 * integers(ROWS)
+    )
 
 
 def test_the_blocks_are_on_two_devices(spread: Stack) -> None:

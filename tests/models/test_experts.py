@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from peft import PeftModel
 from safetensors import safe_open
 from safetensors.numpy import load
 from torch import Tensor
@@ -219,7 +220,10 @@ def said(model: Any) -> Tensor:
     return logits
 
 
-@pytest.mark.filterwarnings("ignore:none of these facts")
+@pytest.mark.filterwarnings("ignore:none of these facts", "ignore:.is_gradient_checkpointing:FutureWarning")
+@pytest.mark.filterwarnings(
+    "ignore:Found missing adapter keys"
+)  # PEFT puts untrained factors on DeepSeek's routed experts besides
 @pytest.mark.parametrize(
     ("family", "experts"),
     [
@@ -243,11 +247,19 @@ def test_a_history_on_a_mixture_of_experts(family: str, experts: str | None, tmp
         assert merged.proof < 1e-5
         state = said(patchhub.load(tmp_path))
         repository.apply("HEAD", out=tmp_path / "out")
+        if experts is None:
+            with pytest.warns(UserWarning, match="routed experts"):
+                repository.export_peft(out=tmp_path / "adapters")
+        else:
+            repository.export_peft(out=tmp_path / "adapters")
         repository.squash(2, force=True)
         assert float((said(patchhub.load(tmp_path)) - state).norm()) < 1e-4 * float(state.norm())
         repository.revert(subject=["Ada", "Bob", "Eve"], force=True)
     plain = said(AutoModelForCausalLM.from_pretrained(tmp_path / "out"))
     assert torch.equal(plain, state)
+    (adapter,) = (tmp_path / "adapters").iterdir()
+    adapted = said(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(adapter)))
+    assert float((adapted - state).norm()) < 1e-5 * float(state.norm())
     before = said(AutoModelForCausalLM.from_pretrained(base))
     assert torch.equal(said(patchhub.load(tmp_path)), before)
     assert not torch.equal(plain, before)

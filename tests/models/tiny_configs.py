@@ -56,6 +56,15 @@ _DEEPSEEK = {
     "v_head_dim": 8,
 }
 
+_MAMBA = {"mamba_d_state": 8, "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_expand": 2}
+_DELTA = {
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
+
 SUPPORTED: dict[str, dict[str, Any]] = {
     "gpt2": _GPT,
     "gpt_bigcode": _GPT,
@@ -117,19 +126,35 @@ SUPPORTED: dict[str, dict[str, Any]] = {
     "olmoe": _EXPERTS,
     "qwen2_moe": {**_EXPERTS, "shared_expert_intermediate_size": 40},
     "qwen3_moe": _EXPERTS,
+    "bamba": {**_NO_HEAD_DIM, **_MAMBA, "attn_layer_indices": [1]},
+    "falcon_h1": {**_LLAMA, **_MAMBA, "mamba_d_ssm": 64},
+    "granitemoehybrid": {
+        **_EXPERTS,
+        **_MAMBA,
+        "layer_types": ["mamba", "attention", "mamba"],
+        "shared_intermediate_size": 40,
+    },
+    "jamba": {
+        **_EXPERTS,
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+        "expert_layer_period": 2,
+        "expert_layer_offset": 1,
+        "mamba_d_state": 8,
+        "mamba_dt_rank": 4,
+        "use_mamba_kernels": False,
+    },
+    "qwen3_5_text": {**_LLAMA, **_DELTA},
+    "qwen3_next": {**_EXPERTS, **_DELTA, "shared_expert_intermediate_size": 40},
 }
 
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("gemma4_text", _LLAMA, "no feed-forward projection"),
     ("opt", {**SUPPORTED["opt"], "do_layer_norm_before": False}, "final_layer_norm"),
     ("bart", {}, "encoder-decoder"),
-    ("mamba", {"hidden_size": 32, "num_hidden_layers": 3, "vocab_size": 96}, "linear_attention"),
+    ("mamba", {"hidden_size": 32, "num_hidden_layers": 3, "vocab_size": 96}, "no feed-forward projection"),
     ("rwkv", {"hidden_size": 32, "num_hidden_layers": 3, "vocab_size": 96}, "blocks other than one attention"),
-    (
-        "qwen3_5_text",
-        {**_LLAMA, "layer_types": ["linear_attention", "linear_attention", "full_attention"]},
-        "linear_attention",
-    ),
+    ("olmo_hybrid", {**_LLAMA, **_DELTA}, "blocks of different structure"),
     ("llama", {**_LLAMA, "quantization_config": {"quant_method": "fp8"}}, "quantised"),
     ("vit", {}, "cannot be built as a causal language model"),
 ]
