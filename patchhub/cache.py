@@ -11,7 +11,7 @@ import errno
 import hashlib
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -22,6 +22,9 @@ from patchhub.fsio import CHUNK, READ_WRITE, TEMPORARY_SUFFIX, Disk, make_direct
 
 DOWNLOADS: Final = "receive-"
 """How the directories beside the kinds begin that hold what a fetch downloads while it runs."""
+
+HOME: Final = "PATCHHUB_CACHE"
+"""The environment's variable that names the folder of what a user keeps for all repositories."""
 
 _ENTRY = re.compile(r"[\w-]+/(?:([0-9a-f]{64})\.)?[0-9a-f]{64}/[0-9a-f]{64}\.\w+", re.ASCII)
 _ALONE: Final = 4 * CHUNK  # bytes that one thread hashes sooner than others are started
@@ -127,6 +130,22 @@ class Cache:
             path.unlink(missing_ok=True)
             if path.parent != self.folder:
                 path.parent.rmdir()
+
+
+def user_folder(environment: Mapping[str, str]) -> Path | None:
+    """Where a user keeps what follows from a base alone: ``PATCHHUB_CACHE``, else patchhub's in the folder for caches of all programs.
+
+    None where neither is named and there is no home.
+    """
+    if environment.get(HOME):
+        return Path(environment[HOME])
+    caches = environment.get("XDG_CACHE_HOME", "")
+    if Path(caches).is_absolute():  # the specification has others ignored
+        return Path(caches) / "patchhub"
+    try:
+        return Path.home() / ".cache" / "patchhub"
+    except RuntimeError:
+        return None
 
 
 @dataclass(frozen=True)

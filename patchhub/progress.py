@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 
 class Progress(Protocol):
@@ -17,6 +17,19 @@ class Progress(Protocol):
     def warn(self, message: str) -> None: ...
 
     def close(self) -> None: ...
+
+
+@runtime_checkable
+class Noting(Protocol):
+    """A listener that also hears sentences which are no warnings."""
+
+    def note(self, message: str) -> None: ...
+
+
+def note(progress: Progress, message: str) -> None:
+    """Say what is about to be done, and why, to a listener that hears such."""
+    if isinstance(progress, Noting):
+        progress.note(message)
 
 
 class Silent:
@@ -63,6 +76,13 @@ class Bars:
     def warn(self, message: str) -> None:
         self.close()
         self._say(message)
+
+    def note(self, message: str) -> None:
+        """Say a sentence where there are bars."""
+        self.close()
+        make = _bar_class() if self._shown else None
+        if make is not None:
+            make.write(message, file=sys.stderr)
 
     def close(self) -> None:
         if self._bar is not None:

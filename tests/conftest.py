@@ -1,9 +1,14 @@
-"""What all tests share: one torch thread (tiny models are slower with more), and no network."""
+"""What all tests share: one torch thread (tiny models are slower with more), no network, and a folder in place of the user's cache."""
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import tempfile
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["PATCHHUB_CACHE"] = tempfile.mkdtemp(prefix="patchhub-tests-")
+atexit.register(shutil.rmtree, os.environ["PATCHHUB_CACHE"], ignore_errors=True)

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from patchhub.cache import DOWNLOADS, Cache, Kind, Slot, digest_of
+from patchhub.cache import DOWNLOADS, Cache, Kind, Slot, digest_of, user_folder
 from patchhub.errors import RepositoryError
 from patchhub.fsio import CHUNK, Disk
 
@@ -275,3 +275,11 @@ def test_two_writers_of_one_key_never_damage_anything(tmp_path: Path, limit: int
     assert found <= expected
     assert not told.words
     assert found == expected if not limit else 0 < sum(map(len, found)) <= limit + 7
+
+
+def test_a_users_folder_is_named_by_the_environment(tmp_path: Path) -> None:
+    home = Path.home() / ".cache" / "patchhub"
+    assert user_folder({}) == home
+    assert user_folder({"XDG_CACHE_HOME": str(tmp_path)}) == tmp_path / "patchhub"
+    assert user_folder({"XDG_CACHE_HOME": "not/absolute"}) == home
+    assert user_folder({"XDG_CACHE_HOME": str(tmp_path), "PATCHHUB_CACHE": str(tmp_path / "mine")}) == tmp_path / "mine"

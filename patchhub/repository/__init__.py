@@ -12,6 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Union
 
+from patchhub.cache import user_folder
 from patchhub.progress import Progress
 from patchhub.repository.arguments import Amount, Mode, Place, check, in_bytes, listener, place_of, who_of
 from patchhub.repository.looking import LookingVerbs
@@ -90,7 +91,10 @@ class Repository(WritingVerbs, LookingVerbs, ModelVerbs, RefVerbs):
 
     def _hear(self, store: Store, progress: bool | Progress) -> None:
         self.store, self.progress = store, listener(progress)
-        store.cache = replace(store.cache, tell=self.progress.warn)
+        store.cache = store.shared = replace(store.cache, tell=self.progress.warn)
+        own = user_folder(os.environ)
+        if own is not None:
+            store.shared = replace(store.cache, folder=own)
 
     @classmethod
     def _of(cls, store: Store, progress: bool | Progress) -> "Repository":

@@ -41,13 +41,14 @@ class Store(Reading):
     Attributes:
         root: the ``.patchhub`` directory.
         cache: a directory whose content can be deleted at any time. Front ends replace it by one that tells the user of damage.
+        shared: the same for what follows from a base alone, whatever the repository. Front ends replace it by the user's own.
     """
 
     def __init__(self, root: Path, *, disk: Disk = DISK) -> None:
         """Open `root`, which is a ``.patchhub`` directory; see `open` and `discover`."""
         super().__init__()
         self.root = root
-        self.cache = Cache(root / "cache")
+        self.cache = self.shared = Cache(root / "cache")
         self.objects = ObjectStore(root / "objects", disk=disk, remembered=_REMEMBERED)
         self.config: Config = read_config(root / "config.json")
         self._disk = disk

@@ -1,56 +1,88 @@
-"""Text that the base itself writes: context prefixes for the editors, and text for the metric when none is given."""
+"""Text that the base itself writes: context prefixes for the editors, and text for the metric when none is given.
+
+Contexts are written by the model as it is. Documents are only measured, so they need the model's distribution and not its last digits:
+they are written in bfloat16 where the processor multiplies that faster, and kept, to be continued where more is asked for."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any, Final
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers.cache_utils import DynamicCache
+from torch.overrides import TorchFunctionMode
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from patchhub.cache import Cache, Kind, Slot
+from patchhub.canonical import canonical_json
 from patchhub.models.tracing import Stack
 from patchhub.text.tokens import tokenise
+
+TEXT: Final = Kind("text", ".json", limit=1 << 28)
+"""Documents of a base."""
 
 # The five openings of the published MEMIT code (memit_main.py, get_context_templates).
 _OPENINGS = ("The", "Therefore", "Because", "I", "You")
 _BATCH = 128
+_BLOCK = 256  # tokens of the vocabulary whose probabilities are summed before a draw looks into them
+_FAR = 0.1  # mean total variation between two models' predictions beyond which one does not write in the other's place
+
+Choose = Callable[[Float[Tensor, "batch vocabulary"], int], Int[Tensor, " batch"]]
+"""The next token of every row, given float32 logits and how many tokens were written before."""
 
 
-@torch.no_grad()
 def continue_tokens(
-    stack: Stack,
-    start: Int[Tensor, "batch time"],
-    length: int,
-    generator: torch.Generator,
-    *,
-    top_k: int | None = None,
+    stack: Stack, start: Int[Tensor, "batch time"], length: int, generator: torch.Generator
 ) -> Int[Tensor, "batch total"]:
     """Sample until each sequence has ``length`` tokens; ``generator`` lives on the CPU, so draws do not depend on the device."""
-    cache = DynamicCache(config=stack.model.config)
-    tokens, latest = start.to(stack.device), start.to(stack.device)
-    while tokens.shape[1] < length:
-        with stack.fast():
-            logits = stack.model(input_ids=latest, past_key_values=cache, use_cache=True).logits[:, -1].float().cpu()
-        latest = torch.multinomial(_truncated(logits, top_k), 1, generator=generator).to(stack.device)
-        tokens = torch.cat([tokens, latest], dim=1)
-    return tokens
+
+    def choose(logits: Float[Tensor, "batch vocabulary"], step: int) -> Int[Tensor, " batch"]:
+        return torch.multinomial(logits.cpu().softmax(-1), 1, generator=generator)[:, 0]
+
+    return _continued(stack, start, length, choose)
 
 
 def context_templates(stack: Stack, tokenizer: Any, *, length: int = 10, seed: int = 0) -> tuple[str, ...]:
     """The contexts that a request is optimised and read in: the bare prompt and five sampled openings.
 
-    As published: top-5 sampling up to ``length`` tokens in all from each opening, followed by ". {}".
+    As published: top-5 sampling up to ``length`` tokens in all from each opening, followed by ". {}". Openings of equally many tokens are
+    continued together. A token is drawn as `torch.multinomial` draws it, the one that is first in a race of exponential times, with the
+    times of one opening after those of the other: so the contexts of a seed are those that were drawn one by one.
     """
     generator = torch.Generator().manual_seed(seed)
-    found = []
-    for opening in _OPENINGS:
-        start = torch.tensor([tokenise(tokenizer, [opening])[0][0]])
-        tokens = continue_tokens(stack, start, length, generator, top_k=5)
-        text = tokenizer.decode(tokens[0], skip_special_tokens=True)
-        found.append(" ".join(text.replace("{", " ").replace("}", " ").split()) + ". {}")
-    return ("{}", *found)
+    openings = [tokenise(tokenizer, [opening])[0][0] for opening in _OPENINGS]
+    drawn = [
+        [torch.empty(stack.vocabulary).exponential_(generator=generator) for _ in range(length - len(ids))]
+        for ids in openings
+    ]
+    texts: dict[int, str] = {}
+    for size in dict.fromkeys(map(len, openings)):
+        rows = [row for row, ids in enumerate(openings) if len(ids) == size]
+        race = torch.stack([torch.stack(drawn[row]) for row in rows])
+        start = torch.tensor([openings[row] for row in rows])
+        tokens = _continued(stack, start, length, _by_race(race, top_k=5))
+        for row, ids in zip(rows, tokens, strict=True):
+            texts[row] = tokenizer.decode(ids, skip_special_tokens=True)
+    found = [texts[row].replace("{", " ").replace("}", " ").split() for row in range(len(openings))]
+    return ("{}", *(" ".join(words) + ". {}" for words in found))
+
+
+@dataclass(frozen=True)
+class KeptText:
+    """Where the documents of a base are kept, for all repositories of it.
+
+    Attributes:
+        cache: whose entries of `TEXT` they are.
+        base: the base's id.
+    """
+
+    cache: Cache
+    base: str
 
 
 def sample_documents(
@@ -60,31 +92,238 @@ def sample_documents(
     *,
     length: int,
     seed: int = 0,
+    kept: KeptText | None = None,
     progress: Callable[[int], None] = lambda tokens: None,
 ) -> list[list[int]]:
     """About ``total`` tokens in documents of ``length``, each begun at another random token of the vocabulary.
 
     Random beginnings matter: text that always starts at the end-of-text token covers far fewer of the base's keys. Tokens
-    that the tokenizer puts in front of every text (``<s>``) come first. Sampling is from the whole distribution.
+    that the tokenizer puts in front of every text (``<s>``) come first. Sampling is from the whole distribution. Every document has random
+    numbers of its own, so that the first ones of a longer text are a shorter one.
+
+    Args:
+        kept: where finished batches are looked for and put, so that what was interrupted goes on and nothing is sampled twice.
+        progress: called with numbers of tokens, at every step.
     """
-    generator = torch.Generator().manual_seed(seed)
-    vocabulary = stack.model.config.get_text_config().vocab_size
-    allowed = torch.tensor(sorted(set(range(vocabulary)) - set(tokenizer.all_special_ids)))
-    ids, offsets = tokenise(tokenizer, ["a"])[0]
-    front = [token for token, (begin, end) in zip(ids, offsets, strict=True) if begin == end]
-    documents: list[list[int]] = []
-    while len(documents) * length < total:
-        rows = min(_BATCH, -(-(total - len(documents) * length) // length))
-        begun = allowed[torch.randint(len(allowed), (rows, 1), generator=generator)]
-        start = torch.cat([torch.tensor([front] * rows, dtype=torch.long), begun], dim=1)
-        documents += continue_tokens(stack, start, length, generator).tolist()
-        progress(rows * length)
+    text, count = _Beginnings.of(stack, tokenizer, length, seed), -(-total // length)
+    slot = (
+        None if kept is None else kept.cache.slot(TEXT, base=kept.base, dtype=str(_quick_type(stack)), **asdict(text))
+    )
+    documents = _kept_documents(slot)[:count] if slot else []
+    progress(len(documents) * length)
+    if len(documents) == count:
+        return documents
+    with _quick(stack):
+        while len(documents) < count:
+            first = len(documents)
+            start, uniform = text.draw(range(first, min(count, first + _BATCH - first % _BATCH)))
+            progress(start.numel())
+            choose = _by_cumulation(uniform.to(stack.device))
+            documents += _continued(stack, start, length, choose, progress=progress).tolist()
+            if slot:
+                slot.keep([canonical_json({"first": first, "documents": documents[first:]})])
     return documents
 
 
-def _truncated(logits: Float[Tensor, "batch vocabulary"], top_k: int | None) -> Float[Tensor, "batch vocabulary"]:
+def _kept_documents(slot: Slot) -> list[list[int]]:
+    """The documents of a slot from the first up to the first that is missing."""
+    parts: dict[int, list[list[int]]] = {}
+    for entry in map(json.loads, slot.contents()):
+        parts[entry["first"]] = max(entry["documents"], parts.get(entry["first"], []), key=len)
+    found: list[list[int]] = []
+    while len(found) in parts:
+        found += parts[len(found)]
+    return found
+
+
+@dataclass(frozen=True)
+class _Beginnings:
+    """What documents depend on besides the model: tokens in front of each, tokens that none begins with, their length, and the seed."""
+
+    front: tuple[int, ...]
+    special: tuple[int, ...]
+    vocabulary: int
+    length: int
+    seed: int
+
+    @classmethod
+    def of(cls, stack: Stack, tokenizer: Any, length: int, seed: int) -> _Beginnings:
+        ids, offsets = tokenise(tokenizer, ["a"])[0]
+        front = tuple(token for token, (begin, end) in zip(ids, offsets, strict=True) if begin == end)
+        vocabulary = stack.model.config.get_text_config().vocab_size
+        return cls(front, tuple(sorted(set(tokenizer.all_special_ids))), vocabulary, length, seed)
+
+    def draw(self, documents: Iterable[int]) -> tuple[Int[Tensor, "batch time"], Float[Tensor, "batch steps"]]:
+        """The first tokens of some documents, and a number from [0, 1) for each token that follows."""
+        allowed = sorted(set(range(self.vocabulary)).difference(self.special))
+        rows, numbers = [], []
+        for place in documents:
+            digest = hashlib.sha256(f"{self.seed}\0{place}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+            drawn = torch.rand(max(1, self.length - len(self.front)), generator=generator, dtype=torch.float64)
+            rows.append([*self.front, allowed[int(drawn[0] * len(allowed))]])
+            numbers.append(drawn[1:])
+        return torch.tensor(rows), torch.stack(numbers)
+
+
+@torch.no_grad()
+def _continued(
+    stack: Stack,
+    start: Int[Tensor, "batch time"],
+    length: int,
+    choose: Choose,
+    *,
+    progress: Callable[[int], None] = lambda tokens: None,
+) -> Int[Tensor, "batch total"]:
+    cache = DynamicCache(config=stack.model.config)
+    cache.layers = [_Roomy(length) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    latest = start.to(stack.device)
+    tokens = [latest]
+    with stack.fast(), _OneQuery():
+        for step in range(length - start.shape[1]):
+            found = stack.model(input_ids=latest, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            latest = choose(found.logits[:, -1].float(), step).to(stack.device)[:, None]
+            tokens.append(latest)
+            progress(len(latest))
+    return torch.cat(tokens, dim=1)
+
+
+def _by_cumulation(uniform: Float[Tensor, "batch steps"]) -> Choose:
+    """The token at which the cumulated probabilities pass each row's number.
+
+    Sums of blocks are cumulated first, then the tokens of one block: a cumulated sum over a vocabulary takes ten times as long as its sum.
+    """
+
+    def choose(logits: Float[Tensor, "batch vocabulary"], step: int) -> Int[Tensor, " batch"]:
+        padded = torch.nn.functional.pad(logits, (0, -logits.shape[1] % _BLOCK), value=-torch.inf)
+        weights = (padded - padded.amax(1, keepdim=True)).exp_().view(len(logits), -1, _BLOCK)
+        sums = weights.sum(-1).double().cumsum(1)
+        level = uniform[:, step, None] * sums[:, -1:]
+        block = torch.searchsorted(sums, level, right=True).clamp(max=sums.shape[1] - 1)
+        before = torch.where(block > 0, sums.gather(1, (block - 1).clamp(min=0)), 0.0)
+        inner = weights[torch.arange(len(logits), device=weights.device), block[:, 0]].double().cumsum(1)
+        # The two sums round differently: what is left may reach the end of the block, where there may be nothing but padding.
+        left = torch.minimum(level - before, torch.nextafter(inner[:, -1:], torch.zeros_like(level)))
+        return (block * _BLOCK + torch.searchsorted(inner, left, right=True))[:, 0]
+
+    return choose
+
+
+def _by_race(times: Float[Tensor, "batch steps vocabulary"], top_k: int) -> Choose:
+    """Of the k most probable tokens the one whose time divided by its probability is least."""
+
+    def choose(logits: Float[Tensor, "batch vocabulary"], step: int) -> Int[Tensor, " batch"]:
+        return (_truncated(logits.cpu(), top_k) / times[:, step]).argmax(-1)
+
+    return choose
+
+
+def _truncated(logits: Float[Tensor, "batch vocabulary"], top_k: int) -> Float[Tensor, "batch vocabulary"]:
     """Probabilities with everything outside the top k set to zero."""
-    if top_k is not None:
-        floor = logits.topk(min(top_k, logits.shape[1])).values[:, -1:]
-        logits = logits.masked_fill(logits < floor, -torch.inf)
-    return logits.softmax(-1)
+    floor = logits.topk(min(top_k, logits.shape[1])).values[:, -1:]
+    return logits.masked_fill(logits < floor, -torch.inf).softmax(-1)
+
+
+class _Roomy(DynamicLayer):  # type: ignore[no-untyped-call]  # transformers registers subclasses untyped
+    """Keys and values of one block with room for all positions, which are not copied for each new one."""
+
+    def __init__(self, length: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._length = length
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        super().lazy_initialization(key_states, value_states)
+        room = [(*states.shape[:-2], self._length, states.shape[-1]) for states in (key_states, value_states)]
+        self._keys, self._values = key_states.new_empty(room[0]), value_states.new_empty(room[1])
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        begin = self.get_seq_length()
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        end = begin + key_states.shape[-2]
+        self._keys[..., begin:end, :], self._values[..., begin:end, :] = key_states, value_states
+        self.keys, self.values = self._keys[..., :end, :], self._values[..., :end, :]
+        return self.keys, self.values
+
+
+class _OneQuery(TorchFunctionMode):
+    """While open, attention with one query per row is two products, in the type that the model runs in.
+
+    PyTorch's own kernels are made for many queries: in bfloat16 on a CPU they take as long as all other products of a step.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        ours = func is torch.nn.functional.scaled_dot_product_attention and args and args[0].shape[-2] == 1
+        if ours and not kwargs.get("is_causal") and not kwargs.get("dropout_p"):
+            return _attend(*args, **kwargs)
+        return func(*args, **kwargs)
+
+
+def _attend(
+    query: Float[Tensor, "batch heads 1 d"],
+    key: Float[Tensor, "batch groups time d"],
+    value: Float[Tensor, "batch groups time e"],
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Float[Tensor, "batch heads 1 e"]:
+    """What `torch.nn.functional.scaled_dot_product_attention` gives for one query; heads are consecutive within their group."""
+    batch, heads, _, width = query.shape
+    rows = (batch, key.shape[1], heads // key.shape[1])
+    scores = query.reshape(*rows, width) @ key.mT * (width**-0.5 if scale is None else scale)
+    if attn_mask is not None:
+        mask = attn_mask.expand(batch, heads, 1, key.shape[-2]).reshape(*rows, -1)
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    return (scores.softmax(-1) @ value).view(batch, heads, 1, -1)
+
+
+def _quick_type(stack: Stack) -> torch.dtype:
+    """The type in which the model writes documents: bfloat16 where the processor has products of it and the model is in a wider type."""
+    dtype: torch.dtype = stack.model.dtype
+    capable = stack.device.type == "cpu" and any(
+        torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16")
+    )
+    wider = dtype in (torch.float32, torch.float16) and all(p.dtype == dtype for p in stack.model.parameters())
+    return torch.bfloat16 if capable and wider else dtype
+
+
+@contextmanager
+def _quick(stack: Stack) -> Iterator[None]:
+    """While open, the model runs in `_quick_type`, if it says nearly the same there; its own weights are kept and put back."""
+    dtype, own = _quick_type(stack), [(parameter, parameter.data) for parameter in stack.model.parameters()]
+    if dtype == stack.model.dtype:
+        yield
+        return
+    said = _said(stack)
+    try:
+        for parameter, data in own:
+            parameter.data = data.to(dtype)
+        if not _is_near(stack, said):
+            _put_back(own)
+        yield
+    finally:
+        _put_back(own)
+
+
+def _put_back(own: Sequence[tuple[torch.nn.Parameter, Tensor]]) -> None:
+    for parameter, data in own:
+        parameter.data = data
+
+
+@torch.no_grad()
+def _said(stack: Stack) -> Float[Tensor, "tokens vocabulary"]:
+    """The model's predictions after some tokens of the vocabulary that are far apart."""
+    ids = torch.linspace(0, stack.vocabulary - 1, 32).long().view(4, 8).to(stack.device)
+    with stack.fast():
+        found: Tensor = stack.model(input_ids=ids, use_cache=False).logits
+    return found.float().softmax(-1).flatten(0, 1)
+
+
+def _is_near(stack: Stack, said: Float[Tensor, "tokens vocabulary"]) -> bool:
+    try:
+        return float((_said(stack) - said).abs().sum(-1).mean()) / 2 < _FAR
+    except RuntimeError:  # buffers of the type that it was in meet weights of the other
+        return False

@@ -18,13 +18,13 @@ from patchhub.errors import RepositoryError, RequestError
 from patchhub.evaluation.drift import leading
 from patchhub.models.tracing import Stack
 from patchhub.objects import Metric, Text
-from patchhub.progress import Progress
+from patchhub.progress import Progress, note
 from patchhub.runtime.patched_model import unpatched
 from patchhub.sets.columns import stacked_weights
 from patchhub.sets.settings import metric_settings
 from patchhub.store.config import Recording
 from patchhub.store.store import Store
-from patchhub.text.sampling import context_templates, sample_documents
+from patchhub.text.sampling import KeptText, context_templates, sample_documents
 
 HELD: Final = Kind("held", ".json")
 
@@ -41,6 +41,11 @@ def set_aside(documents: Documents) -> tuple[list[list[int]], list[list[int]]]:
     """(measured, held): the second moments' documents, and every tenth one."""
     measured = [list(document) for number, document in enumerate(documents, 1) if number % _EVERY]
     return measured, [list(document) for document in documents[_EVERY - 1 :: _EVERY]]
+
+
+def with_held(tokens: int) -> int:
+    """How many tokens of text leave so many when the held part is set aside."""
+    return -(-tokens * _EVERY // (_EVERY - 1))
 
 
 def measured_part(documents: Documents, metric: Metric) -> list[list[int]]:
@@ -81,7 +86,9 @@ def held_documents(
         seed = int(metric.source.get("seed", 0) if metric else 0) + _SEED_STEP
         kept = [
             tuple(document)
-            for document in sample_documents(stack, tokenizer, _SAMPLED_TOKENS, length=_HELD_LENGTH, seed=seed)
+            for document in sample_documents(
+                stack, tokenizer, _SAMPLED_TOKENS, length=_HELD_LENGTH, seed=seed, kept=kept_text(repository)
+            )
         ]
         _write(repository, metric.id if metric else repository.config.base_id, kept)
     return kept
@@ -115,9 +122,27 @@ def sampled_documents(
     seed = int(settings.get("metric.seed", 0))
     width = max(p.shape[1] // max(1, p.experts) for p in stack.architecture.feed_forward)
     total = int(settings.get("metric.tokens", _SAMPLED_TOKENS_PER_INPUT * width))
+    note(
+        progress,
+        f"This first commit reads the base: {total:,} tokens that it writes by itself, and how it uses them. The text is kept for all "
+        "repositories of this base. --text FILE takes yours instead.",
+    )
     progress.stage("text from the base", total)
-    documents = sample_documents(stack, tokenizer, total, length=_SAMPLED_LENGTH, seed=seed, progress=progress.advance)
+    documents = sample_documents(
+        stack,
+        tokenizer,
+        total,
+        length=_SAMPLED_LENGTH,
+        seed=seed,
+        kept=kept_text(repository),
+        progress=progress.advance,
+    )
     return documents, {"kind": "sampled", "seed": seed}
+
+
+def kept_text(repository: Store) -> KeptText:
+    """Where text that the base writes is kept, for every repository of it."""
+    return KeptText(repository.shared, repository.config.base_id)
 
 
 def kept_documents(repository: Store, metric: Metric, weights: Sequence[str]) -> Documents:

@@ -42,6 +42,7 @@ from patchhub.sets.shards import (
 )
 from patchhub.store.store import Store
 from patchhub.text.sampling import context_templates, sample_documents
+from patchhub.worktree.metric import kept_text, set_aside, with_held
 from patchhub.worktree.opening import Worktree, base_files, open_worktree
 from patchhub.worktree.states import patch_state, stored_shard
 
@@ -50,7 +51,6 @@ TEXT: Final = Kind("wise", ".json")
 _TOKENS: Final = 4_096  # at least
 _TOKENS_PER_INPUT: Final = 6  # of the widest feed-forward network: fewer, and locality suffers (docs/wise.md)
 _LENGTH: Final = 64
-_SEED_STEP: Final = 2  # the metric's text and the held text have other seeds
 
 
 @dataclass(frozen=True)
@@ -62,22 +62,27 @@ class WiseText:
 
 
 def open_wise_text(repository: Store, tree: Worktree, seed: int, progress: Progress) -> WiseText:
-    """The text for a seed, sampled from the unpatched base and kept in the cache: a function of base and seed."""
+    """The text for a seed, sampled from the unpatched base and kept in the cache: a function of base and seed.
+
+    It is the metric's text of that seed, without the part that is held aside.
+    """
     slot = repository.cache.slot(TEXT, of=repository.config.base_id, seed=seed)
     for kept in map(json.loads, slot.contents()):
         return WiseText(tuple(kept["contexts"]), tuple(map(tuple, kept["locality"])))
     tokens = max(_TOKENS, _TOKENS_PER_INPUT * max(inner for _, inner in tree.architecture.shapes))
-    progress.stage("text from the base", tokens)
+    progress.stage("text from the base", with_held(tokens))
     with _unpatched(repository, tree):
         documents = sample_documents(
             tree.stack,
             tree.tokenizer,
-            tokens,
+            with_held(tokens),
             length=_LENGTH,
-            seed=seed + _SEED_STEP,
+            seed=seed,
+            kept=kept_text(repository),
             progress=progress.advance,
         )
-        text = WiseText(context_templates(tree.stack, tree.tokenizer), tuple(map(tuple, documents)))
+        locality = set_aside(documents)[0]
+        text = WiseText(context_templates(tree.stack, tree.tokenizer), tuple(map(tuple, locality)))
     slot.keep([canonical_json(asdict(text))])
     return text
 

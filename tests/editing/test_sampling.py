@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+from functools import partial
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from patchhub.cache import Cache
 from patchhub.models.tracing import Stack
-from patchhub.text.sampling import _truncated, context_templates, continue_tokens, sample_documents
+from patchhub.text.sampling import (
+    KeptText,
+    _attend,
+    _by_cumulation,
+    _by_race,
+    _continued,
+    _quick,
+    _truncated,
+    context_templates,
+    continue_tokens,
+    sample_documents,
+)
 from tests.tiny_models import BOS, FAMILIES, VOCABULARY, tiny_model, tiny_stack, tiny_tokenizer
 
 
@@ -30,9 +45,52 @@ def test_top_k_keeps_the_k_largest(seed, size, k, spread):
         torch.testing.assert_close(kept[sorted(chosen)], row[sorted(chosen)].softmax(-1))
 
 
-def test_without_truncation_it_is_the_softmax():
-    logits = torch.randn(2, 9, generator=generator())
-    assert torch.equal(_truncated(logits, None), logits.softmax(-1))
+# --- one draw
+
+
+@settings(deadline=None)
+@given(st.integers(0, 10**6), st.sampled_from([2, 255, 256, 257, 700]), st.floats(0.1, 30))
+def test_a_draw_is_where_the_cumulated_probabilities_pass_the_number(seed, size, spread):
+    logits = spread * torch.randn(8, size, generator=generator(seed))
+    uniform = torch.rand(8, 1, generator=generator(seed + 1), dtype=torch.float64)
+    found = _by_cumulation(uniform)(logits, 0)
+    passed = logits.double().softmax(-1).cumsum(-1)
+    rows = torch.arange(8)
+    assert bool((passed[rows, found] >= uniform[:, 0] - 1e-6).all())
+    before = passed[rows, found] - logits.double().softmax(-1)[rows, found]
+    assert bool((before <= uniform[:, 0] + 1e-6).all())
+
+
+@pytest.mark.parametrize("number", [0.0, 1 - 2.0**-53])
+def test_no_draw_is_of_a_token_without_probability(number):
+    logits = torch.full((1, 300), -torch.inf)
+    logits[0, [7, 40]] = torch.tensor([0.3, 0.1])
+    assert int(_by_cumulation(torch.tensor([[number]], dtype=torch.float64))(logits, 0)) in (7, 40)
+
+
+def test_a_race_is_won_by_the_token_that_multinomial_draws():
+    logits = 3 * torch.randn(1, VOCABULARY, generator=generator(1))
+    ours, theirs = generator(2), generator(2)
+    for _ in range(50):
+        times = torch.empty(VOCABULARY).exponential_(generator=ours)
+        expected = torch.multinomial(_truncated(logits, 5), 1, generator=theirs)
+        assert int(_by_race(times[None, None], 5)(logits, 0)) == int(expected)
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (6, 2), (4, 1)])
+@pytest.mark.parametrize("mask", [None, "bool", "float", "each head"])
+def test_attention_of_one_query_is_pytorchs(heads, mask):
+    random = partial(torch.randn, generator=generator(3))
+    query, key, value = random(3, heads[0], 1, 8), random(3, heads[1], 5, 8), random(3, heads[1], 5, 4)
+    given_ = {
+        None: None,
+        "bool": random(3, 1, 1, 5) > -1,
+        "float": random(3, 1, 1, 5),
+        "each head": random(1, heads[0], 1, 5),
+    }[mask]
+    options = {"attn_mask": given_, "scale": 0.3, "enable_gqa": heads[0] != heads[1]}
+    expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, **options)
+    torch.testing.assert_close(_attend(query, key, value, **options), expected)
 
 
 # --- sampling
@@ -56,22 +114,22 @@ def test_the_seed_decides_and_the_global_state_is_left_alone(family):
 def test_top_1_is_the_argmax_of_a_full_forward(family):
     """So the cache that sampling keeps gives the model's own logits."""
     stack = tiny_stack(family)
-    found = continue_tokens(stack, torch.tensor([[5, 6], [9, 11]]), 9, generator(), top_k=1)
+    found = _continued(stack, torch.tensor([[5, 6], [9, 11]]), 9, lambda logits, step: logits.argmax(-1))
     with torch.no_grad():
         logits = stack.model(input_ids=found, attention_mask=torch.ones_like(found), use_cache=False).logits
     assert torch.equal(logits[:, 1:-1].argmax(-1), found[:, 2:])
 
 
 def test_draws_follow_the_models_distribution():
-    """4,000 draws of one token against its probabilities: total variation below what chance makes likely."""
+    """20,000 draws of one token against its probabilities: total variation below what chance makes likely."""
     stack = tiny_stack("gpt2")
-    start = torch.tensor([[5, 6]]).expand(4000, 2)
-    drawn = continue_tokens(stack, start, 3, generator(), top_k=5)[:, 2]
+    start = torch.tensor([[5, 6]]).expand(20_000, 2)
+    uniform = torch.rand(20_000, 1, generator=generator(), dtype=torch.float64)
+    drawn = _continued(stack, start, 3, _by_cumulation(uniform))[:, 2]
     with torch.no_grad():
-        expected = _truncated(stack.model(input_ids=start[:1]).logits[:, -1], 5)[0]
+        expected = stack.model(input_ids=start[:1]).logits[0, -1].softmax(-1)
     share = torch.bincount(drawn, minlength=VOCABULARY) / len(drawn)
-    assert int((share > 0).sum()) == 5
-    assert float((share - expected).abs().sum()) / 2 < 0.03
+    assert float((share - expected).abs().sum()) / 2 < 0.06
 
 
 def test_a_start_that_is_long_enough_is_returned():
@@ -161,3 +219,44 @@ def test_documents_depend_on_the_seed_alone():
     torch.manual_seed(2)
     assert sample_documents(tiny_stack("qwen3"), tiny_tokenizer(), 64, length=8, seed=1) == first
     assert sample_documents(tiny_stack("qwen3"), tiny_tokenizer(), 64, length=8, seed=2) != first
+
+
+def test_a_longer_text_begins_with_a_shorter_one():
+    longer = sample_documents(tiny_stack("llama"), tiny_tokenizer(), 8 * 150, length=8)
+    assert sample_documents(tiny_stack("llama"), tiny_tokenizer(), 8 * 5, length=8) == longer[:5]
+
+
+class Stopped(Exception):
+    pass
+
+
+def test_what_was_interrupted_goes_on_and_what_is_kept_is_not_sampled_again(tmp_path: Path):
+    """130 documents are two batches; the second is stopped."""
+    stack, kept = tiny_stack("llama"), KeptText(Cache(tmp_path), "0" * 64)
+    sample = partial(sample_documents, stack, tiny_tokenizer(), 8 * 130, length=8)
+    seen: list[int] = []
+
+    def stop(tokens: int) -> None:
+        seen.append(tokens)
+        if sum(seen) > 8 * 128:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        sample(kept=kept, progress=stop)
+    seen.clear()
+    found = sample(kept=kept, progress=seen.append)
+    assert seen[0] == 8 * 128, "the first batch was there"
+    assert found == sample()
+    seen.clear()
+    assert sample(kept=kept, progress=seen.append) == found
+    assert seen == [8 * 130]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_weights_are_put_back_bit_for_bit(family):
+    stack = tiny_stack(family)
+    before = {name: (tensor.dtype, tensor.clone()) for name, tensor in stack.model.state_dict().items()}
+    with pytest.raises(Stopped), _quick(stack):
+        raise Stopped
+    after = stack.model.state_dict()
+    assert all(after[name].dtype == dtype and torch.equal(after[name], was) for name, (dtype, was) in before.items())

@@ -16,10 +16,10 @@ HERE = Path(__file__).parent
 
 def main() -> None:
     os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "SOURCE_DATE_EPOCH": EPOCH}
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory() as name, tempfile.TemporaryDirectory() as os.environ["PATCHHUB_CACHE"]:
         make_history(Path(name))
         write(HERE / "history.json", found_in(Path(name)))
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory() as name, tempfile.TemporaryDirectory() as os.environ["PATCHHUB_CACHE"]:
         for verb, documents in run_all(Path(name)).items():
             write(file_of(verb), documents)
 

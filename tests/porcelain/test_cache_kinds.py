@@ -31,8 +31,9 @@ from patchhub.progress import Silent
 from patchhub.sets import guard
 from patchhub.store.fsck import check
 from patchhub.store.store import Store
+from patchhub.text.sampling import sample_documents
 from patchhub.who import Who
-from patchhub.worktree.metric import held_documents, open_recorder
+from patchhub.worktree.metric import held_documents, kept_text, open_recorder
 from patchhub.worktree.opening import Worktree, open_base, open_worktree
 from patchhub.worktree.shards import open_wise_text
 from tests.porcelain.taught import AUTHOR, PLACES, TIME, fact, make_store
@@ -82,6 +83,11 @@ def held(repository: Store) -> Any:
     return held_documents(repository, None, base.stack, base.tokenizer)
 
 
+def text(repository: Store) -> Any:
+    base = opened(repository)
+    return sample_documents(base.stack, base.tokenizer, 640, length=64, seed=5, kept=kept_text(repository))
+
+
 def scores(repository: Store) -> Any:
     return evaluate(repository, "HEAD", FACTS, Silent(), who=Who(AUTHOR, TIME), keep=False).scores
 
@@ -114,7 +120,8 @@ def base_text(repository: Store) -> Any:
 
 
 MAKERS: Mapping[str, Callable[[Store], Any]] = {
-    made.__name__: made for made in (weights, values, metric, held, scores, digests, wise, spectrum, norms, base_text)
+    made.__name__: made
+    for made in (weights, values, metric, held, text, scores, digests, wise, spectrum, norms, base_text)
 }
 
 
@@ -227,6 +234,7 @@ def test_collecting_knows_all_kinds_in_one_way(repository: Store) -> None:
     gone = {item.path for item in collect(repository, now=TIME).items}
     assert gone == {path for path in everything if repository.cache.owner(path) not in needed}
     assert {path.relative_to(repository.cache.folder).parts[0] for path in gone} == {
+        "text",
         "weights",
         "values",
         "scores",
