@@ -341,12 +341,10 @@ def clone(
         base: the base model, a folder or a Hub id; None: where the remote says it is on the Hub.
 
     Raises:
-        RepositoryError: there is a store already.
+        RepositoryError: there is a store already, other than what a killed clone of the same address left, which goes on.
         BaseError: the base cannot be read, or is not the remote's.
         RemoteError: nothing there, unreachable, or something the format does not allow.
     """
-    from patchhub.porcelain.model import init
-
     kept = normalised(address)
     remote = open_remote(kept, endpoint=access.endpoint, token=access.token)
     source = remote.view().source
@@ -356,8 +354,11 @@ def clone(
     if place is None:
         raise SettingsError(f"{address} does not say where its base is", remedy="Give the base model with --base.")
     revision = source.revision if base is None else None
+    from patchhub.porcelain.model import init  # it needs torch, which an address that leads nowhere does not
+
     created = not folder.exists()
-    init(folder, place, progress, who=who, revision=revision)
+    if not _is_unfinished(folder, kept, source.base):
+        init(folder, place, progress, who=who, revision=revision)
     try:
         with Store.open(folder) as repository:
             if repository.config.base_id != source.base:
@@ -366,13 +367,24 @@ def clone(
                     remedy="Give the right base model with --base.",
                     base=source.base,
                 )
-            remote_add(repository, ORIGIN, kept)
+            if ORIGIN not in remotes(repository):
+                remote_add(repository, ORIGIN, kept)
             fetched = _fetch(repository, remote, ORIGIN, progress, who=who, max_bytes=max_bytes)
             branch, commit = _check_out(repository, who=who)
     except (PatchhubError, KeyboardInterrupt):
         shutil.rmtree(folder if created else folder / DIRECTORY, ignore_errors=True)
         raise
     return Cloned(folder / DIRECTORY, branch, commit, fetched)
+
+
+def _is_unfinished(folder: Path, address: str, base: str) -> bool:
+    """Whether a folder holds what a killed clone of that address left: a store of its base that never had a commit of its own."""
+    if not (folder / DIRECTORY).exists():
+        return False
+    with Store.open(folder) as repository:
+        named = remotes(repository)
+        commands = {operation.command for _, operation in repository.operations()}
+        return repository.config.base_id == base and named == {ORIGIN: address} and commands <= {"init", "fetch"}
 
 
 def _check_out(repository: Store, *, who: Who) -> tuple[str | None, str | None]:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from patchhub.errors import SettingsError
 from patchhub.repository.arguments import (
     Amount,
     Count,
@@ -59,6 +60,8 @@ class ModelVerbs(Opened):
         """
         revisions = many(rev) or ("HEAD", "base")
         self._resolve(*revisions)
+        if not prompt.strip():
+            raise SettingsError("the prompt is empty", remedy='For example: patchhub ask "The capital of France is"')
         from patchhub.porcelain.model import ask
 
         placement, place = self._placement(device, dtype, quantization), place_of(base)

@@ -132,6 +132,7 @@ class WritingVerbs(Opened):
         batch = read_facts(facts, format=format, prompt=prompt, subject=subject, target=target)
         keeps = read_keeps(keep)
         settings = self._settings(set, method)
+        self._refuse_little(memory)
         from patchhub.porcelain.commit import commit
 
         placement = self._placement(device, dtype, quantization)

@@ -31,6 +31,12 @@ _REMEMBERED: Final = 1 << 28
 LOCK_SECONDS: Final = 60.0
 
 
+def refuse_existing(folder: Path) -> None:
+    """Raise `RepositoryError` where a folder holds a store already."""
+    if (folder / DIRECTORY).exists():
+        raise RepositoryError(f"{folder / DIRECTORY} exists already", remedy="Use it, or choose another folder.")
+
+
 class Store(Reading):
     """An open store. One instance serves one thread; close it, or use it as a context manager.
 
