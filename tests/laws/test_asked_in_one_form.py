@@ -108,7 +108,8 @@ IN_A_FORM_OF_THEIR_OWN = {"refresh": "facts are recorded again, and asked, in th
 NO_MODEL = {
     "apply": "tensors are streamed", "branch": "", "clone": "", "config": "", "demo": "it shows the others",
     "export_checkpoint": "as apply",
-    "export_diff": "", "export_peft": "", "fetch": "", "fsck": "", "gc": "", "init": "bytes are hashed", "log": "", "merge_base": "",
+    "export_diff": "", "export_peft": "", "export_gguf": "", "verify_served": "the server's model is asked",
+    "fetch": "", "fsck": "", "gc": "", "init": "bytes are hashed", "log": "", "merge_base": "",
     "metric": "", "metric_export": "", "metric_import": "asked for text that continues itself, outside any chat", "op_log": "",
     "pull": "as merge",
     "push": "", "redo": "", "reflog": "", "remote_add": "", "remote_list": "", "remote_remove": "", "remote_rename": "",

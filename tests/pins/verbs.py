@@ -20,6 +20,7 @@ from click.testing import CliRunner
 from patchhub.cli.main import main
 from patchhub.store.store import Store
 from tests.pins.history import AUTHOR
+from tests.served import server
 
 MODEL = Path(str(files("patchhub") / "demo_model"))
 FACTS: list[dict[str, Any]] = json.loads((files("patchhub") / "demo_facts.json").read_text(encoding="utf-8"))
@@ -131,8 +132,10 @@ STEPS = (
     "log --all --oneline -n 2",
     "remote add origin {folder}/remote",
     "remote rename origin elsewhere",
+    "export gguf v1 --out {folder}/gguf",
+    "verify-served {served} --rev v1 -n 2",
 )
-CODES = {"merge side -m 'the side comes in'": 4}
+CODES = {"merge side -m 'the side comes in'": 4, "verify-served {served} --rev v1 -n 2": 12}
 """Exit codes other than 0."""
 
 COUNTS = {"bytes", "tensor_bytes", "shard_bytes"}
@@ -174,6 +177,13 @@ def run_all(folder: Path) -> dict[str, Pinned]:
     places = {"model": str(MODEL), "folder": str(folder), "python": sys.executable}
     verbs = sorted(verbs_with_json(), key=len, reverse=True)
     found: dict[str, Pinned] = defaultdict(list)
+    with server(lambda prompt: " nothing at all") as served:
+        places["served"] = served
+        _run_steps(folder, places, verbs, found)
+    return dict(found)
+
+
+def _run_steps(folder: Path, places: Mapping[str, Any], verbs: Sequence[str], found: dict[str, Pinned]) -> None:
     for number, step in enumerate(STEPS):
         words = shlex.split(step.format(**places))
         typed = words if words[0] == "--repo" else ["--repo", str(folder), *words]
@@ -184,7 +194,6 @@ def run_all(folder: Path) -> dict[str, Pinned]:
         if verb == "init":
             with Store.open(Path(typed[1])) as repository:
                 repository.objects.put(b"for gc: nothing refers to this")
-    return dict(found)
 
 
 class Normal:
