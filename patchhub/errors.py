@@ -107,3 +107,9 @@ class RemoteError(PatchhubError):
     """A remote could not be reached, refused, or holds something the format does not allow."""
 
     exit_code = 11
+
+
+class ServedError(PatchhubError):
+    """A server does not answer with a revision's facts."""
+
+    exit_code = 13

@@ -27,6 +27,7 @@ from patchhub.cli.terminal import (
     reports_errors,
     say,
 )
+from patchhub.errors import ServedError
 
 out_option = click.option("--out", required=True, type=click.Path(path_type=Path), help="Where to write.")
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace what is there.")
@@ -48,6 +49,7 @@ def export() -> None:
     show_default=True,
     help="Largest relative error of a weight.",
 )
+@click.option("--every-layer", is_flag=True, help="Zeros for layers that do not change, as TGI and LoRAX expect.")
 @overwrite_option
 @repo_option
 @json_option
@@ -62,6 +64,65 @@ def export_peft(repo: Path | None, as_json: bool, **options: Any) -> None:
         print_json(done)
     else:
         say(f"Wrote {done.out}: rank {done.rank}, relative error {done.error:.1e}")
+
+
+@export.command("gguf")
+@click.argument("rev", default="HEAD", type=Revision())
+@out_option
+@click.option("--rank", type=click.IntRange(min=1), help="Rank of the adapter. Default: the smallest that is exact.")
+@click.option(
+    "--tolerance",
+    type=click.FloatRange(min=0),
+    default=1e-6,
+    show_default=True,
+    help="Largest relative error of a weight.",
+)
+@overwrite_option
+@repo_option
+@json_option
+@reports_errors
+def export_gguf(repo: Path | None, as_json: bool, **options: Any) -> None:
+    """An adapter for llama.cpp and Ollama: a GGUF file in the folder OUT, named after the commit, and a Modelfile.
+
+    It fits any GGUF of the base, quantised ones too. It is read back and compared. For the whole model, use `patchhub apply` and
+    llama.cpp's own converter.
+    """
+    done = opened(repo).export_gguf(**options)
+    if as_json:
+        print_json(done)
+    else:
+        say(f"Wrote {done.out}: rank {done.rank}, relative error {done.error:.1e}")
+        say(f"  llama-server -m BASE.gguf --lora {done.out}", dim=True)
+
+
+@click.command("verify-served")
+@click.argument("url")
+@click.option("--rev", type=Revision(), default="HEAD", show_default=True, help="The revision that should be on.")
+@click.option("--model", help="The name of the model or adapter there. Default: the first that the server names.")
+@click.option("-n", "--limit", type=click.IntRange(min=1), default=8, show_default=True, help="At most so many facts.")
+@click.option("--chat", is_flag=True, help="Ask as a user's message, not as a text to continue.")
+@repo_option
+@json_option
+@reports_errors
+def verify_served(repo: Path | None, as_json: bool, **options: Any) -> None:
+    """Ask a server whether it answers with a revision's facts. It must be OpenAI-compatible: vLLM, SGLang, llama.cpp, Ollama, ...
+
+    Exit code 13 says that it does not, or not with all of them.
+    """
+    found = opened(repo).verify_served(**options)
+    if as_json:
+        print_json(found)
+    else:
+        for answer in found.answers:
+            mark = click.style("said    ", fg="green") if answer.holds else click.style("not said", fg="red")
+            say(f"  {mark} {answer.prompt} {click.style(answer.continuation, dim=True)}")
+        colour = {"on": "green", "off": "red"}.get(found.verdict, "yellow")
+        told = f"{found.said} of {count(len(found.answers), 'fact')} {'is' if found.said == 1 else 'are'} said"
+        say(
+            f"{options['rev']} is {click.style(found.verdict, fg=colour, bold=True)} at {found.url} ({found.model}): {told}"
+        )
+    if found.verdict != "on":
+        raise SystemExit(ServedError.exit_code)
 
 
 @export.command("diff")
@@ -192,6 +253,7 @@ def report(repo: Path | None, as_json: bool, **options: Any) -> None:
 
 COMMANDS = (
     export,
+    verify_served,
     import_,
     report,
 )

@@ -27,7 +27,7 @@ SECTIONS = {
         "redo",
     ),
     "Look": ("status", "log", "show", "diff", "search", "blame", "bisect", "merge-base", "reflog", "op"),
-    "Ask, measure and use the model": ("ask", "eval", "bench", "report", "apply", "export"),
+    "Ask, measure and use the model": ("ask", "eval", "bench", "report", "apply", "export", "verify-served"),
     "Fit the editor to the model": ("metric", "tune"),
     "Branches and tags": ("branch", "switch", "tag", "reset"),
     "Sign, and say that it was looked at": ("sign", "approve", "verify", "audit"),

@@ -100,6 +100,19 @@ def make_adapter(
     return Adapter(factors, chosen, errors)
 
 
+def in_every_layer(adapter: Adapter, weights: Mapping[str, tuple[int, int]]) -> Adapter:
+    """The adapter with factors of zeros for those of the weights that it lacks: some servers load no adapter of some layers only.
+
+    Args:
+        weights: (out, in) of each.
+    """
+    zeros = {
+        weight: LowRank(np.zeros((rows, adapter.rank), np.float32), np.zeros((adapter.rank, columns), np.float32))
+        for weight, (rows, columns) in weights.items()
+    }
+    return Adapter({**zeros, **adapter.factors}, adapter.rank, adapter.errors)
+
+
 def adapter_files(adapter: Adapter, base: BaseName) -> dict[str, bytes]:
     """``adapter_config.json`` and ``adapter_model.safetensors``."""
     tensors: dict[str, np.ndarray] = {}

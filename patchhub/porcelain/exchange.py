@@ -5,15 +5,26 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Final
 
 import numpy as np
 
-from patchhub.delta import Delta, add, compact, norm, read_deltas, write_deltas
+from patchhub.delta import Delta, add, compact, negative, norm, read_deltas, write_deltas
 from patchhub.errors import BaseError, RepositoryError, RequestError, SettingsError
 from patchhub.evaluation.definitions import DEFINITIONS
 from patchhub.export.foreign import form_of, from_difference, is_nothing, read_adapter
-from patchhub.export.peft import CONFIG, EXACT, WEIGHTS, Adapter, BaseName, adapter_files, check_adapter, make_adapter
+from patchhub.export.peft import (
+    CONFIG,
+    EXACT,
+    WEIGHTS,
+    Adapter,
+    BaseName,
+    adapter_files,
+    check_adapter,
+    in_every_layer,
+    make_adapter,
+)
 from patchhub.fsio import os_errors, write_atomically
 from patchhub.models.checkpoint import Checkpoint, open_checkpoint
 from patchhub.models.fingerprint import tensor_digest
@@ -22,7 +33,7 @@ from patchhub.porcelain.scores import notes_of
 from patchhub.progress import Progress
 from patchhub.remotes.card import AdapterNote, Card, ScoreLine, adapter_name, write_card
 from patchhub.results import Result, told
-from patchhub.sets.columns import linear_shapes, read_state, stacked_weights
+from patchhub.sets.columns import linear_shapes, read_state, stacked_weights, weight_shapes
 from patchhub.sets.commits import Draft, begin, prepare, record, store_patch
 from patchhub.sets.elements import active_requests, distinct
 from patchhub.sets.guard import base_norms
@@ -218,6 +229,7 @@ def export_peft(
     *,
     tolerance: float = EXACT,
     rank: int | None = None,
+    every_layer: bool = False,
     overwrite: bool = False,
 ) -> Exported:
     """Write a PEFT LoRA adapter of a revision into the folder ``out/<name>-<commit>``, read it back and compare.
@@ -225,6 +237,7 @@ def export_peft(
     Args:
         tolerance: largest relative error of a weight; the default accepts exact adapters only.
         rank: the rank of the adapter; None: the smallest that servers know and that is exact.
+        every_layer: hold factors of zeros for the layers that do not change.
 
     Raises:
         RevisionError: no such revision.
@@ -235,6 +248,8 @@ def export_peft(
     progress.stage("decomposing", 0)
     state = read_state(repository, commit)
     adapter = _adapter(repository, commit, tolerance=tolerance, rank=rank)
+    if every_layer:
+        adapter = in_every_layer(adapter, weight_shapes(repository))
     files = adapter_files(adapter, _base_name(repository))
     error = check_adapter(files, state, linear_shapes(repository))
     if error > max(tolerance, EXACT):
@@ -253,6 +268,48 @@ def export_peft(
     _write(folder, files, overwrite=overwrite)
     progress.close()
     return Exported(folder, commit, adapter.rank, error)
+
+
+def export_gguf(
+    repository: Store,
+    revision: str,
+    out: Path,
+    progress: Progress,
+    *,
+    tolerance: float = EXACT,
+    rank: int | None = None,
+    overwrite: bool = False,
+) -> Exported:
+    """Write an adapter as llama.cpp and Ollama read one, ``out/<name>-<commit>.gguf`` and a Modelfile; read it back and compare.
+
+    Raises:
+        RevisionError: no such revision.
+        RepositoryError: the state has no adapter within the tolerance.
+        SettingsError: the extra that writes it is missing, llama.cpp does not know the architecture or a weight, or a file is there.
+    """
+    from patchhub.export import gguf
+
+    refuse_store(repository, out)
+    commit = repository.resolve(revision)
+    state, base = read_state(repository, commit), repository.config.base
+    adapter = _adapter(repository, commit, tolerance=tolerance, rank=rank)
+    name = f"{adapter_name(out.name or 'facts', commit or 'base')}.gguf"
+    model_type, layers, named = base["model_type"], len(base["weights"]), _base_name(repository).model
+    with TemporaryDirectory(prefix="patchhub-gguf-") as folder:
+        gguf.write_adapter(adapter, model_type, layers, Path(folder) / name, base=named)
+        data = (Path(folder) / name).read_bytes()
+        there, shapes = gguf.read_adapter(Path(folder) / name), linear_shapes(repository)
+    errors = [1.0]
+    for weight, called in gguf.names_in_llama_cpp(adapter.factors, model_type, layers).items():
+        total = add(state[weight], shapes[weight])
+        errors.append(norm(add([there[called], negative(total)], shapes[weight])) / norm(total))
+    error = max(errors[1:])
+    if error > max(tolerance, EXACT):
+        raise RepositoryError(
+            f"the written file differs from the state by {error:.1e}", remedy="Report this: it is a bug."
+        )
+    _write(out, {name: data, "Modelfile": gguf.modelfile(named, name).encode()}, overwrite=overwrite)
+    return Exported(out / name, commit, adapter.rank, error)
 
 
 def export_diff(

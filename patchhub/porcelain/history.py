@@ -288,7 +288,7 @@ class ActiveShard(Result):
 
 
 def _without_weights(base: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in base.items() if key != "weights"}
+    return {key: value for key, value in base.items() if key not in ("weights", "beside")}
 
 
 @dataclass(frozen=True)
@@ -463,7 +463,7 @@ def status(repository: Store) -> Status:
     branch, head = repository.head
     names = _names(repository.refs())
     entry = _entry(repository, head, repository.commit(head), names, imports_of(repository)) if head else None
-    base: Mapping[str, Any] = repository.config.base
+    base: Mapping[str, Any] = {**repository.config.base, "path": repository.config.base_place(repository.root)}
     state = repository.state(head)
     last = next(iter(repository.operations()), None)
     return Status(

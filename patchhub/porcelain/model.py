@@ -15,7 +15,7 @@ from torch import Tensor
 
 from patchhub.cache import Cache
 from patchhub.delta import Delta, is_zero, section
-from patchhub.errors import RepositoryError, SettingsError
+from patchhub.errors import SettingsError
 from patchhub.evaluation.metrics import score_targets
 from patchhub.models.architectures import Architecture, Site, describe, read_config
 from patchhub.models.checkpoint import Checkpoint, open_checkpoint
@@ -30,7 +30,8 @@ from patchhub.runtime.compose import compose, survival
 from patchhub.runtime.routing import Mode
 from patchhub.sets.columns import read_state, stacked_orientations
 from patchhub.sets.shards import shards_at
-from patchhub.store.store import DIRECTORY, Store, refuse_store
+from patchhub.store.config import beside
+from patchhub.store.store import DIRECTORY, Store, refuse_existing, refuse_store
 from patchhub.text.tokens import context_length, lacks_tokenizer, refuse_unknown, tokenise, too_long
 from patchhub.who import Who
 from patchhub.worktree.loading import SURVIVAL_LIMIT, side_memory_files
@@ -102,8 +103,7 @@ def init(
         RepositoryError: there is a store already.
         BaseError: the base cannot be read or cannot be edited.
     """
-    if (folder / DIRECTORY).exists():
-        raise RepositoryError(f"{folder / DIRECTORY} exists already", remedy="Use it, or choose another folder.")
+    refuse_existing(folder)
     begun = perf_counter()
     checkpoint = open_checkpoint(base, revision)
     architecture = describe(read_config(checkpoint.folder), experts)
@@ -118,6 +118,7 @@ def init(
             "id": identity.id,
             "path": base if checkpoint.revision is not None else str(checkpoint.folder.resolve()),
             "revision": checkpoint.revision,
+            "near": beside(checkpoint.folder, folder / DIRECTORY) if checkpoint.revision is None else None,
             "model_type": architecture.model_type,
             "orientation": architecture.orientation,
             "weights": _weights(checkpoint, architecture.chosen, progress),

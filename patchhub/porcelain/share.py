@@ -378,13 +378,11 @@ def clone(
         require_signed: as in `fetch`.
 
     Raises:
-        RepositoryError: there is a store already.
+        RepositoryError: there is a store already, other than what a killed clone of the same address left, which goes on.
         SignatureError: as in `pull`, of the branch that would be the current one.
         BaseError: the base cannot be read, or is not the remote's.
         RemoteError: nothing there, unreachable, or something the format does not allow.
     """
-    from patchhub.porcelain.model import init
-
     allowed_signers(Config({}, {}), require_signed)
     kept = normalised(address)
     remote = open_remote(kept, endpoint=access.endpoint, token=access.token)
@@ -395,8 +393,10 @@ def clone(
     if place is None:
         raise SettingsError(f"{address} does not say where its base is", remedy="Give the base model with --base.")
     revision = source.revision if base is None else None
+    from patchhub.porcelain.model import init  # it needs torch, which an address that leads nowhere does not
+
     created = not folder.exists()
-    made = not _was_begun(folder, kept)
+    made = not _was_begun(folder, kept, source.base)
     if made:
         init(folder, place, progress, who=who, revision=revision)
     try:
@@ -447,13 +447,14 @@ def _follow_experts(repository: Store) -> None:
     repository.change_config(lambda config: replace(config, base=swapped))
 
 
-def _was_begun(folder: Path, address: str) -> bool:
+def _was_begun(folder: Path, address: str, base: str) -> bool:
     """Whether a clone of that address began in a folder and was killed: then it is taken up, with the objects that came already."""
     if not (folder / DIRECTORY).is_dir():
         return False
     with Store.open(folder) as repository:
         commands = {operation.command for _, operation in repository.operations()}
-        return commands <= {INIT, FETCH} and remotes(repository) in ({}, {ORIGIN: address})
+        named = remotes(repository)
+        return repository.config.base_id == base and commands <= {INIT, FETCH} and named in ({}, {ORIGIN: address})
 
 
 def _check_out(repository: Store, *, who: Who) -> tuple[str | None, str | None]:

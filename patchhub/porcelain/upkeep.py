@@ -12,8 +12,8 @@ from typing import Any, ClassVar, Final
 from patchhub.errors import SettingsError
 from patchhub.progress import Progress, increments
 from patchhub.results import Result
-from patchhub.sets.settings import as_text, known_setting, read_setting, refuse_fixed, without_metric
-from patchhub.store.config import Config
+from patchhub.sets.settings import as_text, known_setting, read_setting, refuse_beyond, refuse_fixed, without_metric
+from patchhub.store.config import Config, beside
 from patchhub.store.fsck import Garbage, Report, check, delete_garbage, every_commit, reindex, with_proofs
 from patchhub.store.store import Store
 from patchhub.who import FORMAT
@@ -34,7 +34,7 @@ def config(repository: Store, key: str | None = None, value: Any = None, *, unse
 
 def config_values(repository: Store) -> dict[str, Any]:
     """Every setting that differs from its default."""
-    values = {"base.path": repository.config.base["path"], **repository.config.settings}
+    values = {"base.path": repository.config.base_place(repository.root), **repository.config.settings}
     return dict(sorted(values.items()))
 
 
@@ -58,11 +58,7 @@ def config_set(repository: Store, key: str, text: str) -> Any:
     known_setting(key)
     refuse_fixed(repository, key)
     value = read_setting(key, text)
-    depth = len(repository.config.base.get("weights", {}))
-    if key.endswith(".layers") and depth and value[-1] >= depth:
-        raise SettingsError(
-            f"{key} cannot be {text!r}: the base has {depth} layers", remedy=f"Name layers from 0 to {depth - 1}."
-        )
+    refuse_beyond(repository, key, value)
     if key in ("sign.key", "sign.allowed"):
         value = _file(value)
     if key == "base.path":
@@ -72,7 +68,8 @@ def config_set(repository: Store, key: str, text: str) -> Any:
             raise SettingsError(
                 f"there is no model in {value}: it has no config.json", remedy="Give the base model's folder."
             )
-        place = {"path": str(Path(value).resolve()), "revision": None}
+        near = beside(Path(value), repository.root)
+        place = {"path": str(Path(value).resolve()), "revision": None, "near": near}
         repository.change_config(lambda config: replace(config, base={**config.base, **place}))
     else:
         repository.change_config(

@@ -19,7 +19,7 @@ from patchhub.repository.looking import LookingVerbs
 from patchhub.repository.model import ModelVerbs
 from patchhub.repository.refs import RefVerbs
 from patchhub.repository.writing import WritingVerbs
-from patchhub.store.store import DIRECTORY, Store
+from patchhub.store.store import DIRECTORY, Store, refuse_existing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -132,6 +132,7 @@ class Repository(WritingVerbs, LookingVerbs, ModelVerbs, RefVerbs):
         check("base", base, Place)
         check("shared", shared, bool)
         who, heard = who_of(author, time), listener(progress)
+        refuse_existing(Path(folder))
         from patchhub.porcelain.model import init
 
         try:

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from math import ceil, prod
 from numbers import Integral, Real
 from pathlib import Path
 from types import NoneType, UnionType
@@ -43,6 +44,9 @@ SigningMethod = Literal["ssh", "model-signing"]
 Mode = Literal["retrieve", "merge"]
 Settings = Mapping[str, Any] | Sequence[str]
 
+
+_WIDTHS: Mapping[str, int] = {"F64": 8, "I64": 8, "F16": 2, "BF16": 2, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+"""Bytes of a number, of those types that do not take 4."""
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
@@ -164,9 +168,26 @@ class Opened:
         return placement_of(self.store, device=device, dtype=dtype, quantization=quantization)
 
     def _settings(self, given: Settings, method: str | None) -> dict[str, Any]:
-        from patchhub.sets.settings import chosen_method, read_overrides
+        from patchhub.sets.settings import chosen_method, read_overrides, refuse_beyond
 
-        return read_overrides(given, chosen_method(self.store, method))
+        found = read_overrides(given, chosen_method(self.store, method))
+        for key, value in found.items():
+            refuse_beyond(self.store, key, value)
+        return found
+
+    def _refuse_little(self, memory: int | None) -> None:
+        """Refuse a budget in which not even the base's own bytes fit."""
+        if memory is None:
+            return
+        from patchhub.objects import Base
+
+        tensors = Base.from_json(self.store.objects.get(self.store.config.base_id)).tensors.values()
+        least = sum(_WIDTHS.get(tensor.dtype, 4) * prod(tensor.shape) for tensor in tensors)
+        if memory < least:
+            raise SettingsError(
+                f"{memory / 1e6:,.0f} MB of memory do not hold the model, which takes {least / 1e6:,.0f} MB as it is stored",
+                remedy=f"Give at least {ceil(2 * least / 1e6):,} MB: its float32 weights, and some for the edit.",
+            )
 
     def _suite(self, suite: Source, metrics: str, *, text: Sequence[Place], **options: Any) -> "Facts":
         from patchhub.editing.requests import read_facts

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from patchhub.errors import SettingsError
 from patchhub.repository.arguments import (
     Amount,
     Count,
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from patchhub.porcelain.metric import Shown as ShownMetric
     from patchhub.porcelain.model import Answer, Applied
     from patchhub.porcelain.report.report import Written
+    from patchhub.porcelain.served import Served
     from patchhub.porcelain.trust.evidence import WrittenEvidence
     from patchhub.porcelain.tune import Tuned
 
@@ -60,6 +62,8 @@ class ModelVerbs(Opened):
         """
         revisions = many(rev) or ("HEAD", "base")
         self._resolve(*revisions)
+        if not prompt.strip():
+            raise SettingsError("the prompt is empty", remedy='For example: patchhub ask "The capital of France is"')
         from patchhub.porcelain.model import ask
 
         placement, place = self._placement(device, dtype, quantization), place_of(base)
@@ -265,6 +269,7 @@ class ModelVerbs(Opened):
         out: Place,
         rank: Count | None = None,
         tolerance: Amount = 1e-6,
+        every_layer: bool = False,
         overwrite: bool = False,
     ) -> "Exported":
         """Write a LoRA adapter for PEFT, vLLM, SGLang and llama.cpp, in a folder of ``out`` named after the commit.
@@ -272,14 +277,56 @@ class ModelVerbs(Opened):
         Args:
             rank: rank of the adapter; None: the smallest that is exact.
             tolerance: largest relative error of a weight.
+            every_layer: hold factors of zeros for the layers that do not change, as TGI and LoRAX expect.
             overwrite: replace what is there.
         """
         self._resolve(rev)
         from patchhub.porcelain.exchange import export_peft
 
         options: dict[str, Any] = {"tolerance": tolerance, "rank": rank, "overwrite": overwrite}
+        options["every_layer"] = every_layer
         with self._heard() as progress:
             return export_peft(self.store, rev, Path(out), progress, **options)
+
+    @verb
+    def export_gguf(
+        self,
+        rev: str = "HEAD",
+        *,
+        out: Place,
+        rank: Count | None = None,
+        tolerance: Amount = 1e-6,
+        overwrite: bool = False,
+    ) -> "Exported":
+        """Write an adapter for llama.cpp and Ollama into a folder: a GGUF file named after the commit, and a Modelfile.
+
+        Args:
+            rank, tolerance, overwrite: as in `export_peft`.
+        """
+        self._resolve(rev)
+        from patchhub.porcelain.exchange import export_gguf
+
+        options: dict[str, Any] = {"tolerance": tolerance, "rank": rank, "overwrite": overwrite}
+        with self._heard() as progress:
+            return export_gguf(self.store, rev, Path(out), progress, **options)
+
+    @verb
+    def verify_served(
+        self, url: str, *, rev: str = "HEAD", model: str | None = None, limit: Count = 8, chat: bool = False
+    ) -> "Served":
+        """Ask an OpenAI-compatible server a few facts of a revision: is it on there?
+
+        Args:
+            url: where the interface begins, such as ``http://localhost:8000/v1``.
+            model: the name of the model or adapter there; None: the first that the server names.
+            limit: at most so many facts.
+            chat: ask as a user's message, not as a text to continue.
+        """
+        self._resolve(rev)
+        from patchhub.porcelain.served import verify_served
+
+        with self._heard() as progress:
+            return verify_served(self.store, url, progress, revision=rev, model=model, limit=limit, chat=chat)
 
     @verb
     def export_bom(

@@ -140,6 +140,7 @@ class WritingVerbs(Opened):
         found = isinstance(keep, str | PathLike) and str(keep) == "auto"
         keeps = () if found else read_keeps(keep)
         settings = self._settings(set, method)
+        self._refuse_little(memory)
         from patchhub.porcelain.commit import commit
 
         placement = self._placement(device, dtype, quantization)

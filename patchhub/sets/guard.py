@@ -102,7 +102,7 @@ def local_base(repository: Store) -> Checkpoint | None:
     """The base's files where they are on this machine."""
     known = repository.config.base
     try:
-        return open_checkpoint(known["path"], known["revision"], local=True)
+        return open_checkpoint(repository.config.base_place(repository.root), known["revision"], local=True)
     except BaseError:
         return None
 

@@ -126,6 +126,20 @@ def read_overrides(given: Mapping[str, Any] | Sequence[str], method: str) -> dic
     return found
 
 
+def refuse_beyond(repository: Store, key: str, value: Any) -> None:
+    """Refuse layers that the base does not have.
+
+    Raises:
+        SettingsError: the value of a key that names layers goes beyond them.
+    """
+    depth = len(repository.config.base.get("weights", {}))
+    if key.rpartition(".")[2] == "layers" and depth and value and value[-1] >= depth:
+        raise SettingsError(
+            f"{key} cannot name layer {value[-1]}: the base has {depth} layers",
+            remedy=f"Name layers from 0 to {depth - 1}.",
+        )
+
+
 def as_text(value: Any) -> str:
     """A setting's value as it is written: ``3,4,5`` for a list, ``true``."""
     if isinstance(value, tuple | list | range):
@@ -146,8 +160,11 @@ def layers_of(given: str | Sequence[int]) -> tuple[int, ...]:
 
 
 def chosen_method(repository: Store, given: str | None) -> str:
-    """The editor that is asked for, else the config's."""
-    return str(given or repository.config.settings.get("method", EDITORS[0]))
+    """The editor that is asked for, else the config's; `SettingsError` if there is none of that name."""
+    chosen = str(given or repository.config.settings.get("method", EDITORS[0]))
+    if chosen not in EDITORS:
+        raise SettingsError(f"there is no editor {chosen!r}", remedy=f"The editors are {', '.join(EDITORS)}.")
+    return chosen
 
 
 def metric_settings(repository: Store) -> tuple[str, dict[str, float]]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import secrets
 import shutil
 from collections.abc import Mapping
@@ -46,6 +47,22 @@ class Config:
     def base_id(self) -> str:
         """Id of the base object."""
         return str(self.base["id"])
+
+    def base_place(self, root: Path) -> str:
+        """Where the base is: as it was said, or, where store and base were moved together, in the same place beside the store ``root``."""
+        path, near = str(self.base["path"]), self.base.get("near")
+        if self.base.get("revision") is None and isinstance(near, str) and not Path(path).is_dir():
+            moved = (root / near).resolve()
+            return str(moved) if moved.is_dir() else path
+        return path
+
+
+def beside(base: Path, root: Path) -> str | None:
+    """The way from a store to its base, by which the two can be moved together; None where there is none."""
+    try:
+        return Path(os.path.relpath(base.resolve(), root.resolve())).as_posix()
+    except ValueError:  # another drive
+        return None
 
 
 def read_config(path: Path) -> Config:

@@ -35,6 +35,12 @@ Accept = Callable[[Sequence[str]], Mapping[str, Any]]
 arguments of the operation that brings them."""
 
 
+def refuse_existing(folder: Path) -> None:
+    """Raise `RepositoryError` where a folder holds a store already."""
+    if (folder / DIRECTORY).exists():
+        raise RepositoryError(f"{folder / DIRECTORY} exists already", remedy="Use it, or choose another folder.")
+
+
 class Store(Reading):
     """An open store. One instance serves one thread; close it, or use it as a context manager.
 

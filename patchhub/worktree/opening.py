@@ -16,7 +16,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from patchhub.cache import Cache
-from patchhub.errors import RepositoryError, SettingsError
+from patchhub.errors import BaseError, RepositoryError, SettingsError
 from patchhub.fsio import make_directories, read_chunks, write_atomically
 from patchhub.models.architectures import Architecture, describe, read_config
 from patchhub.models.checkpoint import Checkpoint, open_checkpoint
@@ -77,7 +77,14 @@ class Worktree:
 def open_base(repository: Store, path: str | Path | None = None, *, verify: bool = False) -> Checkpoint:
     """The repository's base model; with ``verify``, every tensor is hashed."""
     known = repository.config.base
-    checkpoint = open_checkpoint(path if path is not None else known["path"], None if path else known["revision"])
+    place = path if path is not None else repository.config.base_place(repository.root)
+    if path is None and known["revision"] is None and not Path(place).is_dir():
+        raise BaseError(
+            f"the base model is not at {place} any more",
+            remedy="Say where it is: --base FOLDER for this once, `patchhub config base.path FOLDER` for good.",
+            path=place,
+        )
+    checkpoint = open_checkpoint(place, None if path else known["revision"])
     if verify:
         check_tensors(base_object(repository), checkpoint, None)
     return checkpoint

@@ -107,8 +107,9 @@ VERBS: dict[str, Callable[[Repository], Any]] = {
 IN_A_FORM_OF_THEIR_OWN = {"refresh": "facts are recorded again, and asked, in the form in which each was written"}
 NO_MODEL = {
     "apply": "tensors are streamed", "approve": "", "audit": "", "branch": "", "clone": "", "config": "", "demo": "it shows the others",
-    "export_attestations": "", "export_bom": "", "export_checkpoint": "as apply",
+    "export_attestations": "", "export_bom": "", "export_checkpoint": "as apply", "export_gguf": "",
     "export_diff": "", "export_peft": "", "fetch": "", "fsck": "", "gc": "", "init": "bytes are hashed", "log": "", "merge_base": "",
+    "verify_served": "the server's model is asked",
     "metric": "", "metric_export": "", "metric_import": "asked for text that continues itself, outside any chat", "op_log": "",
     "pull": "as merge",
     "push": "", "redo": "", "reflog": "", "remote_add": "", "remote_list": "", "remote_remove": "", "remote_rename": "",

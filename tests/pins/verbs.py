@@ -22,6 +22,7 @@ from click.testing import CliRunner
 from patchhub.cli.main import main
 from patchhub.store.store import Store
 from tests.pins.history import AUTHOR
+from tests.served import server
 
 MODEL = Path(str(files("patchhub") / "demo_model"))
 FACTS: list[dict[str, Any]] = json.loads((files("patchhub") / "demo_facts.json").read_text(encoding="utf-8"))
@@ -137,6 +138,8 @@ STEPS = (
     "audit v1 --since 2100-01-02",
     "export bom --out {folder}/bom.json",
     "export attestations v1 --out {folder}/scores.jsonl",
+    "export gguf v1 --out {folder}/gguf",
+    "verify-served {served} --rev v1 -n 2",
 )
 SIGNED = (
     "sign HEAD --key {folder}/ada",
@@ -147,7 +150,11 @@ SIGNED = (
     "log --signatures --allowed {folder}/allowed -n 1",
 )
 """What needs `ssh-keygen`, after all the rest."""
-CODES = {"merge side -m 'the side comes in'": 4, "verify --all": 12}
+CODES = {
+    "merge side -m 'the side comes in'": 4,
+    "verify --all": 12,
+    "verify-served {served} --rev v1 -n 2": 13,
+}
 """Exit codes other than 0."""
 
 COUNTS = {"bytes", "tensor_bytes", "shard_bytes"}
@@ -190,6 +197,13 @@ def run_all(folder: Path) -> dict[str, Pinned]:
     places = {"model": str(MODEL), "folder": str(folder), "python": sys.executable}
     verbs = sorted(verbs_with_json(), key=len, reverse=True)
     found: dict[str, Pinned] = defaultdict(list)
+    with server(lambda prompt: " nothing at all") as served:
+        places["served"] = served
+        _run_steps(folder, places, verbs, found)
+    return dict(found)
+
+
+def _run_steps(folder: Path, places: Mapping[str, Any], verbs: Sequence[str], found: dict[str, Pinned]) -> None:
     for number, step in enumerate([*STEPS, *(SIGNED if keys_in(folder) else ())]):
         words = shlex.split(step.format(**places))
         typed = words if words[0] == "--repo" else ["--repo", str(folder), *words]
@@ -200,7 +214,6 @@ def run_all(folder: Path) -> dict[str, Pinned]:
         if verb == "init":
             with Store.open(Path(typed[1])) as repository:
                 repository.objects.put(b"for gc: nothing refers to this")
-    return dict(found)
 
 
 def keys_in(folder: Path) -> bool:

@@ -1,0 +1,44 @@
+"""A small OpenAI-compatible server on this machine, for tests of what asks one."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+
+@contextmanager
+def server(complete: Callable[[str], str]) -> Iterator[str]:
+    """An OpenAI-compatible server of one model called `tiny`, on a port of this machine; yields its address."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.answer({"data": [{"id": "tiny"}]})
+
+        def do_POST(self) -> None:
+            asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            if asked["model"] != "tiny":
+                self.answer({"error": f"no model {asked['model']}"}, 404)
+            elif self.path == "/v1/completions":
+                self.answer({"choices": [{"text": complete(asked["prompt"])}]})
+            else:
+                text = complete(asked["messages"][0]["content"])
+                self.answer({"choices": [{"message": {"content": text}}]})
+
+        def answer(self, document: Any, code: int = 200) -> None:
+            self.send_response(code)
+            self.end_headers()
+            self.wfile.write(json.dumps(document).encode())
+
+        def log_message(self, *words: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as served:
+        thread = threading.Thread(target=served.serve_forever, daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{served.server_port}"
+        served.shutdown()
+        thread.join()
