@@ -246,6 +246,8 @@ class Normal:
         self._ids: dict[str, int] = {}
 
     def of(self, value: Any, key: str = "") -> Any:
+        if key == "near":  # the way from one of these folders to the other
+            return type(value).__name__
         if key in self._loose:
             return "number" if isinstance(value, int | float) else type(value).__name__
         if isinstance(value, float) or (key in COUNTS and isinstance(value, int) and value):
