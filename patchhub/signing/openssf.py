@@ -7,6 +7,7 @@ weight below it; the bundle that comes out is one that the library's own `model_
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Final
@@ -48,8 +49,7 @@ class EllipticKey:
             SettingsError: the key cannot sign.
         """
         public_key = self._public()
-        from model_signing import signing
-
+        signing = _library("signing")
         with TemporaryDirectory() as name:
             folder, bundle = _folder(Path(name), statement), Path(name) / "bundle.json"
             try:
@@ -66,7 +66,7 @@ class EllipticKey:
                 remedy="Make one: `openssl ecparam -name prime256v1 -genkey -noout -out FILE`.",
             )
         try:
-            import model_signing.signing  # noqa: F401  # asked for before anything is made
+            _library("signing")  # asked for before anything is made
             from cryptography.hazmat.primitives import serialization as form
         except ImportError as error:
             raise SettingsError(f"{_MISSING} ({error})", remedy=_INSTALL) from error
@@ -91,7 +91,8 @@ def verify(statement: bytes, kind: str, public_key: str, text: str, time: str, a
     """Check a bundle against the statement that it must be of; arguments as `patchhub.signing.ssh.verify` has them."""
     try:
         from cryptography.hazmat.primitives import serialization as form
-        from model_signing import verifying
+
+        verifying = _library("verifying")
     except ImportError as error:
         return Verdict("unchecked", None, f"{_MISSING} ({error}): {_INSTALL}")
     if len(text) > _LONGEST:
@@ -107,6 +108,11 @@ def verify(statement: bytes, kind: str, public_key: str, text: str, time: str, a
             return Verdict("broken", None, " ".join(str(error).split())[:200] or f"{type(error).__name__}")
     principal = None if allowed is None else principal_of(allowed, public_key, kind, time)
     return Verdict("unknown") if principal is None else Verdict("good", principal)
+
+
+def _library(name: str) -> Any:
+    """A module of model-signing, whose functions have no types."""
+    return import_module(f"model_signing.{name}")
 
 
 def _folder(place: Path, statement: bytes) -> Path:

@@ -115,6 +115,15 @@ class SshKey:
         )
 
 
+def is_own(path: Path) -> bool:
+    """Whether a file is a key in OpenSSH's own form, which nothing else signs with."""
+    try:
+        with open(path, "rb") as file:
+            return path.suffix == ".pub" or file.readline(_LONGEST).startswith(b"-----BEGIN OPENSSH PRIVATE KEY-----")
+    except OSError:
+        return False
+
+
 def signing_key(text: str) -> str:
     """The public key in an armoured signature, as key type and base64.
 

@@ -52,6 +52,9 @@ def test_dir_shows_the_public_names_and_each_is_there() -> None:
         "repo['HEAD']",
         "repo.branch()",
         "repo.search('Ann')",
+        "repo.log(signatures=True)",
+        "repo.verify()",
+        "repo.audit()",
     ],
 )
 def test_looking_imports_no_torch_and_no_numpy(looked: str, folder: Path) -> None:

@@ -68,6 +68,8 @@ def test_commits_and_approvals_are_signed_with_it(carol: Path, repo: Repository,
     repo.config("sign.allowed", str(tmp_path / "allowed"))
     repo.sign(with_="model-signing", key=carol)
     repo.approve(key=keys / "bob")
+    repo.config("sign.method", "model-signing")  # Bob's key says by its form that it is one of OpenSSH's
+    repo.approve(key=keys / "bob")
     assert repo.verify().trusted
     assert {(s.method, s.principal) for s in repo.verify().signatures} == {
         ("model-signing", "carol@example.org"),

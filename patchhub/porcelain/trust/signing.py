@@ -44,6 +44,7 @@ def signer_of(
     """The key that is asked for, else the config's; it can sign, as far as that can be told beforehand.
 
     Args:
+        key: a file; one in OpenSSH's own form signs with OpenSSH unless ``method`` says otherwise, whatever the config says.
         environment: the variables that programs run with.
         interactive: somebody is there to be asked for a passphrase.
 
@@ -56,7 +57,8 @@ def signer_of(
             "there is no key to sign with", remedy="Name one: `patchhub config sign.key FILE`, or --key FILE."
         )
     path = Path(named).expanduser()
-    chosen = method or config.settings.get("sign.method", METHODS[0])
+    configured = config.settings.get("sign.method", METHODS[0])
+    chosen = method or (METHODS[0] if key is not None and ssh.is_own(path) else configured)
     signer: Signer = openssf.EllipticKey(path) if chosen == METHODS[1] else ssh.SshKey(path, environment, interactive)
     signer.check()
     return signer
