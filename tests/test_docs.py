@@ -114,3 +114,16 @@ def test_every_example_runs(
         if "repo." in source and "repo =" not in source:
             session.setdefault("repo", patchhub.open(folder, progress=False))
         exec(compile(source, str(page), "exec"), session)
+
+
+def test_every_line_of_the_threat_model_names_a_test_that_there_is() -> None:
+    text = (ROOT / "docs" / "threat-model.md").read_text(encoding="utf-8")
+    rows = [
+        line for line in text.splitlines() if line.startswith("|") and not line.startswith(("|---", "| it ", "| they "))
+    ]
+    assert len(rows) > 15
+    for row in rows:
+        named = re.findall(r"`([\w/]+\.py)::(\w+)`", row)
+        assert named, row
+        for file, name in named:
+            assert f"def {name}(" in (ROOT / "tests" / file).read_text(encoding="utf-8"), (file, name)
