@@ -15,7 +15,7 @@ from patchhub.editing.editor import EDITORS, encode_facts
 from patchhub.editing.requests import Batch, Keep, Origin
 from patchhub.editing.settings import EditSettings
 from patchhub.editing.wise.settings import WiseSettings
-from patchhub.errors import RequestError, SettingsError
+from patchhub.errors import RequestError, SettingsError, UnsupportedModelError
 from patchhub.evaluation.faults import Fault
 from patchhub.evaluation.guard import Measured as GuardMeasured
 from patchhub.evaluation.guard import Report
@@ -204,9 +204,16 @@ def _editor(
 
     Raises:
         SettingsError: there is none, or a setting cannot be used.
+        UnsupportedModelError: a side memory of experts.
     """
     if method == METHOD:
         wise, rank = wise_settings(repository, architecture, given)
+        if architecture.feed_forward[wise.layer].experts:
+            raise UnsupportedModelError(
+                f"layer {wise.layer} of this {architecture.model_type} model is a mixture of experts, which has no side memory",
+                remedy="Use memit or pmet, a layer without experts, or `patchhub init --experts shared` where there is a shared one.",
+                layer=wise.layer,
+            )
         return SideMemories(wise, rank, (architecture.ffn_weight(wise.layer),))
     if method not in EDITORS:
         raise SettingsError(

@@ -111,6 +111,11 @@ def init(
     lacking = lacks_tokenizer(checkpoint.folder)
     if lacking is not None:
         progress.warn(f"{checkpoint.folder} has {lacking}; facts can be written and asked only once it has one")
+    if architecture.recurrent:
+        progress.warn(
+            "some blocks of this model keep a state that cannot be cut after a token; while facts are written, texts are read from their "
+            "beginning at each step, which is slower and gives the same numbers"
+        )
     progress.stage("hashing the base", total)
     with TemporaryDirectory() as kept:
         identity = fingerprint(checkpoint, cache=Cache(Path(kept)), progress=increments(progress))
