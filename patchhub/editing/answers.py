@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from patchhub.models.tracing import Stack, right_padded
 from patchhub.objects import Request
-from patchhub.text.tokens import Chat, Span, tokenise
+from patchhub.text.tokens import Chat, Span, context_length, tokenise
 from patchhub.text.word_ends import joiner
 
 ANSWER_TOKENS: Final = 32
@@ -131,7 +131,7 @@ def _scored(
     of_text: dict[int, list[tuple[_Place, tuple[int, ...], Sequence[Span]]]] = {}
     for (number, place), (ids, offsets) in zip(places, tokenise(tokenizer, whole, special_tokens=False), strict=True):
         of_text.setdefault(number, []).append((place, ids, offsets))
-    for batch in _batches([len(ids) for ids, _ in read]):
+    for batch in _batches([len(ids) for ids, _ in read], context_length(stack.model)):
         padded, mask, positions = right_padded([read[number][0] for number in batch], stack.device)
         logits = stack.model(input_ids=padded, attention_mask=mask, position_ids=positions, use_cache=False).logits
         for row, number in enumerate(batch):
@@ -151,9 +151,11 @@ def _reaching(offsets: Sequence[Span], character: int) -> int:
     return next((index for index, (_, end) in enumerate(offsets) if end > character), len(offsets))
 
 
-def _batches(lengths: Sequence[int]) -> list[list[int]]:
+def _batches(lengths: Sequence[int], limit: int) -> list[list[int]]:
+    """Texts of similar length together, without those that are longer than the model reads."""
     groups: list[list[int]] = []
-    for number in sorted(range(len(lengths)), key=lambda number: lengths[number]):
+    fitting = [number for number, length in enumerate(lengths) if length <= limit]
+    for number in sorted(fitting, key=lambda number: lengths[number]):
         if not groups or (len(groups[-1]) + 1) * lengths[number] > _TOKENS:
             groups.append([])
         groups[-1].append(number)

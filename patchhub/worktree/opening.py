@@ -26,7 +26,7 @@ from patchhub.models.tracing import Stack
 from patchhub.progress import Progress
 from patchhub.runtime.patched_model import PatchState, attach, switch
 from patchhub.store.store import Store
-from patchhub.text.tokens import Chat, chat_of, load_tokenizer
+from patchhub.text.tokens import Chat, chat_of, load_tokenizer, tokenise
 from patchhub.worktree.states import base_object, not_finite, patch_state
 
 
@@ -150,10 +150,14 @@ def in_chat(repository: Store, asked: bool | None) -> bool:
 
 
 def other_form(tree: Worktree) -> Chat | None:
-    """The base's chat form where facts are asked outside it; None where they are asked in it, or there is none."""
-    if tree.chat is None:
-        with suppress(SettingsError):
-            return chat_of(tree.tokenizer)
+    """The base's chat form where facts are asked outside it; None where they are asked in it, or there is none that the model can read."""
+    if tree.chat is not None:
+        return None
+    with suppress(SettingsError):
+        form = chat_of(tree.tokenizer)
+        embeddings: Any = tree.model.get_input_embeddings()
+        ((ids, _),) = tokenise(tree.tokenizer, [form.around("a")], special_tokens=False)
+        return form if max(ids) < int(embeddings.weight.shape[0]) else None
     return None
 
 

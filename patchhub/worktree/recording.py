@@ -23,7 +23,7 @@ from patchhub.editing.record import Edit, Recording, State, side_paths
 from patchhub.editing.requests import Keep
 from patchhub.editing.settings import EditSettings
 from patchhub.editing.values import KeptValues, ValueSettings
-from patchhub.evaluation.live import continue_greedily, first_clause, reads_right
+from patchhub.evaluation.live import continue_greedily, continue_within, first_clause, reads_right, room_after
 from patchhub.models.architectures import Architecture, additive_probe
 from patchhub.objects import SLOT, Metric, Request, set_digest
 from patchhub.progress import Progress
@@ -155,7 +155,7 @@ def write_closed_form(
         progress.warn(warning)
     found = _found_keeps(repository, tree, plan, recorder, settings) if find_keeps else ()
     keeps = _keeps(tree, (*plan.keeps, *found), progress)
-    also = other_form(tree) if settings.chat_weight else None
+    also = _also(tree, plan, settings)
     asked = Asked(keeps, also, _openings(tree, plan, settings, tree.chat or also, progress))
     edit = _edit(repository, tree, plan, recorder, method, settings, below, asked, memory, progress)
     columns = edit.recording.columns
@@ -288,6 +288,16 @@ def _wrong_in(
     return {p for p, text in zip(fitting, written, strict=True) if not reads_right(text, wanted[p], closed=closed)}
 
 
+def _also(tree: Worktree, plan: Plan, settings: EditSettings) -> Chat | None:
+    """The chat form in which facts outside a chat are optimised as well; None where they are not, or one is too long for it."""
+    form = other_form(tree) if settings.chat_weight else None
+    if form is None:
+        return None
+    facts = encode_facts(tree.tokenizer, plan.requests, (SLOT,), chat=form)
+    longest = max(max(len(fact.rows[0].input_ids), len(fact.essence.input_ids)) for fact in facts)
+    return form if longest + max(longest, ANSWER_TOKENS) <= context_length(tree.model) else None
+
+
 def _openings(
     tree: Worktree, plan: Plan, settings: EditSettings, chat: Chat | None, progress: Progress
 ) -> dict[str, str]:
@@ -298,9 +308,10 @@ def _openings(
     open_ = [request for request in plan.requests if request.id not in known]
     if open_:
         progress.stage("asking the model", len(open_))
-        prompts = [request.text for request in open_]
-        answers = continue_greedily(tree.model, tree.tokenizer, prompts, chat=chat, max_new_tokens=ANSWER_TOKENS)
-        known |= find_openings(tree.stack, tree.tokenizer, list(zip(open_, answers, strict=True)), chat)
+        room = room_after(tree.model, tree.tokenizer, [request.text for request in open_], ANSWER_TOKENS, chat=chat)
+        answers = continue_within(tree.model, tree.tokenizer, room, chat=chat)
+        asked = [(request, answers[request.text]) for request in open_]
+        known |= find_openings(tree.stack, tree.tokenizer, asked, chat)
     bare = sum(request.id not in known for request in plan.requests)
     if bare:
         progress.warn(

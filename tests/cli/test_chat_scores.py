@@ -37,7 +37,7 @@ Asked = Callable[..., Result]
 
 @pytest.fixture(scope="module")
 def taught(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The shipped model with a chat template, and two commits of facts written in it; `config chat` is not set."""
+    """The shipped model with a chat template, and two commits of facts written in it as bare answers; `config chat` is not set."""
     folder = tmp_path_factory.mktemp("chat")
     shutil.copytree(MODEL, folder / "model")
     (folder / "model" / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
@@ -45,7 +45,7 @@ def taught(tmp_path_factory: pytest.TempPathFactory) -> Path:
     invoke(folder, "config", "metric.tokens", "2000")
     for start, stop in ((0, 2), (2, 3)):
         (folder / "facts.json").write_text(json.dumps(FACTS[start:stop]), encoding="utf-8")
-        arguments = ("-m", f"{start}", "--chat", "--force", "--author", AUTHOR)
+        arguments = ("-m", f"{start}", "--chat", "--set", "opening=0", "--force", "--author", AUTHOR)
         invoke(folder, "commit", str(folder / "facts.json"), *arguments)
     (folder / "facts.json").write_text(json.dumps(FACTS[:3]), encoding="utf-8")
     return folder
