@@ -40,6 +40,7 @@ def demo(keep: Path | None) -> None:
 @click.command()
 @click.argument("base")
 @click.option("--revision", help="Branch, tag or commit of a model on the Hub.")
+@click.option("--name", help="What a base in a folder is called on the Hub, org/model: adapters and the card name it.")
 @author_option
 @click.option(
     "--repo",

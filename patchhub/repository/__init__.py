@@ -18,6 +18,7 @@ from patchhub.repository.looking import LookingVerbs
 from patchhub.repository.model import ModelVerbs
 from patchhub.repository.refs import RefVerbs
 from patchhub.repository.writing import WritingVerbs
+from patchhub.sets.settings import read_setting
 from patchhub.store.store import DIRECTORY, Store, refuse_existing
 
 if TYPE_CHECKING:
@@ -102,6 +103,7 @@ class Repository(WritingVerbs, LookingVerbs, ModelVerbs, RefVerbs):
         base: Place,
         *,
         revision: str | None = None,
+        name: str | None = None,
         author: str | None = None,
         time: str | None = None,
         progress: bool | Progress = True,
@@ -111,6 +113,7 @@ class Repository(WritingVerbs, LookingVerbs, ModelVerbs, RefVerbs):
         Args:
             base: a model folder or a Hub id.
             revision: branch, tag or commit of a model on the Hub.
+            name: what a base in a folder is called on the Hub, ``org/model``: adapters and the card name it.
 
         Raises:
             RepositoryError: there is one already.
@@ -120,6 +123,8 @@ class Repository(WritingVerbs, LookingVerbs, ModelVerbs, RefVerbs):
         check("base", base, Place)
         who, heard = who_of(author, time), listener(progress)
         refuse_existing(Path(folder))
+        if name is not None:
+            read_setting("base.name", name)
         from patchhub.porcelain.model import init
 
         try:
@@ -128,6 +133,8 @@ class Repository(WritingVerbs, LookingVerbs, ModelVerbs, RefVerbs):
             heard.close()
         repository = cls(folder, progress=heard)
         repository.made = made
+        if name is not None:
+            repository.config("base.name", name)
         return repository
 
     @classmethod
