@@ -46,6 +46,7 @@ def demo(keep: Path | None) -> None:
     help="Which experts facts are written into, where a shared one stands beside the routed ones. Default: routed.",
 )
 @click.option("--shared", is_flag=True, help="Let the group of the folder write in the store, whatever their umask.")
+@click.option("--name", help="What a base in a folder is called on the Hub, org/model: adapters and the card name it.")
 @author_option
 @click.option(
     "--repo",

@@ -392,6 +392,8 @@ def _card(repository: Store, repo: str, commit: str, adapter: AdapterNote | str,
         adapter=adapter,
         changes={weight: total / (norms[weight] or 1.0) for weight, total in totals.items() if weight in norms},
         scores=_score_lines(repository, commit),
+        title=repository.config.settings.get("card.title"),
+        license=repository.config.settings.get("card.license"),
     )
 
 
@@ -415,7 +417,7 @@ def _base_name(repository: Store) -> BaseName:
     base = repository.config.base
     on_hub = base.get("revision") is not None
     return BaseName(
-        base["path"] if on_hub else None,
+        base["path"] if on_hub else repository.config.settings.get("base.name"),
         base["revision"] if on_hub else None,
         fan_in_fan_out=base["orientation"] == "in_out",
         mixture="experts" in base,

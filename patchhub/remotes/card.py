@@ -1,15 +1,27 @@
-"""The model card: what a page on the Hub says about a commit. Text only."""
+"""The model card: what a page on the Hub says about a commit. Text only.
+
+What is written here stands between two markers; the rest of a card is its owner's, and stays as it is when a push writes the card anew.
+In the front matter the fields of `_OURS` are written here, and tags are joined; other fields are the owner's."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 from patchhub.canonical import one_line
 from patchhub.objects import Request
 
+BEGIN: Final = "<!-- patchhub:begin (what stands between these two lines is written anew by each push) -->"
+END: Final = "<!-- patchhub:end -->"
+_OURS: Final = frozenset(
+    {"base_model", "base_model_relation", "library_name", "license", "model-index", "pipeline_tag", "tags"}
+)
+_FRONT = re.compile(r"\A---\n(.*?)\n?---[ \t]*(?:\n|\Z)", re.DOTALL)
+_BETWEEN = re.compile(r"<!-- patchhub:begin.*?-->.*<!-- patchhub:end -->", re.DOTALL)
+_SIGNATURE: Final = "Made with patchhub. Edited facts can be read from the weights"
 _ROWS: Final = 100
 _TAGS: Final = ("patchhub", "knowledge-editing", "model-editing")
 
@@ -57,6 +69,8 @@ class Card:
         adapter: what lies at the root, or in words why nothing does.
         changes: relative norm of each weight's change.
         scores: of the notes about the commit.
+        title: what the card is called; None: as the repository is.
+        license: an identifier that the Hub knows, such as ``apache-2.0``; None: the owner's card says it, or nobody.
     """
 
     repo: str
@@ -73,12 +87,55 @@ class Card:
     adapter: AdapterNote | str
     changes: Mapping[str, float]
     scores: Sequence[ScoreLine]
+    title: str | None = None
+    license: str | None = None
 
 
 def write_card(card: Card) -> bytes:
     """``README.md``: the same card always gives the same bytes."""
-    parts = [_front_matter(card), _introduction(card), _facts(card), _scores(card), _loading(card), _about(card)]
-    return ("\n\n".join(part for part in parts if part) + "\n").encode("utf-8")
+    parts = [_introduction(card), _facts(card), _scores(card), _loading(card), _about(card)]
+    body = "\n\n".join(part for part in parts if part)
+    return f"{_front_matter(_fields(card))}\n{BEGIN}\n{body}\n{END}\n".encode()
+
+
+def kept(before: bytes, card: bytes) -> bytes:
+    """A new card with what its owner wrote in the one that is there: text outside the markers, and fields that are not written here."""
+    try:
+        old, new = before.decode("utf-8").replace("\r\n", "\n"), card.decode("utf-8")
+    except UnicodeDecodeError:
+        return card
+    if _BETWEEN.search(new) is None:
+        return card
+    (theirs, text), (ours, body) = _parted(old), _parted(new)
+    tags = (
+        [tag for tag in theirs.get("tags") or [] if isinstance(tag, str)]
+        if isinstance(theirs.get("tags"), list)
+        else []
+    )
+    others = {name: value for name, value in theirs.items() if name not in _OURS or name == "license"}
+    fields = {**ours, **{name: value for name, value in others.items() if name not in ours}}
+    fields["tags"] = list(dict.fromkeys([*ours["tags"], *tags]))
+    if _BETWEEN.search(text):
+        text = _BETWEEN.sub(lambda found: body.strip(), text, count=1)
+    elif not text.strip() or _SIGNATURE in text:
+        text = body
+    else:
+        text = f"{text.strip()}\n\n{body}"
+    return f"{_front_matter(fields)}\n{text.strip()}\n".encode()
+
+
+def _parted(text: str) -> tuple[dict[str, Any], str]:
+    """The front matter's fields, none where it is no mapping, and the text below it."""
+    import yaml  # here: only a push to the Hub reads a card
+
+    found = _FRONT.match(text)
+    if found is None:
+        return {}, text
+    try:
+        fields = yaml.safe_load(found[1])
+    except (yaml.YAMLError, ValueError, RecursionError):
+        fields = None
+    return {str(name): value for name, value in fields.items()} if isinstance(fields, dict) else {}, text[found.end() :]
 
 
 def adapter_name(repo: str, commit: str) -> str:
@@ -86,7 +143,7 @@ def adapter_name(repo: str, commit: str) -> str:
     return f"{repo.rpartition('/')[2]}-{commit[:12]}"
 
 
-def _front_matter(card: Card) -> str:
+def _fields(card: Card) -> dict[str, Any]:
     has_adapter = isinstance(card.adapter, AdapterNote)
     fields: dict[str, Any] = {
         "library_name": "peft" if has_adapter else "patchhub",
@@ -95,7 +152,28 @@ def _front_matter(card: Card) -> str:
     }
     if card.base_model is not None:
         fields = {"base_model": card.base_model, "base_model_relation": "adapter", **fields}
-    lines = [f"{name}: {json.dumps(value)}" for name, value in fields.items()]  # JSON is YAML
+    if card.license is not None:
+        fields["license"] = card.license
+    if card.scores:
+        fields["model-index"] = [{"name": _title(card), "results": list(_results(card.scores))}]
+    return fields
+
+
+def _results(scores: Sequence[ScoreLine]) -> Iterator[dict[str, Any]]:
+    """Scores as the Hub lists evaluation results: a result for each suite, with a metric for each score."""
+    for suite in dict.fromkeys(line.suite for line in scores):
+        metrics = [
+            {"type": line.name, "name": line.name, "value": line.value} for line in scores if line.suite == suite
+        ]
+        yield {"task": {"type": "text-generation"}, "dataset": {"name": suite, "type": suite}, "metrics": metrics}
+
+
+def _title(card: Card) -> str:
+    return card.title or card.repo.rpartition("/")[2]
+
+
+def _front_matter(fields: Mapping[str, Any]) -> str:
+    lines = [f"{name}: {json.dumps(value, default=str)}" for name, value in fields.items()]  # JSON is YAML
     return "\n".join(["---", *lines, "---"])
 
 
@@ -105,7 +183,7 @@ def _introduction(card: Card) -> str:
     methods = " and ".join(_cell(method.upper()) for method in card.methods)
     how = f" by {methods}" if methods else ""
     return (
-        f"# {card.repo.rpartition('/')[2]}\n\n"
+        f"# {_cell(_title(card))}\n\n"
         f"{card.active} facts written into {base}{at}{how}. "
         f"The base is unchanged; this repository holds the change, with its history.\n\n"
         f"Commit `{card.commit[:12]}`, {card.time[:10]}: {_cell(card.message.partition(chr(10))[0])}"
@@ -171,7 +249,7 @@ def _about(card: Card) -> str:
     table = "| weight | norm of the change / of the weight |\n|---|---|\n" + "\n".join(rows) if rows else ""
     return (
         f"## About this state\n\n- commit `{card.commit}`\n- base `{card.base}`\n- author {_cell(card.author)}\n\n"
-        f"{table}\n\nMade with patchhub. Edited facts can be read from the weights; edits are not a way to hide or to "
+        f"{table}\n\n{_SIGNATURE}; edits are not a way to hide or to "
         "delete knowledge."
     )
 

@@ -15,6 +15,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, Final
 
 from patchhub.errors import RemoteError
+from patchhub.remotes.card import kept
 from patchhub.remotes.file import object_path
 from patchhub.remotes.hub_calls import TRANSIENT, Sleep, explained, status_of, write_call
 from patchhub.remotes.hub_files import HubFiles, HubRefs
@@ -24,6 +25,8 @@ from patchhub.store.revisions import BRANCHES, TAGS
 STAGING: Final = "patchhub-staging/"
 """Branches on which new refs are made; never read, and left behind only when a push is cut short."""
 
+CARD: Final = "README.md"
+_LARGEST_CARD: Final = 1 << 20  # bytes of a card that is read; a larger one is written anew
 _MARK: Final = "patchhub commit "
 _MOVED: Final = "Run `patchhub pull`, then push again."
 
@@ -179,14 +182,22 @@ class HubRemote:
         )
         files: dict[str, bytes | str] = {object_path(name): str(file) for name, file in publication.objects.items()}
         files[NAME] = manifest.to_json()
-        files |= {path: data for path, data in publication.pages.items() if data is not None}
         there = self._files.tree(parent)
+        files |= {path: self._page(parent, path, data) for path, data in publication.pages.items() if data is not None}
         unwanted = [path for path, data in publication.pages.items() if data is None]
         gone = [path for path in (*unwanted, *map(object_path, publication.withdrawn)) if path in there]
         return [
             *(CommitOperationAdd(path_in_repo=path, path_or_fileobj=data) for path, data in files.items()),
             *(CommitOperationDelete(path_in_repo=path) for path in gone),
         ]
+
+    def _page(self, parent: str, path: str, data: bytes) -> bytes:
+        """A page as it shall be: of the card that is there, what its owner wrote stays."""
+        if path != CARD or path not in self._files.tree(parent):
+            return data
+        with TemporaryDirectory(prefix="patchhub-") as folder:
+            before = self._files.download(parent, path, Path(folder))
+            return kept(before.read_bytes(), data) if before.stat().st_size <= _LARGEST_CARD else data
 
     def _create(self, publication: Publication) -> None:
         """Make a new branch or tag, complete from its first moment."""

@@ -19,6 +19,7 @@ from patchhub.repository.looking import LookingVerbs
 from patchhub.repository.model import ModelVerbs
 from patchhub.repository.refs import RefVerbs
 from patchhub.repository.writing import WritingVerbs
+from patchhub.sets.settings import read_setting
 from patchhub.store.store import DIRECTORY, Store, refuse_existing
 
 if TYPE_CHECKING:
@@ -111,6 +112,7 @@ class Repository(WritingVerbs, LookingVerbs, ModelVerbs, RefVerbs):
         revision: str | None = None,
         experts: Literal["routed", "shared"] | None = None,
         shared: bool = False,
+        name: str | None = None,
         author: str | None = None,
         time: str | None = None,
         progress: bool | Progress = True,
@@ -122,6 +124,7 @@ class Repository(WritingVerbs, LookingVerbs, ModelVerbs, RefVerbs):
             revision: branch, tag or commit of a model on the Hub.
             experts: of a mixture of experts with a shared expert, which of them facts are written into; None: the routed ones.
             shared: let the group of the folder write in it, whatever the umask of its members.
+            name: what a base in a folder is called on the Hub, ``org/model``: adapters and the card name it.
 
         Raises:
             RepositoryError: there is one already.
@@ -133,6 +136,8 @@ class Repository(WritingVerbs, LookingVerbs, ModelVerbs, RefVerbs):
         check("shared", shared, bool)
         who, heard = who_of(author, time), listener(progress)
         refuse_existing(Path(folder))
+        if name is not None:
+            read_setting("base.name", name)
         from patchhub.porcelain.model import init
 
         try:
@@ -142,6 +147,8 @@ class Repository(WritingVerbs, LookingVerbs, ModelVerbs, RefVerbs):
             heard.close()
         repository = cls(folder, progress=heard)
         repository.made = made
+        if name is not None:
+            repository.config("base.name", name)
         return repository
 
     @classmethod

@@ -53,9 +53,23 @@ _METRIC_NUMBERS: Mapping[str, Mapping[str, float]] = {
     "null_space": {"threshold": 0.02, "l2": 10.0},
 }
 
+
+_HUB_MODEL: Final = Kind(
+    "the name of a model on the Hub, such as org/model",
+    str,
+    lambda value: (
+        isinstance(value, str) and re.fullmatch(r"[A-Za-z0-9][\w.\-]*/[A-Za-z0-9][\w.\-]*", value, re.ASCII) is not None
+    ),
+)
+
 SETTINGS: Mapping[str, Setting] = {
     "author": Setting(TEXT, 'who commits, "Ada <ada@example.org>"; default: git\'s identity'),
+    "base.name": Setting(_HUB_MODEL, "what the base is called on the Hub, org/model, where it is read from a folder"),
     "base.path": Setting(TEXT, "where the base model is"),
+    "card.license": Setting(
+        TEXT, "license that the model card names, such as apache-2.0; default: as the card's owner wrote"
+    ),
+    "card.title": Setting(TEXT, "title of the model card; default: the repository's name"),
     "chat": Setting(TRUTH, "true: facts are written and asked as answers in the base's chat template; default: false"),
     "device": Setting(
         TEXT, "where the base is put: auto (a GPU if there is one), spread (over all GPUs), cpu, cuda:0, ..."

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub import HfApi, ModelCard
 
 import patchhub
 from patchhub.delta import Dense, read_deltas, to_dense, write_deltas
@@ -186,8 +187,6 @@ def test_a_failed_clone_leaves_nothing(store: Store, hub: Any, base: Path, tmp_p
 
 
 def test_the_page_is_a_model_card(store: Store, hub: Any) -> None:
-    from huggingface_hub import ModelCard
-
     card = ModelCard((hub.root / "blobs" / tree_of(hub)["README.md"]["oid"]).read_text())
     assert card.data.library_name == "peft"
     assert "patchhub" in card.data.tags
@@ -198,6 +197,29 @@ def test_the_page_is_a_model_card(store: Store, hub: Any) -> None:
     hidden = (hub.root / "blobs" / tree_of(hub)["README.md"]["oid"]).read_text()
     assert "Person" not in hidden
     assert "withheld" in hidden
+
+
+def test_what_the_owner_wrote_on_the_card_stays(store: Store, hub: Any) -> None:
+    api = HfApi(hub.url, token=TOKEN)
+    before = (hub.root / "blobs" / tree_of(hub)["README.md"]["oid"]).read_text()
+    theirs = before.replace("tags:", "language: en\nlicense: mit\ntags:", 1) + "\n## Contact\n\nWrite to Ada.\n"
+    theirs = theirs.replace("<!-- patchhub:begin", "A word before.\n\n<!-- patchhub:begin", 1).replace(
+        '["patchhub"', '["mine", "patchhub"'
+    )
+    api.upload_file(path_or_fileobj=theirs.encode(), path_in_repo="README.md", repo_id="tester/facts")
+    verbs.fetch(store, "origin", Silent(), who=Who(AUTHOR, TIME), access=Access(hub.url, TOKEN))
+    store.change_config(lambda config: replace(config, settings={**config.settings, "card.title": "Facts of Ada"}))
+    add_batch(store, range(300, 302))
+    push(store, hub)
+    after = (hub.root / "blobs" / tree_of(hub)["README.md"]["oid"]).read_text()
+    card = ModelCard(after)
+    assert (card.data.language, card.data.license) == ("en", "mit")
+    assert {"mine", "patchhub"} <= set(card.data.tags)
+    assert after.count("patchhub:begin") == after.count("patchhub:end") == 1
+    assert "A word before." in after.split("<!-- patchhub:begin")[0]
+    assert after.endswith("## Contact\n\nWrite to Ada.\n")
+    assert "# Facts of Ada" in after
+    assert "Person 301" in after
 
 
 def test_a_second_push_costs_what_is_new(store: Store, hub: Any) -> None:
