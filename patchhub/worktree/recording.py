@@ -228,7 +228,9 @@ def _reading_wrong(
     changes = {tree.architecture.layer_of(weight): [change] for weight, change in recording.change.items()}
     with side_paths(tree.stack, changes):
         prompts = [requests[place].text for place in asked]
-        written = continue_greedily(tree.model, tokenizer, prompts, chat=tree.chat, max_new_tokens=room)
+        written = continue_greedily(
+            tree.model, tokenizer, prompts, chat=tree.chat, max_new_tokens=room, batch_tokens=tree.batch_tokens
+        )
     return [
         place
         for place, text in zip(asked, written, strict=True)
@@ -243,7 +245,14 @@ def _keeps(tree: Worktree, plan: Plan, progress: Progress) -> list[Request]:
     if open_:
         progress.stage("asking what to keep", len(open_))
         prompts = [keep.prompt.replace(SLOT, keep.subject) for keep in open_]
-        answers = continue_greedily(tree.model, tree.tokenizer, prompts, chat=tree.chat, max_new_tokens=_KEPT_TOKENS)
+        answers = continue_greedily(
+            tree.model,
+            tree.tokenizer,
+            prompts,
+            chat=tree.chat,
+            max_new_tokens=_KEPT_TOKENS,
+            batch_tokens=tree.batch_tokens,
+        )
         said = {keep: first_clause(answer) for keep, answer in zip(open_, answers, strict=True)}
     silent = [keep for keep, answer in said.items() if not answer]
     if silent:
