@@ -27,6 +27,7 @@ _SHARE = 0.5  # of the memory that is free, where nothing else is said
 _SAFE = 0.7  # of what is left: pieces that were freed are not all used again
 _KERNELS = 150 << 20  # what the library of the products keeps for their shapes, on a CPU; at most half of what is left
 _WIDE, _INNER = 12, 5  # vectors of width d and of the feed-forward part's width that a block keeps per position
+_LEAST_READ = 64  # positions
 _LOGITS = 4  # copies of a prediction's logits: themselves, in float32, their softmax, their gradient
 _MESSAGES = ("not enough memory", "can't allocate memory", "out of memory")
 
@@ -98,6 +99,26 @@ def step_budget(device: torch.device, memory: int | None) -> int:
         return max(0, int(_SAFE * (memory - torch.cuda.memory_allocated(device))))
     left = memory - resident_memory()
     return max(0, int(_SAFE * (left - min(_KERNELS, left // 2))))
+
+
+def reading_positions(stack: Stack, memory: int | None, most: int) -> int:
+    """How many padded positions a forward pass without gradients may read, if at most so many.
+
+    Each takes the keys and values of all blocks, twice while they grow, one block's states, and its logits.
+
+    Args:
+        memory: as for `step_budget`; None: ``most``.
+    """
+    if memory is None:
+        return most
+    config, architecture = stack.model.config.get_text_config(), stack.architecture
+    size = max(next(stack.blocks[-1].parameters()).element_size(), 2)
+    inner = max(width for _, width in architecture.shapes)
+    states = (4 * len(stack.blocks) + _WIDE) * architecture.d_model + _INNER * inner
+    position: int = (
+        states * size + (_LOGITS + 2) * 4 * config.vocab_size
+    )  # the base's logits are there beside a state's
+    return min(most, max(_LEAST_READ, step_budget(stack.device, memory) // position))
 
 
 def in_halves(

@@ -211,7 +211,7 @@ MEMORY: Final = 8 << 30
 """Bytes that the second moments may take while they are computed, where nothing else is said."""
 
 _AS_GIVEN: Final = Covariance()
-_TOKENS_PER_BATCH = 4096
+_TOKENS_PER_BATCH = 1024  # what a block computes of them stays in the caches
 _SUM_BYTES, _FACTOR_BYTES = 4, 16  # per entry of M: a float32 sum; the metric and its factor in float64
 _ROWS_PER_CHUNK = 1024
 

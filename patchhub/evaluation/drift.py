@@ -115,16 +115,23 @@ class TextReading:
 
 
 def from_states(
-    head: Head, documents: Sequence[Sequence[int]], states: Float[Tensor, "positions d"], perplexity: float
+    head: Head,
+    documents: Sequence[Sequence[int]],
+    states: Float[Tensor, "positions d"],
+    perplexity: float,
+    *,
+    batch_tokens: int = BATCH_TOKENS,
 ) -> TextReading:
     """A reading made again from what the head was given, batch after batch, when these documents were read."""
     vocabulary = head.weight.shape[0]
-    batches = batches_of([tuple(document) for document in documents if len(document) > 1], vocabulary)
+    batches = batches_of([tuple(document) for document in documents if len(document) > 1], vocabulary, batch_tokens)
     sizes = [sum(len(document) - 1 for document in batch) for batch in batches]
     return TextReading(batches, tuple(torch.split(states, sizes)), head, perplexity, vocabulary)
 
 
-def part_of(whole: TextReading, documents: Sequence[Sequence[int]], positions: int) -> TextReading:
+def part_of(
+    whole: TextReading, documents: Sequence[Sequence[int]], positions: int, *, batch_tokens: int = BATCH_TOKENS
+) -> TextReading:
     """The reading of the first of the documents that were read, with so many predicted positions together.
 
     Args:
@@ -137,7 +144,7 @@ def part_of(whole: TextReading, documents: Sequence[Sequence[int]], positions: i
     read = [tuple(document) for document in documents if len(document) > 1]
     chosen = leading(read, positions)
     known = {cut_short: states[full] for cut_short, full in zip(chosen, read, strict=False)}
-    batches = batches_of(chosen, whole.vocabulary)
+    batches = batches_of(chosen, whole.vocabulary, batch_tokens)
     parts = tuple(torch.cat([known[document][: len(document) - 1] for document in batch]) for batch in batches)
     return replace(whole, batches=batches, parts=parts)
 

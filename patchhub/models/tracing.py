@@ -29,7 +29,7 @@ from patchhub.models.behind import Behind
 from patchhub.models.experts import Routed, gated_keys, shape_of
 
 _SHAPES = ((64, 64, 64), (96, 384, 512), (33, 640, 129))  # rows, inner, columns of the products that are tried
-_KEPT_KERNELS = "128"
+_KEPT_KERNELS = "32"
 _PRODUCT_TOLERANCE = 2e-6  # relative; float32 products of these sizes are off by 2e-7 to 5e-7, bfloat16 ones by 2e-3
 
 
@@ -65,9 +65,10 @@ def _exact_through_onednn() -> bool:
     """Whether products come out in float32's accuracy with the switch on; False on versions of PyTorch without it."""
     if not hasattr(torch.backends.mkldnn, "matmul"):
         return False
-    # oneDNN keeps a kernel for each shape of a product, by default 1,024 of them and half a megabyte each. Shapes change at every step
-    # here, so most are used by one step only. It reads this when it is first used.
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", _KEPT_KERNELS)
+    # oneDNN keeps a kernel for each shape of a product, by default 1,024 of them and half a megabyte each, and so does PyTorch's layer
+    # above it. Shapes change at every step here, so most are used by one step only. Both read these when they are first used.
+    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(name, _KEPT_KERNELS)
     generator = torch.Generator().manual_seed(0)
     with _onednn():
         return all(_error(*shape, generator) < _PRODUCT_TOLERANCE for shape in _SHAPES)

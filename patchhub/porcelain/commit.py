@@ -145,7 +145,7 @@ def commit(
     plan = plan_batch(repository, batch, writing.on_conflict, by_subject=by_subject, keeps=writing.keep)
     files = base_files(repository)
     editor = _editor(repository, files.architecture, method, writing.settings)
-    tree = _open(repository, progress, plan, files, editor, placement, chat)
+    tree = _open(repository, progress, plan, files, editor, placement, chat, writing.memory)
     written = _write(repository, tree, plan, method, editor, writing, progress)
     progress.stage("writing the commit", 0)
     parents = (plan.parent,) if plan.parent else ()
@@ -231,6 +231,7 @@ def _open(
     editor: ClosedForm | SideMemories,
     placement: Placement | None,
     chat: bool | None,
+    memory: int | None,
 ) -> Worktree:
     """The base in the state that the plan is written on; facts that are longer than it reads are refused here.
 
@@ -241,7 +242,8 @@ def _open(
     if wise and in_chat(repository, chat):
         raise SettingsError("WISE does not write inside a chat template", remedy="Use memit or pmet, or --no-chat.")
     state = patch_state(repository, state_without(repository, plan), None)
-    tree = open_worktree(repository, progress, state, base=files, placement=placement, chat=chat, edits=editor.weights)
+    options: dict[str, Any] = {"placement": placement, "chat": chat, "edits": editor.weights, "memory": memory}
+    tree = open_worktree(repository, progress, state, base=files, **options)
     if runs_beside(tree.model) and (wise or active_shards(repository, plan.kept)):
         raise SettingsError(
             "WISE's side memories need a base in float32 while facts are written",

@@ -293,7 +293,7 @@ def _continuations(tree: Worktree, asked: Mapping[str, int], chat: Chat | None) 
         return {}
     room = room_after(tree.model, tree.tokenizer, list(asked), max(asked.values()), chat=chat)
     fitting = {prompt: tokens for prompt, tokens in asked.items() if room[prompt] >= tokens > 0}
-    return continue_within(tree.model, tree.tokenizer, fitting, chat=chat)
+    return continue_within(tree.model, tree.tokenizer, fitting, chat=chat, batch_tokens=tree.batch_tokens)
 
 
 def _earlier(
@@ -314,9 +314,10 @@ def _read_base(repository: Store, tree: Worktree, budget: Budget) -> TextReading
     pinned = repository.config.recording
     metric = Metric.from_json(repository.objects.get(pinned.metric)) if pinned else None
     documents = held_documents(repository, metric, tree.stack, tree.tokenizer)
-    head = Head.of(tree.model)
+    head, at_once = Head.of(tree.model), tree.batch_tokens
     if head is None:
-        return read_text(tree.model, leading(documents, min(budget.positions, room(vocabulary_of(tree.model)))))
+        few = leading(documents, min(budget.positions, room(vocabulary_of(tree.model))))
+        return read_text(tree.model, few, batch_tokens=at_once)
     slot = repository.cache.slot(
         KIND,
         of=repository.config.base_id,
@@ -331,13 +332,14 @@ def _read_base(repository: Store, tree: Worktree, budget: Budget) -> TextReading
         stored = load(kept)
         if len(stored["states"]) >= wanted:
             ahead = leading(documents, len(stored["states"]))
-            whole = from_states(head, ahead, stored["states"].to(tree.model.device), float(stored["perplexity"]))
-            return part_of(whole, ahead, budget.positions)
+            states, lost = stored["states"].to(tree.model.device), float(stored["perplexity"])
+            whole = from_states(head, ahead, states, lost, batch_tokens=at_once)
+            return part_of(whole, ahead, budget.positions, batch_tokens=at_once)
     ahead = leading(documents, max(budget.positions, min(_AHEAD * budget.positions, _POSITIONS[1])))
-    whole = read_text(tree.model, ahead)
+    whole = read_text(tree.model, ahead, batch_tokens=at_once)
     perplexity = torch.tensor(whole.perplexity, dtype=torch.float64)
     slot.keep([save({"states": torch.cat(whole.parts).cpu().contiguous(), "perplexity": perplexity})])
-    return part_of(whole, ahead, budget.positions)
+    return part_of(whole, ahead, budget.positions, batch_tokens=at_once)
 
 
 @torch.no_grad()
@@ -386,7 +388,9 @@ def _holding(tree: Worktree, requests: Sequence[Request], openings: Mapping[str,
     """Whether each fact's target is the model's answer behind its opening: the argmax at each of its tokens, teacher forced."""
     asked = [(request.text, request.target_new) for request in requests]
     said = [openings.get(request.id, "") for request in requests]
-    scores = score_targets(tree.model, tree.tokenizer, asked, chat=tree.chat, openings=said)
+    scores = score_targets(
+        tree.model, tree.tokenizer, asked, chat=tree.chat, openings=said, batch_tokens=tree.batch_tokens
+    )
     return [score.argmax_right for score in scores]
 
 

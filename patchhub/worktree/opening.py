@@ -16,7 +16,9 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from patchhub.cache import Cache
+from patchhub.editing.budget import reading_positions
 from patchhub.errors import BaseError, RepositoryError, SettingsError
+from patchhub.evaluation.metrics import BATCH_TOKENS
 from patchhub.fsio import make_directories, read_chunks, write_atomically
 from patchhub.models.architectures import Architecture, describe, read_config
 from patchhub.models.checkpoint import Checkpoint, open_checkpoint
@@ -50,6 +52,7 @@ class Worktree:
         tokenizer: the base's.
         state: what is attached: deltas per weight, and side memories.
         chat: the chat form in which its facts are written and asked; None: as plain text.
+        memory: bytes that the process may hold, as `commit --memory` says; None: no limit.
     """
 
     repository: Store
@@ -59,6 +62,12 @@ class Worktree:
     tokenizer: PreTrainedTokenizerBase
     state: PatchState
     chat: Chat | None = None
+    memory: int | None = None
+
+    @property
+    def batch_tokens(self) -> int:
+        """How many padded positions may be read at once, now."""
+        return reading_positions(self.stack, self.memory, BATCH_TOKENS)
 
     @cached_property
     def stack(self) -> Stack:
@@ -182,6 +191,7 @@ def open_worktree(
     placement: Placement | None = None,
     chat: bool | None = None,
     edits: Sequence[str] | None = None,
+    memory: int | None = None,
 ) -> Worktree:
     """The repository's base in memory with a state attached, every tensor of it checked.
 
@@ -193,6 +203,7 @@ def open_worktree(
         edits: names of the weights that will be edited, for a model to record on; None: a model to ask. A model to record on has
             the deltas in its weights only where it is in float32, else beside them, so that no rounding is recorded; its values must be
             finite. A model to ask answers as `load` does: the weights are rounded to its type.
+        memory: bytes that the process may hold, which batches of texts follow; None: no limit.
 
     Raises:
         SettingsError: the base has no chat template that can be used, under ``chat``.
@@ -212,4 +223,4 @@ def open_worktree(
     state = patch_state(repository, {}, None) if state is None else state
     beside = edits is not None and runs_beside(model)
     attach(model, checkpoint, state, cache=repository.cache, side_path=beside)
-    return Worktree(repository, checkpoint, files.architecture, model, tokenizer, state, form)
+    return Worktree(repository, checkpoint, files.architecture, model, tokenizer, state, form, memory)

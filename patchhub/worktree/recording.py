@@ -281,7 +281,9 @@ def _wrong_in(
     room = 1 + max(len(text.input_ids) - start for text, start in zip(whole, starts, strict=True))
     fitting = [place for place, start in enumerate(starts) if start + room <= limit]
     texts = [requests[place].text for place in fitting]
-    written = continue_greedily(tree.model, tokenizer, texts, chat=chat, max_new_tokens=room)
+    written = continue_greedily(
+        tree.model, tokenizer, texts, chat=chat, max_new_tokens=room, batch_tokens=tree.batch_tokens
+    )
     wanted = [
         f"{opening}{joiner(opening, target)}{target}" for opening, (_, target) in zip(openings, pairs, strict=True)
     ]
@@ -347,7 +349,14 @@ def _keeps(tree: Worktree, keeps: Sequence[Keep], progress: Progress) -> list[Re
     if open_:
         progress.stage("asking what to keep", len(open_))
         prompts = [keep.prompt.replace(SLOT, keep.subject) for keep in open_]
-        answers = continue_greedily(tree.model, tree.tokenizer, prompts, chat=tree.chat, max_new_tokens=_KEPT_TOKENS)
+        answers = continue_greedily(
+            tree.model,
+            tree.tokenizer,
+            prompts,
+            chat=tree.chat,
+            max_new_tokens=_KEPT_TOKENS,
+            batch_tokens=tree.batch_tokens,
+        )
         said = {keep: first_clause(answer) for keep, answer in zip(open_, answers, strict=True)}
     silent = [keep for keep, answer in said.items() if not answer]
     if silent:

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from patchhub.editing.budget import free_memory, in_halves, resident_memory, step_budget
+from patchhub.editing.budget import free_memory, in_halves, reading_positions, resident_memory, step_budget
 from patchhub.errors import EditError
 from patchhub.models import placement
+from tests.tiny_models import tiny_stack
 
 CPU = torch.device("cpu")
 
@@ -77,3 +78,11 @@ def test_one_item_that_does_not_fit_is_an_error():
     with pytest.raises(EditError) as caught:
         list(in_halves([[1, 2]], run, remedy="Buy memory."))
     assert caught.value.remedy == "Buy memory."
+
+
+def test_what_is_read_at_once_follows_the_memory():
+    stack, held = tiny_stack("llama"), resident_memory()
+    assert reading_positions(stack, None, 2048) == 2048
+    assert reading_positions(stack, 0, 2048) == 64
+    found = [reading_positions(stack, held + (room << 20), 1 << 30) for room in (16, 256, 2048)]
+    assert 64 <= found[0] < found[1] < found[2] < 1 << 30
