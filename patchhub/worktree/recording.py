@@ -311,7 +311,7 @@ def _openings(
     if open_:
         progress.stage("asking the model", len(open_))
         room = room_after(tree.model, tree.tokenizer, [request.text for request in open_], ANSWER_TOKENS, chat=chat)
-        answers = continue_within(tree.model, tree.tokenizer, room, chat=chat)
+        answers = continue_within(tree.model, tree.tokenizer, room, chat=chat, batch_tokens=tree.batch_tokens)
         asked = [(request, answers[request.text]) for request in open_]
         known |= find_openings(tree.stack, tree.tokenizer, asked, chat)
     bare = sum(request.id not in known for request in plan.requests)
