@@ -60,9 +60,8 @@ _EXPERTS = "experts"
 
 
 def weight_shapes(repository: Store) -> dict[str, tuple[int, int]]:
-    """(out, in) of every weight of the base that facts are written into."""
-    weights: Mapping[str, Mapping[str, Sequence[int]]] = repository.config.base["weights"]
-    return {name: (facts["shape"][0], facts["shape"][1]) for name, facts in weights.items()}
+    """(out, in) of every weight of the base that facts are written into, here or in a repository that writes into its other experts."""
+    return {name: (facts["shape"][0], facts["shape"][1]) for name, facts in _known(repository).items()}
 
 
 def stacked_orientations(repository: Store) -> dict[str, Literal["out_in", "in_out"]]:
@@ -92,7 +91,7 @@ class _LinearShapes(Mapping[str, tuple[int, int]]):
 
     def __init__(self, repository: Store) -> None:
         self._repository = repository
-        self._edited = {name: (facts["shape"][0], facts["shape"][1]) for name, facts in _known(repository).items()}
+        self._edited = weight_shapes(repository)
 
     @cached_property
     def _all(self) -> Shapes:

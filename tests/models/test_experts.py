@@ -274,3 +274,29 @@ def test_a_history_on_a_mixture_of_experts(family: str, experts: str | None, tmp
             assert columns.shape == tuple(store.config.base["weights"][weight]["shape"])
     with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt"}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:none of these facts")
+@pytest.mark.parametrize(
+    ("family", "experts"), [("mixtral", None), ("deepseek_v3", "shared"), ("deepseek_v3", "routed")]
+)
+def test_a_clone_writes_where_the_history_does(family: str, experts: str | None, tmp_path: Path) -> None:
+    options: Mapping[str, Any] = {"experts": experts} if experts else {}
+    there, here, shared = tmp_path / "there", tmp_path / "here", tmp_path / "shared"
+    there.mkdir()
+    with made(there, family, **options) as repository:
+        repository.commit([fact("Ada", "Dutch")], message="one", force=True, text=[there / "text.json"])
+        repository.remote_add("origin", str(shared))
+        repository.push("origin")
+        config = repository.store.config.base
+    with patchhub.clone(
+        str(shared), here, base=there / "base", progress=False, author="Bob <bob@example.org>"
+    ) as cloned:
+        ours = cloned.store.config.base
+        assert ours["experts"] == config["experts"]
+        assert ours["weights"] == config["weights"]
+        assert ours["beside"] == config["beside"]
+        cloned.commit([fact("Bob", "Greek")], message="two", force=True, text=[there / "text.json"])
+        assert cloned.fsck().sound
+    assert not torch.equal(said(patchhub.load(here)), said(patchhub.load(there)))
