@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import ast
 import re
+import shlex
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
+from click.testing import CliRunner
 
 import patchhub
+from patchhub.cli.main import main
 from patchhub.porcelain.share import Access, push, remote_add
 from patchhub.progress import Silent
 from patchhub.store.store import Store
@@ -127,3 +131,60 @@ def test_every_line_of_the_threat_model_names_a_test_that_there_is() -> None:
         assert named, row
         for file, name in named:
             assert f"def {name}(" in (ROOT / "tests" / file).read_text(encoding="utf-8"), (file, name)
+
+
+def test_the_readme_is_narrow() -> None:
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    assert [line for line in lines if len(line) > 119] == []
+
+
+def command_lines(page: Path) -> list[str]:
+    """The command lines of a page: what begins with `patchhub` in an indented or fenced block."""
+    text = page.read_text(encoding="utf-8")
+    fenced = "\n".join(re.findall(r"^```\w*\n(.*?)^```", text, re.S | re.M))
+    lines = [line.strip() for line in [*re.findall(r"^ {4,}.*", text, re.M), *fenced.splitlines()]]
+    return [line.removeprefix("$ ") for line in lines if re.match(r"(\$ )?patchhub [a-z]", line)]
+
+
+def _command_of(words: list[str]) -> tuple[click.Command, list[str]]:
+    command: click.Command = main
+    while isinstance(command, click.Group) and words and words[0] in command.commands:
+        command, words = command.commands[words[0]], words[1:]
+    return command, words
+
+
+COMMAND_LINES = sorted({(page.name, line) for page in PAGES if page.name != "cli.md" for line in command_lines(page)})
+
+
+@pytest.mark.parametrize(("page", "line"), COMMAND_LINES)
+def test_every_command_line_names_commands_and_options_that_are_there(page: str, line: str) -> None:
+    words = shlex.split(
+        re.split(r"\s{2,}|;", line.removeprefix("patchhub "))[0].replace("[", "").replace("]", ""), comments=True
+    )
+    if words[0] == "help":
+        return
+    command, rest = _command_of(words)
+    assert command is not main, f"{page} names a command that is not there: {line}"
+    known = {option for param in command.params for option in (*param.opts, *param.secondary_opts)} | {"--help", "--"}
+    known |= {f"-{number}" for number in range(10)} if command.name == "log" else set()
+    if command.name != "bisect":  # what follows is a command of its own
+        assert not [word for word in rest if word.startswith("-") and word.partition("=")[0] not in known], line
+
+
+def test_the_session_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is under "Your own model", on the demo model: every command line, in order."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Your own model")[2]
+    lines = iter(re.findall(r"^ {4}(.*)$", text.partition("The first commit")[0], re.M))
+    (tmp_path / "facts").mkdir()
+    monkeypatch.chdir(tmp_path / "facts")
+    ran = []
+    for line in lines:
+        if line.startswith("cat > "):
+            name = line.split()[2]
+            Path(name).write_text("\n".join(iter(lambda: next(lines), "END")), encoding="utf-8")
+        elif line.startswith("patchhub "):
+            words = shlex.split(line.replace("HuggingFaceTB/SmolLM2-135M-Instruct", str(MODEL)), comments=True)[1:]
+            done = CliRunner().invoke(main, [*words, *(["--force"] if words[0] == "commit" else [])])
+            assert done.exit_code == 0, f"{line}: {done.output}"
+            ran.append(words[0])
+    assert ran == ["init", "commit", "ask", "apply", "revert"]

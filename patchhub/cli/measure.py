@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from shutil import get_terminal_size
 from tempfile import TemporaryDirectory
+from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -40,6 +42,8 @@ if TYPE_CHECKING:
 
 
 _SMALL = ("kl",)
+_MEANING = 61  # where a score's meaning begins beside its numbers
+_BELOW = 21  # and where below them, where the terminal is narrow
 _CHANGE = 0.0005  # what three digits show
 
 
@@ -72,10 +76,14 @@ def say_scores(scores: Mapping[str, Score], definitions: Mapping[str, str], *, a
         low, high = (None if bound is None else number(name, bound) for bound in (score.low, score.high))
         interval = f"[{low}, {high}]" if low and high else ""
         beside = f"{against} {number(name, score.base)}" if score.base is not None else ""
-        say(
-            f"{name:>20} {number(name, score.value):>7} {click.style(f'{interval:<16} {beside:<13}', dim=True)} "
-            f"{definitions.get(name, '')}"
-        )
+        numbers = f"{name:>20} {number(name, score.value):>7} {click.style(f'{interval:<16} {beside:<13}', dim=True)}"
+        meaning, room = definitions.get(name, ""), get_terminal_size().columns - _MEANING
+        if len(meaning) <= room:
+            say(f"{numbers} {meaning}")
+        else:
+            say(numbers)
+            for line in wrap(meaning, width=max(room + _MEANING - _BELOW, 20)):
+                say(f"{'':{_BELOW}}{line}", dim=True)
 
 
 def say_compared(rows: Sequence[Compared], old: str, new: str, definitions: Mapping[str, str]) -> None:

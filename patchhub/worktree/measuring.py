@@ -85,6 +85,9 @@ FLUENCY_TOKENS: Final = 100
 FLUENCY_TOP_K: Final = 5
 BASE: Final = "base"
 
+_KEPT_AT_ONCE: Final = 256
+"""How many answers are found before they are kept: an interrupted evaluation goes on there, and a bar moves."""
+
 
 @dataclass(frozen=True)
 class Questions:
@@ -293,8 +296,12 @@ class Measurer:
         keys = [key(item) for item in items]
         missing = {name: item for name, item in zip(keys, items, strict=True) if name not in results}
         if missing:
-            self.progress.stage(label, 0)
-            results.keep(dict(zip(missing, ask(list(missing.values())), strict=True)))
+            self.progress.stage(label, len(missing) if len(missing) > 1 else 0)
+            names = list(missing)
+            for begin in range(0, len(names), _KEPT_AT_ONCE):
+                some = names[begin : begin + _KEPT_AT_ONCE]
+                results.keep(dict(zip(some, ask([missing[name] for name in some]), strict=True)))
+                self.progress.advance(len(some))
         return [results[name] for name in keys]
 
     def _model(self, revision: str) -> PreTrainedModel:

@@ -18,7 +18,7 @@ from patchhub.porcelain.change import revert
 from patchhub.porcelain.merge import merge
 from patchhub.porcelain.report import report
 from patchhub.porcelain.report.commits import edited_weights
-from patchhub.porcelain.report.report import Report, write_report
+from patchhub.porcelain.report.report import Report, verdict, write_report
 from patchhub.progress import Silent
 from patchhub.sets.columns import read_columns, read_state
 from patchhub.sets.rivals import crowding, overlapping
@@ -334,3 +334,22 @@ def test_weights_come_in_the_order_of_their_layers(tmp_path: Path) -> None:
         "model.layers.9.w",
         "model.layers.10.w",
     ]
+
+
+@pytest.mark.parametrize(
+    ("guard", "scores", "wanted", "levels"),
+    [
+        (None, {}, "Nobody has measured", []),
+        ({"own": {"count": 10, "of": 10}, "failed": []}, {"live_efficacy": 0.95}, "is fine, as far", ["good", "good"]),
+        ({"own": {"count": 8, "of": 10}, "failed": []}, {"leak": 0.0}, "mostly fine", ["doubtful", "good"]),
+        ({"own": {"count": 1, "of": 10}, "failed": ["few hold"]}, {"leak": 0.5}, "not fine", ["bad", "bad", "bad"]),
+        ({"failed": []}, {"live_efficacy": 0.2, "live_paraphrase": 0.5}, "not fine", ["bad", "good"]),
+    ],
+)
+def test_the_verdict_is_as_bad_as_the_worst_that_was_measured(
+    guard: dict[str, Any] | None, scores: dict[str, float], wanted: str, levels: list[str]
+) -> None:
+    sentence, grounds = verdict({} if guard is None else {"guard": guard, "forced": bool(guard["failed"])}, scores)
+    assert wanted in sentence
+    assert [level for level, _ in grounds] == levels
+    assert verdict(None, scores) == ("This is the unpatched model.", [])

@@ -16,6 +16,9 @@ function headline(data, facts) {
     element("span", { class: "id" }, short(data.base.id)),
     ` · written ${data.made.replace("T", " ").replace("Z", " UTC")}`,
   );
+  const [sentence, grounds] = data.verdict;
+  byId("verdict").append(sentence);
+  byId("grounds").append(...grounds.map(([level, words]) => element("li", { class: level }, words)));
   const totals = [
     ["Commits", data.commits.length],
     ["Branches", branches],

@@ -8,15 +8,16 @@ from collections.abc import Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Final
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal
 
 from patchhub.errors import SettingsError
 from patchhub.evaluation.definitions import DEFINITIONS
+from patchhub.evaluation.guard import Report as Guarded
 from patchhub.fsio import os_errors, write_atomically
 from patchhub.objects import Element
 from patchhub.porcelain.report.commits import CommitRow, commit_rows, edited_weights, reachable
 from patchhub.porcelain.report.page import is_page, render
-from patchhub.porcelain.scores import Noted, Score, noted_commits, read_note
+from patchhub.porcelain.scores import Noted, Score, noted_commits, notes_of, read_note
 from patchhub.progress import Progress
 from patchhub.results import Result, told
 from patchhub.store.lookup import Fact, every_change, every_fact
@@ -164,6 +165,7 @@ class Report:
     pairs: int
     misfits: Mapping[str, float]
     left_out: Mapping[str, int]
+    verdict: tuple[str, list[tuple[Level, str]]]
 
     def to_json(self) -> dict[str, Any]:
         """The document that the page's script reads. Commits and facts are named by their place in the lists."""
@@ -189,11 +191,74 @@ class Report:
                 [facts[pair.left], facts[pair.right], pair.weight, pair.key_cosine, pair.residual_cosine]
                 for pair in self.overlaps
             ],
+            "verdict": self.verdict,
             "definitions": {
                 name: DEFINITIONS[name] for name in DEFINITIONS if any(name in row.noted.scores for row in self.scores)
             },
             "left_out": dict(self.left_out),
         }
+
+
+Level = Literal["good", "doubtful", "bad"]
+_WORDS: Final[Mapping[Level | None, str]] = {
+    "good": "This model is fine, as far as was measured.",
+    "doubtful": "This model is mostly fine; what is marked below deserves a look.",
+    "bad": "This model is not fine: see what is marked below.",
+    None: "Nobody has measured yet whether this model is fine.",
+}
+
+
+def verdict(check: Mapping[str, Any] | None, scores: Mapping[str, float]) -> tuple[str, list[tuple[Level, str]]]:
+    """Whether the shown model is fine, in a sentence, and what that rests on, the worst first.
+
+    Args:
+        check: what was measured when the shown commit was made; None: the unpatched model.
+        scores: what was noted about it later, by name.
+    """
+    if check is None:
+        return "This is the unpatched model.", []
+    found = [*_guarded(check), *_scored(scores)]
+    order = {"bad": 0, "doubtful": 1, "good": 2}
+    found.sort(key=lambda line: order[line[0]])
+    return _WORDS[found[0][0] if found else None], found
+
+
+def _guarded(check: Mapping[str, Any]) -> Iterator[tuple[Level, str]]:
+    report = Guarded.from_json(check)
+    if report is None:
+        return
+    for failed in report.failed:
+        yield "bad", f"It was committed although the guard refused it: {failed}."
+    own, earlier, drift = report.measured.own, report.measured.earlier, report.measured.drift
+    if own and own.of:
+        yield _above(own.count / own.of, 0.9, 0.5), f"{own.count} of {own.of} facts of the last commit are its answer."
+    if earlier and earlier.of and earlier.count:
+        yield (
+            _above(1 - earlier.count / earlier.of, 0.95, 0.8),
+            f"{earlier.count} of {earlier.of} earlier facts that were read are lost.",
+        )
+    if drift and not drift.guessing:
+        ratio = drift.perplexity_ratio
+        yield _above(-ratio, -1.05, -1.25), f"On other text its perplexity is {ratio:.3f} times that of the base."
+
+
+def _scored(scores: Mapping[str, float]) -> Iterator[tuple[Level, str]]:
+    for name, good, passable, words in (
+        ("live_efficacy", 0.9, 0.6, "It says {:.0%} of the measured facts by itself."),
+        ("live_paraphrase", 0.4, 0.2, "Asked in other words, it says {:.0%} of them."),
+        ("closure", 0.9, 0.6, "{:.0%} of its answers end where the fact ends."),
+    ):
+        if name in scores:
+            yield _above(scores[name], good, passable), words.format(scores[name])
+    if "leak" in scores:
+        yield (
+            _above(-scores["leak"], -0.05, -0.2),
+            f"{scores['leak']:.0%} of other subjects' prompts say a new answer now.",
+        )
+
+
+def _above(value: float, good: float, passable: float) -> Level:
+    return "good" if value >= good else "doubtful" if value >= passable else "bad"
 
 
 def _counts(found: Report) -> dict[str, Any]:
@@ -282,6 +347,12 @@ def report(
         pairs=pairs,
         misfits=misfits,
         left_out={"commits": len(every) - len(commits), "facts": len(facts) - len(shown)},
+        verdict=verdict(
+            None if commit is None else repository.commit(commit).check,
+            {}
+            if commit is None
+            else {n: s.value for noted in notes_of(repository, commit) for n, s in noted.scores.items()},
+        ),
     )
 
 
