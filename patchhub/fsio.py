@@ -113,14 +113,22 @@ def write_atomically(target: Path, chunks: Iterable[bytes], *, mode: int = READ_
     """Make `target` hold the concatenated chunks: temporary file, fsync, rename, fsync of the directory.
 
     Raises:
-        RepositoryError: the disk is full or refuses the write; `target` is as it was.
+        RepositoryError: the disk is full or refuses the write; `target` is as it was, or the error says that it is not.
     """
     temporary = temporary_path(target)
     try:
         with os_errors(target):
             disk.write(temporary, chunks, mode)
             disk.rename(temporary, target)
+        try:
             disk.sync_directory(target.parent)
+        except OSError as error:
+            raise RepositoryError(
+                f"the change of {target} is made, but the disk did not confirm that it will last ({error.strerror or error})",
+                remedy="Check the disk, and look before you run the command again.",
+                path=str(target),
+                errno=error.errno,
+            ) from error
     except BaseException:
         with contextlib.suppress(OSError):  # what is wrong is said already; `gc` finds what stays
             temporary.unlink(missing_ok=True)

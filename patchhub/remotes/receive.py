@@ -207,7 +207,8 @@ class Receiver:
             )
         if needed:
             into = self._folder / str(len(self._spool))
-            into.mkdir()
+            with os_errors(into):
+                into.mkdir()
             self._spool.update(self._remote.read(tip, needed, into))
 
     def _take(self, wanted: _Wanted) -> list[_Wanted]:

@@ -47,6 +47,9 @@ TOLERANCE: Final = 1e-4
 """The distance of weights to their solution, relative to the size of the deltas that make them up, that is still called rounding. Honest
 histories were measured below 1e-6 (docs/trust.md)."""
 
+_CANCELLED: Final = (
+    1e-6  # of a sum's largest norm: below it is formed anew, so that what float64 lost stays far below the tolerance
+)
 _PROJECTIONS: Final = 256  # of delta blobs that are kept: a state lists at most half as many
 _MOST: Final = 4096  # columns that V is fitted to: more make it no better, and cost their square
 
@@ -127,12 +130,14 @@ class _Seen:
         reached: V + X V.
         asked: G^T (Y + X') V.
         size: the sum of the squared norms of the deltas that make up D.
+        peaks: the largest norms of `reached` and `asked` that they came from by taking columns back.
     """
 
     delta: Float[np.ndarray, "s in"]
     reached: Float[np.ndarray, "in s"]
     asked: Float[np.ndarray, "s s"]
     size: float
+    peaks: tuple[float, float] = (0.0, 0.0)
 
     @property
     def distance(self) -> float:
@@ -367,7 +372,21 @@ class _Walk:
         start = before if goes_on else self._nothing
         delta = sum((projected for projected, _ in found), start.delta)
         size = start.size + sum(size for _, size in found)
-        return _Seen(delta, reached, asked, size)
+        norms = float(np.linalg.norm(reached)), float(np.linalg.norm(asked))
+        peaks = max(norms[0], before.peaks[0]), max(norms[1], before.peaks[1])
+        if any(norm < _CANCELLED * peak for norm, peak in zip(norms, peaks, strict=True)):
+            reached, asked = self._anew(step.commit)
+            peaks = float(np.linalg.norm(reached)), float(np.linalg.norm(asked))
+        return _Seen(delta, reached, asked, size, peaks)
+
+    def _anew(self, commit: str) -> tuple[Float[np.ndarray, "in s"], Float[np.ndarray, "s s"]]:
+        """V + X V and G^T (Y + X') V of a whole set: where almost all was taken back, little but rounding errors is left of the sums."""
+        elements = self._repository.active(commit)
+        rows = self._rows(elements)
+        asked = self._probe.ask(rows)
+        for blob in self._additive(elements):
+            asked = asked + self._project(blob)[0] @ self._probe.right
+        return self._probe.right + self._probe.reach(rows), asked
 
     def _rows(self, elements: Iterable[Element]) -> list[int]:
         return [self._place[element] for element in elements if element in self._place]

@@ -17,11 +17,12 @@ from patchhub.porcelain import share
 from patchhub.porcelain.history import show
 from patchhub.porcelain.upkeep import fsck
 from patchhub.progress import Silent
+from patchhub.sets.commits import Draft
 from patchhub.sets.proofs import TOLERANCE, check_state, distance, prove
 from patchhub.store.fsck import every_commit
 from patchhub.store.graph import oldest_first
 from patchhub.store.store import Store
-from tests.porcelain.synthetic import AUTHOR, BY, SHAPES, TIME, Synthetic, make_request, make_store
+from tests.porcelain.synthetic import AUTHOR, BY, SHAPES, TIME, Synthetic, make_request, make_store, stamp, write
 
 WEIGHT = "h.1"
 
@@ -126,6 +127,22 @@ def test_what_is_proven_does_not_depend_on_where_the_proof_begins(store: Synthet
     commits = every_commit(store.repository)
     for start in range(len(commits)):
         assert prove(store.repository, commits[start:]).commits == len(commits) - start
+
+
+def test_what_is_left_when_all_is_taken_back_is_proven_too(store: Synthetic) -> None:
+    """Rounding errors of sums that cancel are not taken for weights."""
+    repository = store.repository
+    elements = sorted(store.active())
+    for gone in (elements[1:], elements[:1]):
+        head = str(repository.head[1])
+        draft = Draft((head,), store.active() - frozenset(gone), repository.commit(head).metric, "revert", {})
+        write(repository, draft, stamp("taken back"))
+    assert not store.active()
+    for number in range(2):
+        store.commit(make_request(f"Eve {number}"))
+    report = fsck(repository, Silent())
+    assert report.sound
+    assert report.proofs.commits == len(every_commit(repository))
 
 
 def test_one_state_is_proven_alone(store: Synthetic) -> None:
