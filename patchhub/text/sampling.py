@@ -106,9 +106,9 @@ def sample_documents(
         progress: called with numbers of tokens, at every step.
     """
     text, count = _Beginnings.of(stack, tokenizer, length, seed), -(-total // length)
-    slot = (
-        None if kept is None else kept.cache.slot(TEXT, base=kept.base, dtype=str(_quick_type(stack)), **asdict(text))
-    )
+    quantization = str(getattr(stack.model.config, "quantization_config", None))
+    model = {"dtype": str(_quick_type(stack)), "quantization": quantization}
+    slot = None if kept is None else kept.cache.slot(TEXT, base=kept.base, **model, **asdict(text))
     documents = _kept_documents(slot)[:count] if slot else []
     progress(len(documents) * length)
     if len(documents) == count:
@@ -283,9 +283,8 @@ def _attend(
 def _quick_type(stack: Stack) -> torch.dtype:
     """The type in which the model writes documents: bfloat16 where the processor has products of it and the model is in a wider type."""
     dtype: torch.dtype = stack.model.dtype
-    capable = stack.device.type == "cpu" and any(
-        torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16")
-    )
+    processor: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # PyTorch before 2.8 does not tell
+    capable = stack.device.type == "cpu" and any(processor.get(name) for name in ("avx512_bf16", "amx_bf16"))
     wider = dtype in (torch.float32, torch.float16) and all(p.dtype == dtype for p in stack.model.parameters())
     return torch.bfloat16 if capable and wider else dtype
 

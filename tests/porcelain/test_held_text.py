@@ -15,7 +15,7 @@ from patchhub.porcelain.upkeep import config_set
 from patchhub.progress import Silent
 from patchhub.store.store import Store
 from patchhub.who import Who
-from patchhub.worktree.metric import held_documents, measured_part, set_aside
+from patchhub.worktree.metric import held_documents, measured_part, sampled_documents, set_aside
 from patchhub.worktree.metric import kept_held_documents as kept_documents
 from patchhub.worktree.opening import Worktree, open_worktree
 from tests.porcelain.taught import AUTHOR, TIME, fact
@@ -97,3 +97,33 @@ def test_a_store_without_a_metric_has_held_text_too(tmp_path: Path) -> None:
     sampled = held_documents(repository, None, base.stack, base.tokenizer)
     assert kept_documents(repository, None) == sampled
     assert sampled != kept_documents(repository, metric_of(repository))
+
+
+class Heard(Silent):
+    """Keeps what it hears."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.said: list[str] = []
+        self.steps: list[int] = []
+
+    def note(self, message: str) -> None:
+        self.said.append(message)
+
+    def advance(self, amount: int) -> None:
+        self.steps.append(amount)
+
+
+def test_another_repository_of_the_base_finds_the_text_and_it_is_said_what_it_is_for(tmp_path: Path) -> None:
+    first = make(tmp_path)
+    text = metric_of(first).text
+    assert text is not None
+    base, heard, sampled = opened(first), Heard(), Text.from_json(first.objects.get(text)).token_ids
+    found, _ = sampled_documents(first, base.stack, base.tokenizer, heard)
+    assert tuple(map(tuple, found)) == sampled
+    assert heard.steps == [sum(map(len, sampled))], "it was all there"
+    assert ["1,500 tokens" in message for message in heard.said] == [True]
+    shutil.rmtree(first.shared.folder / "text")
+    found, _ = sampled_documents(first, base.stack, base.tokenizer, heard)
+    assert tuple(map(tuple, found)) == sampled
+    assert len(heard.steps) > 64, "it moves at every step"
