@@ -342,14 +342,20 @@ def test_weights_come_in_the_order_of_their_layers(tmp_path: Path) -> None:
         (None, {}, "Nobody has measured", []),
         ({"own": {"count": 10, "of": 10}, "failed": []}, {"live_efficacy": 0.95}, "is fine, as far", ["good", "good"]),
         ({"own": {"count": 8, "of": 10}, "failed": []}, {"leak": 0.0}, "mostly fine", ["doubtful", "good"]),
-        ({"own": {"count": 1, "of": 10}, "failed": ["few hold"]}, {"leak": 0.5}, "not fine", ["bad", "bad", "bad"]),
-        ({"failed": []}, {"live_efficacy": 0.2, "live_paraphrase": 0.5}, "not fine", ["bad", "good"]),
+        (
+            {"own": {"count": 1, "of": 10}, "failed": ["few hold"]},
+            {"leak": 0.5},
+            "not fine",
+            ["bad", "bad", "doubtful"],
+        ),
+        ({"failed": []}, {"live_efficacy": 0.2, "live_paraphrase": 0.5}, "mostly fine", ["doubtful", "good"]),
     ],
 )
 def test_the_verdict_is_as_bad_as_the_worst_that_was_measured(
     guard: dict[str, Any] | None, scores: dict[str, float], wanted: str, levels: list[str]
 ) -> None:
-    sentence, grounds = verdict({} if guard is None else {"guard": guard, "forced": bool(guard["failed"])}, scores)
+    check = {} if guard is None else {"guard": guard, "forced": bool(guard["failed"])}
+    sentence, grounds = verdict(check, {"2 facts of a.json": scores})
     assert wanted in sentence
     assert [level for level, _ in grounds] == levels
-    assert verdict(None, scores) == ("This is the unpatched model.", [])
+    assert verdict(None, {"": scores}) == ("This is the unpatched model.", [])

@@ -208,19 +208,32 @@ _WORDS: Final[Mapping[Level | None, str]] = {
 }
 
 
-def verdict(check: Mapping[str, Any] | None, scores: Mapping[str, float]) -> tuple[str, list[tuple[Level, str]]]:
+def verdict(
+    check: Mapping[str, Any] | None, scores: Mapping[str, Mapping[str, float]]
+) -> tuple[str, list[tuple[Level, str]]]:
     """Whether the shown model is fine, in a sentence, and what that rests on, the worst first.
 
     Args:
         check: what was measured when the shown commit was made; None: the unpatched model.
-        scores: what was noted about it later, by name.
+        scores: what was noted about it later: by suite, such as "30 facts of facts.json", then by name. A suite may be of facts
+            that were never written, so scores alone make a model doubtful, not bad.
     """
     if check is None:
         return "This is the unpatched model.", []
-    found = [*_guarded(check), *_scored(scores)]
+    found = [*_guarded(check), *(line for suite, values in scores.items() for line in _scored(suite, values))]
     order = {"bad": 0, "doubtful": 1, "good": 2}
     found.sort(key=lambda line: order[line[0]])
     return _WORDS[found[0][0] if found else None], found
+
+
+def _judged(repository: Store, commit: str | None) -> tuple[str, list[tuple[Level, str]]]:
+    """The verdict on a commit, from its check and its notes."""
+    if commit is None:
+        return verdict(None, {})
+    notes = notes_of(repository, commit)
+    about = {f"{_facts(noted.facts)} of {noted.file or noted.suite}": noted.scores for noted in notes}
+    values = {suite: {name: score.value for name, score in scores.items()} for suite, scores in about.items()}
+    return verdict(repository.commit(commit).check, values)
 
 
 def _guarded(check: Mapping[str, Any]) -> Iterator[tuple[Level, str]]:
@@ -231,30 +244,34 @@ def _guarded(check: Mapping[str, Any]) -> Iterator[tuple[Level, str]]:
         yield "bad", f"It was committed although the guard refused it: {failed}."
     own, earlier, drift = report.measured.own, report.measured.earlier, report.measured.drift
     if own and own.of:
-        yield _above(own.count / own.of, 0.9, 0.5), f"{own.count} of {own.of} facts of the last commit are its answer."
+        yield (
+            _above(own.count / own.of, 0.9, 0.5),
+            f"Of the last commit's {_facts(own.of)} it answers with {own.count}.",
+        )
     if earlier and earlier.of and earlier.count:
         yield (
             _above(1 - earlier.count / earlier.of, 0.95, 0.8),
-            f"{earlier.count} of {earlier.of} earlier facts that were read are lost.",
+            f"Of {_facts(earlier.of)} from before that were read, {earlier.count} got lost.",
         )
     if drift and not drift.guessing:
         ratio = drift.perplexity_ratio
         yield _above(-ratio, -1.05, -1.25), f"On other text its perplexity is {ratio:.3f} times that of the base."
 
 
-def _scored(scores: Mapping[str, float]) -> Iterator[tuple[Level, str]]:
-    for name, good, passable, words in (
-        ("live_efficacy", 0.9, 0.6, "It says {:.0%} of the measured facts by itself."),
-        ("live_paraphrase", 0.4, 0.2, "Asked in other words, it says {:.0%} of them."),
-        ("closure", 0.9, 0.6, "{:.0%} of its answers end where the fact ends."),
+def _scored(suite: str, scores: Mapping[str, float]) -> Iterator[tuple[Level, str]]:
+    for name, good, words in (
+        ("live_efficacy", 0.9, "Of the {} it says {:.0%} by itself."),
+        ("live_paraphrase", 0.4, "Of the {}, asked in other words, it says {:.0%}."),
     ):
         if name in scores:
-            yield _above(scores[name], good, passable), words.format(scores[name])
+            yield "good" if scores[name] >= good else "doubtful", words.format(suite, scores[name])
     if "leak" in scores:
-        yield (
-            _above(-scores["leak"], -0.05, -0.2),
-            f"{scores['leak']:.0%} of other subjects' prompts say a new answer now.",
-        )
+        level: Level = "good" if scores["leak"] <= 0.05 else "doubtful"
+        yield level, f"Of other subjects' prompts beside the {suite}, {scores['leak']:.0%} say a new answer now."
+
+
+def _facts(number: int) -> str:
+    return f"{number} fact{'' if number == 1 else 's'}"
 
 
 def _above(value: float, good: float, passable: float) -> Level:
@@ -347,12 +364,7 @@ def report(
         pairs=pairs,
         misfits=misfits,
         left_out={"commits": len(every) - len(commits), "facts": len(facts) - len(shown)},
-        verdict=verdict(
-            None if commit is None else repository.commit(commit).check,
-            {}
-            if commit is None
-            else {n: s.value for noted in notes_of(repository, commit) for n, s in noted.scores.items()},
-        ),
+        verdict=_judged(repository, commit),
     )
 
 
