@@ -40,7 +40,7 @@ def test_scores_rise_with_the_edit_and_every_one_is_explained(run: Run, suite: s
         name: found["value"] for name, found in before["scores"].items()
     }
     assert set(after["definitions"]) == set(after["scores"])
-    screen = run("eval", "--suite", suite).stdout
+    screen = " ".join(run("eval", "--suite", suite).stdout.split())
     for name, meaning in after["definitions"].items():
         assert f"{name} " in screen
         assert meaning in screen
