@@ -31,9 +31,9 @@ from patchhub.results import Result, in_full, told
 from patchhub.sets.columns import read_columns
 from patchhub.sets.elements import active_requests, distinct, places_of
 from patchhub.sets.shards import without_shards
-from patchhub.store import graph, lookup
-from patchhub.store.graph import Parents
+from patchhub.store import lookup, states
 from patchhub.store.lookup import Fact
+from patchhub.store.states import Parents
 from patchhub.store.store import Store
 from patchhub.text.tokens import Chat
 from patchhub.worktree.opening import Worktree, open_worktree
@@ -274,8 +274,8 @@ def first_bad(good: Iterable[str], bad: str, parents: Parents, verdict: Callable
     Returns:
         One commit; where only skipped ones are left beside it, all that it may be, children first.
     """
-    known = graph.ancestors(good, parents)
-    candidates = [commit for commit in graph.oldest_first([bad], parents) if commit not in known]
+    known = states.ancestors(good, parents)
+    candidates = [commit for commit in states.oldest_first([bad], parents) if commit not in known]
     skipped: set[str] = set()
     while True:
         below = ancestor_sets(candidates, parents)
@@ -331,13 +331,13 @@ def bisect(
     def parents(commit: str) -> Sequence[str]:
         return known[commit][1]
 
-    if end is None or start == end or (start and not graph.is_ancestor(start, end, parents)):
+    if end is None or start == end or (start and not states.is_ancestor(start, end, parents)):
         raise RevisionError(
             f"{good} is not an ancestor of {bad}",
             remedy="Name an older commit (or `base`) that is good, then a bad one.",
         )
     steps: list[Step] = []
-    progress.stage("checking", 3 + int(math.log2(len(graph.ancestors([end], parents)))))
+    progress.stage("checking", 3 + int(math.log2(len(states.ancestors([end], parents)))))
 
     def verdict(commit: str | None) -> Verdict:
         outcome, value = check(commit)

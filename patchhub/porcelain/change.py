@@ -26,7 +26,7 @@ from patchhub.sets.elements import (
     stale_requests,
 )
 from patchhub.sets.shards import ShardPlan, plan_shards, shards_among, shrink, stale_shards, without_shards
-from patchhub.store import graph
+from patchhub.store import states
 from patchhub.store.revisions import REMOTES
 from patchhub.store.store import Store
 from patchhub.who import Who
@@ -357,7 +357,7 @@ def amend(repository: Store, who: Who, progress: Progress, amended: str, *, guar
 
 def _warn_of_pushed(repository: Store, commit: str, progress: Progress) -> None:
     for ref, target in repository.refs().items():
-        if ref.startswith(REMOTES) and graph.is_ancestor(commit, target, repository.parents):
+        if ref.startswith(REMOTES) and states.is_ancestor(commit, target, repository.parents):
             progress.warn(
                 f"{commit[:12]} was pushed already ({ref[len(REMOTES) :]}): the next push is refused until a pull merges the two, "
                 "or with --force-with-lease"
@@ -369,7 +369,7 @@ def _span(repository: Store, span: str, head: str | None) -> tuple[Sequence[str]
     """The commits to replace, newest first, and the one below them (None: they go down to the base)."""
     if head is None:
         raise RevisionError("there is no commit yet", remedy="Commit some facts first.")
-    chain = graph.first_parents(head, repository.parents)
+    chain = states.first_parents(head, repository.parents)
     if span.isdigit():
         found = list(islice(chain, int(span) + 1))
         commits, below = found[: int(span)], found[int(span) :]

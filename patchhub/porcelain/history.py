@@ -18,11 +18,11 @@ from patchhub.sets.elements import active_requests, count_changed, distinct, imp
 from patchhub.sets.merging import StoppedMerge, stopped_merge
 from patchhub.sets.shards import active_shards, shard_record, shards_at, stale_shards
 from patchhub.signing.checking import Vouched, allowed_signers, signatures_by_commit, vouched
-from patchhub.store import graph, lookup
-from patchhub.store.graph import Parents, Rank
+from patchhub.store import lookup, states
 from patchhub.store.lookup import Selection
 from patchhub.store.reading import Standing
 from patchhub.store.revisions import NOTES, REMOTES, SYMBOLIC, follow
+from patchhub.store.states import Parents, Rank
 from patchhub.store.store import Store
 
 SHARES: Final = ("own", "earlier", "crushed")
@@ -124,7 +124,7 @@ def divergences(repository: Store) -> tuple[Divergence, ...]:
     branch, head = repository.head
     here = [] if head is None else [head]
     return tuple(
-        Divergence(ref[len(REMOTES) :], *graph.apart(here, [target], repository.parents, repository.rank))
+        Divergence(ref[len(REMOTES) :], *states.apart(here, [target], repository.parents, repository.rank))
         for ref, target in sorted(repository.refs().items())
         if ref.startswith(REMOTES) and ref[len(REMOTES) :].partition("/")[2] == branch
     )
@@ -362,8 +362,8 @@ def log(
     keys = allowed_signers(repository.config, allowed) if signatures else None
     signed = signatures_by_commit(refs) if signatures else {}
     parents: Parents = every if not first_parent else lambda commit: every(commit)[:1]
-    hidden = graph.ancestors([left_out], every) if left_out else frozenset()
-    walk = (c for c in graph.walk(starts, parents, rank) if c not in hidden and (wanted is None or c in wanted))
+    hidden = states.ancestors([left_out], every) if left_out else frozenset()
+    walk = (c for c in states.walk(starts, parents, rank) if c not in hidden and (wanted is None or c in wanted))
     for identity in islice(walk, limit):
         commit = repository.commit(identity)
         shown = tuple(parents(identity)) if wanted is None else nearest(parents(identity), wanted, parents)
@@ -408,7 +408,7 @@ def merge_bases(repository: Store, one: str, other: str) -> list[str]:
     """
     left, right = repository.resolve(one), repository.resolve(other)
     known = lookup.whole_graph(repository)
-    return graph.merge_bases(left, right, lambda commit: known[commit][1]) if left and right else []
+    return states.merge_bases(left, right, lambda commit: known[commit][1]) if left and right else []
 
 
 def show(repository: Store, revision: str = "HEAD") -> Shown:

@@ -40,8 +40,8 @@ from patchhub.sets.merging import (
     three_way,
 )
 from patchhub.sets.shards import ShardPlan, shrink, stale_shards, superseded
-from patchhub.store.graph import is_ancestor
 from patchhub.store.revisions import BRANCHES, REMOTES, TAGS, resolve_ref
+from patchhub.store.states import is_ancestor
 from patchhub.store.store import Store
 from patchhub.who import Who
 from patchhub.worktree.judging import GUARDED, Guarding, judge

@@ -1,28 +1,165 @@
-"""Reading a repository of the Hub: its refs, its trees, its files. Trees and files are named by a commit of the Hub.
+"""Reading a repository of the Hub: its refs, its trees, its files, and one state of it object by object.
 
-The client that downloads compares sizes only, so every file is hashed here: against the id of an object, or against the
-git or LFS digest that the tree names."""
+Calls are repeated where repeating is safe, and their many exceptions turned into `RemoteError`. Trees and files are named by a commit of
+the Hub. The client that downloads compares sizes only, so every file is hashed here: against the id of an object, or against the git or
+LFS digest that the tree names. What is in the client's cache is used without a network; an object that is damaged there is fetched
+again, once."""
 
 from __future__ import annotations
 
 import hashlib
+import re
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
-from patchhub.errors import RemoteError
+from patchhub.errors import PatchhubError, RemoteError, RevisionError
+from patchhub.objects import Commit
 from patchhub.remotes.file import OBJECT, object_path
-from patchhub.remotes.hub_calls import DOWNLOAD_ATTEMPTS, Result, Sleep, is_missing, read_call
+from patchhub.remotes.receive import MAX_JSON
 from patchhub.remotes.remote import MAX_BYTES, NAME, BranchManifest, read_branch
 from patchhub.store.object_store import file_digest
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from huggingface_hub import HfApi
+
+
+Result = TypeVar("Result")
+Sleep = Callable[[float], None]
+
+ATTEMPTS: Final = 5
+MAX_WAIT: Final = 300.0
+"""Seconds that a server may make us wait at once."""
+
+DOWNLOAD_ATTEMPTS: Final = 2
+"""The client repeats downloads by itself, but not one whose connection was reset."""
+
+TRANSIENT: Final = frozenset({408, 429, 500, 502, 503, 504})
+
+_REMEDIES: Final = {
+    401: "Log in with `hf auth login`, or check the token.",
+    402: "The account's storage is full; see its settings on the Hub.",
+    403: "Log in with a token that may write to it: `hf auth login`.",
+    404: "Check the name; if it is private, log in with `hf auth login`.",
+    413: "It is larger than the Hub takes.",
+    429: "The Hub asks for patience; try again later.",
+}
+_TRY_AGAIN: Final = "Check the connection and run the command again."
+_NO_XET: Final = (
+    "If the server offers no Xet, set HF_HUB_DISABLE_XET=1; else check the connection. Then run the command again."
+)
+
+
+def status_of(error: BaseException) -> int | None:
+    """The HTTP status that an exception stands for; None if there was no answer."""
+    response: Any = getattr(error, "response", None)
+    status = getattr(response, "status_code", None)
+    if status is None and error.__cause__ is not None:
+        return status_of(error.__cause__)
+    return int(status) if status is not None else None
+
+
+def is_missing(error: BaseException) -> bool:
+    """Whether it says that the repository is not there, or not visible."""
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    return isinstance(error, RepositoryNotFoundError)
+
+
+def waiting_time(error: BaseException, attempt: int) -> float:
+    """Seconds until the next attempt: what the server asks for (Retry-After), else 1, 2, 4, 8."""
+    response: Any = getattr(error, "response", None)
+    asked = response.headers.get("Retry-After", "") if response is not None else ""
+    return min(float(asked), MAX_WAIT) if asked.isdecimal() else float(2**attempt)
+
+
+def read_call(place: str, call: Callable[[], Result], *, sleep: Sleep = time.sleep, attempts: int = ATTEMPTS) -> Result:
+    """The result of a call that changes nothing, repeated while it fails for reasons that pass.
+
+    Args:
+        place: what is called, for messages.
+        attempts: fewer where the client repeats most of the call by itself.
+
+    Raises:
+        RemoteError: it kept failing, or failed for good.
+    """
+    for attempt in range(attempts):
+        try:
+            return call()
+        except PatchhubError:
+            raise
+        except Exception as error:  # the client raises errors of several libraries
+            if attempt == attempts - 1 or not _passes(error):
+                raise explained(place, error) from error
+            sleep(waiting_time(error, attempt))
+    raise AssertionError("unreachable")
+
+
+def write_call(call: Callable[[], Result], *, sleep: Sleep) -> Result:
+    """The result of a call that changes something, repeated only while it is refused before anything is done (429).
+
+    Raises:
+        Exception: whatever the last attempt raised.
+    """
+    for attempt in range(ATTEMPTS - 1):
+        try:
+            return call()
+        except Exception as error:  # the client raises errors of several libraries
+            if status_of(error) != 429:
+                raise
+            sleep(waiting_time(error, attempt))
+    return call()
+
+
+def _passes(error: BaseException) -> bool:
+    """Whether the same call may succeed a little later."""
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
+    if _cause(error, OfflineModeIsEnabled) or isinstance(error, ValueError):
+        return False
+    status = status_of(error)
+    if status is not None:
+        return status in TRANSIENT
+    return not isinstance(error, OSError) or isinstance(error, ConnectionError | TimeoutError)
+
+
+def explained(place: str, error: BaseException) -> RemoteError:
+    """What went wrong, in one sentence, and what to do."""
+    from huggingface_hub.errors import GatedRepoError, OfflineModeIsEnabled
+
+    status = status_of(error)
+    facts = {"remote": place, "status": status, "cause": type(error).__name__}
+    if _cause(error, OfflineModeIsEnabled):
+        return RemoteError(f"{place} cannot be reached: offline mode is on", remedy="Unset HF_HUB_OFFLINE.", **facts)
+    if isinstance(error, GatedRepoError):
+        return RemoteError(f"{place} needs its owner's permission", remedy="Ask for access on its page.", **facts)
+    if is_missing(error):
+        return RemoteError(f"{place} does not exist or is private", remedy=_REMEDIES[404], **facts)
+    reason = _reason(error)
+    if status is None:
+        remedy = _NO_XET if "/xet-" in reason else _TRY_AGAIN
+        return RemoteError(f"{place} cannot be reached: {reason}", remedy=remedy, **facts)
+    return RemoteError(
+        f"{place} answered {status}: {reason}", remedy=_REMEDIES.get(status, "Run the command again later."), **facts
+    )
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of what the server or else the client says, and of what was behind it."""
+    said = (getattr(error, "server_message", None) or str(error)).strip().partition("\n")[0] or type(error).__name__
+    behind = "" if error.__cause__ is None else _reason(error.__cause__)
+    return said if behind in said else f"{said} ({behind})"
+
+
+def _cause(error: BaseException | None, kind: type[BaseException]) -> bool:
+    while error is not None:
+        if isinstance(error, kind):
+            return True
+        error = error.__cause__
+    return False
 
 
 _THREADS: Final = 8
@@ -152,3 +289,149 @@ class HubFiles:
 
 def _git_digest(data: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
+
+
+_DIGITS = re.compile(r"[0-9a-f]{8,64}")
+_HUB_COMMIT = 40
+_FULL = 64
+
+
+class HubSnapshot:
+    """A branch, a tag, a commit of the Hub (40 digits) or a patchhub commit (64 digits, or their beginning) of a Hub repository.
+
+    Attributes:
+        sha: the commit of the Hub that everything is read from.
+        manifest: its ``patchhub.json``.
+        commit: the patchhub commit that was asked for.
+    """
+
+    def __init__(
+        self,
+        repo: str,
+        revision: str,
+        *,
+        endpoint: str | None = None,
+        token: str | None = None,
+        sleep: Sleep = time.sleep,
+    ) -> None:
+        """Find the revision.
+
+        Raises:
+            RemoteError: unreachable and not in the cache, or nothing of patchhub.
+            RevisionError: no such revision.
+        """
+        from huggingface_hub import HfApi
+
+        self._api: Any = HfApi(endpoint=endpoint, token=token)
+        self._repo = repo
+        self._place = f"hf://{repo}"
+        self._sleep = sleep
+        at, commit = self._find(revision)
+        file = self._download(NAME, at, limit=MAX_BYTES)
+        self.sha = file.parent.name
+        self.manifest: BranchManifest = read_branch(file.read_bytes(), f"{self._place} at {at}")
+        self.commit = commit or self.manifest.commit
+
+    def read_commit(self, identity: str) -> Commit:
+        """A commit, verified; `RemoteError` if it is about another base than the manifest says."""
+        commit = Commit.from_json(self.read(identity))
+        if commit.base != self.manifest.base:
+            raise RemoteError(f"commit {identity[:12]} of {self._place} is about another base", remedy="Do not use it.")
+        return commit
+
+    def read(self, identity: str) -> bytes:
+        """The bytes of a JSON object, verified."""
+        return self.file(identity, limit=MAX_JSON).read_bytes()
+
+    def file(self, identity: str, *, limit: int) -> Path:
+        """A local file with an object's bytes, verified.
+
+        Raises:
+            RemoteError: it is missing, larger than `limit` bytes, or stays damaged.
+        """
+        for fresh in (False, True):
+            path = self._download(object_path(identity), self.sha, limit=limit, fresh=fresh)
+            if file_digest(path) == identity:
+                return path
+        raise RemoteError(
+            f"object {identity[:12]} of {self._place} is refused: its bytes do not hash to its name",
+            remedy="Try again; if it stays, the repository is damaged.",
+            object=identity,
+        )
+
+    def _find(self, revision: str) -> tuple[str, str | None]:
+        """What to read from the Hub, and the patchhub commit if `revision` names one: in the cache, else there."""
+        if _DIGITS.fullmatch(revision) is None or len(revision) == _HUB_COMMIT:
+            return revision, None
+        found = self._cached(revision) or self._listed(revision)
+        if len({commit for _, commit in found}) > 1:
+            raise RevisionError(f"{revision!r} is ambiguous in {self._place}", remedy="Write more digits of the id.")
+        if found:
+            return found[0]
+        if len(revision) == _FULL:
+            raise RevisionError(f"{self._place} has no commit {revision[:12]}", remedy="Use a branch or a tag of it.")
+        return revision, None
+
+    def _cached(self, digits: str) -> list[tuple[str, str]]:
+        """(commit of the Hub, patchhub object) of all that is in the client's cache and begins with those digits."""
+        from huggingface_hub import constants
+        from huggingface_hub.file_download import repo_folder_name
+
+        folder = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=self._repo, repo_type="model"), "snapshots")
+        pattern = f"*/{object_path(digits)}*"
+        found = sorted(path for path in folder.glob(pattern) if (path.parents[2] / NAME).exists())
+        return [(path.parents[2].name, path.parent.name + path.name) for path in found]
+
+    def _listed(self, digits: str) -> list[tuple[str, str]]:
+        """The same of all that branches and tags of the repository hold."""
+        files = HubFiles(self._repo, self._api, sleep=self._sleep)
+        refs = files.refs()
+        if refs is None:
+            raise RemoteError(
+                f"{self._place} does not exist or is private", remedy="Check the name, or run `hf auth login`."
+            )
+        heads = sorted({*refs.branches.values(), *refs.tags.values()})
+        return [(sha, name) for sha in heads for name in files.objects(sha) if name.startswith(digits)]
+
+    def _download(self, path: str, revision: str, *, limit: int, fresh: bool = False) -> Path:
+        from huggingface_hub import try_to_load_from_cache
+        from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RevisionNotFoundError
+
+        def ask() -> Path:
+            try:
+                cached = (
+                    len(revision) == 40 and not fresh and try_to_load_from_cache(self._repo, path, revision=revision)
+                )
+                if not isinstance(cached, str):
+                    self._refuse_large(path, revision, limit)
+                return Path(self._api.hf_hub_download(self._repo, path, revision=revision, force_download=fresh))
+            except RevisionNotFoundError:
+                raise RevisionError(
+                    f"{self._place} has no revision {revision}", remedy="Use a branch, a tag or a commit of it."
+                ) from None
+            except LocalEntryNotFoundError:
+                raise
+            except EntryNotFoundError:
+                raise RemoteError(
+                    f"{self._place} at {revision} has no {path}", remedy="It is not a whole patchhub repository."
+                ) from None
+
+        return read_call(self._place, ask, sleep=self._sleep, attempts=DOWNLOAD_ATTEMPTS)
+
+    def _refuse_large(self, path: str, revision: str, limit: int) -> None:
+        """Ask for a file's size before it is downloaded, where there is a network."""
+        from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+        if path == NAME:
+            return  # the smallest of all; its size is checked when it is here
+        try:
+            found = self._api.get_paths_info(self._repo, [path], revision=revision)
+        except (OfflineModeIsEnabled, HfHubHTTPError):
+            return  # the download says what is wrong
+        if found and found[0].size > limit:
+            raise RemoteError(
+                f"{path} of {self._place} is refused: {found[0].size} bytes are too many",
+                remedy="The repository is damaged or not meant for patchhub.",
+                size=found[0].size,
+                limit=limit,
+            )

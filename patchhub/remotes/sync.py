@@ -15,7 +15,7 @@ from patchhub.remotes.file import FileRemote, FsspecFiles, LocalFiles
 from patchhub.remotes.receive import CheckTensors, Limits, Received, Receiver, receiving
 from patchhub.remotes.remote import Publication, Remote, RemoteMovedError, Source, Tip, View
 from patchhub.results import Result, told
-from patchhub.store import graph
+from patchhub.store import states
 from patchhub.store.operations import FETCH, PROVEN, TRUSTED
 from patchhub.store.reachability import NOTHING_PROVEN, Proofs, Reference, closure, references
 from patchhub.store.revisions import BRANCHES, NOTES, REMOTES, SYMBOLIC, TAGS, check_ref, twins
@@ -236,7 +236,7 @@ def fetch(
 def _let_in(repository: Store, wanted: Mapping[str, str], left_out: Mapping[str, str]) -> dict[str, str]:
     """What may come: refs that are not left out, and notes about commits that are here then."""
     refs = {ref: target for ref, target in wanted.items() if not ref.startswith(NOTES) and ref not in left_out}
-    below = graph.ancestors(refs.values(), lambda commit: repository.commit(commit).parents)
+    below = states.ancestors(refs.values(), lambda commit: repository.commit(commit).parents)
     notes = {ref: ref[len(NOTES) :].partition("/")[0] for ref in wanted if ref.startswith(NOTES)}
     kept = {ref for ref, commit in notes.items() if commit in below or repository.commits(commit)}
     return {**refs, **{ref: target for ref, target in wanted.items() if ref in kept}}
@@ -458,7 +458,7 @@ def _plan(
     tip = view.tips.get(ref)
     if tip is not None and tip.commit not in (commit, seen):
         _refuse_sideways(repository, remote, ref, tip.commit, commit)
-    history = graph.ancestors([commit], repository.parents)
+    history = states.ancestors([commit], repository.parents)
     notes = _notes_of(repository, history, view)
     near = tip or _nearest(repository, view, ref, history, commit)
     there = remote.sizes(near) if near else {}
@@ -513,7 +513,7 @@ def _refuse_sideways(repository: Store, remote: Remote, ref: str, theirs: str, o
             ours=ours,
         )
     known = theirs in repository.commits(theirs)
-    if not known or not graph.is_ancestor(theirs, ours, repository.parents):
+    if not known or not states.is_ancestor(theirs, ours, repository.parents):
         reason = "has commits that are not in yours" if known else "has commits that you do not have"
         raise RemoteMovedError(
             f"{ref[len(BRANCHES) :]} of {remote.address} {reason}",
@@ -550,7 +550,7 @@ def _already_there(repository: Store, tip: Tip | None, there: Mapping[str, int])
     """Commits whose whole closure a remote must have, because it has them and they are below its tip."""
     if tip is None or tip.commit not in repository.commits(tip.commit):
         return set()
-    return {commit for commit in graph.ancestors([tip.commit], repository.parents) if commit in there}
+    return {commit for commit in states.ancestors([tip.commit], repository.parents) if commit in there}
 
 
 def _lacking(repository: Store, roots: Iterable[Reference], known: set[str], *, withheld: bool) -> Iterator[str]:

@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     from patchhub.porcelain.metric import Shown as ShownMetric
     from patchhub.porcelain.model import Answer, Applied
     from patchhub.porcelain.report.report import Written
-    from patchhub.porcelain.served import Served
     from patchhub.porcelain.trust.evidence import WrittenEvidence
+    from patchhub.porcelain.trust.served import Served
     from patchhub.porcelain.tune import Tuned
 
 
@@ -323,7 +323,7 @@ class ModelVerbs(Opened):
             chat: ask as a user's message, not as a text to continue.
         """
         self._resolve(rev)
-        from patchhub.porcelain.served import verify_served
+        from patchhub.porcelain.trust.served import verify_served
 
         with self._heard() as progress:
             return verify_served(self.store, url, progress, revision=rev, model=model, limit=limit, chat=chat)

@@ -17,7 +17,7 @@ from patchhub.objects import Element, Request
 from patchhub.results import Result, told
 from patchhub.sets.elements import Place, active_requests, places_of
 from patchhub.sets.shards import earlier_shards
-from patchhub.store.graph import Parents, ancestors, merge_bases
+from patchhub.store.states import Parents, ancestors, merge_bases
 from patchhub.store.store import Store
 
 ActiveSet = frozenset[Element]

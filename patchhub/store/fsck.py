@@ -22,7 +22,7 @@ from patchhub.errors import CorruptStoreError, RevisionError
 from patchhub.fsio import TEMPORARY_SUFFIX, os_errors
 from patchhub.objects import Operation
 from patchhub.results import Result, told
-from patchhub.store import graph, index, operations, states
+from patchhub.store import index, operations, states
 from patchhub.store.index import database_errors, transaction
 from patchhub.store.object_store import REMEDY
 from patchhub.store.reachability import (
@@ -194,7 +194,7 @@ def every_commit(repository: Store) -> list[str]:
     """All commits that the operations lead to, every parent before its children."""
     roots = recorded(operation.changes for _, operation in repository.operations())
     starts = {root.id if root.kind == "commit" else repository.note(root.id).commit for root in roots}
-    return list(graph.oldest_first(starts, repository.parents))
+    return list(states.oldest_first(starts, repository.parents))
 
 
 def with_proofs(repository: Store, report: Report, proofs: Proofs) -> Report:
@@ -358,13 +358,13 @@ def _check_commits(repository: Store, reached: Iterable[Reference]) -> Iterator[
         parents[identity], digests[identity] = commit.parents, commit.set_digest
     generation: dict[str, int] = {}
     alike: dict[str, list[str]] = defaultdict(list)
-    for identity in graph.oldest_first(parents, parents.__getitem__):
+    for identity in states.oldest_first(parents, parents.__getitem__):
         generation[identity] = 1 + max((generation[parent] for parent in parents[identity]), default=0)
         alike[digests[identity]].append(identity)
 
     def same_sets(identity: str) -> set[str]:
         candidates = [other for other in alike[digests[identity]] if other != identity]
-        return graph.among_ancestors(candidates, parents[identity], parents.__getitem__, generation.__getitem__)
+        return states.among_ancestors(candidates, parents[identity], parents.__getitem__, generation.__getitem__)
 
     for identity, problem in unsound(repository, generation, parents.__getitem__, same_sets):
         yield Finding(f"commit {identity[:12]} is not sound: {problem}", REMEDY, facts={"commit": identity})
@@ -386,7 +386,7 @@ def _check_index(repository: Store, reached: Iterable[Reference]) -> list[Findin
 
 def _derive(repository: Store, reached: Iterable[Reference]) -> index.Rows:
     reached = list(reached)
-    commits = graph.oldest_first(_ids(reached, "commit"), lambda commit: repository.commit(commit).parents)
+    commits = states.oldest_first(_ids(reached, "commit"), lambda commit: repository.commit(commit).parents)
     return index.derive(
         ((identity, repository.commit(identity)) for identity in commits),
         ((identity, repository.note(identity)) for identity in sorted(_ids(reached, "note"))),

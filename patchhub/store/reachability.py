@@ -14,9 +14,8 @@ from patchhub.canonical import has_unseen, object_id
 from patchhub.objects import Base, Commit, Element, Metric, Note, Patch, Text, requests_from_json, set_from_json
 from patchhub.results import Result
 from patchhub.store import states
-from patchhub.store.graph import Parents
 from patchhub.store.revisions import NOTES, SYMBOLIC
-from patchhub.store.states import ActiveSet
+from patchhub.store.states import ActiveSet, Parents
 
 if TYPE_CHECKING:
     from patchhub.store.reading import Reading

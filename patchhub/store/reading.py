@@ -9,7 +9,7 @@ from typing import Final, Literal, NamedTuple, TypeVar
 
 from patchhub.errors import CorruptStoreError
 from patchhub.objects import Commit, Element, Note, Operation, Patch, Request, requests_from_json, set_from_json
-from patchhub.store import graph, index, operations, revisions, states
+from patchhub.store import index, operations, revisions, states
 from patchhub.store.config import Config
 from patchhub.store.index import database_errors
 from patchhub.store.object_store import ObjectStore
@@ -99,7 +99,7 @@ class Reading:
             return Standing("trusted", below)
         taken = [operation.changes for operation in brought if operations.PROVEN not in operation.arguments]
         targets = {new for changes in taken for _, new in changes.values() if new is not None and self.commits(new)}
-        claimed = bool(targets) and bool(graph.among_ancestors([commit], targets, self.parents, self.rank))
+        claimed = bool(targets) and bool(states.among_ancestors([commit], targets, self.parents, self.rank))
         return Standing("claimed" if claimed else "checked", None)
 
     # --- objects -------------------------------------------------------------------------------------------
@@ -155,7 +155,7 @@ class Reading:
 
     def log(self, *starts: str) -> Iterator[tuple[str, Commit]]:
         """(id, commit) of `starts` and their ancestors, latest first, every child before its parents; lazy."""
-        return ((identity, self.commit(identity)) for identity in graph.walk(starts, self.parents, self.rank))
+        return ((identity, self.commit(identity)) for identity in states.walk(starts, self.parents, self.rank))
 
     def active(self, commit: str | None) -> frozenset[Element]:
         """The active set of a commit; empty for None, the unpatched model."""
@@ -190,7 +190,7 @@ class Reading:
         """Those of `commits` and their ancestors whose set has that digest, the latest first."""
         with database_errors(self.database):
             candidates = index.commits_with_set(self.connection, digest)
-        below = graph.among_ancestors(candidates, commits, self.parents, self.rank)
+        below = states.among_ancestors(candidates, commits, self.parents, self.rank)
         return [candidate for candidate in candidates if candidate in below]
 
     def needs_keyframe(self, parent: str | None, new_blob_bytes: int, whole_delta_bytes: int) -> bool:

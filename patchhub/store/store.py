@@ -16,7 +16,7 @@ from patchhub.cache import Cache
 from patchhub.errors import CorruptStoreError, RepositoryError, SettingsError
 from patchhub.fsio import DISK, Disk, writer_lock
 from patchhub.objects import Commit, Note, Operation
-from patchhub.store import graph, index, operations, revisions
+from patchhub.store import index, operations, revisions, states
 from patchhub.store.config import DATABASE, Config, create, read_config, write_config
 from patchhub.store.index import connect, transaction
 from patchhub.store.object_store import ObjectStore
@@ -278,7 +278,7 @@ class Store(Reading):
             return [parent for parent in self.commit(commit).parents if not self._is_indexed(parent)]
 
         noted = [self.note(identity).commit for identity in notes]
-        fresh = list(graph.oldest_first([c for c in (*commits, *noted) if not self._is_indexed(c)], unknown_parents))
+        fresh = list(states.oldest_first([c for c in (*commits, *noted) if not self._is_indexed(c)], unknown_parents))
         if not fresh and not notes:
             return fresh
         rows = index.derive(

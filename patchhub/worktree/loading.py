@@ -21,7 +21,7 @@ from patchhub.models.checkpoint import Checkpoint, open_checkpoint
 from patchhub.models.fingerprint import check_tensors
 from patchhub.models.linear_weights import linear_shapes
 from patchhub.objects import Base, Patch, set_digest, set_from_json
-from patchhub.remotes.hub_snapshot import HubSnapshot
+from patchhub.remotes.hub_files import HubSnapshot
 from patchhub.remotes.receive import columns_limit, delta_limit
 from patchhub.remotes.remote import NAME as REMOTE
 from patchhub.remotes.sync import HUB

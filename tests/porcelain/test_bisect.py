@@ -17,7 +17,7 @@ from patchhub.errors import RequestError, RevisionError, SettingsError
 from patchhub.objects import Request
 from patchhub.porcelain.blame import Outcome, Verdict, ancestor_sets, bisect, facts_to_measure, first_bad, metric_check
 from patchhub.progress import Silent
-from patchhub.store.graph import ancestors, oldest_first
+from patchhub.store.states import ancestors, oldest_first
 from patchhub.store.store import Store
 from tests.porcelain.synthetic import Synthetic, make_request
 from tests.porcelain.synthetic import make_store as make_synthetic

@@ -24,8 +24,8 @@ from patchhub.porcelain.search import changed_answers, diff, weight_steps
 from patchhub.progress import Silent
 from patchhub.sets.columns import read_state
 from patchhub.sets.elements import active_requests
-from patchhub.store.graph import ancestors
 from patchhub.store.lookup import Selection
+from patchhub.store.states import ancestors
 from patchhub.store.store import Store
 from patchhub.who import duration, instant
 from tests.porcelain.synthetic import make_request

@@ -15,7 +15,7 @@ from patchhub.porcelain.change import revert
 from patchhub.porcelain.merge import Merged, merge
 from patchhub.porcelain.refs import undo
 from patchhub.store.fsck import check
-from patchhub.store.graph import merge_bases
+from patchhub.store.states import merge_bases
 from patchhub.who import Who
 from tests.porcelain.synthetic import AUTHOR, BY, TIME, Synthetic, distance, make_request, make_store, stamp
 

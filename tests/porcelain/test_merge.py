@@ -20,7 +20,7 @@ from patchhub.porcelain.history import status
 from patchhub.porcelain.merge import Merged, Stopped, abort_merge, continue_merge, merge, predict
 from patchhub.sets.columns import read_columns
 from patchhub.sets.merging import FILE, Resolution, read_choices
-from patchhub.store.graph import merge_bases
+from patchhub.store.states import merge_bases
 from tests.porcelain.synthetic import BY, Synthetic, distance, make_request, make_store, stamp
 
 TIGHT = 1e-6  # what design promises of sums of stored changes, relative

@@ -20,7 +20,7 @@ from patchhub.progress import Silent
 from patchhub.sets.commits import Draft
 from patchhub.sets.proofs import TOLERANCE, check_state, distance, prove
 from patchhub.store.fsck import every_commit
-from patchhub.store.graph import oldest_first
+from patchhub.store.states import oldest_first
 from patchhub.store.store import Store
 from tests.porcelain.synthetic import AUTHOR, BY, SHAPES, TIME, Synthetic, make_request, make_store, stamp, write
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from patchhub.objects import Element
 from patchhub.sets.merging import base_set, three_way
-from patchhub.store.graph import is_ancestor, merge_bases
+from patchhub.store.states import is_ancestor, merge_bases
 
 ActiveSet = frozenset[Element]
 

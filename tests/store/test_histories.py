@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from patchhub.errors import RepositoryError
 from patchhub.objects import Element, set_digest
-from patchhub.store import graph
+from patchhub.store import states
 from patchhub.store.fsck import check
 from patchhub.store.store import Store
 
@@ -85,5 +85,5 @@ def test_random_histories(todo: list[tuple[str, int, int]]) -> None:
                 assert len(fresh.state(identity)) <= 128
                 if commit.same_as:
                     assert fresh.state(identity) == fresh.state(commit.same_as)
-                    assert graph.is_ancestor(commit.same_as, identity, fresh.parents)
+                    assert states.is_ancestor(commit.same_as, identity, fresh.parents)
                     assert fresh.commit(commit.same_as).same_as is None

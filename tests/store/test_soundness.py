@@ -17,7 +17,7 @@ from test_states import ANY, HISTORY, ONE, TWO, P, Q, R
 
 from patchhub.canonical import object_id
 from patchhub.objects import Commit, Element, Keyframe, set_digest, set_json
-from patchhub.store import graph, index, operations
+from patchhub.store import index, operations, states
 from patchhub.store.fsck import check, reindex
 from patchhub.store.reachability import flaws, misfits
 from patchhub.store.states import ActiveSet
@@ -107,11 +107,11 @@ def plain_flaws(repository: Store, commits: list[str]) -> set[str]:
     """The same rules, commit by commit over whole sets: the oracle of the walk."""
     sets: dict[str, frozenset[Element]] = {}
     found = set()
-    for identity in graph.oldest_first(commits, lambda one: repository.commit(one).parents):
+    for identity in states.oldest_first(commits, lambda one: repository.commit(one).parents):
         commit = repository.commit(identity)
         before = sets[commit.parents[0]] if commit.parents else frozenset()
         sets[identity] = (before - commit.removed) | commit.added
-        above = graph.ancestors(commit.parents, lambda one: repository.commit(one).parents)
+        above = states.ancestors(commit.parents, lambda one: repository.commit(one).parents)
         same = [other for other in above if repository.commit(other).set_digest == commit.set_digest]
         if problems(commit, before, same):
             found.add(identity)

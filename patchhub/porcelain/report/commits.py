@@ -9,7 +9,7 @@ from typing import Any
 from patchhub.objects import Commit
 from patchhub.porcelain import history
 from patchhub.sets.elements import count_changed
-from patchhub.store import graph, lookup
+from patchhub.store import lookup, states
 from patchhub.store.revisions import BRANCHES, HEAD, REMOTES, SYMBOLIC, TAGS
 from patchhub.store.store import Store
 
@@ -115,7 +115,7 @@ def reachable(repository: Store, *also: str | None) -> list[str]:
     """Every commit below a branch, a tag, a remote branch or ``also``, newest first, every child before its parents."""
     known = lookup.whole_graph(repository)
     starts = {commit for commit in (*_labels(repository), *also) if commit is not None}
-    return list(graph.walk(starts, lambda commit: known[commit][1], lambda commit: known[commit][0]))
+    return list(states.walk(starts, lambda commit: known[commit][1], lambda commit: known[commit][0]))
 
 
 def commit_rows(repository: Store, commits: Sequence[str]) -> Iterator[CommitRow]:

@@ -18,7 +18,7 @@ from patchhub.progress import Progress
 from patchhub.results import Result
 from patchhub.sets.elements import Place, places_of
 from patchhub.signing.checking import Vouched, allowed_signers, approvers, signatures_by_commit, vouched
-from patchhub.store import graph
+from patchhub.store import states
 from patchhub.store.store import Store
 
 ADDED: Final = "added"
@@ -269,7 +269,7 @@ def _own_changes(repository: Store, identity: str, commit: Commit) -> tuple[froz
         return commit.removed, commit.added
     merged = repository.active(identity)
     sides = [repository.active(parent) for parent in commit.parents]
-    bases = graph.merge_bases(commit.parents[0], commit.parents[1], repository.parents)
+    bases = states.merge_bases(commit.parents[0], commit.parents[1], repository.parents)
     common = frozenset[Element]().union(*(repository.active(base) for base in bases))
     union, everywhere = frozenset[Element]().union(*sides), sides[0].intersection(*sides[1:])
     return frozenset(e for e in union - merged if e in everywhere or e not in common), merged - union

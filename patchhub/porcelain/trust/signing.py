@@ -28,7 +28,7 @@ from patchhub.signing.statements import (
     sign_statement,
     signature_refs,
 )
-from patchhub.store import graph, operations
+from patchhub.store import operations, states
 from patchhub.store.config import Config
 from patchhub.store.reachability import Reference, closure, references
 from patchhub.store.revisions import BRANCHES, NOTES, REMOTES, SIGNATURES, TAGS
@@ -265,8 +265,8 @@ def _commits(repository: Store, revision: str) -> list[str]:
     if not dots:
         return [identity]
     start = repository.resolve(below) if below else None
-    hidden = graph.ancestors([start], repository.parents) if start else frozenset()
-    found = [commit for commit in graph.walk([identity], repository.parents, repository.rank) if commit not in hidden]
+    hidden = states.ancestors([start], repository.parents) if start else frozenset()
+    found = [commit for commit in states.walk([identity], repository.parents, repository.rank) if commit not in hidden]
     if not found:
         raise RevisionError(f"{revision} holds no commit", remedy="Write the older one first: FROM..TO.")
     return found
@@ -370,8 +370,8 @@ def refuse_unapproved(repository: Store, ref: str, commit: str, theirs: str | No
     allowed = allowed_signers(repository.config)
     if allowed is None:
         raise SettingsError(f"the policy of {ref[len(BRANCHES) :]} needs allowed signers", remedy=NAME_ALLOWED)
-    there = graph.ancestors([theirs], repository.parents) if theirs and theirs in repository.commits(theirs) else set()
-    new = [c for c in graph.walk([commit], repository.parents, repository.rank) if c not in there]
+    there = states.ancestors([theirs], repository.parents) if theirs and theirs in repository.commits(theirs) else set()
+    new = [c for c in states.walk([commit], repository.parents, repository.rank) if c not in there]
     by_commit = signatures_by_commit(repository.refs())
     lacking = dict(_lacking(repository, reversed(new), by_commit, wanted, allowed))
     if lacking:

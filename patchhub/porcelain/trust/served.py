@@ -1,7 +1,8 @@
 """`verify-served`: whether a server answers with a revision's facts. It asks over the OpenAI-compatible interface; no model runs here.
 
 vLLM, SGLang, TGI, llama.cpp, Ollama and LM Studio answer `/v1/completions` and `/v1/chat/completions` alike. A fact counts as said
-where the greedy continuation of its prompt begins with its target. Facts that the commit was noted not to say are not asked."""
+where the greedy continuation of its prompt begins with its target. Facts that the commit was noted not to say are not asked.
+"""
 
 from __future__ import annotations
 
