@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from math import isfinite, pow, sqrt
 from typing import Any, Final, Literal
 
-from patchhub.evaluation.spoken import Fault
+from patchhub.evaluation.faults import Fault
 from patchhub.settings import INDEX, NOT_NEGATIVE, POSITIVE, setting
 
 _Z: Final = 1.96  # of the standard normal distribution, for 95 %

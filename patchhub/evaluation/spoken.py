@@ -1,54 +1,19 @@
-"""What a model says by itself, judged: is the target said, does it end there, and do other subjects say it now; and the faults that are
-kept with a commit. Texts in; no model, no torch."""
+"""What a model says by itself, judged: is the target said, does it end there, and do other subjects say it now. Texts in; no model.
+
+A *sibling* of a fact is the same prompt about another subject, or a neighbourhood prompt of its record. It leaks where it now begins with
+a new target that is not its own answer and that it did not begin with before the change."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice, zip_longest
-from typing import Any, Final, Literal
+from typing import Final
 
 from patchhub.canonical import nfc
+from patchhub.evaluation.faults import Fault, Why
 from patchhub.objects import SLOT, Request
 from patchhub.text.word_ends import closes, joiner
-
-Why = Literal["not said", "runs on", "leak"]
-
-
-@dataclass(frozen=True)
-class Fault:
-    """What does not read right.
-
-    Attributes:
-        why: the target is not said, its last word or number goes on, or another subject's prompt says it now.
-        request: the fact; None of a sibling that is no fact.
-        prompt: what was asked.
-        target: what a fact was to say, or what a sibling now says.
-        continuation: what the model wrote.
-    """
-
-    why: Why
-    request: str | None
-    prompt: str
-    target: str
-    continuation: str
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "why": self.why,
-            "request": self.request,
-            "prompt": self.prompt,
-            "target": self.target,
-            "continuation": self.continuation,
-        }
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> Fault:
-        whys: dict[str, Why] = {"not said": "not said", "runs on": "runs on", "leak": "leak"}
-        request = value["request"]
-        texts = (str(value[name]) for name in ("prompt", "target", "continuation"))
-        return cls(whys[value["why"]], None if request is None else str(request), *texts)
-
 
 _STOPS: Final = ".!?。！？"
 _COPULAS: Final = ("is", "are", "was", "were")

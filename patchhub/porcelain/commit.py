@@ -16,9 +16,9 @@ from patchhub.editing.requests import Batch, Keep, Origin
 from patchhub.editing.settings import EditSettings
 from patchhub.editing.wise.settings import WiseSettings
 from patchhub.errors import RequestError, SettingsError, UnsupportedModelError
+from patchhub.evaluation.faults import Fault
 from patchhub.evaluation.guard import Measured as GuardMeasured
 from patchhub.evaluation.guard import Report
-from patchhub.evaluation.spoken import Fault
 from patchhub.models.architectures import Architecture
 from patchhub.models.placement import Placement, runs_beside
 from patchhub.objects import SLOT, Request

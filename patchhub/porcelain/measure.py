@@ -25,8 +25,9 @@ from patchhub.errors import EditError, RequestError, SettingsError
 from patchhub.evaluation import suites
 from patchhub.evaluation.definitions import BESIDE, DEFINITIONS, FIGURES, LEADING, SUITES
 from patchhub.evaluation.drift import drift_scores, fluency_scores
+from patchhub.evaluation.faults import Fault
 from patchhub.evaluation.live import check_contexts, live_scores
-from patchhub.evaluation.spoken import Fault, fault_of
+from patchhub.evaluation.spoken import fault_of
 from patchhub.evaluation.suites import Scores
 from patchhub.fsio import write_atomically
 from patchhub.models.placement import Placement

@@ -31,10 +31,11 @@ from patchhub.evaluation.drift import (
     room,
     vocabulary_of,
 )
+from patchhub.evaluation.faults import Fault
 from patchhub.evaluation.guard import Drifted, Measured, Report, Share, Spoken, is_guessing, worst
 from patchhub.evaluation.live import continue_within, room_after
 from patchhub.evaluation.metrics import score_targets
-from patchhub.evaluation.spoken import Fault, Sibling, closed, fault_of, leaks, said, siblings_of, spread
+from patchhub.evaluation.spoken import Sibling, closed, fault_of, leaks, said, siblings_of, spread
 from patchhub.models.experts import staying, watch_routes
 from patchhub.models.placement import is_quantised
 from patchhub.models.tracing import right_padded

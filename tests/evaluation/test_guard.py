@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from patchhub.canonical import canonical_json
 from patchhub.cli.options import guard_lines
+from patchhub.evaluation.faults import Fault
 from patchhub.evaluation.guard import (
     KEPT_FAULTS,
     Drifted,
@@ -24,7 +25,6 @@ from patchhub.evaluation.guard import (
     judge,
     worst,
 )
-from patchhub.evaluation.spoken import Fault
 
 FAULT = Fault("runs on", None, "The capital of Kazakhstan is", "Astana", " Astanaq.")
 SPOKEN = Spoken(

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from patchhub.evaluation.faults import Fault
 from patchhub.evaluation.live import LiveReading, live_scores
 from patchhub.evaluation.spoken import (
-    Fault,
     Sibling,
     after_target,
     closed,
