@@ -41,7 +41,7 @@ def test_a_server_of_the_revision_is_on_and_one_of_the_base_is_off(first_store: 
         assert "404" in invoke(first_store, "verify-served", url, "--model", "other", code=11).stderr
         assert "no fact" in invoke(first_store, "verify-served", url, "--rev", "base", code=3).stderr
     with server(continued(load(first_store, revision="base"))) as url:
-        found = json.loads(invoke(first_store, "verify-served", url, "--json", code=12).stdout)
+        found = json.loads(invoke(first_store, "verify-served", url, "--json", code=13).stdout)
         assert found["verdict"] == "off"
         assert all(answer["as_before"] for answer in found["answers"])
 
@@ -51,7 +51,7 @@ def test_half_of_the_facts_is_partly(first_store: Path) -> None:
         facts = {fact.text: fact.target_new for fact in repo["HEAD"]}
     said = set(sorted(facts)[::2])
     with server(lambda prompt: f" {facts[prompt]}, of course" if prompt in said else " no") as url:
-        found = json.loads(invoke(first_store, "verify-served", url, "--json", "-n", "10", code=12).stdout)
+        found = json.loads(invoke(first_store, "verify-served", url, "--json", "-n", "10", code=13).stdout)
     assert found["verdict"] == "partly"
     assert {answer["prompt"] for answer in found["answers"] if answer["holds"]} <= said
 

@@ -112,7 +112,7 @@ def test_settings_for_one_commit(run: Run, store: Path) -> None:
         ("pmet.ridge=3", "no setting"),
         ("preset=published", "nobody published"),
         ("preset=gpt2-xxl", "the presets are"),
-        ("layers=3-9", "layer 6 does not exist"),
+        ("layers=3-9", "cannot name layer 9"),
     ):
         assert words in run("commit", "-", "-m", "x", "--set", text, code=2, stdin=fact).stderr
     assert "the presets are" in run("config", "preset", "gpt5", code=2).stderr
