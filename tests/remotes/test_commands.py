@@ -55,7 +55,7 @@ def test_addresses_that_nothing_opens_are_refused_at_once(address: str, ours: Pa
 
 def test_undo_says_what_it_undid_and_that_a_push_stays(ours: Path) -> None:
     run(ours, "push")
-    told = run(ours, "undo").stdout
+    told = run(ours, "undo", "--all").stdout
     assert "`push` undone: origin/main" in told
     assert "not taken back" in told
     again = run(ours, "redo").stdout
