@@ -250,7 +250,7 @@ def test_nothing_is_left_to_revert_where_the_line_is_gone(store: Synthetic) -> N
     commit_shard(store.repository, facts("b"), follows=first.id)
     continued = str(store.repository.head[1])
     revert(store.repository, None, stamp(), subjects=["a", "b"])
-    with pytest.raises(RevisionError, match="nothing to revert: .* not active"):
+    with pytest.raises(RevisionError, match=r"nothing to revert: .* not active"):
         revert(store.repository, continued, stamp())
 
 
@@ -264,10 +264,10 @@ def test_cherry_pick_brings_the_shard_as_a_whole(store: Synthetic) -> None:
     done = cherry_pick(store.repository, picked, stamp())
     assert at_head(store) == {second.id}
     assert subjects(done.restored) == ["a", "b"]
-    with pytest.raises(RevisionError, match="nothing to cherry-pick: .* active already"):
+    with pytest.raises(RevisionError, match=r"nothing to cherry-pick: .* active already"):
         cherry_pick(store.repository, picked, stamp())
     third = commit_shard(store.repository, facts("c"), follows=second.id)
-    with pytest.raises(RevisionError, match="nothing to cherry-pick: .* active already"):
+    with pytest.raises(RevisionError, match=r"nothing to cherry-pick: .* active already"):
         cherry_pick(store.repository, picked, stamp())
     assert at_head(store) == {third.id}
 
