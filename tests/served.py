@@ -5,20 +5,26 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 
 @contextmanager
-def server(complete: Callable[[str], str]) -> Iterator[str]:
-    """An OpenAI-compatible server of one model called `tiny`, on a port of this machine; yields its address."""
+def server(complete: Callable[[str], str], heard: list[str | None] | None = None) -> Iterator[str]:
+    """An OpenAI-compatible server of one model called `tiny`, on a port of this machine; yields its address.
+
+    Args:
+        heard: the authorization of every question is added to it.
+    """
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             self.answer({"data": [{"id": "tiny"}]})
 
         def do_POST(self) -> None:
+            if heard is not None:
+                heard.append(self.headers["Authorization"])
             asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             if asked["model"] != "tiny":
                 self.answer({"error": f"no model {asked['model']}"}, 404)
@@ -29,9 +35,10 @@ def server(complete: Callable[[str], str]) -> Iterator[str]:
                 self.answer({"choices": [{"message": {"content": text}}]})
 
         def answer(self, document: Any, code: int = 200) -> None:
-            self.send_response(code)
-            self.end_headers()
-            self.wfile.write(json.dumps(document).encode())
+            with suppress(ConnectionError):  # who asked may have gone
+                self.send_response(code)
+                self.end_headers()
+                self.wfile.write(json.dumps(document).encode())
 
         def log_message(self, *words: Any) -> None:
             pass

@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
@@ -135,7 +136,6 @@ class Measurer:
     Raises:
         SettingsError: the base has no chat template that can be used, under ``chat``.
         BaseError: the base is not where it was.
-        RequestError: the text for drift cannot be read.
     """
 
     def __init__(
@@ -160,7 +160,6 @@ class Measurer:
         self.new_tokens = max(NEW_TOKENS, 1 + longest)
         self.siblings: list[list[Sibling]] = siblings_of(questions.requests)
         self._short_tokens = self.new_tokens if self.chat else SHORT_TOKENS * (1 + longest // SHORT_TOKENS)
-        self.documents = self._documents()
 
     @property
     def running(self) -> dict[str, Any]:
@@ -306,10 +305,10 @@ class Measurer:
 
     def _model(self, revision: str) -> PreTrainedModel:
         """The model in the state of a revision."""
-        model: PreTrainedModel = self._at(revision).model
+        model: PreTrainedModel = self.at(revision).model
         return model
 
-    def _at(self, revision: str) -> Worktree:
+    def at(self, revision: str) -> Worktree:
         """The model in the state of a revision, with its tokenizer and blocks."""
         if self._open is None:
             state = state_at(self.repository, revision)
@@ -342,30 +341,37 @@ class Measurer:
             versions=[torch.__version__, transformers.__version__],
         )
 
-    def _documents(self) -> tuple[Tokens, ...]:
-        """The text to measure drift on, as much of it as is read at once."""
+    @cached_property
+    def documents(self) -> tuple[Tokens, ...]:
+        """The text to measure drift on, as much of it as is read at once.
+
+        Raises:
+            RequestError: it cannot be read.
+        """
         vocabulary = int(read_config(self._files.checkpoint.folder).get_text_config().vocab_size)
         return tuple(drift.leading(self._text(), drift.room(vocabulary)))
 
     def _text(self) -> Sequence[Sequence[int]]:
         recording = self.repository.config.recording
         if self.questions.text:
-            return read_documents(self._at(BASE).stack, self.tokenizer, self.questions.text)
+            return read_documents(self.at(BASE).stack, self.tokenizer, self.questions.text)
         metric = None if recording is None else Metric.from_json(self.repository.objects.get(recording.metric))
         kept = kept_documents(self.repository, metric)
         if kept is not None:
             return kept
-        return held_documents(self.repository, metric, self._at(BASE).stack, self.tokenizer)
+        return held_documents(self.repository, metric, self.at(BASE).stack, self.tokenizer)
 
 
 def _longest_target(tokenizer: PreTrainedTokenizerBase, requests: Sequence[Request], chat: Chat | None) -> int:
     """In tokens, in a chat where the template joins prompt and target."""
+    if not requests:
+        return 0
     if chat is not None:
         pairs = [(request.text, request.target_new) for request in requests]
         spans = (text.target for text in encode_targets(tokenizer, pairs, chat=chat))
-        return max((stop - start for start, stop in spans), default=0)
+        return max(stop - start for start, stop in spans)
     encoded = tokenizer([f" {request.target_new}" for request in requests])["input_ids"]
-    return max(map(len, encoded), default=0)
+    return max(map(len, encoded))
 
 
 def _short(revision: str) -> str:
