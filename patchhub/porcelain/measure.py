@@ -12,7 +12,6 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Final
 
@@ -116,6 +115,8 @@ def metrics_for(file: Path) -> str:
 
 VERSION: Final = 1
 """Of the definitions; raised when a score of the same name is computed differently."""
+IN_CHAT: Final = 2
+"""The same in a chat, where facts are read behind their openings since 2."""
 RESAMPLES: Final = 1000
 _FUNCTIONS: Final[Mapping[str, Callable[..., Scores]]] = {
     "counterfact": suites.counterfact_scores,
@@ -239,6 +240,7 @@ class Evaluator:
         if not self.requests:
             raise RequestError("there are no facts to evaluate", remedy="Give --suite FILE with at least one record.")
         self._repository, self._facts, self._progress, self._judge = repository, facts, progress, judge
+        self._bases: dict[str, Measured] = {}
         check_contexts(facts.contexts)
         questions = Questions(self.requests, seed=facts.seed or 0, text=facts.text, contexts=facts.contexts)
         self.measurer = Measurer(repository, questions, progress, placement=placement, chat=chat)
@@ -247,9 +249,12 @@ class Evaluator:
         self._judged_settings = {**self.settings, **judged}
         self.suite = self._named(self._judged_settings)
 
-    @cached_property
-    def _base(self) -> Measured:
-        return self.measurer.measure(BASE)
+    def _base(self, commit: str | None) -> Measured:
+        """What the base answers; in a chat to facts that are read behind the openings with which a commit holds them."""
+        behind = BASE if commit is None or self.measurer.chat is None else commit
+        if behind not in self._bases:
+            self._bases[behind] = self.measurer.measure(BASE, behind=behind)
+        return self._bases[behind]
 
     def evaluate(self, revision: str) -> Evaluation:
         """The scores of a revision beside the base's, of models alone: no judge is asked.
@@ -282,10 +287,11 @@ class Evaluator:
 
     def _measured(self, revision: str) -> tuple[str | None, Measured]:
         commit = self._repository.resolve(revision)
-        return commit, self._base if commit is None else self.measurer.measure(commit)
+        return commit, self._base(None) if commit is None else self.measurer.measure(commit)
 
     def _scored(self, commit: str | None, after: Measured) -> Evaluation:
-        groups, base = self._groups(after, RESAMPLES), self._groups(self._base, 1)
+        before = self._base(commit)
+        groups, base = self._groups(after, before, RESAMPLES), self._groups(before, before, 1)
         values = {name: found.value for group in base for name, found in group.estimates.items()}
         self._progress.close()
         suite, faults = self._named(self.settings), self._faults(after)
@@ -293,7 +299,7 @@ class Evaluator:
 
     def _judged(self, judge: Judge, done: Evaluation, after: Measured) -> Evaluation:
         """The same with what the judge says of the texts after the facts' prompts, the base's too."""
-        texts, before = self._written(after), self._written(self._base)
+        texts, before = self._written(after), self._written(self._base(done.commit))
         self._progress.stage(f"asking {judge.model}", judge.unsaid([*texts, *before]))
         columns = [judge.column(part, self._progress.advance) for part in (texts, before)]
         self._progress.close()
@@ -341,12 +347,12 @@ class Evaluator:
         )
         return read_note(identity, note)
 
-    def _groups(self, found: Measured, resamples: int) -> tuple[Scores, ...]:
+    def _groups(self, found: Measured, before: Measured, resamples: int) -> tuple[Scores, ...]:
         options = {"resamples": resamples, "seed": self._facts.seed or 0}
-        forced = _FUNCTIONS[self._facts.metrics](found.facts, self._base.facts, **options)
+        forced = _FUNCTIONS[self._facts.metrics](found.facts, before.facts, **options)
         return (
             forced,
-            live_scores(found.live, self._base.live, chat=self.measurer.chat is not None, **options),
+            live_scores(found.live, before.live, chat=self.measurer.chat is not None, **options),
             fluency_scores(found.texts, **options),
             drift_scores(found.documents, **options),
         )
@@ -366,7 +372,7 @@ class Evaluator:
             "text": {"id": Text(documents).id, "tokens": sum(map(len, documents))},
             **self.measurer.running,
             **self.measurer.asking,
-            "version": VERSION,
+            "version": VERSION if self.measurer.chat is None else IN_CHAT,
         }
 
 

@@ -28,6 +28,7 @@ from patchhub.models.architectures import read_config
 from patchhub.models.placement import Placement, chosen_dtype, name_of
 from patchhub.objects import Metric, Request, Text
 from patchhub.progress import Progress
+from patchhub.sets.elements import openings_of
 from patchhub.store.store import Store
 from patchhub.text.tokens import Chat, load_tokenizer
 from patchhub.worktree.metric import held_documents, read_documents
@@ -176,8 +177,11 @@ class Measurer:
         """The chat form in which facts are asked; nothing where they are asked as they are, as in all that was kept before."""
         return {} if self.chat is None else {"chat": self.chat.to_json()}
 
-    def measure(self, revision: str) -> Measured:
+    def measure(self, revision: str, *, behind: str | None = None) -> Measured:
         """What a revision answers.
+
+        Args:
+            behind: in a chat, facts are read behind the openings with which this revision holds them; None: the same revision.
 
         Raises:
             RevisionError: no such revision.
@@ -186,7 +190,7 @@ class Measurer:
         """
         results = StateResults(self.repository.cache, self._state_key(revision))
         return Measured(
-            facts=tuple(self._facts(revision, results)),
+            facts=tuple(self._facts(revision, results, self._openings(revision if behind is None else behind))),
             live=tuple(self._live(revision, results)),
             texts=tuple(self._texts(revision, results)),
             documents=tuple(self._drift(revision, results)),
@@ -194,15 +198,32 @@ class Measurer:
 
     # --- the four kinds of question ---------------------------------------------------------------------------------
 
-    def _facts(self, revision: str, results: StateResults) -> list[FactReading]:
+    def _openings(self, revision: str) -> dict[str, str]:
+        """What answers in a chat say before their targets, of the facts that a revision holds, by request id."""
+        if self.chat is None:
+            return {}
+        elements = self.repository.active(self.repository.resolve(revision))
+        return openings_of(self.repository, [(patch, request) for patch, request in elements if request is not None])
+
+    def _facts(self, revision: str, results: StateResults, openings: Mapping[str, str]) -> list[FactReading]:
         requests = self.questions.requests
-        items = [item for request in requests for item in suites.counterfact_items(request)]
+        items = [
+            (prompt, target, opening)
+            for request in requests
+            for (prompt, target), opening in zip(
+                suites.counterfact_items(request),
+                suites.openings_at(request, openings.get(request.id, "")),
+                strict=True,
+            )
+        ]
 
-        def key(item: tuple[str, str]) -> str:
-            return item_key("target", prompt=item[0], target=item[1], **self.asking)
+        def key(item: tuple[str, str, str]) -> str:
+            behind = {"opening": item[2]} if item[2] else {}  # without one the key is what it always was
+            return item_key("target", prompt=item[0], target=item[1], **behind, **self.asking)
 
-        def ask(missing: list[tuple[str, str]]) -> list[Any]:
-            scores = score_targets(self._model(revision), self.tokenizer, missing, chat=self.chat)
+        def ask(missing: list[tuple[str, str, str]]) -> list[Any]:
+            pairs, before = [(prompt, target) for prompt, target, _ in missing], [opening for *_, opening in missing]
+            scores = score_targets(self._model(revision), self.tokenizer, pairs, chat=self.chat, openings=before)
             return [[score.tokens, score.logprob, score.argmax] for score in scores]
 
         found = self._answers(f"reading {_short(revision)}", results, items, key, ask)
