@@ -89,7 +89,7 @@ class Harness:
                     limit=self.limit,
                     log_samples=False,
                 )
-        except (OSError, ValueError, KeyError, TypeError, AssertionError, ImportError, RuntimeError) as error:
+        except Exception as error:  # a task's file, template, code and data are others', and fail in ways of their own
             raise SettingsError(
                 f"the harness cannot run {', '.join(self.tasks)}: {_beginning(error)}",
                 remedy="Check the tasks' files, and that their data can be read here.",

@@ -431,13 +431,14 @@ def evaluate_harness(
 
 def _run(harness: Harness, measurer: Measurer, revision: str, progress: Progress) -> tuple[HarnessRow, ...]:
     """The harness on a revision and on the base, as they are put into memory one after the other."""
-    reached = []
-    for place in (revision, BASE):
+    reached = {}
+    for place in dict.fromkeys((measurer.repository.resolve(revision) or BASE, BASE)):
         tree = measurer.at(place)
         progress.stage(f"harness {place[:12]}", 0)
-        reached.append(harness.reached(tree.model, tree.tokenizer))
+        reached[place] = harness.reached(tree.model, tree.tokenizer)
     progress.close()
-    return beside(reached[1], reached[0])
+    now, *base = reached.values()
+    return beside(base[0] if base else now, now)
 
 
 def evaluate_history(

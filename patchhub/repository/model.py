@@ -140,22 +140,17 @@ class ModelVerbs(Opened):
             all: every commit below the revision that has no such scores yet; the result's ``history`` lists them.
             csv, facts_csv, plot: files to write the scores to, each fact's own values, and a picture as SVG.
             note: keep the scores with the commit.
-            judge: the address of an OpenAI-compatible server, whose model says of each answer whether it gives the target. Its key is
-                taken from ``PATCHHUB_JUDGE_KEY`` or ``OPENAI_API_KEY`` in the environment.
-            judge_model: the name of the model there; None: the first that the server names.
-            harness: tasks of lm-evaluation-harness, separated by commas, that are run on the revision and on the base (extra ``harness``).
-            harness_path: a folder that describes further tasks.
-            harness_limit: at most so many documents of each task.
+            judge, judge_model: an OpenAI-compatible server, whose model (None: its first) says of each answer whether it gives the
+                target. Its key is ``PATCHHUB_JUDGE_KEY`` or ``OPENAI_API_KEY`` of the environment.
+            harness: tasks of lm-evaluation-harness, separated by commas, run on the revision and on the base (extra ``harness``).
+            harness_path, harness_limit: a folder with further tasks; at most so many documents of each.
             device, dtype, quantization, chat: as in `commit`.
         """
         self._resolve(rev)
-        if suite is None and (harness is None or all or judge):
-            raise SettingsError(
-                "eval needs facts to evaluate on", remedy="Give --suite FILE; --harness TASKS alone needs none."
-            )
         tasks = None if harness is None else harness_of(harness, harness_path, harness_limit)
-        if suite is None and tasks is not None:
-            return self._harness(rev, tasks, self._placement(device, dtype, quantization))
+        if suite is None:
+            alone = None if all or judge else tasks
+            return self._harness(rev, alone, self._placement(device, dtype, quantization))
         facts = self._suite(suite, metrics, limit=limit, seed=seed, text=text, contexts=tuple(context))
         from patchhub.porcelain import measure
         from patchhub.porcelain.report.charts import write_scores
@@ -171,7 +166,11 @@ class ModelVerbs(Opened):
         write_scores(self.store, done, csv=path(csv), facts_csv=path(facts_csv), plot=path(plot))
         return done
 
-    def _harness(self, rev: str, harness: "Harness", placement: Any) -> "Evaluation":
+    def _harness(self, rev: str, harness: "Harness | None", placement: Any) -> "Evaluation":
+        if harness is None:
+            raise SettingsError(
+                "eval needs facts to evaluate on", remedy="Give --suite FILE; --harness TASKS alone needs none."
+            )
         from patchhub.porcelain import measure
 
         with self._heard() as progress:

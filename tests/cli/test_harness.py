@@ -68,6 +68,9 @@ def test_both_numbers_are_those_of_the_models_and_nothing_else_is_moved(
     assert len(suite.harness) == 1
     screen = run(*asked).stdout
     assert f"{row['value'] - row['base']:+.3f}" in screen
+    assert [
+        r["value"] - r["base"] for r in json.loads(run("eval", "base", *asked[1:], "--json").stdout)["harness"]
+    ] == [0]
     assert "no task nope" in run("eval", "--harness", "nope", "--harness-path", str(TASKS), code=2).stderr
 
 

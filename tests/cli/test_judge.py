@@ -123,6 +123,14 @@ def test_a_key_goes_to_the_judge_and_openais_only_over_https_or_on_this_machine(
         assert "one" not in repr(judge)
 
 
+def test_a_key_is_not_sent_on_where_the_server_redirects() -> None:
+    first: list[str | None] = []
+    second: list[str | None] = []
+    with server(lenient, second) as other, server(lenient, first, moved_to=other) as url:
+        assert Server(root_of(url), KEY).first_model() == "tiny"
+    assert (first, second) == ([f"Bearer {KEY}"], [None])
+
+
 @pytest.fixture
 def slow() -> Iterator[str]:
     def complete(question: str) -> str:
