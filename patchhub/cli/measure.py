@@ -122,7 +122,7 @@ _file = click.Path(path_type=Path, dir_okay=False)
 
 @click.command("eval")
 @click.argument("rev", default="HEAD", type=Revision())
-@click.option("--suite", required=True, type=FactsFile(), help="Facts to evaluate on: any file that `commit` reads.")
+@click.option("--suite", type=FactsFile(), help="Facts to evaluate on: any file that `commit` reads.")
 @metrics_option
 @limit_option
 @seed_option
@@ -133,6 +133,13 @@ _file = click.Path(path_type=Path, dir_okay=False)
 @click.option("--facts-csv", type=_file, help="Also write each fact's own values as CSV.")
 @click.option("--plot", type=_file, help="Also draw the scores as SVG: by commit, generality/specificity, by relation.")
 @click.option("--note/--no-note", default=True, help="Keep the scores with the commit (default), or do not.")
+@click.option(
+    "--judge", metavar="URL", help="An OpenAI-compatible server whose model says whether answers give their targets."
+)
+@click.option("--judge-model", metavar="NAME", help="The judge's name there. Default: the first that the server names.")
+@click.option("--harness", metavar="TASKS", help="Also run tasks of lm-evaluation-harness, separated by commas.")
+@click.option("--harness-path", type=click.Path(path_type=Path, file_okay=False), help="A folder with further tasks.")
+@click.option("--harness-limit", type=click.IntRange(min=1), help="At most so many documents of each task.")
 @author_option
 @placement_options
 @chat_option
@@ -144,7 +151,8 @@ def evaluate(repo: Path | None, as_json: bool, **options: Any) -> None:
 
     Teacher-forced scores beside live decoding, fluency and drift, each with its definition, a 95 % bootstrap interval over facts and
     the unpatched model's number. They are kept as a note of the commit, which log, show, diff and push know. With --chat all prompts
-    are messages of the base's chat template; fluency and drift stay outside it. docs/evaluation.md has the definitions in full.
+    are messages of the base's chat template; fluency and drift stay outside it. --harness TASKS needs no --suite. The judge's key is
+    PATCHHUB_JUDGE_KEY or OPENAI_API_KEY of the environment. docs/evaluation.md has the definitions in full.
     """
     done = opened(repo).eval(**options)
     for file in (options[name] for name in ("csv", "facts_csv", "plot") if options[name]):
@@ -214,6 +222,10 @@ def _evaluation(done: Evaluation) -> None:
     from patchhub.evaluation.definitions import DEFINITIONS, GROUPS
 
     where = f"commit {done.commit[:12]}" if done.commit else "the unpatched base"
+    if not done.facts:
+        say(f"lm-evaluation-harness at {where}", bold=True)
+        _harness(done)
+        return
     say(f"{count(len(done.facts), 'fact')} of {done.settings['file']} at {where}{_asked(done.settings)}", bold=True)
     _figures(done)
     if done.faults:
@@ -224,14 +236,38 @@ def _evaluation(done: Evaluation) -> None:
         say(GROUPS[group.suite], fg="cyan")
         say_scores({name: score for name, score in done.scores.items() if name in group.estimates}, DEFINITIONS)
     _relations(done)
+    if done.harness:
+        say("lm-evaluation-harness", fg="cyan")
+        _harness(done)
     if done.note:
         say(f"kept as note {done.note[:12]}", dim=True)
+
+
+def _harness(done: Evaluation) -> None:
+    """The harness's own numbers of the revision and the base, each with its standard error, and what changed."""
+    rows = [
+        [
+            row.task,
+            row.metric,
+            _with_error(row.base, row.base_error),
+            _with_error(row.value, row.error),
+            f"{row.change:+.3f}" if abs(row.change) >= _CHANGE else "=",
+        ]
+        for row in done.harness
+    ]
+    now = done.commit[:12] if done.commit else "now"
+    say_table(["task", "metric", "base ± s.e.", f"{now} ± s.e.", "change"], rows)
+
+
+def _with_error(value: float, error: float | None) -> str:
+    return f"{value:.3f}" if error is None else f"{value:.3f} ± {error:.3f}"
 
 
 _FIGURES = {
     "live_efficacy": "live efficacy",
     "live_paraphrase": "paraphrase",
     "closure": "closure",
+    "judged": "judged",
     "leak": "leak",
     "perplexity_ratio": "perplexity",
     "kl": "KL",
@@ -248,7 +284,11 @@ def _figures(done: Evaluation) -> None:
     rows = [["", *(number(name, done.scores[name].value) for name in names)]]
     if done.commit:
         rows.append(["base", *(number(name, done.base[name]) if name in done.base else "-" for name in names)])
-    say_table(["", *(_FIGURES.get(name, name) for name in names)], rows)
+    titles = {
+        **_FIGURES,
+        **({"perplexity_ratio": "ppl"} if "judged" in names else {}),
+    }  # eight columns in 80 characters
+    say_table(["", *(titles.get(name, name) for name in names)], rows)
 
 
 def _asked(settings: Mapping[str, Any]) -> str:

@@ -14,6 +14,7 @@ DEFINITIONS: Final[Mapping[str, str]] = {
     "live_efficacy": "what the model writes begins with the new target; the word may go on",
     "live_paraphrase": "the same at other phrasings",
     "closure": "it begins with the new target and the word ends there",
+    "judged": "a judge behind an address says that what it writes gives the new target",
     "leak": "share of other subjects' prompts that now say a new target and did not before",
     "perplexity_ratio": "perplexity over the base's, on text kept aside; 1 is no drift",
     "kl": "KL(base || now) per token of that text, nats; 0 is no drift",
@@ -49,12 +50,13 @@ GROUPS: Final[Mapping[str, str]] = {
     "zsre": "zsRE, teacher forced: the model reads the target's own tokens",
     "wise": "WISE, teacher forced: the model reads the target's own tokens",
     "live": "Live: the model reads only what it wrote, greedily",
+    "judge": "Judge: a model behind an address reads what was written",
     "fluency": "Fluency",
     "drift": "Drift",
 }
 
-FIGURES: Final = ("live_efficacy", "live_paraphrase", "closure", "leak", "perplexity_ratio", "kl")
-"""What a person sees first of any suite; its teacher-forced summary follows."""
+FIGURES: Final = ("live_efficacy", "live_paraphrase", "closure", "judged", "leak", "perplexity_ratio", "kl")
+"""What a person sees first of any suite, "judged" where a judge was asked; its teacher-forced summary follows."""
 
 LEADING: Final[Mapping[str, tuple[str, ...]]] = {
     "counterfact": ("S", "ES", "PS", "NS"),

@@ -215,17 +215,33 @@ def counterfact_items(request: Request) -> list[tuple[str, str]]:
     return [(prompt, target) for pair in pairs for prompt, target in pair if target is not None]
 
 
+def openings_at(request: Request, opening: str) -> list[str]:
+    """What the answer says before the target at each of a request's `counterfact_items`: at its own prompt and other phrasings the opening
+    behind which the fact was written, at neighbours nothing."""
+    targets = 2 if request.target_true is not None else 1
+    own = targets * (1 + len(request.paraphrases))
+    return [opening] * own + [""] * (len(counterfact_items(request)) - own)
+
+
 def read_facts(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     requests: Sequence[Request],
     *,
     chat: Chat | None = None,
+    openings: Mapping[str, str] | None = None,
     batch_tokens: int = BATCH_TOKENS,
 ) -> list[FactReading]:
-    """Score every prompt of every request, in ``chat`` the neighbours' too; errors as in `score_targets`."""
+    """Score every prompt of every request, in ``chat`` the neighbours' too; errors as in `score_targets`.
+
+    Args:
+        openings: in a chat, what the answers of facts say before their targets, by request id.
+    """
     items = [item for request in requests for item in counterfact_items(request)]
-    return readings(requests, score_targets(model, tokenizer, items, chat=chat, batch_tokens=batch_tokens))
+    behind = openings or {}
+    before = [opening for request in requests for opening in openings_at(request, behind.get(request.id, ""))]
+    scores = score_targets(model, tokenizer, items, chat=chat, openings=before, batch_tokens=batch_tokens)
+    return readings(requests, scores)
 
 
 def readings(requests: Sequence[Request], scores: Iterable[TargetScore]) -> list[FactReading]:

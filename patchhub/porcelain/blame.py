@@ -29,7 +29,7 @@ from patchhub.porcelain.search import mentioned
 from patchhub.progress import Progress, Silent
 from patchhub.results import Result, in_full, told
 from patchhub.sets.columns import read_columns
-from patchhub.sets.elements import active_requests, distinct, places_of
+from patchhub.sets.elements import active_requests, distinct, openings_of, places_of
 from patchhub.sets.shards import without_shards
 from patchhub.store import lookup, states
 from patchhub.store.lookup import Fact
@@ -526,7 +526,10 @@ def _measurement(
         tree.moved(state_at(repository, commit or "base"))
         if metric == _ON_TEXT:
             return perplexity(model, tokenizer, texts)
-        scores = wise_scores(read_facts(model, tokenizer, requests, chat=form), unpatched, resamples=1)
+        elements = repository.active(commit) if form is not None else ()
+        openings = openings_of(repository, [(patch, request) for patch, request in elements if request is not None])
+        read = read_facts(model, tokenizer, requests, chat=form, openings=openings)
+        scores = wise_scores(read, unpatched, resamples=1)
         return scores.estimates[METRICS[metric]].value
 
     return measure, form

@@ -12,7 +12,6 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Final
 
@@ -21,14 +20,17 @@ from patchhub.canonical import canonical_json, object_id
 from patchhub.editing.editor import EDITORS
 from patchhub.editing.requests import Batch, Origin
 from patchhub.editing.shapes import ZSRE_FIELDS
-from patchhub.errors import EditError, RequestError, SettingsError
+from patchhub.errors import EditError, RemoteError, RequestError, SettingsError
+from patchhub.evaluation import judge as judging
 from patchhub.evaluation import suites
 from patchhub.evaluation.definitions import BESIDE, DEFINITIONS, FIGURES, LEADING, SUITES
 from patchhub.evaluation.drift import drift_scores, fluency_scores
 from patchhub.evaluation.faults import Fault
+from patchhub.evaluation.harness import Harness, HarnessRow, beside
+from patchhub.evaluation.judge import Judge, Written
 from patchhub.evaluation.live import check_contexts, live_scores
 from patchhub.evaluation.spoken import fault_of
-from patchhub.evaluation.suites import Scores
+from patchhub.evaluation.suites import Scores, scored
 from patchhub.fsio import write_atomically
 from patchhub.models.placement import Placement
 from patchhub.objects import Metric, Note, Request, Text, requests_json
@@ -113,6 +115,8 @@ def metrics_for(file: Path) -> str:
 
 VERSION: Final = 1
 """Of the definitions; raised when a score of the same name is computed differently."""
+IN_CHAT: Final = 2
+"""The same in a chat, where facts are read behind their openings since 2."""
 RESAMPLES: Final = 1000
 _FUNCTIONS: Final[Mapping[str, Callable[..., Scores]]] = {
     "counterfact": suites.counterfact_scores,
@@ -130,10 +134,11 @@ class Evaluation(Result):
         facts: what it was measured on.
         suite: the name of what was measured with these settings.
         settings: all that the numbers depend on beside the commit.
-        groups: teacher forced, live, fluency, drift.
+        groups: teacher forced, live, fluency, drift, and what a judge said where one was asked.
         base: each score of the unpatched model.
         faults: facts that are not said, or run on, in what the revision writes after their prompts.
         note: the note that keeps the scores, if one does.
+        harness: what lm-evaluation-harness reached on its own tasks, where that was asked for; no note keeps it.
         history: every commit below the revision that was asked for, newest first, if all of them were evaluated; this is then the
             evaluation of the newest that gives numbers, or of the base.
     """
@@ -148,6 +153,7 @@ class Evaluation(Result):
     base: Mapping[str, float] = field(metadata=told(omit=True))
     faults: tuple[Fault, ...] = ()
     note: str | None = None
+    harness: tuple[HarnessRow, ...] = field(default=(), metadata=told(optional=True))
     history: Rows[HistoryRow] | None = field(default=None, metadata=told(omit=True))
 
     def words(self) -> str:
@@ -207,6 +213,10 @@ class HistoryRow(Result):
 class Evaluator:
     """Evaluates revisions on one list of facts. The base is measured once; see `Measurer` for what is cached.
 
+    Attributes:
+        measurer: the model in memory, and what it answered.
+        suite: the name of what is measured.
+
     Raises:
         SettingsError: there are no such metrics, a context has not one `{}`, or there is no chat template to ask in.
         RequestError: there are no facts, or the text for drift cannot be read.
@@ -220,6 +230,7 @@ class Evaluator:
         *,
         placement: Placement | None = None,
         chat: bool | None = None,
+        judge: Judge | None = None,
     ) -> None:
         if facts.metrics not in SUITES:
             raise SettingsError(
@@ -228,38 +239,99 @@ class Evaluator:
         self.requests = facts.chosen
         if not self.requests:
             raise RequestError("there are no facts to evaluate", remedy="Give --suite FILE with at least one record.")
-        self._repository, self._facts, self._progress = repository, facts, progress
+        self._repository, self._facts, self._progress, self._judge = repository, facts, progress, judge
+        self._bases: dict[str, Measured] = {}
         check_contexts(facts.contexts)
         questions = Questions(self.requests, seed=facts.seed or 0, text=facts.text, contexts=facts.contexts)
-        self._measurer = Measurer(repository, questions, progress, placement=placement, chat=chat)
+        self.measurer = Measurer(repository, questions, progress, placement=placement, chat=chat)
         self.settings = self._settings(questions)
-        named = {name: value for name, value in self.settings.items() if name != "file"}
-        asked = "-chat" if self._measurer.chat else ""
-        self.suite = f"{facts.metrics}{asked}-{object_id(canonical_json(named))[:12]}"
+        judged = {} if judge is None else {"judge": {"model": judge.model, "prompt": judging.PROMPT}}
+        self._judged_settings = {**self.settings, **judged}
+        self.suite = self._named(self._judged_settings)
 
-    @cached_property
-    def _base(self) -> Measured:
-        return self._measurer.measure(BASE)
+    def _base(self, commit: str | None) -> Measured:
+        """What the base answers; in a chat to facts that are read behind the openings with which a commit holds them."""
+        behind = BASE if commit is None or self.measurer.chat is None else commit
+        if behind not in self._bases:
+            self._bases[behind] = self.measurer.measure(BASE, behind=behind)
+        return self._bases[behind]
 
     def evaluate(self, revision: str) -> Evaluation:
-        """The scores of a revision beside the base's.
+        """The scores of a revision beside the base's, of models alone: no judge is asked.
 
         Raises:
             RevisionError: no such revision.
             BaseError: the base is not where it was, or is another model now.
             EditError: the model's logits are not numbers.
         """
+        return self._scored(*self._measured(revision))
+
+    def evaluate_and_keep(self, revision: str, who: Who, *, keep: bool = True) -> tuple[Evaluation, Noted | None]:
+        """The scores of a revision, the judge's among them, and the note that keeps them; there is none about the base.
+
+        Raises:
+            RemoteError: the judge cannot be asked. What was measured until then is kept without it.
+            RevisionError, BaseError, EditError: as in `evaluate`.
+        """
+        commit, after = self._measured(revision)
+        done = self._scored(commit, after)
+        if self._judge is not None:
+            try:
+                done = self._judged(self._judge, done, after)
+            except RemoteError as error:
+                noted = self.keep(commit, done, who=who) if keep and commit else None
+                where = f"as note {noted.note[:12]}" if noted else "in the cache"
+                remedy = f"{error.remedy} What was measured without the judge is kept {where}."
+                raise RemoteError(error.message, remedy=remedy, **error.facts) from error
+        return done, self.keep(commit, done, who=who) if keep and commit else None
+
+    def _measured(self, revision: str) -> tuple[str | None, Measured]:
         commit = self._repository.resolve(revision)
-        after = self._base if commit is None else self._measurer.measure(commit)
-        groups, base = self._groups(after, RESAMPLES), self._groups(self._base, 1)
+        return commit, self._base(None) if commit is None else self.measurer.measure(commit)
+
+    def _scored(self, commit: str | None, after: Measured) -> Evaluation:
+        before = self._base(commit)
+        groups, base = self._groups(after, before, RESAMPLES), self._groups(before, before, 1)
         values = {name: found.value for group in base for name, found in group.estimates.items()}
         self._progress.close()
-        return Evaluation(commit, self.requests, self.suite, self.settings, groups, values, self._faults(after))
+        suite, faults = self._named(self.settings), self._faults(after)
+        return Evaluation(commit, self.requests, suite, self.settings, groups, values, faults)
+
+    def _judged(self, judge: Judge, done: Evaluation, after: Measured) -> Evaluation:
+        """The same with what the judge says of the texts after the facts' prompts, the base's too."""
+        texts, before = self._written(after), self._written(self._base(done.commit))
+        self._progress.stage(f"asking {judge.model}", judge.unsaid([*texts, *before]))
+        columns = [judge.column(part, self._progress.advance) for part in (texts, before)]
+        self._progress.close()
+        settings = {"model": judge.model}
+        options = {"resamples": RESAMPLES, "seed": self._facts.seed or 0}
+        now, base = (scored("judge", settings, {"judged": column}, {}, **options) for column in columns)
+        values = {name: found.value for name, found in base.estimates.items()}
+        return replace(
+            done,
+            suite=self.suite,
+            settings=self._judged_settings,
+            groups=(*done.groups, now),
+            base={**done.base, **values},
+        )
+
+    def _written(self, found: Measured) -> list[Written | None]:
+        texts = (reading.continuations[0] for reading in found.live)
+        return [
+            None if text is None else (request.text, request.target_new, text)
+            for request, text in zip(self.requests, texts, strict=True)
+        ]
+
+    def _named(self, settings: Mapping[str, Any]) -> str:
+        """The name of a suite: whose scores, in which form, and a hash of all other settings."""
+        named = {name: value for name, value in settings.items() if name != "file"}
+        asked = "-chat" if self.measurer.chat else ""
+        return f"{self._facts.metrics}{asked}-{object_id(canonical_json(named))[:12]}"
 
     def _faults(self, found: Measured) -> tuple[Fault, ...]:
         """What does not read right of the facts themselves."""
         pairs = zip(self.requests, (reading.continuations[0] for reading in found.live), strict=True)
-        anywhere = self._measurer.chat is not None
+        anywhere = self.measurer.chat is not None
         judged = (fault_of(request, text, anywhere=anywhere) for request, text in pairs if text is not None)
         return tuple(fault for fault in judged if fault is not None)
 
@@ -269,24 +341,24 @@ class Evaluator:
         Scores that are not finite numbers are left out, since the format has none.
         """
         scores = {name: score.to_json() for name, score in done.scores.items() if math.isfinite(score.value)}
-        note = Note(commit=commit, made_by=who.author, scores=scores, settings=self.settings, suite=self.suite)
+        note = Note(commit=commit, made_by=who.author, scores=scores, settings=done.settings, suite=done.suite)
         identity = self._repository.add_note(
-            note, command="eval", arguments={"suite": self.suite}, author=who.author, time=who.time
+            note, command="eval", arguments={"suite": done.suite}, author=who.author, time=who.time
         )
         return read_note(identity, note)
 
-    def _groups(self, found: Measured, resamples: int) -> tuple[Scores, ...]:
+    def _groups(self, found: Measured, before: Measured, resamples: int) -> tuple[Scores, ...]:
         options = {"resamples": resamples, "seed": self._facts.seed or 0}
-        forced = _FUNCTIONS[self._facts.metrics](found.facts, self._base.facts, **options)
+        forced = _FUNCTIONS[self._facts.metrics](found.facts, before.facts, **options)
         return (
             forced,
-            live_scores(found.live, self._base.live, chat=self._measurer.chat is not None, **options),
+            live_scores(found.live, before.live, chat=self.measurer.chat is not None, **options),
             fluency_scores(found.texts, **options),
             drift_scores(found.documents, **options),
         )
 
     def _settings(self, questions: Questions) -> dict[str, Any]:
-        documents = self._measurer.documents
+        documents = self.measurer.documents
         return {
             "metrics": self._facts.metrics,
             "file": self._facts.file,
@@ -295,12 +367,12 @@ class Evaluator:
             "seed": questions.seed,
             "resamples": RESAMPLES,
             "contexts": list(questions.contexts),
-            "new_tokens": self._measurer.new_tokens,
+            "new_tokens": self.measurer.new_tokens,
             "fluency": {"facts": FLUENCY_FACTS, "tokens": FLUENCY_TOKENS, "top_k": FLUENCY_TOP_K},
             "text": {"id": Text(documents).id, "tokens": sum(map(len, documents))},
-            **self._measurer.running,
-            **self._measurer.asking,
-            "version": VERSION,
+            **self.measurer.running,
+            **self.measurer.asking,
+            "version": VERSION if self.measurer.chat is None else IN_CHAT,
         }
 
 
@@ -314,21 +386,59 @@ def evaluate(
     keep: bool = True,
     placement: Placement | None = None,
     chat: bool | None = None,
+    judge: Judge | None = None,
+    harness: Harness | None = None,
 ) -> Evaluation:
     """Evaluate one revision; the scores of a commit are kept as its note unless told otherwise.
 
     Args:
         placement, chat: as in `Measurer`.
+        judge: asked whether the texts after the facts' prompts give the targets.
+        harness: tasks that are run on the same model afterwards.
 
     Raises:
-        SettingsError, RequestError, RevisionError, BaseError, EditError: as in `Evaluator`.
+        SettingsError, RequestError, RevisionError, BaseError, EditError, RemoteError: as in `Evaluator`.
     """
-    evaluator = Evaluator(repository, facts, progress, placement=placement, chat=chat)
-    done = evaluator.evaluate(revision)
-    if not keep or done.commit is None:
-        return done
-    noted = evaluator.keep(done.commit, done, who=who)
-    return replace(done, note=noted.note)
+    if harness is not None:
+        harness.check()
+    evaluator = Evaluator(repository, facts, progress, placement=placement, chat=chat, judge=judge)
+    done, noted = evaluator.evaluate_and_keep(revision, who, keep=keep)
+    if harness is not None:
+        done = replace(done, harness=_run(harness, evaluator.measurer, revision, progress))
+    return done if noted is None else replace(done, note=noted.note)
+
+
+def evaluate_harness(
+    repository: Store,
+    revision: str,
+    harness: Harness,
+    progress: Progress,
+    *,
+    placement: Placement | None = None,
+) -> Evaluation:
+    """Only what lm-evaluation-harness says of a revision and of the base: an evaluation without facts and scores.
+
+    Raises:
+        SettingsError: it is not installed, or a task is not known or cannot be run.
+        RevisionError, BaseError: as in `Evaluator`.
+    """
+    harness.check()
+    commit = repository.resolve(revision)
+    measurer = Measurer(repository, Questions(()), progress, placement=placement)
+    rows = _run(harness, measurer, revision, progress)
+    return Evaluation(commit, (), "", {"metrics": SUITES[0], "file": "", **measurer.running}, (), {}, harness=rows)
+
+
+def _run(harness: Harness, measurer: Measurer, revision: str, progress: Progress) -> tuple[HarnessRow, ...]:
+    """The harness on a revision and on the base, as they are put into memory one after the other."""
+    reached = {}
+    for place in dict.fromkeys((measurer.repository.resolve(revision) or BASE, BASE)):
+        tree = measurer.at(place)
+        progress.stage(f"harness {place[:12]}", 0)
+        reached[place] = harness.reached(tree.model, tree.tokenizer)
+    progress.close()
+    now, *base = reached.values()
+    return beside(base[0] if base else now, now)
 
 
 def evaluate_history(
@@ -340,6 +450,7 @@ def evaluate_history(
     who: Who,
     placement: Placement | None = None,
     chat: bool | None = None,
+    judge: Judge | None = None,
 ) -> list[HistoryRow]:
     """Evaluate every commit below a revision that has no note of this suite yet; all of them, newest first.
 
@@ -347,8 +458,9 @@ def evaluate_history(
 
     Args:
         placement, chat: as in `Measurer`.
+        judge: as in `evaluate`.
     """
-    evaluator = Evaluator(repository, facts, progress, placement=placement, chat=chat)
+    evaluator = Evaluator(repository, facts, progress, placement=placement, chat=chat, judge=judge)
     start = repository.resolve(revision)
     rows = []
     for identity, found in repository.log(start) if start else ():
@@ -356,15 +468,19 @@ def evaluate_history(
         noted = known
         if known is None:
             try:
-                noted = evaluator.keep(identity, evaluator.evaluate(identity), who=who)
+                noted = evaluator.evaluate_and_keep(identity, who)[1]
             except EditError as error:
                 progress.warn(f"commit {identity[:12]} is left out: {error.message}")
         rows.append(HistoryRow(identity, found.time, found.message, noted, known is None))
     return rows
 
 
-def refuse_unkept(keep: bool) -> None:
-    """Raise `SettingsError` where a walk over commits is not to keep what it measures."""
+def refuse_unkept(keep: bool, harness: Harness | None = None) -> None:
+    """Raise `SettingsError` where a walk over commits is not to keep what it measures, or to run the harness, which no note keeps."""
+    if harness is not None:
+        raise SettingsError(
+            "--all and --harness contradict each other", remedy="Name the revision that it should run on."
+        )
     if not keep:
         raise SettingsError(
             "--all and --no-note contradict each other", remedy="A walk keeps what it measures; leave one out."
@@ -380,11 +496,13 @@ def evaluate_all(
     who: Who,
     placement: Placement | None = None,
     chat: bool | None = None,
+    judge: Judge | None = None,
 ) -> Evaluation:
     """The evaluation of the newest commit that gives numbers, or of the base, with the history that `evaluate_history` gives."""
-    rows = evaluate_history(repository, revision, facts, progress, who=who, placement=placement, chat=chat)
+    options: dict[str, Any] = {"who": who, "placement": placement, "chat": chat, "judge": judge}
+    rows = evaluate_history(repository, revision, facts, progress, **options)
     newest = next((row.commit for row in rows if row.noted), BASE)
-    done = evaluate(repository, newest, facts, progress, who=who, keep=False, placement=placement, chat=chat)
+    done = evaluate(repository, newest, facts, progress, keep=False, **options)
     return replace(done, history=Rows(rows))
 
 

@@ -18,6 +18,7 @@ from numbers import Integral, Real
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, Union, cast, get_args, get_origin
+from urllib.parse import urlsplit
 
 from patchhub.errors import SettingsError
 from patchhub.progress import Bars, Progress
@@ -25,6 +26,8 @@ from patchhub.store.store import Store
 from patchhub.who import Who, author_of, now, refuse_undecoded
 
 if TYPE_CHECKING:
+    from patchhub.evaluation.harness import Harness
+    from patchhub.evaluation.judge import Judge
     from patchhub.porcelain.commit import Writing
     from patchhub.porcelain.measure import Facts
     from patchhub.worktree.judging import Guarding
@@ -215,6 +218,31 @@ def listener(progress: bool | Progress) -> Progress:
 
 def who_of(author: str | None, time: str | None, message: str = "", configured: Any = None) -> Who:
     return Who(author_of(author, configured, os.environ), now(os.environ) if time is None else time, message)
+
+
+def judge_of(url: str | None, model: str | None, environment: Mapping[str, str]) -> "Judge | None":
+    """The judge at an address, with the key that the environment holds; None without an address.
+
+    ``PATCHHUB_JUDGE_KEY`` is meant for the judge and goes wherever that is; ``OPENAI_API_KEY`` goes only over https or to this machine.
+
+    Raises:
+        SettingsError, RemoteError: as in `judge_at`.
+    """
+    if url is None:
+        return None
+    from patchhub.evaluation.judge import judge_at, root_of
+
+    parts = urlsplit(root_of(url))
+    private = parts.scheme == "https" or parts.hostname in ("localhost", "127.0.0.1", "::1")
+    key = environment.get("PATCHHUB_JUDGE_KEY") or (environment.get("OPENAI_API_KEY") if private else None)
+    return judge_at(url, model, key=key)
+
+
+def harness_of(tasks: str, folder: Place | None, limit: int | None) -> "Harness":
+    """Tasks of lm-evaluation-harness, separated by commas."""
+    from patchhub.evaluation.harness import Harness
+
+    return Harness(tuple(task.strip() for task in tasks.split(",") if task.strip()), path(folder), limit)
 
 
 def guarded_by(force: bool, check: bool) -> "Guarding":

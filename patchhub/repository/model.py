@@ -20,6 +20,8 @@ from patchhub.repository.arguments import (
     Quantization,
     Source,
     Type,
+    harness_of,
+    judge_of,
     many,
     path,
     paths,
@@ -29,6 +31,7 @@ from patchhub.repository.arguments import (
 from patchhub.results import Rows
 
 if TYPE_CHECKING:
+    from patchhub.evaluation.harness import Harness
     from patchhub.porcelain.exchange import Exported
     from patchhub.porcelain.measure import Bench, Evaluation
     from patchhub.porcelain.metric import Shown as ShownMetric
@@ -102,7 +105,7 @@ class ModelVerbs(Opened):
         self,
         rev: str = "HEAD",
         *,
-        suite: Source,
+        suite: Source = None,
         metrics: Metrics = "auto",
         limit: Count | None = None,
         seed: Index | None = None,
@@ -113,6 +116,11 @@ class ModelVerbs(Opened):
         facts_csv: Place | None = None,
         plot: Place | None = None,
         note: bool = True,
+        judge: str | None = None,
+        judge_model: str | None = None,
+        harness: str | None = None,
+        harness_path: Place | None = None,
+        harness_limit: Count | None = None,
         author: str | None = None,
         time: str | None = None,
         device: str | None = None,
@@ -123,7 +131,7 @@ class ModelVerbs(Opened):
         """How well a revision holds facts, and what that costs elsewhere. The scores are kept as a note of the commit.
 
         Args:
-            suite: facts, as `commit` takes them.
+            suite: facts, as `commit` takes them; None only where ``harness`` alone is run.
             metrics: whose scores; auto: zsRE's for a file of its records, else CounterFact's.
             limit: at most so many facts: the first ones, or with ``seed`` a sample.
             seed: of the sample, of sampled text and of the intervals.
@@ -132,23 +140,41 @@ class ModelVerbs(Opened):
             all: every commit below the revision that has no such scores yet; the result's ``history`` lists them.
             csv, facts_csv, plot: files to write the scores to, each fact's own values, and a picture as SVG.
             note: keep the scores with the commit.
+            judge, judge_model: an OpenAI-compatible server, whose model (None: its first) says of each answer whether it gives the
+                target. Its key is ``PATCHHUB_JUDGE_KEY`` or ``OPENAI_API_KEY`` of the environment.
+            harness: tasks of lm-evaluation-harness, separated by commas, run on the revision and on the base (extra ``harness``).
+            harness_path, harness_limit: a folder with further tasks; at most so many documents of each.
             device, dtype, quantization, chat: as in `commit`.
         """
         self._resolve(rev)
+        tasks = None if harness is None else harness_of(harness, harness_path, harness_limit)
+        if suite is None:
+            alone = None if all or judge else tasks
+            return self._harness(rev, alone, self._placement(device, dtype, quantization))
         facts = self._suite(suite, metrics, limit=limit, seed=seed, text=text, contexts=tuple(context))
         from patchhub.porcelain import measure
         from patchhub.porcelain.report.charts import write_scores
 
         options: dict[str, Any] = {"placement": self._placement(device, dtype, quantization), "chat": chat}
-        who = self._who(author, time)
+        options |= {"who": self._who(author, time), "judge": judge_of(judge, judge_model, os.environ)}
         with self._heard() as progress:
             if all:
-                measure.refuse_unkept(note)
-                done = measure.evaluate_all(self.store, rev, facts, progress, who=who, **options)
+                measure.refuse_unkept(note, tasks)
+                done = measure.evaluate_all(self.store, rev, facts, progress, **options)
             else:
-                done = measure.evaluate(self.store, rev, facts, progress, who=who, keep=note, **options)
+                done = measure.evaluate(self.store, rev, facts, progress, keep=note, harness=tasks, **options)
         write_scores(self.store, done, csv=path(csv), facts_csv=path(facts_csv), plot=path(plot))
         return done
+
+    def _harness(self, rev: str, harness: "Harness | None", placement: Any) -> "Evaluation":
+        if harness is None:
+            raise SettingsError(
+                "eval needs facts to evaluate on", remedy="Give --suite FILE; --harness TASKS alone needs none."
+            )
+        from patchhub.porcelain import measure
+
+        with self._heard() as progress:
+            return measure.evaluate_harness(self.store, rev, harness, progress, placement=placement)
 
     @verb
     def bench(

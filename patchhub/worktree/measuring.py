@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
@@ -27,6 +28,7 @@ from patchhub.models.architectures import read_config
 from patchhub.models.placement import Placement, chosen_dtype, name_of
 from patchhub.objects import Metric, Request, Text
 from patchhub.progress import Progress
+from patchhub.sets.elements import openings_of
 from patchhub.store.store import Store
 from patchhub.text.tokens import Chat, load_tokenizer
 from patchhub.worktree.metric import held_documents, read_documents
@@ -135,7 +137,6 @@ class Measurer:
     Raises:
         SettingsError: the base has no chat template that can be used, under ``chat``.
         BaseError: the base is not where it was.
-        RequestError: the text for drift cannot be read.
     """
 
     def __init__(
@@ -160,7 +161,6 @@ class Measurer:
         self.new_tokens = max(NEW_TOKENS, 1 + longest)
         self.siblings: list[list[Sibling]] = siblings_of(questions.requests)
         self._short_tokens = self.new_tokens if self.chat else SHORT_TOKENS * (1 + longest // SHORT_TOKENS)
-        self.documents = self._documents()
 
     @property
     def running(self) -> dict[str, Any]:
@@ -177,8 +177,11 @@ class Measurer:
         """The chat form in which facts are asked; nothing where they are asked as they are, as in all that was kept before."""
         return {} if self.chat is None else {"chat": self.chat.to_json()}
 
-    def measure(self, revision: str) -> Measured:
+    def measure(self, revision: str, *, behind: str | None = None) -> Measured:
         """What a revision answers.
+
+        Args:
+            behind: in a chat, facts are read behind the openings with which this revision holds them; None: the same revision.
 
         Raises:
             RevisionError: no such revision.
@@ -187,7 +190,7 @@ class Measurer:
         """
         results = StateResults(self.repository.cache, self._state_key(revision))
         return Measured(
-            facts=tuple(self._facts(revision, results)),
+            facts=tuple(self._facts(revision, results, self._openings(revision if behind is None else behind))),
             live=tuple(self._live(revision, results)),
             texts=tuple(self._texts(revision, results)),
             documents=tuple(self._drift(revision, results)),
@@ -195,15 +198,32 @@ class Measurer:
 
     # --- the four kinds of question ---------------------------------------------------------------------------------
 
-    def _facts(self, revision: str, results: StateResults) -> list[FactReading]:
+    def _openings(self, revision: str) -> dict[str, str]:
+        """What answers in a chat say before their targets, of the facts that a revision holds, by request id."""
+        if self.chat is None:
+            return {}
+        elements = self.repository.active(self.repository.resolve(revision))
+        return openings_of(self.repository, [(patch, request) for patch, request in elements if request is not None])
+
+    def _facts(self, revision: str, results: StateResults, openings: Mapping[str, str]) -> list[FactReading]:
         requests = self.questions.requests
-        items = [item for request in requests for item in suites.counterfact_items(request)]
+        items = [
+            (prompt, target, opening)
+            for request in requests
+            for (prompt, target), opening in zip(
+                suites.counterfact_items(request),
+                suites.openings_at(request, openings.get(request.id, "")),
+                strict=True,
+            )
+        ]
 
-        def key(item: tuple[str, str]) -> str:
-            return item_key("target", prompt=item[0], target=item[1], **self.asking)
+        def key(item: tuple[str, str, str]) -> str:
+            behind = {"opening": item[2]} if item[2] else {}  # without one the key is what it always was
+            return item_key("target", prompt=item[0], target=item[1], **behind, **self.asking)
 
-        def ask(missing: list[tuple[str, str]]) -> list[Any]:
-            scores = score_targets(self._model(revision), self.tokenizer, missing, chat=self.chat)
+        def ask(missing: list[tuple[str, str, str]]) -> list[Any]:
+            pairs, before = [(prompt, target) for prompt, target, _ in missing], [opening for *_, opening in missing]
+            scores = score_targets(self._model(revision), self.tokenizer, pairs, chat=self.chat, openings=before)
             return [[score.tokens, score.logprob, score.argmax] for score in scores]
 
         found = self._answers(f"reading {_short(revision)}", results, items, key, ask)
@@ -306,10 +326,10 @@ class Measurer:
 
     def _model(self, revision: str) -> PreTrainedModel:
         """The model in the state of a revision."""
-        model: PreTrainedModel = self._at(revision).model
+        model: PreTrainedModel = self.at(revision).model
         return model
 
-    def _at(self, revision: str) -> Worktree:
+    def at(self, revision: str) -> Worktree:
         """The model in the state of a revision, with its tokenizer and blocks."""
         if self._open is None:
             state = state_at(self.repository, revision)
@@ -342,30 +362,37 @@ class Measurer:
             versions=[torch.__version__, transformers.__version__],
         )
 
-    def _documents(self) -> tuple[Tokens, ...]:
-        """The text to measure drift on, as much of it as is read at once."""
+    @cached_property
+    def documents(self) -> tuple[Tokens, ...]:
+        """The text to measure drift on, as much of it as is read at once.
+
+        Raises:
+            RequestError: it cannot be read.
+        """
         vocabulary = int(read_config(self._files.checkpoint.folder).get_text_config().vocab_size)
         return tuple(drift.leading(self._text(), drift.room(vocabulary)))
 
     def _text(self) -> Sequence[Sequence[int]]:
         recording = self.repository.config.recording
         if self.questions.text:
-            return read_documents(self._at(BASE).stack, self.tokenizer, self.questions.text)
+            return read_documents(self.at(BASE).stack, self.tokenizer, self.questions.text)
         metric = None if recording is None else Metric.from_json(self.repository.objects.get(recording.metric))
         kept = kept_documents(self.repository, metric)
         if kept is not None:
             return kept
-        return held_documents(self.repository, metric, self._at(BASE).stack, self.tokenizer)
+        return held_documents(self.repository, metric, self.at(BASE).stack, self.tokenizer)
 
 
 def _longest_target(tokenizer: PreTrainedTokenizerBase, requests: Sequence[Request], chat: Chat | None) -> int:
     """In tokens, in a chat where the template joins prompt and target."""
+    if not requests:
+        return 0
     if chat is not None:
         pairs = [(request.text, request.target_new) for request in requests]
         spans = (text.target for text in encode_targets(tokenizer, pairs, chat=chat))
-        return max((stop - start for start, stop in spans), default=0)
+        return max(stop - start for start, stop in spans)
     encoded = tokenizer([f" {request.target_new}" for request in requests])["input_ids"]
-    return max(map(len, encoded), default=0)
+    return max(map(len, encoded))
 
 
 def _short(revision: str) -> str:

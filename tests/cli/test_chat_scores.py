@@ -17,9 +17,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from patchhub.editing.locate import encode_prompt
 from patchhub.editing.requests import read_requests
 from patchhub.evaluation.live import read_live
+from patchhub.evaluation.metrics import score_targets
 from patchhub.evaluation.suites import read_facts
 from patchhub.objects import Request
 from patchhub.porcelain.blame import metric_check
+from patchhub.porcelain.measure import IN_CHAT
 from patchhub.progress import Silent
 from patchhub.store.store import Store
 from patchhub.text.tokens import Chat, chat_of
@@ -109,7 +111,7 @@ def test_scores_in_a_chat_are_never_taken_for_others(run: Asked, suite: tuple[st
     assert set(loads) == {"base", chat["commit"]}
     assert chat["settings"].pop("chat") == FORM
     assert "chat" not in plain["settings"]
-    assert chat["settings"] == plain["settings"]
+    assert chat["settings"] == {**plain["settings"], "version": IN_CHAT}
     assert chat["suite"].startswith("counterfact-chat-")
     assert plain["suite"].startswith("counterfact-")
     assert "chat" not in plain["suite"]
@@ -266,3 +268,25 @@ def test_what_an_answer_says_before_its_target_is_kept_with_the_patch(
     [patch] = report(run, "show", made["commit"])["patches"].values()
     assert list(patch["settings"]["openings"].values()) == ["Well, it is"]
     assert patch["settings"].get("also") == also
+    if also is None:
+        _is_read_behind(tmp_path, Request.make(**fact), "Well, it is")
+
+
+def _is_read_behind(folder: Path, request: Request, opening: str) -> None:
+    """Teacher forced, a fact's target is read behind its opening, in the base too; in the cache that is another item; bisect agrees."""
+    model: Any = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
+    tokenizer, item = AutoTokenizer.from_pretrained(MODEL), (request.text, request.target_new)
+    [bare], [behind] = (
+        score_targets(model, tokenizer, [item], chat=Chat(**FORM), openings=[said]) for said in ("", opening)
+    )
+    with Store.open(folder) as repository:
+        for _ in range(2):  # the second time from the cache
+            measurer = Measurer(repository, Questions((request,)), Silent(), chat=True)
+            revisions = (("HEAD", None), ("base", "HEAD"), ("base", None))
+            scores = [measurer.measure(rev, behind=like).facts[0].prompt[0].new for rev, like in revisions]
+            assert scores[1].logprob == pytest.approx(behind.logprob, abs=1e-4)
+            assert scores[2].logprob == pytest.approx(bare.logprob, abs=1e-4)
+            assert scores[0].logprob > scores[1].logprob + 1
+        head = repository.resolve("HEAD")
+        check = metric_check(repository, "efficacy", [request], above=0.5, chat=True)
+        assert check(head)[1] == float(scores[0].argmax_right)

@@ -16,7 +16,7 @@ from patchhub.evaluation.definitions import (
 from patchhub.evaluation.drift import DocumentDrift, drift_scores, fluency_scores
 from patchhub.evaluation.live import LiveReading, live_scores
 from patchhub.evaluation.spoken import Sibling
-from patchhub.evaluation.suites import counterfact_scores, wise_scores, zsre_scores
+from patchhub.evaluation.suites import counterfact_scores, scored, wise_scores, zsre_scores
 from tests.evaluation.test_suites import FACTS
 
 WRITTEN = LiveReading(
@@ -34,6 +34,7 @@ EVERY = {
     "live": live_scores([WRITTEN], [WRITTEN], chat=True),
     "fluency": fluency_scores(["a b c"]),
     "drift": drift_scores([DocumentDrift(0.1, 0.1, 3)]),
+    "judge": scored("judge", {}, {"judged": [1.0]}, {}, resamples=1, seed=0),
 }
 
 
@@ -43,7 +44,7 @@ def test_definitions_are_of_the_scores_and_of_nothing_else():
 
 
 def test_what_stands_for_a_suite_is_measured():
-    shared = {name for suite in ("live", "fluency", "drift") for name in EVERY[suite].estimates}
+    shared = {name for suite in ("live", "fluency", "drift", "judge") for name in EVERY[suite].estimates}
     assert {*BESIDE, *FIGURES} <= shared
     for suite in SUITES:
         found = set(EVERY[suite].estimates)

@@ -134,10 +134,10 @@ def test_a_commit_that_gives_no_numbers_does_not_end_a_walk(repository: Store, m
     broken = repository.resolve("HEAD")
     real = measuring.Measurer.measure
 
-    def measure(self: measuring.Measurer, revision: str) -> measuring.Measured:
+    def measure(self: measuring.Measurer, revision: str, *, behind: str | None = None) -> measuring.Measured:
         if revision == broken:
             raise EditError("the model's logits are not numbers")
-        return real(self, revision)
+        return real(self, revision, behind=behind)
 
     monkeypatch.setattr(measuring.Measurer, "measure", measure)
     progress = Silent()

@@ -6,15 +6,12 @@ where the greedy continuation of its prompt begins with its target. Facts that t
 
 from __future__ import annotations
 
-import json
-import urllib.error
-import urllib.request
 from dataclasses import dataclass
-from typing import Any, Final, Literal
-from urllib.parse import urlsplit
+from typing import Final, Literal
 
-from patchhub.errors import RemoteError, RequestError, SettingsError
+from patchhub.errors import RequestError
 from patchhub.evaluation.guard import Report
+from patchhub.evaluation.judge import Server, root_of
 from patchhub.objects import Request
 from patchhub.progress import Progress
 from patchhub.results import Result
@@ -24,8 +21,6 @@ from patchhub.store.store import Store
 Verdict = Literal["on", "off", "partly"]
 
 _TOKENS: Final = 24  # a target of a few words, and what follows it
-_SECONDS: Final = 120.0
-_LARGEST: Final = 4 << 20  # bytes of an answer
 _ENOUGH: Final = 0.8  # share of the facts that are said where a revision is on
 
 
@@ -89,24 +84,24 @@ def verify_served(
         RequestError: the revision holds no fact whose text is here.
         RemoteError: the server cannot be reached, or its answers are of another form.
     """
-    root = _root(url)
+    server = Server(root_of(url))
     commit = repository.resolve(revision)
     facts = _facts(repository, commit, limit)
     if commit is None or not facts:
         raise RequestError(
             f"{revision} holds no fact that could be asked", remedy="Name a revision with facts by --rev."
         )
-    name = model or _first_model(root)
+    name = model or server.first_model()
     progress.stage("asking", len(facts))
     answers = []
     for fact in facts:
-        continuation = _ask(root, name, fact.text, chat=chat)
+        continuation = server.complete(name, fact.text, tokens=_TOKENS, chat=chat)
         answers.append(_judged(fact, continuation))
         progress.advance(1)
     progress.close()
     said = sum(answer.holds for answer in answers)
     verdict: Verdict = "on" if said >= _ENOUGH * len(answers) else "partly" if said else "off"
-    return Served(verdict, root, name, commit, tuple(answers))
+    return Served(verdict, server.root, name, commit, tuple(answers))
 
 
 def _facts(repository: Store, commit: str | None, limit: int) -> list[Request]:
@@ -126,56 +121,3 @@ def _judged(fact: Request, continuation: str) -> Said:
     return Said(
         fact.text, fact.target_new, text, text.startswith(fact.target_new), bool(before and text.startswith(before))
     )
-
-
-def _root(url: str) -> str:
-    parts = urlsplit(url if "://" in url else f"http://{url}")
-    if parts.scheme not in ("http", "https") or not parts.netloc:
-        raise SettingsError(f"{url!r} is no address of a server", remedy="Write one such as http://localhost:8000/v1.")
-    return f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/').removesuffix('/v1')}/v1"
-
-
-def _first_model(root: str) -> str:
-    found = _call(f"{root}/models", None)
-    names = [model.get("id") for model in found.get("data", []) if isinstance(model, dict)]
-    if not names or not isinstance(names[0], str):
-        raise RemoteError(f"{root} names no model", remedy="Say which one is asked: --model NAME.", url=root)
-    return names[0]
-
-
-def _ask(root: str, model: str, prompt: str, *, chat: bool) -> str:
-    options: dict[str, Any] = {"model": model, "max_tokens": _TOKENS, "temperature": 0}
-    if chat:
-        answer = _call(f"{root}/chat/completions", {**options, "messages": [{"role": "user", "content": prompt}]})
-    else:
-        answer = _call(f"{root}/completions", {**options, "prompt": prompt})
-    choices = answer.get("choices")
-    first = choices[0] if isinstance(choices, list) and choices and isinstance(choices[0], dict) else {}
-    text = (first.get("message") or {}).get("content") if chat else first.get("text")
-    if not isinstance(text, str):
-        raise RemoteError(
-            f"{root} answered without a text", remedy="Is it an OpenAI-compatible server? Try --chat.", url=root
-        )
-    return text
-
-
-def _call(url: str, body: Any) -> dict[str, Any]:
-    data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
-    try:
-        with urllib.request.urlopen(request, timeout=_SECONDS) as answer:
-            found = json.loads(answer.read(_LARGEST))
-    except urllib.error.HTTPError as error:
-        with error:
-            said = " ".join(error.read(2000).decode("utf-8", "replace").split())[:200]
-        raise RemoteError(
-            f"{url} answered {error.code}: {said}",
-            remedy="Check the address and --model NAME.",
-            url=url,
-            status=error.code,
-        ) from None
-    except (OSError, ValueError) as error:
-        raise RemoteError(f"{url} cannot be asked: {error}", remedy="Is the server running there?", url=url) from None
-    if not isinstance(found, dict):
-        raise RemoteError(f"{url} answered with no object", remedy="Is it an OpenAI-compatible server?", url=url)
-    return found
