@@ -171,10 +171,9 @@ UNSWEPT: Mapping[str, str] = {
 }
 """Methods of `Repository` that write and are not here, with the reason; the first word stands for all that begin with it."""
 
-LOOKS = (
-    "ask attach audit blame close diff load log made merge_base metric op_log reflog remote_list search show status "
-    "verify verify_served"
-).split()
+LOOKS = """
+    ask attach audit blame close diff load log made merge_base metric op_log reflog remote_list search show status verify verify_served
+""".split()  # noqa: SIM905  # twenty names are one line of words
 """Methods of `Repository` that change no ref, object or setting."""
 
 
@@ -228,7 +227,9 @@ def prepare_with_model(folder: Path) -> None:
     key_at(folder / "key")
     with taught(folder / "store") as store:
         for path in (folder / "store" / "model").iterdir():
-            os.utime(path, (1, 1))  # of files that were written just now no digests are kept, so verbs would make more calls or fewer
+            os.utime(
+                path, (1, 1)
+            )  # of files that were written just now no digests are kept, so verbs would make more calls or fewer
         upkeep.config_set(store, "memit.repairs", "0")
         for name, fact in (("side", ("Lyon", "Dutch")), ("other", ("Milan", "Dutch"))):
             refs.switch_to_new(store, name, "main~1", WHO)

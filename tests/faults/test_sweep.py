@@ -1,7 +1,7 @@
 """A disk that dies or fails at any call of any verb that writes loses nothing and tells no lie; see `sweep`.
 
-Every n-th call is tried; `PATCHHUB_FAULT_STRIDE=1` tries them all, `PATCHHUB_FAULT_MODEL_STRIDE=1` of the verbs that run a model. docs/reliability.md has
-the table.
+Every n-th call is tried; `PATCHHUB_FAULT_STRIDE=1` tries them all, `PATCHHUB_FAULT_MODEL_STRIDE=1` of the verbs that run a
+model. docs/reliability.md has the table.
 """
 
 from __future__ import annotations

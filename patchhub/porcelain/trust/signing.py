@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 from patchhub.errors import CorruptStoreError, RevisionError, SettingsError, SignatureError
 from patchhub.progress import Progress
@@ -300,6 +301,10 @@ def _sign(repository: Store, commits: Sequence[str], who: Who, kind: str) -> lis
 # --- what a remote may bring, and what a branch asks for --------------------------------------------------------------
 
 
+MOST_AT_ONCE: Final = 256
+"""Signatures that one fetch checks, those of branches and tags first: each takes a process, and a remote can send any number."""
+
+
 def admission(
     repository: Store, address: str, required: Path | None, progress: Progress
 ) -> Callable[[Mapping[str, str]], Mapping[str, str]]:
@@ -319,7 +324,7 @@ def admission(
         known = {} if keys is None else {ref: note for ref, note in here.items() if ref.startswith(NOTES)}
         targets = set(wanted.values())
         chosen = (e for e in signature_refs({**known, **wanted}) if e[0] in wanted or e[1] in targets)
-        found = vouched(repository, chosen, keys)
+        found = vouched(repository, chosen, keys, first=targets, limit=MOST_AT_ONCE)
         for broken in (signature for signature in found if signature.status == "broken"):
             raise SignatureError(
                 f"{address} brings a {broken.words()}",
