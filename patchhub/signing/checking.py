@@ -113,9 +113,18 @@ def vouched(
 def _verdict(signature: Signature | str, allowed: Path | None) -> Verdict:
     if isinstance(signature, str):
         return Verdict("broken", None, signature)
-    from patchhub.signing import openssf, ssh  # programs of their own, which the verbs that only look do not need
+    from patchhub.signing import (  # programs of their own, which the verbs that only look do not need
+        certificates,
+        openssf,
+        ssh,
+    )
 
-    verify = {"ssh": ssh.verify, "model-signing": openssf.verify}.get(signature.method)
+    verify = {
+        "ssh": ssh.verify,
+        "model-signing": openssf.verify,
+        "certificate": certificates.verify_certificate,
+        "sigstore": certificates.verify_keyless,
+    }.get(signature.method)
     if verify is None:
         return Verdict("unchecked", None, f"it is of a method that this version does not know, {signature.method!r}")
     said = signature.statement

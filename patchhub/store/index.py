@@ -92,7 +92,10 @@ def database_errors(path: Path) -> Iterator[None]:
         if remedy is None:
             raise _damaged(path, error) from error
         raise RepositoryError(f"the database {path} cannot be used: {error}", remedy=remedy, path=str(path)) from error
-    except (sqlite3.DatabaseError, UnicodeDecodeError) as error:  # the latter of text, or of the schema that an error would name
+    except (
+        sqlite3.DatabaseError,
+        UnicodeDecodeError,
+    ) as error:  # the latter of text, or of the schema that an error would name
         raise _damaged(path, error) from error
 
 

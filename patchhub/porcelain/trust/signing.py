@@ -11,7 +11,7 @@ from patchhub.errors import CorruptStoreError, RevisionError, SettingsError, Sig
 from patchhub.progress import Progress
 from patchhub.results import Result
 from patchhub.sets.settings import approvals_wanted
-from patchhub.signing import openssf, ssh
+from patchhub.signing import certificates, openssf, ssh
 from patchhub.signing.checking import (
     NAME_ALLOWED,
     Vouched,
@@ -52,15 +52,22 @@ def signer_of(
     Raises:
         SettingsError: none is named, or it cannot sign.
     """
-    named = key if key is not None else config.settings.get("sign.key")
+    named, configured = key if key is not None else config.settings.get("sign.key"), config.settings.get("sign.method")
+    if (method or configured) == "sigstore" and key is None:
+        keyless = certificates.Keyless()
+        keyless.check()
+        return keyless
     if named is None:
         raise SettingsError(
             "there is no key to sign with", remedy="Name one: `patchhub config sign.key FILE`, or --key FILE."
         )
     path = Path(named).expanduser()
-    configured = config.settings.get("sign.method", METHODS[0])
-    chosen = method or (METHODS[0] if key is not None and ssh.is_own(path) else configured)
-    signer: Signer = openssf.EllipticKey(path) if chosen == METHODS[1] else ssh.SshKey(path, environment, interactive)
+    chosen = method or (METHODS[0] if key is not None and ssh.is_own(path) else configured or METHODS[0])
+    signer: Signer = ssh.SshKey(path, environment, interactive)
+    if chosen == "model-signing":
+        signer = openssf.EllipticKey(path)
+    if chosen == "certificate":
+        signer = certificates.Certified(path)
     signer.check()
     return signer
 
