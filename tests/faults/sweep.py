@@ -378,6 +378,7 @@ class Sweep:
         self.found[how, "wrong" if problem else "right"] += 1
         if problem:
             self.wrong.append(f"{verb}, {case}: {problem}")
+            print(self.wrong[-1], file=sys.stderr, flush=True)  # a sweep takes long, and may be ended
 
 
 def main() -> None:
