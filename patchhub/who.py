@@ -28,7 +28,7 @@ class Signer(Protocol):
 
     @property
     def method(self) -> str:
-        """Whose form its signatures have: ``ssh`` or ``model-signing``."""
+        """Whose form its signatures have: ``ssh``, ``model-signing``, ``certificate`` or ``sigstore``."""
         ...
 
     def check(self) -> None:

@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 with_option = click.option(
     "--with",
     "with_",
-    type=click.Choice(["ssh", "model-signing"]),
-    help="Sign with OpenSSH, or as OpenSSF Model Signing does. Default: the config's, else ssh.",
+    type=click.Choice(["ssh", "model-signing", "certificate", "sigstore"]),
+    help="Sign with OpenSSH, or as OpenSSF Model Signing does: with a key, by certificate, or keyless. Default: the config's, else ssh.",
 )
 
 

@@ -257,6 +257,7 @@ class Repository(WritingVerbs, LookingVerbs, ModelVerbs, RefVerbs):
         rev: str = "HEAD",
         *,
         base: Place | None = None,
+        prove: bool = False,
         wise: Mode | None = None,
         side_path: bool = False,
     ) -> "PreTrainedModel":
@@ -265,4 +266,4 @@ class Repository(WritingVerbs, LookingVerbs, ModelVerbs, RefVerbs):
         from patchhub.worktree.loading import attach
 
         path = place_of(base)
-        return attach(model, self.store.root, rev, base=path, wise=wise, side_path=side_path)
+        return attach(model, self.store.root, rev, base=path, prove=prove, wise=wise, side_path=side_path)

@@ -43,7 +43,7 @@ FileFormat = Literal["jsonl", "json", "csv", "tsv", "yaml", "parquet"]
 Metrics = Literal["auto", "counterfact", "zsre", "wise"]
 Type = Literal["auto", "float32", "bfloat16", "float16"]
 Quantization = Literal["none", "8bit", "4bit"]
-SigningMethod = Literal["ssh", "model-signing"]
+SigningMethod = Literal["ssh", "model-signing", "certificate", "sigstore"]
 Mode = Literal["retrieve", "merge"]
 Settings = Mapping[str, Any] | Sequence[str]
 

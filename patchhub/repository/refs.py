@@ -126,7 +126,7 @@ class RefVerbs(Opened):
         """Sign a commit that is there, or each one of ``FROM..TO``.
 
         Args:
-            with_: ssh, or model-signing, which the extra ``patchhub[signing]`` brings; None: as the config says, else ssh.
+            with_: ssh, or with the extra ``patchhub[signing]`` model-signing, certificate or sigstore; None: the config's, else ssh.
             key: the file of the key; None: the config's.
         """
         from patchhub.porcelain.trust.signing import sign

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import ClassVar, Final, Literal
 
-from patchhub.canonical import canonical_json
+from patchhub.canonical import canonical_json, object_id
 from patchhub.errors import CorruptStoreError, RepositoryError, RequestError, SettingsError
 from patchhub.fsio import os_errors, write_atomically
 from patchhub.objects import Element, Request
@@ -318,7 +318,7 @@ def refuse_stopped(repository: Store) -> None:
 
 def keep(repository: Store, merge: StoppedMerge) -> None:
     """Write the file, in one step."""
-    document = canonical_json({**merge.to_json(), "format": _FORMAT})
+    document = canonical_json({**merge.to_json(), "digest": _digest(merge), "format": _FORMAT})
     with repository.locked():
         write_atomically(repository.root / FILE, [document])
 
@@ -333,12 +333,20 @@ def forget(repository: Store) -> bool:
     return present
 
 
+def _digest(merge: StoppedMerge) -> str:
+    return object_id(canonical_json(merge.to_json()))
+
+
 def _read(path: Path) -> StoppedMerge:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
+        digest = value.pop("digest", None)  # not there in those of earlier versions
         if value.pop("format") != _FORMAT or value.keys() != {field.name for field in fields(StoppedMerge)}:
             raise ValueError("its fields are not those of format 1")
-        return StoppedMerge(**{name: str(text) for name, text in value.items()})
+        found = StoppedMerge(**{name: str(text) for name, text in value.items()})
+        if digest not in (None, _digest(found)):
+            raise ValueError("it is not as it was written")
+        return found
     except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
         raise CorruptStoreError(
             f"{path} cannot be read: {error}", remedy="Run `patchhub merge --abort`, then merge again.", path=str(path)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,25 +76,55 @@ class Vouched(Result):
         return f"{what}{verb} {self.note[:12]} at {self.ref}: {self.reason}"
 
 
-def vouched(repository: Store, found: Iterable[tuple[str, str, str]], allowed: Path | None) -> list[Vouched]:
+def vouched(
+    repository: Store,
+    found: Iterable[tuple[str, str, str]],
+    allowed: Path | None,
+    *,
+    first: Collection[str] = (),
+    limit: int | None = None,
+) -> list[Vouched]:
     """Check signatures, several at a time.
 
     Args:
         found: (ref, commit, note) of each, as `signature_refs` has them.
         allowed: the file of allowed signers; None: no key is allowed.
+        first: commits whose signatures come first, and of those the ones by keys that ``allowed`` names.
+        limit: how many are checked at most, each by a program of its own; others are told as unchecked, after their form was checked.
     """
     read = [(ref, commit, note, signature_at(repository, ref, note)) for ref, commit, note in found]
+    if limit is not None and len(read) > limit:
+        names = allowed.read_text(encoding="utf-8", errors="replace") if allowed is not None else ""
+        read.sort(
+            key=lambda entry: (entry[1] not in first, isinstance(entry[3], str) or entry[3].public_key not in names)
+        )
+    late = Verdict("unchecked", None, f"{limit} others were checked; `patchhub verify --all` checks every one")
+
+    def judged(place: int) -> Verdict:
+        signature = read[place][3]
+        beyond = limit is not None and place >= limit and not isinstance(signature, str)
+        return late if beyond else _verdict(signature, allowed)
+
     with ThreadPoolExecutor(_AT_ONCE) as pool:
-        verdicts = list(pool.map(lambda entry: _verdict(entry[3], allowed), read))
+        verdicts = list(pool.map(judged, range(len(read))))
     return [_told(*entry, verdict) for entry, verdict in zip(read, verdicts, strict=True)]
 
 
 def _verdict(signature: Signature | str, allowed: Path | None) -> Verdict:
     if isinstance(signature, str):
         return Verdict("broken", None, signature)
-    from patchhub.signing import openssf, ssh  # programs of their own, which the verbs that only look do not need
+    from patchhub.signing import (  # programs of their own, which the verbs that only look do not need
+        certificates,
+        openssf,
+        ssh,
+    )
 
-    verify = {"ssh": ssh.verify, "model-signing": openssf.verify}.get(signature.method)
+    verify = {
+        "ssh": ssh.verify,
+        "model-signing": openssf.verify,
+        "certificate": certificates.verify_certificate,
+        "sigstore": certificates.verify_keyless,
+    }.get(signature.method)
     if verify is None:
         return Verdict("unchecked", None, f"it is of a method that this version does not know, {signature.method!r}")
     said = signature.statement

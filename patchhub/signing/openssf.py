@@ -19,9 +19,9 @@ from patchhub.signing.statements import Verdict
 FILE: Final = "statement.json"
 """The one file of the folder that is signed."""
 
-_LONGEST: Final = 1 << 20  # characters of a bundle: one by a key has 1,500
-_MISSING: Final = "the package model-signing is not there"
-_INSTALL: Final = "Install it: `pip install 'patchhub[signing]'`."
+LONGEST: Final = 1 << 20  # characters of a bundle: one by a key has 1,500
+MISSING: Final = "the package model-signing is not there"
+INSTALL: Final = "Install it: `pip install 'patchhub[signing]'`."
 
 
 @dataclass(frozen=True)
@@ -49,9 +49,9 @@ class EllipticKey:
             SettingsError: the key cannot sign.
         """
         public_key = self._public()
-        signing = _library("signing")
+        signing = library("signing")
         with TemporaryDirectory() as name:
-            folder, bundle = _folder(Path(name), statement), Path(name) / "bundle.json"
+            folder, bundle = folder_of(Path(name), statement), Path(name) / "bundle.json"
             try:
                 signing.Config().use_elliptic_key_signer(private_key=self.path).sign(folder, bundle)
             except (ValueError, TypeError) as error:
@@ -66,10 +66,10 @@ class EllipticKey:
                 remedy="Make one: `openssl ecparam -name prime256v1 -genkey -noout -out FILE`.",
             )
         try:
-            _library("signing")  # asked for before anything is made
+            library("signing")  # asked for before anything is made
             from cryptography.hazmat.primitives import serialization as form
         except ImportError as error:
-            raise SettingsError(f"{_MISSING} ({error})", remedy=_INSTALL) from error
+            raise SettingsError(f"{MISSING} ({error})", remedy=INSTALL) from error
         try:
             key: Any = form.load_pem_private_key(self.path.read_bytes(), None)
             text = key.public_key().public_bytes(form.Encoding.OpenSSH, form.PublicFormat.OpenSSH).decode("ascii")
@@ -92,13 +92,13 @@ def verify(statement: bytes, kind: str, public_key: str, text: str, time: str, a
     try:
         from cryptography.hazmat.primitives import serialization as form
 
-        verifying = _library("verifying")
+        verifying = library("verifying")
     except ImportError as error:
-        return Verdict("unchecked", None, f"{_MISSING} ({error}): {_INSTALL}")
-    if len(text) > _LONGEST:
-        return Verdict("broken", None, f"its bundle is longer than {_LONGEST} characters")
+        return Verdict("unchecked", None, f"{MISSING} ({error}): {INSTALL}")
+    if len(text) > LONGEST:
+        return Verdict("broken", None, f"its bundle is longer than {LONGEST} characters")
     with TemporaryDirectory() as name:
-        folder, bundle, key = _folder(Path(name), statement), Path(name) / "bundle.json", Path(name) / "key.pem"
+        folder, bundle, key = folder_of(Path(name), statement), Path(name) / "bundle.json", Path(name) / "key.pem"
         try:
             public: Any = form.load_ssh_public_key(public_key.encode("ascii"))
             key.write_bytes(public.public_bytes(form.Encoding.PEM, form.PublicFormat.SubjectPublicKeyInfo))
@@ -110,12 +110,12 @@ def verify(statement: bytes, kind: str, public_key: str, text: str, time: str, a
     return Verdict("unknown") if principal is None else Verdict("good", principal)
 
 
-def _library(name: str) -> Any:
+def library(name: str) -> Any:
     """A module of model-signing, whose functions have no types."""
     return import_module(f"model_signing.{name}")
 
 
-def _folder(place: Path, statement: bytes) -> Path:
+def folder_of(place: Path, statement: bytes) -> Path:
     folder = place / "patchhub"
     folder.mkdir()
     (folder / FILE).write_bytes(statement)

@@ -222,6 +222,17 @@ def principal_of(allowed: Path, public_key: str, kind: str, time: str) -> str | 
     return None
 
 
+def authorities_of(allowed: Path, public_key: str, kind: str, time: str) -> list[str]:
+    """For whom a file of allowed signers takes the word of an authority with this key: patterns of principals."""
+    found: list[str] = []
+    for principals, options, key in _lines(allowed.read_text(encoding="utf-8", errors="replace")):
+        names = [name for name, _ in _OPTION.findall(options.lower())]
+        rest = ",".join(part for part in options.split(",") if part.lower() != "cert-authority")
+        if key == public_key and "cert-authority" in names and _permits(rest, kind, time):
+            found += principals.split(",")
+    return found
+
+
 def _lines(text: str) -> Iterator[tuple[str, str, str]]:
     """(principals, options, key type and base64) of each line: ``ada@example.org namespaces="git" ssh-ed25519 AAAA... comment``."""
     for line in text.splitlines():

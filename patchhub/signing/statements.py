@@ -28,7 +28,7 @@ from patchhub.store.store import Store
 from patchhub.who import Signer, Who
 
 KINDS: Final = ("commit", "tag", "approval")
-METHODS: Final = ("ssh", "model-signing")
+METHODS: Final = ("ssh", "model-signing", "certificate", "sigstore")
 
 Status = Literal["good", "unknown", "broken", "unchecked"]
 

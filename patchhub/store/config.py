@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from patchhub.canonical import FORMAT
+from patchhub.canonical import FORMAT, object_id
 from patchhub.errors import CorruptStoreError, RepositoryError
 from patchhub.fsio import DISK, TEMPORARY_SUFFIX, Disk, os_errors, share, write_atomically
 from patchhub.objects import Base
@@ -84,12 +84,29 @@ def read_config(path: Path) -> Config:
             remedy="Use the version of patchhub that made it, or a newer one.",
             format=value.get("format"),
         )
-    if value.keys() != {"format", "base", "recording", "settings"}:
+    if value.keys() - {"digest"} != {"format", "base", "recording", "settings"}:
         raise _damaged(path, f"its fields are {', '.join(sorted(value))}")
     base, settings = value["base"], value["settings"]
     if not (isinstance(base, dict) and isinstance(settings, dict) and isinstance(base.get("id"), str)):
         raise _damaged(path, "`base`, `base.id` or `settings` is missing or of another type")
     return Config(base, settings, _recording(path, value["recording"]))
+
+
+def is_as_written(path: Path) -> bool:
+    """Whether the file holds what was last written into it; True of one from before it had a digest.
+
+    People may edit it, so that this is no condition of reading it.
+
+    Raises:
+        CorruptStoreError: it cannot be read.
+    """
+    read_config(path)
+    value = json.loads(path.read_bytes())
+    return "digest" not in value or value.pop("digest") == _digest(value)
+
+
+def _digest(value: Mapping[str, Any]) -> str:
+    return object_id(json.dumps(value, sort_keys=True).encode("ascii"))
 
 
 def write_config(path: Path, config: Config, *, disk: Disk = DISK) -> None:
@@ -101,6 +118,7 @@ def write_config(path: Path, config: Config, *, disk: Disk = DISK) -> None:
         "recording": None if pinned is None else {"metric": pinned.metric, "contexts": list(pinned.contexts)},
         "settings": dict(config.settings),
     }
+    value["digest"] = _digest(value)
     text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
     write_atomically(path, (text.encode("utf-8"),), disk=disk)
 

@@ -23,6 +23,7 @@ from patchhub.fsio import TEMPORARY_SUFFIX, os_errors
 from patchhub.objects import Operation
 from patchhub.results import Result, told
 from patchhub.store import index, operations, states
+from patchhub.store.config import is_as_written
 from patchhub.store.index import database_errors, transaction
 from patchhub.store.object_store import REMEDY
 from patchhub.store.reachability import (
@@ -185,6 +186,7 @@ def check(repository: Store, *, progress: Callable[[int, int], None] = lambda do
         progress(position, len(names))
     findings.extend(_leftovers(repository))
     findings.extend(_check_cache(repository.cache))
+    findings.extend(_check_config(repository.root / "config.json"))
     with repository.locked():
         findings.extend(_check_database(repository))
     return Report(tuple(_once(findings)), len(names), size)
@@ -251,6 +253,19 @@ def _check_cache(cache: Cache) -> Iterator[Finding]:
                 cache.drop(path)
                 remedy = "It was deleted; what is needed of it is made again, which costs time only."
                 yield Finding(problem, remedy, harmless=True, facts={"path": str(path)})
+
+
+def _check_config(path: Path) -> Iterator[Finding]:
+    try:
+        if not is_as_written(path):
+            yield Finding(
+                f"{path} is not as it was written: somebody edited it, or it is damaged",
+                "Look through it (`patchhub config`); `patchhub config KEY VALUE` of any setting writes it as it then is.",
+                harmless=True,
+                facts={"path": str(path)},
+            )
+    except CorruptStoreError as error:
+        yield _from_error(error)
 
 
 def _check_database(repository: Store) -> list[Finding]:

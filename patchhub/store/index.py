@@ -92,14 +92,17 @@ def database_errors(path: Path) -> Iterator[None]:
         if remedy is None:
             raise _damaged(path, error) from error
         raise RepositoryError(f"the database {path} cannot be used: {error}", remedy=remedy, path=str(path)) from error
-    except sqlite3.DatabaseError as error:
+    except (
+        sqlite3.DatabaseError,
+        UnicodeDecodeError,
+    ) as error:  # the latter of text, or of the schema that an error would name
         raise _damaged(path, error) from error
 
 
 _NOT_IN_OBJECTS: Final = ("no such table: operations", "no such table: refs")
 
 
-def _damaged(path: Path, error: sqlite3.Error) -> CorruptStoreError:
+def _damaged(path: Path, error: Exception) -> CorruptStoreError:
     """The index can be made again from the objects; the operation log and the refs are in the database alone."""
     restore = "Restore the file from a backup, or clone again from a remote into another folder."
     reindex = "Run `patchhub fsck --reindex`; if that fails, restore the file from a backup or clone again."

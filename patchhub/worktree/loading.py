@@ -298,24 +298,27 @@ def attach(
     revision: str = "HEAD",
     *,
     base: str | Path | None = None,
+    prove: bool = False,
     wise: Mode | None = None,
     side_path: bool = False,
 ) -> PreTrainedModel:
     """Put a model that is in memory, the base or any patched state of it, into the state of a revision.
 
-    The base's own tensors are kept, so any later `attach` or `detach` is exact. ``wise`` and ``side_path`` are as in `load`; a model that
-    has a patch keeps to the way in which that is attached.
+    The base's own tensors are kept, so any later `attach` or `detach` is exact. ``prove``, ``wise`` and ``side_path`` are as in `load`; a
+    model that has a patch keeps to the way in which that is attached.
 
     Raises:
-        RevisionError, BaseError: as in `load`.
+        RevisionError, BaseError, CorruptStoreError, RemoteError: as in `load`; the model is then as it was.
     """
     published = hub_name(path_or_repo)
     if published is not None:
-        checkpoint, state = open_published(published, revision, base=base, wise=wise)
+        checkpoint, state = open_published(published, revision, base=base, prove=prove, wise=wise)
         _attach(model, checkpoint, state, side_path=side_path)
         return model
     with open_path(path_or_repo) as repository:
         checkpoint, state = open_base(repository, base), state_at(repository, revision, wise)
+        if prove and state.commit is not None:
+            state = _proven(repository, state, state.commit)
         _attach(model, checkpoint, state, side_path=side_path, cache=repository.cache)
     return model
 

@@ -1,6 +1,7 @@
 """A disk that dies or fails at any call of any verb that writes loses nothing and tells no lie; see `sweep`.
 
-Every n-th call is tried; `PATCHHUB_FAULT_STRIDE=1` tries them all. docs/reliability.md has the table.
+Every n-th call is tried; `PATCHHUB_FAULT_STRIDE=1` tries them all, `PATCHHUB_FAULT_MODEL_STRIDE=1` of the verbs that run a
+model. docs/reliability.md has the table.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ def test_every_verb_survives_every_fault(tmp_path: Path) -> None:
     shim = tmp_path / "shim.so"
     subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-o", shim, HERE / "shim.c", "-ldl"], check=True)
     stride = os.environ.get("PATCHHUB_FAULT_STRIDE", "17")
-    command = [sys.executable, "-m", "tests.faults.sweep", str(shim), "--stride", stride]
+    model_stride = os.environ.get("PATCHHUB_FAULT_MODEL_STRIDE", "61")
+    strides = ["--stride", stride, "--model-stride", model_stride]
+    command = [sys.executable, "-m", "tests.faults.sweep", str(shim), *strides]
     done = subprocess.run(command, env={**os.environ, "LD_PRELOAD": str(shim)}, stdout=subprocess.PIPE, check=True)
     found = json.loads(done.stdout)
     assert found["wrong"] == []

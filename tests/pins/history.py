@@ -171,6 +171,7 @@ def found_in(folder: Path) -> dict[str, Any]:
         tips = [target for ref, target in sorted(refs.items()) if ref.startswith("refs/")]
         config = json.loads((repository.root / "config.json").read_bytes())
         config["base"].pop("path")
+        config.pop("digest")  # covers the path
         objects = {path.parent.name + path.name: path.read_bytes() for path in repository.root.glob("objects/*/*")}
         return {
             "commits": [[identity, commit.message] for identity, commit in repository.log(*tips)],

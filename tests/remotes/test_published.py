@@ -122,6 +122,11 @@ def test_load_proves_when_it_is_asked_to(store: Store, base: Path, hub: Any) -> 
     assert patchhub.load("tester/facts", "lie", base=base).patchhub.proof == "claimed"
     with pytest.raises(RemoteError, match="not those of the facts"):
         patchhub.load("tester/facts", "lie", base=base, prove=True)
+    attached = patchhub.attach(claimed, "tester/facts", base=base, prove=True)
+    assert attached.patchhub.proof == "checked"
+    with pytest.raises(RemoteError, match="not those of the facts"):
+        patchhub.attach(attached, "tester/facts", "lie", base=base, prove=True)
+    assert (attached.patchhub.proof, attached.patchhub.commit) == ("checked", store.resolve("main"))
 
 
 def test_load_finds_damage(store: Store, base: Path, hub: Any) -> None:

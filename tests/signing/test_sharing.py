@@ -12,8 +12,10 @@ import pytest
 
 from patchhub.errors import RemoteError, RevisionError, SettingsError, SignatureError
 from patchhub.repository import Repository
+from patchhub.signing import ssh
 from patchhub.signing.statements import kept
 from tests.pins.history import AUTHOR, TIME, commit_facts, init
+from tests.signing.conftest import public
 
 
 @pytest.fixture
@@ -97,6 +99,27 @@ def test_what_came_unsigned_before_is_not_merged_later(shared: Repository, their
     with pytest.warns(UserWarning, match="left out"), pytest.raises(SignatureError, match="origin/main is refused"):
         theirs.pull(require_signed=keys / "allowed")
     assert "refs/heads/main" not in theirs.store.refs()
+
+
+def test_a_remote_with_many_signatures_does_not_start_as_many_programs(
+    shared: Repository, theirs: Repository, keys: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those that a branch comes in by are checked; of the others it is said that they were not."""
+    monkeypatch.setattr("patchhub.porcelain.trust.signing.MOST_AT_ONCE", 1)
+    asked: list[str] = []
+    checked = ssh.verify
+    monkeypatch.setattr(ssh, "verify", lambda *given: (asked.append(given[2]), checked(*given))[1])
+    shared.sign("base..HEAD", key=keys / "eve")
+    shared.sign()
+    shared.push()
+    with pytest.warns(UserWarning, match="2 signatures were not checked: 1 others were checked"):
+        fetched = theirs.fetch(require_signed=keys / "allowed")
+    assert fetched.left_out == {}
+    assert asked == [public(keys / "ada")]
+    assert {s.status for s in theirs.verify("origin/main", allowed=keys / "allowed", all=True).signatures} == {
+        "good",
+        "unknown",
+    }
 
 
 FORGED: Mapping[str, Mapping[str, Any]] = {

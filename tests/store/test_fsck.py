@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -172,3 +173,16 @@ def test_an_unsound_commit_is_found(repository: Store) -> None:
     findings = check(repository).findings
     assert [finding.facts for finding in findings] == [{"commit": identity}]
     assert "set digest" in findings[0].problem
+
+
+def test_a_config_that_is_not_as_it_was_written_is_said(repository: Store) -> None:
+    """It may be edited, so that it is no damage; what the next change writes is as it was written again."""
+    path = repository.root / "config.json"
+    written = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps({**written, "settings": {"author": "Eve"}}), encoding="utf-8")
+    with Store.open(repository.root.parent) as edited:
+        report = check(edited)
+        assert report.sound
+        assert [finding.facts["path"] for finding in report.findings] == [str(path)]
+        edited.change_config(lambda config: config)
+        assert check(edited).findings == ()

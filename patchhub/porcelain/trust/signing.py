@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 from patchhub.errors import CorruptStoreError, RevisionError, SettingsError, SignatureError
 from patchhub.progress import Progress
 from patchhub.results import Result
 from patchhub.sets.settings import approvals_wanted
-from patchhub.signing import openssf, ssh
+from patchhub.signing import certificates, openssf, ssh
 from patchhub.signing.checking import (
     NAME_ALLOWED,
     Vouched,
@@ -51,15 +52,22 @@ def signer_of(
     Raises:
         SettingsError: none is named, or it cannot sign.
     """
-    named = key if key is not None else config.settings.get("sign.key")
+    named, configured = key if key is not None else config.settings.get("sign.key"), config.settings.get("sign.method")
+    if (method or configured) == "sigstore" and key is None:
+        keyless = certificates.Keyless()
+        keyless.check()
+        return keyless
     if named is None:
         raise SettingsError(
             "there is no key to sign with", remedy="Name one: `patchhub config sign.key FILE`, or --key FILE."
         )
     path = Path(named).expanduser()
-    configured = config.settings.get("sign.method", METHODS[0])
-    chosen = method or (METHODS[0] if key is not None and ssh.is_own(path) else configured)
-    signer: Signer = openssf.EllipticKey(path) if chosen == METHODS[1] else ssh.SshKey(path, environment, interactive)
+    chosen = method or (METHODS[0] if key is not None and ssh.is_own(path) else configured or METHODS[0])
+    signer: Signer = ssh.SshKey(path, environment, interactive)
+    if chosen == "model-signing":
+        signer = openssf.EllipticKey(path)
+    if chosen == "certificate":
+        signer = certificates.Certified(path)
     signer.check()
     return signer
 
@@ -300,6 +308,10 @@ def _sign(repository: Store, commits: Sequence[str], who: Who, kind: str) -> lis
 # --- what a remote may bring, and what a branch asks for --------------------------------------------------------------
 
 
+MOST_AT_ONCE: Final = 256
+"""Signatures that one fetch checks, those of branches and tags first: each takes a process, and a remote can send any number."""
+
+
 def admission(
     repository: Store, address: str, required: Path | None, progress: Progress
 ) -> Callable[[Mapping[str, str]], Mapping[str, str]]:
@@ -319,7 +331,7 @@ def admission(
         known = {} if keys is None else {ref: note for ref, note in here.items() if ref.startswith(NOTES)}
         targets = set(wanted.values())
         chosen = (e for e in signature_refs({**known, **wanted}) if e[0] in wanted or e[1] in targets)
-        found = vouched(repository, chosen, keys)
+        found = vouched(repository, chosen, keys, first=targets, limit=MOST_AT_ONCE)
         for broken in (signature for signature in found if signature.status == "broken"):
             raise SignatureError(
                 f"{address} brings a {broken.words()}",
