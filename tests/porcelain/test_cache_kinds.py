@@ -186,8 +186,15 @@ def test_what_is_kept_is_used(kind: str, original: tuple[Path, dict[str, Any]], 
     assert files() == before, "none was written again"
 
 
-@pytest.mark.parametrize("how", DAMAGES)
-@pytest.mark.parametrize("kind", MAKERS)
+COSTLY = ("values", "scores", "base_text", "text")  # to make again; two kinds of damage show that damage is found there
+CASES = [
+    pytest.param(kind, how, marks=pytest.mark.slow if kind in COSTLY and how not in ("a bit anywhere", "empty") else ())
+    for kind in MAKERS
+    for how in DAMAGES
+]
+
+
+@pytest.mark.parametrize(("kind", "how"), CASES)
 def test_damage_is_found_and_what_was_lost_is_made_again(
     kind: str, how: str, original: tuple[Path, dict[str, Any]], repository: Store, caplog: pytest.LogCaptureFixture
 ) -> None:
