@@ -47,8 +47,9 @@ def louder(model: Any) -> Any:
 
 
 SCANNED = ("bamba", "falcon_h1", "granitemoehybrid")  # their state is run in plain PyTorch, token by token
+LONG = (pytest.mark.slow, pytest.mark.long)
 CASES = [
-    pytest.param(family, method, marks=pytest.mark.slow if family in SCANNED and method != "memit" else ())
+    pytest.param(family, method, marks=LONG if family in SCANNED and method != "memit" else ())
     for family in SUPPORTED
     for method in EDITORS
 ]

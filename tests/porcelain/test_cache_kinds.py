@@ -187,8 +187,9 @@ def test_what_is_kept_is_used(kind: str, original: tuple[Path, dict[str, Any]], 
 
 
 COSTLY = ("values", "scores", "base_text", "text")  # to make again; two kinds of damage show that damage is found there
+LONG = (pytest.mark.slow, pytest.mark.long)
 CASES = [
-    pytest.param(kind, how, marks=pytest.mark.slow if kind in COSTLY and how not in ("a bit anywhere", "empty") else ())
+    pytest.param(kind, how, marks=LONG if kind in COSTLY and how not in ("a bit anywhere", "empty") else ())
     for kind in MAKERS
     for how in DAMAGES
 ]
