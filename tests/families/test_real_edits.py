@@ -54,9 +54,9 @@ def written(
         return commit(repository, batch, STAMP, Silent(), Writing(method), force=True)
 
 
-MIXTURES = ("deepseek_v3", "mixtral", "qwen3_moe")
+TAUGHT_OFTEN = ("gemma3_text", "gpt2", "olmo2")
 FAMILIES = [
-    pytest.param(family, marks=pytest.mark.long if family in MIXTURES else ()) for family in sorted(lesson.SIZES)
+    pytest.param(family, marks=() if family in TAUGHT_OFTEN else pytest.mark.long) for family in sorted(lesson.SIZES)
 ]
 
 

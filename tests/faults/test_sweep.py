@@ -23,7 +23,7 @@ HERE = Path(__file__).parent
 def test_every_verb_survives_every_fault(tmp_path: Path) -> None:
     shim = tmp_path / "shim.so"
     subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-o", shim, HERE / "shim.c", "-ldl"], check=True)
-    stride = os.environ.get("PATCHHUB_FAULT_STRIDE", "17")
+    stride = os.environ.get("PATCHHUB_FAULT_STRIDE", "41")
     model_stride = os.environ.get("PATCHHUB_FAULT_MODEL_STRIDE", "61")
     strides = ["--stride", stride, "--model-stride", model_stride]
     command = [sys.executable, "-m", "tests.faults.sweep", str(shim), *strides]

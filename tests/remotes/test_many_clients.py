@@ -28,7 +28,10 @@ def shared(request: pytest.FixtureRequest, tmp_path: Path) -> Connect:
     return lambda: open_remote(address)
 
 
-@pytest.mark.parametrize("clients", [4, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "clients",
+    [4, pytest.param(10, marks=pytest.mark.slow), pytest.param(20, marks=(pytest.mark.slow, pytest.mark.long))],
+)
 def test_many_clients_on_one_branch_all_land(clients: int, shared: Connect, tmp_path: Path) -> None:
     """Each loops over pull, with a merge, and push until its commit is there."""
     ours = make_history(tmp_path / "ours")
