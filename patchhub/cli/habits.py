@@ -103,6 +103,7 @@ OPTIONS: Final[Mapping[tuple[str, str], str]] = {
 """Options of git that are none here, by command."""
 
 _ALIKE: Final = 0.8  # of two names: less, and a suggestion misleads
+_ALIKE_COMMAND: Final = 0.75  # commands are short: two letters of four that changed places leave three quarters
 _TYPED: Final = "patchhub.typed"  # where a context keeps its arguments as they were typed
 _COUNT: Final = re.compile(r"-(\d+)")
 
@@ -144,7 +145,7 @@ class Group(click.Group):
             here = " ".join(["patchhub", *ctx.command_path.split()[1:]])
             if ctx.parent is None and name in COMMANDS:
                 raise click.UsageError(f"patchhub has no command {name!r}. {COMMANDS[name]}")
-            close = difflib.get_close_matches(name, self.commands, n=1, cutoff=_ALIKE)
+            close = difflib.get_close_matches(name, self.commands, n=1, cutoff=_ALIKE_COMMAND)
             hint = f" Did you mean `{here} {close[0]}`?" if close else f" See `{here} --help`."
             raise click.UsageError(f"there is no command {name!r}.{hint}")
         if isinstance(self.get_command(ctx, name), click.Group):

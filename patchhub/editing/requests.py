@@ -159,7 +159,11 @@ def read_facts(
     if source is None:
         if prompt and subject and target:
             return Batch((one_request(prompt, subject, target),), (Origin("the arguments"),), 0)
-        problem = "there are no facts" if len(missing) == len(given) else f"{' and '.join(missing)} is missing or empty"
+        problem = (
+            "there are no facts"
+            if len(missing) == len(given)
+            else f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing or empty"
+        )
         raise RequestError(problem, remedy="Give a file or a list of facts, or prompt, subject and target.")
     if len(missing) < len(given):
         raise RequestError("a source of facts and a prompt are both given", remedy="Give one of them.")

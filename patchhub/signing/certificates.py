@@ -99,7 +99,7 @@ class Keyless:
             SettingsError: there is none, or the library is not there.
         """
         try:
-            from sigstore.oidc import detect_credential  # type: ignore[import-not-found,unused-ignore]
+            from sigstore.oidc import detect_credential
         except ImportError as error:
             raise SettingsError(f"{MISSING} ({error})", remedy=INSTALL) from error
         try:

@@ -228,7 +228,7 @@ class _Roomy(DynamicLayer):  # type: ignore[no-untyped-call]  # transformers reg
     """Keys and values of one block with room for all positions, which are not copied for each new one."""
 
     def __init__(self, length: int) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call]  # as above
         self._length = length
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:

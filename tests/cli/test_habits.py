@@ -46,6 +46,7 @@ def test_options_of_git_are_answered(command: str, option: str, folder: Path) ->
     ("words", "wanted"),
     [
         (("comit",), "commit"),
+        (("shwo",), "patchhub show"),
         (("commit", "--mesage", "x"), "--message"),
         (("remote", "rm", "nobody"), "there is no remote 'nobody'"),
         (("config", "memit.layers", "3-99"), "the base has 6 layers"),
