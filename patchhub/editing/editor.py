@@ -160,12 +160,12 @@ class Editor:
         """
         limit = context_length(stack.model)
         closers = Closers.of(tokenizer, stack.vocabulary) if settings.closing else None
-        form: dict[str, Any] = {"chat": settings.chat, "openings": openings, "limit": limit}
-        facts = encode_facts(tokenizer, requests, contexts, closers=closers, **form)
+        form: dict[str, Any] = {"openings": openings, "limit": limit}
+        facts = encode_facts(tokenizer, requests, contexts, closers=closers, chat=settings.chat, **form)
         texts = [fact.rows for fact in facts]
         if also is not None:
-            form |= {"chat": also}
-            facts = _with_others(facts, encode_facts(tokenizer, requests, (SLOT,), **form), settings.chat_weight)
+            others = encode_facts(tokenizer, requests, (SLOT,), chat=also, **form)
+            facts = _with_others(facts, others, settings.chat_weight)
         together = of_one_subject(requests)
         chosen, way = settings.values(until_sure=self.until_sure), self.way(stack.architecture)
         site = way.site(stack, settings.layers)
