@@ -28,6 +28,7 @@ _SAFE = 0.7  # of what is left: pieces that were freed are not all used again
 _KERNELS = 150 << 20  # what the library of the products keeps for their shapes, on a CPU; at most half of what is left
 _WIDE, _INNER = 12, 5  # vectors of width d and of the feed-forward part's width that a block keeps per position
 _LEAST_READ = 64  # positions
+_ON_A_GPU = 8  # times the positions of a batch that is read: with fewer its time is in starting kernels
 _LOGITS = 4  # copies of a prediction's logits: themselves, in float32, their softmax, their gradient
 _MESSAGES = ("not enough memory", "can't allocate memory", "out of memory")
 
@@ -102,13 +103,15 @@ def step_budget(device: torch.device, memory: int | None) -> int:
 
 
 def reading_positions(stack: Stack, memory: int | None, most: int) -> int:
-    """How many padded positions a forward pass without gradients may read, if at most so many.
+    """How many padded positions a forward pass without gradients may read, if at most so many on a CPU and eight times as many on a GPU.
 
     Each takes the keys and values of all blocks, twice while they grow, one block's states, and its logits.
 
     Args:
         memory: as for `step_budget`; None: ``most``.
     """
+    if stack.device.type != "cpu":
+        most *= _ON_A_GPU
     if memory is None:
         return most
     config, architecture = stack.model.config.get_text_config(), stack.architecture
