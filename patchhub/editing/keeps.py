@@ -22,6 +22,7 @@ from patchhub.objects import SLOT, Request
 from patchhub.text.tokens import Chat
 
 _TOKENS = 4096  # positions of a batch
+_FIRST_WORDS: Final = ("Northern", "Albert", "Royal", "Tokyo")
 
 NAMES: Final = (
     *(
@@ -146,6 +147,19 @@ def siblings(
         chosen = near.topk(min(most, len(places))).indices.tolist()
         found += [(prompt, asked[places[place]].subject) for place in sorted(chosen)]
     return found
+
+
+def namesakes(requests: Sequence[Request]) -> list[tuple[str, str]]:
+    """For each prompt of the requests, other names that end in its subjects' last words: pairs (prompt, name).
+
+    An edit is written at the subject's last token, whose key depends on the words before it so little that most such names get the new
+    target too (docs/methods.md). A subject of one word has none.
+    """
+    found: dict[tuple[str, str], None] = {}
+    for request in requests:
+        before, _, last = request.subject.rpartition(" ")
+        found |= {(request.prompt, f"{first} {last}"): None for first in _FIRST_WORDS if before}
+    return [pair for pair in found if pair not in {(request.prompt, request.subject) for request in requests}]
 
 
 def _batches(texts: Sequence[Sequence[int]]) -> list[list[int]]:

@@ -110,7 +110,8 @@ class WritingVerbs(Opened):
             format: how to read a file.
             text: files to compute the metric from; only before the first commit.
             keep: prompts whose answers must stay, as facts are given; without ``target_new``, what the model says now stays. "auto":
-                the same prompts about other subjects of the facts' kind, four for each prompt.
+                the same prompts about other subjects of the facts' kind, four for each prompt, and about four other names that end in
+                each subject's last word.
             on_conflict: when an active fact says otherwise about the same prompt and subject.
             set: settings of the editor for this commit alone: ``{"layers": [3, 4], "ridge": 200}`` or ``["layers=3-4", "ridge=200"]``.
             strict: refuse facts that compete with others for a key, before anything is optimised.

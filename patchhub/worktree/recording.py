@@ -13,7 +13,7 @@ from patchhub.constraints import no_columns
 from patchhub.delta import Delta
 from patchhub.editing.budget import release_memory, step_budget
 from patchhub.editing.editor import EDITORS, encode_facts
-from patchhub.editing.keeps import siblings
+from patchhub.editing.keeps import namesakes, siblings
 from patchhub.editing.locate import ANSWER_TOKENS, encode_targets, find_openings
 from patchhub.editing.metric import MEMORY
 from patchhub.editing.record import Edit, Recording, State, side_paths
@@ -323,7 +323,10 @@ def _openings(
 def _found_keeps(
     repository: Store, tree: Worktree, plan: Plan, recorder: Recorder, settings: EditSettings
 ) -> tuple[Keep, ...]:
-    """The batch's prompts about other subjects of the same kind, without those that active facts and keeps answer."""
+    """The batch's prompts about other subjects of the same kind and others of the same last word, without those that are answered.
+
+    Answered are those of active facts and keeps.
+    """
     weight = tree.architecture.ffn_weight(settings.layers[0])
     pairs = siblings(
         tree.stack,
@@ -335,6 +338,7 @@ def _found_keeps(
         chat=tree.chat,
     )
     active = active_requests(repository, plan.kept).values()
+    pairs += namesakes(plan.requests)
     told = {(request.prompt, request.subject) for request in active} | {(k.prompt, k.subject) for k in plan.keeps}
     return tuple(Keep(prompt, name, None) for prompt, name in pairs if (prompt, name) not in told)
 

@@ -40,6 +40,8 @@ from patchhub.text.tokens import chat_of
 PUBLISHED: Final = ("closing=0", "chat_weight=0", "repairs=0")
 ON_A_GPU: Final = 8  # times the positions of a batch
 UNRELATED, SIBLINGS, OF_ONE_FACT = 40, 400, 2
+HEADS: Final = ("Globex", "Eastern")
+"""Of namesakes, names that end in the last word of a fact's subject; not those that `--keep auto` keeps."""
 REPEATED: Final = 3
 KINDS: Final = ("writes", "says", "prefers")
 QUESTIONS = (
@@ -115,6 +117,7 @@ class Look:
     paraphrases: Sequence[str]
     chat: Sequence[str]
     siblings: Sequence[str]
+    namesakes: Sequence[str]
     questions: Sequence[str]
     next_word: Tensor
 
@@ -188,6 +191,16 @@ def _siblings(facts: Sequence[Request], rest: Sequence[Record]) -> list[tuple[st
     return found[:SIBLINGS]
 
 
+def _namesakes(facts: Sequence[Request]) -> list[Sibling]:
+    """Names that end as a fact's subject does, at the fact's prompt."""
+    found = []
+    for fact in facts:
+        before, _, last = fact.subject.rpartition(" ")
+        heads = HEADS if before else ()
+        found += [Sibling(fact.prompt.replace(SLOT, f"{head} {last}"), frozenset()) for head in heads]
+    return found[:SIBLINGS]
+
+
 def ranked(options: argparse.Namespace, model: Any, tokenizer: Any) -> list[dict[str, Any]]:
     """All records, one per subject, the best known first; ``known`` says how, and is empty where the model does not know."""
     records = json.loads(options.data.read_bytes())
@@ -243,6 +256,7 @@ def _look(bench: Bench, facts: Sequence[Request]) -> Look:
         paraphrases=bench.written([fact.paraphrases[0] for fact in facts], 16),
         chat=bench.written(asked, 32, chat=form) if form else [],
         siblings=bench.written([sibling.prompt for sibling in bench.near(facts)], 12),
+        namesakes=bench.written([sibling.prompt for sibling in _namesakes(facts)], 12),
         questions=bench.written(QUESTIONS, 32, chat=form) if form else [],
         next_word=torch.stack([_next(bench, prompt) for prompt in bench.unrelated]),
     )
@@ -314,11 +328,12 @@ def _compared(bench: Bench, before: Look, after: Look, facts: Sequence[Request])
     row["paraphrase_kept_old"] = _share(map(said, after.paraphrases, trues))
     targets = frozenset(fact.target_new for fact in facts)
     near = bench.near(facts)
-    earlier = dict(zip([sibling.prompt for sibling in bench.near(bench.facts)], before.siblings, strict=True))
-    row["leak"] = _share(
-        leaks(sibling, now, earlier[sibling.prompt], targets) is not None
-        for sibling, now in zip(near, after.siblings, strict=True)
-    )
+    earlier = _earlier(bench, before)
+    for name, asked, texts in (("leak", near, after.siblings), ("namesakes", _namesakes(facts), after.namesakes)):
+        row[name] = _share(
+            leaks(sibling, now, earlier[sibling.prompt], targets) is not None
+            for sibling, now in zip(asked, texts, strict=True)
+        )
     kl = (before.next_word.exp() * (before.next_word - after.next_word)).sum(-1)
     row |= {"kl_unrelated": round(float(kl.mean()), 4), "kl_unrelated_median": round(float(kl.median()), 4)}
     if after.chat:
@@ -328,6 +343,12 @@ def _compared(bench: Bench, before: Look, after: Look, facts: Sequence[Request])
             _sentence(now) == _sentence(then) for now, then in zip(after.questions, before.questions, strict=True)
         )
     return row
+
+
+def _earlier(bench: Bench, before: Look) -> dict[str, str]:
+    """What the base says of the siblings and namesakes of all facts."""
+    asked = [*bench.near(bench.facts), *_namesakes(bench.facts)]
+    return dict(zip([one.prompt for one in asked], [*before.siblings, *before.namesakes], strict=True))
 
 
 def _shares(
@@ -362,9 +383,10 @@ def _texts(bench: Bench, before: Look, after: Look, facts: Sequence[Request]) ->
         if after.chat:
             said_here["chat"] = [before.chat[place], after.chat[place]]
         found["facts"].append(said_here)
-    earlier = dict(zip([sibling.prompt for sibling in bench.near(bench.facts)], before.siblings, strict=True))
-    near = [sibling.prompt for sibling in bench.near(facts)]
-    found["siblings"] = {prompt: [earlier[prompt], now] for prompt, now in zip(near, after.siblings, strict=True)}
+    earlier = _earlier(bench, before)
+    near = [sibling.prompt for sibling in (*bench.near(facts), *_namesakes(facts))]
+    now = [*after.siblings, *after.namesakes]
+    found["siblings"] = {prompt: [earlier[prompt], text] for prompt, text in zip(near, now, strict=True)}
     found["questions"] = {
         question: [then, now] for question, then, now in zip(QUESTIONS, before.questions, after.questions, strict=False)
     }

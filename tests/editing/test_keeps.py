@@ -12,7 +12,7 @@ from patchhub.cache import Cache
 from patchhub.constraints import proof
 from patchhub.delta import from_factors, to_dense
 from patchhub.editing.editor import EQUAL_SHARES
-from patchhub.editing.keeps import keep_rows, most_moved, present_states, siblings
+from patchhub.editing.keeps import keep_rows, most_moved, namesakes, present_states, siblings
 from patchhub.editing.locate import encode_prompts
 from patchhub.editing.metric import MetricCache
 from patchhub.editing.record import Recording, State, record
@@ -97,6 +97,15 @@ def test_the_places_that_move_most_are_those_with_the_longest_product(metric):
 
 
 NAMES = ("Manila", "Arend Lijphart", "Seattle", "Danielle", "Lyon")
+
+
+def test_namesakes_end_in_the_subjects_last_word_and_are_none_of_the_facts():
+    hall, lyon = Request.make("{} is tall", "Zoë Kravitz Hall", "x"), Request.make("{} is in", "Lyon", "x")
+    found = namesakes((hall, hall, lyon))
+    assert found == list(dict.fromkeys(found)) == namesakes((hall,)) != []
+    assert all(prompt == hall.prompt and name.endswith(" Hall") for prompt, name in found)
+    assert namesakes((hall, Request.make(hall.prompt, found[0][1], "y"))) == found[1:]
+    assert namesakes((lyon,)) == []
 
 
 def test_siblings_are_the_nearest_names_in_the_facts_own_prompts(metric):
