@@ -19,6 +19,7 @@ import json
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import perf_counter, process_time
@@ -275,12 +276,14 @@ def _row(bench: Bench, before: Look, plan: Plan) -> dict[str, Any]:
     if options.fresh:
         for kept in repo.store.cache.folder.rglob("*.values"):
             kept.unlink()
-    repo.switch(f"row-{len(repo.branch())}", "base", create=True)
+    taken = {branch.name for branch in repo.branch()}
+    repo.switch(next(name for number in count() if (name := f"row-{number}") not in taken), "base", create=True)
     begun, started, size = process_time(), perf_counter(), -(-len(facts) // plan.commits)
     for start in range(0, len(facts), size):
         made = repo.commit(
             facts[start : start + size],
             message="known facts",
+            text=[options.text] if options.text else [],
             force=True,
             set=plan.set,
             keep=plan.keep,
@@ -316,15 +319,15 @@ def _guarded(report: Report | None) -> dict[str, Any]:
 
 def _compared(bench: Bench, before: Look, after: Look, facts: Sequence[Request]) -> dict[str, Any]:
     """The figures of a row, from what the base and the edited model say."""
-    count = len(facts)
-    scores = counterfact_scores(after.scores, before.scores[:count], resamples=1).estimates
+    number = len(facts)
+    scores = counterfact_scores(after.scores, before.scores[:number], resamples=1).estimates
     row: dict[str, Any] = {
         name: round(scores[name].value, 4) for name in ("S", "ES", "EA", "PS", "PA", "NS", "NA") if name in scores
     }
     row |= _shares("", after.plain, facts)
     row["paraphrase"] = _share(map(said, after.paraphrases, [fact.target_new for fact in facts]))
     trues = [fact.target_true or "" for fact in facts]
-    row["paraphrase_of_base"] = _share(map(said, before.paraphrases[:count], trues))
+    row["paraphrase_of_base"] = _share(map(said, before.paraphrases[:number], trues))
     row["paraphrase_kept_old"] = _share(map(said, after.paraphrases, trues))
     targets = frozenset(fact.target_new for fact in facts)
     near = bench.near(facts)
