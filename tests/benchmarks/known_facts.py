@@ -19,10 +19,9 @@ import json
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import count
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from time import perf_counter, process_time
+from time import perf_counter, process_time, time_ns
 from typing import Any, Final
 
 import torch
@@ -276,8 +275,7 @@ def _row(bench: Bench, before: Look, plan: Plan) -> dict[str, Any]:
     if options.fresh:
         for kept in repo.store.cache.folder.rglob("*.values"):
             kept.unlink()
-    taken = {branch.name for branch in repo.branch()}
-    repo.switch(next(name for number in count() if (name := f"row-{number}") not in taken), "base", create=True)
+    repo.switch(f"row-{time_ns()}", "base", create=True)
     begun, started, size = process_time(), perf_counter(), -(-len(facts) // plan.commits)
     for start in range(0, len(facts), size):
         made = repo.commit(
