@@ -211,7 +211,7 @@ MEMORY: Final = 8 << 30
 """Bytes that the second moments may take while they are computed, where nothing else is said."""
 
 _AS_GIVEN: Final = Covariance()
-_TOKENS_PER_BATCH = 1024  # what a block computes of them stays in the caches
+_TOKENS_PER_BATCH, _TOKENS_ON_GPU = 1024, 16384  # what a block computes of them stays in a CPU's caches
 _SUM_BYTES, _FACTOR_BYTES = 4, 16  # per entry of M: a float32 sum; the metric and its factor in float64
 _ROWS_PER_CHUNK = 1024
 
@@ -246,19 +246,18 @@ def second_moments(
     for layer in layers:
         if stack.architecture.feed_forward[layer].experts:
             sums[layer], uses[layer] = _nothing(stack, layer)
-    for batch in _batches(documents):
+    for batch in _batches(documents, _TOKENS_PER_BATCH if stack.device.type == "cpu" else _TOKENS_ON_GPU):
         ids, mask, positions = right_padded(batch, stack.device)
-        started = stack.begin(ids, mask, positions)
+        started, real, tokens = stack.begin(ids, mask, positions), mask.bool(), sum(map(len, batch))
         with stack.fast(), stack.watch_keys(layers) as seen:
             started.run(started.hidden, 0, max(layers) + 1)
-        real = mask.bool()
-        for layer in uses.keys() & set(layers):
-            seen[layer].add_moments(sums[layer], uses[layer], real)
-        for layer in [layer for layer in layers if layer not in uses]:
-            keys = seen[layer][real.to(seen[layer].device)].float()
-            sums[layer] = sums[layer].addmm_(keys.T, keys) if layer in sums else keys.T @ keys
-        count += int(real.sum())
-        progress(int(real.sum()))
+            for layer in uses.keys() & set(layers):
+                seen[layer].add_moments(sums[layer], uses[layer], real)
+            for layer in [layer for layer in layers if layer not in uses]:
+                keys = seen[layer][real.to(seen[layer].device)].float()
+                sums[layer] = sums[layer].addmm_(keys.T, keys) if layer in sums else keys.T @ keys
+        count += tokens
+        progress(tokens)
     if not count:
         raise EditError("there is no text to compute second moments from", remedy="Give a longer --text FILE.")
     means = {layer: total.div_(count) for layer, total in sums.items()}
@@ -339,7 +338,7 @@ class MetricCache:
             raise EditError(
                 f"the cache has lost the metric of {weight}", remedy="Run the command again.", weight=weight
             )
-        kept = torch.from_numpy(np.load(path, mmap_mode="c")).to(keys.device)
+        kept = torch.from_numpy(np.load(path, mmap_mode="c")).to(keys.device)  # on a GPU: whole, in float32
         if weight not in self.stacks:
             return self.preimages_by.of(kept, keys)
         count = self.stacks[weight]
@@ -365,11 +364,11 @@ class MetricCache:
         return self.cache.slot(METRIC, of=self.metric, weight=weight, matrix=self.preimages_by.keeps)
 
 
-def _batches(documents: Sequence[Sequence[int]]) -> list[list[Sequence[int]]]:
-    """Documents of similar length together, a bounded number of positions each."""
+def _batches(documents: Sequence[Sequence[int]], most: int) -> list[list[Sequence[int]]]:
+    """Documents of similar length together, at most so many positions each."""
     groups: list[list[Sequence[int]]] = []
     for document in sorted((d for d in documents if d), key=len):
-        if not groups or (len(groups[-1]) + 1) * len(document) > _TOKENS_PER_BATCH:
+        if not groups or (len(groups[-1]) + 1) * len(document) > most:
             groups.append([])
         groups[-1].append(document)
     return groups

@@ -122,6 +122,7 @@ def record(
                     goal = _goal(climbs, trunk, layers, targets, reached, spread)
             residual = goal.residual(layer, reached, len(layers) - number)
             residual[list(still)] = 0.0
+            keys = keys.to(stack.device_of(layer))
             columns[names[layer]], change[names[layer]] = _extend(keys, residual, ridge, metric, names[layer], state)
             written[layer] = [change[names[layer]]]
             before = layer

@@ -28,7 +28,7 @@ TEXT: Final = Kind("text", ".json", limit=1 << 28)
 
 # The five openings of the published MEMIT code (memit_main.py, get_context_templates).
 _OPENINGS = ("The", "Therefore", "Because", "I", "You")
-_BATCH = 128
+_BATCH, _BATCH_GPU = 128, 1024  # documents; each has numbers of its own, so they do not depend on it
 _BLOCK = 256  # tokens of the vocabulary whose probabilities are summed before a draw looks into them
 _FAR = 0.1  # mean total variation between two models' predictions beyond which one does not write in the other's place
 
@@ -113,10 +113,11 @@ def sample_documents(
     progress(len(documents) * length)
     if len(documents) == count:
         return documents
+    batch = _BATCH if stack.device.type == "cpu" else _BATCH_GPU
     with _quick(stack):
         while len(documents) < count:
             first = len(documents)
-            start, uniform = text.draw(range(first, min(count, first + _BATCH - first % _BATCH)))
+            start, uniform = text.draw(range(first, min(count, first + batch - first % batch)))
             progress(start.numel())
             choose = _by_cumulation(uniform.to(stack.device))
             documents += _continued(stack, start, length, choose, progress=progress).tolist()
