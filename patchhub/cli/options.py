@@ -146,7 +146,8 @@ def placement_options(command: Command) -> Command:
         click.option(
             "--dtype",
             type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
-            help="Type of the base in memory. auto: float32 where that takes at most half of a CPU's memory or a tenth of a GPU's, else its own.",
+            help="Type of the base in memory. auto: float32 where that takes half of a CPU's memory or a tenth of a GPU's at most, else "
+            "its own.",
         ),
         click.option(
             "--quantization",
