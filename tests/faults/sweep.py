@@ -281,7 +281,12 @@ def state(folder: Path) -> str:
         merging = waiting.read_text(encoding="utf-8") if waiting.exists() else None
         name = store.root.parent.name
         pinned = None if store.config.recording is None else store.config.recording.metric
-        found[name] = {"refs": store.refs(), "settings": dict(store.config.settings), "merging": merging, "metric": pinned}
+        found[name] = {
+            "refs": store.refs(),
+            "settings": dict(store.config.settings),
+            "merging": merging,
+            "metric": pinned,
+        }
     manifest = folder / "remote" / "patchhub.json"
     if manifest.exists():
         found["remote"] = json.loads(manifest.read_text())["refs"]
