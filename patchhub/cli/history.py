@@ -36,7 +36,7 @@ from patchhub.cli.terminal import (
     say_all,
 )
 from patchhub.errors import CorruptStoreError, SettingsError
-from patchhub.evaluation.definitions import DEFINITIONS
+from patchhub.porcelain.scores import DEFINITIONS
 from patchhub.results import Rows
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from patchhub import __version__
-from patchhub.cli import change, exchange, history, measure, merge, model, refs, search, share, signing, tune
+from patchhub.cli import change, exchange, history, measure, model, refs, search, share, signing
 from patchhub.cli.habits import Group
 from patchhub.cli.terminal import do_not_page, quiet_libraries, quiet_option
 
@@ -73,7 +73,7 @@ def main(ctx: click.Context, repo: Path | None, no_pager: bool) -> None:
         do_not_page(ctx)
 
 
-MODULES = (model, change, tune, history, measure, refs, merge, search, share, signing, exchange)
+MODULES = (model, change, history, measure, refs, search, share, signing, exchange)
 
 for module in MODULES:
     for command in module.COMMANDS:

@@ -13,8 +13,7 @@ from click.shell_completion import CompletionItem
 
 from patchhub.cli.terminal import count, say
 from patchhub.errors import PatchhubError
-from patchhub.evaluation.faults import Fault
-from patchhub.evaluation.guard import Measured, Report, Share, Spoken
+from patchhub.evaluation.guard import Fault, Measured, Report, Share, Spoken
 
 if TYPE_CHECKING:
     from patchhub.signing.checking import Vouched

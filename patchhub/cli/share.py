@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from patchhub.cli.change import report_merge
 from patchhub.cli.habits import Group
-from patchhub.cli.merge import report_merge
 from patchhub.cli.options import RemoteName, Revision, required_option
 from patchhub.cli.terminal import (
     author_option,
@@ -27,7 +27,7 @@ from patchhub.errors import ContradictionError
 
 if TYPE_CHECKING:
     from patchhub.remotes.sync import Fetched, Moved
-    from patchhub.store.reachability import Proofs
+    from patchhub.store.states import Proofs
 
 
 size_option = click.option(

@@ -14,25 +14,16 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from patchhub.editing.budget import release_memory
-from patchhub.editing.keys import key_rows
 from patchhub.editing.locate import encode_marked, mark, mark_text
 from patchhub.editing.metric import MetricCache
 from patchhub.editing.record import Edit, Recording, Spread, State, record
-from patchhub.editing.rows import BlockOutput, FeedForward, Projections, Site
-from patchhub.editing.settings import (
-    NORMED_CLAMP,
-    NORMED_RATE,
-    EditSettings,
-    default_layers,
-    inner_width,
-    is_narrow,
-)
+from patchhub.editing.rows import BlockOutput, FeedForward, Projections, Site, key_rows
+from patchhub.editing.settings import NORMED_CLAMP, NORMED_RATE, EditSettings, default_layers, inner_width, is_narrow
 from patchhub.editing.values import Fact, KeptValues, Values, ValueSettings, optimise_values
 from patchhub.models.architectures import Architecture
 from patchhub.models.tracing import Stack
 from patchhub.objects import SLOT, Request
-from patchhub.text.tokens import Chat, check_lengths, context_length
-from patchhub.text.word_ends import Closers
+from patchhub.text.tokens import Chat, Closers, check_lengths, context_length
 
 NOTHING_SAID: Final[Mapping[str, str]] = {}
 """No answer has words of its own before its target."""

@@ -15,8 +15,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from patchhub.delta import Delta
-from patchhub.editing.keys import KeyRow, at, key_rows, mean_keys
 from patchhub.editing.locate import encode_prompts
+from patchhub.editing.rows import KeyRow, at, key_rows, mean_keys
 from patchhub.models.tracing import SidePath, Stack, right_padded
 from patchhub.objects import SLOT, Request
 from patchhub.text.tokens import Chat

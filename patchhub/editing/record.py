@@ -22,11 +22,10 @@ from torch import Tensor, nn
 from patchhub.constraints import Columns, beyond, difference, no_columns
 from patchhub.delta import Delta, add, image
 from patchhub.editing.budget import POSITIONS, Footprint, step_budget
-from patchhub.editing.keys import Beginnings, Climb, KeyRow, at, batches, read_keys
 from patchhub.editing.metric import MetricCache
-from patchhub.editing.rows import Trunk
+from patchhub.editing.rows import Beginnings, Climb, KeyRow, Trunk, at, batches, read_keys
 from patchhub.editing.values import Values
-from patchhub.models.behind import Behind
+from patchhub.models.architectures import Behind
 from patchhub.models.tracing import Stack, add_beside, in_rows
 
 _GPU_POSITIONS, _LEAST_POSITIONS = 8192, 64  # of a batch

@@ -25,8 +25,7 @@ from patchhub.evaluation.suites import Combined, Scores, mean_or_none, scored
 from patchhub.models.structure import is_recurrent
 from patchhub.models.tracing import left_padded
 from patchhub.objects import SLOT, Request
-from patchhub.text.tokens import Chat, context_length, tokenise
-from patchhub.text.word_ends import closes
+from patchhub.text.tokens import Chat, closes, context_length, tokenise
 
 Choose = Callable[[Float[Tensor, "rows vocabulary"], int], Int[Tensor, " rows"]]
 """The next token of every row, given the logits and how many tokens were written before."""

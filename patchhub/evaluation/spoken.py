@@ -11,9 +11,9 @@ from itertools import islice, zip_longest
 from typing import Final
 
 from patchhub.canonical import nfc
-from patchhub.evaluation.faults import Fault, Why
+from patchhub.evaluation.guard import Fault, Why
 from patchhub.objects import SLOT, Request
-from patchhub.text.word_ends import closes, joiner
+from patchhub.text.tokens import closes, joiner
 
 _STOPS: Final = ".!?。！？"
 _COPULAS: Final = ("is", "are", "was", "were")

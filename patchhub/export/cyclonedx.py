@@ -1,6 +1,6 @@
 """A revision as a CycloneDX ML-BOM: the base as ancestor, each commit in its pedigree as a patch, scores in the model card.
 
-Documents alone, of version 1.6 of the specification; `patchhub.porcelain.trust.evidence` collects what they say. Also in-toto Statements
+Documents alone, of version 1.6 of the specification; `patchhub.porcelain.trust.audit` collects what they say. Also in-toto Statements
 and the DSSE envelopes around them, since both are how evidence leaves patchhub."""
 
 from __future__ import annotations

@@ -24,8 +24,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from patchhub.delta import Delta, LowRank, add, to_dense
 from patchhub.errors import UnsupportedModelError
-from patchhub.models.architectures import Architecture, behind_of
-from patchhub.models.behind import Behind
+from patchhub.models.architectures import Architecture, Behind, behind_of
 from patchhub.models.experts import Routed, gated_keys, shape_of
 
 _SHAPES = ((64, 64, 64), (96, 384, 512), (33, 640, 129))  # rows, inner, columns of the products that are tried

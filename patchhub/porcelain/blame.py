@@ -36,8 +36,7 @@ from patchhub.store.lookup import Fact
 from patchhub.store.states import Parents
 from patchhub.store.store import Store
 from patchhub.text.tokens import Chat
-from patchhub.worktree.opening import Worktree, open_worktree
-from patchhub.worktree.states import main_state_at, state_at
+from patchhub.worktree.opening import Worktree, main_state_at, open_worktree, state_at
 
 Keys = Mapping[str, Float[np.ndarray, " in"]]
 

@@ -16,9 +16,8 @@ from patchhub.editing.requests import Batch, Keep, Origin
 from patchhub.editing.settings import EditSettings
 from patchhub.editing.wise.settings import WiseSettings
 from patchhub.errors import RequestError, SettingsError, UnsupportedModelError
-from patchhub.evaluation.faults import Fault
+from patchhub.evaluation.guard import Fault, Report
 from patchhub.evaluation.guard import Measured as GuardMeasured
-from patchhub.evaluation.guard import Report
 from patchhub.models.architectures import Architecture
 from patchhub.models.placement import Placement, runs_beside
 from patchhub.objects import SLOT, Request
@@ -34,10 +33,9 @@ from patchhub.text.tokens import context_length, refuse_unknown
 from patchhub.who import Who
 from patchhub.worktree.judging import Guarding, judge
 from patchhub.worktree.loading import SURVIVAL_LIMIT
-from patchhub.worktree.opening import BaseFiles, Worktree, base_files, in_chat, open_worktree
+from patchhub.worktree.opening import BaseFiles, Worktree, base_files, in_chat, open_worktree, patch_state
 from patchhub.worktree.recording import chosen_settings, state_without, write_closed_form
 from patchhub.worktree.shards import forget_replaced, wise_settings, write_shards
-from patchhub.worktree.states import patch_state
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,11 @@
-"""`import` and `export`: the change that another program made to the base, and states in other programs' forms. NumPy only."""
+"""What other programs made and what they are given: `import`, `export`, `verify-served`. NumPy only; no model runs here.
+
+`import` takes the change that another program made to the base, `export` writes states in other programs' forms, and `verify-served` tells
+whether a server answers with a revision's facts.
+
+A server is asked over the OpenAI-compatible interface: vLLM, SGLang, TGI, llama.cpp, Ollama and LM Studio answer `/v1/completions` and
+`/v1/chat/completions` alike. A fact counts as said where the greedy continuation of its prompt begins with its target. Facts that the
+commit was noted not to say are not asked."""
 
 from __future__ import annotations
 
@@ -6,13 +13,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import numpy as np
 
 from patchhub.delta import Delta, add, compact, negative, norm, read_deltas, write_deltas
 from patchhub.errors import BaseError, RepositoryError, RequestError, SettingsError
-from patchhub.evaluation.definitions import DEFINITIONS
+from patchhub.evaluation.guard import Report
+from patchhub.evaluation.judge import Server, root_of
 from patchhub.export.foreign import form_of, from_difference, is_nothing, read_adapter
 from patchhub.export.peft import (
     CONFIG,
@@ -28,8 +36,8 @@ from patchhub.export.peft import (
 from patchhub.fsio import os_errors, write_atomically
 from patchhub.models.checkpoint import Checkpoint, open_checkpoint
 from patchhub.models.fingerprint import tensor_digest
-from patchhub.objects import Base
-from patchhub.porcelain.scores import notes_of
+from patchhub.objects import Base, Request
+from patchhub.porcelain.scores import DEFINITIONS, notes_of
 from patchhub.progress import Progress
 from patchhub.remotes.card import AdapterNote, Card, ScoreLine, adapter_name, write_card
 from patchhub.results import Result, told
@@ -41,8 +49,7 @@ from patchhub.sets.shards import shards_at
 from patchhub.store.store import Store, refuse_store
 from patchhub.who import Who
 from patchhub.worktree.judging import GUARDED, Guarding, judge
-from patchhub.worktree.opening import open_base
-from patchhub.worktree.states import base_object
+from patchhub.worktree.opening import base_object, open_base
 
 _MANY_FACTS: Final = 100
 """What a change that does not say how many facts it brings may drift as much as (docs/guard.md)."""
@@ -287,7 +294,7 @@ def export_gguf(
         RepositoryError: the state has no adapter within the tolerance.
         SettingsError: the extra that writes it is missing, llama.cpp does not know the architecture or a weight, or a file is there.
     """
-    from patchhub.export import gguf
+    from patchhub.export import peft
 
     refuse_store(repository, out)
     commit = repository.resolve(revision)
@@ -296,11 +303,11 @@ def export_gguf(
     name = f"{adapter_name(out.name or 'facts', commit or 'base')}.gguf"
     model_type, layers, named = base["model_type"], len(base["weights"]), _base_name(repository).model
     with TemporaryDirectory(prefix="patchhub-gguf-") as folder:
-        gguf.write_adapter(adapter, model_type, layers, Path(folder) / name, base=named)
+        peft.write_gguf(adapter, model_type, layers, Path(folder) / name, base=named)
         data = (Path(folder) / name).read_bytes()
-        there, shapes = gguf.read_adapter(Path(folder) / name), linear_shapes(repository)
+        there, shapes = peft.read_gguf(Path(folder) / name), linear_shapes(repository)
     errors = [1.0]
-    for weight, called in gguf.names_in_llama_cpp(adapter.factors, model_type, layers).items():
+    for weight, called in peft.names_in_llama_cpp(adapter.factors, model_type, layers).items():
         total = add(state[weight], shapes[weight])
         errors.append(norm(add([there[called], negative(total)], shapes[weight])) / norm(total))
     error = max(errors[1:])
@@ -308,7 +315,7 @@ def export_gguf(
         raise RepositoryError(
             f"the written file differs from the state by {error:.1e}", remedy="Report this: it is a bug."
         )
-    _write(out, {name: data, "Modelfile": gguf.modelfile(named, name).encode()}, overwrite=overwrite)
+    _write(out, {name: data, "Modelfile": peft.modelfile(named, name).encode()}, overwrite=overwrite)
     return Exported(out / name, commit, adapter.rank, error)
 
 
@@ -433,3 +440,108 @@ def _write(folder: Path, files: Mapping[str, bytes], *, overwrite: bool) -> None
         folder.mkdir(parents=True, exist_ok=True)
     for name, data in files.items():
         write_atomically(folder / name, (data,))
+
+
+Verdict = Literal["on", "off", "partly"]
+
+_TOKENS: Final = 24  # a target of a few words, and what follows it
+_ENOUGH: Final = 0.8  # share of the facts that are said where a revision is on
+
+
+@dataclass(frozen=True)
+class Said(Result):
+    """What the server continued a fact's prompt with, and whether that begins with the fact's target, or with what was true before."""
+
+    prompt: str
+    target: str
+    continuation: str
+    holds: bool
+    as_before: bool
+
+
+@dataclass(frozen=True)
+class Served(Result):
+    """Whether a server answers as a revision does.
+
+    Attributes:
+        verdict: ``on`` where at least 8 in 10 facts are said, ``off`` where none is, else ``partly``.
+        model: the name that was asked.
+        commit: the revision.
+        answers: of each fact that was asked.
+    """
+
+    verdict: Verdict
+    url: str
+    model: str
+    commit: str
+    answers: tuple[Said, ...]
+
+    @property
+    def said(self) -> int:
+        """How many facts are said."""
+        return sum(answer.holds for answer in self.answers)
+
+    def words(self) -> str:
+        return f"{self.model} at {self.url}: {self.verdict}, {self.said} of {len(self.answers)} facts are said"
+
+
+def verify_served(
+    repository: Store,
+    url: str,
+    progress: Progress,
+    *,
+    revision: str = "HEAD",
+    model: str | None = None,
+    limit: int = 8,
+    chat: bool = False,
+) -> Served:
+    """Ask a server a few facts of a revision.
+
+    Args:
+        url: where the interface begins, such as ``http://localhost:8000`` or ``http://localhost:8000/v1``.
+        model: the name of the model or adapter there; None: the only one, or the first.
+        limit: at most so many facts, spread over all that are active.
+        chat: ask as a user's message, not as a text to continue.
+
+    Raises:
+        SettingsError: ``url`` is no http address.
+        RequestError: the revision holds no fact whose text is here.
+        RemoteError: the server cannot be reached, or its answers are of another form.
+    """
+    server = Server(root_of(url))
+    commit = repository.resolve(revision)
+    facts = _facts(repository, commit, limit)
+    if commit is None or not facts:
+        raise RequestError(
+            f"{revision} holds no fact that could be asked", remedy="Name a revision with facts by --rev."
+        )
+    name = model or server.first_model()
+    progress.stage("asking", len(facts))
+    answers = []
+    for fact in facts:
+        continuation = server.complete(name, fact.text, tokens=_TOKENS, chat=chat)
+        answers.append(_judged(fact, continuation))
+        progress.advance(1)
+    progress.close()
+    said = sum(answer.holds for answer in answers)
+    verdict: Verdict = "on" if said >= _ENOUGH * len(answers) else "partly" if said else "off"
+    return Served(verdict, server.root, name, commit, tuple(answers))
+
+
+def _facts(repository: Store, commit: str | None, limit: int) -> list[Request]:
+    """Facts that the model at a commit says by itself as far as is known, spread over all of them."""
+    active = distinct(active_requests(repository, repository.active(commit)))
+    report = Report.from_json(repository.commit(commit).check) if commit else None
+    spoken = report.measured.spoken if report else None
+    unsaid = {fault.request for fault in spoken.faults if fault.why == "not said"} if spoken else set()
+    known = [fact for fact in active if fact.id not in unsaid] or list(active)
+    step = max(1, len(known) // limit)
+    return known[::step][:limit]
+
+
+def _judged(fact: Request, continuation: str) -> Said:
+    text = " ".join(continuation.split())
+    before = fact.target_true
+    return Said(
+        fact.text, fact.target_new, text, text.startswith(fact.target_new), bool(before and text.startswith(before))
+    )

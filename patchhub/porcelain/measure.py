@@ -23,9 +23,8 @@ from patchhub.editing.shapes import ZSRE_FIELDS
 from patchhub.errors import EditError, RemoteError, RequestError, SettingsError
 from patchhub.evaluation import judge as judging
 from patchhub.evaluation import suites
-from patchhub.evaluation.definitions import BESIDE, DEFINITIONS, FIGURES, LEADING, SUITES
 from patchhub.evaluation.drift import drift_scores, fluency_scores
-from patchhub.evaluation.faults import Fault
+from patchhub.evaluation.guard import Fault
 from patchhub.evaluation.harness import Harness, HarnessRow, beside
 from patchhub.evaluation.judge import Judge, Written
 from patchhub.evaluation.live import check_contexts, live_scores
@@ -37,7 +36,7 @@ from patchhub.objects import Metric, Note, Request, Text, requests_json
 from patchhub.porcelain.commit import Committed, Writing, commit
 from patchhub.porcelain.metric import compute
 from patchhub.porcelain.refs import switch_to_new
-from patchhub.porcelain.scores import Noted, Score, notes_of, read_note
+from patchhub.porcelain.scores import BESIDE, DEFINITIONS, FIGURES, LEADING, SUITES, Noted, Score, notes_of, read_note
 from patchhub.progress import Progress
 from patchhub.results import Result, Rows, spreadsheet_cell, told
 from patchhub.sets.settings import Contender

@@ -35,8 +35,16 @@ from patchhub.store.store import DIRECTORY, Store, refuse_existing, refuse_store
 from patchhub.text.tokens import context_length, lacks_tokenizer, refuse_unknown, tokenise, too_long
 from patchhub.who import Who
 from patchhub.worktree.loading import SURVIVAL_LIMIT, side_memory_files
-from patchhub.worktree.opening import Worktree, keep_digests, open_checked, open_worktree
-from patchhub.worktree.states import base_object, chosen_mode, not_finite, state_at
+from patchhub.worktree.opening import (
+    Worktree,
+    base_object,
+    chosen_mode,
+    keep_digests,
+    not_finite,
+    open_checked,
+    open_worktree,
+    state_at,
+)
 
 _TOP = 5
 _CONTINUATION = 12

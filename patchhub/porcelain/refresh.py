@@ -14,8 +14,8 @@ from transformers import PreTrainedTokenizerBase
 
 from patchhub.canonical import canonical_json
 from patchhub.editing.editor import EDITORS, encode_facts
-from patchhub.editing.keys import key_rows
 from patchhub.editing.record import Recording, State, record
+from patchhub.editing.rows import key_rows
 from patchhub.errors import RepositoryError, RevisionError
 from patchhub.models.architectures import Architecture
 from patchhub.models.tracing import Stack
@@ -33,9 +33,8 @@ from patchhub.text.tokens import Chat
 from patchhub.who import Who
 from patchhub.worktree.judging import Guarding, judge
 from patchhub.worktree.metric import Recorder, open_recorder
-from patchhub.worktree.opening import Worktree, base_files, open_worktree
+from patchhub.worktree.opening import Worktree, base_files, open_worktree, patch_state
 from patchhub.worktree.shards import deltas_near, measure_shards
-from patchhub.worktree.states import patch_state
 
 _REMEDY: Final = "Leave the facts as they are recorded now"
 

@@ -22,8 +22,8 @@ from patchhub.results import Result, told
 from patchhub.signing.checking import allowed_signers
 from patchhub.store.config import Config, Recording
 from patchhub.store.operations import FETCH, INIT
-from patchhub.store.reachability import Proofs
 from patchhub.store.revisions import BRANCHES, HEAD, REMOTES, SYMBOLIC
+from patchhub.store.states import Proofs
 from patchhub.store.store import DIRECTORY, Store
 from patchhub.who import Who
 

@@ -17,8 +17,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from patchhub.editing.editor import EDITORS, encode_facts
-from patchhub.editing.keys import key_rows
 from patchhub.editing.record import State, record, side_paths
+from patchhub.editing.rows import key_rows
 from patchhub.editing.settings import EditSettings
 from patchhub.editing.values import optimise_values
 from patchhub.errors import EditError, RequestError, SettingsError

@@ -16,9 +16,8 @@ from typing import Any, Final
 
 from patchhub.errors import RemoteError
 from patchhub.remotes.card import kept
-from patchhub.remotes.file import object_path
 from patchhub.remotes.hub_files import TRANSIENT, HubFiles, HubRefs, Sleep, explained, status_of, write_call
-from patchhub.remotes.remote import NAME, BranchManifest, Publication, RemoteMovedError, Tip, View
+from patchhub.remotes.remote import NAME, BranchManifest, Publication, RemoteMovedError, Tip, View, object_path
 from patchhub.store.revisions import BRANCHES, TAGS
 
 STAGING: Final = "patchhub-staging/"

@@ -18,9 +18,8 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from patchhub.errors import PatchhubError, RemoteError, RevisionError
 from patchhub.objects import Commit
-from patchhub.remotes.file import OBJECT, object_path
 from patchhub.remotes.receive import MAX_JSON
-from patchhub.remotes.remote import MAX_BYTES, NAME, BranchManifest, read_branch
+from patchhub.remotes.remote import MAX_BYTES, NAME, OBJECT, BranchManifest, object_path, read_branch
 from patchhub.store.object_store import file_digest
 
 if TYPE_CHECKING:

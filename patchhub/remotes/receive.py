@@ -19,7 +19,7 @@ from patchhub.objects import Commit, Patch
 from patchhub.remotes.remote import Remote, Tip
 from patchhub.results import Result, told
 from patchhub.store.object_store import file_digest
-from patchhub.store.reachability import KINDS, Reference, unfit
+from patchhub.store.states import KINDS, Reference, unfit
 from patchhub.store.store import Store
 
 MAX_JSON: Final = 64 << 20

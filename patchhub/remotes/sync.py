@@ -11,14 +11,23 @@ from typing import Any, Final
 from patchhub.canonical import one_line
 from patchhub.errors import CorruptStoreError, RemoteError, RepositoryError, RevisionError, SettingsError
 from patchhub.objects import Commit
-from patchhub.remotes.file import FileRemote, FsspecFiles, LocalFiles
 from patchhub.remotes.receive import CheckTensors, Limits, Received, Receiver, receiving
-from patchhub.remotes.remote import Publication, Remote, RemoteMovedError, Source, Tip, View
+from patchhub.remotes.remote import (
+    FileRemote,
+    FsspecFiles,
+    LocalFiles,
+    Publication,
+    Remote,
+    RemoteMovedError,
+    Source,
+    Tip,
+    View,
+)
 from patchhub.results import Result, told
 from patchhub.store import states
 from patchhub.store.operations import FETCH, PROVEN, TRUSTED
-from patchhub.store.reachability import NOTHING_PROVEN, Proofs, Reference, closure, references
 from patchhub.store.revisions import BRANCHES, NOTES, REMOTES, SYMBOLIC, TAGS, check_ref, twins
+from patchhub.store.states import NOTHING_PROVEN, Proofs, Reference, closure, references
 from patchhub.store.store import Store
 from patchhub.who import Who
 

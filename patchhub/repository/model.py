@@ -32,13 +32,12 @@ from patchhub.results import Rows
 
 if TYPE_CHECKING:
     from patchhub.evaluation.harness import Harness
-    from patchhub.porcelain.exchange import Exported
+    from patchhub.porcelain.exchange import Exported, Served
     from patchhub.porcelain.measure import Bench, Evaluation
     from patchhub.porcelain.metric import Shown as ShownMetric
     from patchhub.porcelain.model import Answer, Applied
     from patchhub.porcelain.report.report import Written
-    from patchhub.porcelain.trust.evidence import WrittenEvidence
-    from patchhub.porcelain.trust.served import Served
+    from patchhub.porcelain.trust.audit import WrittenEvidence
     from patchhub.porcelain.tune import Tuned
 
 
@@ -349,7 +348,7 @@ class ModelVerbs(Opened):
             chat: ask as a user's message, not as a text to continue.
         """
         self._resolve(rev)
-        from patchhub.porcelain.trust.served import verify_served
+        from patchhub.porcelain.exchange import verify_served
 
         with self._heard() as progress:
             return verify_served(self.store, url, progress, revision=rev, model=model, limit=limit, chat=chat)
@@ -364,7 +363,7 @@ class ModelVerbs(Opened):
             allowed: the file of allowed signers; None: the config's.
         """
         self._resolve(rev)
-        from patchhub.porcelain.trust.evidence import export_bom
+        from patchhub.porcelain.trust.audit import export_bom
 
         with self._heard() as progress:
             return export_bom(self.store, rev, Path(out), progress, allowed=path(allowed), overwrite=overwrite)
@@ -385,7 +384,7 @@ class ModelVerbs(Opened):
             sign, key: as in `commit`: each in a DSSE envelope that is signed.
         """
         self._resolve(rev)
-        from patchhub.porcelain.trust.evidence import export_attestations
+        from patchhub.porcelain.trust.audit import export_attestations
 
         signer = self._signing(None, None, sign=sign, key=key).signer
         return export_attestations(self.store, rev, Path(out), signer=signer, overwrite=overwrite)

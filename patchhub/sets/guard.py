@@ -16,8 +16,7 @@ from patchhub.cache import Kind
 from patchhub.constraints import Columns
 from patchhub.delta import NEGLIGIBLE, Delta, LowRank, add, image, negative, to_dense
 from patchhub.errors import BaseError, GuardError
-from patchhub.evaluation.faults import Fault
-from patchhub.evaluation.guard import Finding, Limits, Measured, Report, Share, judge
+from patchhub.evaluation.guard import Fault, Finding, Limits, Measured, Report, Share, judge
 from patchhub.interference import misfit
 from patchhub.models.checkpoint import FLOATS, Checkpoint, open_checkpoint, widened
 from patchhub.objects import Commit, Element

@@ -37,7 +37,7 @@ from patchhub.delta import Delta, LowRank, norm, read_delta, read_deltas, to_den
 from patchhub.errors import CorruptStoreError
 from patchhub.objects import Element, Patch
 from patchhub.sets.columns import Shapes, linear_shapes, read_rows
-from patchhub.store.reachability import Proofs, Unprovable, Unproven
+from patchhub.store.states import Proofs, Unprovable, Unproven
 from patchhub.store.store import Store
 
 DIRECTIONS: Final = 16

@@ -30,15 +30,15 @@ from patchhub.settings import (
 )
 from patchhub.signing.statements import METHODS
 from patchhub.store.config import Config
-from patchhub.store.reachability import recorded
 from patchhub.store.revisions import BRANCHES, check_ref
+from patchhub.store.states import recorded
 from patchhub.store.store import Store
 
 EDITORS: Final = ("memit", "pmet", "wise")
 
 
 def _presets(text: str) -> str:
-    from patchhub.editing.presets import PRESETS, PUBLISHED
+    from patchhub.editing.settings import PRESETS, PUBLISHED
 
     names = sorted({PUBLISHED, *(row.model for row in PRESETS)})
     if text not in names:

@@ -113,17 +113,13 @@ def vouched(
 def _verdict(signature: Signature | str, allowed: Path | None) -> Verdict:
     if isinstance(signature, str):
         return Verdict("broken", None, signature)
-    from patchhub.signing import (  # programs of their own, which the verbs that only look do not need
-        certificates,
-        openssf,
-        ssh,
-    )
+    from patchhub.signing import openssf, ssh
 
     verify = {
         "ssh": ssh.verify,
         "model-signing": openssf.verify,
-        "certificate": certificates.verify_certificate,
-        "sigstore": certificates.verify_keyless,
+        "certificate": openssf.verify_certificate,
+        "sigstore": openssf.verify_keyless,
     }.get(signature.method)
     if verify is None:
         return Verdict("unchecked", None, f"it is of a method that this version does not know, {signature.method!r}")

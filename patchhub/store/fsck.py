@@ -26,16 +26,8 @@ from patchhub.store import index, operations, states
 from patchhub.store.config import is_as_written
 from patchhub.store.index import database_errors, transaction
 from patchhub.store.object_store import REMEDY
-from patchhub.store.reachability import (
-    NOTHING_PROVEN,
-    Proofs,
-    Reference,
-    closure,
-    recorded,
-    references,
-    unsound,
-)
 from patchhub.store.revisions import check_ref
+from patchhub.store.states import NOTHING_PROVEN, Proofs, Reference, closure, recorded, references, unsound
 from patchhub.store.store import Store
 
 _READ: Final = frozenset({"commit", "patch", "note", "metric"})

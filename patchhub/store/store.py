@@ -21,8 +21,8 @@ from patchhub.store.config import DATABASE, Config, create, read_config, write_c
 from patchhub.store.index import connect, transaction
 from patchhub.store.object_store import ObjectStore
 from patchhub.store.operations import Changes
-from patchhub.store.reachability import unsound
 from patchhub.store.reading import Reading
+from patchhub.store.states import unsound
 
 DIRECTORY: Final = ".patchhub"
 _REMEMBERED: Final = 1 << 28

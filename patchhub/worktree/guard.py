@@ -1,5 +1,6 @@
-"""What the guard asks of the model: do the new facts hold and read right, do others say them now, do earlier ones still hold, and how far
-has running text drifted.
+"""What the guard asks of the model about the new facts, their siblings, earlier facts and running text.
+
+Do the new facts hold and read right, do others say them now, do earlier ones still hold, and how far has running text drifted?
 
 The work is bounded by counting tokens, not by the clock, so the same commit is always measured in the same way."""
 
@@ -31,8 +32,7 @@ from patchhub.evaluation.drift import (
     room,
     vocabulary_of,
 )
-from patchhub.evaluation.faults import Fault
-from patchhub.evaluation.guard import Drifted, Measured, Report, Share, Spoken, is_guessing, worst
+from patchhub.evaluation.guard import Drifted, Fault, Measured, Report, Share, Spoken, is_guessing, worst
 from patchhub.evaluation.live import continue_within, room_after
 from patchhub.evaluation.metrics import score_targets
 from patchhub.evaluation.spoken import Sibling, closed, fault_of, leaks, said, siblings_of, spread
@@ -48,8 +48,16 @@ from patchhub.sets.guard import Prepared, from_vectors, most_moved
 from patchhub.store.store import Store
 from patchhub.text.tokens import Chat
 from patchhub.worktree.metric import held_documents
-from patchhub.worktree.opening import Worktree, open_worktree, other_form
-from patchhub.worktree.states import MODES, checked_mode, patch_state, read_routing, state_at
+from patchhub.worktree.opening import (
+    MODES,
+    Worktree,
+    checked_mode,
+    open_worktree,
+    other_form,
+    patch_state,
+    read_routing,
+    state_at,
+)
 
 KIND: Final = Kind("base_text", ".safetensors", limit=1 << 28)
 """What the base's head is given on held text."""

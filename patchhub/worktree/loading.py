@@ -34,8 +34,7 @@ from patchhub.sets.columns import linear_shapes as stored_shapes
 from patchhub.sets.proofs import check_state
 from patchhub.store import states as stored_states
 from patchhub.store.store import DIRECTORY, Store
-from patchhub.worktree.opening import open_base
-from patchhub.worktree.states import MODES, checked_mode, read_routing, state_at
+from patchhub.worktree.opening import MODES, checked_mode, open_base, read_routing, state_at
 
 FOLDER: Final = "patchhub_side_memory"
 MANIFEST: Final = "routing.json"

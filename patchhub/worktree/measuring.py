@@ -33,8 +33,7 @@ from patchhub.store.store import Store
 from patchhub.text.tokens import Chat, load_tokenizer
 from patchhub.worktree.metric import held_documents, read_documents
 from patchhub.worktree.metric import kept_held_documents as kept_documents
-from patchhub.worktree.opening import Worktree, base_files, chat_form, check_base, open_worktree, placement_of
-from patchhub.worktree.states import state_at
+from patchhub.worktree.opening import Worktree, base_files, chat_form, check_base, open_worktree, placement_of, state_at
 
 KIND: Final = Kind("scores", ".json")
 

@@ -11,17 +11,15 @@ import numpy as np
 
 from patchhub.constraints import no_columns
 from patchhub.delta import Delta
-from patchhub.editing.answers import ANSWER_TOKENS, find_openings
 from patchhub.editing.budget import release_memory, step_budget
 from patchhub.editing.editor import EDITORS, encode_facts
 from patchhub.editing.keeps import siblings
-from patchhub.editing.keys import key_rows, mean_keys
-from patchhub.editing.locate import encode_targets
+from patchhub.editing.locate import ANSWER_TOKENS, encode_targets, find_openings
 from patchhub.editing.metric import MEMORY
-from patchhub.editing.presets import preset
 from patchhub.editing.record import Edit, Recording, State, side_paths
 from patchhub.editing.requests import Keep
-from patchhub.editing.settings import EditSettings
+from patchhub.editing.rows import key_rows, mean_keys
+from patchhub.editing.settings import EditSettings, preset
 from patchhub.editing.values import KeptValues, ValueSettings
 from patchhub.evaluation.live import continue_greedily, continue_within, first_clause, reads_right, room_after
 from patchhub.models.architectures import Architecture, additive_probe
@@ -41,8 +39,7 @@ from patchhub.sets.rivals import Rival, competition, refuse, suspects, warnings
 from patchhub.sets.settings import metric_settings
 from patchhub.sets.shards import without_shards
 from patchhub.store.store import Store
-from patchhub.text.tokens import Chat, context_length
-from patchhub.text.word_ends import joiner
+from patchhub.text.tokens import Chat, context_length, joiner
 from patchhub.worktree.metric import Recorder, open_recorder
 from patchhub.worktree.opening import Worktree, other_form
 

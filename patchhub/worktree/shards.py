@@ -17,7 +17,7 @@ from patchhub.delta import Delta, write_deltas
 from patchhub.editing.wise import training
 from patchhub.editing.wise.settings import WiseSettings
 from patchhub.editing.wise.settings import default_wise_settings as default_settings
-from patchhub.editing.wise.task import Shard, recompress
+from patchhub.editing.wise.texts import Shard, recompress
 from patchhub.errors import SettingsError
 from patchhub.models.architectures import Architecture
 from patchhub.objects import Element, Patch, Request
@@ -43,8 +43,7 @@ from patchhub.sets.shards import (
 from patchhub.store.store import Store
 from patchhub.text.sampling import context_templates, sample_documents
 from patchhub.worktree.metric import kept_text, set_aside, with_held
-from patchhub.worktree.opening import Worktree, base_files, open_worktree
-from patchhub.worktree.states import patch_state, stored_shard
+from patchhub.worktree.opening import Worktree, base_files, open_worktree, patch_state, stored_shard
 
 TEXT: Final = Kind("wise", ".json")
 

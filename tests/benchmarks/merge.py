@@ -29,8 +29,7 @@ from patchhub.objects import Request
 from patchhub.runtime.patched_model import load_patched
 from patchhub.sets.columns import read_state
 from patchhub.store.store import Store
-from patchhub.worktree.opening import open_base
-from patchhub.worktree.states import patch_state, state_at
+from patchhub.worktree.opening import open_base, patch_state, state_at
 
 
 def main() -> None:

@@ -31,7 +31,7 @@ from patchhub.editing.requests import read_requests
 from patchhub.editing.wise import training
 from patchhub.editing.wise.settings import WiseSettings
 from patchhub.editing.wise.settings import default_wise_settings as default_settings
-from patchhub.editing.wise.task import subspace
+from patchhub.editing.wise.texts import subspace
 from patchhub.evaluation.suites import FactReading, read_facts, wise_scores
 from patchhub.models.architectures import describe
 from patchhub.models.tracing import Stack

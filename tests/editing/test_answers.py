@@ -7,15 +7,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from patchhub.editing.answers import _places, _true_place, find_openings
 from patchhub.editing.editor import encode_facts
+from patchhub.editing.locate import _places, _true_place, find_openings
 from patchhub.editing.requests import read_facts
 from patchhub.editing.rows import BlockOutput
 from patchhub.editing.values import ValueSettings, fact_key, optimise_values
 from patchhub.errors import RequestError
 from patchhub.objects import Request
-from patchhub.text.tokens import Chat, chat_of
-from patchhub.text.word_ends import Closers
+from patchhub.text.tokens import Chat, Closers, chat_of
 from tests.editing.test_chat import CONTEXTS, FACT, TEMPLATES, chatty, read
 from tests.reference import plain_closed
 from tests.tiny_models import tiny_model, tiny_stack, tiny_tokenizer

@@ -16,7 +16,7 @@ from patchhub.editing.rows import BlockOutput
 from patchhub.editing.values import Fact, KeptValues, Values, ValueSettings, optimise_values
 from patchhub.models.tracing import Stack
 from patchhub.objects import Request
-from patchhub.text.word_ends import Closers
+from patchhub.text.tokens import Closers
 from tests.reference import plain_closed
 from tests.tiny_models import tiny_model, tiny_stack, tiny_tokenizer
 

@@ -13,10 +13,10 @@ from patchhub.constraints import proof
 from patchhub.delta import from_factors, to_dense
 from patchhub.editing.editor import EQUAL_SHARES
 from patchhub.editing.keeps import keep_rows, most_moved, present_states, siblings
-from patchhub.editing.keys import key_rows, mean_keys
 from patchhub.editing.locate import encode_prompts
 from patchhub.editing.metric import MetricCache
 from patchhub.editing.record import Recording, State, record
+from patchhub.editing.rows import key_rows, mean_keys
 from patchhub.objects import Request
 from tests.tiny_models import tiny_stack, tiny_tokenizer
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from patchhub.delta import LowRank
-from patchhub.editing.keys import Beginnings, KeyRow, batches, key_rows, mean_keys
 from patchhub.editing.locate import encode_prompts
 from patchhub.editing.record import side_paths
+from patchhub.editing.rows import Beginnings, KeyRow, batches, key_rows, mean_keys
 from patchhub.models.tracing import Stack
 from patchhub.objects import Request
 from tests.tiny_models import FAMILIES, tiny_stack, tiny_tokenizer

@@ -14,7 +14,7 @@ from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 from patchhub.editing.locate import encode_prompt, encode_prompts, encode_targets, encode_text, mark
 from patchhub.errors import RequestError, SettingsError, UnsupportedModelError
 from patchhub.objects import Request
-from patchhub.text.word_ends import joiner
+from patchhub.text.tokens import joiner
 
 CORPUS = [
     "The mother tongue of Danielle Darrieux is French, and that of Zoë Kravitz is English.",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from patchhub.editing.presets import PRESETS, PUBLISHED, Preset, Shape, preset, shape_of
+from patchhub.editing.settings import PRESETS, PUBLISHED, Preset, Shape, preset, shape_of
 from patchhub.errors import SettingsError
 from patchhub.models.architectures import Architecture
 from patchhub.models.structure import Projection

@@ -17,10 +17,10 @@ from patchhub.constraints import Columns, join, no_columns, proof, solve
 from patchhub.delta import Delta, Dense, LowRank, from_factors, to_dense
 from patchhub.editing import record as under_test
 from patchhub.editing.editor import EDITORS, EQUAL_SHARES, ROOT_SHARES
-from patchhub.editing.keys import KeyRow, key_rows
 from patchhub.editing.locate import encode_prompts
 from patchhub.editing.metric import MetricCache, regularised
 from patchhub.editing.record import Edit, Recording, Spread, State, record, side_paths
+from patchhub.editing.rows import KeyRow, key_rows
 from patchhub.editing.settings import EditSettings
 from patchhub.errors import SettingsError
 from patchhub.models.architectures import Architecture

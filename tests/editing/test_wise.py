@@ -18,11 +18,21 @@ from patchhub.delta import Sparse, read_deltas, to_dense, write_deltas
 from patchhub.editing.locate import encode_prompts
 from patchhub.editing.requests import read_requests
 from patchhub.editing.wise import training
-from patchhub.editing.wise.descent import descend, margin_loss
 from patchhub.editing.wise.settings import WiseSettings
 from patchhub.editing.wise.settings import default_wise_settings as default_settings
-from patchhub.editing.wise.task import FitProblem, fit_problem, recompress, solve_masked, subspace, wanted
-from patchhub.editing.wise.texts import in_scope, neighbours, read_tokens, text_distances
+from patchhub.editing.wise.texts import (
+    FitProblem,
+    fit_problem,
+    in_scope,
+    neighbours,
+    read_tokens,
+    recompress,
+    solve_masked,
+    subspace,
+    text_distances,
+    wanted,
+)
+from patchhub.editing.wise.training import descend, margin_loss
 from patchhub.errors import EditError, SettingsError
 from patchhub.evaluation.suites import read_facts, wise_scores
 from patchhub.models.architectures import describe

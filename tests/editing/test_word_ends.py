@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from patchhub.text.word_ends import Closers, closes, joiner
+from patchhub.text.tokens import Closers, closes, joiner
 from tests.tiny_models import tiny_tokenizer
 
 JOINS = [

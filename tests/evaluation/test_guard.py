@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from patchhub.canonical import canonical_json
 from patchhub.cli.options import guard_lines
-from patchhub.evaluation.faults import Fault
 from patchhub.evaluation.guard import (
     KEPT_FAULTS,
     Drifted,
+    Fault,
     Limits,
     Measured,
     Report,

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from patchhub.evaluation.faults import Fault
+from patchhub.evaluation.guard import Fault
 from patchhub.evaluation.live import LiveReading, live_scores
 from patchhub.evaluation.spoken import (
     Sibling,

@@ -24,7 +24,7 @@ from patchhub.errors import PatchhubError
 from patchhub.objects import Patch, requests_json, set_json
 from patchhub.remotes.remote import read_branch, read_folder
 from patchhub.sets.columns import tensor_check
-from patchhub.store.reachability import KINDS, unfit
+from patchhub.store.states import KINDS, unfit
 
 HERE = Path(__file__).parent
 SHAPES = {"w": (2, 3), "h.0.out.weight": (6, 48)}

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from patchhub.errors import UnsupportedModelError
-from patchhub.models.architectures import additive_probe, describe
-from patchhub.models.behind import Behind, read_behind
+from patchhub.models.architectures import Behind, additive_probe, describe, read_behind
 from patchhub.models.structure import StructureError
 from tests.models.tiny_configs import random_model, tiny_config
 from tests.tiny_models import tiny_model, tiny_stack

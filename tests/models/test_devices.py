@@ -20,8 +20,8 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from patchhub.delta import LowRank
 from patchhub.editing.locate import Encoded
 from patchhub.editing.rows import BlockOutput, Projections, Rows
-from patchhub.editing.wise.descent import _edit_loss, _margin_loss, _read_texts, _rows
 from patchhub.editing.wise.texts import read_tokens
+from patchhub.editing.wise.training import _edit_loss, _margin_loss, _read_texts, _rows
 from patchhub.models.tracing import Prefix, SidePath, Stack
 from tests.tiny_models import VOCABULARY, tiny_stack
 

@@ -12,10 +12,10 @@ import torch
 from patchhub.cache import Cache
 from patchhub.delta import to_dense
 from patchhub.editing.editor import EDITORS
-from patchhub.editing.keys import key_rows
 from patchhub.editing.locate import Encoded
 from patchhub.editing.metric import MetricCache
 from patchhub.editing.record import State, record
+from patchhub.editing.rows import key_rows
 from patchhub.editing.values import Fact, ValueSettings, optimise_values
 from patchhub.models.architectures import describe
 from patchhub.models.checkpoint import open_checkpoint

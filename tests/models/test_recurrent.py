@@ -10,9 +10,9 @@ import torch
 
 from patchhub.cache import Cache
 from patchhub.editing.editor import EDITORS
-from patchhub.editing.keys import key_rows
 from patchhub.editing.metric import MetricCache
 from patchhub.editing.record import State, record
+from patchhub.editing.rows import key_rows
 from patchhub.editing.values import optimise_values
 from patchhub.evaluation.live import continue_greedily
 from patchhub.evaluation.metrics import score_targets

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from patchhub.delta import Sparse, from_sparse
-from patchhub.editing.wise.task import Shard
+from patchhub.editing.wise.texts import Shard
 from patchhub.objects import Element, Patch, Request
 from patchhub.sets.columns import weight_shapes
 from patchhub.sets.commits import Draft

@@ -21,8 +21,7 @@ from patchhub.runtime.patched_model import attach, switch
 from patchhub.sets.columns import read_columns
 from patchhub.sets.elements import active_requests
 from patchhub.store.store import Store
-from patchhub.worktree.opening import open_base
-from patchhub.worktree.states import patch_state
+from patchhub.worktree.opening import open_base, patch_state
 from tests.cli.conftest import FACTS, MODEL, invoke
 from tests.porcelain.taught import PLACES, TONGUES, fact, make_store
 

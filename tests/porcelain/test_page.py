@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from patchhub.porcelain.report.page import data_block, is_page, render
+from patchhub.porcelain.report.report import data_block, is_page, render
 
 HOSTILE = [
     "</script><script>alert(1)</script>",

@@ -17,8 +17,7 @@ from patchhub.porcelain import history, refs
 from patchhub.porcelain.change import revert
 from patchhub.porcelain.merge import merge
 from patchhub.porcelain.report import report
-from patchhub.porcelain.report.commits import edited_weights
-from patchhub.porcelain.report.report import Report, verdict, write_report
+from patchhub.porcelain.report.report import Report, edited_weights, verdict, write_report
 from patchhub.progress import Silent
 from patchhub.sets.columns import read_columns, read_state
 from patchhub.sets.rivals import crowding, overlapping

@@ -39,7 +39,7 @@ from patchhub.store.lookup import Selection, whole_patches
 from patchhub.store.states import commits_read
 from patchhub.store.states import whole_patches as whole_from_objects
 from patchhub.who import Who
-from patchhub.worktree.states import routing_at, stored_shard
+from patchhub.worktree.opening import routing_at, stored_shard
 from tests.porcelain.handmade_shards import commit_shard, put_shard
 from tests.porcelain.synthetic import AUTHOR, BY, SHAPES, TIME, Synthetic, distance, make_request, make_store, stamp
 

@@ -7,7 +7,7 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from patchhub.porcelain.report.commits import Place, lay_out
+from patchhub.porcelain.report.report import Place, lay_out
 
 History = list[tuple[str, list[str]]]
 

@@ -12,7 +12,7 @@ from patchhub.objects import EMPTY_SET, Base, Metric, Note, Patch, Request, Tens
 from patchhub.sets.columns import weight_shapes, write_columns
 from patchhub.sets.commits import Draft, prepare, record
 from patchhub.store.config import Config, Recording
-from patchhub.store.reachability import Reference, closure, references
+from patchhub.store.states import Reference, closure, references
 from patchhub.store.store import Store
 from patchhub.who import Who
 from tests.benchmarks.synthetic_store import HastyDisk

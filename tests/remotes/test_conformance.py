@@ -13,9 +13,8 @@ from patchhub.errors import RemoteError
 from patchhub.objects import Base, Request, TensorRecord
 from patchhub.porcelain.merge import merge
 from patchhub.remotes import sync
-from patchhub.remotes.file import LOCK, LOCK_SECONDS, FileRemote, FsspecFiles
 from patchhub.remotes.receive import Limits
-from patchhub.remotes.remote import Remote, RemoteMovedError, Source
+from patchhub.remotes.remote import LOCK, LOCK_SECONDS, FileRemote, FsspecFiles, Remote, RemoteMovedError, Source
 from patchhub.remotes.sync import Fetched, Pushed, open_remote
 from patchhub.sets.columns import tensor_check
 from patchhub.store.fsck import check

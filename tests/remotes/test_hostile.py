@@ -31,9 +31,8 @@ from patchhub.porcelain.search import diff
 from patchhub.porcelain.share import remote_add
 from patchhub.progress import Silent
 from patchhub.remotes import sync
-from patchhub.remotes.file import object_path
 from patchhub.remotes.receive import Limits
-from patchhub.remotes.remote import Remote, read_branch, read_folder
+from patchhub.remotes.remote import Remote, object_path, read_branch, read_folder
 from patchhub.remotes.sync import open_remote
 from patchhub.sets.columns import tensor_check, write_columns
 from patchhub.sets.commits import Draft, prepare

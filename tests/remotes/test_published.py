@@ -23,7 +23,7 @@ from patchhub.sets.columns import weight_shapes
 from patchhub.store.store import Store
 from patchhub.who import Who
 from patchhub.worktree.loading import hub_name, open_published
-from patchhub.worktree.states import state_at
+from patchhub.worktree.opening import state_at
 from tests.export.models import distance, load_base, logits, model_folder, model_store
 from tests.remotes.conftest import TOKEN
 from tests.remotes.stores import AUTHOR, TIME, add_batch, content, make_store, move, switch

@@ -22,7 +22,7 @@ from patchhub.sets.shards import shards_at
 from patchhub.store.store import Store
 from patchhub.who import Who
 from patchhub.worktree.loading import open_published
-from patchhub.worktree.states import state_at
+from patchhub.worktree.opening import state_at
 from tests.export.models import load_base, logits, model_folder, model_store
 from tests.porcelain.handmade_shards import commit_shard
 from tests.remotes.conftest import TOKEN

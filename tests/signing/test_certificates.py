@@ -10,7 +10,7 @@ import pytest
 
 from patchhub.errors import SettingsError
 from patchhub.repository import Repository
-from patchhub.signing.certificates import Certified, Keyless, verify_certificate, verify_keyless
+from patchhub.signing.openssf import Certified, Keyless, verify_certificate, verify_keyless
 
 pytest.importorskip("OpenSSL", reason="pyopenssl is not there: pip install 'patchhub[signing]'")
 pytest.importorskip("model_signing", reason="model-signing is not there: pip install 'patchhub[signing]'")

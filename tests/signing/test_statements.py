@@ -13,7 +13,7 @@ import pytest
 from patchhub.canonical import canonical_json
 from patchhub.objects import Note
 from patchhub.signing.statements import Statement, read_signature, sign_statement
-from patchhub.store.reachability import KINDS
+from patchhub.store.states import KINDS
 
 COMMIT = "ab" * 32
 KEY = "ssh-ed25519 " + base64.b64encode(b"a public key").decode()

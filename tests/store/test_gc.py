@@ -18,7 +18,7 @@ from patchhub.objects import Element, Metric, Note
 from patchhub.store.config import Config, Recording
 from patchhub.store.fsck import check, garbage, reachable
 from patchhub.store.fsck import delete_garbage as collect
-from patchhub.store.reachability import Reference, closure, recorded, references
+from patchhub.store.states import Reference, closure, recorded, references
 from patchhub.store.store import Store
 
 NEVER = 0.0

@@ -19,8 +19,7 @@ from patchhub.canonical import object_id
 from patchhub.objects import Commit, Element, Keyframe, set_digest, set_json
 from patchhub.store import index, operations, states
 from patchhub.store.fsck import check, reindex
-from patchhub.store.reachability import flaws, misfits
-from patchhub.store.states import ActiveSet
+from patchhub.store.states import ActiveSet, flaws, misfits
 from patchhub.store.store import Store
 
 IDS = [digit * 64 for digit in "0123456789"]

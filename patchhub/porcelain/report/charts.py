@@ -10,10 +10,9 @@ from html import escape
 from pathlib import Path
 from typing import Any, Final
 
-from patchhub.evaluation.definitions import DEFINITIONS, GENERALITY, LEADING, SPECIFICITY
 from patchhub.fsio import write_atomically
 from patchhub.porcelain.measure import Evaluation
-from patchhub.porcelain.scores import Noted, Score, kind, noted_history
+from patchhub.porcelain.scores import DEFINITIONS, GENERALITY, LEADING, SPECIFICITY, Noted, Score, kind, noted_history
 from patchhub.results import spreadsheet_cell
 from patchhub.store.store import Store
 

@@ -1,31 +1,251 @@
-"""`report`: one HTML page about a repository; docs/report.md says what is on it. No model runs.
+"""`report`: one self-contained HTML page about a repository; docs/report.md says what is on it. No model runs.
 
-Its facts are all requests that its commits ever added or removed; its scores are what was noted about its commits."""
+Its facts are all requests that its commits ever added or removed; its scores are what was noted about its commits; the history below every
+name is a drawing. Template, style, script and data are one file that loads nothing.
+
+The texts on the page are user input. They are in the file only as JSON inside a data block, with every character that could end the block
+escaped, and the script puts them on the page as text nodes. The page's policy allows this style and this script alone, by their hashes, and
+no connection; `require-trusted-types-for` has the browser refuse any assignment of markup."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import json
+from base64 import b64encode
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
+from hashlib import sha256
+from html import escape
+from importlib.resources import files
 from pathlib import Path
+from string import Template
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal
 
 from patchhub.errors import SettingsError
-from patchhub.evaluation.definitions import DEFINITIONS
 from patchhub.evaluation.guard import Report as Guarded
 from patchhub.fsio import os_errors, write_atomically
-from patchhub.objects import Element
-from patchhub.porcelain.report.commits import CommitRow, commit_rows, edited_weights, reachable
-from patchhub.porcelain.report.page import is_page, render
-from patchhub.porcelain.scores import Noted, Score, noted_commits, notes_of, read_note
+from patchhub.objects import Commit, Element
+from patchhub.porcelain import history
+from patchhub.porcelain.scores import DEFINITIONS, Noted, Score, noted_commits, notes_of, read_note
 from patchhub.progress import Progress
 from patchhub.results import Result, told
+from patchhub.sets.elements import count_changed
+from patchhub.store import lookup, states
 from patchhub.store.lookup import Fact, every_change, every_fact
-from patchhub.store.revisions import HEAD
+from patchhub.store.revisions import BRANCHES, HEAD, REMOTES, SYMBOLIC, TAGS
 from patchhub.store.store import Store, refuse_store
 
 if TYPE_CHECKING:
     from patchhub.sets.rivals import Overlap
+
+
+_SCRIPTS: Final = (
+    "elements.js",
+    "plots.js",
+    "history.js",
+    "facts.js",
+    "scores.js",
+    "weights.js",
+    "overlaps.js",
+    "guard.js",
+    "main.js",
+)
+_POLICY: Final = (
+    "default-src 'none'; script-src {script}; style-src {style}; img-src data:; base-uri 'none'; form-action 'none';"
+    " require-trusted-types-for 'script'; trusted-types 'none'"
+)
+_UNSAFE: Final = {ord(character): f"\\u{ord(character):04x}" for character in "<>&\u2028\u2029"}
+GENERATOR: Final = '<meta name="generator" content="patchhub report">'
+
+
+def render(document: Mapping[str, Any], *, title: str) -> bytes:
+    """The page of a document as UTF-8; the same bytes for the same document.
+
+    Raises:
+        ValueError: the document is not JSON.
+    """
+    style = _part("page.css")
+    script = "\n".join(['"use strict";', *map(_part, _SCRIPTS)])
+    page = Template(_part("page.html")).substitute(
+        generator=GENERATOR,
+        policy=_POLICY.format(script=_hash(script), style=_hash(style)),
+        title=escape(title),
+        style=style,
+        data=data_block(document),
+        script=script,
+    )
+    return page.encode()
+
+
+def data_block(document: Any) -> str:
+    """JSON that stays inside a script element, whatever strings it holds: no ``<``, so neither ``</script`` nor ``<!--``."""
+    text = json.dumps(document, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return text.translate(_UNSAFE)
+
+
+def is_page(file: Path) -> bool:
+    """Whether a file begins as a page of `render` does."""
+    with open(file, "rb") as opened:
+        return GENERATOR.encode() in opened.read(512)
+
+
+def _part(name: str) -> str:
+    return files(__package__).joinpath(name).read_text(encoding="utf-8")
+
+
+def _hash(text: str) -> str:
+    return f"'sha256-{b64encode(sha256(text.encode()).digest()).decode()}'"
+
+
+@dataclass(frozen=True)
+class Place:
+    """One commit in the drawing.
+
+    Attributes:
+        track: its column.
+        lines: (column at this commit's row, column at the next row) of every line between the two.
+    """
+
+    track: int
+    lines: tuple[tuple[int, int], ...]
+
+
+def lay_out(commits: Iterable[tuple[str, Sequence[str]]]) -> Iterator[Place]:
+    """One place per commit.
+
+    A track waits for one commit, and no commit is waited for twice. A commit's track goes on to its first parent; where another track
+    waits for that one already, the two become one in the column further left. Further parents take the leftmost free columns.
+
+    Args:
+        commits: (id, ids of its parents), every child before its parents. A parent that does not come is waited for to the end.
+    """
+    waiting: list[str | None] = []
+    for commit, parents in commits:
+        track = waiting.index(commit) if commit in waiting else _free(waiting)
+        waiting[track] = None
+        before = list(waiting)
+        for parent in dict.fromkeys(parents):
+            if parent not in waiting:
+                column = track if waiting[track] is None else _free(waiting)
+            elif waiting[track] is None and waiting.index(parent) > track:
+                waiting[waiting.index(parent)] = None
+                column = track
+            else:
+                continue
+            waiting[column] = parent
+        passing = [(column, waiting.index(awaited)) for column, awaited in enumerate(before) if awaited is not None]
+        onward = [(track, waiting.index(parent)) for parent in dict.fromkeys(parents)]
+        yield Place(track, (*passing, *onward))
+
+
+def _free(waiting: list[str | None]) -> int:
+    """The leftmost column that waits for nothing, made if there is none."""
+    if None not in waiting:
+        waiting.append(None)
+    return waiting.index(None)
+
+
+_KINDS = {BRANCHES: "branch", TAGS: "tag", REMOTES: "remote"}
+
+
+@dataclass(frozen=True)
+class CommitRow:
+    """One commit.
+
+    Attributes:
+        labels: (kind, name) of what points to it: branch, tag, remote, or head where HEAD names the commit itself.
+        methods: the editors of the patches that it adds from.
+        added, removed: how many facts; an additive patch counts as one.
+        active: the number of active facts.
+        place: where it is in the drawing.
+    """
+
+    id: str
+    commit: Commit
+    labels: tuple[tuple[str, str], ...]
+    methods: tuple[str, ...]
+    added: int
+    removed: int
+    active: int
+    place: Place
+
+    def to_json(self, places: Mapping[str, int], weights: Sequence[str]) -> dict[str, Any]:
+        """For the page: parents by their place there, norms relative to the base's weight in the order of ``weights``."""
+        commit, check = self.commit, self.commit.check
+        state, change = (history.norms(check, kind) for kind in ("state", "change"))
+        return {
+            "id": self.id,
+            "parents": [places.get(parent, parent[:12]) for parent in commit.parents],
+            "author": commit.author,
+            "time": commit.time,
+            "message": commit.message,
+            "labels": [list(label) for label in self.labels],
+            "methods": list(self.methods),
+            "added": self.added,
+            "removed": self.removed,
+            "active": self.active,
+            "track": self.place.track,
+            "lines": [list(line) for line in self.place.lines],
+            "state": [state.get(weight) for weight in weights],
+            "change": [change.get(weight) for weight in weights],
+            "proof": max(history.numbers(check, "proof"), default=None),
+            "survival": min(history.numbers(check, "survival"), default=None),
+            "guard": history.guard(check),
+        }
+
+
+def reachable(repository: Store, *also: str | None) -> list[str]:
+    """Every commit below a branch, a tag, a remote branch or ``also``, newest first, every child before its parents."""
+    known = lookup.whole_graph(repository)
+    starts = {commit for commit in (*_labels(repository), *also) if commit is not None}
+    return list(states.walk(starts, lambda commit: known[commit][1], lambda commit: known[commit][0]))
+
+
+def commit_rows(repository: Store, commits: Sequence[str]) -> Iterator[CommitRow]:
+    """The rows of commits that come every child before its parents.
+
+    Raises:
+        CorruptStoreError: a commit, or a patch that it adds to, is damaged.
+    """
+    labels = _labels(repository)
+    loaded = [(identity, repository.commit(identity)) for identity in commits]
+    drawing = lay_out((identity, commit.parents) for identity, commit in loaded)
+    for (identity, commit), place in zip(loaded, drawing, strict=True):
+        methods = {repository.patch(patch).method for patch in {patch for patch, _ in commit.added}}
+        removed, added = count_changed(repository, commit.removed, commit.added)
+        yield CommitRow(
+            identity,
+            commit,
+            tuple(labels.get(identity, ())),
+            tuple(sorted(methods)),
+            added,
+            removed,
+            repository.active_count(identity),
+            place,
+        )
+
+
+def edited_weights(rows: Iterable[CommitRow]) -> dict[str, float]:
+    """The norm of the base's weight for every weight that a commit measured, in the order of their layers."""
+    norms = {name: norm for row in rows for name, norm in history.base_norms(row.commit.check).items()}
+    return dict(sorted(norms.items(), key=lambda item: _in_order(item[0])))
+
+
+def _in_order(weight: str) -> list[tuple[int, str]]:
+    """A key that sorts layer 10 after layer 9."""
+    return [(int(part), "") if part.isascii() and part.isdigit() else (-1, part) for part in weight.split(".")]
+
+
+def _labels(repository: Store) -> dict[str, list[tuple[str, str]]]:
+    """For each commit the names that point to it."""
+    found: dict[str, list[tuple[str, str]]] = {}
+    for ref, target in sorted(repository.refs().items()):
+        kind = next((prefix for prefix in _KINDS if ref.startswith(prefix)), None)
+        if kind is not None:
+            found.setdefault(target, []).append((_KINDS[kind], ref.removeprefix(kind)))
+        elif ref == HEAD and not target.startswith(SYMBOLIC):
+            found.setdefault(target, []).append(("head", HEAD))
+    return found
 
 
 @dataclass(frozen=True)

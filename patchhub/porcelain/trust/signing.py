@@ -11,7 +11,7 @@ from patchhub.errors import CorruptStoreError, RevisionError, SettingsError, Sig
 from patchhub.progress import Progress
 from patchhub.results import Result
 from patchhub.sets.settings import approvals_wanted
-from patchhub.signing import certificates, openssf, ssh
+from patchhub.signing import openssf, ssh
 from patchhub.signing.checking import (
     NAME_ALLOWED,
     Vouched,
@@ -31,8 +31,8 @@ from patchhub.signing.statements import (
 )
 from patchhub.store import operations, states
 from patchhub.store.config import Config
-from patchhub.store.reachability import Reference, closure, references
 from patchhub.store.revisions import BRANCHES, NOTES, REMOTES, SIGNATURES, TAGS
+from patchhub.store.states import Reference, closure, references
 from patchhub.store.store import Store
 from patchhub.who import Signer, Who
 
@@ -54,7 +54,7 @@ def signer_of(
     """
     named, configured = key if key is not None else config.settings.get("sign.key"), config.settings.get("sign.method")
     if (method or configured) == "sigstore" and key is None:
-        keyless = certificates.Keyless()
+        keyless = openssf.Keyless()
         keyless.check()
         return keyless
     if named is None:
@@ -67,7 +67,7 @@ def signer_of(
     if chosen == "model-signing":
         signer = openssf.EllipticKey(path)
     if chosen == "certificate":
-        signer = certificates.Certified(path)
+        signer = openssf.Certified(path)
     signer.check()
     return signer
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from patchhub.evaluation.definitions import (
+from patchhub.evaluation.drift import DocumentDrift, drift_scores, fluency_scores
+from patchhub.evaluation.live import LiveReading, live_scores
+from patchhub.evaluation.spoken import Sibling
+from patchhub.evaluation.suites import counterfact_scores, scored, wise_scores, zsre_scores
+from patchhub.porcelain.scores import (
     BESIDE,
     DEFINITIONS,
     FIGURES,
@@ -13,10 +17,6 @@ from patchhub.evaluation.definitions import (
     SUITES,
     headline,
 )
-from patchhub.evaluation.drift import DocumentDrift, drift_scores, fluency_scores
-from patchhub.evaluation.live import LiveReading, live_scores
-from patchhub.evaluation.spoken import Sibling
-from patchhub.evaluation.suites import counterfact_scores, scored, wise_scores, zsre_scores
 from tests.evaluation.test_suites import FACTS
 
 WRITTEN = LiveReading(
