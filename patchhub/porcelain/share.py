@@ -301,7 +301,7 @@ def _fetch(
         Limits(max_bytes, weights, linear),
         tensor_check(weights, linear),
         who=who,
-        prove=lambda commits: prove(repository, commits),
+        prove=lambda commits, tips: prove(repository, commits, tips=tips),
         trust=trust,
         repair=repair,
         prune=prune,

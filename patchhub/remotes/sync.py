@@ -143,8 +143,8 @@ class Fetched(Result):
     left_out: Mapping[str, str] = field(default_factory=dict, metadata=told(optional=True))
 
 
-Prove = Callable[[Sequence[str]], Proofs]
-"""Proves commits that are new here, each after its parents."""
+Prove = Callable[[Sequence[str], Collection[str]], Proofs]
+"""Proves commits that are new here, each after its parents; also told which commits refs will lead to."""
 
 
 class _Judge:
@@ -156,9 +156,9 @@ class _Judge:
         self._trust = trust
         self.proofs = NOTHING_PROVEN
 
-    def __call__(self, commits: Sequence[str]) -> Mapping[str, Any]:
+    def __call__(self, commits: Sequence[str], tips: Collection[str]) -> Mapping[str, Any]:
         try:
-            self.proofs = self._prove(commits)
+            self.proofs = self._prove(commits, tips)
         except CorruptStoreError as error:
             raise RemoteError(
                 f"{self._address} is refused: {error.message}", remedy="Nothing was changed here.", remote=self._address
@@ -182,7 +182,7 @@ def fetch(
     check: CheckTensors,
     *,
     who: Who,
-    prove: Prove = lambda commits: NOTHING_PROVEN,
+    prove: Prove = lambda commits, tips: NOTHING_PROVEN,
     trust: bool = False,
     repair: bool = False,
     prune: bool = False,
@@ -193,7 +193,7 @@ def fetch(
 
     Args:
         limits: of all that is downloaded, whatever branch it belongs to.
-        prove: called with the commits that are new here, before any ref moves.
+        prove: called with the commits that are new here, and where refs will lead, before any ref moves.
         trust: accept commits that are not proven; the operation names them.
         repair: look also below known commits, and fetch again what is damaged here.
         prune: forget branches that the remote does not have any more.
@@ -236,7 +236,12 @@ def fetch(
         changes = {move.ref: (move.old, move.new) for move in moved}
         arguments = {"remote": name}
         repository.move_refs(
-            changes, command=FETCH, arguments=arguments, author=who.author, time=who.time, accept=judge
+            changes,
+            command=FETCH,
+            arguments=arguments,
+            author=who.author,
+            time=who.time,
+            accept=lambda fresh: judge(fresh, wanted.values()),
         )
     warnings += [f"{found.words()}; it was trusted" for found in judge.proofs.unproven]
     return Fetched(tuple(moved), receiver.received, tuple(warnings), judge.proofs, left_out)

@@ -64,6 +64,11 @@ def weight_shapes(repository: Store) -> dict[str, tuple[int, int]]:
     return {name: (facts["shape"][0], facts["shape"][1]) for name, facts in _known(repository).items()}
 
 
+def weight_norms(repository: Store) -> dict[str, float]:
+    """The Frobenius norm of each of `weight_shapes` in the base."""
+    return {name: float(facts["norm"]) for name, facts in _known(repository).items()}
+
+
 def stacked_orientations(repository: Store) -> dict[str, Literal["out_in", "in_out"]]:
     """How each expert of the base's stacked weights is stored; other weights are missing."""
     return {name: facts["orientation"] for name, facts in _known(repository).items() if "experts" in facts}

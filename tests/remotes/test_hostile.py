@@ -76,7 +76,15 @@ def fetch(repository: Store, remote: Remote) -> None:
     """As `patchhub fetch` does."""
     limits, check_tensors = Limits(1 << 30, SHAPES, SHAPES), tensor_check(SHAPES, SHAPES)
     who = Who(AUTHOR, TIME)
-    sync.fetch(repository, remote, "origin", limits, check_tensors, who=who, prove=lambda c: prove(repository, c))
+    sync.fetch(
+        repository,
+        remote,
+        "origin",
+        limits,
+        check_tensors,
+        who=who,
+        prove=lambda c, tips: prove(repository, c, tips=tips),
+    )
 
 
 def replace_file(path: Path, data: bytes) -> None:
