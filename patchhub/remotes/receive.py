@@ -126,6 +126,7 @@ class Receiver:
         self._progress = progress
         self._sizes: Mapping[str, int] = {}
         self._spool: dict[str, Path] = {}
+        self._taken: set[Reference] = set()
         self.received = Received()
 
     def take(self, tip: Tip, root: Reference, *, ahead: bool = True) -> None:
@@ -137,7 +138,7 @@ class Receiver:
         Raises:
             RemoteError: something is missing there, too large, or not what its hash or the format says.
         """
-        if self._is_done(root):
+        if root in self._taken or self._is_done(root):
             return
         wave = [_Wanted(root, "", None, MAX_JSON)]
         self._sizes = self._remote.sizes(tip)
@@ -153,6 +154,7 @@ class Receiver:
                 if child.key not in seen and not self._is_done(child.reference):
                     seen.add(child.key)
                     wave.append(child)
+        self._taken.add(root)
 
     def _is_here(self, identity: str) -> bool:
         objects = self._repository.objects

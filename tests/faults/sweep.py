@@ -99,9 +99,9 @@ def init(folder: Path, *, shared: bool = False) -> object:
     return made(folder / "new", str(folder / "store" / "model"), Silent(), who=WHO, shared=shared)
 
 
-def clone(folder: Path) -> object:
+def clone(folder: Path, *, shared: bool = False) -> object:
     base = str(folder / "store" / "model")
-    return share.clone(str(folder / "remote"), folder / "new", Silent(), who=WHO, base=base)
+    return share.clone(str(folder / "remote"), folder / "new", Silent(), who=WHO, base=base, shared=shared)
 
 
 def commit_signed(store: Store, folder: Path) -> object:
@@ -152,6 +152,7 @@ MODEL_VERBS: Final[Mapping[str, Verb]] = {
     "init": init,
     "init --shared": lambda folder: init(folder, shared=True),
     "clone": clone,
+    "clone --shared": lambda folder: clone(folder, shared=True),
     "commit -s": on_store(commit_signed),
     "update": on_store(update),
     "refresh": on_store(refresh),
@@ -162,7 +163,7 @@ MODEL_VERBS: Final[Mapping[str, Verb]] = {
 }
 """Those that run a model, a tiny one."""
 
-REPEATED = ("init", "init --shared", "clone")
+REPEATED = ("init", "init --shared", "clone", "clone --shared")
 """Verbs that make a store: what one leaves that died is taken up, or taken away, by the next."""
 
 IN_STEPS = ("push", "pull", "merge --refresh")
@@ -293,11 +294,15 @@ def state(folder: Path) -> str:
     return json.dumps(found, sort_keys=True)
 
 
-def unshared(folder: Path) -> str:
-    """What a group cannot write of a store that it shares, in words; empty for none, and where there is no store."""
+def unshared(folder: Path, *, died: bool) -> str:
+    """What a group cannot write of a store that it shares, in words; empty for none, and where there is no store.
+
+    Who died may leave one empty directory to themselves: the next write there gives it to the group.
+    """
     root = folder / ".patchhub"
     kept = [path for path in (root, *root.rglob("*")) if path.is_dir() and not is_shared(path)] if root.exists() else []
-    return f"{kept[0]} is not the group's" if kept else ""
+    allowed = died and len(kept) == 1 and not any(kept[0].iterdir())
+    return f"{kept[0]} is not the group's" if kept and not allowed else ""
 
 
 def act(verb: str, folder: Path) -> int:
@@ -400,7 +405,7 @@ class Sweep:
         except PatchhubError as error:
             problem = f"cannot be opened: {error}"
         if "--shared" in verb:
-            problem = problem or unshared(copy / "new")
+            problem = problem or unshared(copy / "new", died=code == DIED)
         if code == CRASHED:
             problem = problem or "a traceback"
         self.found[how, "wrong" if problem else "right"] += 1
