@@ -244,6 +244,7 @@ def fetch(
             accept=lambda fresh: judge(fresh, wanted.values()),
         )
     warnings += [f"{found.words()}; it was trusted" for found in judge.proofs.unproven]
+    warnings += _moved_aside(repository, remote, moved)
     return Fetched(tuple(moved), receiver.received, tuple(warnings), judge.proofs, left_out)
 
 
@@ -286,6 +287,18 @@ def _changes(refs: Mapping[str, str], wanted: Mapping[str, str], warnings: list[
             warnings.append(f"the tag {ref[len(TAGS) :]} is at {old[:12]} here and at {target[:12]} there; it stays")
             continue
         yield Moved(ref, old, target)
+
+
+def _moved_aside(repository: Store, remote: Remote, moved: Iterable[Moved]) -> Iterator[str]:
+    """In words, which branches of a remote do not lead to where they were any more."""
+    for move in moved:
+        if move.ref.startswith(REMOTES) and move.old is not None and move.new is not None:
+            _, lost = states.apart([move.new], [move.old], repository.parents, repository.rank)
+            if lost:
+                yield (
+                    f"{move.ref[len(REMOTES) :]} was moved back or aside at {remote.address}: {lost} of the commits that it had at "
+                    f"{move.old[:12]} are not below {move.new[:12]}; they stay here"
+                )
 
 
 def _gone(refs: Mapping[str, str], view: View, name: str) -> Sequence[Moved]:

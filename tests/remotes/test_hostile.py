@@ -610,6 +610,22 @@ def test_what_is_nested_deeper_than_anybody_shows_is_refused(honest: Path) -> No
                 refused(remote, repository, "levels")
 
 
+def test_a_branch_that_is_moved_back_is_said(honest: Path) -> None:
+    """Somebody puts an older commit in place of the tip: what was fetched stays, and the next fetch says so, once."""
+    with attacked(honest) as (remote, repository):
+        remote_add(repository, "origin", str(remote))
+        assert commands.fetch(repository, "origin", Silent(), who=STAMP).warnings == ()
+        manifest = json.loads((remote / "patchhub.json").read_bytes())
+        tip, older = manifest["refs"]["refs/heads/main"], manifest["refs"]["refs/tags/v1"]
+        refs = {**manifest["refs"], "refs/heads/main": older}
+        replace_file(remote / "patchhub.json", canonical_json({**manifest, "refs": refs}))
+        (warning,) = commands.fetch(repository, "origin", Silent(), who=STAMP).warnings
+        assert "origin/main was moved back" in warning
+        assert tip[:12] in warning
+        assert commands.fetch(repository, "origin", Silent(), who=STAMP).warnings == ()
+        assert repository.commits(tip)
+
+
 def test_a_commit_that_many_refs_name_is_taken_once(honest: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
     sizes = FileRemote.sizes
