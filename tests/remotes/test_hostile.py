@@ -32,7 +32,7 @@ from patchhub.porcelain.share import remote_add
 from patchhub.progress import Silent
 from patchhub.remotes import sync
 from patchhub.remotes.receive import Limits
-from patchhub.remotes.remote import FileRemote, Remote, object_path, read_branch, read_folder
+from patchhub.remotes.remote import FileRemote, LocalFiles, Remote, object_path, read_branch, read_folder
 from patchhub.remotes.sync import open_remote
 from patchhub.sets.columns import tensor_check, write_columns
 from patchhub.sets.commits import Draft, prepare
@@ -189,6 +189,20 @@ def test_names_that_are_no_objects_are_never_read(honest: Path) -> None:
         os.mkfifo(remote / "objects" / "00" / ("e" * 62))
         fetch(repository, open_remote(str(remote)))
         assert check(repository).sound
+
+
+def test_objects_that_are_elsewhere_are_looked_at_no_deeper_than_objects_lie(honest: Path) -> None:
+    """A link to a tree without an end, such as the system's processes, which come and go."""
+    with attacked(honest) as (remote, repository):
+        shutil.rmtree(remote / "objects")
+        (remote / "objects").symlink_to("/proc" if Path("/proc").is_dir() else "/")
+        refused(remote, repository, "missing")
+    with attacked(honest) as (remote, repository):
+        nested = remote / "objects" / "ab" / ("c" * 62) / "deeper"
+        nested.mkdir(parents=True)
+        (nested / "file").write_bytes(b"")
+        assert not any("deeper" in name for name in LocalFiles(remote).sizes("objects"))
+        fetch(repository, open_remote(str(remote)))
 
 
 def test_a_manifest_that_is_no_file_is_refused(honest: Path) -> None:
