@@ -12,7 +12,7 @@ import pytest
 
 from patchhub.constraints import Columns, solve
 from patchhub.delta import Delta, Dense, LowRank, add, compact, norm, read_deltas, to_dense, write_deltas
-from patchhub.errors import CorruptStoreError, RemoteError
+from patchhub.errors import CorruptStoreError, EditError, RemoteError
 from patchhub.objects import Element, Patch, requests_json
 from patchhub.porcelain import share
 from patchhub.porcelain.history import show
@@ -269,6 +269,16 @@ def test_numbers_that_overflow_prove_nothing(tmp_path: Path) -> None:
     with np.errstate(over="ignore", invalid="ignore"):
         tip = commit_elements(store, patch.elements, str(patch.metric), np.ones((12, 24)))
     assert [found.commit for found in prove(store.repository, [tip]).unproven] == [tip]
+
+
+def test_a_change_that_float32_does_not_hold_is_refused(tmp_path: Path) -> None:
+    """Columns that somebody else wrote may ask for more than numbers hold, by themselves or once another is taken back."""
+    store = make_store(tmp_path / "store")
+    key = np.full((1, 24), 1e-20, np.float32)
+    heavy = forged(store, "Ada", key, size=1e37, ridge=1e-30)
+    with pytest.raises(EditError, match="too large for float32"):
+        commit_elements(store, heavy.elements, str(heavy.metric))
+    assert store.repository.head[1] is None
 
 
 def test_a_history_that_was_fetched_before_proofs_is_its_authors_claim(store: Synthetic, tmp_path: Path) -> None:
