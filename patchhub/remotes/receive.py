@@ -277,8 +277,8 @@ class Receiver:
     def _error(self, identity: str, reason: str) -> RemoteError:
         return RemoteError(
             f"object {identity[:12]} of {self._remote.address} is refused: {reason}",
-            remedy="Nothing was changed here. Fetch again; if it stays, the remote is damaged: push to it again from a "
-            "sound store.",
+            remedy="Nothing was changed here. Fetch again; if it stays, the remote is damaged: push a sound store (`push --all --tags`) to an "
+            "empty place, and fetch from there.",
             object=identity,
             remote=self._remote.address,
         )
