@@ -37,11 +37,11 @@ class Disk:
     def make_directory(self, path: Path) -> None:
         """Create one directory durably; one that is there is left as it is, unless whoever made it died before the group had it."""
         if path.is_dir():
-            _finish_sharing(path)
+            finish_sharing(path)
             return
-        _finish_sharing(path.parent)
+        finish_sharing(path.parent)
         path.mkdir(exist_ok=True)
-        _finish_sharing(path)
+        finish_sharing(path)
         self.sync_directory(path.parent)
 
     def write(self, path: Path, chunks: Iterable[bytes], mode: int) -> None:
@@ -99,7 +99,7 @@ def share(directory: Path) -> None:
     directory.chmod(directory.stat().st_mode | GROUP)
 
 
-def _finish_sharing(directory: Path) -> None:
+def finish_sharing(directory: Path) -> None:
     """Let the group have an empty directory that is in one that it shares."""
     if is_shared(directory.parent) and not is_shared(directory) and not any(directory.iterdir()):
         with contextlib.suppress(PermissionError):  # another user's

@@ -14,7 +14,7 @@ from typing import Any, Final, NamedTuple
 
 from patchhub.cache import DOWNLOADS
 from patchhub.errors import CorruptStoreError, RemoteError
-from patchhub.fsio import make_directories, os_errors
+from patchhub.fsio import finish_sharing, make_directories, os_errors
 from patchhub.objects import Commit, Patch
 from patchhub.remotes.remote import Remote, Tip
 from patchhub.results import Result, told
@@ -100,6 +100,7 @@ def receiving(
         make_directories(parent)  # it can be deleted at any time
         downloads = TemporaryDirectory(dir=parent, prefix=DOWNLOADS, ignore_cleanup_errors=True)
     with downloads as folder:
+        finish_sharing(Path(folder))  # who dies leaves it, and anybody of the group may take it away
         yield Receiver(repository, remote, limits, check, Path(folder), repair=repair, progress=progress)
 
 
@@ -211,6 +212,7 @@ class Receiver:
             into = self._folder / str(len(self._spool))
             with os_errors(into):
                 into.mkdir()
+                finish_sharing(into)
             self._spool.update(self._remote.read(tip, needed, into))
 
     def _take(self, wanted: _Wanted) -> list[_Wanted]:
@@ -277,8 +279,8 @@ class Receiver:
     def _error(self, identity: str, reason: str) -> RemoteError:
         return RemoteError(
             f"object {identity[:12]} of {self._remote.address} is refused: {reason}",
-            remedy="Nothing was changed here. Fetch again; if it stays, the remote is damaged: push a sound store (`push --all --tags`) to an "
-            "empty place, and fetch from there.",
+            remedy="Nothing was changed here. Fetch again; if it stays, the remote is damaged: push a sound store (`push --all --tags`) to "
+            "an empty place, and fetch from there.",
             object=identity,
             remote=self._remote.address,
         )

@@ -7,6 +7,7 @@ import os
 import stat
 import subprocess
 import sys
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from patchhub.fsio import is_shared
 from patchhub.objects import Request
 from patchhub.porcelain import share
 from patchhub.progress import Silent
+from patchhub.remotes.remote import FileRemote, Tip
 from patchhub.store.store import Store
 from patchhub.who import Who
 from patchhub.worktree.loading import open_path
@@ -207,6 +209,30 @@ def test_sharing_imports_no_torch(verb: list[str], heavy: set[str], ours: Path) 
     command = [sys.executable, "-c", check, "--repo", str(ours), *verb]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no groups there")
+def test_what_a_fetch_leaves_that_died_is_the_groups_to_take_away(ours: Path, base: Path, tmp_path: Path) -> None:
+    """Whatever the umask of who died."""
+    run(ours, "push")
+    clone, seen = tmp_path / "clone", []
+
+    def look(self: FileRemote, tip: Tip, ids: Collection[str], into: Path) -> Iterator[tuple[str, Path]]:
+        seen.extend([into, into.parent])
+        assert is_shared(into)
+        assert is_shared(into.parent)
+        return read(self, tip, ids, into)
+
+    read, before = FileRemote.read, os.umask(0o077)
+    try:
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(FileRemote, "read", look)
+            address = str(tmp_path / "shared")
+            share.clone(address, clone, Silent(), who=Who(AUTHOR, TIME), base=str(base), shared=True)
+    finally:
+        os.umask(before)
+    assert seen
+    assert not any(path.exists() for path in seen)
 
 
 def test_a_fetch_that_died_before_it_pinned_the_metric_is_made_up_for_by_the_next(
