@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from patchhub.errors import PatchhubError, RemoteError, RepositoryError, SettingsError
+from patchhub.fsio import is_shared
 from patchhub.models.linear_weights import block_of
 from patchhub.porcelain.trust.signing import admission, refuse_left_out, refuse_unapproved
 from patchhub.progress import Progress
@@ -301,7 +302,7 @@ def _fetch(
         Limits(max_bytes, weights, linear),
         tensor_check(weights, linear),
         who=who,
-        prove=lambda commits: prove(repository, commits),
+        prove=lambda commits, tips: prove(repository, commits, tips=tips),
         trust=trust,
         repair=repair,
         prune=prune,
@@ -311,7 +312,9 @@ def _fetch(
     for warning in fetched.warnings:
         progress.warn(warning)
     progress.close()
-    _adopt_recording(repository, [moved.new for moved in fetched.moved if moved.new and moved.ref.startswith(REMOTES)])
+    _adopt_recording(
+        repository, sorted({target for ref, target in repository.refs().items() if ref.startswith(REMOTES)})
+    )
     return fetched
 
 
@@ -326,7 +329,8 @@ def _nothing_at(address: str) -> RemoteError:
 
 
 def _adopt_recording(repository: Store, commits: Sequence[str]) -> None:
-    """Pin the metric and the contexts of what was fetched, if this store has none: its next facts must fit."""
+    """Pin the metric and the contexts of what was fetched, now or by a fetch that died before it did, if this store has none: its next
+    facts must fit."""
     for commit in commits if repository.config.recording is None else ():
         for patch in map(repository.patch, sorted({patch for patch, _ in repository.active(commit)})):
             contexts = patch.settings.get("contexts")
@@ -365,6 +369,7 @@ def clone(
     *,
     who: Who,
     base: str | None = None,
+    shared: bool = False,
     trust: bool = False,
     max_bytes: int = MAX_BYTES,
     require_signed: Path | None = None,
@@ -374,6 +379,7 @@ def clone(
 
     Args:
         base: the base model, a folder or a Hub id; None: where the remote says it is on the Hub.
+        shared: let the group of the folder write in the store.
         trust: accept weights that are not those of their facts.
         require_signed: as in `fetch`.
 
@@ -397,8 +403,11 @@ def clone(
 
     created = not folder.exists()
     made = not _was_begun(folder, kept, source.base)
+    if not made and shared and not is_shared(folder / DIRECTORY):
+        shutil.rmtree(folder / DIRECTORY)  # begun as one's own
+        made = True
     if made:
-        init(folder, place, progress, who=who, revision=revision)
+        init(folder, place, progress, who=who, revision=revision, shared=shared)
     try:
         with Store.open(folder) as repository:
             if repository.config.base_id != source.base:

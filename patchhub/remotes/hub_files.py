@@ -224,7 +224,7 @@ class HubFiles:
             if entry.lfs is not None and entry.lfs.sha256 != identity:
                 raise RemoteError(
                     f"object {identity[:12]} of {self.place} is refused: the Hub says that its content has another hash",
-                    remedy="The remote is damaged: push to it again from a sound store.",
+                    remedy="The remote is damaged: push a sound store to an empty one.",
                     object=identity,
                 )
             found[identity] = int(entry.size)
@@ -267,7 +267,7 @@ class HubFiles:
                     return identity, path
             raise RemoteError(
                 f"object {identity[:12]} of {self.place} is refused: its bytes do not hash to its name",
-                remedy="Run the command again; if it stays, push to it again from a sound store.",
+                remedy="Run the command again; if it stays, push a sound store to an empty one.",
                 object=identity,
                 remote=self.place,
             )

@@ -14,7 +14,7 @@ from typing import Any, Final, NamedTuple
 
 from patchhub.cache import DOWNLOADS
 from patchhub.errors import CorruptStoreError, RemoteError
-from patchhub.fsio import make_directories, os_errors
+from patchhub.fsio import finish_sharing, make_directories, os_errors
 from patchhub.objects import Commit, Patch
 from patchhub.remotes.remote import Remote, Tip
 from patchhub.results import Result, told
@@ -100,6 +100,7 @@ def receiving(
         make_directories(parent)  # it can be deleted at any time
         downloads = TemporaryDirectory(dir=parent, prefix=DOWNLOADS, ignore_cleanup_errors=True)
     with downloads as folder:
+        finish_sharing(Path(folder))  # who dies leaves it, and anybody of the group may take it away
         yield Receiver(repository, remote, limits, check, Path(folder), repair=repair, progress=progress)
 
 
@@ -126,6 +127,7 @@ class Receiver:
         self._progress = progress
         self._sizes: Mapping[str, int] = {}
         self._spool: dict[str, Path] = {}
+        self._taken: set[Reference] = set()
         self.received = Received()
 
     def take(self, tip: Tip, root: Reference, *, ahead: bool = True) -> None:
@@ -137,7 +139,7 @@ class Receiver:
         Raises:
             RemoteError: something is missing there, too large, or not what its hash or the format says.
         """
-        if self._is_done(root):
+        if root in self._taken or self._is_done(root):
             return
         wave = [_Wanted(root, "", None, MAX_JSON)]
         self._sizes = self._remote.sizes(tip)
@@ -153,6 +155,7 @@ class Receiver:
                 if child.key not in seen and not self._is_done(child.reference):
                     seen.add(child.key)
                     wave.append(child)
+        self._taken.add(root)
 
     def _is_here(self, identity: str) -> bool:
         objects = self._repository.objects
@@ -209,6 +212,7 @@ class Receiver:
             into = self._folder / str(len(self._spool))
             with os_errors(into):
                 into.mkdir()
+                finish_sharing(into)
             self._spool.update(self._remote.read(tip, needed, into))
 
     def _take(self, wanted: _Wanted) -> list[_Wanted]:
@@ -275,8 +279,8 @@ class Receiver:
     def _error(self, identity: str, reason: str) -> RemoteError:
         return RemoteError(
             f"object {identity[:12]} of {self._remote.address} is refused: {reason}",
-            remedy="Nothing was changed here. Fetch again; if it stays, the remote is damaged: push to it again from a "
-            "sound store.",
+            remedy="Nothing was changed here. Fetch again; if it stays, the remote is damaged: push a sound store (`push --all --tags`) to "
+            "an empty place, and fetch from there.",
             object=identity,
             remote=self._remote.address,
         )

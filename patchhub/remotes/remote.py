@@ -257,7 +257,7 @@ class Files(Protocol):
         ...
 
     def sizes(self, folder: str) -> dict[str, int]:
-        """Bytes of every file below a folder, by name."""
+        """Bytes of every file two levels below a folder, by name."""
         ...
 
     def local(self, name: str, into: Path) -> Path:
@@ -301,13 +301,14 @@ class LocalFiles:
 
     def sizes(self, folder: str) -> dict[str, int]:
         found = {}
-        for path in sorted((self.root / folder).rglob("*")):
-            try:
-                facts = path.stat()
-            except OSError:  # a link that leads nowhere
-                continue
-            if stat.S_ISREG(facts.st_mode):
-                found[path.relative_to(self.root).as_posix()] = facts.st_size
+        for directory in _listed(self.root / folder):
+            for path in _listed(directory):
+                try:
+                    facts = path.stat()
+                except OSError:  # a link that leads nowhere
+                    continue
+                if stat.S_ISREG(facts.st_mode):
+                    found[path.relative_to(self.root).as_posix()] = facts.st_size
         return found
 
     def local(self, name: str, into: Path) -> Path:
@@ -321,6 +322,15 @@ class LocalFiles:
             raise _unwritable(str(self.root), error) from error
         with writer_lock(self.root / LOCK, timeout=LOCK_SECONDS):
             yield
+
+
+def _listed(directory: Path) -> list[Path]:
+    """What is in a directory; nothing where there is none. Only as deep as objects lie is looked, wherever links lead."""
+    try:
+        with _reading(str(directory)):
+            return sorted(directory.iterdir()) if directory.is_dir() else []
+    except FileNotFoundError:  # gone meanwhile
+        return []
 
 
 class FsspecFiles:

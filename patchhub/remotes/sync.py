@@ -143,8 +143,8 @@ class Fetched(Result):
     left_out: Mapping[str, str] = field(default_factory=dict, metadata=told(optional=True))
 
 
-Prove = Callable[[Sequence[str]], Proofs]
-"""Proves commits that are new here, each after its parents."""
+Prove = Callable[[Sequence[str], Collection[str]], Proofs]
+"""Proves commits that are new here, each after its parents; also told which commits refs will lead to."""
 
 
 class _Judge:
@@ -156,9 +156,9 @@ class _Judge:
         self._trust = trust
         self.proofs = NOTHING_PROVEN
 
-    def __call__(self, commits: Sequence[str]) -> Mapping[str, Any]:
+    def __call__(self, commits: Sequence[str], tips: Collection[str]) -> Mapping[str, Any]:
         try:
-            self.proofs = self._prove(commits)
+            self.proofs = self._prove(commits, tips)
         except CorruptStoreError as error:
             raise RemoteError(
                 f"{self._address} is refused: {error.message}", remedy="Nothing was changed here.", remote=self._address
@@ -182,7 +182,7 @@ def fetch(
     check: CheckTensors,
     *,
     who: Who,
-    prove: Prove = lambda commits: NOTHING_PROVEN,
+    prove: Prove = lambda commits, tips: NOTHING_PROVEN,
     trust: bool = False,
     repair: bool = False,
     prune: bool = False,
@@ -193,7 +193,7 @@ def fetch(
 
     Args:
         limits: of all that is downloaded, whatever branch it belongs to.
-        prove: called with the commits that are new here, before any ref moves.
+        prove: called with the commits that are new here, and where refs will lead, before any ref moves.
         trust: accept commits that are not proven; the operation names them.
         repair: look also below known commits, and fetch again what is damaged here.
         prune: forget branches that the remote does not have any more.
@@ -236,9 +236,15 @@ def fetch(
         changes = {move.ref: (move.old, move.new) for move in moved}
         arguments = {"remote": name}
         repository.move_refs(
-            changes, command=FETCH, arguments=arguments, author=who.author, time=who.time, accept=judge
+            changes,
+            command=FETCH,
+            arguments=arguments,
+            author=who.author,
+            time=who.time,
+            accept=lambda fresh: judge(fresh, wanted.values()),
         )
     warnings += [f"{found.words()}; it was trusted" for found in judge.proofs.unproven]
+    warnings += _moved_aside(repository, remote, moved)
     return Fetched(tuple(moved), receiver.received, tuple(warnings), judge.proofs, left_out)
 
 
@@ -281,6 +287,18 @@ def _changes(refs: Mapping[str, str], wanted: Mapping[str, str], warnings: list[
             warnings.append(f"the tag {ref[len(TAGS) :]} is at {old[:12]} here and at {target[:12]} there; it stays")
             continue
         yield Moved(ref, old, target)
+
+
+def _moved_aside(repository: Store, remote: Remote, moved: Iterable[Moved]) -> Iterator[str]:
+    """In words, which branches of a remote do not lead to where they were any more."""
+    for move in moved:
+        if move.ref.startswith(REMOTES) and move.old is not None and move.new is not None:
+            _, lost = states.apart([move.new], [move.old], repository.parents, repository.rank)
+            if lost:
+                yield (
+                    f"{move.ref[len(REMOTES) :]} was moved back or aside at {remote.address}: {lost} of the commits that it had at "
+                    f"{move.old[:12]} are not below {move.new[:12]}; they stay here"
+                )
 
 
 def _gone(refs: Mapping[str, str], view: View, name: str) -> Sequence[Moved]:
