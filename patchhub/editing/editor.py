@@ -184,6 +184,7 @@ class Editor:
             groups = [group for group in together if wrong.intersection(group)]
             if not groups:
                 break
+            running.progress("further", 0)
             _optimise(site, facts, groups, further, running, values)
         return Edit(recording, values)
 

@@ -86,7 +86,8 @@ class Running:
         memory: bytes that the process may hold, its model included; None: half of what is free may be taken besides.
         kept: where the values of some settings are kept, so that an interrupted edit goes on.
         elsewhere: where values are optimised; None: on the model at hand.
-        progress: called with "values" and a number of requests, or "layers" and a number of layers.
+        progress: called with "values" and a number of requests, or "layers" and a number of layers; with "further" and 0 where some
+            requests are optimised further.
     """
 
     memory: int | None = None

@@ -155,8 +155,10 @@ class Values:
     @classmethod
     def of(cls, count: int, width: int) -> Values:
         """Places for the values of ``count`` facts."""
-        vectors = torch.zeros(2, count, width)
-        return cls(vectors[0], vectors[1], torch.zeros(count), torch.zeros(count, dtype=torch.long))
+        vectors = [
+            torch.zeros(count, width) for _ in range(2)
+        ]  # not views of one: a pickle of a view is one of the whole
+        return cls(*vectors, torch.zeros(count), torch.zeros(count, dtype=torch.long))
 
     def at(self, place: int) -> KeptValue:
         """One fact's, to be kept."""

@@ -182,7 +182,11 @@ def _running(
     progress: Progress,
 ) -> Running:
     """How an edit runs: within the worktree's memory, its values kept in the cache, by the workers that there are."""
-    stages = {"values": ("optimising values", len(plan.requests)), "layers": ("writing layers", len(settings.layers))}
+    stages = {
+        "values": ("optimising values", len(plan.requests)),
+        "layers": ("writing layers", len(settings.layers)),
+        "further": ("optimising further", 0),
+    }
     return Running(
         tree.memory,
         kept=lambda values: _kept_values(repository, tree, plan, method, settings, values, also),
