@@ -155,10 +155,8 @@ class Values:
     @classmethod
     def of(cls, count: int, width: int) -> Values:
         """Places for the values of ``count`` facts."""
-        vectors = [
-            torch.zeros(count, width) for _ in range(2)
-        ]  # not views of one: a pickle of a view is one of the whole
-        return cls(*vectors, torch.zeros(count), torch.zeros(count, dtype=torch.long))
+        targets, hidden = torch.zeros(count, width), torch.zeros(count, width)  # a pickle of a view is one of the whole
+        return cls(targets, hidden, torch.zeros(count), torch.zeros(count, dtype=torch.long))
 
     def at(self, place: int) -> KeptValue:
         """One fact's, to be kept."""
