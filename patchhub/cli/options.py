@@ -166,7 +166,7 @@ def workers_options(command: Command) -> Command:
             "--workers",
             type=click.IntRange(min=1),
             metavar="N",
-            help="Optimise facts in N processes (memit, pmet). Default: in this one, or with --on as many as there is room for.",
+            help="Optimise facts and read the base in N processes. Default: in this one, or with --on as many as there is room for.",
         ),
         click.option(
             "--on",

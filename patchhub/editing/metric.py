@@ -272,7 +272,7 @@ class MomentSums:
 
 Documents = Sequence[Sequence[int]]
 Elsewhere = Callable[[Sequence[Documents]], Iterator[tuple[int, MomentSums]]]
-"""Sums parts of a text in other processes: the place and the sums of each part, in the order in which they are finished."""
+"""Sums parts of a text in other processes: the place and the sums of each part, in their order."""
 
 
 def second_moments(
@@ -292,18 +292,14 @@ def second_moments(
         elsewhere: where the parts are summed; None: by the model at hand.
     """
     parts = _parts(documents)
-    total, waiting, turn = MomentSums({}, {}), dict[int, MomentSums](), 0
+    total = MomentSums({}, {})
     if elsewhere:
-        finished = elsewhere(parts)
-    else:
-        finished = ((n, moment_sums(stack, layers, part, progress=progress)) for n, part in enumerate(parts))
-    for number, found in finished:
-        if elsewhere:
+        for _, found in elsewhere(parts):
+            total.add(found)
             progress(found.tokens)
-        waiting[number] = found
-        while turn in waiting:
-            total.add(waiting.pop(turn))
-            turn += 1
+    else:
+        for part in parts:
+            total.add(moment_sums(stack, layers, part, progress=progress))
     return total.means()
 
 

@@ -383,7 +383,7 @@ def _complete(
     groups = layer_groups(missing, width, memory, experts=experts)
     progress.stage("second moments", len(groups) * sum(map(len, measured)))
     for group in groups:
-        elsewhere = workers.each(_summed, group) if workers else None
+        elsewhere = workers.each(_summed, group, in_order=True) if workers else None
         with unpatched(stack.model):
             moments = second_moments(stack, group, measured, elsewhere=elsewhere, progress=progress.advance)
         for layer in group:

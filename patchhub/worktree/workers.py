@@ -360,12 +360,18 @@ class Workers:
         self._alive, self._idle, self._loading = set[Worker](), list[Worker](), set[Worker]()
         self._started = 0
 
-    def each(self, function: Callable[..., Any], *given: Any) -> Callable[[Sequence[Any]], Iterator[tuple[int, Any]]]:
+    def each(
+        self, function: Callable[..., Any], *given: Any, in_order: bool = False
+    ) -> Callable[[Sequence[Any]], Iterator[tuple[int, Any]]]:
         """`map` of ``function(*given, part, opened)`` over parts; a module-level function."""
-        return lambda parts: self.map([partial(function, *given, part) for part in parts])
+        return lambda parts: self.map([partial(function, *given, part) for part in parts], in_order=in_order)
 
-    def map(self, tasks: Sequence[Task]) -> Iterator[tuple[int, Any]]:
+    def map(self, tasks: Sequence[Task], *, in_order: bool = False) -> Iterator[tuple[int, Any]]:
         """The place of each task and what came of it, as they are finished. They are begun in their order.
+
+        Args:
+            in_order: give them back in their order too. A worker that is ahead keeps its answer, and is given nothing until it is taken:
+                so the driver never holds more than one.
 
         Raises:
             PatchhubError: what a task raised, or the loading of the base: the others are stopped then.
@@ -373,6 +379,7 @@ class Workers:
         """
         waiting, given = deque(range(len(tasks))), dict[Worker, int]()
         lost: Counter[int | None] = Counter()
+        turn = 0
         try:
             while waiting or given:
                 self._start(min(self._machines.count, len(waiting) + len(given)) - len(given))
@@ -380,7 +387,8 @@ class Workers:
                     worker, number = self._idle.pop(), waiting.popleft()
                     given[worker] = number
                     worker.give(pickle.dumps(tasks[number]))
-                for worker in self._machines.answered([*given, *self._loading]):
+                awaited = [worker for worker, number in given.items() if not in_order or number == turn]
+                for worker in self._machines.answered([*awaited, *self._loading]):
                     place = given.pop(worker, None)
                     self._loading.discard(worker)
                     try:
@@ -392,6 +400,7 @@ class Workers:
                         continue
                     self._idle.append(worker)
                     if place is not None:
+                        turn += 1
                         yield place, found
         except BaseException:
             self.close()

@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
@@ -157,16 +158,23 @@ def vanish(opened: Opened) -> None:
     os._exit(1)
 
 
+def rest(seconds: float, opened: Opened) -> None:
+    time.sleep(seconds)
+
+
 def width(opened: Opened) -> int:
     return int(opened.stack.architecture.d_model)
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_errors_come_back_as_they_were_and_a_task_that_kills_is_given_up(store: Store) -> None:
     tree, progress = open_worktree(store, Silent()), Silent()
-    with workers_of(tree, 1, None, progress) as workers:
+    with workers_of(tree, 2, None, progress) as workers:
         assert workers is not None
-        assert list(workers.map([width, width])) == [(0, 32), (1, 32)]
+        assert sorted(workers.map([width, width])) == [(0, 32), (1, 32)]
+        late = workers.map([partial(rest, seconds) for seconds in (0.4, 0.0, 0.2, 0.0)], in_order=True)
+        assert [place for place, _ in late] == [0, 1, 2, 3]
         with pytest.raises(EditError, match=r"^no$") as caught:
             list(workers.map([refuse]))
         assert (caught.value.remedy, caught.value.facts) == ("Another.", {"place": 3})
