@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 
@@ -107,5 +107,20 @@ def increments(progress: Progress) -> Callable[[int, int], None]:
         nonlocal before
         progress.advance(done - before)
         before = done
+
+    return report
+
+
+def told(progress: Progress, stages: Mapping[str, tuple[str, int]]) -> Callable[[str, int], None]:
+    """A callback of (stage, done) that moves a listener through stages of a label and a length; the first begins at once."""
+    present = next(iter(stages))
+    progress.stage(*stages[present])
+
+    def report(stage: str, done: int) -> None:
+        nonlocal present
+        if stage != present:
+            progress.stage(*stages[stage])
+            present = stage
+        progress.advance(done)
 
     return report

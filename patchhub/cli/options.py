@@ -160,6 +160,26 @@ def placement_options(command: Command) -> Command:
     return command
 
 
+def workers_options(command: Command) -> Command:
+    """``--workers`` and ``--on``: other processes that do the work."""
+    options: tuple[Any, ...] = (
+        click.option(
+            "--workers",
+            type=click.IntRange(min=1),
+            metavar="N",
+            help="Optimise facts and read the base in N processes. Default: in this one, or with --on as many as there is room for.",
+        ),
+        click.option(
+            "--on",
+            metavar="ADDRESS",
+            help="The Ray cluster of the workers: ray://HOST:10001, HOST:6379, auto (docs/scale.md).",
+        ),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
 force_option = click.option(
     "--force", is_flag=True, help="Write what the guard refuses all the same; the commit says so."
 )

@@ -204,9 +204,14 @@ class Trunk:
 
 def read_trunk(stack: Stack, groups: Sequence[Sequence[Encoded]]) -> Trunk:
     """Run what the texts of each group have in common before their subjects' last tokens."""
+    return run_trunk(stack, beginnings(stack, groups))
+
+
+def beginnings(stack: Stack, groups: Sequence[Sequence[Encoded]]) -> tuple[tuple[int, ...], ...]:
+    """What the texts of each group have in common before their subjects' last tokens; nothing where no state can be kept."""
     if stack.architecture.recurrent:
-        return run_trunk(stack, [()] * len(groups))
-    return run_trunk(stack, [common_beginning([text.input_ids[: text.subject_last] for text in g]) for g in groups])
+        return ((),) * len(groups)
+    return tuple(common_beginning([text.input_ids[: text.subject_last] for text in group]) for group in groups)
 
 
 def run_trunk(stack: Stack, common: Sequence[tuple[int, ...]]) -> Trunk:

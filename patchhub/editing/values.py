@@ -5,7 +5,7 @@ Finished values are kept on disk while the others are made, so that an interrupt
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, groupby, takewhile
 from typing import Any, Final
@@ -19,7 +19,7 @@ from patchhub.cache import Cache, Kind, Slot
 from patchhub.canonical import canonical_json, object_id
 from patchhub.editing.budget import POSITIONS, Footprint, in_halves, release_memory, step_budget
 from patchhub.editing.locate import Encoded
-from patchhub.editing.rows import Row, Rows, Site, Trunk, open_rows, read_trunk
+from patchhub.editing.rows import Row, Rows, Site, Trunk, beginnings, open_rows, run_trunk
 from patchhub.errors import EditError
 
 KIND: Final = Kind("values", ".values", limit=1 << 30)
@@ -160,8 +160,8 @@ class Values:
     @classmethod
     def of(cls, count: int, width: int) -> Values:
         """Places for the values of ``count`` facts."""
-        vectors = torch.zeros(2, count, width)
-        return cls(vectors[0], vectors[1], torch.zeros(count), torch.zeros(count, dtype=torch.long))
+        targets, hidden = torch.zeros(count, width), torch.zeros(count, width)  # a pickle of a view is one of the whole
+        return cls(targets, hidden, torch.zeros(count), torch.zeros(count, dtype=torch.long))
 
     def at(self, place: int) -> KeptValue:
         """One fact's, to be kept."""
@@ -299,22 +299,51 @@ class _Step:
     essence: Float[Tensor, "groups vocabulary"]
 
 
+@dataclass(frozen=True, eq=False)
+class Part:
+    """Facts that are optimised at the same time, with all that their values depend on besides the model and the site.
+
+    Attributes:
+        together: groups of places among ``facts``, as in `optimise_values`.
+        common: the beginnings that the texts of all facts have in common, not only of these: so a part gives the same bits anywhere.
+    """
+
+    facts: tuple[Fact, ...]
+    together: tuple[tuple[int, ...], ...]
+    common: tuple[tuple[int, ...], ...]
+    settings: ValueSettings
+
+    def optimise(self, site: Site, memory: int | None = None) -> Values:
+        """The values of the facts; see `optimise_values`."""
+        return optimise_values(
+            site, self.facts, self.settings, together=self.together, common=self.common, memory=memory
+        )
+
+
+Elsewhere = Callable[[Sequence[Part]], Iterator[tuple[int, Values]]]
+"""Optimises parts in other processes: the place and the values of each part, in the order in which they are finished."""
+
+
 def optimise_values(
     site: Site,
     facts: Sequence[Fact],
     settings: ValueSettings,
     *,
     together: Sequence[Sequence[int]] | None = None,
+    common: Sequence[tuple[int, ...]] | None = None,
     memory: int | None = None,
     kept: KeptValues | None = None,
+    elsewhere: Elsewhere | None = None,
     progress: Callable[[int], None] = lambda finished: None,
 ) -> Values:
     """z of every fact at ``site`` on the model's present weights.
 
     Args:
         together: groups of places that share one change, each place in exactly one of them; None: each fact has its own.
+        common: what the texts of each context, and those of the KL term, have in front; None: as much as these facts' have.
         memory: bytes that the process may hold, see `budget.step_budget`; a step that does not fit all the same is halved.
         kept: values that were optimised before, and where those that are optimised now are kept.
+        elsewhere: where they are optimised; None: here. The parts are the same either way.
         progress: called with the number of facts finished since the last call.
 
     Raises:
@@ -332,20 +361,66 @@ def optimise_values(
     if not waiting:
         return values
     with stack.fast():
-        trunk = read_trunk(stack, _alike(facts))
-
-        def run(chosen: Sequence[tuple[int, ...]]) -> None:
-            if memory is not None:
-                release_memory()  # what the last batch left in pieces would come on top of the next
-            _descend(site, _prepare(site, facts, chosen, trunk, settings), settings, values)
-
+        common = beginnings(stack, _alike(facts)) if common is None else common
         batches = _batches(site, facts, waiting, step_budget(stack.device, memory))
-        for chosen in in_halves(batches, run, remedy="Give more --memory, or a smaller model."):
+        if elsewhere:
+            finished = _gathered(elsewhere, batches, facts, common, settings, values)
+        else:
+            finished = _here(site, batches, facts, common, settings, values, memory)
+        for chosen in finished:
             places = [place for group in chosen for place in group]
             if kept:
                 kept.add({keys[place]: values.at(place) for place in places})
             progress(len(places))
     return values
+
+
+def _here(
+    site: Site,
+    batches: Sequence[Sequence[tuple[int, ...]]],
+    facts: Sequence[Fact],
+    common: Sequence[tuple[int, ...]],
+    settings: ValueSettings,
+    values: Values,
+    memory: int | None,
+) -> Iterator[Sequence[tuple[int, ...]]]:
+    """Optimise the batches on this model; yields each that is finished, or the halves of one that does not fit."""
+    trunk = run_trunk(site.stack, common)
+
+    def run(chosen: Sequence[tuple[int, ...]]) -> None:
+        if memory is not None:
+            release_memory()  # what the last batch left in pieces would come on top of the next
+        _descend(site, _prepare(site, facts, chosen, trunk, settings), settings, values)
+
+    return in_halves(batches, run, remedy="Give more --memory, or a smaller model.")
+
+
+def _gathered(
+    elsewhere: Elsewhere,
+    batches: Sequence[Sequence[tuple[int, ...]]],
+    facts: Sequence[Fact],
+    common: Sequence[tuple[int, ...]],
+    settings: ValueSettings,
+    values: Values,
+) -> Iterator[Sequence[tuple[int, ...]]]:
+    """Let the batches be optimised elsewhere, those that take longest first; yields each that is finished."""
+    ordered = sorted(batches, key=lambda batch: _weight(facts, batch), reverse=True)
+    parts = []
+    for batch in ordered:
+        numbers = iter(range(len(facts)))
+        together = tuple(tuple(next(numbers) for _ in group) for group in batch)
+        own = tuple(facts[place] for group in batch for place in group)
+        parts.append(Part(own, together, tuple(common), settings))
+    for number, found in elsewhere(parts):
+        for row, place in enumerate(place for group in ordered[number] for place in group):
+            values.put(place, found.at(row))
+        yield ordered[number]
+
+
+def _weight(facts: Sequence[Fact], batch: Sequence[tuple[int, ...]]) -> int:
+    """Positions that optimising a batch computes at most, up to a factor."""
+    steps = _STEPS_TOGETHER if len(batch[0]) > 1 else 1
+    return steps * sum(facts[place].suffix(row) for group in batch for place in group for row in facts[place].rows)
 
 
 def _alike(facts: Sequence[Fact]) -> list[list[Encoded]]:

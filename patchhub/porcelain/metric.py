@@ -99,6 +99,8 @@ def compute(
     layers: Sequence[int] = (),
     text: Sequence[Path] = (),
     memory: int | None = None,
+    workers: int | None = None,
+    on: str | None = None,
 ) -> Shown:
     """Compute the metric now, or what it lacks for some layers.
 
@@ -108,6 +110,7 @@ def compute(
         layers: for which layers; none: those that the repository's editor writes to.
         text: files to compute it from; none: the base writes it.
         memory: bytes that sums and factors may take.
+        workers, on: how many processes do it, and the Ray cluster that they run on.
 
     Raises:
         SettingsError: there is no such layer.
@@ -116,13 +119,16 @@ def compute(
     from patchhub.editing.metric import MEMORY
     from patchhub.worktree.metric import open_recorder, start_recorder
     from patchhub.worktree.opening import base_files, open_worktree
+    from patchhub.worktree.workers import workers_of
 
     files = base_files(repository)
     chosen = tuple(layers) or edited_layers(repository, files.architecture)
     weights = [files.architecture.ffn_weight(layer) for layer in chosen]
     tree = open_worktree(repository, progress, base=files, edits=weights)
     begin = start_recorder if text and not is_metric_used(repository) else open_recorder
-    begin(repository, tree.stack, tree.tokenizer, chosen, text, progress, memory=memory or MEMORY)
+    with workers_of(tree, workers, on, progress) as others:
+        options: dict[str, Any] = {"memory": memory or MEMORY, "workers": others}
+        begin(repository, tree.stack, tree.tokenizer, chosen, text, progress, **options)
     progress.close()
     return show(repository)
 

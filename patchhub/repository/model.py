@@ -250,7 +250,13 @@ class ModelVerbs(Opened):
 
     @verb
     def metric_compute(
-        self, *, layers: str | Sequence[int] = (), text: Sequence[Place] = (), memory: Count | None = None
+        self,
+        *,
+        layers: str | Sequence[int] = (),
+        text: Sequence[Place] = (),
+        memory: Count | None = None,
+        workers: Count | None = None,
+        on: str | None = None,
     ) -> "ShownMetric":
         """Compute the metric now; else the first commit does.
 
@@ -258,6 +264,7 @@ class ModelVerbs(Opened):
             layers: for which; none: the edited ones.
             text: files to compute it from; none: the base writes it.
             memory: bytes that sums and factors may take.
+            workers, on: as in `commit`.
         """
         from patchhub.sets.settings import layers_of
 
@@ -265,7 +272,8 @@ class ModelVerbs(Opened):
         from patchhub.porcelain.metric import compute
 
         with self._heard() as progress:
-            return compute(self.store, progress, layers=chosen, text=paths(text), memory=memory)
+            options: dict[str, Any] = {"memory": memory, "workers": workers, "on": on}
+            return compute(self.store, progress, layers=chosen, text=paths(text), **options)
 
     @verb
     def metric_import(self, *sources: Place) -> "ShownMetric":
