@@ -321,17 +321,19 @@ class ModelVerbs(Opened):
         out: Place,
         rank: Count | None = None,
         tolerance: Amount = 1e-6,
+        fuse: Place | None = None,
         overwrite: bool = False,
     ) -> "Exported":
         """Write an adapter for llama.cpp and Ollama into a folder: a GGUF file named after the commit, and a Modelfile.
 
         Args:
             rank, tolerance, overwrite: as in `export_peft`.
+            fuse: a GGUF file of the base: write the whole model instead, with all of that file but the weights that change.
         """
         self._resolve(rev)
         from patchhub.porcelain.exchange import export_gguf
 
-        options: dict[str, Any] = {"tolerance": tolerance, "rank": rank, "overwrite": overwrite}
+        options: dict[str, Any] = {"tolerance": tolerance, "rank": rank, "fuse": path(fuse), "overwrite": overwrite}
         with self._heard() as progress:
             return export_gguf(self.store, rev, Path(out), progress, **options)
 
