@@ -188,19 +188,18 @@ def _replacement(reader: Any, base: Path, name: str, old: Any, new: Any) -> tupl
         BaseError: the file's tensor is missing, of another shape, or not the base's.
     """
     gguf = _library()
-    tensor = next((tensor for tensor in reader.tensors if tensor.name == name), None)
-    kind = tensor.tensor_type if tensor is not None else None
-    there = _values(tensor) if tensor is not None else np.zeros(0, np.float32)
-    if tensor is None or there.shape != old.shape:
+    tensor: Any = next((tensor for tensor in reader.tensors if tensor.name == name), None)
+    there = _values(tensor) if tensor is not None else None
+    if there is None or there.shape != old.shape:
         raise BaseError(f"{base} has no tensor {name} of shape {old.shape}", remedy=_OF_BASE, tensor=name)
-    apart = _far(there, old)
-    if not apart <= _NEAR.get(kind.name, _FAR):
+    kind, apart = tensor.tensor_type.name, _far(there, old)
+    if not apart <= _NEAR.get(kind, _FAR):
         raise BaseError(
             f"{name} of {base} is {apart:.2g} away from the base's: it is of another model",
             remedy=_OF_BASE,
             tensor=name,
         )
-    plain = kind.name if kind.name in ("F32", "BF16") else "F16"
+    plain = kind if kind in ("F32", "BF16") else "F16"
     if plain == "F16" and float(np.abs(new).max()) > float(np.finfo(np.float16).max):
         raise SettingsError(
             f"{name} does not fit into 16 bits", remedy="Give a GGUF of the base in float32 or bfloat16.", tensor=name
