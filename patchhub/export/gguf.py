@@ -241,6 +241,11 @@ def _far(one: Float[np.ndarray, "out in"], other: Float[np.ndarray, "out in"]) -
     return float(np.linalg.norm(one - other) / (np.linalg.norm(other) or 1.0))
 
 
+def known_to_llama_cpp(model_type: str) -> bool:
+    """Whether llama.cpp's name of a family is known; asked without the extra."""
+    return model_type in _ARCHITECTURES
+
+
 def modelfile(base: str | None, adapter: str | None) -> str:
     """Ollama's description of the base with the adapter, or of a whole model alone: `ollama create NAME -f Modelfile`."""
     if adapter is None:

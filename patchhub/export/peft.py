@@ -31,6 +31,14 @@ RANKS: Final = (8, 16, 32, 64, 128, 256, 320, 512)
 EXACT: Final = 1e-6
 """Relative error below which an adapter counts as the state itself: what float32 factors can hold."""
 
+_TAKING_ADAPTERS: Final = """
+    apertus arcee cohere cohere2 cwm ernie4_5 exaone4 falcon_h1 gemma gemma2 gemma3 gemma3_text glm glm4 gpt_bigcode gpt_neox granite
+    granite_swa hunyuan_v1_dense hyperclovax internlm3 iquestcoder jais2 llama minicpm3 ministral3 mistral nemotron olmo olmo2 olmo3 opt
+    phi phi3 qwen2 qwen3 qwen3_5_text seed_oss smollm3 starcoder2 vaultgemma
+"""
+LORA_IN_VLLM: Final = frozenset(_TAKING_ADAPTERS.split())
+"""Dense families, by transformers' ``model_type``, whose classes in vLLM 0.33 take LoRA adapters; gpt2, gptj, falcon and others do not."""
+
 _PREFIX: Final = "base_model.model."
 _NUMERICAL_RANK = 1e-7  # the share of a delta's norm that float32 factors lose anyway
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from huggingface_hub import HfApi, ModelCard
 
 import patchhub
@@ -15,6 +16,7 @@ from patchhub.delta import Dense, read_deltas, to_dense, write_deltas
 from patchhub.errors import PatchhubError, RemoteError, RevisionError
 from patchhub.models.checkpoint import open_checkpoint
 from patchhub.porcelain import share as verbs
+from patchhub.porcelain.serving import Named, served_adapter
 from patchhub.porcelain.share import Access, remote_add
 from patchhub.progress import Silent
 from patchhub.remotes.hub import HubRemote
@@ -28,6 +30,8 @@ from tests.export.models import distance, load_base, logits, model_folder, model
 from tests.remotes.conftest import TOKEN
 from tests.remotes.stores import AUTHOR, TIME, add_batch, content, make_store, move, switch
 from tests.remotes.test_hub import tree_of
+
+OLD_WAY = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # PEFT asks transformers so
 
 
 @pytest.fixture(params=["gpt2", "llama"])
@@ -250,3 +254,13 @@ def test_nothing_there_is_said(hub: Any, tmp_path: Path) -> None:
         remote_add(repository, "origin", "hf://tester/facts")
         with pytest.raises(RemoteError, match="holds no patchhub store"):
             verbs.fetch(repository, "origin", Silent(), who=Who(AUTHOR, TIME), access=Access(hub.url, TOKEN))
+
+
+@OLD_WAY
+def test_a_tag_of_the_hub_is_served_as_the_adapter_of_its_name(store: Store, base: Path, tmp_path: Path) -> None:
+    found = served_adapter(Named("tester/facts", "v1"), str(base), tmp_path / "cache")
+    assert found.commit == store.resolve("v1")
+    expected = patchhub.load("tester/facts", revision="v1", base=base, dtype=torch.float32)
+    from peft import PeftModel
+
+    assert distance(logits(PeftModel.from_pretrained(load_base(base), found.folder)), logits(expected)) < 1e-5
