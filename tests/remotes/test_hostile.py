@@ -10,6 +10,7 @@ import pickle
 import shutil
 import tempfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from patchhub.porcelain.search import diff
 from patchhub.porcelain.share import remote_add
 from patchhub.progress import Silent
 from patchhub.remotes import sync
-from patchhub.remotes.receive import Limits
+from patchhub.remotes.receive import Intake, Limits
 from patchhub.remotes.remote import Remote, object_path, read_branch, read_folder
 from patchhub.remotes.sync import open_remote
 from patchhub.sets.columns import tensor_check, write_columns
@@ -74,9 +75,11 @@ def attacked(honest: Path) -> Iterator[tuple[Path, Store]]:
 
 def fetch(repository: Store, remote: Remote) -> None:
     """As `patchhub fetch` does."""
-    limits, check_tensors = Limits(1 << 30, SHAPES, SHAPES), tensor_check(SHAPES, SHAPES)
-    who = Who(AUTHOR, TIME)
-    sync.fetch(repository, remote, "origin", limits, check_tensors, who=who, prove=lambda c: prove(repository, c))
+    intake, entry = (
+        Intake(Limits(1 << 30, SHAPES, SHAPES), tensor_check(SHAPES, SHAPES)),
+        sync.Entry(partial(prove, repository)),
+    )
+    sync.fetch(repository, remote, "origin", intake, who=Who(AUTHOR, TIME), entry=entry)
 
 
 def replace_file(path: Path, data: bytes) -> None:

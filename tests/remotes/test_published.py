@@ -17,9 +17,10 @@ from patchhub.errors import PatchhubError, RemoteError, RevisionError
 from patchhub.models.checkpoint import open_checkpoint
 from patchhub.porcelain import share as verbs
 from patchhub.porcelain.serving import Named, served_adapter
-from patchhub.porcelain.share import Access, remote_add
+from patchhub.porcelain.share import Access, Chosen, remote_add
 from patchhub.progress import Silent
 from patchhub.remotes.hub import HubRemote
+from patchhub.remotes.sync import Manner
 from patchhub.runtime.patched_model import load_patched
 from patchhub.sets.columns import weight_shapes
 from patchhub.store.store import Store
@@ -60,8 +61,9 @@ def store(base: Path, tmp_path: Path, hub: Any, monkeypatch: pytest.MonkeyPatch)
     return repository
 
 
-def push(repository: Store, hub: Any, **options: Any) -> None:
-    verbs.push(repository, "origin", (), Silent(), who=Who(AUTHOR, TIME), access=Access(hub.url, TOKEN), **options)
+def push(repository: Store, hub: Any, *, everything: bool = False, private_facts: bool | None = None) -> None:
+    chosen, manner, access = Chosen(everything=everything), Manner(private_facts), Access(hub.url, TOKEN)
+    verbs.push(repository, "origin", chosen, Silent(), who=Who(AUTHOR, TIME), manner=manner, access=access)
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # PEFT asks transformers the old way
@@ -122,7 +124,7 @@ def test_load_proves_when_it_is_asked_to(store: Store, base: Path, hub: Any) -> 
     }
     other = replace(commit, tensors=store.objects.put(write_deltas(lying)))
     move(store, {"refs/heads/lie": (None, store.objects.put(other.to_json()))})
-    verbs.push(store, "origin", ("lie",), Silent(), who=Who(AUTHOR, TIME), access=Access(hub.url, TOKEN))
+    verbs.push(store, "origin", Chosen(("lie",)), Silent(), who=Who(AUTHOR, TIME), access=Access(hub.url, TOKEN))
     assert patchhub.load("tester/facts", "lie", base=base).patchhub.proof == "claimed"
     with pytest.raises(RemoteError, match="not those of the facts"):
         patchhub.load("tester/facts", "lie", base=base, prove=True)
