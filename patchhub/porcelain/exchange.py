@@ -44,7 +44,6 @@ from patchhub.sets.shards import shards_at
 from patchhub.store.store import Store, refuse_store
 from patchhub.who import Who
 from patchhub.worktree.judging import GUARDED, Guarding, judge
-from patchhub.worktree.opening import base_object, open_base, open_checked
 
 _MANY_FACTS: Final = 100
 """What a change that does not say how many facts it brings may drift as much as (docs/guard.md)."""
@@ -102,6 +101,8 @@ def import_change(
     if (folder / CONFIG).exists():
         found = _from_adapter(folder, repository)
     else:
+        from patchhub.worktree.opening import open_base
+
         found = _from_checkpoint(repository, open_base(repository, base), open_checkpoint(folder), tolerance, progress)
     if not found.deltas:
         raise RequestError(f"{folder} changes nothing", remedy="Give an adapter or a checkpoint that differs.")
@@ -161,6 +162,8 @@ def _from_checkpoint(
     repository: Store, base: Checkpoint, other: Checkpoint, tolerance: float, progress: Progress
 ) -> _Change:
     """The difference of two checkpoints, weight by weight; every other tensor must be the same."""
+    from patchhub.worktree.opening import base_object
+
     shapes = linear_shapes(repository)
     stored = {base.resolve_name(weight): weight for weight in shapes}
     progress.stage("comparing", len(other.tensors))
@@ -322,6 +325,8 @@ def export_gguf(
 
 def _fused(repository: Store, commit: str | None, base: Path, out: Path, progress: Progress) -> Exported:
     """Write a GGUF of the base with the change of a commit fused in, and a Modelfile of it."""
+    from patchhub.worktree.opening import open_checked
+
     _refuse_routed(repository, commit, "GGUF file")
     known, shapes, state = repository.config.base, linear_shapes(repository), read_state(repository, commit)
     names = gguf.names_in_llama_cpp(state, known["model_type"], len(known["weights"]))

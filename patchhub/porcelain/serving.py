@@ -14,7 +14,6 @@ from typing import Final, Literal
 from patchhub.errors import RepositoryError, RequestError, UnsupportedModelError
 from patchhub.evaluation.guard import Report
 from patchhub.evaluation.judge import Server, root_of
-from patchhub.evaluation.spoken import said
 from patchhub.objects import Request
 from patchhub.progress import Progress
 from patchhub.results import Result
@@ -120,6 +119,8 @@ def _facts(repository: Store, commit: str | None, limit: int) -> list[Request]:
 
 def _judged(fact: Request, continuation: str, *, chat: bool) -> Said:
     """In a chat the target may stand anywhere in the answer, which keeps the base's own words before it."""
+    from patchhub.evaluation.spoken import said  # with torch, which an address that nobody answers at does not need
+
     text = " ".join(continuation.split())
     before = fact.target_true
     holds, as_before = (

@@ -24,11 +24,13 @@ from patchhub.repository.arguments import (
     judge_of,
     many,
     path,
-    paths,
     place_of,
+    refuse_without_harness,
+    texts,
     verb,
 )
 from patchhub.results import Rows
+from patchhub.store.store import refuse_store
 
 if TYPE_CHECKING:
     from patchhub.evaluation.harness import Harness
@@ -94,9 +96,13 @@ class ModelVerbs(Opened):
             wise: how loading routes to shards; None: as the config says.
         """
         self._resolve(rev)
+        place = place_of(base)
+        from patchhub.models.patched_copy import refuse_occupied
+
+        refuse_store(self.store, Path(out))
+        refuse_occupied(None, Path(out), overwrite=overwrite)
         from patchhub.porcelain.model import apply
 
-        place = place_of(base)
         with self._heard() as progress:
             return apply(self.store, rev, Path(out), progress, base=place, overwrite=overwrite, link=link, wise=wise)
 
@@ -147,16 +153,18 @@ class ModelVerbs(Opened):
             device, dtype, quantization, chat: as in `commit`.
         """
         self._resolve(rev)
+        if harness is not None and not all:
+            refuse_without_harness()
         tasks = None if harness is None else harness_of(harness, harness_path, harness_limit)
         if suite is None:
             alone = None if all or judge else tasks
             return self._harness(rev, alone, self._placement(device, dtype, quantization))
+        options: dict[str, Any] = {"who": self._who(author, time), "judge": judge_of(judge, judge_model, os.environ)}
         facts = self._suite(suite, metrics, limit=limit, seed=seed, text=text, contexts=tuple(context))
         from patchhub.porcelain import measure
         from patchhub.porcelain.report.charts import write_scores
 
-        options: dict[str, Any] = {"placement": self._placement(device, dtype, quantization), "chat": chat}
-        options |= {"who": self._who(author, time), "judge": judge_of(judge, judge_model, os.environ)}
+        options |= {"placement": self._placement(device, dtype, quantization), "chat": chat}
         with self._heard() as progress:
             if all:
                 measure.refuse_unkept(note, tasks)
@@ -236,9 +244,10 @@ class ModelVerbs(Opened):
         from patchhub.sets.settings import chosen_method
 
         requests, method = read_facts(facts, format=format).requests, chosen_method(self.store, method)
+        read = texts(text)
         from patchhub.porcelain.tune import tune
 
-        options: dict[str, Any] = {"method": method, "limit": limit, "dry_run": dry_run, "text": paths(text)}
+        options: dict[str, Any] = {"method": method, "limit": limit, "dry_run": dry_run, "text": read}
         with self._heard() as progress:
             return tune(self.store, requests, progress, **options)
 
@@ -262,11 +271,11 @@ class ModelVerbs(Opened):
         """
         from patchhub.sets.settings import layers_of
 
-        chosen = layers_of(layers)
+        chosen, read = layers_of(layers), texts(text)
         from patchhub.porcelain.metric import compute
 
         with self._heard() as progress:
-            return compute(self.store, progress, layers=chosen, text=paths(text), memory=memory)
+            return compute(self.store, progress, layers=chosen, text=read, memory=memory)
 
     @verb
     def metric_import(self, *sources: Place) -> "ShownMetric":
