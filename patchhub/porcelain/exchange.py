@@ -1,6 +1,11 @@
-"""What other programs made and what they are given: `import`, `export`. NumPy only; no model runs here.
+"""What other programs made and what they are given: `import`, `export`, `verify-served`. NumPy only; no model runs here.
 
-`import` takes the change that another program made to the base, `export` writes states in other programs' forms."""
+`import` takes the change that another program made to the base, `export` writes states in other programs' forms, and `verify-served` tells
+whether a server answers with a revision's facts.
+
+A server is asked over the OpenAI-compatible interface: vLLM, SGLang, TGI, llama.cpp, Ollama and LM Studio answer `/v1/completions` and
+`/v1/chat/completions` alike. A fact counts as said where the greedy continuation of its prompt begins with its target, in a
+chat where the answer says it. Facts that the commit was noted not to say are not asked."""
 
 from __future__ import annotations
 
@@ -8,12 +13,14 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import numpy as np
 
 from patchhub.delta import Delta, add, compact, negative, norm, read_deltas, to_dense, write_deltas
 from patchhub.errors import BaseError, RepositoryError, RequestError, SettingsError
+from patchhub.evaluation.guard import Report
+from patchhub.evaluation.judge import Server, root_of
 from patchhub.export import gguf
 from patchhub.export.foreign import form_of, from_difference, is_nothing, read_adapter
 from patchhub.export.peft import (
@@ -31,7 +38,7 @@ from patchhub.export.peft import (
 from patchhub.fsio import os_errors, write_atomically
 from patchhub.models.checkpoint import Checkpoint, open_checkpoint, read_floats
 from patchhub.models.fingerprint import tensor_digest
-from patchhub.objects import Base
+from patchhub.objects import Base, Request
 from patchhub.porcelain.scores import DEFINITIONS, notes_of
 from patchhub.progress import Progress
 from patchhub.remotes.card import AdapterNote, Card, ScoreLine, adapter_name, write_card
@@ -491,3 +498,112 @@ def _write(folder: Path, files: Mapping[str, bytes], *, overwrite: bool) -> None
         folder.mkdir(parents=True, exist_ok=True)
     for name, data in files.items():
         write_atomically(folder / name, (data,))
+
+
+Verdict = Literal["on", "off", "partly"]
+
+_TOKENS: Final = 24  # a target of a few words, and what follows it
+_ENOUGH: Final = 0.8  # share of the facts that are said where a revision is on
+
+
+@dataclass(frozen=True)
+class Said(Result):
+    """What the server wrote after the prompt of a fact, and whether that says the target, or what was true before."""
+
+    prompt: str
+    target: str
+    continuation: str
+    holds: bool
+    as_before: bool
+
+
+@dataclass(frozen=True)
+class Served(Result):
+    """Whether a server answers as a revision does.
+
+    Attributes:
+        verdict: ``on`` where at least 8 in 10 facts are said, ``off`` where none is, else ``partly``.
+        model: the name that was asked.
+        commit: the revision.
+        answers: of each fact that was asked.
+    """
+
+    verdict: Verdict
+    url: str
+    model: str
+    commit: str
+    answers: tuple[Said, ...]
+
+    @property
+    def said(self) -> int:
+        """How many facts are said."""
+        return sum(answer.holds for answer in self.answers)
+
+    def words(self) -> str:
+        return f"{self.model} at {self.url}: {self.verdict}, {self.said} of {len(self.answers)} facts are said"
+
+
+def verify_served(
+    repository: Store,
+    url: str,
+    progress: Progress,
+    *,
+    revision: str = "HEAD",
+    model: str | None = None,
+    limit: int = 8,
+    chat: bool = False,
+) -> Served:
+    """Ask a server a few facts of a revision.
+
+    Args:
+        url: where the interface begins, such as ``http://localhost:8000`` or ``http://localhost:8000/v1``.
+        model: the name of the model or adapter there; None: the only one, or the first.
+        limit: at most so many facts, spread over all that are active.
+        chat: ask as a user's message, not as a text to continue.
+
+    Raises:
+        SettingsError: ``url`` is no http address.
+        RequestError: the revision holds no fact whose text is here.
+        RemoteError: the server cannot be reached, or its answers are of another form.
+    """
+    server = Server(root_of(url))
+    commit = repository.resolve(revision)
+    facts = _facts(repository, commit, limit)
+    if commit is None or not facts:
+        raise RequestError(
+            f"{revision} holds no fact that could be asked", remedy="Name a revision with facts by --rev."
+        )
+    name, fields = model or server.first_model(), server.unremembering()
+    progress.stage("asking", len(facts))
+    answers = []
+    for fact in facts:
+        continuation = server.complete(name, fact.text, tokens=_TOKENS, chat=chat, fields=fields)
+        answers.append(_judged(fact, continuation, chat=chat))
+        progress.advance(1)
+    progress.close()
+    held = sum(answer.holds for answer in answers)
+    verdict: Verdict = "on" if held >= _ENOUGH * len(answers) else "partly" if held else "off"
+    return Served(verdict, server.root, name, commit, tuple(answers))
+
+
+def _facts(repository: Store, commit: str | None, limit: int) -> list[Request]:
+    """Facts that the model at a commit says by itself as far as is known, spread over all of them."""
+    active = distinct(active_requests(repository, repository.active(commit)))
+    report = Report.from_json(repository.commit(commit).check) if commit else None
+    spoken = report.measured.spoken if report else None
+    unsaid = {fault.request for fault in spoken.faults if fault.why == "not said"} if spoken else set()
+    known = [fact for fact in active if fact.id not in unsaid] or list(active)
+    step = max(1, len(known) // limit)
+    return known[::step][:limit]
+
+
+def _judged(fact: Request, continuation: str, *, chat: bool) -> Said:
+    """In a chat the target may stand anywhere in the answer, which keeps the base's own words before it."""
+    from patchhub.evaluation.spoken import said  # with torch, which an address that nobody answers at does not need
+
+    text = " ".join(continuation.split())
+    before = fact.target_true
+    holds, as_before = (
+        bool(target) and said(text, target, anywhere=chat) for target in (fact.target_new, before or "")
+    )
+    return Said(fact.text, fact.target_new, text, holds, as_before)

@@ -34,12 +34,11 @@ from patchhub.store.store import refuse_store
 
 if TYPE_CHECKING:
     from patchhub.evaluation.harness import Harness
-    from patchhub.porcelain.exchange import Exported
+    from patchhub.porcelain.exchange import Exported, Served
     from patchhub.porcelain.measure import Bench, Evaluation
     from patchhub.porcelain.metric import Shown as ShownMetric
     from patchhub.porcelain.model import Answer, Applied
     from patchhub.porcelain.report.report import Written
-    from patchhub.porcelain.serving import Served
     from patchhub.porcelain.trust.audit import WrittenEvidence
     from patchhub.porcelain.tune import Tuned
 
@@ -360,7 +359,7 @@ class ModelVerbs(Opened):
             chat: ask as a user's message, not as a text to continue.
         """
         self._resolve(rev)
-        from patchhub.porcelain.serving import verify_served
+        from patchhub.porcelain.exchange import verify_served
 
         with self._heard() as progress:
             return verify_served(self.store, url, progress, revision=rev, model=model, limit=limit, chat=chat)

@@ -13,8 +13,8 @@ from peft import PeftModel
 
 import patchhub
 from patchhub.errors import RepositoryError, SettingsError, UnsupportedModelError
-from patchhub.porcelain.serving import Named, served_adapter
 from patchhub.repository import vllm as plugin
+from patchhub.repository.vllm import Named, served_adapter
 from patchhub.store.store import Store
 from tests.export.models import distance, load_base, logits, model_folder, model_store
 from tests.remotes.stores import move

@@ -16,11 +16,11 @@ from patchhub.delta import Dense, read_deltas, to_dense, write_deltas
 from patchhub.errors import PatchhubError, RemoteError, RevisionError
 from patchhub.models.checkpoint import open_checkpoint
 from patchhub.porcelain import share as verbs
-from patchhub.porcelain.serving import Named, served_adapter
 from patchhub.porcelain.share import Access, Chosen, remote_add
 from patchhub.progress import Silent
 from patchhub.remotes.hub import HubRemote
 from patchhub.remotes.sync import Manner
+from patchhub.repository.vllm import Named, served_adapter
 from patchhub.runtime.patched_model import load_patched
 from patchhub.sets.columns import weight_shapes
 from patchhub.store.store import Store
