@@ -162,6 +162,9 @@ def import_any(repository: Store, sources: Sequence[str], progress: Progress) ->
     """`import_metric` of a file that `export_metric` wrote, else `import_moments`; errors as theirs."""
     if not sources:
         raise SettingsError("there is nothing to import", remedy="Name a file, a folder of files, or LAYER=FILE.")
+    for source in sources:
+        if "=" not in source and not Path(source).exists():
+            raise SettingsError(f"there is no {source}", remedy="Name a file, a folder of files, or LAYER=FILE.")
     if len(sources) == 1 and is_metric_file(Path(sources[0])):
         return import_metric(repository, Path(sources[0]))
     return import_moments(repository, sources, progress)
@@ -278,14 +281,14 @@ def export_metric(repository: Store, out: Path, *, overwrite: bool = False) -> s
         RepositoryError: there is no metric, its cache is empty, or ``out`` exists.
         SettingsError: ``out`` is in a store.
     """
-    from patchhub.worktree.metric import metric_cache
-
     refuse_store(repository, out)
     pinned = repository.config.recording
     if pinned is None:
         raise RepositoryError("this repository has no metric yet", remedy="Run `patchhub metric compute`.")
     if out.exists() and not overwrite:
         raise RepositoryError(f"{out} exists already", remedy="Choose another file, or --overwrite.")
+    from patchhub.worktree.metric import metric_cache
+
     metric = Metric.from_json(repository.objects.get(pinned.metric))
     cache = metric_cache(repository, metric)
     paths = {cache.name(weight): path for weight, path in _files_of(repository, metric).items()}

@@ -200,6 +200,14 @@ class Publication:
     message: str
 
 
+Heard = Callable[[int], None]
+"""Called with the bytes that travelled."""
+
+
+def unheard(size: int) -> None:
+    """Nobody wants to know."""
+
+
 class Remote(Protocol):
     """A place that holds branches, tags, notes and the objects they need."""
 
@@ -216,11 +224,11 @@ class Remote(Protocol):
         """Bytes of every object that can be read at ``tip``."""
         ...
 
-    def read(self, tip: Tip, ids: Collection[str], into: Path) -> Iterator[tuple[str, Path]]:
+    def read(self, tip: Tip, ids: Collection[str], into: Path, heard: Heard = unheard) -> Iterator[tuple[str, Path]]:
         """A local file for each object, each of which `sizes` named; not verified. ``into`` is an empty folder to use."""
         ...
 
-    def publish(self, publication: Publication) -> None:
+    def publish(self, publication: Publication, heard: Heard = unheard) -> None:
         """Send what is new and move the ref, in one step as seen by readers.
 
         Raises:
@@ -487,20 +495,23 @@ class FileRemote:
             self._listed = {match[1] + match[2]: size for name, size in found if (match := OBJECT.fullmatch(name))}
         return self._listed
 
-    def read(self, tip: Tip, ids: Collection[str], into: Path) -> Iterator[tuple[str, Path]]:
+    def read(self, tip: Tip, ids: Collection[str], into: Path, heard: Heard = unheard) -> Iterator[tuple[str, Path]]:
         for identity in ids:
             try:
-                yield identity, self._files.local(object_path(identity), into)
+                file = self._files.local(object_path(identity), into)
+                heard(file.stat().st_size)
+                yield identity, file
             except FileNotFoundError:
                 raise RemoteError(
                     f"object {identity[:12]} disappeared from {self._address}", remedy="Run the command again."
                 ) from None
 
-    def publish(self, publication: Publication) -> None:
+    def publish(self, publication: Publication, heard: Heard = unheard) -> None:
         with self._files.locked():
             self._check(self._manifest(), publication)  # before anything is sent
         for identity, file in publication.objects.items():
             self._files.write(object_path(identity), file)
+            heard(file.stat().st_size)
         with self._files.locked():
             before = self._manifest()
             self._check(before, publication)

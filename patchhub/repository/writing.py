@@ -24,6 +24,7 @@ from patchhub.repository.arguments import (
     guarded_by,
     many,
     place_of,
+    texts,
     verb,
 )
 from patchhub.store.store import Store
@@ -144,14 +145,14 @@ class WritingVerbs(Opened):
         batch = read_facts(facts, format=format, prompt=prompt, subject=subject, target=target)
         found = isinstance(keep, str | PathLike) and str(keep) == "auto"
         keeps = () if found else read_keeps(keep)
-        settings = self._settings(set, method)
+        settings, read = self._settings(set, method), texts(text)
         self._refuse_little(memory)
         from patchhub.porcelain.commit import commit
 
         placement = self._placement(device, dtype, quantization)
         options: dict[str, Any] = {"settings": settings, "on_conflict": on_conflict, "strict": strict, "memory": memory}
         options |= {"workers": workers, "on": on}
-        how = as_written(text=text, method=method, keep=keeps, find_keeps=found, **options)
+        how = as_written(text=read, method=method, keep=keeps, find_keeps=found, **options)
         with self._heard() as progress:
             done = commit(
                 self.store, batch, who, progress, how, force=force, all_facts=all_facts, placement=placement, chat=chat

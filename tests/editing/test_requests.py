@@ -64,6 +64,15 @@ SHAPES = {
         "locality_prompt": "Michel Rocard speaks",
         "locality_ground_truth": "French",
     },
+    "WISE's Temporal": {
+        "prompt": FILLED,
+        "subject": "Danielle Darrieux",
+        "target_new": "English",
+        "ground_truth": "French",
+        "ood_rephrase": "Danielle Darrieux speaks",
+        "locality_prompt": "Michel Rocard speaks",
+        "locality_ground_truth": "French",
+    },
     "EasyEdit, lists and nested locality": {
         "prompt": FILLED,
         "subject": "Danielle Darrieux",

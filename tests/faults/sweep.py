@@ -85,7 +85,7 @@ VERBS: Final[Mapping[str, Verb]] = {
     "remote add": on_store(lambda s, f: share.remote_add(s, "other", str(f / "other"))),
     "remote rename": on_store(lambda s, _: share.remote_rename(s, "full", "filled", who=WHO)),
     "remote remove": on_store(lambda s, _: share.remote_remove(s, "full", who=WHO)),
-    "push": on_store(lambda s, _: share.push(s, "origin", (), Silent(), who=WHO)),
+    "push": on_store(lambda s, _: share.push(s, "origin", share.CURRENT, Silent(), who=WHO)),
     "fetch": on_store(lambda s, _: share.fetch(s, "full", Silent(), who=WHO)),
     "pull": on_store(lambda s, _: share.pull(s, "full", Silent(), who=WHO)),
     "gc": on_store(lambda s, _: upkeep.collect(s, now="2030-01-01T00:00:00Z")),
@@ -208,7 +208,7 @@ def prepare(folder: Path) -> None:
     with make_store(folder / "theirs") as theirs:
         add_batch(theirs, range(40, 43))
         share.remote_add(theirs, "full", str(folder / "full"))
-        share.push(theirs, "full", (), Silent(), who=WHO)
+        share.push(theirs, "full", share.CURRENT, Silent(), who=WHO)
     with make_history(folder / "store") as store:
         refs.switch_to_new(store, "against", "HEAD~1", WHO)
         asked = make_request(3)
@@ -249,7 +249,7 @@ def prepare_with_model(folder: Path) -> None:
         refs.switch(store, "main", WHO)
         merge(store, "side", WHO)
         share.remote_add(store, "origin", str(folder / "remote"))
-        share.push(store, "origin", (), Silent(), who=WHO)
+        share.push(store, "origin", share.CURRENT, Silent(), who=WHO)
         export_metric(store, folder / "metric")
     made(folder / "bare", str(folder / "store" / "model"), Silent(), who=WHO)
 

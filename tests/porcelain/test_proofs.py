@@ -166,7 +166,7 @@ def test_a_lie_is_refused_unless_it_is_trusted_and_then_stays_visible(store: Syn
     honest = every_commit(store.repository)
     put_back(store, rewritten(honest[-1], store, LIES["the negative"]))
     share.remote_add(store.repository, "origin", str(tmp_path / "remote"))
-    share.push(store.repository, "origin", (), Silent(), who=BY)
+    share.push(store.repository, "origin", share.CURRENT, Silent(), who=BY)
     assert not fsck(store.repository, Silent()).sound
     receiver = make_store(tmp_path / "receiver").repository
     share.remote_add(receiver, "origin", str(tmp_path / "remote"))
@@ -284,7 +284,7 @@ def test_a_change_that_float32_does_not_hold_is_refused(tmp_path: Path) -> None:
 def test_a_history_that_was_fetched_before_proofs_is_its_authors_claim(store: Synthetic, tmp_path: Path) -> None:
     head = str(store.repository.head[1])
     share.remote_add(store.repository, "origin", str(tmp_path / "remote"))
-    share.push(store.repository, "origin", (), Silent(), who=BY)
+    share.push(store.repository, "origin", share.CURRENT, Silent(), who=BY)
     receiver = make_store(tmp_path / "receiver").repository
     share.remote_add(receiver, "origin", str(tmp_path / "remote"))
     share.fetch(receiver, "origin", Silent(), who=BY)

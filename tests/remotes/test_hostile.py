@@ -31,7 +31,7 @@ from patchhub.porcelain.search import diff
 from patchhub.porcelain.share import remote_add
 from patchhub.progress import Silent
 from patchhub.remotes import sync
-from patchhub.remotes.receive import Limits
+from patchhub.remotes.receive import Intake, Limits
 from patchhub.remotes.remote import FileRemote, LocalFiles, Remote, object_path, read_branch, read_folder
 from patchhub.remotes.sync import open_remote
 from patchhub.sets.columns import tensor_check, write_columns
@@ -74,17 +74,9 @@ def attacked(honest: Path) -> Iterator[tuple[Path, Store]]:
 
 def fetch(repository: Store, remote: Remote) -> None:
     """As `patchhub fetch` does."""
-    limits, check_tensors = Limits(1 << 30, SHAPES, SHAPES), tensor_check(SHAPES, SHAPES)
-    who = Who(AUTHOR, TIME)
-    sync.fetch(
-        repository,
-        remote,
-        "origin",
-        limits,
-        check_tensors,
-        who=who,
-        prove=lambda c, tips: prove(repository, c, tips=tips),
-    )
+    intake = Intake(Limits(1 << 30, SHAPES, SHAPES), tensor_check(SHAPES, SHAPES))
+    entry = sync.Entry(lambda commits, tips: prove(repository, commits, tips=tips))
+    sync.fetch(repository, remote, "origin", intake, who=Who(AUTHOR, TIME), entry=entry)
 
 
 def replace_file(path: Path, data: bytes) -> None:
