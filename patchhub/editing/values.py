@@ -4,7 +4,6 @@ Finished values are kept on disk while the others are made, so that an interrupt
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, groupby, takewhile
@@ -19,7 +18,7 @@ from patchhub.cache import Cache, Kind, Slot
 from patchhub.canonical import canonical_json, object_id
 from patchhub.editing.budget import POSITIONS, Footprint, in_halves, release_memory, step_budget
 from patchhub.editing.locate import Encoded
-from patchhub.editing.rows import Row, Rows, Site, Trunk, beginnings, open_rows, run_trunk
+from patchhub.editing.rows import Lane, Row, Site, Trunk, beginnings, new_places, open_lanes, run_trunk
 from patchhub.errors import EditError
 
 KIND: Final = Kind("values", ".values", limit=1 << 30)
@@ -91,10 +90,6 @@ def _encoded(key: str, value: KeptValue) -> bytes:
 
 
 _BETAS, _ADAM_EPSILON = (0.9, 0.999), 1e-8  # torch.optim.Adam's defaults, which the published code uses
-_PASS_CPU, _PASS_GPU = (
-    32,
-    256,
-)  # what one more pass costs, in positions: reading the weights once, and on a GPU its launches
 _LEAST_FACTS = 8  # that a batch shrinks to; a multiple of as many begin in one
 _STEPS_TOGETHER = (
     10  # times the steps of one fact: one vector that says several things is found later (docs/methods.md)
@@ -213,32 +208,6 @@ class _Predictions:
 
 
 @dataclass(frozen=True, eq=False)
-class _Lane:
-    """Rows of about one length that run as one batch, and which of their states are read.
-
-    Attributes:
-        row, column: of each state that is read; columns count from the subject's last token.
-        slot: its place among the states of all lanes: first those of the predictions, then those of the essences.
-    """
-
-    rows: Rows
-    row: Int[Tensor, " read"]
-    column: Int[Tensor, " read"]
-    slot: Int[Tensor, " read"]
-
-    def select(
-        self, kept: Bool[Tensor, " groups"], place: Int[Tensor, " groups"], slots: Int[Tensor, " slots"]
-    ) -> _Lane | None:
-        """What is left when only some groups stay, with their new numbers and those of the slots (-1: gone); None: nothing."""
-        rows = kept[self.rows.fact].nonzero()[:, 0]
-        if not len(rows):
-            return None
-        read, new = (slots[self.slot] >= 0).nonzero()[:, 0], _new_places(rows, len(self.rows.fact))
-        chosen = self.rows.select(rows, place[self.rows.fact[rows]])
-        return _Lane(chosen, new[self.row[read]], self.column[read], slots[self.slot[read]])
-
-
-@dataclass(frozen=True, eq=False)
 class _Members:
     """The facts of a batch: place in the caller's order, group, and h of the bare prompt."""
 
@@ -262,7 +231,7 @@ class _Batch:
 
     members: _Members
     live: Bool[Tensor, " groups"]
-    lanes: tuple[_Lane, ...]
+    lanes: tuple[Lane, ...]
     order: Int[Tensor, " slots"]  # of the states of all lanes, one lane after the other, by their slots
     predictions: _Predictions
     essence_log_probs: Float[Tensor, "groups vocabulary"] | None  # before anything changed; None until the first step
@@ -536,7 +505,7 @@ def _prepare(
     last = len(trunk.lengths) - 1
     read += [(len(rows) + number, 0) for number in range(len(chosen))]
     rows += [Row(facts[group[0]].essence, 1, last, number) for number, group in enumerate(chosen)]
-    lanes, members = _lanes(site, rows, read, trunk), torch.tensor(places, device=device).T
+    lanes, members = open_lanes(site, rows, read, trunk), torch.tensor(places, device=device).T
     hidden = _unedited(site, rows, lanes)
     first = torch.tensor([sum(map(len, chosen[:number])) for number in range(len(chosen))], device=device)
     zeros = torch.zeros_like(hidden[first])
@@ -557,46 +526,8 @@ def _prepare(
     )
 
 
-def _lanes(
-    site: Site, rows: Sequence[Row], read: Sequence[tuple[int, int]], trunk: Trunk
-) -> list[tuple[_Lane, Sequence[int]]]:
-    """The rows in lanes, each with its rows' numbers; ``read`` is the row and column of every slot."""
-    device, recurrent = site.stack.device, site.stack.architecture.recurrent
-    lengths = [row.kept + (row.encoded.subject_last if recurrent else 0) for row in rows]
-    reads: dict[int, list[tuple[int, int]]] = {}
-    for slot, (row, column) in enumerate(read):
-        reads.setdefault(row, []).append((column, slot))
-    found: list[tuple[_Lane, Sequence[int]]] = []
-    for numbers in _split(lengths, _PASS_CPU if device.type == "cpu" else _PASS_GPU):
-        states = [(place, *one) for place, number in enumerate(numbers) for one in reads[number]]
-        row, column, slot = torch.tensor(states, device=device).T
-        found.append((_Lane(open_rows(site, [rows[number] for number in numbers], trunk), row, column, slot), numbers))
-    return found
-
-
-def _split(lengths: Sequence[int], overhead: int) -> list[list[int]]:
-    """Rows by length in groups that together cost least, padded to the longest of each; a group costs ``overhead`` positions besides."""
-    sizes = sorted(set(lengths))
-    counts = Counter(lengths)
-    best: list[tuple[int, int]] = [(0, 0)]  # least cost of the sizes so far, and where the last group of them begins
-    for stop in range(1, len(sizes) + 1):
-        rows, options = 0, []
-        for start in range(stop - 1, -1, -1):
-            rows += counts[sizes[start]]
-            options.append((best[start][0] + overhead + rows * sizes[stop - 1], start))
-        best.append(min(options))
-    groups: list[list[int]] = []
-    stop = len(sizes)
-    while stop:
-        start = best[stop][1]
-        held = set(sizes[start:stop])
-        groups.append([number for number, length in enumerate(lengths) if length in held])
-        stop = start
-    return groups
-
-
 def _unedited(
-    site: Site, rows: Sequence[Row], lanes: Sequence[tuple[_Lane, Sequence[int]]]
+    site: Site, rows: Sequence[Row], lanes: Sequence[tuple[Lane, Sequence[int]]]
 ) -> Float[Tensor, "facts parts d"]:
     """What the change is added to in the bare row of every fact; essences are no such rows."""
     facts = [number for number, row in enumerate(rows) if row.trunk == 0]
@@ -691,10 +622,10 @@ def _shrunk(batch: _Batch, live: Sequence[bool], values: Values) -> _Batch:
     leaving = set(finished[size - left :])
     kept = torch.tensor([group not in leaving for group in range(len(live))], device=batch.live.device)
     keep = kept.nonzero()[:, 0]
-    place = _new_places(keep, len(kept))
+    place = new_places(keep, len(kept))
     predicted = kept[batch.predictions.fact]
     stays = torch.cat([predicted, kept])
-    slots = _new_places(stays.nonzero()[:, 0], len(stays))
+    slots = new_places(stays.nonzero()[:, 0], len(stays))
     lanes = [lane for lane in (lane.select(kept, place, slots) for lane in batch.lanes) if lane is not None]
     assert batch.essence_log_probs is not None
     return _Batch(
@@ -712,9 +643,3 @@ def _shrunk(batch: _Batch, live: Sequence[bool], values: Values) -> _Batch:
         nll_factor=batch.nll_factor[keep],
         found=batch.found.select(keep),
     )
-
-
-def _new_places(kept: Int[Tensor, " kept"], count: int) -> Int[Tensor, " count"]:
-    """Where each of ``count`` items goes when only some are kept; -1 for the others."""
-    places = torch.full((count,), -1, device=kept.device)
-    return places.index_copy(0, kept, torch.arange(len(kept), device=kept.device))

@@ -217,11 +217,11 @@ def test_what_a_fetch_leaves_that_died_is_the_groups_to_take_away(ours: Path, ba
     run(ours, "push")
     clone, seen = tmp_path / "clone", []
 
-    def look(self: FileRemote, tip: Tip, ids: Collection[str], into: Path) -> Iterator[tuple[str, Path]]:
+    def look(self: FileRemote, tip: Tip, ids: Collection[str], into: Path, *rest: Any) -> Iterator[tuple[str, Path]]:
         seen.extend([into, into.parent])
         assert is_shared(into)
         assert is_shared(into.parent)
-        return read(self, tip, ids, into)
+        return read(self, tip, ids, into, *rest)
 
     read, before = FileRemote.read, os.umask(0o077)
     try:
