@@ -36,7 +36,7 @@ from patchhub.worktree.loading import SURVIVAL_LIMIT
 from patchhub.worktree.opening import BaseFiles, Worktree, base_files, in_chat, open_worktree, patch_state
 from patchhub.worktree.recording import chosen_settings, state_without, write_closed_form
 from patchhub.worktree.shards import forget_replaced, wise_settings, write_shards
-from patchhub.worktree.workers import workers_of
+from patchhub.worktree.workers import refuse_without_ray, workers_of
 
 
 @dataclass(frozen=True)
@@ -138,12 +138,7 @@ def commit(
     """
     begun = perf_counter()
     method = chosen_method(repository, writing.method)
-    if (writing.keep or writing.find_keeps) and method == METHOD:
-        raise SettingsError(
-            "WISE leaves what it does not route as it is", remedy="Leave --keep out, or use memit or pmet."
-        )
-    if (writing.workers or writing.on) and method == METHOD:
-        raise SettingsError("WISE trains one side memory in one process", remedy="Leave --workers and --on out.")
+    _refuse_unusable(method, writing)
     begin(repository)
     _warn_of_what_is_left_out(batch, progress)
     by_subject = method in EDITORS
@@ -183,6 +178,18 @@ def commit(
         rivals=written.rivals,
         faults=measured.spoken.faults if measured.spoken else (),
     )
+
+
+def _refuse_unusable(method: str, writing: Writing) -> None:
+    """Refuse what the method cannot do, or this machine has not installed, before anything is loaded."""
+    if (writing.keep or writing.find_keeps) and method == METHOD:
+        raise SettingsError(
+            "WISE leaves what it does not route as it is", remedy="Leave --keep out, or use memit or pmet."
+        )
+    if (writing.workers or writing.on) and method == METHOD:
+        raise SettingsError("WISE trains one side memory in one process", remedy="Leave --workers and --on out.")
+    if writing.on:
+        refuse_without_ray()
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module, metadata
+from importlib.util import find_spec
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from traceback import format_exc
@@ -110,7 +111,7 @@ class Opening:
         cache = Cache(Path(self.cache)) if Path(self.cache).is_dir() else None
         check_tensors(self.state.base, checkpoint, None, cache=cache)
         model = load_base(checkpoint, self.placement).eval()
-        attach(model, checkpoint, self.state, cache=cache, side_path=self.beside)
+        attach(model, checkpoint, self.state, side_path=self.beside)
         architecture = describe(read_config(checkpoint.folder), self.experts)
         return Opened(Stack(model, architecture), load_tokenizer(checkpoint), self.memory)
 
@@ -281,6 +282,12 @@ def _serve(connection: Connection, threads: int) -> None:
             connection.send_bytes(serving.answer(connection.recv_bytes()))
 
 
+def refuse_without_ray() -> None:
+    """Raise `SettingsError` where Ray is not installed."""
+    if find_spec("ray") is None:
+        raise SettingsError("Ray is not installed", remedy="pip install 'patchhub[ray]'")
+
+
 class OnRay(Machines):
     """Actors on a Ray cluster, each with a GPU where the cluster has some, and its share of the processors.
 
@@ -294,10 +301,8 @@ class OnRay(Machines):
     """
 
     def __init__(self, address: str, count: int | None) -> None:
-        try:
-            ray: Any = import_module("ray")
-        except ImportError:
-            raise SettingsError("Ray is not installed", remedy="pip install 'patchhub[ray]'") from None
+        refuse_without_ray()
+        ray: Any = import_module("ray")
         self._ray, self._opening = ray, None
         self._joined = not ray.is_initialized()
         if self._joined:

@@ -101,8 +101,8 @@ def test_a_side_memory_is_trained_by_one_process(store: Store) -> None:
 
 def test_without_ray_a_sentence_says_what_to_install(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(SettingsError) as caught, workers_of(open_worktree(store, Silent()), None, "auto", Silent()):
-        pass
+    with pytest.raises(SettingsError) as caught:
+        Repository(store.root.parent).commit(FACTS, message="x", on="auto")
     assert "patchhub[ray]" in str(caught.value.remedy)
 
 
