@@ -119,7 +119,7 @@ class Server:
                 status=error.code,
             ) from None
         except (OSError, ValueError, http.client.HTTPException) as error:
-            why = self._without_key(str(error))
+            why = self._without_key(str(error.reason if isinstance(error, urllib.error.URLError) else error))
             raise RemoteError(f"{url} cannot be asked: {why}", remedy="Is the server running there?", url=url) from None
         if not isinstance(found, dict):
             raise RemoteError(f"{url} answered with no object", remedy="Is it an OpenAI-compatible server?", url=url)

@@ -293,7 +293,10 @@ def _warn_of_what_is_left_out(batch: Batch, progress: Progress) -> None:
         left = f"{batch.unanswered} neighborhood prompt{'' if batch.unanswered == 1 else 's'}"
         progress.warn(f"{left} without an answer left out")
     if batch.ignored:
-        progress.warn(f"fields of the records that say nothing here are left out: {', '.join(batch.ignored)}")
+        names = ", ".join(
+            f"{name} ({count} record{'' if count == 1 else 's'})" for name, count in batch.ignored.items()
+        )
+        progress.warn(f"fields that say nothing here are left out, and not kept: {names}")
 
 
 def _none_holds(method: str) -> str:

@@ -5,14 +5,19 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.numpy import load as parse
 from safetensors.numpy import load_file
 
 from patchhub import load
 from patchhub.export import gguf
 from patchhub.models.checkpoint import open_checkpoint
+from patchhub.porcelain import exchange
+from patchhub.porcelain.exchange import hub_pages
+from patchhub.progress import Silent
 from patchhub.repository import Repository
 from patchhub.sets.columns import read_state
 from patchhub.text.tokens import load_tokenizer
@@ -104,3 +109,25 @@ def test_an_adapter_of_every_layer_changes_no_more(run: Run, store: Path, tmp_pa
     assert {name.split(".lora_")[0].removeprefix("base_model.model.") + ".weight" for name in many} == weights
     assert few.keys() < many.keys()
     assert all(not many[name].any() if name not in few else bool((many[name] == few[name]).all()) for name in many)
+
+
+def test_a_pushed_adapter_has_every_layer_where_that_is_small(
+    first_store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def pushed() -> tuple[dict[str, Any], str]:
+        with Repository(first_store, progress=False) as repo:
+            pages = hub_pages(repo.store, "ada/facts", str(repo.store.head[1]), Silent(), withheld=False)
+        return parse(pages["adapter_model.safetensors"] or b""), (pages["README.md"] or b"").decode()
+
+    with Repository(first_store, progress=False) as repo:
+        weights = {weight.removesuffix(".weight") for weight in repo.store.config.base["weights"]}
+        changed = {weight.removesuffix(".weight") for weight in read_state(repo.store, repo.store.head[1])}
+    assert changed < weights
+    tensors, card = pushed()
+    assert {name.split(".lora_")[0].removeprefix("base_model.model.") for name in tensors} == weights
+    assert "TGI" not in card
+    monkeypatch.setattr(exchange, "_ZEROS", 0)
+    few, card = pushed()
+    assert {name.split(".lora_")[0].removeprefix("base_model.model.") for name in few} == changed
+    assert all((few[name] == tensors[name]).all() if name in few else not tensors[name].any() for name in tensors)
+    assert "export peft --every-layer" in card

@@ -46,6 +46,14 @@ def test_only_listed_places_are_opened(tmp_path: Path) -> None:
         plugin.max_rank_of({plugin.MAX_RANK: "many"})
 
 
+def test_vllm_finds_the_plug_in() -> None:
+    project = (Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8")
+    registered = (
+        f'[project.entry-points."vllm.general_plugins"]\npatchhub = "{plugin.__name__}:{plugin.register.__name__}"'
+    )
+    assert registered in project
+
+
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # PEFT asks transformers the old way
 @pytest.mark.parametrize("revision", ["HEAD", "v1.2"])
 def test_the_adapter_of_a_name_is_the_revision(served: tuple[Store, Path], tmp_path: Path, revision: str) -> None:
