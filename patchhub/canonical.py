@@ -118,12 +118,26 @@ def _decode_mapping(value: Any, path: str) -> dict[str, Any]:
     return dict(value)
 
 
+DEEPEST: Final = 64
+"""Levels of objects and lists within a field of any content: who shows it goes down one call for each."""
+
+
+def _decode_any(value: Any, path: str) -> dict[str, Any]:
+    level: list[Any] = [_decode_mapping(value, path)]
+    for _ in range(DEEPEST):
+        inner = (item.values() if isinstance(item, dict) else item for item in level)
+        level = [found for items in inner for found in items if isinstance(found, dict | list)]
+        if not level:
+            return dict(value)
+    raise MalformedError(path, f"has more than {DEEPEST} levels")
+
+
 TEXT = Codec(_decode_text, nfc)
 IDENTIFIER = Codec(_decode_id)
 INSTANT = Codec(_decode_time)
 COUNT = Codec(_decode_count)
 NUMBER = Codec(_decode_number)
-MAPPING = Codec(_decode_mapping)
+MAPPING = Codec(_decode_any)
 
 
 def optional(codec: Codec) -> Codec:

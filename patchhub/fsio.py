@@ -25,6 +25,9 @@ GROUP: Final = stat.S_ISGID | stat.S_IRWXG
 CHUNK: Final = 1 << 20
 """Bytes per read where a file is streamed."""
 
+_NO_LINK: Final = getattr(os, "O_NOFOLLOW", 0)
+"""Whoever shares a folder may have put a link to somebody else's file where one is to be made: then nothing is opened."""
+
 _CANNOT_SYNC_DIRECTORY: Final = frozenset({errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL})
 
 
@@ -32,12 +35,14 @@ class Disk:
     """The steps of durable writing, one method each; stateless."""
 
     def make_directory(self, path: Path) -> None:
-        """Create one directory durably; one that is there is left as it is."""
-        if not path.is_dir():
-            path.mkdir(exist_ok=True)
-            if is_shared(path.parent):
-                path.chmod(path.stat().st_mode | GROUP)
-            self.sync_directory(path.parent)
+        """Create one directory durably; one that is there is left as it is, unless whoever made it died before the group had it."""
+        if path.is_dir():
+            finish_sharing(path)
+            return
+        finish_sharing(path.parent)
+        path.mkdir(exist_ok=True)
+        finish_sharing(path)
+        self.sync_directory(path.parent)
 
     def write(self, path: Path, chunks: Iterable[bytes], mode: int) -> None:
         """Create `path`, which must not exist, with permissions `mode` as far as the umask allows; return when it is on the disk."""
@@ -46,7 +51,7 @@ class Disk:
             for chunk in chunks:
                 file.write(chunk)
             file.flush()
-            os.chmod(path, _permissions(path, mode))
+            _permit(path, file.fileno(), mode)
             self.sync(file.fileno())
 
     def sync(self, descriptor: int) -> None:
@@ -73,8 +78,11 @@ class Disk:
     def connect(self, path: Path) -> sqlite3.Connection:
         """A connection to the database at `path` that starts transactions only when told to."""
         if not path.exists():  # SQLite would make it without the group, whatever the umask says
-            os.close(os.open(path, os.O_RDWR | os.O_CREAT, READ_WRITE))
-            os.chmod(path, _permissions(path, READ_WRITE))
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | _NO_LINK, READ_WRITE)
+            try:
+                _permit(path, descriptor, READ_WRITE)
+            finally:
+                os.close(descriptor)
         return sqlite3.connect(path, isolation_level=None)
 
 
@@ -91,17 +99,29 @@ def share(directory: Path) -> None:
     directory.chmod(directory.stat().st_mode | GROUP)
 
 
+def finish_sharing(directory: Path) -> None:
+    """Let the group have an empty directory that is in one that it shares."""
+    if is_shared(directory.parent) and not is_shared(directory) and not any(directory.iterdir()):
+        with contextlib.suppress(PermissionError):  # another user's
+            share(directory)
+
+
 def make_directories(path: Path, *, disk: Disk = DISK) -> None:
     """Create a directory and those above it that are missing."""
-    if not path.is_dir():
+    if not path.parent.is_dir():
         make_directories(path.parent, disk=disk)
-        disk.make_directory(path)
+    disk.make_directory(path)
 
 
-def _permissions(path: Path, mode: int) -> int:
-    """The permissions of a file that was just made as `READ_WRITE`: what of `mode` the umask left, and the group's share of it."""
-    found = stat.S_IMODE(path.stat().st_mode) & mode
-    return found | (mode & (stat.S_IRGRP | stat.S_IWGRP)) if is_shared(path.parent) else found
+def _permit(path: Path, descriptor: int, mode: int) -> int:
+    """Give an open file that was made as `READ_WRITE` what of `mode` the umask left, and the group's share of it; returns that.
+
+    By its descriptor, so that nobody puts a link to another file in its place.
+    """
+    found = stat.S_IMODE(os.fstat(descriptor).st_mode) & mode
+    found |= mode & (stat.S_IRGRP | stat.S_IWGRP) if is_shared(path.parent) else 0
+    os.chmod(descriptor if os.chmod in os.supports_fd else path, found)
+    return found
 
 
 def temporary_path(target: Path) -> Path:
@@ -120,19 +140,28 @@ def write_atomically(target: Path, chunks: Iterable[bytes], *, mode: int = READ_
         with os_errors(target):
             disk.write(temporary, chunks, mode)
             disk.rename(temporary, target)
-        try:
-            disk.sync_directory(target.parent)
-        except OSError as error:
-            raise RepositoryError(
-                f"the change of {target} is made, but the disk did not confirm that it will last ({error.strerror or error})",
-                remedy="Check the disk, and look before you run the command again.",
-                path=str(target),
-                errno=error.errno,
-            ) from error
+        confirm(target, disk=disk)
     except BaseException:
         with contextlib.suppress(OSError):  # what is wrong is said already; `gc` finds what stays
             temporary.unlink(missing_ok=True)
         raise
+
+
+def confirm(target: Path, *, disk: Disk = DISK) -> None:
+    """Make the name of a file or directory durable that was renamed to `target`.
+
+    Raises:
+        RepositoryError: the disk does not say that it is; the change is made all the same.
+    """
+    try:
+        disk.sync_directory(target.parent)
+    except OSError as error:
+        raise RepositoryError(
+            f"the change of {target} is made, but the disk did not confirm that it will last ({error.strerror or error})",
+            remedy="Check the disk, and look before you run the command again.",
+            path=str(target),
+            errno=error.errno,
+        ) from error
 
 
 @contextlib.contextmanager
@@ -171,10 +200,12 @@ def writer_lock(path: Path, *, timeout: float) -> Iterator[None]:
 
     with os_errors(path):
         try:
-            os.close(os.open(path, os.O_RDWR | os.O_CREAT, READ_WRITE))
-            mode = _permissions(path, READ_WRITE)
-            with contextlib.suppress(PermissionError):  # another user's file
-                os.chmod(path, mode)
+            descriptor, mode = os.open(path, os.O_RDWR | os.O_CREAT | _NO_LINK, READ_WRITE), READ_WRITE
+            try:
+                with contextlib.suppress(PermissionError):  # another user's file
+                    mode = _permit(path, descriptor, READ_WRITE)
+            finally:
+                os.close(descriptor)
             lock = FileLock(path, timeout=timeout, mode=mode)
             lock.acquire()
         except Timeout:

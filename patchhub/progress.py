@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 
@@ -24,6 +24,21 @@ class Noting(Protocol):
     """A listener that also hears sentences which are no warnings."""
 
     def note(self, message: str) -> None: ...
+
+
+@runtime_checkable
+class Weighing(Protocol):
+    """A listener that also hears of stages whose length is in bytes."""
+
+    def stage_bytes(self, label: str, total: int) -> None: ...
+
+
+def stage_bytes(progress: Progress, label: str, total: int) -> None:
+    """Begin a stage of so many bytes: shown with rate and time left by a listener that knows them."""
+    if isinstance(progress, Weighing):
+        progress.stage_bytes(label, total)
+    else:
+        progress.stage(label, total)
 
 
 def note(progress: Progress, message: str) -> None:
@@ -61,13 +76,18 @@ class Bars:
         self._bar: Any = None
 
     def stage(self, label: str, total: int) -> None:
+        self._begin(label, total, {})
+
+    def stage_bytes(self, label: str, total: int) -> None:
+        self._begin(label, total, {"unit": "B", "unit_divisor": 1000})
+
+    def _begin(self, label: str, total: int, unit: dict[str, Any]) -> None:
         self.close()
         make = _bar_class() if self._shown else None
         if make is not None:
             form = None if total else "{desc} ..."  # nothing to count
-            self._bar = make(
-                total=total or None, desc=f"{label:>20}", bar_format=form, leave=bool(total), unit_scale=True
-            )
+            given = {"total": total or None, "bar_format": form, "leave": bool(total), "unit_scale": True, **unit}
+            self._bar = make(desc=f"{label:>20}", **given)
 
     def advance(self, amount: int) -> None:
         if self._bar is not None:
@@ -107,5 +127,20 @@ def increments(progress: Progress) -> Callable[[int, int], None]:
         nonlocal before
         progress.advance(done - before)
         before = done
+
+    return report
+
+
+def told(progress: Progress, stages: Mapping[str, tuple[str, int]]) -> Callable[[str, int], None]:
+    """A callback of (stage, done) that moves a listener through stages of a label and a length; the first begins at once."""
+    present = next(iter(stages))
+    progress.stage(*stages[present])
+
+    def report(stage: str, done: int) -> None:
+        nonlocal present
+        if stage != present:
+            progress.stage(*stages[stage])
+            present = stage
+        progress.advance(done)
 
     return report

@@ -16,7 +16,7 @@ from click.testing import CliRunner
 
 import patchhub
 from patchhub.cli.main import main
-from patchhub.porcelain.share import Access, push, remote_add
+from patchhub.porcelain.share import Access, Chosen, push, remote_add
 from patchhub.progress import Silent
 from patchhub.store.store import Store
 from patchhub.who import Who
@@ -98,7 +98,7 @@ def _pushed(folder: Path, endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Non
     with Store.open(folder) as repository:
         remote_add(repository, "origin", "hf://tester/facts")
         who = Who("Ada <ada@example.org>", "2026-11-21T09:30:00Z")
-        push(repository, "origin", ["main"], Silent(), who=who, access=Access(endpoint, TOKEN))
+        push(repository, "origin", Chosen(["main"]), Silent(), who=who, access=Access(endpoint, TOKEN))
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore:Use 'content=:DeprecationWarning", "ignore::FutureWarning")

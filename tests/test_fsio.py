@@ -171,6 +171,40 @@ def test_files_are_as_the_umask_says_and_a_group_shares_what_is_shared(umask: in
         os.umask(before)
 
 
+@pytest.mark.skipif(os.name == "nt", reason="no groups there")
+def test_a_directory_whose_maker_died_is_given_to_the_group_by_the_next(tmp_path: Path) -> None:
+    """Died between making it and sharing it; what somebody keeps in a directory of their own stays theirs."""
+    share(tmp_path)
+    for name in ("left", "own"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name).chmod(0o700)
+    (tmp_path / "own" / "file").write_bytes(b"")
+    make_directories(tmp_path / "left")
+    make_directories(tmp_path / "own")
+    assert is_shared(tmp_path / "left")
+    assert not is_shared(tmp_path / "own")
+    (tmp_path / "left").chmod(0o700)
+    make_directories(tmp_path / "left" / "below")
+    assert is_shared(tmp_path / "left" / "below")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no links there")
+@pytest.mark.parametrize("there", [True, False])
+def test_a_link_in_place_of_the_lock_leads_nowhere(there: bool, tmp_path: Path) -> None:
+    """Whoever shares a folder cannot have another's private file opened to the group, emptied or made."""
+    shared, private = tmp_path / "shared", tmp_path / "private"
+    shared.mkdir()
+    share(shared)
+    if there:
+        private.write_bytes(b"a key")
+        private.chmod(0o600)
+    (shared / "lock").symlink_to(private)
+    with pytest.raises(RepositoryError, match="lock"), writer_lock(shared / "lock", timeout=0.05):
+        pass
+    assert private.exists() == there
+    assert not there or (private.read_bytes(), stat.S_IMODE(private.stat().st_mode)) == (b"a key", 0o600)
+
+
 def test_a_disk_that_keeps_failing_says_so_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The clean-up fails as the write did; what is told is the write."""
 

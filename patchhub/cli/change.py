@@ -21,6 +21,7 @@ from patchhub.cli.options import (
     say_faults,
     sign_option,
     text_option,
+    workers_options,
 )
 from patchhub.cli.terminal import (
     author_option,
@@ -272,6 +273,7 @@ all_option = click.option(
 @placement_options
 @chat_option
 @memory_option("What may be held in memory, the model included (memit, pmet)")
+@workers_options
 @sign_option
 @key_option
 @author_option
@@ -441,6 +443,7 @@ def _report_change(repository: Repository, done: Changed, as_json: bool) -> None
 @strict_option
 @all_option
 @force_option
+@workers_options
 @author_option
 @repo_option
 @json_option

@@ -77,6 +77,12 @@ def export_peft(repo: Path | None, as_json: bool, **options: Any) -> None:
     show_default=True,
     help="Largest relative error of a weight.",
 )
+@click.option(
+    "--fuse",
+    metavar="BASE.gguf",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="Write the whole model: this GGUF of the base with the change in it.",
+)
 @overwrite_option
 @repo_option
 @json_option
@@ -84,15 +90,16 @@ def export_peft(repo: Path | None, as_json: bool, **options: Any) -> None:
 def export_gguf(repo: Path | None, as_json: bool, **options: Any) -> None:
     """An adapter for llama.cpp and Ollama: a GGUF file in the folder OUT, named after the commit, and a Modelfile.
 
-    It fits any GGUF of the base, quantised ones too. It is read back and compared. For the whole model, use `patchhub apply` and
-    llama.cpp's own converter.
+    It fits any GGUF of the base, quantised ones too. With --fuse the file is the whole model: tokenizer, settings and every other
+    weight are copied from a GGUF of the base. Either is read back and compared.
     """
     done = opened(repo).export_gguf(**options)
     if as_json:
         print_json(done)
     else:
-        say(f"Wrote {done.out}: rank {done.rank}, relative error {done.error:.1e}")
-        say(f"  llama-server -m BASE.gguf --lora {done.out}", dim=True)
+        what = "the whole model" if done.rank is None else f"rank {done.rank}"
+        say(f"Wrote {done.out}: {what}, relative error {done.error:.1e}")
+        say(f"  llama-server -m {done.out if done.rank is None else f'BASE.gguf --lora {done.out}'}", dim=True)
 
 
 @click.command("verify-served")

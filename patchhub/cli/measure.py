@@ -25,6 +25,7 @@ from patchhub.cli.options import (
     say_faults,
     seed_option,
     text_option,
+    workers_options,
 )
 from patchhub.cli.terminal import (
     author_option,
@@ -397,6 +398,7 @@ def metric(ctx: click.Context, repo: Path | None, as_json: bool) -> None:
 @click.option("--layers", callback=_read_layers, help="For which layers: 3,4,5 or 3-5. Default: the edited ones.")
 @click.option("--text", multiple=True, type=click.Path(path_type=Path), help="Text to compute it from.")
 @memory_option("What sums and factors may take")
+@workers_options
 @repo_option
 @json_option
 @reports_errors

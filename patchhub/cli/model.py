@@ -248,7 +248,9 @@ def ask(prompt: str, repo: Path | None, as_json: bool, **options: Any) -> None:
     width = max(18, *(len(answer.revision) + 10 for answer in answers))
     for answer in answers:
         say(f"{answer.revision} ({_name(answer.commit)})", bold=True)
-        say(f"  {prompt}{click.style(answer.continuation.splitlines()[0] if answer.continuation else '', fg='green')}")
+        lines = answer.continuation.strip().splitlines() if answer.chat else answer.continuation.splitlines()
+        said = click.style(lines[0] if lines else "", fg="green")
+        say(f"  {prompt} > {said}" if answer.chat else f"  {prompt}{said}")
         for token, probability in answer.top:
             say(f"  {token!r:<{width}} {probability:6.1%} {'█' * round(probability * 30)}", dim=probability < 0.05)
 

@@ -146,12 +146,33 @@ def placement_options(command: Command) -> Command:
         click.option(
             "--dtype",
             type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
-            help="Type of the base in memory. auto: float32 where that takes half of the memory at most, else its own.",
+            help="Type of the base in memory. auto: float32 where that takes half of a CPU's memory or a tenth of a GPU's at most, else "
+            "its own.",
         ),
         click.option(
             "--quantization",
             type=click.Choice(["none", "8bit", "4bit"]),
             help="Quantise the base in memory; changes run beside its weights in float32.",
+        ),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def workers_options(command: Command) -> Command:
+    """``--workers`` and ``--on``: other processes that do the work."""
+    options: tuple[Any, ...] = (
+        click.option(
+            "--workers",
+            type=click.IntRange(min=1),
+            metavar="N",
+            help="Optimise facts and read the base in N processes. Default: in this one, or with --on as many as there is room for.",
+        ),
+        click.option(
+            "--on",
+            metavar="ADDRESS",
+            help="The Ray cluster of the workers: ray://HOST:10001, HOST:6379, auto (docs/scale.md).",
         ),
     )
     for option in reversed(options):

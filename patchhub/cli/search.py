@@ -96,7 +96,11 @@ def blame(prompt: str, lookup: bool, limit: int, repo: Path | None, as_json: boo
 @click.argument("good", type=Revision())
 @click.argument("bad", type=Revision())
 @click.argument("command", nargs=-1, type=click.UNPROCESSED)
-@click.option("--metric", help="efficacy, paraphrase, locality or perplexity, instead of a command.")
+@click.option(
+    "--metric",
+    type=click.Choice(["efficacy", "paraphrase", "locality", "perplexity"]),
+    help="What is measured, instead of a command.",
+)
 @click.option("--below", type=float, help="Bad where the metric is below this.")
 @click.option("--above", type=float, help="Bad where the metric is above this.")
 @click.option(

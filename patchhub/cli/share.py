@@ -214,6 +214,7 @@ def pull(repo: Path | None, as_json: bool, **options: Any) -> None:
 @click.argument("address")
 @click.argument("folder", required=False, type=click.Path(path_type=Path, file_okay=False))
 @click.option("--base", help="The base model, a folder or a Hub id. Default: where the remote says it is.")
+@click.option("--shared", is_flag=True, help="Let the group of the folder write in the store, whatever their umask.")
 @trust_option
 @required_option
 @size_option

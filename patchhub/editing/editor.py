@@ -7,19 +7,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from patchhub.editing.budget import release_memory
-from patchhub.editing.locate import encode_marked, mark, mark_text
+from patchhub.editing.locate import Encoded, encode_marked, mark, mark_text
 from patchhub.editing.metric import MetricCache
-from patchhub.editing.record import Edit, Recording, Spread, State, record
+from patchhub.editing.record import AS_IT_COMES, Edit, Recording, Running, Spread, State, record
 from patchhub.editing.rows import BlockOutput, FeedForward, Projections, Site, key_rows
 from patchhub.editing.settings import NORMED_CLAMP, NORMED_RATE, EditSettings, default_layers, inner_width, is_narrow
-from patchhub.editing.values import Fact, KeptValues, Values, ValueSettings, optimise_values
+from patchhub.editing.values import Fact, Part, Values, ValueSettings, optimise_values
 from patchhub.models.architectures import Architecture
 from patchhub.models.tracing import Stack
 from patchhub.objects import SLOT, Request
@@ -95,6 +94,25 @@ class Way:
 
 
 @dataclass(frozen=True)
+class Asked:
+    """What a batch asks besides its requests.
+
+    Attributes:
+        keeps: requests that the present weights answer; their columns, after those of the requests, ask for no change.
+        also: with facts outside a chat, the chat form in which each prompt is optimised as well, as ``settings.chat_weight`` says; the
+            keys are those of the facts' own form.
+        openings: what answers in a chat say before their targets, by request id.
+    """
+
+    keeps: Sequence[Request] = ()
+    also: Chat | None = None
+    openings: Mapping[str, str] = field(default_factory=dict)
+
+
+NOTHING_ELSE: Final = Asked()
+
+
+@dataclass(frozen=True)
 class Editor:
     """One way to write facts.
 
@@ -124,79 +142,76 @@ class Editor:
         metric: MetricCache,
         state: State,
         *,
-        keeps: Sequence[Request] = (),
-        openings: Mapping[str, str] = NOTHING_SAID,
-        also: Chat | None = None,
+        asked: Asked = NOTHING_ELSE,
         failing: Callable[[Recording], Sequence[int]] | None = None,
-        memory: int | None = None,
-        kept: Callable[[ValueSettings], KeptValues] | None = None,
-        progress: Callable[[str, int], None] = lambda stage, done: None,
+        running: Running = AS_IT_COMES,
     ) -> Edit:
         """Write ``requests`` on top of the stack's present weights.
 
         Args:
             contexts: templates with one ``{}``; the first is the bare prompt.
-            keeps: requests that the present weights answer; their columns, after those of ``requests``, ask for no change.
-            openings: as in `encode_facts`.
-            also: with facts outside a chat, the chat form in which each prompt is optimised as well, as ``settings.chat_weight`` says; the
-                keys are those of the facts' own form.
+            asked: what else is asked.
             failing: the places of the requests that do not read right with a recording on top of the present weights. With
                 ``settings.repairs``, they are optimised further and all is recorded again.
-            memory: bytes that the process may hold, its model included; None: half of what is free may be taken besides.
-            kept: where the values of these settings are kept, so that an interrupted edit goes on.
-            progress: called with "values" and a number of requests, or "layers" and a number of layers.
+            running: how.
 
         Raises:
             EditError: the optimisation or the solve is not finite.
         """
-        limit = context_length(stack.model)
-        closers = Closers.of(tokenizer, stack.vocabulary) if settings.closing else None
-        form: dict[str, Any] = {"openings": openings, "limit": limit}
-        facts = encode_facts(tokenizer, requests, contexts, closers=closers, chat=settings.chat, **form)
-        texts = [fact.rows for fact in facts]
-        if also is not None:
-            others = encode_facts(tokenizer, requests, (SLOT,), chat=also, **form)
-            facts = _with_others(facts, others, settings.chat_weight)
-        together = of_one_subject(requests)
-        chosen, way = settings.values(until_sure=self.until_sure), self.way(stack.architecture)
-        site = way.site(stack, settings.layers)
-        values = optimise_values(
-            site,
-            facts,
-            chosen,
-            together=together,
-            memory=memory,
-            kept=kept(chosen) if kept else None,
-            progress=lambda done: progress("values", done),
-        )
-        if keeps:
-            texts += [fact.rows for fact in encode_facts(tokenizer, keeps, contexts, chat=settings.chat, limit=limit)]
-        rows, still = key_rows(texts), range(len(facts), len(texts))
+        facts, keys = _encoded(stack, tokenizer, requests, contexts, settings, asked)
+        chosen, together = settings.values(until_sure=self.until_sure), of_one_subject(requests)
+        way = self.way(stack.architecture)
+        site, values = way.site(stack, settings.layers), Values.of(len(facts), stack.architecture.d_model)
+        _optimise(site, facts, together, chosen, running, values, lambda done: running.progress("values", done))
         further = replace(chosen, stop_loss=chosen.stop_loss * _FURTHER, steps=2 * chosen.steps)
+        unmoved = torch.zeros(len(asked.keeps), stack.architecture.d_model)
         for left in range(settings.repairs, -1, -1):
-            if memory is not None:
-                release_memory()  # what optimising and asking left in pieces would come on top
+            running.release()
             recording = record(
                 stack,
                 settings.layers,
-                rows,
-                torch.cat([values.targets, torch.zeros(len(keeps), values.targets.shape[1])]),
+                key_rows(keys),
+                torch.cat([values.targets, unmoved]),
                 settings.ridge,
                 metric,
                 state,
                 way.spread,
-                still=still,
-                memory=memory,
-                progress=lambda done: progress("layers", done),
+                still=range(len(facts), len(keys)),
+                running=running,
             )
-            if memory is not None:
-                release_memory()
+            running.release()
             wrong = set(failing(recording)) if failing and left else set()
             groups = [group for group in together if wrong.intersection(group)]
             if not groups:
                 break
-            _optimise_further(site, facts, groups, further, values, memory)
+            running.progress("further", 0)
+            _optimise(site, facts, groups, further, running, values)
         return Edit(recording, values)
+
+    def optimise(self, stack: Stack, layers: Sequence[int], part: Part, memory: int | None = None) -> Values:
+        """The values of one part of the facts of an edit, as `edit` optimises them."""
+        return part.optimise(self.way(stack.architecture).site(stack, layers), memory)
+
+
+def _encoded(
+    stack: Stack,
+    tokenizer: PreTrainedTokenizerBase,
+    requests: Sequence[Request],
+    contexts: Sequence[str],
+    settings: EditSettings,
+    asked: Asked,
+) -> tuple[list[Fact], list[tuple[Encoded, ...]]]:
+    """The requests as they are optimised, and the texts of requests and keeps whose keys are recorded."""
+    limit, chat = context_length(stack.model), settings.chat
+    closers = Closers.of(tokenizer, stack.vocabulary) if settings.closing else None
+    form: dict[str, Any] = {"openings": asked.openings, "limit": limit}
+    facts = encode_facts(tokenizer, requests, contexts, closers=closers, chat=chat, **form)
+    kept = encode_facts(tokenizer, asked.keeps, contexts, chat=chat, limit=limit) if asked.keeps else []
+    keys = [fact.rows for fact in (*facts, *kept)]
+    if asked.also is not None:
+        others = encode_facts(tokenizer, requests, (SLOT,), chat=asked.also, **form)
+        facts = _with_others(facts, others, settings.chat_weight)
+    return facts, keys
 
 
 def _with_others(facts: Sequence[Fact], others: Sequence[Fact], weight: float) -> list[Fact]:
@@ -207,21 +222,27 @@ def _with_others(facts: Sequence[Fact], others: Sequence[Fact], weight: float) -
     ]
 
 
-def _optimise_further(
+def _optimise(
     site: Site,
     facts: Sequence[Fact],
     groups: Sequence[Sequence[int]],
     settings: ValueSettings,
+    running: Running,
     values: Values,
-    memory: int | None,
+    progress: Callable[[int], None] = lambda facts: None,
 ) -> None:
-    """Replace the values of some groups of facts by such as are optimised with other settings."""
-    places = [place for group in groups for place in group]
-    start, inner = 0, []
-    for group in groups:
-        inner.append(range(start, start + len(group)))
-        start += len(group)
-    found = optimise_values(site, [facts[place] for place in places], settings, together=inner, memory=memory)
+    """Optimise the values of some groups of facts, and put them in their places among those of all."""
+    places, numbers = [place for group in groups for place in group], iter(range(len(facts)))
+    found = optimise_values(
+        site,
+        [facts[place] for place in places],
+        settings,
+        together=[[next(numbers) for _ in group] for group in groups],
+        memory=running.memory,
+        kept=running.kept(settings) if running.kept else None,
+        elsewhere=running.elsewhere,
+        progress=progress,
+    )
     for number, place in enumerate(places):
         values.put(place, found.at(number))
 

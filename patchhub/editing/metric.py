@@ -12,6 +12,7 @@ import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import ClassVar, Final, NamedTuple
 
@@ -207,19 +208,21 @@ def _unusable(path: Path, reason: str, remedy: str) -> SettingsError:
     return SettingsError(f"{path} cannot be used as a second moment: {reason}", remedy=remedy, file=str(path))
 
 
-MEMORY: Final = 8 << 30
+MEMORY: Final = 12 << 30
 """Bytes that the second moments may take while they are computed, where nothing else is said."""
 
 _AS_GIVEN: Final = Covariance()
-_TOKENS_PER_BATCH = 1024  # what a block computes of them stays in the caches
-_SUM_BYTES, _FACTOR_BYTES = 4, 16  # per entry of M: a float32 sum; the metric and its factor in float64
+_TOKENS_PER_BATCH, _TOKENS_ON_GPU = 1024, 16384  # what a block computes of them stays in a CPU's caches
+_SUM_BYTES = 8  # per entry of M: two float32 sums, a part's and that of all
+_FACTOR_BYTES = 16  # the metric and its factor in float64
+_PART = 16  # batches whose sum is made in one place
 _ROWS_PER_CHUNK = 1024
 
 
 def layer_groups(layers: Sequence[int], width: int, memory: int = MEMORY, *, experts: int = 1) -> list[tuple[int, ...]]:
     """The layers in groups whose sums are held together, so that all but the last take a pass of their own.
 
-    A group of g layers takes 4 g width^2 bytes, and one factor at a time 16 width^2 more; a group is never empty. Of experts there
+    A group of g layers takes 8 g width^2 bytes, and one factor at a time 16 width^2 more; a group is never empty. Of experts there
     are as many such matrices.
     """
     entries = width * width * experts
@@ -227,42 +230,109 @@ def layer_groups(layers: Sequence[int], width: int, memory: int = MEMORY, *, exp
     return [tuple(layers[start : start + together]) for start in range(0, len(layers), together)]
 
 
-@torch.no_grad()
+@dataclass(eq=False)
+class MomentSums:
+    """Sums of k k^T over the tokens of some text, per layer.
+
+    Attributes:
+        sums: float32, on the layer's device.
+        uses: of the layers that are experts: how often each was used.
+        tokens: how many there were.
+    """
+
+    sums: dict[int, Float[Tensor, "*experts in in"]]
+    uses: dict[int, Int[Tensor, " experts"]]
+    tokens: int = 0
+
+    def add(self, other: MomentSums) -> None:
+        """Take in those of further text."""
+        for mine, theirs in ((self.sums, other.sums), (self.uses, other.uses)):
+            for layer, found in theirs.items():
+                mine[layer] = mine[layer].add_(found.to(mine[layer].device)) if layer in mine else found
+        self.tokens += other.tokens
+
+    def to_cpu(self) -> MomentSums:
+        """The same, off the devices."""
+        sums, uses = ({layer: found.cpu() for layer, found in each.items()} for each in (self.sums, self.uses))
+        return MomentSums(sums, uses, self.tokens)
+
+    def means(self) -> dict[int, Float[Tensor, "*experts in in"]]:
+        """The second moments; the sums are used up.
+
+        Raises:
+            EditError: there were no tokens.
+        """
+        if not self.tokens:
+            raise EditError("there is no text to compute second moments from", remedy="Give a longer --text FILE.")
+        means = {layer: total.div_(self.tokens) for layer, total in self.sums.items()}
+        return means | {layer: drawn_to_mean(means[layer], used) for layer, used in self.uses.items()}
+
+
+Documents = Sequence[Sequence[int]]
+Elsewhere = Callable[[Sequence[Documents]], Iterator[tuple[int, MomentSums]]]
+"""Sums parts of a text in other processes: the place and the sums of each part, in their order."""
+
+
 def second_moments(
     stack: Stack,
     layers: Sequence[int],
-    documents: Sequence[Sequence[int]],
+    documents: Documents,
     *,
+    elsewhere: Elsewhere | None = None,
     progress: Callable[[int], None] = lambda tokens: None,
 ) -> dict[int, Float[Tensor, "*experts in in"]]:
     """The mean of k k^T over all tokens, per layer, from one pass that stops at the last layer.
 
-    Keys are the inputs of the FFN output projection; those of experts are gated, and zero where a token is not routed. Sums are
-    float32, on the layer's device.
+    Keys are the inputs of the FFN output projection; those of experts are gated, and zero where a token is not routed. The text is summed
+    in parts of about 16,384 tokens, which are added in their order: so the bits do not depend on where each was summed.
+
+    Args:
+        elsewhere: where the parts are summed; None: by the model at hand.
     """
-    sums: dict[int, Tensor] = {}
-    uses: dict[int, Tensor] = {}
-    count = 0
+    parts = _parts(documents)
+    total = MomentSums({}, {})
+    if elsewhere:
+        for _, found in elsewhere(parts):
+            total.add(found)
+            progress(found.tokens)
+    else:
+        for part in parts:
+            total.add(moment_sums(stack, layers, part, progress=progress))
+    return total.means()
+
+
+def _parts(documents: Documents) -> list[list[Sequence[int]]]:
+    batches = _batches(documents, _TOKENS_PER_BATCH)
+    return [list(chain.from_iterable(batches[start : start + _PART])) for start in range(0, len(batches), _PART)]
+
+
+@torch.no_grad()
+def moment_sums(
+    stack: Stack,
+    layers: Sequence[int],
+    documents: Documents,
+    *,
+    progress: Callable[[int], None] = lambda tokens: None,
+) -> MomentSums:
+    """The sums over one part of a text."""
+    found = MomentSums({}, {})
+    sums, uses = found.sums, found.uses
     for layer in layers:
         if stack.architecture.feed_forward[layer].experts:
             sums[layer], uses[layer] = _nothing(stack, layer)
-    for batch in _batches(documents):
+    for batch in _batches(documents, _TOKENS_PER_BATCH if stack.device.type == "cpu" else _TOKENS_ON_GPU):
         ids, mask, positions = right_padded(batch, stack.device)
-        started = stack.begin(ids, mask, positions)
+        started, real, tokens = stack.begin(ids, mask, positions), mask.bool(), sum(map(len, batch))
         with stack.fast(), stack.watch_keys(layers) as seen:
             started.run(started.hidden, 0, max(layers) + 1)
-        real = mask.bool()
-        for layer in uses.keys() & set(layers):
-            seen[layer].add_moments(sums[layer], uses[layer], real)
-        for layer in [layer for layer in layers if layer not in uses]:
-            keys = seen[layer][real.to(seen[layer].device)].float()
-            sums[layer] = sums[layer].addmm_(keys.T, keys) if layer in sums else keys.T @ keys
-        count += int(real.sum())
-        progress(int(real.sum()))
-    if not count:
-        raise EditError("there is no text to compute second moments from", remedy="Give a longer --text FILE.")
-    means = {layer: total.div_(count) for layer, total in sums.items()}
-    return means | {layer: drawn_to_mean(means[layer], used) for layer, used in uses.items()}
+            for layer in uses.keys() & set(layers):
+                seen[layer].add_moments(sums[layer], uses[layer], real)
+            for layer in [layer for layer in layers if layer not in uses]:
+                keys = seen[layer][real.to(seen[layer].device)].float()
+                sums[layer] = sums[layer].addmm_(keys.T, keys) if layer in sums else keys.T @ keys
+        found.tokens += tokens
+        progress(tokens)
+    return found
 
 
 def _nothing(stack: Stack, layer: int) -> tuple[Tensor, Tensor]:
@@ -339,7 +409,7 @@ class MetricCache:
             raise EditError(
                 f"the cache has lost the metric of {weight}", remedy="Run the command again.", weight=weight
             )
-        kept = torch.from_numpy(np.load(path, mmap_mode="c")).to(keys.device)
+        kept = torch.from_numpy(np.load(path, mmap_mode="c")).to(keys.device)  # on a GPU: whole, in float32
         if weight not in self.stacks:
             return self.preimages_by.of(kept, keys)
         count = self.stacks[weight]
@@ -365,11 +435,11 @@ class MetricCache:
         return self.cache.slot(METRIC, of=self.metric, weight=weight, matrix=self.preimages_by.keeps)
 
 
-def _batches(documents: Sequence[Sequence[int]]) -> list[list[Sequence[int]]]:
-    """Documents of similar length together, a bounded number of positions each."""
+def _batches(documents: Sequence[Sequence[int]], most: int) -> list[list[Sequence[int]]]:
+    """Documents of similar length together, at most so many positions each."""
     groups: list[list[Sequence[int]]] = []
     for document in sorted((d for d in documents if d), key=len):
-        if not groups or (len(groups[-1]) + 1) * len(document) > _TOKENS_PER_BATCH:
+        if not groups or (len(groups[-1]) + 1) * len(document) > most:
             groups.append([])
         groups[-1].append(document)
     return groups

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import numpy as np
 import torch
@@ -21,10 +21,10 @@ from torch import Tensor, nn
 
 from patchhub.constraints import Columns, beyond, difference, no_columns
 from patchhub.delta import Delta, add, image
-from patchhub.editing.budget import POSITIONS, Footprint, step_budget
+from patchhub.editing.budget import POSITIONS, Footprint, release_memory, step_budget
 from patchhub.editing.metric import MetricCache
 from patchhub.editing.rows import Beginnings, Climb, KeyRow, Trunk, at, batches, read_keys
-from patchhub.editing.values import Values
+from patchhub.editing.values import Elsewhere, KeptValues, Values, ValueSettings
 from patchhub.models.architectures import Behind
 from patchhub.models.tracing import Stack, add_beside, in_rows
 
@@ -78,6 +78,32 @@ class Spread:
     length: float = 0.0
 
 
+@dataclass(frozen=True)
+class Running:
+    """How an edit runs. None of it moves what comes out by more than rounding.
+
+    Attributes:
+        memory: bytes that the process may hold, its model included; None: half of what is free may be taken besides.
+        kept: where the values of some settings are kept, so that an interrupted edit goes on.
+        elsewhere: where values are optimised; None: on the model at hand.
+        progress: called with "values" and a number of requests, or "layers" and a number of layers; with "further" and 0 where some
+            requests are optimised further.
+    """
+
+    memory: int | None = None
+    kept: Callable[[ValueSettings], KeptValues] | None = None
+    elsewhere: Elsewhere | None = None
+    progress: Callable[[str, int], None] = lambda stage, done: None
+
+    def release(self) -> None:
+        """Where memory is scarce, give back what the last stage left in pieces: it would come on top of the next."""
+        if self.memory is not None:
+            release_memory()
+
+
+AS_IT_COMES: Final = Running()
+
+
 @torch.no_grad()
 def record(
     stack: Stack,
@@ -90,8 +116,7 @@ def record(
     spread: Spread,
     *,
     still: Sequence[int] = (),
-    memory: int | None = None,
-    progress: Callable[[int], None] = lambda layers: None,
+    running: Running = AS_IT_COMES,
 ) -> Recording:
     """Spread targets z of the last layer over all layers (MEMIT, Meng et al. 2023, eq. 20 and algorithm 1).
 
@@ -102,13 +127,12 @@ def record(
         ridge: lambda of every request, or of each.
         state: what the stack's weights already hold besides W0.
         still: requests that are kept: their columns ask for no change of what the present weights give at their keys.
-        memory: bytes that the process may hold, see `budget.step_budget`; hidden states beyond a quarter of what is left go to a
-            temporary file.
+        running: how; hidden states beyond a quarter of the memory that is left go to a temporary file.
     """
     with TemporaryDirectory() as folder:
         beginnings = Beginnings.of(rows, stack)
         with stack.fast():
-            climbs = _open(stack, rows, beginnings, step_budget(stack.device, memory), Path(folder))
+            climbs = _open(stack, rows, beginnings, step_budget(stack.device, running.memory), Path(folder))
         names = {layer: stack.architecture.ffn_weight(layer) for layer in layers}
         written: dict[int, Sequence[Delta]] = {}
         columns: dict[str, Columns] = {}
@@ -122,10 +146,11 @@ def record(
                     goal = _goal(climbs, trunk, layers, targets, reached, spread)
             residual = goal.residual(layer, reached, len(layers) - number)
             residual[list(still)] = 0.0
+            keys = keys.to(stack.device_of(layer))
             columns[names[layer]], change[names[layer]] = _extend(keys, residual, ridge, metric, names[layer], state)
             written[layer] = [change[names[layer]]]
             before = layer
-            progress(1)
+            running.progress("layers", 1)
     return Recording(columns, change)
 
 

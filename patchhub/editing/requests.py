@@ -9,6 +9,7 @@ import csv
 import io
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
@@ -64,7 +65,8 @@ class Batch:
     """The unique requests of one source in their order, and their origins beside them.
 
     `duplicates` counts the records that were dropped because their request id had been read before, `unanswered` the
-    neighbourhood prompts that were left out because their record gives no answer to them, `ignored` names the fields that were left out.
+    neighbourhood prompts that were left out because their record gives no answer to them, `ignored` the fields that were left out, by name,
+    and how many records have each.
     `openings` are what answers in a chat say before their targets, by request id, of the records that give an answer.
     """
 
@@ -72,7 +74,7 @@ class Batch:
     origins: tuple[Origin, ...]
     duplicates: int
     unanswered: int = 0
-    ignored: tuple[str, ...] = ()
+    ignored: Mapping[str, int] = field(default_factory=dict)
     openings: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -250,8 +252,8 @@ def _unique(records: Sequence[tuple[Reading, Origin]], whole: Origin) -> Batch:
             openings.setdefault(reading.request.id, reading.opening)
     requests, origins = zip(*first.values(), strict=True)
     unanswered = sum(reading.unanswered for reading, _ in records)
-    ignored = sorted(frozenset().union(*(reading.ignored for reading, _ in records)))
-    return Batch(requests, origins, len(records) - len(first), unanswered, tuple(ignored), openings)
+    ignored = Counter(name for reading, _ in records for name in sorted(reading.ignored))
+    return Batch(requests, origins, len(records) - len(first), unanswered, ignored, openings)
 
 
 def read_keeps(source: Any) -> tuple[Keep, ...]:

@@ -7,13 +7,14 @@ the subject's last token."""
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from patchhub.editing.locate import Encoded
@@ -204,9 +205,14 @@ class Trunk:
 
 def read_trunk(stack: Stack, groups: Sequence[Sequence[Encoded]]) -> Trunk:
     """Run what the texts of each group have in common before their subjects' last tokens."""
+    return run_trunk(stack, beginnings(stack, groups))
+
+
+def beginnings(stack: Stack, groups: Sequence[Sequence[Encoded]]) -> tuple[tuple[int, ...], ...]:
+    """What the texts of each group have in common before their subjects' last tokens; nothing where no state can be kept."""
     if stack.architecture.recurrent:
-        return run_trunk(stack, [()] * len(groups))
-    return run_trunk(stack, [common_beginning([text.input_ids[: text.subject_last] for text in g]) for g in groups])
+        return ((),) * len(groups)
+    return tuple(common_beginning([text.input_ids[: text.subject_last] for text in group]) for group in groups)
 
 
 def run_trunk(stack: Stack, common: Sequence[tuple[int, ...]]) -> Trunk:
@@ -269,6 +275,82 @@ def _to_the_right(
     kept = int(mask.sum(1).max())
     place = place[:, place.shape[1] - kept :]
     return place, mask.gather(1, place)
+
+
+_PASS_CPU, _PASS_GPU = (
+    32,
+    256,
+)  # in positions, what one more pass costs: the weights are read once more, kernels started
+
+
+@dataclass(frozen=True, eq=False)
+class Lane:
+    """Rows of about one length that run as one batch, and which of their states are read.
+
+    Attributes:
+        row, column: of each state that is read; columns count from the subject's last token.
+        slot: its place among the states of all lanes: first those of the predictions, then those of the essences.
+    """
+
+    rows: Rows
+    row: Int[Tensor, " read"]
+    column: Int[Tensor, " read"]
+    slot: Int[Tensor, " read"]
+
+    def select(
+        self, kept: Bool[Tensor, " groups"], place: Int[Tensor, " groups"], slots: Int[Tensor, " slots"]
+    ) -> Lane | None:
+        """What is left when only some groups stay, with their new numbers and those of the slots (-1: gone); None: nothing."""
+        rows = kept[self.rows.fact].nonzero()[:, 0]
+        if not len(rows):
+            return None
+        read, new = (slots[self.slot] >= 0).nonzero()[:, 0], new_places(rows, len(self.rows.fact))
+        chosen = self.rows.select(rows, place[self.rows.fact[rows]])
+        return Lane(chosen, new[self.row[read]], self.column[read], slots[self.slot[read]])
+
+
+def open_lanes(
+    site: Site, rows: Sequence[Row], read: Sequence[tuple[int, int]], trunk: Trunk
+) -> list[tuple[Lane, Sequence[int]]]:
+    """The rows in lanes, each with its rows' numbers; ``read`` is the row and column of every slot."""
+    device, recurrent = site.stack.device, site.stack.architecture.recurrent
+    lengths = [row.kept + (row.encoded.subject_last if recurrent else 0) for row in rows]
+    reads: dict[int, list[tuple[int, int]]] = {}
+    for slot, (row, column) in enumerate(read):
+        reads.setdefault(row, []).append((column, slot))
+    found: list[tuple[Lane, Sequence[int]]] = []
+    for numbers in by_length(lengths, _PASS_CPU if device.type == "cpu" else _PASS_GPU):
+        states = [(place, *one) for place, number in enumerate(numbers) for one in reads[number]]
+        row, column, slot = torch.tensor(states, device=device).T
+        found.append((Lane(open_rows(site, [rows[number] for number in numbers], trunk), row, column, slot), numbers))
+    return found
+
+
+def by_length(lengths: Sequence[int], overhead: int) -> list[list[int]]:
+    """Rows by length in groups that together cost least, padded to the longest of each; a group costs ``overhead`` positions besides."""
+    sizes = sorted(set(lengths))
+    counts = Counter(lengths)
+    best: list[tuple[int, int]] = [(0, 0)]  # least cost of the sizes so far, and where the last group of them begins
+    for stop in range(1, len(sizes) + 1):
+        rows, options = 0, []
+        for start in range(stop - 1, -1, -1):
+            rows += counts[sizes[start]]
+            options.append((best[start][0] + overhead + rows * sizes[stop - 1], start))
+        best.append(min(options))
+    groups: list[list[int]] = []
+    stop = len(sizes)
+    while stop:
+        start = best[stop][1]
+        held = set(sizes[start:stop])
+        groups.append([number for number, length in enumerate(lengths) if length in held])
+        stop = start
+    return groups
+
+
+def new_places(kept: Int[Tensor, " kept"], count: int) -> Int[Tensor, " count"]:
+    """Where each of ``count`` items goes when only some are kept; -1 for the others."""
+    places = torch.full((count,), -1, device=kept.device)
+    return places.index_copy(0, kept, torch.arange(len(kept), device=kept.device))
 
 
 @dataclass(frozen=True, eq=False)

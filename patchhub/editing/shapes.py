@@ -26,7 +26,15 @@ ZSRE_FIELDS = frozenset({"src", "alt"})
 _TELLING = REQUIRED_FIELDS | OPTIONAL_FIELDS
 _OWN_FIELDS = _TELLING | {"answer"}  # which other shapes may have as well
 _EASYEDIT_FIELDS = frozenset(
-    {"ground_truth", "rephrase_prompt", "rephrase", "locality_prompt", "locality_ground_truth", "locality"}
+    {
+        "ground_truth",
+        "rephrase_prompt",
+        "rephrase",
+        "ood_rephrase",
+        "locality_prompt",
+        "locality_ground_truth",
+        "locality",
+    }
 )
 _OWN_SHAPE = "{prompt, subject, target_new[, target_true, paraphrases, neighborhood, answer]}"
 _TYPING_ERROR = 0.7  # how like a known field's name an unknown one must be
@@ -208,7 +216,8 @@ def _from_zsre(record: Record) -> Reading:
 
 
 def _from_easyedit(record: Record) -> Reading:
-    """A list under `ground_truth` holds names for one answer, of which the first is taken."""
+    """A list under `ground_truth` holds names for one answer, of which the first is taken. WISE's sets Temporal (whose other phrasing,
+    `ood_rephrase`, is written by people: out of distribution) and SelfCheckGPT have this form too."""
     neighbors = _parallel_neighbors(record, "locality_prompt", "locality_ground_truth")
     for name, group in _object(record, "locality").items():
         for entry in group if isinstance(group, list) else [group]:
@@ -220,7 +229,7 @@ def _from_easyedit(record: Record) -> Reading:
         _text(record, "subject"),
         _text(record, "target_new"),
         target_true=next(iter(_texts(record, "ground_truth")), None),
-        paraphrases=_texts(record, "rephrase_prompt") + _texts(record, "rephrase"),
+        paraphrases=_texts(record, "rephrase_prompt") + _texts(record, "rephrase") + _texts(record, "ood_rephrase"),
         neighborhood=neighbors,
     )
 

@@ -4,9 +4,9 @@ Finished values are kept on disk while the others are made, so that an interrupt
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate, groupby
+from itertools import accumulate, groupby, takewhile
 from typing import Any, Final
 
 import numpy as np
@@ -18,7 +18,7 @@ from patchhub.cache import Cache, Kind, Slot
 from patchhub.canonical import canonical_json, object_id
 from patchhub.editing.budget import POSITIONS, Footprint, in_halves, release_memory, step_budget
 from patchhub.editing.locate import Encoded
-from patchhub.editing.rows import Row, Rows, Site, Trunk, open_rows, read_trunk
+from patchhub.editing.rows import Lane, Row, Site, Trunk, beginnings, new_places, open_lanes, run_trunk
 from patchhub.errors import EditError
 
 KIND: Final = Kind("values", ".values", limit=1 << 30)
@@ -155,8 +155,8 @@ class Values:
     @classmethod
     def of(cls, count: int, width: int) -> Values:
         """Places for the values of ``count`` facts."""
-        vectors = torch.zeros(2, count, width)
-        return cls(vectors[0], vectors[1], torch.zeros(count), torch.zeros(count, dtype=torch.long))
+        targets, hidden = torch.zeros(count, width), torch.zeros(count, width)  # a pickle of a view is one of the whole
+        return cls(targets, hidden, torch.zeros(count), torch.zeros(count, dtype=torch.long))
 
     def at(self, place: int) -> KeptValue:
         """One fact's, to be kept."""
@@ -172,45 +172,39 @@ class Values:
 
 @dataclass(frozen=True, eq=False)
 class _Predictions:
-    """Where the target tokens are predicted, and what follows them: row, column and token of each, and its share of its fact's mean.
+    """The target tokens that are predicted, and what follows them: the token of each, and its share of its fact's mean.
 
-    ``closers`` is, for what follows a target, the row of ``masks`` whose tokens may, and -1 for a token of the target.
+    ``closers`` is, for what follows a target, the row of ``masks`` whose tokens may, and -1 for a token of the target; ``after`` is where
+    it is not -1.
     """
 
-    row: Int[Tensor, " m"]
-    column: Int[Tensor, " m"]
     token: Int[Tensor, " m"]
     share: Float[Tensor, " m"]
     fact: Int[Tensor, " m"]
     closers: Int[Tensor, " m"]
+    after: Int[Tensor, " ends"]
     masks: Bool[Tensor, "kinds vocabulary"]
 
     def of(self, logits: Float[Tensor, "m vocabulary"]) -> Float[Tensor, " m"]:
         """The logit of each target token; of what follows a target, the logarithm of the summed exponentials."""
         chosen = logits.gather(1, self.token[:, None])[:, 0]
-        after = (self.closers >= 0).nonzero()[:, 0]
-        if not len(after):
+        if not len(self.after):
             return chosen
-        closed = logits[after].masked_fill(~self.masks[self.closers[after]], -torch.inf).logsumexp(-1)
-        return chosen.index_copy(0, after, closed)
+        closed = logits[self.after].masked_fill(~self.masks[self.closers[self.after]], -torch.inf).logsumexp(-1)
+        return chosen.index_copy(0, self.after, closed)
 
     def wrong(self, logits: Float[Tensor, "m vocabulary"]) -> Bool[Tensor, " m"]:
         """Where the most probable token is another one."""
         best = logits.argmax(-1)
-        wrong, after = best != self.token, (self.closers >= 0).nonzero()[:, 0]
-        return wrong.index_copy(0, after, ~self.masks[self.closers[after], best[after]])
+        ends = self.masks[self.closers[self.after], best[self.after]]
+        return (best != self.token).index_copy(0, self.after, ~ends)
 
-    def select(self, kept: Bool[Tensor, " m"], row: Int[Tensor, " rows"], fact: Int[Tensor, " facts"]) -> _Predictions:
-        """Some of them, with new numbers for rows and facts."""
-        return _Predictions(
-            row[self.row[kept]],
-            self.column[kept],
-            self.token[kept],
-            self.share[kept],
-            fact[self.fact[kept]],
-            self.closers[kept],
-            self.masks,
-        )
+    def select(self, kept: Bool[Tensor, " m"], fact: Int[Tensor, " facts"]) -> _Predictions:
+        """Some of them, with new numbers for facts."""
+        rows = kept.nonzero()[:, 0]
+        closers = self.closers[rows]
+        after = (closers >= 0).nonzero()[:, 0]
+        return _Predictions(self.token[rows], self.share[rows], fact[self.fact[rows]], closers, after, self.masks)
 
 
 @dataclass(frozen=True, eq=False)
@@ -237,26 +231,66 @@ class _Batch:
 
     members: _Members
     live: Bool[Tensor, " groups"]
-    targets: Rows
+    lanes: tuple[Lane, ...]
+    order: Int[Tensor, " slots"]  # of the states of all lanes, one lane after the other, by their slots
     predictions: _Predictions
-    essence: Rows
-    essence_log_probs: Float[Tensor, "groups vocabulary"]
+    essence_log_probs: Float[Tensor, "groups vocabulary"] | None  # before anything changed; None until the first step
     hidden: Float[Tensor, "groups parts d"]  # of each group's first fact
     unit: Float[Tensor, "groups parts 1"]
     delta: Float[Tensor, "groups parts d"]
     first_moment: Float[Tensor, "groups parts d"]
     second_moment: Float[Tensor, "groups parts d"]
     nll_factor: Float[Tensor, " groups"]
+    found: _Found
+
+
+@dataclass(frozen=True, eq=False)
+class _Found:
+    """The change of each group, its objective and the number of steps before it, when the group was last live."""
+
+    delta: Float[Tensor, "groups parts d"]
+    objective: Float[Tensor, " groups"]
+    steps: Int[Tensor, " groups"]
+
+    def select(self, keep: Int[Tensor, " kept"]) -> _Found:
+        return _Found(self.delta[keep], self.objective[keep], self.steps[keep])
 
 
 @dataclass(frozen=True, eq=False)
 class _Step:
-    """One evaluation: the objective of each group, its gradient (none at the last step), which groups are done and which are sure."""
+    """One evaluation: the objective of each group, its gradient (none at the last step), which groups are done and which are sure, and
+    the essence's predictions."""
 
     objective: Float[Tensor, " groups"]
     gradient: Float[Tensor, "groups parts d"] | None
     done: Bool[Tensor, " groups"]
     sure: Bool[Tensor, " groups"]
+    essence: Float[Tensor, "groups vocabulary"]
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """Facts that are optimised at the same time, with all that their values depend on besides the model and the site.
+
+    Attributes:
+        together: groups of places among ``facts``, as in `optimise_values`.
+        common: the beginnings that the texts of all facts have in common, not only of these: so a part gives the same bits anywhere.
+    """
+
+    facts: tuple[Fact, ...]
+    together: tuple[tuple[int, ...], ...]
+    common: tuple[tuple[int, ...], ...]
+    settings: ValueSettings
+
+    def optimise(self, site: Site, memory: int | None = None) -> Values:
+        """The values of the facts; see `optimise_values`."""
+        return optimise_values(
+            site, self.facts, self.settings, together=self.together, common=self.common, memory=memory
+        )
+
+
+Elsewhere = Callable[[Sequence[Part]], Iterator[tuple[int, Values]]]
+"""Optimises parts in other processes: the place and the values of each part, in the order in which they are finished."""
 
 
 def optimise_values(
@@ -265,16 +299,20 @@ def optimise_values(
     settings: ValueSettings,
     *,
     together: Sequence[Sequence[int]] | None = None,
+    common: Sequence[tuple[int, ...]] | None = None,
     memory: int | None = None,
     kept: KeptValues | None = None,
+    elsewhere: Elsewhere | None = None,
     progress: Callable[[int], None] = lambda finished: None,
 ) -> Values:
     """z of every fact at ``site`` on the model's present weights.
 
     Args:
         together: groups of places that share one change, each place in exactly one of them; None: each fact has its own.
+        common: what the texts of each context, and those of the KL term, have in front; None: as much as these facts' have.
         memory: bytes that the process may hold, see `budget.step_budget`; a step that does not fit all the same is halved.
         kept: values that were optimised before, and where those that are optimised now are kept.
+        elsewhere: where they are optimised; None: here. The parts are the same either way.
         progress: called with the number of facts finished since the last call.
 
     Raises:
@@ -292,20 +330,66 @@ def optimise_values(
     if not waiting:
         return values
     with stack.fast():
-        trunk = read_trunk(stack, _alike(facts))
-
-        def run(chosen: Sequence[tuple[int, ...]]) -> None:
-            if memory is not None:
-                release_memory()  # what the last batch left in pieces would come on top of the next
-            _descend(site, _prepare(site, facts, chosen, trunk, settings), settings, values)
-
+        common = beginnings(stack, _alike(facts)) if common is None else common
         batches = _batches(site, facts, waiting, step_budget(stack.device, memory))
-        for chosen in in_halves(batches, run, remedy="Give more --memory, or a smaller model."):
+        if elsewhere:
+            finished = _gathered(elsewhere, batches, facts, common, settings, values)
+        else:
+            finished = _here(site, batches, facts, common, settings, values, memory)
+        for chosen in finished:
             places = [place for group in chosen for place in group]
             if kept:
                 kept.add({keys[place]: values.at(place) for place in places})
             progress(len(places))
     return values
+
+
+def _here(
+    site: Site,
+    batches: Sequence[Sequence[tuple[int, ...]]],
+    facts: Sequence[Fact],
+    common: Sequence[tuple[int, ...]],
+    settings: ValueSettings,
+    values: Values,
+    memory: int | None,
+) -> Iterator[Sequence[tuple[int, ...]]]:
+    """Optimise the batches on this model; yields each that is finished, or the halves of one that does not fit."""
+    trunk = run_trunk(site.stack, common)
+
+    def run(chosen: Sequence[tuple[int, ...]]) -> None:
+        if memory is not None:
+            release_memory()  # what the last batch left in pieces would come on top of the next
+        _descend(site, _prepare(site, facts, chosen, trunk, settings), settings, values)
+
+    return in_halves(batches, run, remedy="Give more --memory, or a smaller model.")
+
+
+def _gathered(
+    elsewhere: Elsewhere,
+    batches: Sequence[Sequence[tuple[int, ...]]],
+    facts: Sequence[Fact],
+    common: Sequence[tuple[int, ...]],
+    settings: ValueSettings,
+    values: Values,
+) -> Iterator[Sequence[tuple[int, ...]]]:
+    """Let the batches be optimised elsewhere, those that take longest first; yields each that is finished."""
+    ordered = sorted(batches, key=lambda batch: _weight(facts, batch), reverse=True)
+    parts = []
+    for batch in ordered:
+        numbers = iter(range(len(facts)))
+        together = tuple(tuple(next(numbers) for _ in group) for group in batch)
+        own = tuple(facts[place] for group in batch for place in group)
+        parts.append(Part(own, together, tuple(common), settings))
+    for number, found in elsewhere(parts):
+        for row, place in enumerate(place for group in ordered[number] for place in group):
+            values.put(place, found.at(row))
+        yield ordered[number]
+
+
+def _weight(facts: Sequence[Fact], batch: Sequence[tuple[int, ...]]) -> int:
+    """Positions that optimising a batch computes at most, up to a factor."""
+    steps = _STEPS_TOGETHER if len(batch[0]) > 1 else 1
+    return steps * sum(facts[place].suffix(row) for group in batch for place in group for row in facts[place].rows)
 
 
 def _alike(facts: Sequence[Fact]) -> list[list[Encoded]]:
@@ -319,49 +403,71 @@ def _descend(site: Site, batch: _Batch, settings: ValueSettings, values: Values)
     steps = settings.steps * (1 if len(batch.members.place) == len(batch.live) else _STEPS_TOGETHER)
     for number in range(steps):
         step = _evaluate(site, batch, settings, last=number == steps - 1)
-        members = batch.members.select(batch.live, torch.arange(len(batch.live), device=batch.live.device))
-        objective, where = step.objective[members.group].cpu(), members.place.cpu()
-        values.loss[where], values.steps[where] = objective, number
-        values.targets[where] = (members.hidden + batch.delta[members.group])[:, 0].cpu()
-        if not torch.isfinite(objective).all():
+        sound = torch.isfinite(step.objective) | ~batch.live
+        batch = _noted(batch, step, number)
+        live, finite = torch.stack([batch.live, sound]).tolist()  # the one time that a step waits for the device
+        if not all(finite):
             raise EditError(
                 "the value optimisation gave a loss that is not finite",
                 remedy="Lower `learning_rate` or `clamp`, or check the base for NaN weights.",
             )
-        live = batch.live & ~step.done
-        if step.gradient is None or not bool(live.any()):
-            return
-        batch = _shrunk(replace(_adam(batch, step, number, settings), live=live))
+        if step.gradient is None or not any(live):
+            break
+        batch = _shrunk(_adam(batch, step, number, settings), live, values)
+    _keep(batch, values)
+
+
+def _noted(batch: _Batch, step: _Step, number: int) -> _Batch:
+    """The batch with what this step found of its live groups, without those that are done."""
+    live, found = batch.live, batch.found
+    noted = _Found(
+        torch.where(live[:, None, None], batch.delta, found.delta),
+        torch.where(live, step.objective, found.objective),
+        found.steps.masked_fill(live, number),
+    )
+    before = step.essence if batch.essence_log_probs is None else batch.essence_log_probs
+    return replace(batch, live=live & ~step.done, essence_log_probs=before, found=noted)
+
+
+def _keep(batch: _Batch, values: Values) -> None:
+    """Put what was found of a batch in its places."""
+    where, group, found = batch.members.place.cpu(), batch.members.group, batch.found
+    values.targets[where] = (batch.members.hidden + found.delta[group])[:, 0].cpu()
+    values.loss[where], values.steps[where] = found.objective[group].cpu(), found.steps[group].cpu()
 
 
 def _batches(
     site: Site, facts: Sequence[Fact], waiting: Sequence[tuple[int, ...]], budget: int
 ) -> list[list[tuple[int, ...]]]:
-    """Single facts and groups apart, those whose first bare rows are equally long together, a step below ``budget`` bytes each.
-
-    On a GPU a step of few facts takes as long as its kernels take to start, so there those go together that are up to twice as long.
-    """
+    """Single facts and groups apart, those whose first bare rows are about equally long together, a step below ``budget`` bytes each."""
     footprint = Footprint.of(site.stack, site.first)
-    on_cpu = site.stack.device.type == "cpu"
-    positions = POSITIONS if on_cpu else budget // footprint.position
+    most = POSITIONS if site.stack.device.type == "cpu" else budget // footprint.position
 
-    def kind(group: tuple[int, ...]) -> tuple[bool, int]:
-        suffix = facts[group[0]].suffix(facts[group[0]].rows[0])
-        return len(group) > 1, suffix if on_cpu else 1 << (suffix - 1).bit_length()
+    def several(group: tuple[int, ...]) -> bool:
+        return len(group) > 1
 
-    ordered = sorted(waiting, key=lambda group: (*kind(group), facts[group[0]].rows[-1].subject_last))
+    def length(group: tuple[int, ...]) -> tuple[int, int]:
+        first = facts[group[0]]
+        return first.suffix(first.rows[0]), first.rows[-1].subject_last
+
     batches: list[list[tuple[int, ...]]] = []
-    for (_, suffix), alike in groupby(ordered, key=kind):
+    for _, alike in groupby(sorted(waiting, key=lambda group: (several(group), *length(group))), key=several):
         rest = list(alike)
         while rest:
-            most = max(1, positions // (len(facts[rest[0][0]].rows) * len(rest[0]) * suffix))
-            sizes = accumulate(sum(_bytes(facts[place], footprint) for place in group) for group in rest[:most])
-            count = max(1, sum(size <= budget for size in sizes))
+            sizes = accumulate(sum(_bytes(facts[place], footprint) for place in group) for group in rest)
+            positions = accumulate(sum(_positions(facts[place]) for place in group) for group in rest)
+            fit = takewhile(lambda both: both[0] <= budget and both[1] <= most, zip(sizes, positions, strict=True))
+            count = max(1, sum(1 for _ in fit))
             if _LEAST_FACTS < count < len(rest):
                 count -= count % _LEAST_FACTS
             batches.append(rest[:count])
             rest = rest[count:]
     return batches
+
+
+def _positions(fact: Fact) -> int:
+    """Positions of a fact that a step computes: from its subjects' last tokens on, and the essence's."""
+    return 1 + sum(fact.suffix(row) for row in fact.rows)
 
 
 def _bytes(fact: Fact, footprint: Footprint) -> int:
@@ -370,7 +476,7 @@ def _bytes(fact: Fact, footprint: Footprint) -> int:
     ends = fact.closers is not None
     predictions = 1 + sum(row.opening + row.target[1] - row.target[0] + ends for row in fact.rows)
     return (
-        footprint.position * (1 + sum(fact.suffix(row) for row in fact.rows))
+        footprint.position * _positions(fact)
         + footprint.prediction * predictions
         + footprint.prefix * sum(row.subject_last for row in rows)
     )
@@ -388,39 +494,48 @@ def _keys(facts: Sequence[Fact], group: Sequence[int]) -> list[tuple[int, str]]:
 def _prepare(
     site: Site, facts: Sequence[Fact], chosen: Sequence[tuple[int, ...]], trunk: Trunk, settings: ValueSettings
 ) -> _Batch:
-    stack = site.stack
+    device = site.stack.device
     places = [(place, number) for number, group in enumerate(chosen) for place in group]
     opened = [(facts[place], context, number) for place, number in places for context in range(len(facts[place].rows))]
     rows = [
         Row(fact.rows[context], fact.suffix(fact.rows[context]), context, number) for fact, context, number in opened
     ]
     weights = [fact.shares[context] for fact, context, _ in opened]
-    targets = open_rows(site, rows, trunk)
-    bare = torch.tensor([place for place, row in enumerate(rows) if row.trunk == 0], device=stack.device)
+    read, predictions = _predictions(rows, [fact for fact, _, _ in opened], weights, settings, device)
     last = len(trunk.lengths) - 1
-    essences = [Row(facts[group[0]].essence, 1, last, number) for number, group in enumerate(chosen)]
-    essence = open_rows(site, essences, trunk)
-    place, group = torch.tensor(places, device=stack.device).T
-    members = _Members(place, group, site.unedited(targets)[bare])
-    first = torch.tensor([sum(map(len, chosen[:number])) for number in range(len(chosen))], device=stack.device)
-    hidden = members.hidden[first]
-    zeros = torch.zeros_like(hidden)
-    with torch.no_grad():
-        unedited = stack.logits(_at_start(site, essence, zeros)).float().log_softmax(-1)
+    read += [(len(rows) + number, 0) for number in range(len(chosen))]
+    rows += [Row(facts[group[0]].essence, 1, last, number) for number, group in enumerate(chosen)]
+    lanes, members = open_lanes(site, rows, read, trunk), torch.tensor(places, device=device).T
+    hidden = _unedited(site, rows, lanes)
+    first = torch.tensor([sum(map(len, chosen[:number])) for number in range(len(chosen))], device=device)
+    zeros = torch.zeros_like(hidden[first])
     return _Batch(
-        members=members,
-        live=torch.ones(len(chosen), dtype=torch.bool, device=stack.device),
-        targets=targets,
-        predictions=_predictions(rows, [fact for fact, _, _ in opened], weights, settings, stack.device),
-        essence=essence,
-        essence_log_probs=unedited,
-        hidden=hidden,
-        unit=site.unit(hidden),
+        members=_Members(members[0], members[1], hidden),
+        live=torch.ones(len(chosen), dtype=torch.bool, device=device),
+        lanes=tuple(lane for lane, _ in lanes),
+        order=torch.cat([lane.slot for lane, _ in lanes]).argsort(),
+        predictions=predictions,
+        essence_log_probs=None,
+        hidden=hidden[first],
+        unit=site.unit(hidden[first]),
         delta=zeros,
         first_moment=zeros,
         second_moment=zeros,
-        nll_factor=torch.full((len(chosen),), settings.nll_factor, device=stack.device),
+        nll_factor=torch.full((len(chosen),), settings.nll_factor, device=device),
+        found=_Found(zeros, zeros[:, 0, 0], torch.zeros(len(chosen), dtype=torch.long, device=device)),
     )
+
+
+def _unedited(
+    site: Site, rows: Sequence[Row], lanes: Sequence[tuple[Lane, Sequence[int]]]
+) -> Float[Tensor, "facts parts d"]:
+    """What the change is added to in the bare row of every fact; essences are no such rows."""
+    facts = [number for number, row in enumerate(rows) if row.trunk == 0]
+    found: dict[int, Tensor] = {}
+    for lane, numbers in lanes:
+        if any(rows[number].trunk == 0 for number in numbers):
+            found |= dict(zip(numbers, site.unedited(lane.rows), strict=True))
+    return torch.stack([found[number] for number in facts])
 
 
 def _predictions(
@@ -429,55 +544,53 @@ def _predictions(
     weights: Sequence[float],
     settings: ValueSettings,
     device: torch.device,
-) -> _Predictions:
-    """What is predicted in each row; ``facts`` are the rows' facts, and ``weights`` what each row weighs in its fact."""
+) -> tuple[list[tuple[int, int]], _Predictions]:
+    """What is predicted, with row and column of each; ``facts`` are the rows' facts, ``weights`` what each row weighs in its fact."""
     kinds = {id(fact.closers): fact.closers for fact in facts if fact.closers is not None}
     kind = {identity: number for number, identity in enumerate(kinds)}
-    found: list[tuple[int, int, int, float, int, int]] = []
+    read: list[tuple[int, int]] = []
+    found: list[tuple[int, float, int, int]] = []
     for number, row in enumerate(rows):
-        text, (start, stop), fact = row.encoded, row.encoded.target, facts[number]
-        share, last = weights[number] / (stop - start), text.subject_last
-        found += [(number, p - 1 - last, text.input_ids[p], share, row.fact, -1) for p in range(start, stop)]
+        text, (start, stop), fact, last = row.encoded, row.encoded.target, facts[number], row.encoded.subject_last
+        spans = [(start, stop, weights[number] / (stop - start))]
         if text.opening and settings.opening:
-            share, begun = settings.opening * weights[number] / text.opening, start - text.opening
-            found += [(number, p - 1 - last, text.input_ids[p], share, row.fact, -1) for p in range(begun, start)]
+            spans.append((start - text.opening, start, settings.opening * weights[number] / text.opening))
+        for begin, end, share in spans:
+            read += [(number, place - 1 - last) for place in range(begin, end)]
+            found += [(text.input_ids[place], share, row.fact, -1) for place in range(begin, end)]
         if fact.closers is not None:
-            share = settings.closing * weights[number]
-            found.append((number, stop - 1 - last, 0, share, row.fact, kind[id(fact.closers)]))
-    row_, column, token, share_, fact_, closers = zip(*found, strict=True)
-    integers = [torch.tensor(values, device=device) for values in (row_, column, token, fact_, closers)]
+            read.append((number, stop - 1 - last))
+            found.append((0, settings.closing * weights[number], row.fact, kind[id(fact.closers)]))
+    token, shares, fact_, closers = zip(*found, strict=True)
+    tokens, of_fact, ends = (torch.tensor(numbers, device=device) for numbers in (token, fact_, closers))
     masks = (
         torch.stack(list(kinds.values())).to(device) if kinds else torch.zeros(0, 0, dtype=torch.bool, device=device)
     )
-    rows_, columns, tokens, facts_, kinds_ = integers
-    return _Predictions(rows_, columns, tokens, torch.tensor(share_, device=device), facts_, kinds_, masks)
+    after = (ends >= 0).nonzero()[:, 0]
+    return read, _Predictions(tokens, torch.tensor(shares, device=device), of_fact, ends, after, masks)
 
 
 def _evaluate(site: Site, batch: _Batch, settings: ValueSettings, *, last: bool) -> _Step:
     """The objective of each fact and, unless this is the last step, its gradient."""
     delta = batch.delta.detach().requires_grad_(not last)
-    where, stack = batch.predictions, site.stack
+    where, count = batch.predictions, len(batch.predictions.token)
     with torch.set_grad_enabled(not last):
-        logits = stack.logits(site.run(batch.targets, delta[batch.targets.fact], where.row, where.column)).float()
-        log_probs = where.of(logits) - logits.logsumexp(-1)
+        states = [site.run(lane.rows, delta[lane.rows.fact], lane.row, lane.column) for lane in batch.lanes]
+        logits = site.stack.logits(torch.cat(states)[batch.order]).float()
+        targets, essence = logits[:count], logits[count:].log_softmax(-1)
+        log_probs = where.of(targets) - targets.logsumexp(-1)
         nll = torch.zeros_like(batch.nll_factor).index_add(0, where.fact, -log_probs * where.share)
-        essence = stack.logits(_at_start(site, batch.essence, delta[batch.essence.fact])).float().log_softmax(-1)
-        kl = settings.kl_factor * (essence.exp() * (essence - batch.essence_log_probs)).sum(-1)
+        before = essence.detach() if batch.essence_log_probs is None else batch.essence_log_probs
+        kl = settings.kl_factor * (essence.exp() * (essence - before)).sum(-1)
         decay = (batch.unit[..., 0] * delta.norm(dim=-1) / batch.hidden.norm(dim=-1).square()).sum(-1)
         objective = batch.nll_factor * nll + kl + settings.weight_decay * decay
     gradient = None if last else torch.autograd.grad(objective.sum(), delta)[0]
     done, sure = objective < settings.stop_loss, torch.zeros_like(objective, dtype=torch.bool)
     if settings.until_sure:
-        wrong = where.wrong(logits).float()
+        wrong = where.wrong(targets).float()
         sure = torch.zeros_like(batch.nll_factor).index_add(0, where.fact, wrong) == 0
         done = done | (sure & (kl <= _KL_LIMIT))
-    return _Step(objective.detach(), gradient, done, sure)
-
-
-def _at_start(site: Site, rows: Rows, change: Float[Tensor, "rows parts d"]) -> Float[Tensor, "rows d"]:
-    """Hidden states after the last block in column 0 of each row."""
-    every = torch.arange(len(change), device=change.device)
-    return site.run(rows, change, every, torch.zeros_like(every))
+    return _Step(objective.detach(), gradient, done, sure, essence.detach())
 
 
 def _adam(batch: _Batch, step: _Step, number: int, settings: ValueSettings) -> _Batch:
@@ -498,24 +611,29 @@ def _adam(batch: _Batch, step: _Step, number: int, settings: ValueSettings) -> _
     )
 
 
-def _shrunk(batch: _Batch) -> _Batch:
+def _shrunk(batch: _Batch, live: Sequence[bool], values: Values) -> _Batch:
     """The batch without its finished groups, or with so many of them that its size is a power of two."""
-    live = int(batch.live.sum())
-    size = max(_LEAST_FACTS, 1 << (live - 1).bit_length())
-    if size >= len(batch.live):
+    left = sum(live)
+    size = max(_LEAST_FACTS, 1 << (left - 1).bit_length())
+    if size >= len(live):
         return batch
-    kept = batch.live.clone()
-    kept[(~kept).nonzero()[: size - live, 0]] = True
+    _keep(batch, values)
+    finished = [group for group, going in enumerate(live) if not going]
+    leaving = set(finished[size - left :])
+    kept = torch.tensor([group not in leaving for group in range(len(live))], device=batch.live.device)
     keep = kept.nonzero()[:, 0]
-    place = _new_places(keep, len(kept))
-    rows = kept[batch.targets.fact].nonzero()[:, 0]
-    new_row = _new_places(rows, len(batch.targets.fact))
+    place = new_places(keep, len(kept))
+    predicted = kept[batch.predictions.fact]
+    stays = torch.cat([predicted, kept])
+    slots = new_places(stays.nonzero()[:, 0], len(stays))
+    lanes = [lane for lane in (lane.select(kept, place, slots) for lane in batch.lanes) if lane is not None]
+    assert batch.essence_log_probs is not None
     return _Batch(
         members=batch.members.select(kept, place),
         live=batch.live[keep],
-        targets=batch.targets.select(rows, place[batch.targets.fact[rows]]),
-        predictions=batch.predictions.select(kept[batch.predictions.fact], new_row, place),
-        essence=batch.essence.select(keep, torch.arange(len(keep), device=keep.device)),
+        lanes=tuple(lanes),
+        order=torch.cat([lane.slot for lane in lanes]).argsort(),
+        predictions=batch.predictions.select(predicted, place),
         essence_log_probs=batch.essence_log_probs[keep],
         hidden=batch.hidden[keep],
         unit=batch.unit[keep],
@@ -523,10 +641,5 @@ def _shrunk(batch: _Batch) -> _Batch:
         first_moment=batch.first_moment[keep],
         second_moment=batch.second_moment[keep],
         nll_factor=batch.nll_factor[keep],
+        found=batch.found.select(keep),
     )
-
-
-def _new_places(kept: Int[Tensor, " kept"], count: int) -> Int[Tensor, " count"]:
-    """Where each of ``count`` items goes when only some are kept; -1 for the others."""
-    places = torch.full((count,), -1, device=kept.device)
-    return places.index_copy(0, kept, torch.arange(len(kept), device=kept.device))

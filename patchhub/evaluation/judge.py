@@ -11,7 +11,7 @@ import json
 import re
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 from urllib.parse import urlsplit
@@ -54,19 +54,36 @@ class Server:
         Raises:
             RemoteError: it names none, or cannot be asked.
         """
-        found = self._call("models", None).get("data")
-        names = [model.get("id") for model in found if isinstance(model, dict)] if isinstance(found, list) else []
+        names = [model.get("id") for model in self._models()]
         if not names or not isinstance(names[0], str):
             raise RemoteError(f"{self.root} names no model", remedy="Say which one is asked.", url=self.root)
         return names[0]
 
-    def complete(self, model: str, prompt: str, *, tokens: int, chat: bool = False) -> str:
+    def unremembering(self) -> Mapping[str, Any]:
+        """Fields of a question whose answer must come from the weights as they are now.
+
+        llama.cpp's server takes the beginning of a prompt from what it computed before, also where an adapter was switched since; it knows
+        a field that forbids this. Others tell adapters apart, and may refuse fields that they do not know.
+        """
+        is_llama_cpp = any(model.get("owned_by") == "llamacpp" for model in self._models())
+        return {"cache_prompt": False} if is_llama_cpp else {}
+
+    def _models(self) -> list[dict[str, Any]]:
+        found = self._call("models", None).get("data")
+        return [model for model in found if isinstance(model, dict)] if isinstance(found, list) else []
+
+    def complete(
+        self, model: str, prompt: str, *, tokens: int, chat: bool = False, fields: Mapping[str, Any] | None = None
+    ) -> str:
         """The most probable continuation of a text, or in a chat the answer to it as a user's message.
+
+        Args:
+            fields: further ones of the question, such as `unremembering`.
 
         Raises:
             RemoteError: the server cannot be asked, or its answer holds no text.
         """
-        options: dict[str, Any] = {"model": model, "max_tokens": tokens, "temperature": 0}
+        options: dict[str, Any] = {"model": model, "max_tokens": tokens, "temperature": 0, **(fields or {})}
         if chat:
             answer = self._call("chat/completions", {**options, "messages": [{"role": "user", "content": prompt}]})
         else:
@@ -102,7 +119,7 @@ class Server:
                 status=error.code,
             ) from None
         except (OSError, ValueError, http.client.HTTPException) as error:
-            why = self._without_key(str(error))
+            why = self._without_key(str(error.reason if isinstance(error, urllib.error.URLError) else error))
             raise RemoteError(f"{url} cannot be asked: {why}", remedy="Is the server running there?", url=url) from None
         if not isinstance(found, dict):
             raise RemoteError(f"{url} answered with no object", remedy="Is it an OpenAI-compatible server?", url=url)

@@ -21,6 +21,7 @@ from patchhub.text.tokens import Chat
 
 _RESAMPLES_AT_ONCE = 64
 _COVERAGE = 0.95
+_LARGEST_EXPONENT = 700.0  # of exp in float64
 
 
 @dataclass(frozen=True)
@@ -333,7 +334,7 @@ def wise_scores(
     resamples: int = 1000,
     seed: int = 0,
 ) -> Scores:
-    """reliability, generalisation, locality and `average`, their arithmetic mean.
+    """reliability, generalisation, locality and `average`, their arithmetic mean; and target_perplexity, which is no share.
 
     Args:
         match: a prompt counts as right when every token is (the paper's formulas), or by its share of right tokens
@@ -349,6 +350,7 @@ def wise_scores(
         "locality": _unchanged(after, before, match),
     }
     combined = {"average": Combined(tuple(columns), arithmetic_mean)}
+    columns["target_perplexity"] = _column(after, "prompt", _perplexity)
     return scored("wise", {"match": match}, columns, combined, resamples=resamples, seed=seed)
 
 
@@ -407,6 +409,11 @@ def _agreement(tokens: Sequence[int], others: Sequence[int], match: Match) -> fl
 
 def _level(score: TargetScore, compare: Compare) -> float:
     return score.logprob if compare == "total" else score.logprob / score.n_tokens
+
+
+def _perplexity(answers: Answers) -> float:
+    """exp of the mean negative log-probability of the new target's tokens."""
+    return math.exp(min(-answers.new.logprob / answers.new.n_tokens, _LARGEST_EXPONENT))
 
 
 def _probability(score: TargetScore, compare: Compare) -> float:

@@ -8,16 +8,16 @@ import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Final
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Final
 
 from patchhub.errors import SettingsError
 from patchhub.fsio import DISK, os_errors, temporary_path, write_atomically
 from patchhub.models.checkpoint import CONFIG, INDEX, Checkpoint
 
-Replacement = Callable[[Tensor], Tensor]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Replacement = Callable[["Tensor"], "Tensor"]
 """From the stored tensor to the tensor that takes its place, of the same dtype and shape."""
 
 _OTHER_WEIGHTS: Final = {
@@ -66,7 +66,7 @@ def write_patched(
         RepositoryError: the disk is full or refuses the write.
     """
     out = Path(os.path.realpath(out))
-    _refuse_target(checkpoint, out, overwrite)
+    refuse_occupied(checkpoint.folder, out, overwrite=overwrite)
     by_tensor = {checkpoint.resolve_name(name): replacement for name, replacement in replace.items()}
     with os_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -85,9 +85,18 @@ def write_patched(
             raise
 
 
-def _refuse_target(checkpoint: Checkpoint, out: Path, overwrite: bool) -> None:
-    base, home = checkpoint.folder.resolve(), Path(os.path.realpath(os.path.expanduser("~")))
-    if out in (base, *base.parents):
+def refuse_occupied(base: Path | None, out: Path, *, overwrite: bool) -> None:
+    """Refuse a folder that something is in which would be lost.
+
+    Args:
+        base: the base's folder, if it is known.
+
+    Raises:
+        SettingsError: ``out`` is there already, is no model's folder, or is or holds the base.
+    """
+    out, home = Path(os.path.realpath(out)), Path(os.path.realpath(os.path.expanduser("~")))
+    base = base.resolve() if base is not None else None
+    if base is not None and out in (base, *base.parents):
         raise SettingsError(f"{out} is or holds the base itself", remedy="Choose another folder.", out=str(out))
     if out in (home, *home.parents):
         raise SettingsError(f"{out} is or holds the home folder", remedy="Choose another folder.", out=str(out))
@@ -162,6 +171,8 @@ def _link(source: Path, target: Path) -> bool:
 
 
 def _overwrite(checkpoint: Checkpoint, copy: Path, replace: Mapping[str, Replacement]) -> None:
+    import torch
+
     with open(copy, "r+b") as stream:
         for name, replacement in replace.items():
             before = checkpoint.read(name)

@@ -29,6 +29,8 @@ _FILES: Final = (
 )
 _CACHED: Final = ("inactive_file", "active_file")
 _UNKNOWN: Final = 4 << 30
+_SHARE_CPU: Final = 0.5  # of the memory that weights in float32 may take where the type is chosen here
+_SHARE_GPU: Final = 0.1
 
 
 def total_memory(groups: Path = GROUPS) -> int:
@@ -121,8 +123,9 @@ DEFAULT: Final = Placement()
 def chosen_dtype(checkpoint: Checkpoint, placement: Placement) -> torch.dtype:
     """The type of the base's weights in memory, of what a quantised base computes in, and of its activations.
 
-    "auto" is float32 where the weights take at most half of the memory of the placement's devices in it, else the type of the most
-    of the checkpoint's numbers; for a quantised base always the latter.
+    "auto" is float32 where the weights take at most half of a CPU's memory in it, or a tenth of a GPU's; else, and for a quantised base,
+    the type of the most of the checkpoint's numbers. A GPU multiplies bfloat16 ten times as fast as float32, which shows where the
+    model is large enough to keep it busy; changes run beside such weights in float32 anyway.
     """
     if placement.dtype != "auto":
         named: torch.dtype = getattr(torch, placement.dtype)
@@ -133,7 +136,8 @@ def chosen_dtype(checkpoint: Checkpoint, placement: Placement) -> torch.dtype:
         if dtype.is_floating_point:
             counts[name_of(dtype)] += entry.size // dtype.itemsize
     own: torch.dtype = getattr(torch, counts.most_common(1)[0][0]) if counts else torch.float32
-    fits = 4 * counts.total() * 2 <= sum(map(memory_of, placement.devices))
+    share = _SHARE_CPU if all(device.type == "cpu" for device in placement.devices) else _SHARE_GPU
+    fits = 4 * counts.total() <= share * sum(map(memory_of, placement.devices))
     return torch.float32 if fits and placement.quantization == "none" else own
 
 

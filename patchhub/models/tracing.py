@@ -39,13 +39,28 @@ def fast_products(device: torch.device) -> Iterator[None]:
     PyTorch leaves them to MKL unless it is told that bfloat16 would do; on processors that have wide vectors and no matrix unit
     oneDNN then computes in float32 all the same, and on some of them twice as fast. Where it would really round to bfloat16 the
     switch stays as it was. Attention then is two plain products as well: the fused kernel's own small products are slow that way.
-    Both are switches of the process, put back at the end.
+    Both are switches of the process, put back at the end. On a GPU float32 products stay float32 whatever the process allows (TF32 has
+    ten bits): second moments are sums of a hundred thousand of them.
     """
-    if device.type != "cpu" or not _exact_through_onednn():
+    if device.type != "cpu":
+        with _without_tf32():
+            yield
+        return
+    if not _exact_through_onednn():
         yield
         return
     with _onednn(), sdpa_kernel(SDPBackend.MATH):
         yield
+
+
+@contextmanager
+def _without_tf32() -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 @contextmanager

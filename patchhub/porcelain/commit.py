@@ -36,6 +36,7 @@ from patchhub.worktree.loading import SURVIVAL_LIMIT
 from patchhub.worktree.opening import BaseFiles, Worktree, base_files, in_chat, open_worktree, patch_state
 from patchhub.worktree.recording import chosen_settings, state_without, write_closed_form
 from patchhub.worktree.shards import forget_replaced, wise_settings, write_shards
+from patchhub.worktree.workers import refuse_without_ray, workers_of
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,8 @@ class Writing:
         on_conflict: what a contradiction with an active fact does: refuse the commit, replace the old fact, or keep both.
         strict: refuse facts that compete with others for a key (MEMIT and PMET), before anything is optimised.
         memory: bytes that the process may hold, the base included (MEMIT and PMET); None: half of what is free is used besides.
+        workers: how many processes optimise values and read the base (MEMIT and PMET); None: this one, or as many as ``on`` has room for.
+        on: the address of the Ray cluster that has them; None: this machine.
     """
 
     method: str | None = None
@@ -98,6 +101,8 @@ class Writing:
     on_conflict: OnConflict = "refuse"
     strict: bool = False
     memory: int | None = None
+    workers: int | None = None
+    on: str | None = None
 
 
 AS_CONFIGURED: Final = Writing()
@@ -133,10 +138,7 @@ def commit(
     """
     begun = perf_counter()
     method = chosen_method(repository, writing.method)
-    if (writing.keep or writing.find_keeps) and method == METHOD:
-        raise SettingsError(
-            "WISE leaves what it does not route as it is", remedy="Leave --keep out, or use memit or pmet."
-        )
+    _refuse_unusable(method, writing)
     begin(repository)
     _warn_of_what_is_left_out(batch, progress)
     by_subject = method in EDITORS
@@ -176,6 +178,18 @@ def commit(
         rivals=written.rivals,
         faults=measured.spoken.faults if measured.spoken else (),
     )
+
+
+def _refuse_unusable(method: str, writing: Writing) -> None:
+    """Refuse what the method cannot do, or this machine has not installed, before anything is loaded."""
+    if (writing.keep or writing.find_keeps) and method == METHOD:
+        raise SettingsError(
+            "WISE leaves what it does not route as it is", remedy="Leave --keep out, or use memit or pmet."
+        )
+    if (writing.workers or writing.on) and method == METHOD:
+        raise SettingsError("WISE trains one side memory in one process", remedy="Leave --workers and --on out.")
+    if writing.on:
+        refuse_without_ray()
 
 
 @dataclass(frozen=True)
@@ -265,8 +279,10 @@ def _write(
     """The plan, written by its editor: patches in the store, and the set that their commit shall have."""
     if isinstance(editor, SideMemories):
         return write_shards(repository, tree, plan, editor.settings, editor.rank, progress)
-    options: dict[str, Any] = {"strict": writing.strict, "find_keeps": writing.find_keeps, "memory": writing.memory}
-    written = write_closed_form(repository, tree, plan, method, editor.settings, writing.text, progress, **options)
+    options: dict[str, Any] = {"strict": writing.strict, "find_keeps": writing.find_keeps}
+    with workers_of(tree, writing.workers, writing.on, progress) as workers:
+        options |= {"workers": workers}
+        written = write_closed_form(repository, tree, plan, method, editor.settings, writing.text, progress, **options)
     return forget_replaced(repository, tree, plan, written, progress) if plan.shrunk else written
 
 
@@ -277,7 +293,10 @@ def _warn_of_what_is_left_out(batch: Batch, progress: Progress) -> None:
         left = f"{batch.unanswered} neighborhood prompt{'' if batch.unanswered == 1 else 's'}"
         progress.warn(f"{left} without an answer left out")
     if batch.ignored:
-        progress.warn(f"fields of the records that say nothing here are left out: {', '.join(batch.ignored)}")
+        names = ", ".join(
+            f"{name} ({count} record{'' if count == 1 else 's'})" for name, count in batch.ignored.items()
+        )
+        progress.warn(f"fields that say nothing here are left out, and not kept: {names}")
 
 
 def _none_holds(method: str) -> str:

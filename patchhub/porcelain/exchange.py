@@ -4,12 +4,12 @@
 whether a server answers with a revision's facts.
 
 A server is asked over the OpenAI-compatible interface: vLLM, SGLang, TGI, llama.cpp, Ollama and LM Studio answer `/v1/completions` and
-`/v1/chat/completions` alike. A fact counts as said where the greedy continuation of its prompt begins with its target. Facts that the
-commit was noted not to say are not asked."""
+`/v1/chat/completions` alike. A fact counts as said where the greedy continuation of its prompt begins with its target, in a
+chat where the answer says it. Facts that the commit was noted not to say are not asked."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,14 +17,16 @@ from typing import Any, Final, Literal
 
 import numpy as np
 
-from patchhub.delta import Delta, add, compact, negative, norm, read_deltas, write_deltas
+from patchhub.delta import Delta, add, compact, negative, norm, read_deltas, to_dense, write_deltas
 from patchhub.errors import BaseError, RepositoryError, RequestError, SettingsError
 from patchhub.evaluation.guard import Report
 from patchhub.evaluation.judge import Server, root_of
+from patchhub.export import gguf
 from patchhub.export.foreign import form_of, from_difference, is_nothing, read_adapter
 from patchhub.export.peft import (
     CONFIG,
     EXACT,
+    LORA_IN_VLLM,
     WEIGHTS,
     Adapter,
     BaseName,
@@ -34,7 +36,7 @@ from patchhub.export.peft import (
     make_adapter,
 )
 from patchhub.fsio import os_errors, write_atomically
-from patchhub.models.checkpoint import Checkpoint, open_checkpoint
+from patchhub.models.checkpoint import Checkpoint, open_checkpoint, read_floats
 from patchhub.models.fingerprint import tensor_digest
 from patchhub.objects import Base, Request
 from patchhub.porcelain.scores import DEFINITIONS, notes_of
@@ -49,7 +51,6 @@ from patchhub.sets.shards import shards_at
 from patchhub.store.store import Store, refuse_store
 from patchhub.who import Who
 from patchhub.worktree.judging import GUARDED, Guarding, judge
-from patchhub.worktree.opening import base_object, open_base
 
 _MANY_FACTS: Final = 100
 """What a change that does not say how many facts it brings may drift as much as (docs/guard.md)."""
@@ -107,6 +108,8 @@ def import_change(
     if (folder / CONFIG).exists():
         found = _from_adapter(folder, repository)
     else:
+        from patchhub.worktree.opening import open_base
+
         found = _from_checkpoint(repository, open_base(repository, base), open_checkpoint(folder), tolerance, progress)
     if not found.deltas:
         raise RequestError(f"{folder} changes nothing", remedy="Give an adapter or a checkpoint that differs.")
@@ -166,6 +169,8 @@ def _from_checkpoint(
     repository: Store, base: Checkpoint, other: Checkpoint, tolerance: float, progress: Progress
 ) -> _Change:
     """The difference of two checkpoints, weight by weight; every other tensor must be the same."""
+    from patchhub.worktree.opening import base_object
+
     shapes = linear_shapes(repository)
     stored = {base.resolve_name(weight): weight for weight in shapes}
     progress.stage("comparing", len(other.tensors))
@@ -285,29 +290,35 @@ def export_gguf(
     *,
     tolerance: float = EXACT,
     rank: int | None = None,
+    fuse: Path | None = None,
     overwrite: bool = False,
 ) -> Exported:
     """Write an adapter as llama.cpp and Ollama read one, ``out/<name>-<commit>.gguf`` and a Modelfile; read it back and compare.
+
+    Args:
+        fuse: a GGUF file of the base: write the whole model instead, with all of that file but the weights that change.
 
     Raises:
         RevisionError: no such revision.
         RepositoryError: the state has no adapter within the tolerance.
         SettingsError: the extra that writes it is missing, llama.cpp does not know the architecture or a weight, or a file is there.
+        BaseError: ``fuse`` is no GGUF of the base.
     """
-    from patchhub.export import peft
-
     refuse_store(repository, out)
     commit = repository.resolve(revision)
+    name = f"{adapter_name(out.name or 'facts', commit or 'base')}.gguf"
+    _refuse_present(out, (name, "Modelfile"), overwrite=overwrite)
+    if fuse is not None:
+        return _fused(repository, commit, fuse, out / name, progress)
     state, base = read_state(repository, commit), repository.config.base
     adapter = _adapter(repository, commit, tolerance=tolerance, rank=rank)
-    name = f"{adapter_name(out.name or 'facts', commit or 'base')}.gguf"
     model_type, layers, named = base["model_type"], len(base["weights"]), _base_name(repository).model
     with TemporaryDirectory(prefix="patchhub-gguf-") as folder:
-        peft.write_gguf(adapter, model_type, layers, Path(folder) / name, base=named)
+        gguf.write_gguf(adapter, model_type, layers, Path(folder) / name, base=named)
         data = (Path(folder) / name).read_bytes()
-        there, shapes = peft.read_gguf(Path(folder) / name), linear_shapes(repository)
+        there, shapes = gguf.read_gguf(Path(folder) / name), linear_shapes(repository)
     errors = [1.0]
-    for weight, called in peft.names_in_llama_cpp(adapter.factors, model_type, layers).items():
+    for weight, called in gguf.names_in_llama_cpp(adapter.factors, model_type, layers).items():
         total = add(state[weight], shapes[weight])
         errors.append(norm(add([there[called], negative(total)], shapes[weight])) / norm(total))
     error = max(errors[1:])
@@ -315,8 +326,32 @@ def export_gguf(
         raise RepositoryError(
             f"the written file differs from the state by {error:.1e}", remedy="Report this: it is a bug."
         )
-    _write(out, {name: data, "Modelfile": peft.modelfile(named, name).encode()}, overwrite=overwrite)
+    _write(out, {name: data, "Modelfile": gguf.modelfile(named, name).encode()}, overwrite=overwrite)
     return Exported(out / name, commit, adapter.rank, error)
+
+
+def _fused(repository: Store, commit: str | None, base: Path, out: Path, progress: Progress) -> Exported:
+    """Write a GGUF of the base with the change of a commit fused in, and a Modelfile of it."""
+    from patchhub.worktree.opening import open_checked
+
+    _refuse_routed(repository, commit, "GGUF file")
+    known, shapes, state = repository.config.base, linear_shapes(repository), read_state(repository, commit)
+    names = gguf.names_in_llama_cpp(state, known["model_type"], len(known["weights"]))
+    files = open_checked(repository) if state else None
+    changed = {}
+    for weight, deltas in state.items():
+        assert files is not None
+        stored = read_floats(files.entry(files.resolve_name(weight))).astype(np.float32)
+        old = stored.T if known["orientation"] == "in_out" else stored
+        changed[names[weight]] = (old, old + to_dense(add(deltas, shapes[weight])))
+    with os_errors(out.parent):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        progress.stage("writing", base.stat().st_size if base.is_file() else 0)
+    layers = len(known["weights"])
+    error = gguf.fuse_gguf(base, out, changed, known["model_type"], layers, progress.advance)
+    progress.close()
+    write_atomically(out.with_name("Modelfile"), (gguf.modelfile(out.name, None).encode(),))
+    return Exported(out, commit, None, error)
 
 
 def export_diff(
@@ -354,11 +389,30 @@ def hub_pages(
         note = error.message
         progress.warn(f"no PEFT adapter is pushed: {note}")
     else:
-        files |= adapter_files(adapter, _base_name(repository))
-        note = AdapterNote(adapter.rank, adapter.error)
+        model_type, dense = repository.config.base["model_type"], not stacked_weights(repository)
+        written = _for_servers(adapter, weight_shapes(repository)) if dense else adapter
+        files |= adapter_files(written, _base_name(repository))
+        note = AdapterNote(
+            adapter.rank,
+            adapter.error,
+            every_layer=written.factors.keys() >= weight_shapes(repository).keys(),
+            vllm=dense and model_type in LORA_IN_VLLM,
+            llama_cpp=gguf.known_to_llama_cpp(model_type)
+            and adapter.factors.keys() <= weight_shapes(repository).keys(),
+        )
         if adapter.error > EXACT:
             progress.warn(f"the PEFT adapter is recompressed; its relative error is {adapter.error:.1e}")
     return {**files, "README.md": write_card(_card(repository, repo, commit, note, withheld=withheld))}
+
+
+_ZEROS: Final = 16 << 20
+"""Bytes of zero factors up to which a pushed adapter has every layer: a download of seconds, so that no server leaves it out."""
+
+
+def _for_servers(adapter: Adapter, shapes: Mapping[str, tuple[int, int]]) -> Adapter:
+    """The adapter with factors in every layer, unless their zeros would be more than `_ZEROS`."""
+    zeros = sum(4 * adapter.rank * sum(shape) for weight, shape in shapes.items() if weight not in adapter.factors)
+    return in_every_layer(adapter, shapes) if zeros <= _ZEROS else adapter
 
 
 def _adapter(repository: Store, commit: str | None, *, tolerance: float, rank: int | None) -> Adapter:
@@ -432,10 +486,14 @@ def _base_name(repository: Store) -> BaseName:
     )
 
 
-def _write(folder: Path, files: Mapping[str, bytes], *, overwrite: bool) -> None:
-    there = [name for name in files if (folder / name).exists()]
+def _refuse_present(folder: Path, names: Iterable[str], *, overwrite: bool) -> None:
+    there = [name for name in names if (folder / name).exists()]
     if there and not overwrite:
         raise SettingsError(f"{folder / there[0]} is there already", remedy="Choose another place, or --overwrite.")
+
+
+def _write(folder: Path, files: Mapping[str, bytes], *, overwrite: bool) -> None:
+    _refuse_present(folder, files, overwrite=overwrite)
     with os_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     for name, data in files.items():
@@ -450,7 +508,7 @@ _ENOUGH: Final = 0.8  # share of the facts that are said where a revision is on
 
 @dataclass(frozen=True)
 class Said(Result):
-    """What the server continued a fact's prompt with, and whether that begins with the fact's target, or with what was true before."""
+    """What the server wrote after the prompt of a fact, and whether that says the target, or what was true before."""
 
     prompt: str
     target: str
@@ -515,16 +573,16 @@ def verify_served(
         raise RequestError(
             f"{revision} holds no fact that could be asked", remedy="Name a revision with facts by --rev."
         )
-    name = model or server.first_model()
+    name, fields = model or server.first_model(), server.unremembering()
     progress.stage("asking", len(facts))
     answers = []
     for fact in facts:
-        continuation = server.complete(name, fact.text, tokens=_TOKENS, chat=chat)
-        answers.append(_judged(fact, continuation))
+        continuation = server.complete(name, fact.text, tokens=_TOKENS, chat=chat, fields=fields)
+        answers.append(_judged(fact, continuation, chat=chat))
         progress.advance(1)
     progress.close()
-    said = sum(answer.holds for answer in answers)
-    verdict: Verdict = "on" if said >= _ENOUGH * len(answers) else "partly" if said else "off"
+    held = sum(answer.holds for answer in answers)
+    verdict: Verdict = "on" if held >= _ENOUGH * len(answers) else "partly" if held else "off"
     return Served(verdict, server.root, name, commit, tuple(answers))
 
 
@@ -539,9 +597,13 @@ def _facts(repository: Store, commit: str | None, limit: int) -> list[Request]:
     return known[::step][:limit]
 
 
-def _judged(fact: Request, continuation: str) -> Said:
+def _judged(fact: Request, continuation: str, *, chat: bool) -> Said:
+    """In a chat the target may stand anywhere in the answer, which keeps the base's own words before it."""
+    from patchhub.evaluation.spoken import said  # with torch, which an address that nobody answers at does not need
+
     text = " ".join(continuation.split())
     before = fact.target_true
-    return Said(
-        fact.text, fact.target_new, text, text.startswith(fact.target_new), bool(before and text.startswith(before))
+    holds, as_before = (
+        bool(target) and said(text, target, anywhere=chat) for target in (fact.target_new, before or "")
     )
+    return Said(fact.text, fact.target_new, text, holds, as_before)

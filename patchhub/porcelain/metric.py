@@ -99,6 +99,8 @@ def compute(
     layers: Sequence[int] = (),
     text: Sequence[Path] = (),
     memory: int | None = None,
+    workers: int | None = None,
+    on: str | None = None,
 ) -> Shown:
     """Compute the metric now, or what it lacks for some layers.
 
@@ -108,6 +110,7 @@ def compute(
         layers: for which layers; none: those that the repository's editor writes to.
         text: files to compute it from; none: the base writes it.
         memory: bytes that sums and factors may take.
+        workers, on: how many processes do it, and the Ray cluster that they run on.
 
     Raises:
         SettingsError: there is no such layer.
@@ -116,13 +119,16 @@ def compute(
     from patchhub.editing.metric import MEMORY
     from patchhub.worktree.metric import open_recorder, start_recorder
     from patchhub.worktree.opening import base_files, open_worktree
+    from patchhub.worktree.workers import workers_of
 
     files = base_files(repository)
     chosen = tuple(layers) or edited_layers(repository, files.architecture)
     weights = [files.architecture.ffn_weight(layer) for layer in chosen]
     tree = open_worktree(repository, progress, base=files, edits=weights)
     begin = start_recorder if text and not is_metric_used(repository) else open_recorder
-    begin(repository, tree.stack, tree.tokenizer, chosen, text, progress, memory=memory or MEMORY)
+    with workers_of(tree, workers, on, progress) as others:
+        options: dict[str, Any] = {"memory": memory or MEMORY, "workers": others}
+        begin(repository, tree.stack, tree.tokenizer, chosen, text, progress, **options)
     progress.close()
     return show(repository)
 
@@ -156,6 +162,9 @@ def import_any(repository: Store, sources: Sequence[str], progress: Progress) ->
     """`import_metric` of a file that `export_metric` wrote, else `import_moments`; errors as theirs."""
     if not sources:
         raise SettingsError("there is nothing to import", remedy="Name a file, a folder of files, or LAYER=FILE.")
+    for source in sources:
+        if "=" not in source and not Path(source).exists():
+            raise SettingsError(f"there is no {source}", remedy="Name a file, a folder of files, or LAYER=FILE.")
     if len(sources) == 1 and is_metric_file(Path(sources[0])):
         return import_metric(repository, Path(sources[0]))
     return import_moments(repository, sources, progress)
@@ -272,14 +281,14 @@ def export_metric(repository: Store, out: Path, *, overwrite: bool = False) -> s
         RepositoryError: there is no metric, its cache is empty, or ``out`` exists.
         SettingsError: ``out`` is in a store.
     """
-    from patchhub.worktree.metric import metric_cache
-
     refuse_store(repository, out)
     pinned = repository.config.recording
     if pinned is None:
         raise RepositoryError("this repository has no metric yet", remedy="Run `patchhub metric compute`.")
     if out.exists() and not overwrite:
         raise RepositoryError(f"{out} exists already", remedy="Choose another file, or --overwrite.")
+    from patchhub.worktree.metric import metric_cache
+
     metric = Metric.from_json(repository.objects.get(pinned.metric))
     cache = metric_cache(repository, metric)
     paths = {cache.name(weight): path for weight, path in _files_of(repository, metric).items()}

@@ -75,12 +75,13 @@ class Applied(Result):
 
 @dataclass(frozen=True)
 class Answer(Result):
-    """What one revision says to a prompt: the most probable next tokens and a greedy continuation."""
+    """What one revision says to a prompt: the most probable next tokens and a greedy continuation; in a chat of its answer."""
 
     revision: str
     commit: str | None
     top: tuple[tuple[str, float], ...]
     continuation: str
+    chat: bool = False
 
     def words(self) -> str:
         likely = ", ".join(f"{token!r} {probability:.1%}" for token, probability in self.top[:3])
@@ -304,9 +305,8 @@ def _answer(tree: Worktree, prompt: str, revision: str) -> Answer:
     )
     said = tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
-    return Answer(
-        revision, tree.state.commit, tuple((tokenizer.decode([token]), float(value)) for token, value in pairs), said
-    )
+    likely = tuple((tokenizer.decode([token]), float(value)) for token, value in pairs)
+    return Answer(revision, tree.state.commit, likely, said, chat=chat is not None)
 
 
 def _experts(checkpoint: Checkpoint, architecture: Architecture, progress: Progress) -> dict[str, Any]:

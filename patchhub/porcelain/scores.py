@@ -43,6 +43,7 @@ DEFINITIONS: Final[Mapping[str, str]] = {
     "reliability": "every token of the new target is the argmax at the prompt",
     "generalisation": "every token of the new target is the argmax at other phrasings",
     "locality": "the argmax along the true answers at other prompts is the base's",
+    "target_perplexity": "perplexity of the new target's tokens at the prompt, mean over facts; 1 is best",
     "exact": "what the model writes begins with the new target",
     "exact_in_context": "what it writes begins with the new target, with other text before the prompt",
     "contained": "the new target occurs in what the model writes",

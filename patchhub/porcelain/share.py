@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from patchhub.errors import PatchhubError, RemoteError, RepositoryError, SettingsError
+from patchhub.fsio import is_shared
 from patchhub.models.linear_weights import block_of
 from patchhub.porcelain.trust.signing import admission, refuse_left_out, refuse_unapproved
 from patchhub.progress import Progress
 from patchhub.remotes import sync
-from patchhub.remotes.receive import Limits
+from patchhub.remotes.receive import Intake, Limits
 from patchhub.remotes.remote import Remote, Source
-from patchhub.remotes.sync import Fetched, Pushed, hub_id, normalised, open_remote
+from patchhub.remotes.sync import FORWARD, Fetched, Manner, Pushed, hub_id, normalised, open_remote
 from patchhub.results import Result, told
 from patchhub.signing.checking import allowed_signers
 from patchhub.store.config import Config, Recording
@@ -158,54 +159,51 @@ class Cloned(Result):
 # --- push, fetch, pull ----------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Chosen:
+    """Which refs a push is about.
+
+    Attributes:
+        names: of branches and tags; none of them, the current branch.
+        everything: all branches and tags; they move one after the other, not at once.
+        tags: all tags.
+        delete: remove them there instead; ``names`` must name them.
+    """
+
+    names: Sequence[str] = ()
+    everything: bool = False
+    tags: bool = False
+    delete: bool = False
+
+
+CURRENT: Final = Chosen()
+
+
 def push(
     repository: Store,
     name: str,
-    revisions: Sequence[str],
+    chosen: Chosen,
     progress: Progress,
     *,
     who: Who,
-    everything: bool = False,
-    tags: bool = False,
-    private_facts: bool | None = None,
-    delete: bool = False,
-    lease: bool = False,
-    dry_run: bool = False,
+    manner: Manner = FORWARD,
     access: Access = DEFAULT_ACCESS,
 ) -> list[Pushed]:
     """Bring branches and tags to a remote; returns those that moved or, in a dry run, would.
-
-    Args:
-        revisions: names of branches and tags; none of them, the current branch.
-        everything: all branches and tags; they move one after the other, not at once.
-        tags: all tags.
-        private_facts: withhold the texts of the facts; None: as the remote has it.
-        delete: remove them there instead; ``revisions`` must name them.
-        lease: overwrite a branch there that is where it was last seen.
 
     Raises:
         RemoteError: not fast-forward, not permitted, unreachable; refs that were not pushed are as they were.
         SignatureError: the policy of a branch asks for more approvals; nothing was pushed.
     """
     address = address_of(repository, name)
-    if delete:
-        remote = open_remote(address, endpoint=access.endpoint, token=access.token)
-        return sync.delete(repository, remote, name, revisions, who=who, dry_run=dry_run)
-    refs = sync.refs_to_push(repository, revisions, everything=everything, tags=tags)
+    remote = open_remote(address, endpoint=access.endpoint, token=access.token)
+    if chosen.delete:
+        return sync.delete(repository, remote, name, chosen.names, who=who, dry_run=manner.dry_run)
+    refs = sync.refs_to_push(repository, chosen.names, everything=chosen.everything, tags=chosen.tags)
     progress.stage("pushing", 0)
-    pushed = sync.push(
-        repository,
-        open_remote(address, endpoint=access.endpoint, token=access.token),
-        name,
-        refs,
-        _source(repository),
-        _pages(repository, address, progress),
-        who=who,
-        private_facts=private_facts,
-        lease=lease,
-        dry_run=dry_run,
-        vouch=partial(refuse_unapproved, repository),
-    )
+    shown = sync.Shown(_source(repository), _pages(repository, address, progress))
+    vouch = partial(refuse_unapproved, repository)
+    pushed = sync.push(repository, remote, name, refs, shown, who=who, manner=manner, vouch=vouch, progress=progress)
     progress.close()
     return pushed
 
@@ -294,24 +292,16 @@ def _fetch(
     if remote.view().source is None:
         raise _nothing_at(remote.address)
     weights, linear = weight_shapes(repository), linear_shapes(repository)
-    fetched = sync.fetch(
-        repository,
-        remote,
-        name,
-        Limits(max_bytes, weights, linear),
-        tensor_check(weights, linear),
-        who=who,
-        prove=lambda commits: prove(repository, commits),
-        trust=trust,
-        repair=repair,
-        prune=prune,
-        progress=progress.advance,
-        admit=admission(repository, remote.address, require_signed, progress),
-    )
+    intake = Intake(Limits(max_bytes, weights, linear), tensor_check(weights, linear), repair)
+    admit = admission(repository, remote.address, require_signed, progress)
+    entry = sync.Entry(lambda commits, tips: prove(repository, commits, tips=tips), trust, admit)
+    fetched = sync.fetch(repository, remote, name, intake, who=who, entry=entry, prune=prune, progress=progress)
     for warning in fetched.warnings:
         progress.warn(warning)
     progress.close()
-    _adopt_recording(repository, [moved.new for moved in fetched.moved if moved.new and moved.ref.startswith(REMOTES)])
+    _adopt_recording(
+        repository, sorted({target for ref, target in repository.refs().items() if ref.startswith(REMOTES)})
+    )
     return fetched
 
 
@@ -326,7 +316,8 @@ def _nothing_at(address: str) -> RemoteError:
 
 
 def _adopt_recording(repository: Store, commits: Sequence[str]) -> None:
-    """Pin the metric and the contexts of what was fetched, if this store has none: its next facts must fit."""
+    """Pin the metric and the contexts of what was fetched, now or by a fetch that died before it did, if this store has none: its next
+    facts must fit."""
     for commit in commits if repository.config.recording is None else ():
         for patch in map(repository.patch, sorted({patch for patch, _ in repository.active(commit)})):
             contexts = patch.settings.get("contexts")
@@ -365,6 +356,7 @@ def clone(
     *,
     who: Who,
     base: str | None = None,
+    shared: bool = False,
     trust: bool = False,
     max_bytes: int = MAX_BYTES,
     require_signed: Path | None = None,
@@ -374,6 +366,7 @@ def clone(
 
     Args:
         base: the base model, a folder or a Hub id; None: where the remote says it is on the Hub.
+        shared: let the group of the folder write in the store.
         trust: accept weights that are not those of their facts.
         require_signed: as in `fetch`.
 
@@ -397,8 +390,11 @@ def clone(
 
     created = not folder.exists()
     made = not _was_begun(folder, kept, source.base)
+    if not made and shared and not is_shared(folder / DIRECTORY):
+        shutil.rmtree(folder / DIRECTORY)  # begun as one's own
+        made = True
     if made:
-        init(folder, place, progress, who=who, revision=revision)
+        init(folder, place, progress, who=who, revision=revision, shared=shared)
     try:
         with Store.open(folder) as repository:
             if repository.config.base_id != source.base:

@@ -123,7 +123,8 @@ def fsck(repository: Store, progress: Progress, *, rebuild: bool = False) -> Rep
         from patchhub.sets.proofs import prove  # it needs NumPy
 
         progress.stage("proving weights", 0)
-        report = with_proofs(repository, report, prove(repository, commits, advance=progress.advance))
+        tips = repository.refs().values()
+        report = with_proofs(repository, report, prove(repository, commits, tips=tips, advance=progress.advance))
     progress.close()
     return report
 

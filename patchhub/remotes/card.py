@@ -28,10 +28,19 @@ _TAGS: Final = ("patchhub", "knowledge-editing", "model-editing")
 
 @dataclass(frozen=True)
 class AdapterNote:
-    """The adapter at the root of the repository: its rank and its relative error."""
+    """The adapter at the root of the repository: its rank, its relative error, and which servers take it.
+
+    Attributes:
+        every_layer: it has factors in the layers that do not change too.
+        vllm: vLLM serves adapters of this family.
+        llama_cpp: llama.cpp knows this family, so `export gguf` can write the adapter.
+    """
 
     rank: int
     error: float
+    every_layer: bool = True
+    vllm: bool = True
+    llama_cpp: bool = True
 
 
 @dataclass(frozen=True)
@@ -234,14 +243,41 @@ def _loading(card: Card) -> str:
             f'    base = AutoModelForCausalLM.from_pretrained("{base}")\n'
             f'    model = PeftModel.from_pretrained(base, "{card.repo}", adapter_name="{name}")'
         )
-        parts.append(
-            "With a server, under a name that changes with the content:\n\n"
-            f"    vllm serve {base} --enable-lora --max-lora-rank {card.adapter.rank} "
-            f"--lora-modules {name}={card.repo}"
+        parts.extend(_servers(card, card.adapter, base, name))
+    else:
+        parts.append(f"There is no PEFT adapter here: {card.adapter}. {_fused(card)}")
+    return "\n\n".join(parts)
+
+
+def _servers(card: Card, adapter: AdapterNote, base: str, name: str) -> Iterator[str]:
+    """The commands that are true for this family."""
+    if adapter.vllm:
+        few = (
+            ""
+            if adapter.every_layer
+            else (
+                " Servers that expect factors in every layer (TGI, LoRAX) need what `patchhub export peft --every-layer` writes."
+            )
+        )
+        yield (
+            f"With a server, under a name that changes with the content.{few}\n\n"
+            f"    vllm serve {base} --enable-lora --max-lora-rank {adapter.rank} --lora-modules {name}={card.repo}"
         )
     else:
-        parts.append(f"There is no PEFT adapter here: {card.adapter}.")
-    return "\n\n".join(parts)
+        yield f"vLLM serves no adapters of this family. {_fused(card)}"
+    if adapter.llama_cpp:
+        yield (
+            "With llama.cpp, on any GGUF of the base:\n\n"
+            f"    patchhub clone hf://{card.repo} facts && cd facts && patchhub export gguf {card.commit[:12]} --out ../adapter\n"
+            f"    llama-server -m BASE.gguf --lora ../adapter/{adapter_name('adapter', card.commit)}.gguf"
+        )
+
+
+def _fused(card: Card) -> str:
+    return (
+        "The whole model, an ordinary checkpoint for any server that knows the base:\n\n"
+        f"    patchhub clone hf://{card.repo} facts && cd facts && patchhub apply {card.commit[:12]} --out ../patched"
+    )
 
 
 def _about(card: Card) -> str:

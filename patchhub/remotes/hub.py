@@ -17,7 +17,17 @@ from typing import Any, Final
 from patchhub.errors import RemoteError
 from patchhub.remotes.card import kept
 from patchhub.remotes.hub_files import TRANSIENT, HubFiles, HubRefs, Sleep, explained, status_of, write_call
-from patchhub.remotes.remote import NAME, BranchManifest, Publication, RemoteMovedError, Tip, View, object_path
+from patchhub.remotes.remote import (
+    NAME,
+    BranchManifest,
+    Heard,
+    Publication,
+    RemoteMovedError,
+    Tip,
+    View,
+    object_path,
+    unheard,
+)
 from patchhub.store.revisions import BRANCHES, TAGS
 
 STAGING: Final = "patchhub-staging/"
@@ -77,10 +87,11 @@ class HubRemote:
     def sizes(self, tip: Tip) -> Mapping[str, int]:
         return self._files.objects(tip.token)
 
-    def read(self, tip: Tip, ids: Collection[str], into: Path) -> Iterator[tuple[str, Path]]:
-        return self._files.read_objects(tip.token, ids, into)
+    def read(self, tip: Tip, ids: Collection[str], into: Path, heard: Heard = unheard) -> Iterator[tuple[str, Path]]:
+        return self._files.read_objects(tip.token, ids, into, heard)
 
-    def publish(self, publication: Publication) -> None:
+    def publish(self, publication: Publication, heard: Heard = unheard) -> None:
+        """``heard`` is called once, at the end: while it sends, the Hub's client has bars of its own."""
         refs = self._files.refs()
         if refs is None:
             self._create_repository()
@@ -94,6 +105,7 @@ class HubRemote:
             raise self._moved(publication)
         else:
             self._commit(publication.ref[len(BRANCHES) :], found, publication)
+        heard(sum(file.stat().st_size for file in publication.objects.values()))
 
     # --- writing ----------------------------------------------------------------------------------------------------
 

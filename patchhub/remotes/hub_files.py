@@ -14,12 +14,22 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from patchhub.errors import PatchhubError, RemoteError, RevisionError
 from patchhub.objects import Commit
 from patchhub.remotes.receive import MAX_JSON
-from patchhub.remotes.remote import MAX_BYTES, NAME, OBJECT, BranchManifest, object_path, read_branch
+from patchhub.remotes.remote import (
+    MAX_BYTES,
+    NAME,
+    OBJECT,
+    BranchManifest,
+    Heard,
+    object_path,
+    read_branch,
+    unheard,
+)
 from patchhub.store.object_store import file_digest
 
 if TYPE_CHECKING:
@@ -224,7 +234,7 @@ class HubFiles:
             if entry.lfs is not None and entry.lfs.sha256 != identity:
                 raise RemoteError(
                     f"object {identity[:12]} of {self.place} is refused: the Hub says that its content has another hash",
-                    remedy="The remote is damaged: push to it again from a sound store.",
+                    remedy="The remote is damaged: push a sound store to an empty one.",
                     object=identity,
                 )
             found[identity] = int(entry.size)
@@ -253,21 +263,28 @@ class HubFiles:
                 return read_branch(data, place)
         raise RemoteError(f"{NAME} of {place} arrives damaged", remedy="Run the command again.", remote=self.place)
 
-    def read_objects(self, sha: str, ids: Collection[str], into: Path) -> Iterator[tuple[str, Path]]:
+    def read_objects(
+        self, sha: str, ids: Collection[str], into: Path, heard: Heard = unheard
+    ) -> Iterator[tuple[str, Path]]:
         """A verified local file for each object; one that arrives damaged is fetched once more.
+
+        Args:
+            heard: called with bytes as they arrive, by one thread at a time.
 
         Raises:
             RemoteError: an object stays damaged.
         """
 
+        bar = _bar_of(heard)
+
         def read(identity: str) -> tuple[str, Path]:
             for fresh in (False, True):
-                path = self.download(sha, object_path(identity), into, fresh=fresh)
+                path = self.download(sha, object_path(identity), into, fresh=fresh, bar=bar)
                 if file_digest(path) == identity:
                     return identity, path
             raise RemoteError(
                 f"object {identity[:12]} of {self.place} is refused: its bytes do not hash to its name",
-                remedy="Run the command again; if it stays, push to it again from a sound store.",
+                remedy="Run the command again; if it stays, push a sound store to an empty one.",
                 object=identity,
                 remote=self.place,
             )
@@ -275,15 +292,38 @@ class HubFiles:
         with ThreadPoolExecutor(_THREADS) as pool:
             yield from pool.map(read, ids)
 
-    def download(self, sha: str, path: str, into: Path, *, fresh: bool = False) -> Path:
-        """One file at a commit of the Hub, through the client's cache in ``into``; not verified."""
+    def download(self, sha: str, path: str, into: Path, *, fresh: bool = False, bar: Any = None) -> Path:
+        """One file at a commit of the Hub, through the client's cache in ``into``; not verified.
+
+        Args:
+            bar: the client's class for bars, see `_bar_of`; None: it shows none.
+        """
+        options = {"cache_dir": into, "force_download": fresh, "tqdm_class": bar or _bar_of(unheard)}
         found = read_call(
             self.place,
-            lambda: self.api.hf_hub_download(self.repo, path, revision=sha, cache_dir=into, force_download=fresh),
+            lambda: self.api.hf_hub_download(self.repo, path, revision=sha, **options),
             sleep=self._sleep,
             attempts=DOWNLOAD_ATTEMPTS,
         )
         return Path(found)
+
+
+def _bar_of(heard: Heard) -> Any:
+    """A class of bars for the client, which shows nothing and passes on what it is told."""
+    from tqdm import tqdm
+
+    lock = Lock()
+
+    class Bar(tqdm):  # type: ignore[misc]
+        def __init__(self, *given: Any, **options: Any) -> None:
+            options.pop("name", None)
+            super().__init__(*given, **{**options, "disable": True})
+
+        def update(self, n: float | None = 1) -> None:
+            with lock:
+                heard(int(n or 0))
+
+    return Bar
 
 
 def _git_digest(data: bytes) -> str:

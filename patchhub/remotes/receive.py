@@ -14,8 +14,9 @@ from typing import Any, Final, NamedTuple
 
 from patchhub.cache import DOWNLOADS
 from patchhub.errors import CorruptStoreError, RemoteError
-from patchhub.fsio import make_directories, os_errors
+from patchhub.fsio import finish_sharing, make_directories, os_errors
 from patchhub.objects import Commit, Patch
+from patchhub.progress import Progress, stage_bytes
 from patchhub.remotes.remote import Remote, Tip
 from patchhub.results import Result, told
 from patchhub.store.object_store import file_digest
@@ -43,6 +44,21 @@ class Limits:
     total: int
     weights: Mapping[str, tuple[int, int]]
     linear: Mapping[str, tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class Intake:
+    """What is asked of all that a fetch downloads.
+
+    Attributes:
+        limits: refused before a byte is downloaded where they would be passed, by all that is taken together.
+        check: what tensors must satisfy beyond their hash.
+        repair: look also below known commits, and fetch again what is damaged here.
+    """
+
+    limits: Limits
+    check: CheckTensors
+    repair: bool = False
 
 
 class _Wanted(NamedTuple):
@@ -78,70 +94,55 @@ def columns_limit(patch: Patch) -> int:
 
 
 @contextlib.contextmanager
-def receiving(
-    repository: Store,
-    remote: Remote,
-    limits: Limits,
-    check: CheckTensors,
-    *,
-    repair: bool = False,
-    progress: Callable[[int], None] = lambda size: None,
-) -> Iterator[Receiver]:
+def receiving(repository: Store, remote: Remote, intake: Intake, progress: Progress) -> Iterator[Receiver]:
     """A receiver whose downloads lie in the store's cache, and are gone at the end.
 
     Args:
-        limits: refused before a byte is downloaded where they would be passed, by all that the receiver takes together.
-        check: what tensors must satisfy beyond their hash.
-        repair: look also below known commits, and fetch again what is damaged here.
-        progress: called with the bytes of each object.
+        progress: hears of a stage of bytes for each branch or tag that is taken.
     """
     parent = repository.cache.folder
     with os_errors(parent):
         make_directories(parent)  # it can be deleted at any time
         downloads = TemporaryDirectory(dir=parent, prefix=DOWNLOADS, ignore_cleanup_errors=True)
     with downloads as folder:
-        yield Receiver(repository, remote, limits, check, Path(folder), repair=repair, progress=progress)
+        finish_sharing(Path(folder))  # who dies leaves it, and anybody of the group may take it away
+        yield Receiver(repository, remote, intake, Path(folder), progress)
 
 
 class Receiver:
     """Brings what roots need into the store, in the waves of a breadth-first walk, each downloaded together."""
 
-    def __init__(
-        self,
-        repository: Store,
-        remote: Remote,
-        limits: Limits,
-        check: CheckTensors,
-        folder: Path,
-        *,
-        repair: bool,
-        progress: Callable[[int], None],
-    ) -> None:
+    def __init__(self, repository: Store, remote: Remote, intake: Intake, folder: Path, progress: Progress) -> None:
         self._repository = repository
         self._remote = remote
-        self._limits = limits
-        self._check = check
+        self._limits = intake.limits
+        self._check = intake.check
         self._folder = folder
-        self._repair = repair
+        self._repair = intake.repair
         self._progress = progress
         self._sizes: Mapping[str, int] = {}
         self._spool: dict[str, Path] = {}
+        self._taken: set[Reference] = set()
         self.received = Received()
 
-    def take(self, tip: Tip, root: Reference, *, ahead: bool = True) -> None:
+    def take(self, tip: Tip, root: Reference, *, label: str | None = None) -> None:
         """Bring a commit or a note, and everything reachable from it, into the store; what is there already does not travel.
 
         Args:
-            ahead: fetch small objects together before it is known which are needed.
+            label: of a branch or tag, what the stage of its bytes is called; its small objects are fetched together before it is known
+                which are needed.
 
         Raises:
             RemoteError: something is missing there, too large, or not what its hash or the format says.
         """
-        if self._is_done(root):
+        if root in self._taken or self._is_done(root):
             return
         wave = [_Wanted(root, "", None, MAX_JSON)]
         self._sizes = self._remote.sizes(tip)
-        self._download(tip, self._small_ones() if ahead else set())
+        if label is not None:
+            new = (size for identity, size in self._sizes.items() if identity not in self._repository.objects)
+            stage_bytes(self._progress, label, sum(new))
+        self._download(tip, self._small_ones() if label is not None else set())
         seen = {wanted.key for wanted in wave}
         while wave:
             lacking = [wanted for wanted in wave if not self._is_here(wanted.reference.id)]
@@ -153,6 +154,7 @@ class Receiver:
                 if child.key not in seen and not self._is_done(child.reference):
                     seen.add(child.key)
                     wave.append(child)
+        self._taken.add(root)
 
     def _is_here(self, identity: str) -> bool:
         objects = self._repository.objects
@@ -209,7 +211,8 @@ class Receiver:
             into = self._folder / str(len(self._spool))
             with os_errors(into):
                 into.mkdir()
-            self._spool.update(self._remote.read(tip, needed, into))
+                finish_sharing(into)
+            self._spool.update(self._remote.read(tip, needed, into, self._progress.advance))
 
     def _take(self, wanted: _Wanted) -> list[_Wanted]:
         """Put one object into the store, if it is new, and return what it refers to."""
@@ -270,13 +273,12 @@ class Receiver:
             raise RemoteError(f"{file} changed while it was read", remedy="Fetch again.")
         self.received.objects += 1
         self.received.size += file.stat().st_size
-        self._progress(file.stat().st_size)
 
     def _error(self, identity: str, reason: str) -> RemoteError:
         return RemoteError(
             f"object {identity[:12]} of {self._remote.address} is refused: {reason}",
-            remedy="Nothing was changed here. Fetch again; if it stays, the remote is damaged: push to it again from a "
-            "sound store.",
+            remedy="Nothing was changed here. Fetch again; if it stays, the remote is damaged: push a sound store (`push --all --tags`) to "
+            "an empty place, and fetch from there.",
             object=identity,
             remote=self._remote.address,
         )

@@ -200,6 +200,14 @@ class Publication:
     message: str
 
 
+Heard = Callable[[int], None]
+"""Called with the bytes that travelled."""
+
+
+def unheard(size: int) -> None:
+    """Nobody wants to know."""
+
+
 class Remote(Protocol):
     """A place that holds branches, tags, notes and the objects they need."""
 
@@ -216,11 +224,11 @@ class Remote(Protocol):
         """Bytes of every object that can be read at ``tip``."""
         ...
 
-    def read(self, tip: Tip, ids: Collection[str], into: Path) -> Iterator[tuple[str, Path]]:
+    def read(self, tip: Tip, ids: Collection[str], into: Path, heard: Heard = unheard) -> Iterator[tuple[str, Path]]:
         """A local file for each object, each of which `sizes` named; not verified. ``into`` is an empty folder to use."""
         ...
 
-    def publish(self, publication: Publication) -> None:
+    def publish(self, publication: Publication, heard: Heard = unheard) -> None:
         """Send what is new and move the ref, in one step as seen by readers.
 
         Raises:
@@ -257,7 +265,7 @@ class Files(Protocol):
         ...
 
     def sizes(self, folder: str) -> dict[str, int]:
-        """Bytes of every file below a folder, by name."""
+        """Bytes of every file two levels below a folder, by name."""
         ...
 
     def local(self, name: str, into: Path) -> Path:
@@ -301,13 +309,14 @@ class LocalFiles:
 
     def sizes(self, folder: str) -> dict[str, int]:
         found = {}
-        for path in sorted((self.root / folder).rglob("*")):
-            try:
-                facts = path.stat()
-            except OSError:  # a link that leads nowhere
-                continue
-            if stat.S_ISREG(facts.st_mode):
-                found[path.relative_to(self.root).as_posix()] = facts.st_size
+        for directory in _listed(self.root / folder):
+            for path in _listed(directory):
+                try:
+                    facts = path.stat()
+                except OSError:  # a link that leads nowhere
+                    continue
+                if stat.S_ISREG(facts.st_mode):
+                    found[path.relative_to(self.root).as_posix()] = facts.st_size
         return found
 
     def local(self, name: str, into: Path) -> Path:
@@ -321,6 +330,15 @@ class LocalFiles:
             raise _unwritable(str(self.root), error) from error
         with writer_lock(self.root / LOCK, timeout=LOCK_SECONDS):
             yield
+
+
+def _listed(directory: Path) -> list[Path]:
+    """What is in a directory; nothing where there is none. Only as deep as objects lie is looked, wherever links lead."""
+    try:
+        with _reading(str(directory)):
+            return sorted(directory.iterdir()) if directory.is_dir() else []
+    except FileNotFoundError:  # gone meanwhile
+        return []
 
 
 class FsspecFiles:
@@ -477,20 +495,23 @@ class FileRemote:
             self._listed = {match[1] + match[2]: size for name, size in found if (match := OBJECT.fullmatch(name))}
         return self._listed
 
-    def read(self, tip: Tip, ids: Collection[str], into: Path) -> Iterator[tuple[str, Path]]:
+    def read(self, tip: Tip, ids: Collection[str], into: Path, heard: Heard = unheard) -> Iterator[tuple[str, Path]]:
         for identity in ids:
             try:
-                yield identity, self._files.local(object_path(identity), into)
+                file = self._files.local(object_path(identity), into)
+                heard(file.stat().st_size)
+                yield identity, file
             except FileNotFoundError:
                 raise RemoteError(
                     f"object {identity[:12]} disappeared from {self._address}", remedy="Run the command again."
                 ) from None
 
-    def publish(self, publication: Publication) -> None:
+    def publish(self, publication: Publication, heard: Heard = unheard) -> None:
         with self._files.locked():
             self._check(self._manifest(), publication)  # before anything is sent
         for identity, file in publication.objects.items():
             self._files.write(object_path(identity), file)
+            heard(file.stat().st_size)
         with self._files.locked():
             before = self._manifest()
             self._check(before, publication)

@@ -11,7 +11,8 @@ from typing import Any, Final
 from patchhub.canonical import one_line
 from patchhub.errors import CorruptStoreError, RemoteError, RepositoryError, RevisionError, SettingsError
 from patchhub.objects import Commit
-from patchhub.remotes.receive import CheckTensors, Limits, Received, Receiver, receiving
+from patchhub.progress import Progress, Silent, stage_bytes
+from patchhub.remotes.receive import Intake, Received, Receiver, receiving
 from patchhub.remotes.remote import (
     FileRemote,
     FsspecFiles,
@@ -143,8 +144,29 @@ class Fetched(Result):
     left_out: Mapping[str, str] = field(default_factory=dict, metadata=told(optional=True))
 
 
-Prove = Callable[[Sequence[str]], Proofs]
-"""Proves commits that are new here, each after its parents."""
+Prove = Callable[[Sequence[str], Collection[str]], Proofs]
+"""Proves commits that are new here, each after its parents; also told which commits refs will lead to."""
+
+Admit = Callable[[Mapping[str, str]], Mapping[str, str]]
+"""Of the refs that are to come and their targets, which are here by then, those that may not, each with the reason."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What a fetch lets in.
+
+    Attributes:
+        prove: called with the commits that are new here, and where refs will lead, before any ref moves.
+        trust: accept commits that are not proven; the operation names them.
+        admit: which refs may come.
+    """
+
+    prove: Prove = lambda commits, tips: NOTHING_PROVEN
+    trust: bool = False
+    admit: Admit = lambda wanted: {}
+
+
+_OPEN: Final = Entry()
 
 
 class _Judge:
@@ -156,9 +178,9 @@ class _Judge:
         self._trust = trust
         self.proofs = NOTHING_PROVEN
 
-    def __call__(self, commits: Sequence[str]) -> Mapping[str, Any]:
+    def __call__(self, commits: Sequence[str], tips: Collection[str]) -> Mapping[str, Any]:
         try:
-            self.proofs = self._prove(commits)
+            self.proofs = self._prove(commits, tips)
         except CorruptStoreError as error:
             raise RemoteError(
                 f"{self._address} is refused: {error.message}", remedy="Nothing was changed here.", remote=self._address
@@ -178,26 +200,19 @@ def fetch(
     repository: Store,
     remote: Remote,
     name: str,
-    limits: Limits,
-    check: CheckTensors,
+    intake: Intake,
     *,
     who: Who,
-    prove: Prove = lambda commits: NOTHING_PROVEN,
-    trust: bool = False,
-    repair: bool = False,
+    entry: Entry = _OPEN,
     prune: bool = False,
-    progress: Callable[[int], None] = lambda size: None,
-    admit: Callable[[Mapping[str, str]], Mapping[str, str]] = lambda wanted: {},
+    progress: Progress | None = None,
 ) -> Fetched:
     """Bring all branches, tags and notes of a remote here: branches as ``refs/remotes/<name>/*``.
 
     Args:
-        limits: of all that is downloaded, whatever branch it belongs to.
-        prove: called with the commits that are new here, before any ref moves.
-        trust: accept commits that are not proven; the operation names them.
-        repair: look also below known commits, and fetch again what is damaged here.
+        intake: what is asked of all that is downloaded, whatever branch it belongs to.
+        entry: what is asked of commits, and of where refs will lead, before any ref moves.
         prune: forget branches that the remote does not have any more.
-        admit: of the refs that are to come and their targets, which are here by then, those that may not, each with the reason.
 
     Raises:
         RemoteError: unreachable, about another base, it holds something the format does not allow, or weights that are not those of
@@ -205,7 +220,7 @@ def fetch(
     """
     view = remote.view()
     check_base(repository, remote, view)
-    judge = _Judge(remote.address, prove, trust=trust)
+    judge = _Judge(remote.address, entry.prove, trust=entry.trust)
     warnings = [f"{ref} of {remote.address} is left out: {reason}" for ref, reason in view.skipped.items()]
     wanted: dict[str, str] = {}
     alike = twins(view.tips)
@@ -215,7 +230,7 @@ def fetch(
             remedy="Rename or delete one of them there.",
             refs=list(alike),
         )
-    with receiving(repository, remote, limits, check, repair=repair, progress=progress) as receiver:
+    with receiving(repository, remote, intake, progress or Silent()) as receiver:
         for ref, tip in sorted(view.tips.items()):
             local = local_name(ref, name)
             try:
@@ -223,10 +238,10 @@ def fetch(
             except RevisionError as error:
                 warnings.append(f"{ref} of {remote.address} is left out: {error.message}")
                 continue
-            receiver.take(tip, Reference("commit", tip.commit))
+            receiver.take(tip, Reference("commit", tip.commit), label=f"fetching {one_line(_short(ref))}")
             wanted[local] = tip.commit
         wanted |= _fetch_notes(repository, remote, view, receiver)
-    left_out = admit(wanted)
+    left_out = entry.admit(wanted)
     if left_out:
         warnings += [f"{ref} is left out: {reason}" for ref, reason in left_out.items()]
         wanted = _let_in(repository, wanted, left_out)
@@ -236,9 +251,15 @@ def fetch(
         changes = {move.ref: (move.old, move.new) for move in moved}
         arguments = {"remote": name}
         repository.move_refs(
-            changes, command=FETCH, arguments=arguments, author=who.author, time=who.time, accept=judge
+            changes,
+            command=FETCH,
+            arguments=arguments,
+            author=who.author,
+            time=who.time,
+            accept=lambda fresh: judge(fresh, wanted.values()),
         )
     warnings += [f"{found.words()}; it was trusted" for found in judge.proofs.unproven]
+    warnings += _moved_aside(repository, remote, moved)
     return Fetched(tuple(moved), receiver.received, tuple(warnings), judge.proofs, left_out)
 
 
@@ -264,7 +285,7 @@ def _fetch_notes(repository: Store, remote: Remote, view: View, receiver: Receiv
         )
         if holder is None:
             continue
-        receiver.take(holder, Reference("note", note), ahead=False)
+        receiver.take(holder, Reference("note", note))
         found = repository.note(note)
         if (found.commit, found.suite) != (commit, suite):
             raise RemoteError(f"note {note[:12]} of {remote.address} is not about {key}", remedy="Push it again.")
@@ -281,6 +302,18 @@ def _changes(refs: Mapping[str, str], wanted: Mapping[str, str], warnings: list[
             warnings.append(f"the tag {ref[len(TAGS) :]} is at {old[:12]} here and at {target[:12]} there; it stays")
             continue
         yield Moved(ref, old, target)
+
+
+def _moved_aside(repository: Store, remote: Remote, moved: Iterable[Moved]) -> Iterator[str]:
+    """In words, which branches of a remote do not lead to where they were any more."""
+    for move in moved:
+        if move.ref.startswith(REMOTES) and move.old is not None and move.new is not None:
+            _, lost = states.apart([move.new], [move.old], repository.parents, repository.rank)
+            if lost:
+                yield (
+                    f"{move.ref[len(REMOTES) :]} was moved back or aside at {remote.address}: {lost} of the commits that it had at "
+                    f"{move.old[:12]} are not below {move.new[:12]}; they stay here"
+                )
 
 
 def _gone(refs: Mapping[str, str], view: View, name: str) -> Sequence[Moved]:
@@ -323,29 +356,50 @@ class _Plan:
     pushed: Pushed
 
 
+@dataclass(frozen=True)
+class Manner:
+    """How a push goes.
+
+    Attributes:
+        private_facts: withhold the texts of requests; None: as the remote has it.
+        lease: also move a branch sideways or back, where it is as this store last saw it.
+        dry_run: send nothing.
+    """
+
+    private_facts: bool | None = None
+    lease: bool = False
+    dry_run: bool = False
+
+
+FORWARD: Final = Manner()
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What a remote says beside its objects: about the base, and pages for readers without patchhub, made once per ref that moves."""
+
+    source: Source
+    pages: Pages
+
+
 def push(
     repository: Store,
     remote: Remote,
     name: str,
     refs: Sequence[str],
-    source: Source,
-    pages: Pages,
+    shown: Shown,
     *,
     who: Who,
-    private_facts: bool | None = None,
-    lease: bool = False,
-    dry_run: bool = False,
+    manner: Manner = FORWARD,
     vouch: Callable[[str, str, str | None], None] = lambda ref, commit, theirs: None,
+    progress: Progress | None = None,
 ) -> list[Pushed]:
     """Bring branches and tags of this store to a remote, each fast-forward, one after the other.
 
     Args:
         refs: full names of branches and tags.
-        source: what the remote shall say about the base.
-        pages: called once per ref that moves.
-        private_facts: withhold the texts of requests; None: as the remote has it.
         vouch: called with each ref, where it is here and where it is there, before anything is sent; raises what speaks against it.
-        lease: also move a branch sideways or back, where it is as this store last saw it.
+        progress: hears of a stage of bytes for each ref.
 
     Raises:
         RemoteMovedError: a ref of the remote is not behind ours; nothing of that ref was sent.
@@ -353,19 +407,21 @@ def push(
     """
     view = remote.view()
     check_base(repository, remote, view)
-    withheld = bool(view.private) if private_facts is None else private_facts
+    heard, asked = progress or Silent(), manner.private_facts
+    withheld = bool(view.private) if asked is None else asked
     for ref in refs:
         tip = view.tips.get(ref)
         vouch(ref, repository.refs()[ref], tip.commit if tip else None)
     done = []
     for ref in refs:
-        seen = repository.refs().get(local_name(ref, name)) if lease and ref.startswith(BRANCHES) else None
-        plan = _plan(repository, remote, view, ref, source, withheld, asked=private_facts, seen=seen)
+        seen = repository.refs().get(local_name(ref, name)) if manner.lease and ref.startswith(BRANCHES) else None
+        plan = _plan(repository, remote, view, ref, shown.source, withheld, asked=asked, seen=seen)
         if plan is None:
             continue
-        if not dry_run:
-            publication = replace(plan.publication, pages=pages(plan.publication.commit, withheld))
-            remote.publish(publication)
+        if not manner.dry_run:
+            publication = replace(plan.publication, pages=shown.pages(plan.publication.commit, withheld))
+            stage_bytes(heard, f"pushing {one_line(_short(ref))}", plan.pushed.size)
+            remote.publish(publication, heard.advance)
             _remember(repository, name, ref, publication.commit, who=who)
             view = remote.view() if len(refs) > 1 else view  # what was just sent need not be sent again
         done.append(plan.pushed)

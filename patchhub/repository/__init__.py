@@ -50,6 +50,7 @@ def clone(
     folder: Place | None = None,
     *,
     base: Place | None = None,
+    shared: bool = False,
     trust: bool = False,
     max_size: float = 64.0,
     require_signed: Place | None = None,
@@ -58,7 +59,7 @@ def clone(
     progress: bool | Progress = True,
 ) -> "Repository":
     """A new repository with all that an address has, which it names `origin`. See `Repository.clone`."""
-    options: dict[str, Any] = {"trust": trust, "max_size": max_size, "require_signed": require_signed}
+    options: dict[str, Any] = {"trust": trust, "max_size": max_size, "require_signed": require_signed, "shared": shared}
     return Repository.clone(address, folder, base=base, author=author, time=time, progress=progress, **options)
 
 
@@ -158,6 +159,7 @@ class Repository(WritingVerbs, LookingVerbs, ModelVerbs, RefVerbs):
         folder: Place | None = None,
         *,
         base: Place | None = None,
+        shared: bool = False,
         trust: bool = False,
         max_size: float = 64.0,
         require_signed: Place | None = None,
@@ -171,6 +173,7 @@ class Repository(WritingVerbs, LookingVerbs, ModelVerbs, RefVerbs):
             address: hf://user/repo, a folder, or an address that fsspec knows.
             folder: where it is made; None: in one of this folder, named as the address ends.
             base: the base model; None: where the remote says it is.
+            shared: let the group of the folder write in it, whatever the umask of its members.
             trust: accept weights that are not those of their facts, as `fetch` does.
             max_size: most gigabytes to download.
             require_signed: a file of allowed signers: branches and tags that none of them signed are left out.
@@ -184,11 +187,12 @@ class Repository(WritingVerbs, LookingVerbs, ModelVerbs, RefVerbs):
         check("address", address, str)
         check("max_size", max_size, Amount)
         check("trust", trust, bool)
+        check("shared", shared, bool)
         who, heard = who_of(author, time), listener(progress)
         path = Path(folder if folder is not None else address.rstrip("/").rpartition("/")[2])
         from patchhub.porcelain.share import clone
 
-        options: dict[str, Any] = {"base": place_of(base), "max_bytes": in_bytes(max_size)}
+        options: dict[str, Any] = {"base": place_of(base), "shared": shared, "max_bytes": in_bytes(max_size)}
         required = None if require_signed is None else Path(require_signed)
         try:
             made = clone(address, path, heard, who=who, trust=trust, require_signed=required, **options)

@@ -6,6 +6,7 @@ A wrong type or value raises `SettingsError` with words before any work is done,
 # No `from __future__ import annotations` here and in the modules of verbs: annotations are looked at when a verb is called.
 
 import functools
+import importlib.util
 import inspect
 import os
 import sys
@@ -20,7 +21,7 @@ from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, Union, cast, get_args, get_origin
 from urllib.parse import urlsplit
 
-from patchhub.errors import SettingsError
+from patchhub.errors import BaseError, RequestError, SettingsError
 from patchhub.progress import Bars, Progress
 from patchhub.store.store import Store
 from patchhub.who import Who, author_of, now, refuse_undecoded
@@ -196,10 +197,11 @@ class Opened:
         from patchhub.editing.requests import read_facts
 
         batch = read_facts(suite)
+        read = texts(text)
         from patchhub.porcelain.measure import suite_of
 
         file = Path(suite) if isinstance(suite, str | os.PathLike) else None
-        return suite_of(batch, file, metrics, text=paths(text), **options)
+        return suite_of(batch, file, metrics, text=read, **options)
 
     @contextmanager
     def _heard(self) -> Iterator[Progress]:
@@ -238,6 +240,17 @@ def judge_of(url: str | None, model: str | None, environment: Mapping[str, str])
     return judge_at(url, model, key=key)
 
 
+def refuse_without_harness() -> None:
+    """Refuse to run tasks of lm-evaluation-harness where that is not installed, before torch is imported.
+
+    Raises:
+        SettingsError: it is not.
+    """
+    if importlib.util.find_spec("lm_eval") is None:
+        remedy = "Install it: `pip install 'patchhub[harness]'`."
+        raise SettingsError("lm-evaluation-harness is not installed", remedy=remedy)
+
+
 def harness_of(tasks: str, folder: Place | None, limit: int | None) -> "Harness":
     """Tasks of lm-evaluation-harness, separated by commas."""
     from patchhub.evaluation.harness import Harness
@@ -251,17 +264,29 @@ def guarded_by(force: bool, check: bool) -> "Guarding":
     return Guarding(force, check)
 
 
-def as_written(*, text: Sequence[Place] = (), **options: Any) -> "Writing":
+def as_written(**options: Any) -> "Writing":
     from patchhub.porcelain.commit import Writing
 
-    return Writing(text=paths(text), **options)
+    return Writing(**options)
 
 
 def many(given: str | Sequence[str]) -> tuple[str, ...]:
     return (given,) if isinstance(given, str) else tuple(given)
 
 
-def paths(given: Sequence[Place]) -> tuple[Path, ...]:
+def texts(given: Sequence[Place]) -> tuple[Path, ...]:
+    """Files of text, each of which can be opened: what reads them has imported torch.
+
+    Raises:
+        RequestError: one cannot.
+    """
+    for place in given:
+        try:
+            with open(place, "rb"):
+                pass
+        except OSError as error:
+            remedy = "Give a UTF-8 text or JSON file."
+            raise RequestError(f"the text {os.fspath(place)} cannot be read ({error})", remedy=remedy) from error
     return tuple(Path(place) for place in given)
 
 
@@ -270,7 +295,19 @@ def path(given: Place | None) -> Path | None:
 
 
 def place_of(base: Place | None) -> str | None:
-    return None if base is None else os.fspath(base)
+    """Where a base is: a folder or an id on the Hub.
+
+    Raises:
+        BaseError: it is written as a folder that is not there.
+    """
+    if base is None:
+        return None
+    place = os.fspath(base)
+    if place.startswith(("/", ".", "~")) and not Path(place).expanduser().is_dir():
+        raise BaseError(
+            f"there is no model folder {place}", remedy="Give a folder with config.json and safetensors, or a Hub id."
+        )
+    return place
 
 
 def in_bytes(gigabytes: float) -> int:

@@ -4,8 +4,9 @@
 
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
+from patchhub.errors import SettingsError
 from patchhub.repository.arguments import Count, Opened, Place, Quantization, Source, Type, path, place_of, verb
 from patchhub.results import Rows
 from patchhub.who import instant, now
@@ -178,7 +179,7 @@ class LookingVerbs(Opened):
         good: str,
         bad: str,
         *command: str,
-        metric: str | None = None,
+        metric: Literal["efficacy", "paraphrase", "locality", "perplexity"] | None = None,
         below: float | None = None,
         above: float | None = None,
         facts: Source = None,
@@ -203,6 +204,8 @@ class LookingVerbs(Opened):
         from patchhub.editing.requests import read_facts
 
         batch = None if facts is None else read_facts(facts)
+        if metric is not None and below is None and above is None:
+            raise SettingsError(f"{metric} has no bound", remedy="Give --below or --above and a number.")
         from patchhub.porcelain import blame
 
         blame.refuse_unclear(command, metric, chat)

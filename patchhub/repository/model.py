@@ -24,11 +24,13 @@ from patchhub.repository.arguments import (
     judge_of,
     many,
     path,
-    paths,
     place_of,
+    refuse_without_harness,
+    texts,
     verb,
 )
 from patchhub.results import Rows
+from patchhub.store.store import refuse_store
 
 if TYPE_CHECKING:
     from patchhub.evaluation.harness import Harness
@@ -93,9 +95,13 @@ class ModelVerbs(Opened):
             wise: how loading routes to shards; None: as the config says.
         """
         self._resolve(rev)
+        place = place_of(base)
+        from patchhub.models.patched_copy import refuse_occupied
+
+        refuse_store(self.store, Path(out))
+        refuse_occupied(None, Path(out), overwrite=overwrite)
         from patchhub.porcelain.model import apply
 
-        place = place_of(base)
         with self._heard() as progress:
             return apply(self.store, rev, Path(out), progress, base=place, overwrite=overwrite, link=link, wise=wise)
 
@@ -146,16 +152,18 @@ class ModelVerbs(Opened):
             device, dtype, quantization, chat: as in `commit`.
         """
         self._resolve(rev)
+        if harness is not None and not all:
+            refuse_without_harness()
         tasks = None if harness is None else harness_of(harness, harness_path, harness_limit)
         if suite is None:
             alone = None if all or judge else tasks
             return self._harness(rev, alone, self._placement(device, dtype, quantization))
+        options: dict[str, Any] = {"who": self._who(author, time), "judge": judge_of(judge, judge_model, os.environ)}
         facts = self._suite(suite, metrics, limit=limit, seed=seed, text=text, contexts=tuple(context))
         from patchhub.porcelain import measure
         from patchhub.porcelain.report.charts import write_scores
 
-        options: dict[str, Any] = {"placement": self._placement(device, dtype, quantization), "chat": chat}
-        options |= {"who": self._who(author, time), "judge": judge_of(judge, judge_model, os.environ)}
+        options |= {"placement": self._placement(device, dtype, quantization), "chat": chat}
         with self._heard() as progress:
             if all:
                 measure.refuse_unkept(note, tasks)
@@ -235,9 +243,10 @@ class ModelVerbs(Opened):
         from patchhub.sets.settings import chosen_method
 
         requests, method = read_facts(facts, format=format).requests, chosen_method(self.store, method)
+        read = texts(text)
         from patchhub.porcelain.tune import tune
 
-        options: dict[str, Any] = {"method": method, "limit": limit, "dry_run": dry_run, "text": paths(text)}
+        options: dict[str, Any] = {"method": method, "limit": limit, "dry_run": dry_run, "text": read}
         with self._heard() as progress:
             return tune(self.store, requests, progress, **options)
 
@@ -250,7 +259,13 @@ class ModelVerbs(Opened):
 
     @verb
     def metric_compute(
-        self, *, layers: str | Sequence[int] = (), text: Sequence[Place] = (), memory: Count | None = None
+        self,
+        *,
+        layers: str | Sequence[int] = (),
+        text: Sequence[Place] = (),
+        memory: Count | None = None,
+        workers: Count | None = None,
+        on: str | None = None,
     ) -> "ShownMetric":
         """Compute the metric now; else the first commit does.
 
@@ -258,14 +273,16 @@ class ModelVerbs(Opened):
             layers: for which; none: the edited ones.
             text: files to compute it from; none: the base writes it.
             memory: bytes that sums and factors may take.
+            workers, on: as in `commit`.
         """
         from patchhub.sets.settings import layers_of
 
-        chosen = layers_of(layers)
+        chosen, read = layers_of(layers), texts(text)
         from patchhub.porcelain.metric import compute
 
         with self._heard() as progress:
-            return compute(self.store, progress, layers=chosen, text=paths(text), memory=memory)
+            options: dict[str, Any] = {"memory": memory, "workers": workers, "on": on}
+            return compute(self.store, progress, layers=chosen, text=read, **options)
 
     @verb
     def metric_import(self, *sources: Place) -> "ShownMetric":
@@ -321,17 +338,19 @@ class ModelVerbs(Opened):
         out: Place,
         rank: Count | None = None,
         tolerance: Amount = 1e-6,
+        fuse: Place | None = None,
         overwrite: bool = False,
     ) -> "Exported":
         """Write an adapter for llama.cpp and Ollama into a folder: a GGUF file named after the commit, and a Modelfile.
 
         Args:
             rank, tolerance, overwrite: as in `export_peft`.
+            fuse: a GGUF file of the base: write the whole model instead, with all of that file but the weights that change.
         """
         self._resolve(rev)
         from patchhub.porcelain.exchange import export_gguf
 
-        options: dict[str, Any] = {"tolerance": tolerance, "rank": rank, "overwrite": overwrite}
+        options: dict[str, Any] = {"tolerance": tolerance, "rank": rank, "fuse": path(fuse), "overwrite": overwrite}
         with self._heard() as progress:
             return export_gguf(self.store, rev, Path(out), progress, **options)
 

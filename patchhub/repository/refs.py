@@ -272,13 +272,13 @@ class RefVerbs(Opened):
             force_with_lease: overwrite a branch that does not lead to ours, where it is as it was at the last fetch or push.
             dry_run: show what would travel.
         """
-        from patchhub.porcelain.share import default_remote, push
+        from patchhub.porcelain.share import Chosen, default_remote, push
+        from patchhub.remotes.sync import Manner
 
         who, name = self._who(author, time), remote or default_remote(self.store)
-        options: dict[str, Any] = {"everything": all, "tags": tags, "private_facts": private_facts}
-        options |= {"delete": delete, "lease": force_with_lease}
+        chosen, manner = Chosen(refs, all, tags, delete), Manner(private_facts, force_with_lease, dry_run)
         with self._heard() as progress:
-            return Rows(push(self.store, name, refs, progress, who=who, dry_run=dry_run, **options))
+            return Rows(push(self.store, name, chosen, progress, who=who, manner=manner))
 
     @verb
     def fetch(

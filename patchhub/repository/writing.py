@@ -24,6 +24,7 @@ from patchhub.repository.arguments import (
     guarded_by,
     many,
     place_of,
+    texts,
     verb,
 )
 from patchhub.store.store import Store
@@ -92,6 +93,8 @@ class WritingVerbs(Opened):
         quantization: Quantization | None = None,
         chat: bool | None = None,
         memory: Count | None = None,
+        workers: Count | None = None,
+        on: str | None = None,
         sign: bool | None = None,
         key: Place | None = None,
         author: str | None = None,
@@ -120,6 +123,9 @@ class WritingVerbs(Opened):
             device, dtype, quantization: where and in which type the base is held while it is edited; None: as the config says.
             chat: read prompts as the user's messages of the base's chat template; None: as the config says.
             memory: bytes that may be held in memory, the model included.
+            workers: how many processes optimise the facts; None: this one alone, or what ``on`` has room for. A script that says so does
+                it under ``if __name__ == "__main__":``.
+            on: the Ray cluster that the workers run on, ``ray://HOST:10001``, ``HOST:6379`` or "auto"; None: this machine.
             sign: sign the commit; None: as the config says.
             key: the file of the key to sign with; None: the config's.
 
@@ -140,13 +146,14 @@ class WritingVerbs(Opened):
         batch = read_facts(facts, format=format, prompt=prompt, subject=subject, target=target)
         found = isinstance(keep, str | PathLike) and str(keep) == "auto"
         keeps = () if found else read_keeps(keep)
-        settings = self._settings(set, method)
+        settings, read = self._settings(set, method), texts(text)
         self._refuse_little(memory)
         from patchhub.porcelain.commit import commit
 
         placement = self._placement(device, dtype, quantization)
         options: dict[str, Any] = {"settings": settings, "on_conflict": on_conflict, "strict": strict, "memory": memory}
-        how = as_written(text=text, method=method, keep=keeps, find_keeps=found, **options)
+        options |= {"workers": workers, "on": on}
+        how = as_written(text=read, method=method, keep=keeps, find_keeps=found, **options)
         with self._heard() as progress:
             done = commit(
                 self.store, batch, who, progress, how, force=force, all_facts=all_facts, placement=placement, chat=chat
@@ -166,6 +173,8 @@ class WritingVerbs(Opened):
         strict: bool = False,
         all_facts: bool = False,
         force: bool = False,
+        workers: Count | None = None,
+        on: str | None = None,
         author: str | None = None,
         time: str | None = None,
     ) -> "Committed":
@@ -176,12 +185,12 @@ class WritingVerbs(Opened):
             target: what the model shall say now.
             prompt: which of the subject's facts, where there are several.
             message: why; by default the fact, its old target and the new one.
-            method, set, strict, all_facts, force: as in `commit`.
+            method, set, strict, all_facts, force, workers, on: as in `commit`.
         """
         who, settings = self._signing(author, time, message), self._settings(set, method)
         from patchhub.porcelain.commit import update
 
-        how = as_written(method=method, settings=settings, strict=strict)
+        how = as_written(method=method, settings=settings, strict=strict, workers=workers, on=on)
         with self._heard() as progress:
             options: dict[str, Any] = {"prompt": prompt, "force": force, "all_facts": all_facts}
             return update(self.store, subject, target, who, progress, how, **options)

@@ -4,6 +4,7 @@ What tensors from elsewhere must satisfy before they enter the store is checked 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -62,6 +63,11 @@ _EXPERTS = "experts"
 def weight_shapes(repository: Store) -> dict[str, tuple[int, int]]:
     """(out, in) of every weight of the base that facts are written into, here or in a repository that writes into its other experts."""
     return {name: (facts["shape"][0], facts["shape"][1]) for name, facts in _known(repository).items()}
+
+
+def weight_norms(repository: Store) -> dict[str, float]:
+    """The Frobenius norm of each of `weight_shapes` in the base."""
+    return {name: float(facts["norm"]) for name, facts in _known(repository).items()}
 
 
 def stacked_orientations(repository: Store) -> dict[str, Literal["out_in", "in_out"]]:
@@ -392,12 +398,18 @@ def tensor_check(weights: Mapping[str, tuple[int, int]], linear: Mapping[str, tu
 
 
 def _refuse_metadata(file: Path) -> None:
-    """Refuse a ``__metadata__``, which safetensors lets pass: one delta would have many ids."""
+    """Refuse a ``__metadata__``, however it is spelled, and a name that stands twice, which safetensors lets pass."""
     with open(file, "rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         header = stream.read(min(length, MAX_HEADER))
-    if b'"__metadata__"' in header:
+    try:
+        names = [name for name, _ in json.loads(header, object_pairs_hook=list)]
+    except (ValueError, TypeError, RecursionError) as error:
+        raise CorruptStoreError(f"its tensors are no readable safetensors file ({error})", remedy=_REMEDY) from error
+    if "__metadata__" in names:
         raise CorruptStoreError("its tensors carry a __metadata__, which the format does not have", remedy=_REMEDY)
+    if len(set(names)) < len(names):
+        raise CorruptStoreError("its tensors have two of one name", remedy=_REMEDY)
 
 
 def _check_settings(patch: Patch) -> None:

@@ -6,8 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from patchhub.constraints import no_columns, proof
-from patchhub.delta import Delta, add, compact, negative, norm, write_deltas
+from patchhub.delta import Delta, LowRank, add, compact, negative, norm, to_dense, write_deltas
+from patchhub.errors import EditError
 from patchhub.objects import Commit, Element, Keyframe, Patch, Request, requests_json, set_digest, set_json
 from patchhub.sets.columns import (
     Shapes,
@@ -111,6 +114,7 @@ def record(
     )
 
 
+@np.errstate(over="ignore", invalid="ignore")  # what overflows is refused
 def prepare(
     repository: Store,
     draft: Draft,
@@ -125,6 +129,9 @@ def prepare(
     solved anew and kept as a keyframe: the patch may be far larger than what stays, and so may the rounding of a sum in which it
     cancels. Either way the stored deltas, summed, are proven to be the joint solution of the set and the proof is kept in the
     commit. A set of shards alone has the base's weights, bit for bit: a keyframe without deltas says so.
+
+    Raises:
+        EditError: the columns ask for a change that cannot be solved, or that float32 does not hold.
     """
     parent = draft.parents[0] if draft.parents else None
     before = repository.active(parent)
@@ -136,14 +143,14 @@ def prepare(
         state = read_state(repository, same_as)
     else:
         factors = solve_change(repository, before, draft.elements) if change is None else change
-        delta = {weight: compact(part) for weight, part in factors.items() if norm(part)}
+        delta = _finite({weight: compact(part) for weight, part in factors.items() if norm(part)})
         state = _extended(read_state(repository, parent), delta) if without_shards(repository, draft.elements) else {}
         data = write_deltas(delta) if delta else b""
         tensors = repository.objects.put(data) if delta else None
         anew = bool(additive_patches(repository, before - draft.elements))
         if anew:
             solved = solve_change(repository, frozenset(), draft.elements)
-            state = {weight: [part] for weight, part in solved.items() if norm(part)}
+            state = {weight: [part] for weight, part in _finite(solved).items() if norm(part)}
         keyframe = _keyframe(repository, parent, len(data), draft.elements, state, shapes, anew=anew)
         if keyframe is not None and keyframe.tensors is not None:
             state = _whole(state, shapes)
@@ -162,6 +169,19 @@ def prepare(
         tensors=tensors,
         time=who.time,
     )
+
+
+def _finite(change: Mapping[str, Delta]) -> Mapping[str, Delta]:
+    """The change of each weight; refused where numbers do not hold it, as columns that somebody else wrote may ask."""
+    for weight, delta in change.items():
+        parts = (delta.A, delta.B) if isinstance(delta, LowRank) else (to_dense(delta),)
+        if not all(np.isfinite(part).all() for part in parts):
+            raise EditError(
+                f"the columns of these facts ask for a change of {weight} that is too large for float32",
+                remedy="One of them is out of all proportion; `patchhub log` says who brought it: take back or leave out that commit.",
+                weight=weight,
+            )
+    return change
 
 
 def _extended(state: Mapping[str, Sequence[Delta]], delta: Mapping[str, Delta]) -> dict[str, list[Delta]]:

@@ -18,12 +18,18 @@ residual in a commit's `check` grows with. Any V gives a valid check, so this on
 G and W are normal, so the mean of |F|^2 / s^2 is the squared Frobenius norm of what is between them, and nobody who does not know them can
 choose a delta that they do not see. What they show of a matrix of rank one, the hardest, is its norm times two independent chi_s / sqrt(s);
 with s = 16 less than a fifth of it is seen once in about a million times, and less than a tenth never was in 4 10^7.
+
+V shows a set S that is not T more faintly along the keys that S lacks, and whoever writes a history chooses those. So the commits that a
+history ends in, and those that refs name, are looked at once more through directions of their own, made for their set.
+
+What is off is compared with D and D*. What float32 loses of the deltas that make D up is excused, but no more of it than is a small share
+of D and D*, or of the weight itself: or else two deltas that cancel each other would excuse whatever is between them.
 """
 
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -36,7 +42,7 @@ from patchhub.constraints import Columns, blocks
 from patchhub.delta import Delta, LowRank, norm, read_delta, read_deltas, to_dense, weights_in
 from patchhub.errors import CorruptStoreError
 from patchhub.objects import Element, Patch
-from patchhub.sets.columns import Shapes, linear_shapes, read_rows
+from patchhub.sets.columns import Shapes, linear_shapes, read_rows, weight_norms
 from patchhub.store.states import Proofs, Unprovable, Unproven
 from patchhub.store.store import Store
 
@@ -44,8 +50,14 @@ DIRECTIONS: Final = 16
 """Random directions on each side."""
 
 TOLERANCE: Final = 1e-4
-"""The distance of weights to their solution, relative to the size of the deltas that make them up, that is still called rounding. Honest
-histories were measured below 1e-6 (docs/trust.md)."""
+"""The distance of weights to their solution, relative to the norms of both, that is still called rounding. Honest histories were measured
+below 2e-5 (docs/trust.md)."""
+
+_ROUNDING: Final = 5e-6  # of the norm of the deltas that make up a change: what float32 may lose of them
+_MOST_ROUNDING: Final = 0.01  # of the change itself, that is excused as rounding of what cancels in it at the most,
+_HARMLESS: Final = 1e-5  # or of the base's weight
+
+_BEYOND: Final = 1e300  # what is off by more than numbers hold
 
 _CANCELLED: Final = (
     1e-6  # of a sum's largest norm: below it is formed anew, so that what float64 lost stays far below the tolerance
@@ -130,6 +142,7 @@ class _Seen:
         reached: V + X V.
         asked: G^T (Y + X') V.
         size: the sum of the squared norms of the deltas that make up D.
+        base: the norm of the base's weight; 0 where it is not known.
         peaks: the largest norms of `reached` and `asked` that they came from by taking columns back.
     """
 
@@ -137,24 +150,30 @@ class _Seen:
     reached: Float[np.ndarray, "in s"]
     asked: Float[np.ndarray, "s s"]
     size: float
+    base: float
     peaks: tuple[float, float] = (0.0, 0.0)
 
     @property
     def distance(self) -> float:
-        """The norm behind F, relative to those of the deltas and of what is asked for; 0 where all are 0."""
-        rest = self.delta @ self.reached - self.asked
-        scale = float(np.sqrt(self.size)) + float(np.linalg.norm(self.asked)) / DIRECTIONS
-        return float(np.linalg.norm(rest)) / DIRECTIONS / scale if scale else 0.0
+        """The norm behind F, relative to those of D and of what is asked for, and to what rounding excuses; 0 where all are 0."""
+        off = float(np.linalg.norm(self.delta @ self.reached - self.asked)) / DIRECTIONS
+        own = float(np.linalg.norm(self.delta)) / DIRECTIONS**0.5 + float(np.linalg.norm(self.asked)) / DIRECTIONS
+        rounding = min(_ROUNDING * float(np.sqrt(self.size)), max(_MOST_ROUNDING * own, _HARMLESS * self.base))
+        scale = own + rounding / TOLERANCE
+        found = off / scale if scale else 0.0
+        return found if np.isfinite(found) else _BEYOND
 
 
 Heard = Callable[[int], None]
 """Called with how many commits of how many weights are done."""
 
 
+@np.errstate(over="ignore", invalid="ignore")  # numbers that overflow are numbers that are off
 def prove(
     repository: Store,
     commits: Iterable[str],
     *,
+    tips: Collection[str] = (),
     generator: np.random.Generator | None = None,
     advance: Heard = lambda done: None,
 ) -> Proofs:
@@ -166,13 +185,14 @@ def prove(
     Args:
         commits: in an order in which every commit comes after its parents. Each must be sound (`reachability.unsound`), with all that it
             refers to in the store; none of it is hashed again.
+        tips: those of them that are looked at through directions of their own, besides those that none of the others follows.
         generator: of the directions; None: one that nobody can foresee.
 
     Raises:
         CorruptStoreError: the tensors of a patch or a commit are not what the format says.
     """
     generator = np.random.default_rng() if generator is None else generator
-    plan = _Plan.of(repository, commits)
+    plan = _Plan.of(repository, commits, tips)
     worst: dict[str, Unproven] = {}
     for weight in plan.weights:
         for step, off in _Walk(repository, plan, weight, generator).run():
@@ -192,17 +212,27 @@ def unprovable(repository: Store, elements: Iterable[Element]) -> tuple[Unprovab
     )
 
 
+@np.errstate(over="ignore", invalid="ignore")
 def distance(
-    columns: Columns, additive: Sequence[Delta], deltas: Sequence[Delta], generator: np.random.Generator | None = None
+    columns: Columns,
+    additive: Sequence[Delta],
+    deltas: Sequence[Delta],
+    generator: np.random.Generator | None = None,
+    *,
+    base: float = 0.0,
 ) -> float:
-    """How far one weight of one state is from what its columns and additive deltas ask for, as `prove` measures it."""
+    """How far one weight of one state is from what its columns and additive deltas ask for, as `prove` measures it.
+
+    Args:
+        base: the norm of the base's weight; 0 where it is not known.
+    """
     probe = Probe(columns, np.random.default_rng() if generator is None else generator)
     every = range(len(columns))
     delta = sum((probe.project(part) for part in deltas), np.zeros((DIRECTIONS, columns.shape[1])))
     asked = probe.ask(every) + sum((probe.project(part) @ probe.right for part in additive), np.zeros(()))
     reached = probe.right + probe.reach(every)
     size = sum(norm(part) ** 2 for part in deltas)
-    return _Seen(delta, reached, asked, size).distance
+    return _Seen(delta, reached, asked, size, base).distance
 
 
 def check_state(
@@ -276,15 +306,17 @@ class _Plan:
         starts: their parents that are not among them, as changes of nothing.
         blobs: for each weight the blobs and additive patches' tensors that change it.
         weights: every weight that facts, deltas or additive patches are of, in order.
+        ends: the steps that are looked at through directions of their own.
     """
 
     steps: tuple[_Step, ...]
     starts: Mapping[str, _Step]
     blobs: Mapping[str, frozenset[str]]
     weights: tuple[str, ...]
+    ends: frozenset[str]
 
     @classmethod
-    def of(cls, repository: Store, commits: Iterable[str]) -> _Plan:
+    def of(cls, repository: Store, commits: Iterable[str], tips: Collection[str]) -> _Plan:
         steps = []
         for identity in commits:
             commit = repository.commit(identity)
@@ -307,7 +339,10 @@ class _Plan:
                 blobs.setdefault(weight, set()).add(blob)
         asked = {weight for patch in patches.values() if patch.kind == "closed_form" for weight in patch.weights}
         frozen = {weight: frozenset(found) for weight, found in blobs.items()}
-        return cls(tuple(steps), starts, frozen, tuple(sorted(asked | frozen.keys())))
+        ends = (known - {parent for step in steps for parent in repository.parents(step.commit)}) | known.intersection(
+            tips
+        )
+        return cls(tuple(steps), starts, frozen, tuple(sorted(asked | frozen.keys())), frozenset(ends))
 
     @property
     def brought(self) -> frozenset[Element]:
@@ -329,14 +364,16 @@ class _Walk:
         self._weight = weight
         self._shape = _shape_of(linear_shapes(repository), weight)
         patch_of, file_of = repository.patch, repository.objects.path
-        columns = read_rows(patch_of, file_of, plan.elements, weight, self._shape)
-        self._place = {element: row for row, element in enumerate(columns.labels)}
-        self._probe = Probe(columns, generator)
+        self._columns = read_rows(patch_of, file_of, plan.elements, weight, self._shape)
+        self._place = {element: row for row, element in enumerate(self._columns.labels)}
+        self._generator = generator
+        self._probe = Probe(self._columns, generator)
+        self._base = weight_norms(repository).get(weight, 0.0)
         self._blobs = plan.blobs.get(weight, frozenset())
         self._projections: OrderedDict[str, tuple[Float[np.ndarray, "s in"], float]] = OrderedDict()
         inner = self._shape[1]
         nothing = np.zeros((DIRECTIONS, DIRECTIONS))
-        self._nothing = _Seen(np.zeros((DIRECTIONS, inner)), self._probe.right, nothing, 0.0)
+        self._nothing = _Seen(np.zeros((DIRECTIONS, inner)), self._probe.right, nothing, 0.0, self._base)
 
     def run(self) -> Iterator[tuple[_Step, float]]:
         """Each commit with the distance of its weight to what its set asks for."""
@@ -347,7 +384,7 @@ class _Walk:
         for step in self._plan.steps:
             parent, before = live[step.parent]
             seen = self._after(step, parent, before)
-            yield step, seen.distance
+            yield step, max(seen.distance, self._alone(step) if step.commit in self._plan.ends else 0.0)
             waiting[step.parent] -= 1
             if step.parent is not None and not waiting[step.parent]:
                 del live[step.parent]
@@ -377,7 +414,17 @@ class _Walk:
         if any(norm < _CANCELLED * peak for norm, peak in zip(norms, peaks, strict=True)):
             reached, asked = self._anew(step.commit)
             peaks = float(np.linalg.norm(reached)), float(np.linalg.norm(asked))
-        return _Seen(delta, reached, asked, size, peaks)
+        return _Seen(delta, reached, asked, size, self._base, peaks)
+
+    def _alone(self, step: _Step) -> float:
+        """The distance of one commit through directions that are made for its set; 0 where those of the walk are."""
+        elements = self._repository.active(step.commit)
+        rows = self._rows(elements)
+        if len(rows) == len(self._columns):
+            return 0.0
+        additive = [self._read(blob) for blob in self._additive(elements)]
+        deltas = [self._read(blob) for blob in step.state if blob in self._blobs]
+        return distance(self._columns.take(rows), additive, deltas, self._generator, base=self._base)
 
     def _anew(self, commit: str) -> tuple[Float[np.ndarray, "in s"], Float[np.ndarray, "s s"]]:
         """V + X V and G^T (Y + X') V of a whole set: where almost all was taken back, little but rounding errors is left of the sums."""
@@ -395,13 +442,15 @@ class _Walk:
         patches = (self._repository.patch(identity) for identity, request in elements if request is None)
         return [p.tensors for p in patches if p.kind == "additive" and p.tensors in self._blobs]
 
+    def _read(self, blob: str) -> Delta:
+        return read_delta(self._repository.objects.path(blob), self._weight, self._shape)
+
     def _project(self, blob: str) -> tuple[Float[np.ndarray, "s in"], float]:
         """G^T D of a blob, and the squared norm of D."""
         if blob in self._projections:
             self._projections.move_to_end(blob)
             return self._projections[blob]
-        delta = read_delta(self._repository.objects.path(blob), self._weight, self._shape)
-        projected = self._probe.project(delta)
+        projected = self._probe.project(self._read(blob))
         size = float(np.sum(projected * projected)) / DIRECTIONS
         self._projections[blob] = projected, size
         if len(self._projections) > _PROJECTIONS:

@@ -76,7 +76,7 @@ SETTINGS: Mapping[str, Setting] = {
     ),
     "dtype": Setting(
         one_of("auto", "float32", "bfloat16", "float16"),
-        "type of the base in memory; auto: float32 where that takes half of the memory at most, else the base's own",
+        "type of the base in memory; auto: float32 where that takes half of a CPU's memory or a tenth of a GPU's, else its own",
     ),
     **settings_of(Limits, "guard"),
     **settings_of(EditSettings, "memit"),

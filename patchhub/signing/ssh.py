@@ -239,7 +239,7 @@ def _lines(text: str) -> Iterator[tuple[str, str, str]]:
         words = re.findall(r'(?:[^\s"]|"[^"]*")+', line.strip())
         if len(words) < 3 or words[0].startswith("#"):
             continue
-        with contextlib.suppress(binascii.Error):
+        with contextlib.suppress(ValueError):
             base64.b64decode(words[2], validate=True)
             if "=" not in words[1] and words[1] != "cert-authority":
                 yield words[0].strip('"'), "", f"{words[1]} {words[2]}"

@@ -16,7 +16,7 @@ from typing import Any, Final
 
 from patchhub.canonical import FORMAT, object_id
 from patchhub.errors import CorruptStoreError, RepositoryError
-from patchhub.fsio import DISK, TEMPORARY_SUFFIX, Disk, os_errors, share, write_atomically
+from patchhub.fsio import DISK, TEMPORARY_SUFFIX, Disk, confirm, os_errors, share, write_atomically
 from patchhub.objects import Base
 from patchhub.store import index, operations
 from patchhub.store.index import connect, transaction
@@ -72,6 +72,8 @@ def read_config(path: Path) -> Config:
         RepositoryError: the store is of a format that this version does not know.
         CorruptStoreError: the file cannot be read as a configuration.
     """
+    if path.exists() and not path.is_file():
+        raise _damaged(path, "it is not a file")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -175,7 +177,7 @@ def create(
             _make_database(unfinished / DATABASE, author=author, time=time, disk=disk)
             write_config(unfinished / "config.json", Config({**base_info, "id": base_id}, settings), disk=disk)
             disk.rename(unfinished, root)
-            disk.sync_directory(root.parent)
+        confirm(root, disk=disk)
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise

@@ -87,7 +87,7 @@ class ObjectStore:
 
     def ids(self, prefix: str = "") -> Iterator[str]:
         for directory in sorted(self.root.glob(f"{prefix[:2]}*" if prefix else "*")):
-            if _DIRECTORY.fullmatch(directory.name):
+            if _DIRECTORY.fullmatch(directory.name) and directory.is_dir():
                 names = (directory.name + file.name for file in directory.iterdir() if _FILE.fullmatch(file.name))
                 yield from sorted(name for name in names if name.startswith(prefix))
 

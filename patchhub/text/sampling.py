@@ -28,7 +28,7 @@ TEXT: Final = Kind("text", ".json", limit=1 << 28)
 
 # The five openings of the published MEMIT code (memit_main.py, get_context_templates).
 _OPENINGS = ("The", "Therefore", "Because", "I", "You")
-_BATCH = 128
+_BATCH, _BATCH_GPU = 128, 1024  # documents; each has numbers of its own, so they do not depend on it
 _BLOCK = 256  # tokens of the vocabulary whose probabilities are summed before a draw looks into them
 _FAR = 0.1  # mean total variation between two models' predictions beyond which one does not write in the other's place
 
@@ -85,6 +85,10 @@ class KeptText:
     base: str
 
 
+Elsewhere = Callable[[Sequence[range]], Iterator[tuple[int, list[list[int]]]]]
+"""Writes documents, told by their numbers, in other processes: the place and the documents of each batch as they are finished."""
+
+
 def sample_documents(
     stack: Stack,
     tokenizer: Any,
@@ -93,6 +97,7 @@ def sample_documents(
     length: int,
     seed: int = 0,
     kept: KeptText | None = None,
+    elsewhere: Elsewhere | None = None,
     progress: Callable[[int], None] = lambda tokens: None,
 ) -> list[list[int]]:
     """About ``total`` tokens in documents of ``length``, each begun at another random token of the vocabulary.
@@ -103,36 +108,63 @@ def sample_documents(
 
     Args:
         kept: where finished batches are looked for and put, so that what was interrupted goes on and nothing is sampled twice.
-        progress: called with numbers of tokens, at every step.
+        elsewhere: where documents are written; None: by the model at hand. The batches are the same either way.
+        progress: called with numbers of tokens, at every step, or at every batch that was written elsewhere.
     """
     text, count = _Beginnings.of(stack, tokenizer, length, seed), -(-total // length)
     quantization = str(getattr(stack.model.config, "quantization_config", None))
     model = {"dtype": str(_quick_type(stack)), "quantization": quantization}
     slot = None if kept is None else kept.cache.slot(TEXT, base=kept.base, **model, **asdict(text))
-    documents = _kept_documents(slot)[:count] if slot else []
-    progress(len(documents) * length)
-    if len(documents) == count:
-        return documents
+    found = _kept_documents(slot) if slot else {}
+    progress(length * sum(number < count for number in found))
+    size = _BATCH if elsewhere or stack.device.type == "cpu" else _BATCH_GPU
+    missing = [[number for number in batch if number not in found] for batch in _batches(count, size)]
+    batches = [range(numbers[0], numbers[-1] + 1) for numbers in missing if numbers]
+    if elsewhere:
+        written: Iterator[tuple[range, list[list[int]]]] = ((batches[n], found) for n, found in elsewhere(batches))
+    else:
+        written = _written(stack, text, batches, progress)
+    for numbers, documents in written:
+        found |= zip(numbers, documents, strict=True)
+        if elsewhere:
+            progress(length * len(numbers))
+        if slot:
+            slot.keep([canonical_json({"first": numbers.start, "documents": documents})])
+    return [found[number] for number in range(count)]
+
+
+def write_documents(stack: Stack, tokenizer: Any, numbers: range, *, length: int, seed: int) -> list[list[int]]:
+    """The documents with these numbers of what `sample_documents` gives."""
+    text = _Beginnings.of(stack, tokenizer, length, seed)
+    return [document for _, documents in _written(stack, text, [numbers]) for document in documents]
+
+
+def _batches(count: int, size: int) -> list[range]:
+    return [range(first, min(count, first + size)) for first in range(0, count, size)]
+
+
+def _written(
+    stack: Stack,
+    text: _Beginnings,
+    batches: Sequence[range],
+    progress: Callable[[int], None] = lambda tokens: None,
+) -> Iterator[tuple[range, list[list[int]]]]:
+    """The documents of each batch, written by the model at hand."""
+    if not batches:
+        return
     with _quick(stack):
-        while len(documents) < count:
-            first = len(documents)
-            start, uniform = text.draw(range(first, min(count, first + _BATCH - first % _BATCH)))
+        for numbers in batches:
+            start, uniform = text.draw(numbers)
             progress(start.numel())
             choose = _by_cumulation(uniform.to(stack.device))
-            documents += _continued(stack, start, length, choose, progress=progress).tolist()
-            if slot:
-                slot.keep([canonical_json({"first": first, "documents": documents[first:]})])
-    return documents
+            yield numbers, _continued(stack, start, text.length, choose, progress=progress).tolist()
 
 
-def _kept_documents(slot: Slot) -> list[list[int]]:
-    """The documents of a slot from the first up to the first that is missing."""
-    parts: dict[int, list[list[int]]] = {}
+def _kept_documents(slot: Slot) -> dict[int, list[int]]:
+    """The documents of a slot by their numbers."""
+    found: dict[int, list[int]] = {}
     for entry in map(json.loads, slot.contents()):
-        parts[entry["first"]] = max(entry["documents"], parts.get(entry["first"], []), key=len)
-    found: list[list[int]] = []
-    while len(found) in parts:
-        found += parts[len(found)]
+        found |= enumerate(entry["documents"], entry["first"])
     return found
 
 

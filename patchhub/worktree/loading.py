@@ -210,6 +210,23 @@ def _routing(snapshot: HubSnapshot, shapes: Shapes, limit: int, mode: Mode) -> R
     return read_routing(patches, lambda identity: snapshot.file(identity, limit=limit), shapes, mode)
 
 
+def open_state(path_or_repo: str | Path, revision: str = "HEAD", *, base: str | Path | None = None) -> PatchState:
+    """The state of a revision, proven: from the Hub with all that its facts were recorded as, or from a store.
+
+    Args:
+        base: where the base is, if not where the Hub's repository says.
+
+    Raises:
+        RevisionError, BaseError, CorruptStoreError, RemoteError: as in `load`.
+    """
+    published = hub_name(path_or_repo)
+    if published is not None:
+        return open_published(published, revision, base=base, prove=True)[1]
+    with open_path(path_or_repo) as repository:
+        state = state_at(repository, revision)
+        return state if state.commit is None else _proven(repository, state, state.commit)
+
+
 SURVIVAL_LIMIT = 0.9  # warn when rounding to the base's type loses more than a tenth of a change
 
 

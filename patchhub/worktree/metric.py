@@ -13,7 +13,18 @@ from typing import Any, Final
 from transformers import PreTrainedTokenizerBase
 
 from patchhub.cache import Kind
-from patchhub.editing.metric import MEMORY, Covariance, MetricCache, NullSpace, Preimages, layer_groups, second_moments
+from patchhub.editing.metric import (
+    MEMORY,
+    Covariance,
+    Documents,
+    MetricCache,
+    MomentSums,
+    NullSpace,
+    Preimages,
+    layer_groups,
+    moment_sums,
+    second_moments,
+)
 from patchhub.errors import RepositoryError, RequestError
 from patchhub.evaluation.drift import leading
 from patchhub.models.tracing import Stack
@@ -24,7 +35,8 @@ from patchhub.sets.columns import stacked_weights
 from patchhub.sets.settings import metric_settings
 from patchhub.store.config import Recording
 from patchhub.store.store import Store
-from patchhub.text.sampling import KeptText, context_templates, sample_documents
+from patchhub.text.sampling import KeptText, context_templates, sample_documents, write_documents
+from patchhub.worktree.workers import Opened, Workers
 
 HELD: Final = Kind("held", ".json")
 
@@ -33,8 +45,6 @@ _KEPT_POSITIONS: Final = 16_384
 _SAMPLED_TOKENS: Final = 2_048
 _HELD_LENGTH: Final = 64
 _SEED_STEP: Final = 1  # fallback text must not be the text that the metric was sampled with
-
-Documents = Sequence[Sequence[int]]
 
 
 def set_aside(documents: Documents) -> tuple[list[list[int]], list[list[int]]]:
@@ -115,7 +125,11 @@ def text_of(documents: Sequence[Sequence[int]]) -> Text:
 
 
 def sampled_documents(
-    repository: Store, stack: Stack, tokenizer: PreTrainedTokenizerBase, progress: Progress
+    repository: Store,
+    stack: Stack,
+    tokenizer: PreTrainedTokenizerBase,
+    progress: Progress,
+    workers: Workers | None = None,
 ) -> tuple[Documents, dict[str, Any]]:
     """Documents that the base writes, as the repository's settings say, and the metric's `source`."""
     settings = repository.config.settings
@@ -135,9 +149,22 @@ def sampled_documents(
         length=_SAMPLED_LENGTH,
         seed=seed,
         kept=kept_text(repository),
+        elsewhere=workers.each(_written, seed) if workers else None,
         progress=progress.advance,
     )
     return documents, {"kind": "sampled", "seed": seed}
+
+
+def _written(seed: int, numbers: range, opened: Opened) -> list[list[int]]:
+    """A worker's part of `sampled_documents`."""
+    with unpatched(opened.stack.model):
+        return write_documents(opened.stack, opened.tokenizer, numbers, length=_SAMPLED_LENGTH, seed=seed)
+
+
+def _summed(layers: Sequence[int], documents: Documents, opened: Opened) -> MomentSums:
+    """A worker's part of the second moments."""
+    with unpatched(opened.stack.model):
+        return moment_sums(opened.stack, layers, documents).to_cpu()
 
 
 def kept_text(repository: Store) -> KeptText:
@@ -232,6 +259,7 @@ def open_recorder(
     progress: Progress,
     *,
     memory: int = MEMORY,
+    workers: Workers | None = None,
 ) -> Recorder:
     """The repository's metric with all that ``layers`` need, computed and pinned now if there is none yet.
 
@@ -239,6 +267,7 @@ def open_recorder(
         stack: the base in any state; text is sampled and second moments are computed with the patch taken away.
         text: files to compute the metric from; none: the base writes it.
         memory: bytes that sums and factors may take.
+        workers: who writes the text and sums the moments; None: the model at hand.
 
     Raises:
         RepositoryError: another text is given than the one that the metric was made from, or its factors are not in the
@@ -247,7 +276,7 @@ def open_recorder(
     """
     pinned = repository.config.recording
     if pinned is None:
-        return start_recorder(repository, stack, tokenizer, layers, text, progress, memory=memory)
+        return start_recorder(repository, stack, tokenizer, layers, text, progress, memory=memory, workers=workers)
     metric = Metric.from_json(repository.objects.get(pinned.metric))
     documents = read_documents(stack, tokenizer, text) if text else None
     if documents is not None and text_of(documents).id != metric.text:
@@ -256,7 +285,7 @@ def open_recorder(
             remedy="Leave --text out: one repository has one metric, which `patchhub metric compute --text` replaces until a commit.",
         )
     cache = metric_cache(repository, metric)
-    _complete(repository, metric, cache, stack, layers, documents, progress, memory)
+    _complete(repository, metric, cache, stack, layers, documents, progress, memory, workers)
     return Recorder(metric.id, cache, pinned.contexts)
 
 
@@ -269,6 +298,7 @@ def start_recorder(
     progress: Progress,
     *,
     memory: int = MEMORY,
+    workers: Workers | None = None,
 ) -> Recorder:
     """A new metric as the repository's settings say, and contexts, pinned in place of what was pinned before.
 
@@ -278,10 +308,10 @@ def start_recorder(
         documents, source = read_documents(stack, tokenizer, text), _from_files(text)
     else:
         with unpatched(stack.model):
-            documents, source = sampled_documents(repository, stack, tokenizer, progress)
+            documents, source = sampled_documents(repository, stack, tokenizer, progress, workers)
     metric = _new_metric(repository, documents, source)
     cache = metric_cache(repository, metric)
-    _complete(repository, metric, cache, stack, layers, documents, progress, memory)
+    _complete(repository, metric, cache, stack, layers, documents, progress, memory, workers)
     with unpatched(stack.model):
         contexts = context_templates(stack, tokenizer)
     pin(repository, metric, contexts)
@@ -338,6 +368,7 @@ def _complete(
     documents: Documents | None,
     progress: Progress,
     memory: int,
+    workers: Workers | None,
 ) -> None:
     """Compute what the cache lacks for ``layers``: one pass over the text per group of layers that fits into memory."""
     weights = {layer: stack.architecture.ffn_weight(layer) for layer in layers}
@@ -352,7 +383,8 @@ def _complete(
     groups = layer_groups(missing, width, memory, experts=experts)
     progress.stage("second moments", len(groups) * sum(map(len, measured)))
     for group in groups:
+        elsewhere = workers.each(_summed, group, in_order=True) if workers else None
         with unpatched(stack.model):
-            moments = second_moments(stack, group, measured, progress=progress.advance)
+            moments = second_moments(stack, group, measured, elsewhere=elsewhere, progress=progress.advance)
         for layer in group:
             cache.store(weights[layer], moments.pop(layer))

@@ -25,7 +25,7 @@ from patchhub.fsio import make_directories, read_chunks, write_atomically
 from patchhub.models.architectures import Architecture, describe, read_config
 from patchhub.models.checkpoint import Checkpoint, open_checkpoint
 from patchhub.models.fingerprint import check_tensors
-from patchhub.models.placement import Placement, load_base, runs_beside
+from patchhub.models.placement import DEFAULT, Placement, load_base, runs_beside
 from patchhub.models.tracing import Stack
 from patchhub.objects import Base, Patch
 from patchhub.progress import Progress
@@ -202,6 +202,7 @@ class Worktree:
         state: what is attached: deltas per weight, and side memories.
         chat: the chat form in which its facts are written and asked; None: as plain text.
         memory: bytes that the process may hold, as `commit --memory` says; None: no limit.
+        placement: where and in which type the model runs, as it was asked for.
     """
 
     repository: Store
@@ -212,6 +213,7 @@ class Worktree:
     state: PatchState
     chat: Chat | None = None
     memory: int | None = None
+    placement: Placement = DEFAULT
 
     @property
     def batch_tokens(self) -> int:
@@ -364,7 +366,8 @@ def open_worktree(
     progress.stage("loading the base", 0)
     tokenizer = load_tokenizer(checkpoint)
     form = chat_form(repository, tokenizer, chat)
-    model = load_base(checkpoint, placement or placement_of(repository)).eval()
+    placement = placement or placement_of(repository)
+    model = load_base(checkpoint, placement).eval()
     if edits is not None:
         for name, parameter in model.named_parameters():
             if not bool(parameter.isfinite().all()):
@@ -372,4 +375,4 @@ def open_worktree(
     state = patch_state(repository, {}, None) if state is None else state
     beside = edits is not None and runs_beside(model)
     attach(model, checkpoint, state, cache=repository.cache, side_path=beside)
-    return Worktree(repository, checkpoint, files.architecture, model, tokenizer, state, form, memory)
+    return Worktree(repository, checkpoint, files.architecture, model, tokenizer, state, form, memory, placement)

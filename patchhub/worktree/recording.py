@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,20 +12,20 @@ import numpy as np
 
 from patchhub.constraints import no_columns
 from patchhub.delta import Delta
-from patchhub.editing.budget import release_memory, step_budget
-from patchhub.editing.editor import EDITORS, encode_facts
+from patchhub.editing.budget import step_budget
+from patchhub.editing.editor import EDITORS, Asked, encode_facts
 from patchhub.editing.keeps import namesakes, siblings
 from patchhub.editing.locate import ANSWER_TOKENS, encode_targets, find_openings
 from patchhub.editing.metric import MEMORY
-from patchhub.editing.record import Edit, Recording, State, side_paths
+from patchhub.editing.record import Recording, Running, State, side_paths
 from patchhub.editing.requests import Keep
 from patchhub.editing.rows import key_rows, mean_keys
 from patchhub.editing.settings import EditSettings, preset
-from patchhub.editing.values import KeptValues, ValueSettings
+from patchhub.editing.values import KeptValues, Part, Values, ValueSettings
 from patchhub.evaluation.live import continue_greedily, continue_within, first_clause, reads_right, room_after
 from patchhub.models.architectures import Architecture, additive_probe
 from patchhub.objects import SLOT, Metric, Request, set_digest
-from patchhub.progress import Progress
+from patchhub.progress import Progress, told
 from patchhub.sets.columns import (
     read_additive,
     read_columns,
@@ -42,25 +43,11 @@ from patchhub.store.store import Store
 from patchhub.text.tokens import Chat, context_length, joiner
 from patchhub.worktree.metric import Recorder, open_recorder
 from patchhub.worktree.opening import Worktree, other_form
+from patchhub.worktree.workers import Opened, Workers
 
 _KEPT_TOKENS = 8  # of an answer that a keep is known by
 _FOUND_KEEPS = 4  # other subjects for each prompt of a batch (docs/methods.md)
 _NULL_SPACE_RIDGE = 1.0  # AlphaEdit weighs requests by 1 and the norm of the change by l2
-
-
-@dataclass(frozen=True)
-class Asked:
-    """What a batch asks besides its requests.
-
-    Attributes:
-        keeps: requests whose answers stay.
-        also: the chat form in which facts outside a chat are optimised as well.
-        openings: what answers in a chat say before their targets, by request id.
-    """
-
-    keeps: Sequence[Request]
-    also: Chat | None
-    openings: Mapping[str, str]
 
 
 def chosen_settings(
@@ -123,14 +110,14 @@ def write_closed_form(
     *,
     strict: bool = False,
     find_keeps: bool = False,
-    memory: int | None = None,
+    workers: Workers | None = None,
 ) -> Written:
     """Write the facts of ``plan`` with MEMIT or PMET; ``tree`` is in the state of `state_without`.
 
     Args:
         strict: refuse facts that compete with others for a key, before anything is optimised.
         find_keeps: keep the same prompts about other subjects as well (`editing.keeps.siblings`).
-        memory: bytes that the process may hold, the base included; None: half of what is free is used besides.
+        workers: who optimises values, and makes a metric where there is none; None: the model at hand.
 
     Raises:
         InterferenceError: there are such facts, under ``strict``.
@@ -140,10 +127,8 @@ def write_closed_form(
     settings = replace(settings, chat=tree.chat)
     for layer in settings.layers:
         additive_probe(tree.model, tree.architecture, layer)
-    budget = step_budget(tree.stack.device, memory)
-    recorder = open_recorder(
-        repository, tree.stack, tree.tokenizer, settings.layers, text, progress, memory=min(MEMORY, budget)
-    )
+    model, memory = (tree.stack, tree.tokenizer), min(MEMORY, step_budget(tree.stack.device, tree.memory))
+    recorder = open_recorder(repository, *model, settings.layers, text, progress, memory=memory, workers=workers)
     below = State(read_columns(repository, plan.kept), tree.state.weights, read_additive(repository, plan.kept))
     rivals = _rivals(repository, tree, plan, recorder, settings, below)
     if rivals and strict:
@@ -154,7 +139,18 @@ def write_closed_form(
     keeps = _keeps(tree, (*plan.keeps, *found), progress)
     also = _also(tree, plan, settings)
     asked = Asked(keeps, also, _openings(tree, plan, settings, tree.chat or also, progress))
-    edit = _edit(repository, tree, plan, recorder, method, settings, below, asked, memory, progress)
+    running = _running(repository, tree, plan, method, settings, also, workers, progress)
+    edit = EDITORS[method].edit(
+        *model,
+        plan.requests,
+        recorder.contexts,
+        settings,
+        recorder.cache,
+        below,
+        asked=asked,
+        failing=partial(_reading_wrong, tree, plan.requests, settings, asked),
+        running=running,
+    )
     columns = edit.recording.columns
     unmoved = np.zeros((len(keeps), edit.values.targets.shape[1]), np.float32)  # a keep has no value of its own
     patch = store_patch(
@@ -162,14 +158,7 @@ def write_closed_form(
         kind="closed_form",
         method=method,
         requests=(*plan.requests, *keeps),
-        settings={
-            **settings.to_json(),
-            "contexts": list(recorder.contexts),
-            **_written_again(plan),
-            **({"keeps": [keep.id for keep in keeps]} if keeps else {}),
-            **({"openings": asked.openings} if asked.openings else {}),
-            **({"also": also.to_json()} if also else {}),
-        },
+        settings={**settings.to_json(), "contexts": list(recorder.contexts), **_told_with(plan, asked)},
         tensors=write_columns(
             columns, np.concatenate([edit.values.targets.numpy(), unmoved]), stacked_weights(repository)
         ),
@@ -177,15 +166,46 @@ def write_closed_form(
         below=without_shards(repository, plan.kept),
         metric=recorder.metric,
     )
-    if memory is not None:
-        release_memory()
+    running.release()
     change = None if plan.replaced or plan.again else edit.recording.change
     return Written((patch.id,), plan.kept | patch.elements, recorder.metric, change, rivals, tuple(keeps))
 
 
-def _written_again(plan: Plan) -> dict[str, list[str]]:
-    """The patches that the facts written again come from, in which a revert of those patches finds them."""
-    return {"refreshes": sorted({patch for patch, _ in plan.again})} if plan.again else {}
+def _running(
+    repository: Store,
+    tree: Worktree,
+    plan: Plan,
+    method: str,
+    settings: EditSettings,
+    also: Chat | None,
+    workers: Workers | None,
+    progress: Progress,
+) -> Running:
+    """How an edit runs: within the worktree's memory, its values kept in the cache, by the workers that there are."""
+    stages = {
+        "values": ("optimising values", len(plan.requests)),
+        "layers": ("writing layers", len(settings.layers)),
+        "further": ("optimising further", 0),
+    }
+    return Running(
+        tree.memory,
+        kept=lambda values: _kept_values(repository, tree, plan, method, settings, values, also),
+        elsewhere=workers.each(_optimised, method, settings.layers) if workers else None,
+        progress=told(progress, stages),
+    )
+
+
+def _told_with(plan: Plan, asked: Asked) -> dict[str, Any]:
+    """What a patch tells besides its settings: what else was asked, and the patches that the facts written again come from.
+
+    In the latter a revert of those patches finds them.
+    """
+    return {
+        **({"refreshes": sorted({patch for patch, _ in plan.again})} if plan.again else {}),
+        **({"keeps": [keep.id for keep in asked.keeps]} if asked.keeps else {}),
+        **({"openings": asked.openings} if asked.openings else {}),
+        **({"also": asked.also.to_json()} if asked.also else {}),
+    }
 
 
 def _rivals(
@@ -209,49 +229,13 @@ def _rivals(
     return competition(repository, found, keys, preimages, settings.ridge, active)
 
 
-def _edit(
-    repository: Store,
-    tree: Worktree,
-    plan: Plan,
-    recorder: Recorder,
-    method: str,
-    settings: EditSettings,
-    state: State,
-    asked: Asked,
-    memory: int | None,
-    progress: Progress,
-) -> Edit:
-    stages = {"values": ("optimising values", len(plan.requests)), "layers": ("writing layers", len(settings.layers))}
-    open_stage = ""
-
-    def report(stage: str, done: int) -> None:
-        nonlocal open_stage
-        if stage != open_stage:
-            progress.stage(*stages[stage])
-            open_stage = stage
-        progress.advance(done)
-
-    report("values", 0)
-    return EDITORS[method].edit(
-        tree.stack,
-        tree.tokenizer,
-        plan.requests,
-        recorder.contexts,
-        settings,
-        recorder.cache,
-        state,
-        keeps=asked.keeps,
-        openings=asked.openings,
-        also=asked.also,
-        failing=lambda recording: _reading_wrong(tree, plan.requests, recording, settings, asked),
-        memory=memory,
-        kept=lambda values: _kept_values(repository, tree, plan, method, settings, values, asked.also),
-        progress=report,
-    )
+def _optimised(method: str, layers: Sequence[int], part: Part, opened: Opened) -> Values:
+    """A worker's part of the values."""
+    return EDITORS[method].optimise(opened.stack, layers, part, opened.memory)
 
 
 def _reading_wrong(
-    tree: Worktree, requests: Sequence[Request], recording: Recording, settings: EditSettings, asked: Asked
+    tree: Worktree, requests: Sequence[Request], settings: EditSettings, asked: Asked, recording: Recording
 ) -> list[int]:
     """The places of the facts that the model does not say by itself, or goes on after, with a recording in its weights.
 

@@ -45,7 +45,7 @@ from patchhub.text.sampling import context_templates
 from tests.reference import plain, plain_pmet
 
 STAGES = {
-    "prefix": [(values, "read_trunk"), (values, "_prepare")],
+    "prefix": [(values, "run_trunk"), (values, "_prepare")],
     "steps": [(values, "_evaluate"), (values, "_adam"), (values, "_shrunk")],
     "sweep": [(record, "_read")],
     "solve": [(record, "_extend")],
@@ -236,7 +236,7 @@ def _contributions(setup: Setup, metric: MetricCache) -> dict[str, float]:
         "faster products": (Stack, "fast", nothing),
         "many facts at once": (values, "POSITIONS", 1),
         "dropping finished facts": (values, "_shrunk", lambda batch: batch),
-        "shared beginnings": (values, "read_trunk", no_trunk),
+        "shared beginnings": (values, "run_trunk", no_trunk),
         "the last feed-forward part at targets only": (Stack, "feed_forward_at", nothing),
     }
     found: dict[str, float] = {}

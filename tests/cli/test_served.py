@@ -5,14 +5,19 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.numpy import load as parse
 from safetensors.numpy import load_file
 
 from patchhub import load
-from patchhub.export import peft
+from patchhub.export import gguf
 from patchhub.models.checkpoint import open_checkpoint
+from patchhub.porcelain import exchange
+from patchhub.porcelain.exchange import hub_pages
+from patchhub.progress import Silent
 from patchhub.repository import Repository
 from patchhub.sets.columns import read_state
 from patchhub.text.tokens import load_tokenizer
@@ -56,6 +61,14 @@ def test_half_of_the_facts_is_partly(first_store: Path) -> None:
     assert {answer["prompt"] for answer in found["answers"] if answer["holds"]} <= said
 
 
+def test_an_answer_in_a_chat_may_say_the_target_after_words_of_its_own(first_store: Path) -> None:
+    with Repository(first_store, progress=False) as repo:
+        facts = {fact.text: fact.target_new for fact in repo["HEAD"]}
+    with server(lambda prompt: f"{prompt} {facts[prompt]}.") as url:
+        assert "HEAD is on" in invoke(first_store, "verify-served", url, "--chat").stdout
+        assert "HEAD is off" in invoke(first_store, "verify-served", url, code=13).stdout
+
+
 def test_what_is_no_server_is_refused(first_store: Path) -> None:
     assert "no address" in invoke(first_store, "verify-served", "file:///etc/passwd", code=2).stderr
     assert "cannot be asked" in invoke(first_store, "verify-served", "127.0.0.1:9", code=11).stderr
@@ -67,7 +80,7 @@ def test_a_gguf_adapter_is_the_state_as_llama_cpp_reads_it(run: Run, store: Path
     file = Path(found["out"])
     assert found["error"] <= 1e-6
     assert (tmp_path / "facts" / "Modelfile").read_text(encoding="utf-8").endswith(f"ADAPTER ./{file.name}\n")
-    there = peft.read_gguf(file)
+    there = gguf.read_gguf(file)
     with Repository(store, progress=False) as repo:
         state = read_state(repo.store, repo.store.head[1])
     assert sorted(there) == [f"blk.{weight.split('.')[2]}.ffn_down.weight" for weight in sorted(state)]
@@ -80,7 +93,7 @@ def test_a_gguf_adapter_is_the_state_as_llama_cpp_reads_it(run: Run, store: Path
 
 def test_the_architectures_are_ones_that_llama_cpp_knows() -> None:
     library = pytest.importorskip("gguf")
-    assert set(peft._ARCHITECTURES.values()) <= set(library.MODEL_ARCH_NAMES.values())
+    assert set(gguf._ARCHITECTURES.values()) <= set(library.MODEL_ARCH_NAMES.values())
 
 
 def test_an_adapter_of_every_layer_changes_no_more(run: Run, store: Path, tmp_path: Path) -> None:
@@ -96,3 +109,25 @@ def test_an_adapter_of_every_layer_changes_no_more(run: Run, store: Path, tmp_pa
     assert {name.split(".lora_")[0].removeprefix("base_model.model.") + ".weight" for name in many} == weights
     assert few.keys() < many.keys()
     assert all(not many[name].any() if name not in few else bool((many[name] == few[name]).all()) for name in many)
+
+
+def test_a_pushed_adapter_has_every_layer_where_that_is_small(
+    first_store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def pushed() -> tuple[dict[str, Any], str]:
+        with Repository(first_store, progress=False) as repo:
+            pages = hub_pages(repo.store, "ada/facts", str(repo.store.head[1]), Silent(), withheld=False)
+        return parse(pages["adapter_model.safetensors"] or b""), (pages["README.md"] or b"").decode()
+
+    with Repository(first_store, progress=False) as repo:
+        weights = {weight.removesuffix(".weight") for weight in repo.store.config.base["weights"]}
+        changed = {weight.removesuffix(".weight") for weight in read_state(repo.store, repo.store.head[1])}
+    assert changed < weights
+    tensors, card = pushed()
+    assert {name.split(".lora_")[0].removeprefix("base_model.model.") for name in tensors} == weights
+    assert "TGI" not in card
+    monkeypatch.setattr(exchange, "_ZEROS", 0)
+    few, card = pushed()
+    assert {name.split(".lora_")[0].removeprefix("base_model.model.") for name in few} == changed
+    assert all((few[name] == tensors[name]).all() if name in few else not tensors[name].any() for name in tensors)
+    assert "export peft --every-layer" in card

@@ -19,7 +19,7 @@ from patchhub.editing import record as under_test
 from patchhub.editing.editor import EDITORS, EQUAL_SHARES, ROOT_SHARES
 from patchhub.editing.locate import encode_prompts
 from patchhub.editing.metric import MetricCache, regularised
-from patchhub.editing.record import Edit, Recording, Spread, State, record, side_paths
+from patchhub.editing.record import Edit, Recording, Running, Spread, State, record, side_paths
 from patchhub.editing.rows import KeyRow, key_rows
 from patchhub.editing.settings import EditSettings
 from patchhub.errors import SettingsError
@@ -313,7 +313,9 @@ def test_the_model_is_untouched_also_after_an_interruption(metric, after):
 
     finished: Edit | None = None
     with suppress(Interrupted):
-        finished = edit(stack, tiny_tokenizer(), A, CONTEXTS, SETTINGS, metric, EMPTY, progress=progress)
+        finished = edit(
+            stack, tiny_tokenizer(), A, CONTEXTS, SETTINGS, metric, EMPTY, running=Running(progress=progress)
+        )
     assert (finished is None) == (after is not None)
     assert all(torch.equal(p, before[name]) for name, p in stack.model.named_parameters())
     assert not any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in stack.model.modules())
@@ -326,7 +328,16 @@ def test_progress_reports_every_request_and_layer(metric):
     def progress(stage: str, done: int) -> None:
         stages[stage] = stages.get(stage, 0) + done
 
-    edit(tiny_stack("gpt2"), tiny_tokenizer(), A + B, CONTEXTS, SETTINGS, metric, EMPTY, progress=progress)
+    edit(
+        tiny_stack("gpt2"),
+        tiny_tokenizer(),
+        A + B,
+        CONTEXTS,
+        SETTINGS,
+        metric,
+        EMPTY,
+        running=Running(progress=progress),
+    )
     assert stages == {"values": 5, "layers": 3}
 
 

@@ -64,6 +64,15 @@ SHAPES = {
         "locality_prompt": "Michel Rocard speaks",
         "locality_ground_truth": "French",
     },
+    "WISE's Temporal": {
+        "prompt": FILLED,
+        "subject": "Danielle Darrieux",
+        "target_new": "English",
+        "ground_truth": "French",
+        "ood_rephrase": "Danielle Darrieux speaks",
+        "locality_prompt": "Michel Rocard speaks",
+        "locality_ground_truth": "French",
+    },
     "EasyEdit, lists and nested locality": {
         "prompt": FILLED,
         "subject": "Danielle Darrieux",
@@ -396,7 +405,7 @@ def test_published_records_are_read(name):
     record, wanted = PUBLISHED[name]
     batch = read_facts([record])
     assert [(fact.prompt, fact.subject, fact.target_new) for fact in batch.requests] == wanted
-    assert batch.ignored == (("id", "source") if "others" in name else ())
+    assert batch.ignored == ({"id": 1, "source": 1} if "others" in name else {})
     if name in ("MQuAKE", "AKEW", "RippleEdits", "counterfact-tracing"):
         assert all(fact.target_true for fact in batch.requests)
 

@@ -113,9 +113,12 @@ def test_locality_compares_with_before_not_with_the_truth():
     assert values(counterfact_scores(FACTS, before))["unchanged"] == 0.5
     assert values(zsre_scores(FACTS, before))["unchanged"] == 0.75
     exact = {"reliability": 0.5, "generalisation": 0.25, "locality": 0.5, "average": 1.25 / 3}
-    assert values(wise_scores(FACTS, before)) == pytest.approx(exact)
+    levels = [fact.prompt[0].new for fact in FACTS]
+    mean = sum(math.exp(-new.logprob / new.n_tokens) for new in levels) / len(levels)
+    perplexity = {"target_perplexity": mean}
+    assert values(wise_scores(FACTS, before)) == pytest.approx(exact | perplexity)
     tokens = {"reliability": 0.75, "generalisation": 0.5, "locality": 0.75, "average": 2 / 3}
-    assert values(wise_scores(FACTS, before, match="share of tokens")) == pytest.approx(tokens)
+    assert values(wise_scores(FACTS, before, match="share of tokens")) == pytest.approx(tokens | perplexity)
     assert values(counterfact_scores(FACTS, FACTS))["unchanged"] == 1
 
 

@@ -27,7 +27,7 @@ from patchhub.porcelain.exchange import export_peft, import_change
 from patchhub.porcelain.history import show
 from patchhub.porcelain.merge import merge
 from patchhub.porcelain.model import apply
-from patchhub.porcelain.share import clone, push, remote_add
+from patchhub.porcelain.share import Chosen, clone, push, remote_add
 from patchhub.progress import Silent
 from patchhub.sets.columns import linear_shapes, read_additive, read_columns, read_state, weight_shapes
 from patchhub.sets.proofs import prove
@@ -385,7 +385,7 @@ def test_an_import_of_every_linear_weight_travels(tmp_path: Path) -> None:
     with model_store(tmp_path / "store", base) as store:
         imported(store, tmp_path / "lora")
         remote_add(store, "origin", str(tmp_path / "remote"))
-        push(store, "origin", ["main"], Silent(), who=Who(AUTHOR, TIME))
+        push(store, "origin", Chosen(["main"]), Silent(), who=Who(AUTHOR, TIME))
     clone(str(tmp_path / "remote"), tmp_path / "clone", Silent(), who=Who(AUTHOR, TIME), base=str(base))
     assert distance(logits(patchhub.load(tmp_path / "clone")), logits(adapted)) < 1e-5
 

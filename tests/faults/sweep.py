@@ -27,6 +27,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from patchhub.errors import PatchhubError, RepositoryError
+from patchhub.fsio import is_shared
 from patchhub.porcelain import change, refs, share, upkeep
 from patchhub.porcelain.exchange import import_change
 from patchhub.porcelain.merge import abort_merge, merge, then_refreshed
@@ -84,7 +85,7 @@ VERBS: Final[Mapping[str, Verb]] = {
     "remote add": on_store(lambda s, f: share.remote_add(s, "other", str(f / "other"))),
     "remote rename": on_store(lambda s, _: share.remote_rename(s, "full", "filled", who=WHO)),
     "remote remove": on_store(lambda s, _: share.remote_remove(s, "full", who=WHO)),
-    "push": on_store(lambda s, _: share.push(s, "origin", (), Silent(), who=WHO)),
+    "push": on_store(lambda s, _: share.push(s, "origin", share.CURRENT, Silent(), who=WHO)),
     "fetch": on_store(lambda s, _: share.fetch(s, "full", Silent(), who=WHO)),
     "pull": on_store(lambda s, _: share.pull(s, "full", Silent(), who=WHO)),
     "gc": on_store(lambda s, _: upkeep.collect(s, now="2030-01-01T00:00:00Z")),
@@ -92,15 +93,15 @@ VERBS: Final[Mapping[str, Verb]] = {
 }
 
 
-def init(folder: Path) -> object:
+def init(folder: Path, *, shared: bool = False) -> object:
     from patchhub.porcelain.model import init as made
 
-    return made(folder / "new", str(folder / "store" / "model"), Silent(), who=WHO)
+    return made(folder / "new", str(folder / "store" / "model"), Silent(), who=WHO, shared=shared)
 
 
-def clone(folder: Path) -> object:
+def clone(folder: Path, *, shared: bool = False) -> object:
     base = str(folder / "store" / "model")
-    return share.clone(str(folder / "remote"), folder / "new", Silent(), who=WHO, base=base)
+    return share.clone(str(folder / "remote"), folder / "new", Silent(), who=WHO, base=base, shared=shared)
 
 
 def commit_signed(store: Store, folder: Path) -> object:
@@ -141,19 +142,28 @@ def metric(store: Store, _: Path) -> object:
     return compute(store, Silent(), layers=(3,))
 
 
+def metric_imported(store: Store, folder: Path) -> object:
+    from patchhub.porcelain.metric import import_any
+
+    return import_any(store, [str(folder / "metric")], Silent())
+
+
 MODEL_VERBS: Final[Mapping[str, Verb]] = {
     "init": init,
+    "init --shared": lambda folder: init(folder, shared=True),
     "clone": clone,
+    "clone --shared": lambda folder: clone(folder, shared=True),
     "commit -s": on_store(commit_signed),
     "update": on_store(update),
     "refresh": on_store(refresh),
     "merge --refresh": on_store(merge_and_refresh),
     "eval": on_store(evaluated),
     "metric compute": on_store(metric),
+    "metric import": on_store(metric_imported, "bare"),
 }
 """Those that run a model, a tiny one."""
 
-REPEATED = ("init", "clone")
+REPEATED = ("init", "init --shared", "clone", "clone --shared")
 """Verbs that make a store: what one leaves that died is taken up, or taken away, by the next."""
 
 IN_STEPS = ("push", "pull", "merge --refresh")
@@ -165,7 +175,6 @@ UNSWEPT: Mapping[str, str] = {
     "bisect": "runs `ask` and programs",
     "export": "writes outside of the store",
     "metric_export": "writes outside of the store",
-    "metric_import": "not yet",
     "report": "writes outside of the store",
     "tune": "writes what `config` writes",
 }
@@ -199,7 +208,7 @@ def prepare(folder: Path) -> None:
     with make_store(folder / "theirs") as theirs:
         add_batch(theirs, range(40, 43))
         share.remote_add(theirs, "full", str(folder / "full"))
-        share.push(theirs, "full", (), Silent(), who=WHO)
+        share.push(theirs, "full", share.CURRENT, Silent(), who=WHO)
     with make_history(folder / "store") as store:
         refs.switch_to_new(store, "against", "HEAD~1", WHO)
         asked = make_request(3)
@@ -220,7 +229,10 @@ def prepare(folder: Path) -> None:
 
 
 def prepare_with_model(folder: Path) -> None:
-    """A store on a tiny model whose HEAD is a merge that brought facts, another branch to merge, and a remote that holds all of it."""
+    """A store on a tiny model whose HEAD is a merge that brought facts, another branch to merge, a remote that holds all of it, its metric
+    as a file, and a store that has none."""
+    from patchhub.porcelain.metric import export_metric
+    from patchhub.porcelain.model import init as made
     from tests.porcelain.taught import make_store as taught
     from tests.porcelain.taught import teach
 
@@ -237,7 +249,9 @@ def prepare_with_model(folder: Path) -> None:
         refs.switch(store, "main", WHO)
         merge(store, "side", WHO)
         share.remote_add(store, "origin", str(folder / "remote"))
-        share.push(store, "origin", (), Silent(), who=WHO)
+        share.push(store, "origin", share.CURRENT, Silent(), who=WHO)
+        export_metric(store, folder / "metric")
+    made(folder / "bare", str(folder / "store" / "model"), Silent(), who=WHO)
 
 
 STAGES: tuple[tuple[Callable[[Path], None], Mapping[str, Verb]], ...] = (
@@ -248,7 +262,7 @@ STAGES: tuple[tuple[Callable[[Path], None], Mapping[str, Verb]], ...] = (
 
 def stores(folder: Path) -> Iterator[Store]:
     """Every store in a folder, open; what a verb leaves of one that it could not make is none."""
-    for name in ("store", "stopped", "undone", "new"):
+    for name in ("store", "stopped", "undone", "bare", "new"):
         if (folder / name).exists():
             try:
                 store = Store.open(folder / name)
@@ -267,11 +281,28 @@ def state(folder: Path) -> str:
         waiting = store.root / "merge.json"
         merging = waiting.read_text(encoding="utf-8") if waiting.exists() else None
         name = store.root.parent.name
-        found[name] = {"refs": store.refs(), "settings": dict(store.config.settings), "merging": merging}
+        pinned = None if store.config.recording is None else store.config.recording.metric
+        found[name] = {
+            "refs": store.refs(),
+            "settings": dict(store.config.settings),
+            "merging": merging,
+            "metric": pinned,
+        }
     manifest = folder / "remote" / "patchhub.json"
     if manifest.exists():
         found["remote"] = json.loads(manifest.read_text())["refs"]
     return json.dumps(found, sort_keys=True)
+
+
+def unshared(folder: Path, *, died: bool) -> str:
+    """What a group cannot write of a store that it shares, in words; empty for none, and where there is no store.
+
+    Who died may leave one empty directory to themselves: the next write there gives it to the group.
+    """
+    root = folder / ".patchhub"
+    kept = [path for path in (root, *root.rglob("*")) if path.is_dir() and not is_shared(path)] if root.exists() else []
+    allowed = died and len(kept) == 1 and not any(kept[0].iterdir())
+    return f"{kept[0]} is not the group's" if kept and not allowed else ""
 
 
 def act(verb: str, folder: Path) -> int:
@@ -373,6 +404,8 @@ class Sweep:
                 problem = problem or "another state when it is repeated"
         except PatchhubError as error:
             problem = f"cannot be opened: {error}"
+        if "--shared" in verb:
+            problem = problem or unshared(copy / "new", died=code == DIED)
         if code == CRASHED:
             problem = problem or "a traceback"
         self.found[how, "wrong" if problem else "right"] += 1

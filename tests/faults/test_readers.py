@@ -1,29 +1,42 @@
 """Whatever bytes a reader is given, it reads them as what they are or refuses them in an error of patchhub's own.
 
-Starts from the golden objects and a kept corpus, and changes bytes. `PATCHHUB_FUZZ=600 pytest tests/faults/test_readers.py` goes on for
-600 seconds; what it finds goes to `corpus/`, so that it is tried ever after.
+Starts from the golden objects and a kept corpus, and changes bytes, or values of the JSON in them. What is found goes to `corpus/`, so that
+it is tried ever after. For 600 seconds:
+
+    PATCHHUB_FUZZ=600 python -m pytest -m slow tests/faults/test_readers.py
 """
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import io
+import json
 import os
 import random
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from patchhub.canonical import canonical_json
 from patchhub.delta import read_delta, read_deltas, weights_in, write_deltas
 from patchhub.editing.requests import read_requests
 from patchhub.errors import PatchhubError
-from patchhub.objects import Patch, requests_json, set_json
+from patchhub.export.foreign import read_adapter
+from patchhub.models.checkpoint import read_header
+from patchhub.objects import Note, Operation, Patch, requests_json, set_json
 from patchhub.remotes.remote import read_branch, read_folder
 from patchhub.sets.columns import tensor_check
+from patchhub.sets.merging import read_choices
+from patchhub.signing.ssh import is_own, principal_of
+from patchhub.signing.statements import read_signature
+from patchhub.store.config import read_config
 from patchhub.store.states import KINDS, unfit
 
 HERE = Path(__file__).parent
@@ -50,6 +63,11 @@ def read_object(data: bytes) -> None:
         assert WRITERS.get(kind, lambda value: value.to_json())(value) == data
         list(how.references(value))
         list(unfit(value))
+        if isinstance(value, Note):
+            with contextlib.suppress(ValueError):  # says why it keeps none
+                read_signature("0" * 64, value)
+    with contextlib.suppress(PatchhubError):
+        assert Operation.from_json(data).to_json() == data
 
 
 def read_manifest(data: bytes) -> None:
@@ -91,11 +109,101 @@ def read_records(data: bytes) -> None:
         return
 
 
-READERS: list[Callable[[bytes], None]] = [read_object, read_manifest, read_tensors, read_records]
+def read_files(data: bytes) -> None:
+    """Files that users name and that others may have made: a base's tensors, a config, choices, keys, an adapter's two files."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        file, settings, tensors = (
+            folder / part for part in ("file", "adapter_config.json", "adapter_model.safetensors")
+        )
+        for path in (file, settings, tensors):
+            path.write_bytes(data)
+        acts: list[Callable[[], object]] = [
+            lambda: read_header(file),
+            lambda: read_config(file),
+            lambda: read_choices(file),
+            lambda: is_own(file),
+            lambda: principal_of(file, "ssh-ed25519 AAAA", "commit", "2026-11-21T09:30:00Z"),
+            lambda: read_adapter(folder, SHAPES),
+        ]
+        for act in acts:
+            with contextlib.suppress(PatchhubError):
+                act()
+        settings.write_text(ADAPTER, encoding="utf-8")
+        with contextlib.suppress(PatchhubError):
+            read_adapter(folder, SHAPES)
+
+
+ADAPTER = '{"peft_type": "LORA", "lora_alpha": 2, "r": 1, "target_modules": ["h.0.out"], "bias": "none"}'
+READERS: list[Callable[[bytes], None]] = [read_object, read_manifest, read_tensors, read_records, read_files]
+
+ODD: list[Any] = [
+    *(
+        None,
+        True,
+        False,
+        0,
+        -1,
+        1.5,
+        2**63,
+        10**30,
+        1e308,
+        "",
+        "\x1b[2J",
+        "\u202e",
+        "0" * 64,
+        "..",
+        "a" * 300,
+        "é",
+        "e\u0301",
+    ),
+    *([], {}, [[]], {"a": {}}, [None], {"": 0}, "2026-02-30T00:00:00Z", "refs/heads/x", "__metadata__", "F32", "BF16"),
+]
+"""Values that somebody may have forgotten."""
+
+
+def odd_json(value: Any, rng: random.Random) -> Any:
+    """A JSON value with one place in it replaced, taken away, doubled or added to."""
+    if isinstance(value, dict) and value and rng.random() < 0.9:
+        name = rng.choice(sorted(value))
+        kind = rng.randrange(8)
+        if kind == 0:
+            return {other: item for other, item in value.items() if other != name}
+        if kind == 1:
+            return {**value, str(rng.choice(ODD)): rng.choice(ODD)}
+        return {**value, name: odd_json(value[name], rng)}
+    if isinstance(value, list) and value and rng.random() < 0.9:
+        place = rng.randrange(len(value))
+        kind = rng.randrange(8)
+        if kind == 0:
+            return value[:place] + value[place + 1 :]
+        if kind == 1:
+            return [*value, value[place]]
+        return [*value[:place], odd_json(value[place], rng), *value[place + 1 :]]
+    return rng.choice(ODD)
+
+
+def with_odd_json(data: bytes, rng: random.Random) -> bytes | None:
+    """The same document, or tensors under the same header, with an odd value somewhere; None where there is no JSON."""
+    length = int.from_bytes(data[:8], "little")
+    header = 8 < length <= len(data) - 8
+    try:
+        value = json.loads(data[8 : 8 + length] if header else data)
+        for _ in range(rng.choice([1, 1, 1, 2, 4])):
+            value = odd_json(value, rng)
+        made = canonical_json(value)
+    except (ValueError, RecursionError):
+        return None
+    if not header:
+        return made
+    made += b" " * (-len(made) % 8)
+    return len(made).to_bytes(8, "little") + made + data[8 + length :]
 
 
 def changed(data: bytes, rng: random.Random) -> bytes:
-    """Some bytes flipped, cut, doubled or taken from another seed."""
+    """An odd value in its JSON, or some bytes flipped, cut, doubled or taken from another seed."""
+    if rng.random() < 0.5 and (odd := with_odd_json(data, rng)) is not None:
+        return odd
     made = bytearray(data)
     for _ in range(rng.randint(1, 4)):
         start = rng.randrange(len(made) + 1)
@@ -129,6 +237,8 @@ def test_changed_bytes_are_read_or_refused(read: Callable[[bytes], None], seed: 
     read(changed(seed, random.Random(number)))
 
 
+@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif("PATCHHUB_FUZZ" not in os.environ, reason="PATCHHUB_FUZZ says for how many seconds")
 def test_changed_bytes_are_read_or_refused_for_long() -> None:
     until = time.monotonic() + float(os.environ["PATCHHUB_FUZZ"])
@@ -140,6 +250,7 @@ def test_changed_bytes_are_read_or_refused_for_long() -> None:
             try:
                 read(data)
             except Exception as error:
+                (HERE / "corpus" / f"found_{hashlib.sha256(data).hexdigest()[:12]}").write_bytes(data)
                 raise AssertionError(f"{read.__name__} with {data!r}, number {number}") from error
         number += 1
     print(number - start, "inputs")

@@ -16,13 +16,42 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
+NEEDS = pytest.mark.skipif(
+    sys.platform != "linux" or shutil.which("cc") is None, reason="needs LD_PRELOAD and a C compiler"
+)
+
+COUNTS = """
+import ctypes, os, sys
+shim = ctypes.CDLL(sys.argv[1])
+shim.counted.restype = ctypes.c_long
+os.chdir(sys.argv[2])
+shim.arm(os.fsencode(sys.argv[2]), 0, 0, 0)
+os.write(2, b"said through a pipe")
+os.write(os.open("file", os.O_WRONLY | os.O_CREAT), b"kept")
+print(shim.counted())
+"""
+
+
+def shim_in(folder: Path) -> Path:
+    shim = folder / "shim.so"
+    subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-o", shim, HERE / "shim.c", "-ldl"], check=True)
+    return shim
+
+
+@NEEDS
+def test_only_calls_on_files_of_the_folder_are_counted(tmp_path: Path) -> None:
+    """Making a file and writing it are two; what is said through a pipe is none, or a full disk would silence whoever tells of it."""
+    shim, folder = shim_in(tmp_path), tmp_path / "folder"
+    folder.mkdir()
+    command = [sys.executable, "-c", COUNTS, str(shim), str(folder)]
+    done = subprocess.run(command, env={**os.environ, "LD_PRELOAD": str(shim)}, capture_output=True, check=True)
+    assert int(done.stdout) == 2
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux" or shutil.which("cc") is None, reason="needs LD_PRELOAD and a C compiler")
+@NEEDS
 def test_every_verb_survives_every_fault(tmp_path: Path) -> None:
-    shim = tmp_path / "shim.so"
-    subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-o", shim, HERE / "shim.c", "-ldl"], check=True)
+    shim = shim_in(tmp_path)
     stride = os.environ.get("PATCHHUB_FAULT_STRIDE", "41")
     model_stride = os.environ.get("PATCHHUB_FAULT_MODEL_STRIDE", "61")
     strides = ["--stride", stride, "--model-stride", model_stride]

@@ -83,16 +83,53 @@ def test_looking_imports_no_torch_and_no_numpy(looked: str, folder: Path) -> Non
         (["bisect", "nope", "HEAD", "--metric", "efficacy"], 5, "nope"),
         (["export", "peft", "nope", "--out", "x"], 5, "nope"),
         (["diff", "nope", "--weights"], 5, "nope"),
+        (["commit", "FACTS", "-m", "why", "--text", "nope.txt"], 3, "the text nope.txt cannot be read"),
+        (["apply", "HEAD", "--out", "x", "--base", "/nowhere"], 8, "there is no model folder /nowhere"),
+        (["eval", "--suite", "FACTS", "--judge", "ftp://judge"], 2, "is no address of a server"),
+        (["eval", "--suite", "FACTS", "--metrics", "nope"], 2, "'nope' is not one of"),
+        (["tune", "FACTS", "--text", "nope.txt"], 3, "the text nope.txt cannot be read"),
+        (["bisect", "base", "HEAD", "--metric", "nope"], 2, "nope"),
+        (["bisect", "base", "HEAD", "--metric", "locality"], 2, "locality has no bound"),
+        (["metric", "compute", "--text", "nope.txt"], 3, "the text nope.txt cannot be read"),
     ],
 )
-def test_cheap_checks_come_before_torch(typed: list[str], code: int, words: str, folder: Path) -> None:
+def test_cheap_checks_come_before_torch(typed: list[str], code: int, words: str, folder: Path, tmp_path: Path) -> None:
     ran = (
         "import sys\nfrom patchhub.cli.main import main\n"
         "try:\n    main(['--repo', *sys.argv[1:]])\nexcept SystemExit as end:\n"
         f"    print(end.code, {HEAVY})"
     )
-    done = python(ran, str(folder), *typed)
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "facts.json").write_text('{"prompt": "{} speaks", "subject": "Dora", "target_new": "Danish"}')
+    places = {"FACTS": str(full / "facts.json"), "FULL": str(full), "FULL/facts.json": str(full / "facts.json")}
+    done = python(ran, str(folder), *(places.get(word, word) for word in typed))
     assert done.stdout.strip() == f"{code} []", done.stderr
+    assert words in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("typed", "code", "words"),
+    [
+        (["apply", "HEAD", "--out", "FULL"], 2, "is not empty"),
+        (["apply", "HEAD", "--out", "FULL/facts.json"], 2, "is a file"),
+        (["export", "checkpoint", "HEAD", "--out", "FULL"], 2, "is not empty"),
+        (["export", "diff", "HEAD", "--out", "FULL/facts.json"], 2, "is there already"),
+        (["import", "FULL"], 3, "holds neither an adapter"),
+        (["metric", "import", "nope.npz"], 2, "there is no nope.npz"),
+        (["verify-served", "nonsense://x"], 2, "is no address of a server"),
+    ],
+)
+def test_these_need_numpy_but_not_torch(typed: list[str], code: int, words: str, folder: Path, tmp_path: Path) -> None:
+    ran = (
+        "import sys\nfrom patchhub.cli.main import main\n"
+        "try:\n    main(['--repo', *sys.argv[1:]])\nexcept SystemExit as end:\n"
+        "    print(end.code, 'torch' in sys.modules)"
+    )
+    (tmp_path / "facts.json").write_text("[]")
+    places = {"FULL": str(tmp_path), "FULL/facts.json": str(tmp_path / "facts.json")}
+    done = python(ran, str(folder), *(places.get(word, word) for word in typed))
+    assert done.stdout.strip() == f"{code} False", done.stderr
     assert words in done.stderr
 
 

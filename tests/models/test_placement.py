@@ -43,6 +43,14 @@ def test_float32_is_chosen_where_it_takes_half_of_the_memory_at_most(
         assert chosen_dtype(checkpoint, Placement("cpu", quantization="4bit")) == stored
 
 
+def test_a_large_base_keeps_its_type_on_an_accelerator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint, elsewhere = checkpoint_in(tmp_path, torch.bfloat16), Placement("meta")  # any device that is no CPU
+    needed = 4 * numbers(checkpoint)
+    for memory, expected in ((11 * needed, torch.float32), (9 * needed, torch.bfloat16)):
+        monkeypatch.setattr(under_test, "memory_of", lambda device, memory=memory: memory)
+        assert chosen_dtype(checkpoint, elsewhere) == expected
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_a_base_is_loaded_in_the_type_that_was_asked_for(dtype: str, tmp_path: Path) -> None:
     model = load_base(checkpoint_in(tmp_path, torch.bfloat16), Placement("cpu", dtype))

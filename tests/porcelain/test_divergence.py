@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 from patchhub.cli.main import main
 from patchhub.porcelain.history import Divergence, divergences
-from patchhub.porcelain.share import fetch, push, remote_add, remote_remove
+from patchhub.porcelain.share import CURRENT, fetch, push, remote_add, remote_remove
 from patchhub.progress import Silent
 from patchhub.store.store import Store
 from patchhub.who import Who
@@ -38,7 +38,7 @@ def shared(folder: Path, name: str) -> Store:
 
 
 def pushed(repository: Store) -> None:
-    push(repository, "origin", [], Silent(), who=Who(AUTHOR, TIME))
+    push(repository, "origin", CURRENT, Silent(), who=Who(AUTHOR, TIME))
 
 
 def fetched(repository: Store, remote: str = "origin") -> None:

@@ -12,12 +12,14 @@ import pytest
 
 from patchhub.constraints import Columns, solve
 from patchhub.delta import Delta, Dense, LowRank, add, compact, norm, read_deltas, to_dense, write_deltas
-from patchhub.errors import CorruptStoreError, RemoteError
+from patchhub.errors import CorruptStoreError, EditError, RemoteError
+from patchhub.objects import Element, Patch, requests_json
 from patchhub.porcelain import share
 from patchhub.porcelain.history import show
 from patchhub.porcelain.upkeep import fsck
 from patchhub.progress import Silent
-from patchhub.sets.commits import Draft
+from patchhub.sets.columns import write_columns
+from patchhub.sets.commits import Draft, prepare, record
 from patchhub.sets.proofs import TOLERANCE, check_state, distance, prove
 from patchhub.store.fsck import every_commit
 from patchhub.store.states import oldest_first
@@ -164,7 +166,7 @@ def test_a_lie_is_refused_unless_it_is_trusted_and_then_stays_visible(store: Syn
     honest = every_commit(store.repository)
     put_back(store, rewritten(honest[-1], store, LIES["the negative"]))
     share.remote_add(store.repository, "origin", str(tmp_path / "remote"))
-    share.push(store.repository, "origin", (), Silent(), who=BY)
+    share.push(store.repository, "origin", share.CURRENT, Silent(), who=BY)
     assert not fsck(store.repository, Silent()).sound
     receiver = make_store(tmp_path / "receiver").repository
     share.remote_add(receiver, "origin", str(tmp_path / "remote"))
@@ -184,10 +186,105 @@ def test_a_lie_is_refused_unless_it_is_trusted_and_then_stays_visible(store: Syn
     assert show(receiver, f"{lying.commit}~1").standing == ("checked", None)
 
 
+def forged(store: Synthetic, subject: str, keys: np.ndarray, *, size: float = 1.0, ridge: float = 3.0) -> Patch:
+    """A patch of one fact whose column is chosen: its key for both weights, the size of its residuals, and lambda."""
+    repository, request = store.repository, make_request(subject)
+    columns = {}
+    for weight, (out, _) in SHAPES.items():
+        residuals = (size * store.rng.standard_normal((1, out))).astype(np.float32)
+        columns[weight] = Columns(keys, keys, residuals, np.full(1, ridge, np.float32))
+    patch = Patch(
+        base=repository.config.base_id,
+        kind="closed_form",
+        made_on=None,
+        method="memit",
+        metric=store.put_metric("text"),
+        requests=(request.id,),
+        requests_blob=repository.objects.put(requests_json([request])),
+        settings={},
+        tensors=repository.objects.put(write_columns(columns, np.zeros((1, 4)))),
+        weights=SHAPES,
+    )
+    repository.objects.put(patch.to_json())
+    return patch
+
+
+def commit_elements(store: Synthetic, elements: frozenset[Element], metric: str, lie: np.ndarray | None = None) -> str:
+    """Commit a set on HEAD; with a lie added to the delta of one weight, and never as a keyframe."""
+    repository = store.repository
+    _, head = repository.head
+    draft = Draft((head,) if head else (), elements, metric, "commit", {})
+    if lie is None:
+        return write(repository, draft, stamp())
+    made = prepare(repository, draft, stamp())
+    deltas = read_deltas(repository.objects.get(str(made.tensors)), SHAPES)
+    deltas[WEIGHT] = Dense((to_dense(deltas[WEIGHT]) + lie).astype(np.float32))
+    tensors = repository.objects.put(write_deltas(deltas))
+    return record(repository, replace(made, keyframe=None, tensors=tensors), draft)
+
+
+def test_a_lie_does_not_hide_between_deltas_that_cancel(tmp_path: Path) -> None:
+    """Somebody writes a fact of a huge residual and takes it back: what float32 may lose of that excuses no other change."""
+    store = make_store(tmp_path / "store")
+    keys = [store.rng.standard_normal((1, 24)).astype(np.float32) for _ in range(3)]
+    small, huge, last = (forged(store, f"Ada {n}", key, size=10.0 ** (6 * (n == 1))) for n, key in enumerate(keys))
+    metric = str(small.metric)
+    commit_elements(store, small.elements, metric)
+    commit_elements(store, small.elements | huge.elements, metric)
+    tip = commit_elements(store, small.elements | last.elements, metric, store.rng.standard_normal((12, 24)))
+    (found,) = prove(store.repository, every_commit(store.repository)).unproven
+    assert (found.commit, found.weight) == (tip, WEIGHT)
+
+
+@pytest.mark.parametrize("where", ["another branch", "a fact that was taken back"])
+def test_a_lie_does_not_hide_along_the_key_of_a_fact_that_is_not_active(where: str, tmp_path: Path) -> None:
+    """Whoever lies chooses the other facts too: one of great weight, whose key sees the lie as no active one does."""
+    store = make_store(tmp_path / "store")
+    repository = store.repository
+    keys = store.rng.standard_normal((3, 24))
+    aside = (keys[2] - keys[2] @ np.linalg.pinv(keys[:2]) @ keys[:2]).astype(np.float32)[None]
+    first, second = (forged(store, f"Ada {n}", key.astype(np.float32)[None]) for n, key in enumerate(keys[:2]))
+    heavy = forged(store, "Eve", aside, ridge=1e-5)
+    metric = str(first.metric)
+    root = commit_elements(store, first.elements, metric)
+    lie = np.outer(store.rng.standard_normal(12), aside)
+    if where == "another branch":
+        commit_elements(store, first.elements | heavy.elements, metric)
+        other = {"refs/heads/other": (None, root), "HEAD": ("ref: refs/heads/main", "ref: refs/heads/other")}
+        repository.move_refs(other, command="switch", arguments={}, author=AUTHOR, time=TIME)
+    else:
+        commit_elements(store, first.elements | heavy.elements, metric)
+        commit_elements(store, first.elements, metric)
+    tip = commit_elements(store, first.elements | second.elements, metric, lie)
+    commits = every_commit(repository)
+    assert [found.commit for found in prove(repository, commits).unproven] == [tip]
+    store.commit(make_request("Bob"))
+    commits = every_commit(repository)
+    assert tip in [found.commit for found in prove(repository, commits, tips=[tip]).unproven]
+
+
+def test_numbers_that_overflow_prove_nothing(tmp_path: Path) -> None:
+    store = make_store(tmp_path / "store")
+    patch = forged(store, "Ada", np.full((1, 24), 3e38, np.float32), ridge=1e-45)
+    with np.errstate(over="ignore", invalid="ignore"):
+        tip = commit_elements(store, patch.elements, str(patch.metric), np.ones((12, 24)))
+    assert [found.commit for found in prove(store.repository, [tip]).unproven] == [tip]
+
+
+def test_a_change_that_float32_does_not_hold_is_refused(tmp_path: Path) -> None:
+    """Columns that somebody else wrote may ask for more than numbers hold, by themselves or once another is taken back."""
+    store = make_store(tmp_path / "store")
+    key = np.full((1, 24), 1e-20, np.float32)
+    heavy = forged(store, "Ada", key, size=1e37, ridge=1e-30)
+    with pytest.raises(EditError, match="too large for float32"):
+        commit_elements(store, heavy.elements, str(heavy.metric))
+    assert store.repository.head[1] is None
+
+
 def test_a_history_that_was_fetched_before_proofs_is_its_authors_claim(store: Synthetic, tmp_path: Path) -> None:
     head = str(store.repository.head[1])
     share.remote_add(store.repository, "origin", str(tmp_path / "remote"))
-    share.push(store.repository, "origin", (), Silent(), who=BY)
+    share.push(store.repository, "origin", share.CURRENT, Silent(), who=BY)
     receiver = make_store(tmp_path / "receiver").repository
     share.remote_add(receiver, "origin", str(tmp_path / "remote"))
     share.fetch(receiver, "origin", Silent(), who=BY)

@@ -69,3 +69,25 @@ def test_the_owners_words_stay(before: str) -> None:
 @pytest.mark.parametrize("before", [b"", b"---\nlicense: mit\n---\n", b"\xff\xfe"])
 def test_an_empty_card_is_filled(before: bytes) -> None:
     assert BEGIN in kept(before, write_card(CARD)).decode()
+
+
+@pytest.mark.parametrize(
+    ("note", "said", "unsaid"),
+    [
+        (AdapterNote(8, 0.0), ("vllm serve", "llama-server"), ("TGI", "patchhub apply")),
+        (AdapterNote(8, 0.0, every_layer=False), ("vllm serve", "TGI, LoRAX"), ("patchhub apply",)),
+        (
+            AdapterNote(8, 0.0, vllm=False),
+            ("vLLM serves no adapters of this family", "patchhub apply"),
+            ("vllm serve",),
+        ),
+        (AdapterNote(8, 0.0, llama_cpp=False), ("vllm serve",), ("llama-server",)),
+        ("the state has rank 900", ("no PEFT adapter here: the state has rank 900", "patchhub apply"), ("vllm serve",)),
+    ],
+)
+def test_the_card_gives_the_commands_that_are_true(
+    note: AdapterNote | str, said: tuple[str, ...], unsaid: tuple[str, ...]
+) -> None:
+    text = write_card(replace(CARD, adapter=note)).decode()
+    assert all(words in text for words in said)
+    assert not any(words in text for words in unsaid)

@@ -7,6 +7,7 @@ import os
 import stat
 import subprocess
 import sys
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,11 @@ from click.testing import CliRunner, Result
 
 from patchhub.cli.main import main
 from patchhub.errors import RepositoryError
+from patchhub.fsio import is_shared
 from patchhub.objects import Request
 from patchhub.porcelain import share
 from patchhub.progress import Silent
+from patchhub.remotes.remote import FileRemote, Tip
 from patchhub.store.store import Store
 from patchhub.who import Who
 from patchhub.worktree.loading import open_path
@@ -208,6 +211,46 @@ def test_sharing_imports_no_torch(verb: list[str], heavy: set[str], ours: Path) 
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.skipif(os.name == "nt", reason="no groups there")
+def test_what_a_fetch_leaves_that_died_is_the_groups_to_take_away(ours: Path, base: Path, tmp_path: Path) -> None:
+    """Whatever the umask of who died."""
+    run(ours, "push")
+    clone, seen = tmp_path / "clone", []
+
+    def look(self: FileRemote, tip: Tip, ids: Collection[str], into: Path, *rest: Any) -> Iterator[tuple[str, Path]]:
+        seen.extend([into, into.parent])
+        assert is_shared(into)
+        assert is_shared(into.parent)
+        return read(self, tip, ids, into, *rest)
+
+    read, before = FileRemote.read, os.umask(0o077)
+    try:
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(FileRemote, "read", look)
+            address = str(tmp_path / "shared")
+            share.clone(address, clone, Silent(), who=Who(AUTHOR, TIME), base=str(base), shared=True)
+    finally:
+        os.umask(before)
+    assert seen
+    assert not any(path.exists() for path in seen)
+
+
+def test_a_fetch_that_died_before_it_pinned_the_metric_is_made_up_for_by_the_next(
+    ours: Path, base: Path, tmp_path: Path
+) -> None:
+    """The refs moved and the config did not: a second fetch brings nothing new, and pins all the same."""
+    run(ours, "push")
+    clone = tmp_path / "clone"
+    address = str(tmp_path / "shared")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(share, "_adopt_recording", lambda *_: (_ for _ in ()).throw(SystemExit(9)))
+        with pytest.raises(SystemExit):
+            share.clone(address, clone, Silent(), who=Who(AUTHOR, TIME), base=str(base))
+    share.clone(address, clone, Silent(), who=Who(AUTHOR, TIME), base=str(base))
+    with Store.open(ours) as theirs, Store.open(clone) as store:
+        assert store.config.recording == theirs.config.recording != None  # noqa: E711
+
+
 def test_a_killed_clone_is_taken_up_again(ours: Path, base: Path, tmp_path: Path) -> None:
     """Killed after the store was made, and again after the objects came and before a branch was checked out."""
     run(ours, "push")
@@ -226,14 +269,25 @@ def test_a_killed_clone_is_taken_up_again(ours: Path, base: Path, tmp_path: Path
 
 
 @pytest.mark.skipif(os.name == "nt", reason="no groups there")
-def test_a_shared_store_is_the_groups_whatever_the_umask(base: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("verb", ["init", "clone", "clone that was begun as one's own"])
+def test_a_shared_store_is_the_groups_whatever_the_umask(verb: str, ours: Path, base: Path, tmp_path: Path) -> None:
+    run(ours, "push")
     before = os.umask(0o077)
     try:
-        result = CliRunner().invoke(main, ["init", str(base), "--shared", "--repo", str(tmp_path / "ours")])
+        address, folder = str(tmp_path / "shared"), str(tmp_path / "group")
+        if verb == "clone that was begun as one's own":
+            with pytest.MonkeyPatch.context() as patched:
+                patched.setattr(share, "_fetch", lambda *_, **__: (_ for _ in ()).throw(SystemExit(9)))
+                with pytest.raises(SystemExit):
+                    share.clone(address, Path(folder), Silent(), who=Who(AUTHOR, TIME), base=str(base))
+        cloning = ["clone", address, folder, "--base", str(base), "--shared"]
+        making = ["init", str(base), "--shared", "--repo", folder] if verb == "init" else cloning
+        result = CliRunner().invoke(main, making)
         assert result.exit_code == 0, result.output
-        with Store.open(tmp_path / "ours") as store:
-            add_batch(store, range(2))
-        for path in (tmp_path / "ours" / ".patchhub").rglob("*"):
+        with Store.open(Path(folder)) as store:
+            add_batch(store, range(20, 22))
+        for path in (Path(folder) / ".patchhub").rglob("*"):
+            assert is_shared(path) or not path.is_dir(), path
             wanted = stat.S_IRGRP if path.is_file() and "objects" in path.parts else stat.S_IRGRP | stat.S_IWGRP
             assert path.stat().st_mode & wanted == wanted, path
             assert not path.stat().st_mode & stat.S_IRWXO

@@ -12,8 +12,9 @@ import pytest
 from patchhub.errors import RemoteError
 from patchhub.objects import Base, Request, TensorRecord
 from patchhub.porcelain.merge import merge
+from patchhub.progress import Silent
 from patchhub.remotes import sync
-from patchhub.remotes.receive import Limits
+from patchhub.remotes.receive import Intake, Limits
 from patchhub.remotes.remote import LOCK, LOCK_SECONDS, FileRemote, FsspecFiles, Remote, RemoteMovedError, Source
 from patchhub.remotes.sync import Fetched, Pushed, open_remote
 from patchhub.sets.columns import tensor_check
@@ -46,18 +47,17 @@ def push(repository: Store, remote: Remote, *names: str, **options: bool | None)
         remote,
         "origin",
         refs,
-        source,
-        lambda commit, withheld: {"README.md": f"# {commit}\n".encode()},
+        sync.Shown(source, lambda commit, withheld: {"README.md": f"# {commit}\n".encode()}),
         who=Who(AUTHOR, TIME),
-        **options,  # type: ignore[arg-type]
+        manner=sync.Manner(**options),  # type: ignore[arg-type]
     )
 
 
-def fetch(repository: Store, remote: Remote, *, total: int = 1 << 30, **options: bool) -> Fetched:
-    limits = Limits(total, SHAPES, SHAPES)
-    return sync.fetch(
-        repository, remote, "origin", limits, tensor_check(SHAPES, SHAPES), who=Who(AUTHOR, TIME), **options
-    )
+def fetch(
+    repository: Store, remote: Remote, *, total: int = 1 << 30, repair: bool = False, prune: bool = False
+) -> Fetched:
+    intake = Intake(Limits(total, SHAPES, SHAPES), tensor_check(SHAPES, SHAPES), repair)
+    return sync.fetch(repository, remote, "origin", intake, who=Who(AUTHOR, TIME), prune=prune)
 
 
 def test_a_round_trip_gives_the_same_ids_and_states(connect: Connect, tmp_path: Path) -> None:
@@ -392,3 +392,29 @@ def test_a_branch_is_removed_and_overwritten_only_where_it_was_seen(connect: Con
     fetch(theirs, connect())
     assert theirs.refs()["refs/remotes/origin/main"] == old
     assert check(theirs).sound
+
+
+class Heard(Silent):
+    """Keeps the bytes of each stage: those that were announced, and those that came."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stages: dict[str, list[int]] = {}
+        self._now = [0, 0]
+
+    def stage_bytes(self, label: str, total: int) -> None:
+        self._now = self.stages[label] = [total, 0]
+
+    def advance(self, amount: int) -> None:
+        self._now[1] += amount
+
+
+def test_as_many_bytes_are_told_as_travel(connect: Connect, tmp_path: Path) -> None:
+    ours, theirs = make_history(tmp_path / "ours"), make_store(tmp_path / "theirs")
+    shown, heard = sync.Shown(Source(ours.config.base_id, None, None), lambda commit, withheld: {}), Heard()
+    sent = sync.push(ours, connect(), "origin", ["refs/heads/main"], shown, who=Who(AUTHOR, TIME), progress=heard)
+    assert heard.stages == {"pushing main": [sent[0].size, sent[0].size]}
+    intake, heard = Intake(Limits(1 << 30, SHAPES, SHAPES), tensor_check(SHAPES, SHAPES)), Heard()
+    found = sync.fetch(theirs, connect(), "origin", intake, who=Who(AUTHOR, TIME), progress=heard)
+    ((announced, came),) = heard.stages.values()
+    assert announced == came == found.received.downloaded

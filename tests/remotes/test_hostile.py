@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load, save
 
-from patchhub.canonical import canonical_json, object_id
+from patchhub.canonical import DEEPEST, canonical_json, object_id
 from patchhub.constraints import Columns
 from patchhub.delta import Dense, write_deltas
 from patchhub.errors import PatchhubError, RemoteError
@@ -31,8 +31,8 @@ from patchhub.porcelain.search import diff
 from patchhub.porcelain.share import remote_add
 from patchhub.progress import Silent
 from patchhub.remotes import sync
-from patchhub.remotes.receive import Limits
-from patchhub.remotes.remote import Remote, object_path, read_branch, read_folder
+from patchhub.remotes.receive import Intake, Limits
+from patchhub.remotes.remote import FileRemote, LocalFiles, Remote, object_path, read_branch, read_folder
 from patchhub.remotes.sync import open_remote
 from patchhub.sets.columns import tensor_check, write_columns
 from patchhub.sets.commits import Draft, prepare
@@ -74,9 +74,9 @@ def attacked(honest: Path) -> Iterator[tuple[Path, Store]]:
 
 def fetch(repository: Store, remote: Remote) -> None:
     """As `patchhub fetch` does."""
-    limits, check_tensors = Limits(1 << 30, SHAPES, SHAPES), tensor_check(SHAPES, SHAPES)
-    who = Who(AUTHOR, TIME)
-    sync.fetch(repository, remote, "origin", limits, check_tensors, who=who, prove=lambda c: prove(repository, c))
+    intake = Intake(Limits(1 << 30, SHAPES, SHAPES), tensor_check(SHAPES, SHAPES))
+    entry = sync.Entry(lambda commits, tips: prove(repository, commits, tips=tips))
+    sync.fetch(repository, remote, "origin", intake, who=Who(AUTHOR, TIME), entry=entry)
 
 
 def replace_file(path: Path, data: bytes) -> None:
@@ -181,6 +181,20 @@ def test_names_that_are_no_objects_are_never_read(honest: Path) -> None:
         os.mkfifo(remote / "objects" / "00" / ("e" * 62))
         fetch(repository, open_remote(str(remote)))
         assert check(repository).sound
+
+
+def test_objects_that_are_elsewhere_are_looked_at_no_deeper_than_objects_lie(honest: Path) -> None:
+    """A link to a tree without an end, such as the system's processes, which come and go."""
+    with attacked(honest) as (remote, repository):
+        shutil.rmtree(remote / "objects")
+        (remote / "objects").symlink_to("/proc" if Path("/proc").is_dir() else "/")
+        refused(remote, repository, "missing")
+    with attacked(honest) as (remote, repository):
+        nested = remote / "objects" / "ab" / ("c" * 62) / "deeper"
+        nested.mkdir(parents=True)
+        (nested / "file").write_bytes(b"")
+        assert not any("deeper" in name for name in LocalFiles(remote).sizes("objects"))
+        fetch(repository, open_remote(str(remote)))
 
 
 def test_a_manifest_that_is_no_file_is_refused(honest: Path) -> None:
@@ -571,3 +585,62 @@ def test_metadata_beside_tensors_is_refused(honest: Path) -> None:
     with attacked(honest) as (remote, repository):
         with_tensors(remote, save(good, metadata={"a": "b"}), of_patch=False)
         refused(remote, repository, "__metadata__")
+
+
+@pytest.mark.parametrize("of_patch", [True, False])
+def test_a_header_that_says_a_thing_otherwise_is_refused(of_patch: bool, honest: Path) -> None:
+    data = save(honest_tensors(honest, of_patch=of_patch))
+    length = int.from_bytes(data[:8], "little")
+    header, body = data[8 : 8 + length].strip(), data[8 + length :]
+    spelled = b'{"__metadata\\u005f_":{"a":"b"},' + header[1:]
+    doubled = header[:-1] + b"," + header[1:]
+    for changed, match in ((spelled, "__metadata__"), (doubled, "two of one name")):
+        padded = changed + b" " * (-len(changed) % 8)
+        with attacked(honest) as (remote, repository):
+            with_tensors(remote, len(padded).to_bytes(8, "little") + padded + body, of_patch=of_patch)
+            refused(remote, repository, match)
+
+
+def test_what_is_nested_deeper_than_anybody_shows_is_refused(honest: Path) -> None:
+    """A document of 64 levels is shown; one level more is not taken."""
+    for depth, taken in ((DEEPEST - 1, True), (DEEPEST, False), (900, False)):
+        with attacked(honest) as (remote, repository):
+            deep: Any = []
+            for _ in range(depth - 1):
+                deep = [deep]
+            with_fields(remote, False, check={"a": deep})
+            if taken:
+                fetch(repository, open_remote(str(remote)))
+                assert show(repository, "origin/main").to_json()["check"] == {"a": deep}
+            else:
+                refused(remote, repository, "levels")
+
+
+def test_a_branch_that_is_moved_back_is_said(honest: Path) -> None:
+    """Somebody puts an older commit in place of the tip: what was fetched stays, and the next fetch says so, once."""
+    with attacked(honest) as (remote, repository):
+        remote_add(repository, "origin", str(remote))
+        assert commands.fetch(repository, "origin", Silent(), who=STAMP).warnings == ()
+        manifest = json.loads((remote / "patchhub.json").read_bytes())
+        tip, older = manifest["refs"]["refs/heads/main"], manifest["refs"]["refs/tags/v1"]
+        refs = {**manifest["refs"], "refs/heads/main": older}
+        replace_file(remote / "patchhub.json", canonical_json({**manifest, "refs": refs}))
+        (warning,) = commands.fetch(repository, "origin", Silent(), who=STAMP).warnings
+        assert "origin/main was moved back" in warning
+        assert tip[:12] in warning
+        assert commands.fetch(repository, "origin", Silent(), who=STAMP).warnings == ()
+        assert repository.commits(tip)
+
+
+def test_a_commit_that_many_refs_name_is_taken_once(honest: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    sizes = FileRemote.sizes
+    monkeypatch.setattr(FileRemote, "sizes", lambda self, tip: asked.append(tip) or sizes(self, tip))
+    with attacked(honest) as (remote, repository):
+        manifest = json.loads((remote / "patchhub.json").read_bytes())
+        tip = manifest["refs"]["refs/heads/main"]
+        refs = {f"refs/heads/b{number}": tip for number in range(300)}
+        replace_file(remote / "patchhub.json", canonical_json({**manifest, "refs": refs, "notes": {}}))
+        fetch(repository, open_remote(str(remote)))
+        assert len(asked) == 1
+        assert len(repository.refs()) == 301

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from huggingface_hub import HfApi, ModelCard
 
 import patchhub
@@ -15,9 +16,11 @@ from patchhub.delta import Dense, read_deltas, to_dense, write_deltas
 from patchhub.errors import PatchhubError, RemoteError, RevisionError
 from patchhub.models.checkpoint import open_checkpoint
 from patchhub.porcelain import share as verbs
-from patchhub.porcelain.share import Access, remote_add
+from patchhub.porcelain.share import Access, Chosen, remote_add
 from patchhub.progress import Silent
 from patchhub.remotes.hub import HubRemote
+from patchhub.remotes.sync import Manner
+from patchhub.repository.vllm import Named, served_adapter
 from patchhub.runtime.patched_model import load_patched
 from patchhub.sets.columns import weight_shapes
 from patchhub.store.store import Store
@@ -28,6 +31,8 @@ from tests.export.models import distance, load_base, logits, model_folder, model
 from tests.remotes.conftest import TOKEN
 from tests.remotes.stores import AUTHOR, TIME, add_batch, content, make_store, move, switch
 from tests.remotes.test_hub import tree_of
+
+OLD_WAY = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # PEFT asks transformers so
 
 
 @pytest.fixture(params=["gpt2", "llama"])
@@ -56,8 +61,9 @@ def store(base: Path, tmp_path: Path, hub: Any, monkeypatch: pytest.MonkeyPatch)
     return repository
 
 
-def push(repository: Store, hub: Any, **options: Any) -> None:
-    verbs.push(repository, "origin", (), Silent(), who=Who(AUTHOR, TIME), access=Access(hub.url, TOKEN), **options)
+def push(repository: Store, hub: Any, *, everything: bool = False, private_facts: bool | None = None) -> None:
+    chosen, manner, access = Chosen(everything=everything), Manner(private_facts), Access(hub.url, TOKEN)
+    verbs.push(repository, "origin", chosen, Silent(), who=Who(AUTHOR, TIME), manner=manner, access=access)
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # PEFT asks transformers the old way
@@ -118,7 +124,7 @@ def test_load_proves_when_it_is_asked_to(store: Store, base: Path, hub: Any) -> 
     }
     other = replace(commit, tensors=store.objects.put(write_deltas(lying)))
     move(store, {"refs/heads/lie": (None, store.objects.put(other.to_json()))})
-    verbs.push(store, "origin", ("lie",), Silent(), who=Who(AUTHOR, TIME), access=Access(hub.url, TOKEN))
+    verbs.push(store, "origin", Chosen(("lie",)), Silent(), who=Who(AUTHOR, TIME), access=Access(hub.url, TOKEN))
     assert patchhub.load("tester/facts", "lie", base=base).patchhub.proof == "claimed"
     with pytest.raises(RemoteError, match="not those of the facts"):
         patchhub.load("tester/facts", "lie", base=base, prove=True)
@@ -250,3 +256,13 @@ def test_nothing_there_is_said(hub: Any, tmp_path: Path) -> None:
         remote_add(repository, "origin", "hf://tester/facts")
         with pytest.raises(RemoteError, match="holds no patchhub store"):
             verbs.fetch(repository, "origin", Silent(), who=Who(AUTHOR, TIME), access=Access(hub.url, TOKEN))
+
+
+@OLD_WAY
+def test_a_tag_of_the_hub_is_served_as_the_adapter_of_its_name(store: Store, base: Path, tmp_path: Path) -> None:
+    found = served_adapter(Named("tester/facts", "v1"), str(base), tmp_path / "cache")
+    assert found.commit == store.resolve("v1")
+    expected = patchhub.load("tester/facts", revision="v1", base=base, dtype=torch.float32)
+    from peft import PeftModel
+
+    assert distance(logits(PeftModel.from_pretrained(load_base(base), found.folder)), logits(expected)) < 1e-5

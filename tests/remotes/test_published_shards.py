@@ -14,7 +14,7 @@ from patchhub.errors import PatchhubError
 from patchhub.models.checkpoint import open_checkpoint
 from patchhub.objects import Patch, set_digest
 from patchhub.porcelain import share as verbs
-from patchhub.porcelain.share import Access, remote_add
+from patchhub.porcelain.share import Access, Chosen, remote_add
 from patchhub.progress import Silent
 from patchhub.runtime.patched_model import load_patched
 from patchhub.runtime.routing import routed
@@ -57,7 +57,7 @@ def store(base: Path, tmp_path: Path, hub: Any, monkeypatch: pytest.MonkeyPatch)
 def push(repository: Store, hub: Any) -> Silent:
     progress = Silent()
     access = Access(hub.url, TOKEN)
-    verbs.push(repository, "origin", (), progress, who=Who(AUTHOR, TIME), everything=True, access=access)
+    verbs.push(repository, "origin", Chosen(everything=True), progress, who=Who(AUTHOR, TIME), access=access)
     return progress
 
 
@@ -120,7 +120,7 @@ def test_what_is_no_shard_does_not_get_in(change: dict[str, Any], store: Store, 
     remote, clone = tmp_path / "remote", tmp_path / "clone"
     store.record(commit, command="commit", arguments={}, author=AUTHOR, time=TIME)
     remote_add(store, "folder", f"file://{remote}")
-    verbs.push(store, "folder", (), Silent(), who=Who(AUTHOR, TIME))
+    verbs.push(store, "folder", verbs.CURRENT, Silent(), who=Who(AUTHOR, TIME))
     with pytest.raises(PatchhubError, match=r"shard|weight|refused"):
         verbs.clone(f"file://{remote}", clone, Silent(), who=Who(AUTHOR, TIME), base=str(base))
     assert not clone.exists()

@@ -15,7 +15,7 @@ from patchhub.errors import SignatureError
 from patchhub.porcelain.trust.signing import admission
 from patchhub.progress import Silent
 from patchhub.remotes import sync
-from patchhub.remotes.receive import Limits
+from patchhub.remotes.receive import Intake, Limits
 from patchhub.remotes.remote import Remote
 from patchhub.sets.columns import linear_shapes, tensor_check, weight_shapes
 from patchhub.signing.checking import vouched
@@ -31,8 +31,9 @@ Connect = Callable[[], Remote]
 
 def fetch(repository: Store, remote: Remote, required: Path | None = None) -> sync.Fetched:
     weights, linear = weight_shapes(repository), linear_shapes(repository)
-    check, admit = tensor_check(weights, linear), admission(repository, remote.address, required, Silent())
-    return sync.fetch(repository, remote, "origin", Limits(1 << 30, weights, linear), check, who=STAMP, admit=admit)
+    intake = Intake(Limits(1 << 30, weights, linear), tensor_check(weights, linear))
+    entry = sync.Entry(admit=admission(repository, remote.address, required, Silent()))
+    return sync.fetch(repository, remote, "origin", intake, who=STAMP, entry=entry)
 
 
 @pytest.fixture

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import os
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,10 @@ from builders import (
 from faults import QUICK
 
 from patchhub.errors import CorruptStoreError, RepositoryError, RevisionError, StaleRefError
+from patchhub.fsio import Disk
 from patchhub.objects import EMPTY_SET, set_digest
 from patchhub.store.config import Config, Recording
+from patchhub.store.fsck import check
 from patchhub.store.store import Store
 
 
@@ -77,6 +80,37 @@ def test_another_format_is_refused(tmp_path: Path) -> None:
     config.write_text("{")
     with pytest.raises(CorruptStoreError, match=r"config\.json"):
         Store.open(tmp_path)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no pipes there")
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: os.symlink("/dev/zero", path)])
+def test_a_config_that_is_no_file_is_refused_unread(make: Callable[[Path], None], tmp_path: Path) -> None:
+    make_repository(tmp_path).close()
+    config = tmp_path / ".patchhub" / "config.json"
+    config.unlink()
+    make(config)
+    with pytest.raises(CorruptStoreError, match="not a file"):
+        Store.open(tmp_path)
+
+
+def test_a_file_among_the_directories_of_objects_is_passed_over(repository: Store) -> None:
+    names = list(repository.objects.ids())
+    free = next(f"{n:02x}" for n in range(256) if not any(name.startswith(f"{n:02x}") for name in names))
+    (repository.objects.root / free).write_bytes(b"")
+    assert list(repository.objects.ids()) == names
+    assert check(repository).sound
+
+
+def test_a_store_whose_name_the_disk_does_not_confirm_is_made_and_says_so(tmp_path: Path) -> None:
+    class Forgetful(Disk):
+        def sync_directory(self, path: Path) -> None:
+            if (tmp_path / ".patchhub").exists():
+                raise OSError(errno.EIO, "Input/output error")
+
+    with pytest.raises(RepositoryError, match="is made"):
+        make_repository(tmp_path, disk=Forgetful())
+    with Store.open(tmp_path) as store:
+        assert check(store).sound
 
 
 def test_a_file_that_is_no_database_is_reported(tmp_path: Path) -> None:

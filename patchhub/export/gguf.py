@@ -1,0 +1,274 @@
+"""A state as GGUF, for llama.cpp and Ollama: an adapter, or a GGUF of the base with the change fused in. NumPy and the extra `gguf`.
+
+llama.cpp names tensors in its own words (`blk.3.ffn_down.weight`) and stores every weight as (out, in), whatever the checkpoint does;
+factors of a weight W are `W.lora_a` (rank, in) and `W.lora_b` (out, rank), and the change is B A times `adapter.lora.alpha` over the
+rank (ggml-org/llama.cpp, convert_lora_to_gguf.py and src/llama-adapter.cpp). With alpha equal to the rank the scale is 1.
+
+A whole model is made from a GGUF of the base that is there already: its tokenizer, its settings and every tensor that does not change are
+copied, so nothing of them has to be translated; the changed weights are W0 + dW of the
+checkpoint's own W0, in 16 bits where that file has them in fewer.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from jaxtyping import Float
+
+from patchhub.delta import LowRank
+from patchhub.errors import BaseError, SettingsError
+from patchhub.export.peft import Adapter, module_of
+from patchhub.fsio import os_errors
+
+_EXTRA: Final = "Install the extra that writes it: pip install 'patchhub[gguf]'."
+_CONVERT: Final = "Write the whole model with `patchhub apply` and convert it with llama.cpp's convert_hf_to_gguf.py."
+_ARCHITECTURES: Final[Mapping[str, str]] = {
+    "cohere": "command-r",
+    "cohere2": "cohere2",
+    "exaone4": "exaone4",
+    "falcon": "falcon",
+    "gemma": "gemma",
+    "gemma2": "gemma2",
+    "gemma3": "gemma3",
+    "gemma3_text": "gemma3",
+    "glm4": "glm4",
+    "gpt2": "gpt2",
+    "gpt_neox": "gptneox",
+    "gptj": "gptj",
+    "granite": "granite",
+    "llama": "llama",
+    "minicpm3": "minicpm3",
+    "mistral": "llama",
+    "olmo": "olmo",
+    "olmo2": "olmo2",
+    "phi": "phi2",
+    "phi3": "phi3",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "smollm3": "smollm3",
+    "stablelm": "stablelm",
+    "starcoder2": "starcoder2",
+}
+"""What llama.cpp calls an architecture, by transformers' ``model_type``."""
+
+_MOVED: Final = ("attn_q", "attn_k", "attn_qkv")
+"""Weights whose rows llama.cpp's converter puts into another order for some architectures."""
+
+
+def write_gguf(adapter: Adapter, model_type: str, layers: int, file: Path, *, base: str | None) -> None:
+    """Write an adapter as GGUF; read it back with `read_gguf`.
+
+    Args:
+        layers: how many blocks the base has.
+        base: the base's name on the Hub, if it has one.
+
+    Raises:
+        SettingsError: the extra is not there, llama.cpp does not know the architecture, or a weight has no plain counterpart there.
+    """
+    gguf = _library()
+    names = names_in_llama_cpp(adapter.factors, model_type, layers)
+    tensors = {names[weight]: factor for weight, factor in adapter.factors.items()}
+    writer = gguf.GGUFWriter(str(file), _ARCHITECTURES[model_type])
+    writer.add_type(gguf.GGUFType.ADAPTER)
+    writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(adapter.rank))
+    writer.add_name(file.stem)
+    if base is not None:
+        writer.add_base_model_count(1)
+        writer.add_base_model_name(0, base.rpartition("/")[2])
+        writer.add_base_model_repo_url(0, f"https://huggingface.co/{base}")
+    for name, factor in sorted(tensors.items()):
+        writer.add_tensor(f"{name}.lora_a", np.ascontiguousarray(factor.A, np.float32))
+        writer.add_tensor(f"{name}.lora_b", np.ascontiguousarray(factor.B, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def read_gguf(file: Path) -> dict[str, LowRank]:
+    """The change of each weight, by llama.cpp's name, under its rule: alpha over the rank of the factors, times B A."""
+    reader = _library().GGUFReader(str(file))
+    alpha = float(reader.fields["adapter.lora.alpha"].contents())
+    tensors = {tensor.name: np.asarray(tensor.data, np.float32) for tensor in reader.tensors}
+    found = {}
+    for name, factor in tensors.items():
+        if name.endswith(".lora_a"):
+            weight = name.removesuffix(".lora_a")
+            scaled = tensors[f"{weight}.lora_b"] * np.float32(alpha / factor.shape[0])
+            found[weight] = LowRank(scaled, np.array(factor))
+    return found
+
+
+def names_in_llama_cpp(weights: Mapping[str, Any], model_type: str, layers: int) -> dict[str, str]:
+    """What llama.cpp calls each weight.
+
+    Raises:
+        SettingsError: as in `write_gguf`.
+    """
+    gguf = _library()
+    architecture = _ARCHITECTURES.get(model_type)
+    if architecture is None:
+        raise SettingsError(f"it is not known what llama.cpp calls a model of type {model_type!r}", remedy=_CONVERT)
+    known = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
+    names = gguf.get_tensor_name_map(known[architecture], layers)
+    return {weight: _name(names, weight, model_type) for weight in weights}
+
+
+Weights = Mapping[str, tuple[Float[np.ndarray, "out in"], Float[np.ndarray, "out in"]]]
+"""By llama.cpp's name: a weight of the base, and the same with the change."""
+
+_NEAR: Final[Mapping[str, float]] = {"F32": 5e-3, "F16": 5e-3, "BF16": 5e-3, "Q8_0": 2e-2, "Q6_K": 5e-2}
+"""How far a GGUF's weight may be from the base's (relative, Frobenius), by its type: rounding, not training; others may be `_FAR`."""
+_FAR: Final = 0.35
+
+
+def fuse_gguf(
+    base: Path, out: Path, changed: Weights, model_type: str, layers: int, advance: Callable[[int], None]
+) -> float:
+    """Write a GGUF of the base anew with some weights changed; metadata, tokenizer and all other tensors are copied as they are.
+
+    Args:
+        changed: the weights that change, as the base has them and as they shall be.
+        layers: how many blocks the base has.
+        advance: called with the bytes that were written.
+
+    Returns:
+        the largest relative error of a changed weight, read back.
+
+    Raises:
+        BaseError: the file is no GGUF of this base, is one part of several, or cannot be read.
+        SettingsError: a weight does not fit into 16 bits, or the extra is missing.
+    """
+    gguf = _library()
+    try:
+        reader = gguf.GGUFReader(str(base))
+    except (OSError, ValueError, KeyError, IndexError) as error:
+        raise BaseError(f"{base} cannot be read as GGUF ({error})", remedy="Give a GGUF file of the base.") from None
+    _check_base(reader, base, model_type, layers)
+    replaced = {name: _replacement(reader, base, name, *pair) for name, pair in changed.items()}
+    part = out.with_name(f"{out.name}.part")
+    try:
+        with os_errors(out):
+            _copy(reader, part, replaced, advance)
+            os.replace(part, out)
+    finally:
+        with suppress(OSError):
+            part.unlink()
+    written = {tensor.name: tensor for tensor in gguf.GGUFReader(str(out)).tensors}
+    return max((_far(_values(written[name]), new) for name, (_, new) in changed.items()), default=0.0)
+
+
+def _check_base(reader: Any, base: Path, model_type: str, layers: int) -> None:
+    fields = reader.fields
+    architecture = fields["general.architecture"].contents() if "general.architecture" in fields else None
+    parts = int(fields["split.count"].contents()) if "split.count" in fields else 1
+    if parts > 1:
+        raise BaseError(
+            f"{base} is one of {parts} files", remedy="Join them with llama.cpp's `llama-gguf-split --merge`."
+        )
+    there = fields.get(f"{architecture}.block_count")
+    if architecture != _ARCHITECTURES.get(model_type) or there is None or int(there.contents()) != layers:
+        found = f"{architecture!r} with {there.contents() if there else 'unknown'} blocks"
+        raise BaseError(f"{base} is a model {found}, the base is of {model_type!r} with {layers}", remedy=_OF_BASE)
+
+
+_OF_BASE: Final = "Give a GGUF of the base itself, in whatever precision."
+
+
+def _replacement(reader: Any, base: Path, name: str, old: Any, new: Any) -> tuple[np.ndarray, Any]:
+    """The bytes and the type of a changed tensor.
+
+    Raises:
+        BaseError: the file's tensor is missing, of another shape, or not the base's.
+    """
+    gguf = _library()
+    tensor: Any = next((tensor for tensor in reader.tensors if tensor.name == name), None)
+    there = _values(tensor) if tensor is not None else None
+    if there is None or there.shape != old.shape:
+        raise BaseError(f"{base} has no tensor {name} of shape {old.shape}", remedy=_OF_BASE, tensor=name)
+    kind, apart = tensor.tensor_type.name, _far(there, old)
+    if not apart <= _NEAR.get(kind, _FAR):
+        raise BaseError(
+            f"{name} of {base} is {apart:.2g} away from the base's: it is of another model",
+            remedy=_OF_BASE,
+            tensor=name,
+        )
+    plain = kind if kind in ("F32", "BF16") else "F16"
+    if plain == "F16" and float(np.abs(new).max()) > float(np.finfo(np.float16).max):
+        raise SettingsError(
+            f"{name} does not fit into 16 bits", remedy="Give a GGUF of the base in float32 or bfloat16.", tensor=name
+        )
+    form = gguf.GGMLQuantizationType[plain]
+    return np.ascontiguousarray(gguf.quants.quantize(np.ascontiguousarray(new, np.float32), form)), form
+
+
+def _copy(
+    reader: Any, out: Path, replaced: Mapping[str, tuple[np.ndarray, Any]], advance: Callable[[int], None]
+) -> None:
+    gguf = _library()
+    writer = gguf.GGUFWriter(str(out), reader.fields["general.architecture"].contents(), endianess=reader.endianess)
+    for key, stored in reader.fields.items():
+        if key != "general.architecture" and not key.startswith("GGUF."):
+            form = stored.types[0]
+            inner = stored.types[-1] if form == gguf.GGUFValueType.ARRAY else None
+            writer.add_key_value(key, stored.contents(), form, sub_type=inner)
+    tensors = [(t.name, *replaced.get(t.name, (t.data, t.tensor_type))) for t in reader.tensors]
+    for name, data, form in tensors:
+        writer.add_tensor_info(name, data.shape, data.dtype, data.nbytes, form)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for _, data, _ in tensors:
+        writer.write_tensor_data(data, tensor_endianess=reader.endianess)
+        advance(data.nbytes)
+    writer.close()
+
+
+def _values(tensor: Any) -> Float[np.ndarray, "out in"]:
+    """A tensor of a GGUF file in float32."""
+    found: np.ndarray = _library().quants.dequantize(tensor.data, tensor.tensor_type)
+    return found.astype(np.float32, copy=False)
+
+
+def _far(one: Float[np.ndarray, "out in"], other: Float[np.ndarray, "out in"]) -> float:
+    """|| one - other || / || other ||."""
+    return float(np.linalg.norm(one - other) / (np.linalg.norm(other) or 1.0))
+
+
+def known_to_llama_cpp(model_type: str) -> bool:
+    """Whether llama.cpp's name of a family is known; asked without the extra."""
+    return model_type in _ARCHITECTURES
+
+
+def modelfile(base: str | None, adapter: str | None) -> str:
+    """Ollama's description of the base with the adapter, or of a whole model alone: `ollama create NAME -f Modelfile`."""
+    if adapter is None:
+        return f"FROM ./{base}\n"
+    about = "# FROM is the base as Ollama knows it: a name of its library, or the GGUF file of the same weights."
+    return f"{about}\nFROM {base or 'BASE'}\nADAPTER ./{adapter}\n"
+
+
+def _name(names: Any, weight: str, model_type: str) -> str:
+    plain = module_of(weight).replace("model.language_model.", "model.").replace("language_model.", "")
+    name = names.get_name(plain)
+    if name is None or name.rpartition(".")[2] in _MOVED:
+        raise SettingsError(
+            f"{weight} has no plain counterpart in llama.cpp's form of a {model_type} model",
+            remedy="Write a PEFT adapter with `patchhub export peft`, and convert it with llama.cpp's convert_lora_to_gguf.py.",
+            weight=weight,
+        )
+    return f"{name}.weight"
+
+
+def _library() -> Any:
+    try:
+        import gguf
+    except ImportError:
+        raise SettingsError("GGUF files cannot be written or read here", remedy=_EXTRA) from None
+    return gguf
