@@ -291,6 +291,10 @@ def _spoken(found: Spoken) -> Iterator[str]:
         yield f"written freely, {said}, {found.closed.count} with the word's end after it"
     if found.leak and found.leak.of:
         yield f"{_of(found.leak, 'prompt')} about other subjects {_verb(found.leak, 'says', 'say')} a new target now"
+    if found.namesakes and found.namesakes.count:
+        say = _verb(found.namesakes, "says", "say")
+        alike = f"{_of(found.namesakes, 'invented name')} with a subject's last word {say} a new target now"
+        yield f"{alike} (not judged; `--keep auto` keeps such names)"
     yield from (f"  {line}" for line in fault_lines(found.faults[:_FAULTS]))
     if found.chat and found.chat.said.of:
         said = f"{_of(found.chat.said, 'new fact')} {_verb(found.chat.said, 'is', 'are')} said"

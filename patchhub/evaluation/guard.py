@@ -158,6 +158,7 @@ class Spoken:
         leak: siblings that now say a new target which is not theirs and that they did not say before; None: no sibling was read.
         faults: the worst of what does not read right, `KEPT_FAULTS` at most.
         chat: the same facts asked in the base's chat form, where they were written outside it; it is not judged.
+        namesakes: invented names that end in the last word of a new fact's subject and say a new target now; they are not judged.
     """
 
     said: Share
@@ -165,6 +166,7 @@ class Spoken:
     leak: Share | None = None
     faults: tuple[Fault, ...] = ()
     chat: Spoken | None = None
+    namesakes: Share | None = None
 
     @property
     def wrong(self) -> int:
@@ -177,6 +179,7 @@ class Spoken:
             "closed": asdict(self.closed),
             "faults": [fault.to_json() for fault in self.faults],
             **({} if self.leak is None else {"leak": asdict(self.leak)}),
+            **({} if self.namesakes is None else {"namesakes": asdict(self.namesakes)}),
             **({} if self.chat is None else {"chat": self.chat.to_json()}),
         }
 
@@ -188,6 +191,7 @@ class Spoken:
             _share_of(value["leak"]) if "leak" in value else None,
             tuple(Fault.from_json(fault) for fault in value["faults"]),
             Spoken.from_json(value["chat"]) if "chat" in value else None,
+            _share_of(value["namesakes"]) if "namesakes" in value else None,
         )
 
 

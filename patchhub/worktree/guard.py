@@ -18,6 +18,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from patchhub.cache import Kind
+from patchhub.editing.keeps import namesakes
 from patchhub.editing.locate import encode_prompts, encode_targets
 from patchhub.errors import EditError
 from patchhub.evaluation.drift import (
@@ -74,6 +75,7 @@ _TOKENS_PER_NEW: Final = 32  # its prompt and target, and once more with what fo
 _TOKENS_PER_EARLIER: Final = 16  # its prompt and target, and a second reading of those that do not hold
 _TOKENS_PER_SIBLING: Final = 16  # its prompt and the beginning of an answer
 _TOKENS_PER_CHAT: Final = 64  # the template, the prompt and an answer
+_LEAST_ALIKE: Final = 4  # names that end as a subject does
 _LONGEST: Final = 24  # tokens of a sibling's answer
 _FOLLOWING: Final = 4  # tokens after a target, by which it is judged whether the word has ended
 _ANSWERING: Final = 12  # tokens of an answer in a chat beside the target
@@ -199,6 +201,7 @@ class _Heard:
         requests: the new facts that leave room for an answer.
         texts: what follows each prompt that was read, in the form in which the facts are asked.
         siblings: those that were read.
+        namesakes: names that end as a subject does, which were read too.
         targets: of all new facts.
         doubtful: how many tokens to write after each sibling that would leak if the state before does not say the same.
         answers: what follows some of the facts in the base's chat form, by prompt.
@@ -208,6 +211,7 @@ class _Heard:
     requests: Sequence[Request]
     texts: Mapping[str, str]
     siblings: Sequence[Sibling]
+    namesakes: Sequence[Sibling]
     targets: frozenset[str]
     doubtful: Mapping[str, int]
     answers: Mapping[str, str]
@@ -221,11 +225,13 @@ class _Heard:
         """
         found = _judged(self.requests, self.texts, anywhere=self.anywhere)
         leaking = [fault for sibling in self.siblings if (fault := self._leak(sibling, before))]
+        alike = [fault for sibling in self.namesakes if (fault := self._leak(sibling, before))]
         asked = [request for request in self.requests if request.text in self.answers]
         return replace(
             found,
             leak=Share(len(leaking), len(self.siblings)) if self.siblings else None,
-            faults=worst([*found.faults, *leaking]),
+            namesakes=Share(len(alike), len(self.namesakes)) if self.namesakes else None,
+            faults=worst([*found.faults, *leaking, *alike]),
             chat=_judged(asked, self.answers, anywhere=True) if asked else None,
         )
 
@@ -263,23 +269,33 @@ def _listen(
     found, own = siblings_of(requests, active), {request.text for request in requests}
     near = [sibling for siblings in found for sibling in siblings if sibling.prompt in own]  # these are read anyway
     near += spread([[one for one in siblings if one.prompt not in own] for siblings in found], budget.siblings)
+    known = own.union(sibling.prompt for siblings in found for sibling in siblings)
+    ends = [[Sibling(text, frozenset()) for text in texts if text not in known] for texts in map(_alike, requests)]
+    alike = spread(ends, max(_LEAST_ALIKE, budget.siblings // 4))
     # A sibling is judged by its beginning, which is no longer than the targets are; one very long target must not make all others dear.
-    asked = {sibling.prompt: min(longest, _LONGEST) + (0 if tree.chat is None else more) for sibling in near}
+    asked = {sibling.prompt: min(longest, _LONGEST) + (0 if tree.chat is None else more) for sibling in (*near, *alike)}
     for request in requests:
         asked[request.text] = max(asked.get(request.text, 0), lengths[request.text] + more)
     texts = _continuations(tree, asked, tree.chat)
     heard = [request for request in requests if request.text in texts]
-    siblings = [sibling for sibling in near if sibling.prompt in texts]
+    siblings, ends_alike = ([sibling for sibling in some if sibling.prompt in texts] for some in (near, alike))
     targets = frozenset(request.target_new for request in requests)
     anywhere = tree.chat is not None
     doubtful = {
-        s.prompt: asked[s.prompt] for s in siblings if leaks(s, texts[s.prompt], "", targets, anywhere=anywhere)
+        s.prompt: asked[s.prompt]
+        for s in (*siblings, *ends_alike)
+        if leaks(s, texts[s.prompt], "", targets, anywhere=anywhere)
     }
     chat, answers = other_form(tree), dict[str, str]()
     if chat is not None:
         questions = {request.text: lengths[request.text] + _ANSWERING for request in requests[: budget.chats]}
         answers = _continuations(tree, questions, chat)
-    return _Heard(heard, texts, siblings, targets, doubtful, answers, anywhere)
+    return _Heard(heard, texts, siblings, ends_alike, targets, doubtful, answers, anywhere)
+
+
+def _alike(request: Request) -> list[str]:
+    """The request's prompt about other names that end in the last word of its subject."""
+    return [prompt.replace(SLOT, name) for prompt, name in namesakes([request])]
 
 
 def _target_lengths(tree: Worktree, requests: Sequence[Request], openings: Mapping[str, str]) -> dict[str, int]:

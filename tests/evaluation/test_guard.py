@@ -28,7 +28,12 @@ from patchhub.evaluation.guard import (
 
 FAULT = Fault("runs on", None, "The capital of Kazakhstan is", "Astana", " Astanaq.")
 SPOKEN = Spoken(
-    Share(84, 100), Share(80, 100), Share(4, 100), (FAULT,), Spoken(Share(50, 100), Share(40, 100), faults=(FAULT,))
+    Share(84, 100),
+    Share(80, 100),
+    Share(4, 100),
+    (FAULT,),
+    Spoken(Share(50, 100), Share(40, 100), faults=(FAULT,)),
+    Share(3, 8),
 )
 HEALTHY = Measured(
     facts=100,
