@@ -380,7 +380,7 @@ class Workers:
 
         Raises:
             PatchhubError: what a task raised, or the loading of the base: the others are stopped then.
-            EditError: one task, or the loading of the base, lost three workers.
+            EditError: one task, or the loading of the base with nothing finished between, lost three workers.
         """
         waiting, given = deque(range(len(tasks))), dict[Worker, int]()
         lost: Counter[int | None] = Counter()
@@ -404,6 +404,9 @@ class Workers:
                         waiting.extendleft([] if place is None else [place])
                         continue
                     self._idle.append(worker)
+                    lost[None] = (
+                        0  # a cluster that has not noticed yet that a machine is gone may put a new worker there
+                    )
                     if place is not None:
                         turn += 1
                         yield place, found

@@ -308,5 +308,5 @@ def test_a_ray_cluster_writes_the_same_commit_and_may_lose_a_machine(tmp_path: P
                 cluster.kill(lost)
     assert sorted(found) == list(range(60))
     assert set(found.values()) == set(cluster.machines)
-    assert len(progress.warnings) == 1
-    assert "a worker was lost" in progress.warnings[0]
+    assert progress.warnings
+    assert all("a worker was lost" in warning for warning in progress.warnings)
