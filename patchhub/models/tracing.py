@@ -55,12 +55,14 @@ def fast_products(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def _without_tf32() -> Iterator[None]:
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    switch: Any = torch.backends.cuda.matmul
+    name, exact = ("fp32_precision", "ieee") if hasattr(switch, "fp32_precision") else ("allow_tf32", False)
+    before = getattr(switch, name)
+    setattr(switch, name, exact)
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        setattr(switch, name, before)
 
 
 @contextmanager

@@ -67,7 +67,10 @@ def test_the_switches_are_put_back_also_after_an_error():
     assert switches() == before
 
 
-def test_other_devices_are_left_alone():
-    before = switches()
+def test_on_another_device_float32_stays_float32_and_nothing_else_changes():
+    before, cuda = switches(), torch.backends.cuda.matmul
+    allowed = cuda.allow_tf32
     with fast_products(torch.device("cuda")):
         assert switches() == before
+        assert not cuda.allow_tf32
+    assert (switches(), cuda.allow_tf32) == (before, allowed)
