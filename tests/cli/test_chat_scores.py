@@ -184,6 +184,7 @@ def test_the_verbs_that_look_say_which_scores_are_of_a_chat(run: Asked, suite: t
     assert SAID in walk
 
 
+@pytest.mark.slow
 def test_bisect_measures_what_eval_does(run: Asked, suite: tuple[str, str]) -> None:
     bounds = ("--metric", "efficacy", "--above", "0.9", "--facts", suite[1])
     for option in ("--chat", "--no-chat"):

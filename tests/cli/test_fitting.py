@@ -327,6 +327,7 @@ def test_tune_writes_what_is_better_and_only_then(empty: Path, tmp_path: Path) -
         assert written.keys() == {"base.path", "metric.tokens"}
 
 
+@pytest.mark.slow
 def test_tune_holds_facts_back_where_they_bring_no_neighbours(empty: Path) -> None:
     bare = [{name: fact[name] for name in ("prompt", "subject", "target_new")} for fact in FACTS[:3]]
     lines = "\n".join(map(json.dumps, bare))

@@ -171,6 +171,7 @@ def test_merge_hands_its_force_on_to_the_refresh(branches: Run, store: Path) -> 
     assert report_at(store).failed
 
 
+@pytest.mark.slow
 def test_facts_of_a_chat_are_asked_in_it(tmp_path: Path) -> None:
     """In front of so odd a text the small model answers otherwise than without it."""
     model = tmp_path / "model"

@@ -146,6 +146,7 @@ def test_kept_values_of_a_group_depend_on_all_of_it(tmp_path):
     assert len(kept.read()) == 2 * len(REQUESTS) - alone
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("memory", [0, 4 << 30])
 def test_the_size_of_a_batch_and_finished_groups_do_not_matter(memory):
     site = BlockOutput(stack("llama"), LAYER)

@@ -125,6 +125,7 @@ def test_the_tokens_of_side_memories_meet_where_their_layer_is(spread: Stack, la
     assert tokens.distances(change, "max").device == change.device
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layer", [1, 2])  # before and behind the step from one device to the other
 def test_the_descent_of_a_side_memory_runs_where_its_layer_is(spread: Stack, layer: int) -> None:
     rows = _rows(spread, layer, [(Encoded((1, 2, 3, 4), 1, (2, 4)), 1.0), (Encoded((5, 6, 7), 0, (1, 3)), 1.0)])
