@@ -20,6 +20,8 @@ NEEDS = pytest.mark.skipif(
     sys.platform != "linux" or shutil.which("cc") is None, reason="needs LD_PRELOAD and a C compiler"
 )
 
+OF_EVERY_KIND = ("merge", "revert", "push", "fetch", "gc", "tag")
+
 COUNTS = """
 import ctypes, os, sys
 shim = ctypes.CDLL(sys.argv[1])
@@ -48,16 +50,28 @@ def test_only_calls_on_files_of_the_folder_are_counted(tmp_path: Path) -> None:
     assert int(done.stdout) == 2
 
 
-@pytest.mark.slow
-@NEEDS
-def test_every_verb_survives_every_fault(tmp_path: Path) -> None:
+def swept(tmp_path: Path, *more: str) -> None:
+    """Sweep, and see that everything was right."""
     shim = shim_in(tmp_path)
     stride = os.environ.get("PATCHHUB_FAULT_STRIDE", "41")
     model_stride = os.environ.get("PATCHHUB_FAULT_MODEL_STRIDE", "61")
     strides = ["--stride", stride, "--model-stride", model_stride]
-    command = [sys.executable, "-m", "tests.faults.sweep", str(shim), *strides]
+    command = [sys.executable, "-m", "tests.faults.sweep", str(shim), *strides, *more]
     done = subprocess.run(command, env={**os.environ, "LD_PRELOAD": str(shim)}, stdout=subprocess.PIPE, check=True)
     found = json.loads(done.stdout)
     assert found["wrong"] == []
     assert all(calls > 0 for calls in found["calls"].values())
     assert all(ends["right"] >= len(found["calls"]) for ends in found["cases"].values())
+
+
+@pytest.mark.slow
+@NEEDS
+def test_verbs_of_every_kind_survive_every_fault(tmp_path: Path) -> None:
+    swept(tmp_path, "--verbs", *OF_EVERY_KIND)
+
+
+@pytest.mark.slow
+@pytest.mark.long
+@NEEDS
+def test_every_verb_survives_every_fault(tmp_path: Path) -> None:
+    swept(tmp_path)
