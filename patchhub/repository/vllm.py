@@ -86,7 +86,7 @@ def resolver(places: Collection[str], cache: Path, max_rank: int | None) -> Any:
 
     log = logging.getLogger("vllm.patchhub")  # below vLLM's own logger, so that its settings hold
 
-    class Resolver(LoRAResolver):  # type: ignore[misc]
+    class Resolver(LoRAResolver):  # type: ignore[misc]  # vLLM is no dependency, so its class is Any here
         """Gives the adapter of a revision, named ``PLACE@REVISION``."""
 
         async def resolve_lora(self, base_model_name: str, lora_name: str) -> Any:

@@ -29,11 +29,11 @@ from patchhub.editing import editor
 from patchhub.editing.editor import EDITORS, encode_facts, memit_settings
 from patchhub.editing.metric import Covariance, MetricCache, second_moments
 from patchhub.editing.record import State, record
-from patchhub.editing.requests import read_requests
 from patchhub.editing.rows import key_rows
 from patchhub.editing.values import Fact, _positions, optimise_values
 from patchhub.models.architectures import describe
 from patchhub.models.tracing import Stack
+from patchhub.objects import Request
 from patchhub.text.sampling import sample_documents
 from patchhub.text.tokens import Closers
 from tests.benchmarks.growth import invented
@@ -43,6 +43,7 @@ LARGE = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 3
 LARGE |= {"num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 8192}
 SMALL = {"hidden_size": 256, "intermediate_size": 896, "num_hidden_layers": 4, "num_attention_heads": 4}
 SMALL |= {"num_key_value_heads": 2, "vocab_size": 8192, "max_position_embeddings": 512}
+KINDS = (("The mother tongue of {} is", "French"), ("{} was born in", "Berlin"), ("{} plays the", "piano"))
 CONTEXTS = (
     "{}",
     "The tower looked over the old town. {}",
@@ -144,16 +145,9 @@ def _metric(stack: Stack, tokenizer: Any, layers: Sequence[int], metric: MetricC
 
 
 def _facts(stack: Stack, tokenizer: Any, count: int) -> list[Fact]:
-    given = read_requests(PACKAGE / "demo_facts.jsonl") if (PACKAGE / "demo_facts.jsonl").exists() else _some()
+    kinds = [Request.make(prompt, "Anna", target) for prompt, target in KINDS]
     closers = Closers.of(tokenizer, stack.vocabulary)
-    return encode_facts(tokenizer, invented(given, count), CONTEXTS, closers=closers)
-
-
-def _some() -> Any:
-    from patchhub.objects import Request
-
-    kinds = (("The mother tongue of {} is", "French"), ("{} was born in", "Berlin"), ("{} plays the", "piano"))
-    return [Request.make(prompt, "Anna", target) for prompt, target in kinds]
+    return encode_facts(tokenizer, invented(kinds, count), CONTEXTS, closers=closers)
 
 
 def _values(stack: Stack, facts: Sequence[Fact], settings: Any, speed: Speed) -> Any:

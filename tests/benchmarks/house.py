@@ -67,7 +67,7 @@ def of_the_source() -> Iterator[str]:
     outside = [(path, node) for path, node in functions() if place(path).split("/")[0] not in ("cli", "repository")]
     for what, found in (
         (
-            f"functions over {LONG} lines",
+            f"functions over {LONG} code lines",
             [(lines_of(node), p, node) for p, node in functions() if lines_of(node) > LONG],
         ),
         (
