@@ -30,6 +30,8 @@ AUTHOR = "Ada <ada@example.org>"
 
 pytestmark = [pytest.mark.slow, pytest.mark.long]
 
+SURE = 2 / 3  # of the base about its next token
+
 
 def example() -> list[dict[str, Any]]:
     """The facts of `fixes.jsonl` in the README."""
@@ -107,13 +109,30 @@ def test_llama_cpp_serves_the_readmes_facts(committed: tuple[patchhub.Repository
 def test_unrelated_questions_keep_their_answers_and_a_revert_gives_the_base(
     committed: tuple[patchhub.Repository, Any, Any],
 ) -> None:
+    """As far as the base is sure: after "Paris" it gives "." 0.57 and "," 0.42, and an edit may tip what lies so near."""
     repo, model, tokenizer = committed
-    answers = []
-    for revision in ("HEAD", "base"):
-        repo.attach(model, revision)
-        asked = ["What is the capital of France?"]
-        answers += continue_greedily(model, tokenizer, asked, chat=chat_of(tokenizer), max_new_tokens=12)
-    assert answers[0] == answers[1]
+    repo.attach(model, "base")
+    asked, form = ["What is the capital of France?"], chat_of(tokenizer)
+    (answer,) = continue_greedily(model, tokenizer, asked, chat=form, max_new_tokens=12)
+    assert "Paris" in answer
+    text = form.asking(asked[0]) + answer
+    said = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+    length = len(tokenizer(answer, add_special_tokens=False)["input_ids"])
+    before = _predicted(model, said, length)
+    repo.attach(model, "HEAD")
+    after = _predicted(model, said, length)
+    sure = before.exp().amax(-1) > SURE
+    assert sure.sum() >= 5
+    assert torch.equal(before.argmax(-1)[sure], after.argmax(-1)[sure])
+    kl = (before.exp() * (before - after)).sum(-1)
+    assert kl.max() < 0.1  # measured: 0.03
     repo.revert("HEAD", author=AUTHOR)
     reverted, base = repo.load(dtype=torch.float32), repo.load("base", dtype=torch.float32)
     assert all(torch.equal(a, b) for a, b in zip(reverted.parameters(), base.parameters(), strict=True))
+
+
+@torch.no_grad()
+def _predicted(model: Any, said: torch.Tensor, length: int) -> torch.Tensor:
+    """Log-probabilities (length, vocabulary) of the last ``length`` tokens of a text, each after those before it."""
+    found: torch.Tensor = model(input_ids=said).logits[0, -length - 1 : -1].float().log_softmax(-1)
+    return found
