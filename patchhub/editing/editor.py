@@ -102,11 +102,13 @@ class Asked:
         also: with facts outside a chat, the chat form in which each prompt is optimised as well, as ``settings.chat_weight`` says; the
             keys are those of the facts' own form.
         openings: what answers in a chat say before their targets, by request id.
+        wordings: texts that lead from a subject to its target, by request id, in which the target is optimised as well.
     """
 
     keeps: Sequence[Request] = ()
     also: Chat | None = None
     openings: Mapping[str, str] = field(default_factory=dict)
+    wordings: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
 
 NOTHING_ELSE: Final = Asked()
@@ -208,10 +210,19 @@ def _encoded(
     facts = encode_facts(tokenizer, requests, contexts, closers=closers, chat=chat, **form)
     kept = encode_facts(tokenizer, asked.keeps, contexts, chat=chat, limit=limit) if asked.keeps else []
     keys = [fact.rows for fact in (*facts, *kept)]
+    facts = [_worded(tokenizer, *pair, asked.wordings) for pair in zip(requests, facts, strict=True)]
     if asked.also is not None:
         others = encode_facts(tokenizer, requests, (SLOT,), chat=asked.also, **form)
         facts = _with_others(facts, others, settings.chat_weight)
     return facts, keys
+
+
+def _worded(
+    tokenizer: PreTrainedTokenizerBase, request: Request, fact: Fact, wordings: Mapping[str, Sequence[str]]
+) -> Fact:
+    """A fact with a row for each wording of its own."""
+    texts = [mark_text("", request.subject, between, request.target_new) for between in wordings.get(request.id, ())]
+    return replace(fact, rows=(*fact.rows, *encode_marked(tokenizer, texts)), wordings=len(texts))
 
 
 def _with_others(facts: Sequence[Fact], others: Sequence[Fact], weight: float) -> list[Fact]:

@@ -64,6 +64,11 @@ class EditSettings:
         "of facts outside a chat: how much of the loss is of the same prompt as a message in the base's chat template, if it has one",
         default=0.0,
     )
+    wordings: int = setting(
+        INDEX,
+        "of facts outside a chat: most places in the base's own sentences about a subject in which the target is optimised as well",
+        default=0,
+    )
     repairs: int = setting(
         INDEX, "rounds in which facts that are not said, or run on, are optimised further", default=0
     )

@@ -124,11 +124,13 @@ class Fact:
 
     ``closers`` are the tokens that may follow the target, the same tensor for targets that end alike; None: what follows is not optimised.
     The last ``others`` of the rows are in another form than the first; together they weigh ``weight``, and the rest what is left.
+    Before those stand ``wordings`` rows that are of this fact alone, and so have no common beginnings with those of others.
     """
 
     rows: tuple[Encoded, ...]
     essence: Encoded
     closers: Bool[Tensor, " vocabulary"] | None = None
+    wordings: int = 0
     others: int = 0
     weight: float = 0.0
 
@@ -137,6 +139,13 @@ class Fact:
         """What each row weighs; 1 in all."""
         own = len(self.rows) - self.others
         return [(1.0 - self.weight) / own] * own + ([self.weight / self.others] * self.others if self.others else [])
+
+    @property
+    def contexts(self) -> list[int]:
+        """The number of each row's context: all wordings are of one, which comes last but for the KL term's."""
+        front = len(self.rows) - self.others - self.wordings
+        last = front + self.others
+        return [*range(front), *[last] * self.wordings, *range(front, last)]
 
     def suffix(self, row: Encoded) -> int:
         """Positions from the subject's last token to the last that predicts: the last target token, or what follows it."""
@@ -394,7 +403,11 @@ def _weight(facts: Sequence[Fact], batch: Sequence[tuple[int, ...]]) -> int:
 
 def _alike(facts: Sequence[Fact]) -> list[list[Encoded]]:
     """The texts of each context, and those of the KL term."""
-    return [*([fact.rows[c] for fact in facts] for c in range(len(facts[0].rows))), [fact.essence for fact in facts]]
+    found: dict[int, list[Encoded]] = {}
+    for fact in facts:
+        for context, row in zip(fact.contexts, fact.rows, strict=True):
+            found.setdefault(context, []).append(row)
+    return [*(found[context] for context in sorted(found)), [fact.essence for fact in facts]]
 
 
 def _descend(site: Site, batch: _Batch, settings: ValueSettings, values: Values) -> None:
@@ -496,11 +509,11 @@ def _prepare(
 ) -> _Batch:
     device = site.stack.device
     places = [(place, number) for number, group in enumerate(chosen) for place in group]
-    opened = [(facts[place], context, number) for place, number in places for context in range(len(facts[place].rows))]
+    opened = [(facts[place], row, number) for place, number in places for row in range(len(facts[place].rows))]
     rows = [
-        Row(fact.rows[context], fact.suffix(fact.rows[context]), context, number) for fact, context, number in opened
+        Row(fact.rows[row], fact.suffix(fact.rows[row]), fact.contexts[row], number) for fact, row, number in opened
     ]
-    weights = [fact.shares[context] for fact, context, _ in opened]
+    weights = [fact.shares[row] for fact, row, _ in opened]
     read, predictions = _predictions(rows, [fact for fact, _, _ in opened], weights, settings, device)
     last = len(trunk.lengths) - 1
     read += [(len(rows) + number, 0) for number in range(len(chosen))]

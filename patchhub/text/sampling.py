@@ -44,7 +44,7 @@ def continue_tokens(
     def choose(logits: Float[Tensor, "batch vocabulary"], step: int) -> Int[Tensor, " batch"]:
         return torch.multinomial(logits.cpu().softmax(-1), 1, generator=generator)[:, 0]
 
-    return _continued(stack, start, length, choose)
+    return continue_rows(stack, start, length, choose)
 
 
 def context_templates(stack: Stack, tokenizer: Any, *, length: int = 10, seed: int = 0) -> tuple[str, ...]:
@@ -65,7 +65,7 @@ def context_templates(stack: Stack, tokenizer: Any, *, length: int = 10, seed: i
         rows = [row for row, ids in enumerate(openings) if len(ids) == size]
         race = torch.stack([torch.stack(drawn[row]) for row in rows])
         start = torch.tensor([openings[row] for row in rows])
-        tokens = _continued(stack, start, length, _by_race(race, top_k=5))
+        tokens = continue_rows(stack, start, length, _by_race(race, top_k=5))
         for row, ids in zip(rows, tokens, strict=True):
             texts[row] = tokenizer.decode(ids, skip_special_tokens=True)
     found = [texts[row].replace("{", " ").replace("}", " ").split() for row in range(len(openings))]
@@ -157,7 +157,7 @@ def _written(
             start, uniform = text.draw(numbers)
             progress(start.numel())
             choose = _by_cumulation(uniform.to(stack.device))
-            yield numbers, _continued(stack, start, text.length, choose, progress=progress).tolist()
+            yield numbers, continue_rows(stack, start, text.length, choose, progress=progress).tolist()
 
 
 def _kept_documents(slot: Slot) -> dict[int, list[int]]:
@@ -199,7 +199,7 @@ class _Beginnings:
 
 
 @torch.no_grad()
-def _continued(
+def continue_rows(
     stack: Stack,
     start: Int[Tensor, "batch time"],
     length: int,
@@ -207,6 +207,7 @@ def _continued(
     *,
     progress: Callable[[int], None] = lambda tokens: None,
 ) -> Int[Tensor, "batch total"]:
+    """Go on from equally long texts until each has ``length`` tokens, with the model as it is; ``progress`` hears of every token."""
     cache = DynamicCache(config=stack.model.config)
     cache.layers = [_Roomy(length) if type(layer) is DynamicLayer else layer for layer in cache.layers]
     latest = start.to(stack.device)

@@ -22,6 +22,7 @@ from patchhub.editing.requests import Keep
 from patchhub.editing.rows import key_rows, mean_keys
 from patchhub.editing.settings import EditSettings, preset
 from patchhub.editing.values import KeptValues, Part, Values, ValueSettings
+from patchhub.editing.wordings import find_wordings
 from patchhub.evaluation.live import continue_greedily, continue_within, first_clause, reads_right, room_after
 from patchhub.models.architectures import Architecture, additive_probe
 from patchhub.objects import SLOT, Metric, Request, set_digest
@@ -138,7 +139,8 @@ def write_closed_form(
     found = _found_keeps(repository, tree, plan, recorder, settings) if find_keeps else ()
     keeps = _keeps(tree, (*plan.keeps, *found), progress)
     also = _also(tree, plan, settings)
-    asked = Asked(keeps, also, _openings(tree, plan, settings, tree.chat or also, progress))
+    openings = _openings(tree, plan, settings, tree.chat or also, progress)
+    asked = Asked(keeps, also, openings, _wordings(tree, plan, settings, progress))
     running = _running(repository, tree, plan, method, settings, also, workers, progress)
     edit = EDITORS[method].edit(
         *model,
@@ -302,6 +304,14 @@ def _openings(
             "`answer` in the record says the sentence"
         )
     return {request: opening for request, opening in known.items() if opening}
+
+
+def _wordings(tree: Worktree, plan: Plan, settings: EditSettings, progress: Progress) -> Mapping[str, Sequence[str]]:
+    """Where else the target of each fact is optimised; nowhere in a chat."""
+    if tree.chat is not None or not settings.wordings:
+        return {}
+    progress.stage("reading the model's own sentences", len(plan.requests))
+    return find_wordings(tree.stack, tree.tokenizer, plan.requests, settings.wordings)
 
 
 def _found_keeps(

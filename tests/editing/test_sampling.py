@@ -17,10 +17,10 @@ from patchhub.text.sampling import (
     _attend,
     _by_cumulation,
     _by_race,
-    _continued,
     _quick,
     _truncated,
     context_templates,
+    continue_rows,
     continue_tokens,
     sample_documents,
 )
@@ -114,7 +114,7 @@ def test_the_seed_decides_and_the_global_state_is_left_alone(family):
 def test_top_1_is_the_argmax_of_a_full_forward(family):
     """So the cache that sampling keeps gives the model's own logits."""
     stack = tiny_stack(family)
-    found = _continued(stack, torch.tensor([[5, 6], [9, 11]]), 9, lambda logits, step: logits.argmax(-1))
+    found = continue_rows(stack, torch.tensor([[5, 6], [9, 11]]), 9, lambda logits, step: logits.argmax(-1))
     with torch.no_grad():
         logits = stack.model(input_ids=found, attention_mask=torch.ones_like(found), use_cache=False).logits
     assert torch.equal(logits[:, 1:-1].argmax(-1), found[:, 2:])
@@ -125,7 +125,7 @@ def test_draws_follow_the_models_distribution():
     stack = tiny_stack("gpt2")
     start = torch.tensor([[5, 6]]).expand(20_000, 2)
     uniform = torch.rand(20_000, 1, generator=generator(), dtype=torch.float64)
-    drawn = _continued(stack, start, 3, _by_cumulation(uniform))[:, 2]
+    drawn = continue_rows(stack, start, 3, _by_cumulation(uniform))[:, 2]
     with torch.no_grad():
         expected = stack.model(input_ids=start[:1]).logits[0, -1].softmax(-1)
     share = torch.bincount(drawn, minlength=VOCABULARY) / len(drawn)

@@ -26,6 +26,7 @@ def find_values(
     closing: float,
     may_follow: Callable[[str], Sequence[bool]],
     *,
+    wordings: Sequence[str] = (),
     around: tuple[str, str] = ("", ""),
     opening: tuple[str, float] = ("", 0.0),
 ) -> list[Value]:
@@ -34,28 +35,30 @@ def find_values(
     Args:
         closing: the weight of the token after the target.
         may_follow: for a target, which tokens of the vocabulary may come next.
+        wordings: what stands between the subject and the target in further rows, which weigh as those of the contexts.
         around: what stands before and after each prompt, in a chat.
         opening: what the answer says before the target, and the weight of its words.
     """
     before_prompt, after_prompt = around
     rows: list[list[int]] = []
+    count = len(contexts) + len(wordings)
     changed_at: list[int] = []
     terms: list[tuple[int, int, list[bool], float]] = []  # row, position, the tokens that are right there, weight
     for fact in facts:
         target = tokenizer(" " + fact.target_new, add_special_tokens=False)["input_ids"]
-        for context in contexts:
-            template = before_prompt + context.replace("{}", fact.prompt) + after_prompt
+        asked_in = [before_prompt + context.replace("{}", fact.prompt) + after_prompt for context in contexts]
+        for template in [*asked_in, *("{}" + wording for wording in wordings)]:
             asked = tokenizer(template.replace("{}", fact.subject).rstrip(" "))["input_ids"]
             words = tokenizer(" " + opening[0], add_special_tokens=False)["input_ids"] if opening[0] else []
             for number, token in enumerate(words):
                 right = [other == token for other in range(len(tokenizer))]
-                terms.append((len(rows), len(asked) + number - 1, right, opening[1] / len(words) / len(contexts)))
+                terms.append((len(rows), len(asked) + number - 1, right, opening[1] / len(words) / count))
             prompt = asked + words
             for number, token in enumerate(target):
                 right = [other == token for other in range(len(tokenizer))]
-                terms.append((len(rows), len(prompt) + number - 1, right, 1 / len(target) / len(contexts)))
+                terms.append((len(rows), len(prompt) + number - 1, right, 1 / len(target) / count))
             after = list(may_follow(fact.target_new))
-            terms.append((len(rows), len(prompt) + len(target) - 1, after, closing / len(contexts)))
+            terms.append((len(rows), len(prompt) + len(target) - 1, after, closing / count))
             changed_at.append(subject_last(tokenizer, template, fact.subject))
             rows.append(prompt + target)
     essence = before_prompt + "{} is a" + after_prompt
@@ -93,7 +96,7 @@ def find_values(
         hidden = unedited[0][0]
         loss = loss + settings.weight_decay * delta.norm() / hidden.norm() ** 2
         if loss < settings.stop_loss or steps == settings.steps - 1:
-            bare = unedited[0][: -1 : len(contexts)]
+            bare = unedited[0][:-1:count]
             return [Value(h + delta.detach(), h, float(loss.detach()), steps) for h in bare]
         loss.backward()
         optimiser.step()
