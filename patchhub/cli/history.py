@@ -34,6 +34,7 @@ from patchhub.cli.terminal import (
     reports_errors,
     say,
     say_all,
+    say_metadata,
 )
 from patchhub.errors import CorruptStoreError, SettingsError
 from patchhub.porcelain.scores import DEFINITIONS
@@ -201,7 +202,7 @@ _FIELDS: Mapping[str, Callable[[Entry], str]] = {
 @click.argument("rev", metavar="[REV|FACT|REV:FACT]", default="HEAD", type=Shown())
 @click.option("--all", "everything", is_flag=True, help="List every fact.")
 @click.option("--stat", is_flag=True, help="Only how much changes, not the facts.")
-@click.option("-v", "--verbose", is_flag=True, help="Also how exactly the weights were solved for.")
+@click.option("-v", "--verbose", is_flag=True, help="Also metadata of facts, and how exactly weights were solved for.")
 @repo_option
 @json_option
 @reports_errors
@@ -226,8 +227,8 @@ def _shown(shown: ShownCommit, *, everything: bool, stat: bool, verbose: bool) -
     _header(replace(shown.entry, scores=()))
     say()
     if not stat:
-        _requests("+", shown.added, "green", everything)
-        _requests("-", shown.removed, "red", everything)
+        _requests("+", shown.added, "green", everything, verbose)
+        _requests("-", shown.removed, "red", everything, verbose)
     for identity, patch in shown.patches.items():
         gone = " (gave way)" if (identity, None) in shown.entry.commit.removed else ""
         say(f"patch {identity[:12]}: {_patch_words(patch)}{gone}", dim=True)
@@ -453,10 +454,12 @@ def _first_line(entry: Entry) -> str:
     return (entry.commit.message.splitlines() or [""])[0]
 
 
-def _requests(sign: str, requests: tuple[Request, ...], colour: str, everything: bool) -> None:
+def _requests(sign: str, requests: tuple[Request, ...], colour: str, everything: bool, metadata: bool = False) -> None:
     for request in requests[: None if everything else _SHOWN]:
         was = f"  (was {request.target_true})" if request.target_true else ""
         say(f"  {click.style(sign, fg=colour)} {request.text} {click.style(request.target_new, bold=True)}{was}")
+        if metadata:
+            say_metadata(request.metadata)
     if not everything and len(requests) > _SHOWN:
         say(f"  {sign} ... and {len(requests) - _SHOWN} more (--all lists them)", dim=True)
 

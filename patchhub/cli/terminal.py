@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 
 import click
 
-from patchhub.canonical import UNSEEN
+from patchhub.canonical import UNSEEN, one_line
 from patchhub.errors import PatchhubError, RepositoryError
 from patchhub.progress import Bars
 from patchhub.results import Result, Rows
@@ -252,6 +252,13 @@ def say_signed(repository: Repository, commit: str) -> None:
             from patchhub.signing.statements import fingerprint
 
             say(f"signed with {fingerprint(ref[len(prefix) :])}", dim=True)
+
+
+def say_metadata(metadata: Mapping[str, Any]) -> None:
+    """What a record says of its fact besides, a field a line."""
+    for name, value in sorted(metadata.items()):
+        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        say(f"      {one_line(name)}: {one_line(text)}", dim=True)
 
 
 def say_stale_shards(number: int) -> None:

@@ -20,7 +20,7 @@ from patchhub.evaluation.guard import Fault, Report
 from patchhub.evaluation.guard import Measured as GuardMeasured
 from patchhub.models.architectures import Architecture
 from patchhub.models.placement import Placement, runs_beside
-from patchhub.objects import SLOT, Request
+from patchhub.objects import METADATA_BYTES, SLOT, Request
 from patchhub.progress import Progress
 from patchhub.results import Result
 from patchhub.sets.commits import Draft, Written, begin, prepare, record
@@ -292,11 +292,17 @@ def _warn_of_what_is_left_out(batch: Batch, progress: Progress) -> None:
     if batch.unanswered:
         left = f"{batch.unanswered} neighborhood prompt{'' if batch.unanswered == 1 else 's'}"
         progress.warn(f"{left} without an answer left out")
+    if batch.kept:
+        progress.warn(f"kept as metadata, which `patchhub show -v` tells: {_fields(batch.kept)}")
     if batch.ignored:
-        names = ", ".join(
-            f"{name} ({count} record{'' if count == 1 else 's'})" for name, count in batch.ignored.items()
-        )
-        progress.warn(f"fields that say nothing here are left out, and not kept: {names}")
+        most = f"too long ({METADATA_BYTES} bytes a fact) or no JSON"
+        progress.warn(f"left out, as {most}: {_fields(batch.ignored)}")
+
+
+def _fields(found: Mapping[str, int]) -> str:
+    """Names of fields, and how many records have each: "source (2 records)"."""
+    listed = [f"{name} ({count} record{'' if count == 1 else 's'})" for name, count in found.items()]
+    return ", ".join(listed[:_LISTED]) + (f" and {len(listed) - _LISTED} more" if len(listed) > _LISTED else "")
 
 
 def _none_holds(method: str) -> str:

@@ -362,7 +362,7 @@ class Evaluator:
             "metrics": self._facts.metrics,
             "file": self._facts.file,
             "facts": len(self.requests),
-            "items": object_id(requests_json(self.requests)),
+            "items": object_id(requests_json(replace(request, metadata={}) for request in self.requests)),
             "seed": questions.seed,
             "resamples": RESAMPLES,
             "contexts": list(questions.contexts),

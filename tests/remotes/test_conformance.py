@@ -11,6 +11,7 @@ import pytest
 
 from patchhub.errors import RemoteError
 from patchhub.objects import Base, Request, TensorRecord
+from patchhub.porcelain.change import revert
 from patchhub.porcelain.merge import merge
 from patchhub.progress import Silent
 from patchhub.remotes import sync
@@ -18,6 +19,7 @@ from patchhub.remotes.receive import Intake, Limits
 from patchhub.remotes.remote import LOCK, LOCK_SECONDS, FileRemote, FsspecFiles, Remote, RemoteMovedError, Source
 from patchhub.remotes.sync import Fetched, Pushed, open_remote
 from patchhub.sets.columns import tensor_check
+from patchhub.sets.elements import active_requests
 from patchhub.store.fsck import check
 from patchhub.store.store import Store
 from patchhub.who import Who
@@ -27,9 +29,11 @@ from tests.remotes.stores import (
     STAMP,
     TIME,
     add_batch,
+    add_patch,
     closure_of,
     content,
     make_history,
+    make_request,
     make_store,
     move,
     published,
@@ -418,3 +422,30 @@ def test_as_many_bytes_are_told_as_travel(connect: Connect, tmp_path: Path) -> N
     found = sync.fetch(theirs, connect(), "origin", intake, who=Who(AUTHOR, TIME), progress=heard)
     ((announced, came),) = heard.stages.values()
     assert announced == came == found.received.downloaded
+
+
+def test_metadata_travels_with_the_texts_and_is_withheld_with_them(connect: Connect, tmp_path: Path) -> None:
+    """Through push, fetch, merge and revert; a reader whom the texts are withheld from has no metadata either."""
+    noted = [replace(make_request(number), metadata={"source": f"page {number}"}) for number in range(50, 53)]
+    ours, theirs, others = make_history(tmp_path / "ours"), make_store(tmp_path / "a"), make_store(tmp_path / "b")
+    add_patch(ours, noted)
+    merged = merge(ours, "side", STAMP)
+    assert said(ours, "HEAD") == {f"page {number}" for number in range(50, 53)}
+    push(ours, connect(), "main", private_facts=True)
+    fetch(others, connect())
+    assert said(others, "origin/main") == set()
+    push(ours, connect(), "main", private_facts=False)
+    fetch(theirs, connect())
+    assert said(theirs, "origin/main") == said(ours, "HEAD")
+    assert check(theirs).sound
+    move(theirs, {"refs/heads/main": (theirs.refs().get("refs/heads/main"), merged.commit)}, "reset")
+    revert(theirs, None, STAMP, requests=[noted[0].id])
+    assert said(theirs, "HEAD") == {"page 51", "page 52"}
+    revert(theirs, "HEAD", STAMP)
+    assert said(theirs, "HEAD") == said(ours, "HEAD")
+
+
+def said(repository: Store, revision: str) -> set[str]:
+    """The sources of the facts that are active at a revision."""
+    active = active_requests(repository, repository.active(repository.resolve(revision)))
+    return {str(request.metadata["source"]) for request in active.values() if request.metadata}
