@@ -119,6 +119,7 @@ def commit(
     all_facts: bool = False,
     placement: Placement | None = None,
     chat: bool | None = None,
+    plan: Plan | None = None,
 ) -> Committed:
     """Write ``batch`` on top of HEAD and move the current branch to the new commit.
 
@@ -128,6 +129,7 @@ def commit(
         all_facts: refuse as soon as one fact does not hold, runs on, or is said of another subject.
         placement: on which device, in which type or quantisation the base is edited; None: as the repository's config says.
         chat: write the facts as answers in the base's chat template (MEMIT and PMET); None: as the repository's config says.
+        plan: what the batch changes, where that was found out already.
 
     Raises:
         RequestError: nothing to write, a text longer than the model reads, a contradiction, or under ``strict`` a competition.
@@ -141,8 +143,9 @@ def commit(
     _refuse_unusable(method, writing)
     begin(repository)
     _warn_of_what_is_left_out(batch, progress)
-    by_subject = method in EDITORS
-    plan = plan_batch(repository, batch, writing.on_conflict, by_subject=by_subject, keeps=writing.keep)
+    if plan is None:
+        by_subject = method in EDITORS
+        plan = plan_batch(repository, batch, writing.on_conflict, by_subject=by_subject, keeps=writing.keep)
     files = base_files(repository)
     editor = _editor(repository, files.architecture, method, writing.settings)
     tree = _open(repository, progress, plan, files, editor, placement, chat, writing.memory)

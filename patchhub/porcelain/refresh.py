@@ -26,7 +26,7 @@ from patchhub.results import Result
 from patchhub.sets.columns import read_additive, read_columns, stacked_weights, write_columns
 from patchhub.sets.commits import Draft, begin, prepare, store_patch
 from patchhub.sets.commits import record as record_commit
-from patchhub.sets.elements import active_requests, distinct, is_stale
+from patchhub.sets.elements import active_requests, distinct, due, nothing_due
 from patchhub.sets.shards import active_shards, stale_shards, without_shards
 from patchhub.store.store import Store
 from patchhub.text.tokens import Chat
@@ -89,14 +89,10 @@ def refresh(repository: Store, who: Who, progress: Progress, *, force: bool = Fa
     begun = perf_counter()
     head = begin(repository)
     active = repository.active(head)
-    wanted = _due(repository, head)
+    wanted = due(repository, head)
     texts = active_requests(repository, wanted)
     if head is None or not (texts or stale_shards(repository, active)):
-        raise RevisionError(
-            "nothing of HEAD is due to be recorded or measured again",
-            remedy="Columns are due when the state they were recorded on is gone, or right after a merge; shards when the weights below "
-            "them changed.",
-        )
+        raise nothing_due()
     groups = _groups(repository, texts)
     staying = active - texts.keys()
     tree = _open(repository, groups, active, staying, progress)
@@ -145,14 +141,6 @@ def _withheld_error(shards: Sequence[str]) -> RevisionError:
         remedy="Refresh where the texts are.",
         shards=list(shards),
     )
-
-
-def _due(repository: Store, head: str | None) -> frozenset[Element]:
-    active = repository.active(head)
-    commit = repository.commit(head) if head else None
-    brought = commit.added if commit is not None and len(commit.parents) > 1 else frozenset()
-    stale = {patch for patch in {patch for patch, _ in active} if is_stale(repository, patch, active)}
-    return frozenset(e for e in active if e[1] is not None and (e in brought or e[0] in stale))
 
 
 def _groups(repository: Store, texts: Mapping[Element, Request]) -> list[_Group]:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from patchhub.errors import SettingsError
+from patchhub.errors import RequestError, SettingsError
 from patchhub.repository.arguments import Count, Opened, Place, Quantization, Source, Type, path, place_of, verb
 from patchhub.results import Rows
 from patchhub.who import instant, now
@@ -166,9 +166,11 @@ class LookingVerbs(Opened):
             from patchhub.porcelain.search import mentioned
 
             return Rows(mentioned(self.store, prompt, rev, limit=limit))
+        if not prompt.strip():
+            raise RequestError("the prompt is empty", remedy="Write the beginning of a sentence.")
+        place, placement = self._place(base), self._placement(device, dtype, quantization)
         from patchhub.porcelain.blame import blame
 
-        placement, place = self._placement(device, dtype, quantization), place_of(base)
         options: dict[str, Any] = {"subject": subject, "revision": rev, "base": place}
         with self._heard() as progress:
             return blame(self.store, prompt, progress, placement=placement, chat=chat, **options)
@@ -206,10 +208,15 @@ class LookingVerbs(Opened):
         batch = None if facts is None else read_facts(facts)
         if metric is not None and below is None and above is None:
             raise SettingsError(f"{metric} has no bound", remedy="Give --below or --above and a number.")
+        if bool(command) == (metric is not None):
+            raise SettingsError(
+                "bisect needs a command or a metric", remedy="Write `-- COMMAND` or --metric, not both."
+            )
+        if chat and metric is None:
+            raise SettingsError("a command asks the model in its own way", remedy="Leave --chat out.")
+        place = self._place(base)
         from patchhub.porcelain import blame
 
-        blame.refuse_unclear(command, metric, chat)
-        place = place_of(base)
         with self._heard() as progress:
             if metric is None:
                 ran = blame.command_check(self.store, blame.program(command, os.environ), progress, base=place)

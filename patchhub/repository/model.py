@@ -24,7 +24,6 @@ from patchhub.repository.arguments import (
     judge_of,
     many,
     path,
-    place_of,
     refuse_without_harness,
     texts,
     verb,
@@ -68,9 +67,9 @@ class ModelVerbs(Opened):
         self._resolve(*revisions)
         if not prompt.strip():
             raise SettingsError("the prompt is empty", remedy='For example: patchhub ask "The capital of France is"')
+        place, placement = self._place(base), self._placement(device, dtype, quantization)
         from patchhub.porcelain.model import ask
 
-        placement, place = self._placement(device, dtype, quantization), place_of(base)
         with self._heard() as progress:
             return Rows(ask(self.store, prompt, revisions, progress, base=place, placement=placement, chat=chat))
 
@@ -95,7 +94,7 @@ class ModelVerbs(Opened):
             wise: how loading routes to shards; None: as the config says.
         """
         self._resolve(rev)
-        place = place_of(base)
+        place = self._place(base)
         from patchhub.models.patched_copy import refuse_occupied
 
         refuse_store(self.store, Path(out))
@@ -155,15 +154,16 @@ class ModelVerbs(Opened):
         if harness is not None and not all:
             refuse_without_harness()
         tasks = None if harness is None else harness_of(harness, harness_path, harness_limit)
+        self._refuse_device(device)
         if suite is None:
             alone = None if all or judge else tasks
             return self._harness(rev, alone, self._placement(device, dtype, quantization))
         options: dict[str, Any] = {"who": self._who(author, time), "judge": judge_of(judge, judge_model, os.environ)}
         facts = self._suite(suite, metrics, limit=limit, seed=seed, text=text, contexts=tuple(context))
+        options |= {"placement": self._placement(device, dtype, quantization), "chat": chat}
         from patchhub.porcelain import measure
         from patchhub.porcelain.report.charts import write_scores
 
-        options |= {"placement": self._placement(device, dtype, quantization), "chat": chat}
         with self._heard() as progress:
             if all:
                 measure.refuse_unkept(note, tasks)

@@ -142,10 +142,11 @@ def test_undo_takes_facts_back_first(store: Path) -> None:
     done(store, "branch", "side")
     done(store, "switch", "side")
     assert "`branch`" in done(store, "undo")
+    assert json.loads(done(store, "status", "--json"))["branch"] == "main"  # the one it is on is no more
     assert "`commit`" in done(store, "undo")
     done(store, "redo")
     assert json.loads(done(store, "log", "main", "--json"))[0]["message"] == "Peru"
-    done(store, "switch", "main")
+    done(store, "switch", "--detach", "HEAD")
     assert "`switch`" in done(store, "undo", "--all")
     done(store, "undo", "3")
     assert json.loads(done(store, "branch", "--json")) == []
@@ -167,6 +168,10 @@ def test_a_commit_is_amended(store: Path) -> None:
     done(store, "commit", "--amend", *fact)
     joined = json.loads(done(store, "show", "--json"))
     assert (joined["message"], joined["parents"], joined["added"], joined["active"]) == ("Lima", after["parents"], 2, 4)
+    done(store, "undo")
+    assert json.loads(done(store, "show", "--json"))["id"] == after["id"]
+    done(store, "redo")
+    assert json.loads(done(store, "show", "--json"))["id"] == joined["id"]
     done(store, "fsck")
 
 
