@@ -24,6 +24,7 @@ from patchhub.cli.options import (
 )
 from patchhub.cli.search import list_found
 from patchhub.cli.terminal import (
+    ago,
     count,
     json_option,
     local,
@@ -129,7 +130,10 @@ _SHOWN = 20
 @json_option
 @reports_errors
 def log(oneline: bool, form: str | None, graph: bool, repo: Path | None, as_json: bool, **options: Any) -> None:
-    """The commits below REV, newest first; FROM..TO means those below TO and not below FROM."""
+    """The commits below REV, newest first; FROM..TO means those below TO and not below FROM.
+
+    ONE...OTHER means those below one of the two alone.
+    """
     if form is not None:
         form = _form(form)
         oneline = oneline or form == _ONELINE
@@ -185,8 +189,11 @@ _FIELDS: Mapping[str, Callable[[Entry], str]] = {
     "ae": lambda entry: _person(entry.commit.author)[1],
     "ad": lambda entry: local(entry.commit.time),
     "aI": lambda entry: entry.commit.time,
+    "ar": lambda entry: ago(entry.commit.time),
+    "as": lambda entry: local(entry.commit.time)[:10],
     "cd": lambda entry: local(entry.commit.time),
     "cI": lambda entry: entry.commit.time,
+    "cr": lambda entry: ago(entry.commit.time),
     "s": lambda entry: entry.commit.message.partition("\n")[0],
     "b": lambda entry: "\n".join(entry.commit.message.splitlines()[1:]).strip(),
     "B": lambda entry: entry.commit.message,
@@ -310,7 +317,7 @@ def diff(
     repository = opened(repo)
     if new.startswith("."):  # A...B is what B changed since the two parted
         new = new[1:] or "HEAD"
-        old = next(iter(repository.merge_base(old, new)), "base")
+        old = next(iter(repository.merge_base(old, new)), "base")[:12]
     found = repository.diff(old, new, ask=prompts, **options)
     if as_json:
         print_json(found)

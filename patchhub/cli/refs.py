@@ -53,6 +53,7 @@ def branch(repo: Path | None, verbose: bool, listing: bool, as_json: bool, **opt
 @click.argument("name", required=False, type=Revision())
 @click.argument("rev", required=False, type=Revision())
 @click.option("-d", "--delete", is_flag=True, help="Remove the tag.")
+@click.option("-m", "--message", default="", help="What the tag is for; listed in place of its commit's message.")
 @sign_option
 @key_option
 @click.option("-l", "--list", "listing", is_flag=True, hidden=True, help="List the tags, as without a name.")

@@ -12,7 +12,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from datetime import datetime
+from datetime import datetime, timezone
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
@@ -183,6 +183,28 @@ def local(instant: str) -> str:
         return datetime.fromisoformat(instant.replace("Z", "+00:00")).astimezone().strftime("%Y-%m-%d %H:%M:%S %z")
     except (ValueError, OverflowError, OSError):  # what was fetched may hold any text
         return instant
+
+
+def ago(instant: str) -> str:
+    """How long an instant of the store is past: ``3 hours ago``; the instant itself where it is none."""
+    try:
+        passed = datetime.now(timezone.utc) - datetime.fromisoformat(instant.replace("Z", "+00:00"))
+    except (ValueError, OverflowError):
+        return instant
+    seconds = max(0, int(passed.total_seconds()))
+    size, unit = next(((size, unit) for size, unit in _AGES if seconds >= size), _AGES[-1])
+    return f"{count(seconds // size, unit)} ago"
+
+
+_AGES: Final = (
+    (365 * 86400, "year"),
+    (30 * 86400, "month"),
+    (7 * 86400, "week"),
+    (86400, "day"),
+    (3600, "hour"),
+    (60, "minute"),
+    (1, "second"),
+)
 
 
 def keep_writing() -> None:

@@ -49,7 +49,7 @@ class LookingVerbs(Opened):
         """The commits below a revision, newest first; each is read as it is asked for.
 
         Args:
-            rev: a revision, or ``"FROM..TO"``: what is below TO and not below FROM.
+            rev: a revision; ``"FROM..TO"``: what is below TO and not below FROM; or ``"ONE...OTHER"``: what is below one of them alone.
             limit: at most this many.
             all: the commits below every branch, tag and remote branch, not those below ``rev``.
             stat: say how much each commit changes.
@@ -60,7 +60,7 @@ class LookingVerbs(Opened):
             signatures: check who signed and approved each commit.
             allowed: the file of allowed signers; None: the config's.
         """
-        self._resolve(*(end or "HEAD" for end in rev.split("..", 1)))
+        self._resolve(*(end or "HEAD" for end in rev.split("..." if "..." in rev else "..", 1)))
         from patchhub.porcelain.history import log
         from patchhub.store.lookup import Selection
 
@@ -110,13 +110,16 @@ class LookingVerbs(Opened):
         """What changes from one revision to another: facts added, retargeted and removed, norms, scores.
 
         Args:
-            old, new: two revisions, or one ``"OLD..NEW"``.
+            old, new: two revisions, or one ``"OLD..NEW"``; ``"OLD...NEW"`` begins where the two parted.
             weights: compare the weights too: norm, rank and angle of the changes.
             ask: prompts; tells those that are answered differently.
             base: where the base model is, if it moved (for ``ask``).
         """
         if ".." in old and new == "HEAD":
             old, new = (end or "HEAD" for end in old.split("..", 1))
+        if new.startswith("."):
+            new = new[1:] or "HEAD"
+            old = next(iter(self.merge_base(old, new)), "base")
         self._resolve(old, new)
         from patchhub.porcelain.search import diff_in_full
 

@@ -83,6 +83,7 @@ class RefVerbs(Opened):
         rev: str | None = None,
         *,
         delete: bool = False,
+        message: str = "",
         sign: bool | None = None,
         key: Place | None = None,
         author: str | None = None,
@@ -95,6 +96,7 @@ class RefVerbs(Opened):
         rev: str | None = None,
         *,
         delete: bool = False,
+        message: str = "",
         sign: bool | None = None,
         key: Place | None = None,
         author: str | None = None,
@@ -103,6 +105,7 @@ class RefVerbs(Opened):
         """The tags, or with a name: make that tag at a revision (by default HEAD), or remove it. Tags do not move.
 
         Args:
+            message: what the tag is for, which is listed in place of its commit's message.
             sign, key: as in `commit`; what is signed is the name with the commit that it leads to.
         """
         from patchhub.porcelain import refs
@@ -110,8 +113,11 @@ class RefVerbs(Opened):
         if delete:
             return refs.delete_tag(self.store, refs.only_name(name, rev), self._who(author, time))
         if name is None:
+            if message:
+                raise SettingsError("a message needs a tag", remedy="Name it: `patchhub tag NAME -m TEXT`.")
             return Rows(refs.tags(self.store))
-        return refs.create_tag(self.store, name, rev or "HEAD", self._signing(author, time, sign=sign, key=key))
+        who = self._signing(author, time, message, sign=sign, key=key)
+        return refs.create_tag(self.store, name, rev or "HEAD", who)
 
     @verb
     def sign(

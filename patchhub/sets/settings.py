@@ -113,6 +113,15 @@ SETTINGS: Mapping[str, Setting] = {
 }
 
 
+_AUTHOR: Final = (
+    'Without the setting `author` ("Ada <ada@example.org>") commits are by git\'s user.name and user.email.'
+)
+_OF_GIT: Final = {
+    "user.name": _AUTHOR,
+    "user.email": _AUTHOR,
+    "user.signingkey": "`sign.key` names the key, `sign` says whether every commit is signed.",
+    "commit.gpgsign": "`patchhub config sign always` signs every commit, with the key that `sign.key` names.",
+}
 _OF_A_BRANCH = re.compile(r"policy\.(.+)\.approvals", re.DOTALL)
 APPROVALS: Final = Setting(COUNT, "how many other people must have approved a commit before it is pushed there")
 
@@ -207,6 +216,8 @@ def known_setting(key: str) -> Setting:
     if of_branch:
         check_ref(BRANCHES + of_branch[1])
         return APPROVALS
+    if key in _OF_GIT:
+        raise SettingsError(f"there is no setting {key!r}", remedy=_OF_GIT[key])
     if key not in SETTINGS:
         close = difflib.get_close_matches(key, SETTINGS, n=1, cutoff=0.75)
         group = f"{key.partition('.')[0]}."
