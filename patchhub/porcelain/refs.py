@@ -190,10 +190,10 @@ def create_tag(repository: Store, name: str, revision: str, who: Who) -> Moved:
         RevisionError: no such revision, or a name that cannot be used.
         RepositoryError: the tag exists.
     """
+    check_ref(TAGS + name)
     commit = _commit(repository, revision)
     beside = dict(sign_as(repository, who, "tag", commit, tag=name)) if who.signer else {}
     if who.message.strip():
-        check_ref(TAGS + name)
         settings = {"message": nfc(who.message).strip(), "tag": name}
         note = Note(commit=commit, made_by=who.author, scores={}, settings=settings, suite=TAG_MESSAGES + name)
         ref = f"{NOTES}{commit}/{note.suite}"

@@ -48,7 +48,7 @@ class ModelVerbs(Opened):
     @verb
     def ask(
         self,
-        prompt: str,
+        prompt: str | Sequence[str],
         *,
         rev: str | Sequence[str] = ("HEAD", "base"),
         base: Place | None = None,
@@ -60,18 +60,27 @@ class ModelVerbs(Opened):
         """What the model says to a prompt at each revision: likely next words and a short continuation.
 
         Args:
+            prompt: one, or several, whose answers follow one another; the model is loaded once.
             base: where the base model is, if it moved.
             device, dtype, quantization, chat: as in `commit`.
         """
         revisions = many(rev) or ("HEAD", "base")
         self._resolve(*revisions)
-        if not prompt.strip():
-            raise SettingsError("the prompt is empty", remedy='For example: patchhub ask "The capital of France is"')
+        prompts = many(prompt)
+        if not prompts or not all(one.strip() for one in prompts):
+            problem = (
+                "the prompt is empty"
+                if len(prompts) == 1
+                else "there is no prompt"
+                if not prompts
+                else "a prompt is empty"
+            )
+            raise SettingsError(problem, remedy='For example: patchhub ask "The capital of France is"')
         place, placement = self._place(base), self._placement(device, dtype, quantization)
         from patchhub.porcelain.model import ask
 
         with self._heard() as progress:
-            return Rows(ask(self.store, prompt, revisions, progress, base=place, placement=placement, chat=chat))
+            return Rows(ask(self.store, prompts, revisions, progress, base=place, placement=placement, chat=chat))
 
     @verb
     def apply(
