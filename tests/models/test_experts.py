@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,8 @@ from patchhub.editing.metric import drawn_to_mean, second_moments
 from patchhub.errors import SettingsError, UnsupportedModelError
 from patchhub.models.architectures import additive_probe, describe
 from patchhub.models.checkpoint import open_checkpoint
-from patchhub.models.experts import Routed, check_experts, shape_of
-from patchhub.models.tracing import Stack
+from patchhub.models.experts import Groups, Routed, check_experts, grouped_forwards, shape_of
+from patchhub.models.tracing import Stack, fast
 from patchhub.repository import Repository
 from patchhub.sets.columns import read_columns, write_columns
 from patchhub.store.store import Store
@@ -67,6 +68,33 @@ def test_gated_keys_and_the_stacked_weight_give_what_the_experts_give(family: st
         torch.testing.assert_close(values[layer], expected)
 
 
+@pytest.mark.parametrize("family", MIXTURES)
+def test_what_experts_give_by_groups_is_what_they_give(family: str) -> None:
+    """The same logits and the same gradient of the states, for few and for many tokens of an expert."""
+    model = random_model(tiny_config(family)).eval().requires_grad_(False)
+    assert list(grouped_forwards(model))
+    for tokens in (1, 60):
+        states = torch.randn(3, tokens, 32, generator=torch.Generator().manual_seed(tokens), requires_grad=True)
+        found = []
+        for how in (nullcontext(), fast(model)):
+            with how:
+                logits = model(inputs_embeds=states, use_cache=False).logits
+                found.append((logits, *torch.autograd.grad(logits.square().sum(), states)))
+        torch.testing.assert_close(found[1][0], found[0][0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found[1][1], found[0][1], rtol=1e-3, atol=1e-5 * float(found[0][1].abs().max()))
+
+
+def test_products_by_groups_are_those_of_each_pair_and_zero_where_a_slot_is_of_no_expert() -> None:
+    draw = torch.Generator().manual_seed(0)
+    experts = torch.randint(0, 6, (90, 2), generator=draw)  # 5: none
+    states, weights = torch.randn(180, 3, generator=draw), torch.randn(5, 4, 3, generator=draw)
+    groups = Groups.of(experts, 5)
+    torch.testing.assert_close(groups.back(groups.sorted(states)), states, rtol=0, atol=0)
+    padded = torch.cat([weights, torch.zeros(1, 4, 3)])[experts.flatten()]
+    expected = (padded @ states[:, :, None])[..., 0]
+    torch.testing.assert_close(groups.back(groups.product(groups.sorted(states), weights)), expected)
+
+
 class LouderExperts(Qwen3MoeExperts):
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         found: Tensor = super().forward(hidden_states, top_k_index, top_k_weights)
@@ -78,7 +106,10 @@ def test_experts_that_compute_something_else_are_refused_by_name() -> None:
     architecture = describe(model.config)
     experts = model.model.layers[1].mlp.experts
     assert check_experts(experts)
+    model.requires_grad_(False)
+    assert len(list(grouped_forwards(model))) == 3
     experts.__class__ = LouderExperts
+    assert len(list(grouped_forwards(model))) == 2
     assert not check_experts(experts)
     with pytest.raises(UnsupportedModelError, match="LouderExperts"):
         additive_probe(model, architecture, 1)
