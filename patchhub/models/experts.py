@@ -293,6 +293,44 @@ def _grouped_forward(
     return gated.sum(1).to(hidden.dtype)
 
 
+class _GatedKey:
+    """A pre-hook of an output projection that multiplies its key with the gate of the feed-forward part that it is in."""
+
+    def __init__(self) -> None:
+        self.gate = torch.ones(1)
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (args[0] * self.gate.to(args[0]), *args[1:])
+
+
+def gate_the_key(block: nn.Module, projection: str, gate: str) -> bool:
+    """Let the gate of a shared expert multiply the key of its output projection from now on, and no more its output: W (g k) = g W k.
+
+    So the projection is a linear map into the stream on a gated key, like a routed expert's. What the model computes is the same but for
+    rounding.
+
+    Args:
+        projection, gate: paths relative to the block.
+
+    Returns:
+        Whether that was done now, and not before.
+    """
+    module, linear_map = block.get_submodule(projection), block.get_submodule(gate)
+    part: Any = block.get_submodule(projection.rpartition(".")[0])
+    if any(isinstance(hook, _GatedKey) for hook in module._forward_pre_hooks.values()):
+        return False
+    key, whole = _GatedKey(), part.forward
+
+    def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        key.gate = torch.sigmoid(linear_map.forward(hidden))
+        return whole(hidden, *args, **kwargs)
+
+    part.forward = forward
+    module.register_forward_pre_hook(key)
+    linear_map.register_forward_hook(lambda _, args, output: torch.full_like(output, torch.inf))  # its sigmoid is 1
+    return True
+
+
 @contextmanager
 def watch_routes(model: nn.Module) -> Iterator[list[Int[Tensor, "tokens slots"]]]:
     """While open, the experts of the tokens of each call of an experts' module, call by call."""

@@ -24,7 +24,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from patchhub.delta import Delta, LowRank, add, to_dense
 from patchhub.errors import UnsupportedModelError
-from patchhub.models.architectures import Architecture, Behind, behind_of
+from patchhub.models.architectures import Architecture, Behind, behind_of, gate_keys
 from patchhub.models.experts import Routed, gated_keys, grouped_forwards, shape_of
 
 _SHAPES = ((64, 64, 64), (96, 384, 512), (33, 640, 129))  # rows, inner, columns of the products that are tried
@@ -237,7 +237,8 @@ class Stack:
     """The pieces of one loaded model.
 
     Args:
-        model: a transformers causal LM; it is put into evaluation mode and its parameters stop asking for gradients.
+        model: a transformers causal LM; it is put into evaluation mode, its parameters stop asking for gradients, and the gates of shared
+            experts multiply keys (`gate_keys`).
         architecture: where its blocks are.
 
     Raises:
@@ -246,6 +247,7 @@ class Stack:
 
     def __init__(self, model: Any, architecture: Architecture) -> None:
         self.model = model.eval().requires_grad_(False)
+        gate_keys(self.model, architecture)
         self.architecture = architecture
         self.blocks: list[nn.Module] = list(model.get_submodule(architecture.blocks))
         self.decoder: Any = model.get_submodule(architecture.blocks.rpartition(".")[0])

@@ -122,21 +122,53 @@ def test_of_other_modules_there_is_no_shape() -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "site"), [("deepseek_v3", "routed"), ("deepseek_v3", "shared"), ("glm4_moe", "shared")]
+    ("family", "site"),
+    [("deepseek_v3", "routed"), ("deepseek_v3", "shared"), ("glm4_moe", "shared"), ("qwen2_moe", "shared")],
 )
 def test_the_site_says_which_experts_are_edited(family: str, site: Any) -> None:
     model = random_model(tiny_config(family)).eval()
     found = describe(model.config, site)
     assert found.site == site
-    assert found.feed_forward[0].path == "mlp.down_proj"  # the first layer is dense
+    if family != "qwen2_moe":
+        assert found.feed_forward[0].path == "mlp.down_proj"  # the first layer is dense
     assert bool(found.feed_forward[1].experts) == (site == "routed")
     assert describe(model.config, "shared" if site == "routed" else "routed").feed_forward[1] == found.beside[1]
     additive_probe(model, found, 1)
     Stack(model, found)
 
 
+@pytest.mark.parametrize("family", ["qwen2_moe", "qwen3_next", "qwen3_5_moe_text"])
+def test_a_shared_experts_gate_multiplies_its_key(family: str) -> None:
+    """What the model says is the same, and W (g k) is what the shared expert put into the stream; a second stack changes nothing more."""
+    config = tiny_config(family)
+    plain, model = random_model(config).eval(), random_model(config).eval()
+    ids, seen = torch.arange(1, 9).view(2, 4), list[Tensor]()
+    expert, gate = (
+        plain.get_submodule(f"model.layers.1.mlp.{name}") for name in ("shared_expert", "shared_expert_gate")
+    )
+    expert.register_forward_hook(lambda module, args, output: seen.append(output))
+    gate.register_forward_hook(lambda module, args, output: seen.append(output.sigmoid()))
+    for _ in range(2):
+        stack = Stack(model, describe(config, "shared"))
+        with torch.no_grad(), stack.watch_keys([1]) as keys, stack.watch_values([1]) as values:
+            torch.testing.assert_close(model(ids).logits, plain(ids).logits)
+        torch.testing.assert_close(values[1].flatten(0, 1), (seen[-1] * seen[-2]).view(8, -1))
+        weight = stack.ffn_out[1].get_parameter("weight")
+        torch.testing.assert_close(keys[1] @ weight.T, values[1])
+    assert model.state_dict().keys() == plain.state_dict().keys()
+
+
+def test_a_gate_that_is_something_else_is_refused() -> None:
+    model = random_model(tiny_config("qwen2_moe")).eval()
+    for parameter in model.parameters():
+        parameter.data.mul_(20)
+    model.model.layers[1].mlp.shared_expert_gate.register_forward_hook(lambda module, args, output: output + 5)
+    with pytest.raises(UnsupportedModelError, match="behind gates"):
+        additive_probe(model, describe(model.config, "shared"), 1)
+
+
 @pytest.mark.parametrize(
-    ("family", "site"), [("mixtral", "shared"), ("llama4_text", "routed"), ("qwen2_moe", "shared")]
+    ("family", "site"), [("mixtral", "shared"), ("llama4_text", "routed"), ("granitemoe", "shared")]
 )
 def test_a_site_that_is_not_there_is_refused(family: str, site: Any) -> None:
     with pytest.raises(SettingsError, match=f"no {site} experts"):
@@ -261,6 +293,7 @@ def said(model: Any) -> Tensor:
         ("mixtral", None),
         pytest.param("gpt_oss", None, marks=pytest.mark.slow),
         pytest.param("deepseek_v3", "shared", marks=pytest.mark.slow),
+        pytest.param("qwen2_moe", "shared", marks=pytest.mark.slow),
     ],
 )
 def test_a_history_on_a_mixture_of_experts(family: str, experts: str | None, tmp_path: Path) -> None:
@@ -297,7 +330,7 @@ def test_a_history_on_a_mixture_of_experts(family: str, experts: str | None, tmp
     ours, theirs = tensors_of(base), tensors_of(tmp_path / "out")
     changed = {name for name in ours if ours[name] != theirs[name]}
     assert ours.keys() == theirs.keys()
-    place = "shared_experts" if experts == "shared" else "experts"
+    place = {"deepseek_v3": "shared_experts", "qwen2_moe": "shared_expert"}.get(family, "experts")
     assert changed
     assert all(f".1.{'block_sparse_moe' if family == 'mixtral' else 'mlp'}.{place}." in name for name in changed)
     with Store.open(tmp_path) as store:
