@@ -154,10 +154,10 @@ def _block_list(model: nn.Module, n_layers: int) -> tuple[str, list[nn.Module]]:
 def _trace(model: nn.Module, blocks: list[nn.Module], d_model: int) -> list[_Record]:
     """One run over four positions on the meta device, and what was recorded in each block."""
     ids = torch.zeros(1, 4, dtype=torch.long, device="meta")
-    masks: list[Tensor | None] = [torch.ones_like(ids)]
+    masks: list[Tensor | None] = [torch.ones_like(ids), torch.zeros(1, 1, 4, 4, device="meta"), None]
     if is_recurrent(model.config):
         # Such layers ask whether a mask of two dimensions hides anything, which has no answer here; some take one of four, some none.
-        masks = [torch.zeros(1, 1, 4, 4, device="meta"), None]
+        masks = masks[1:]
     failed: Exception | None = None
     for mask in masks:
         try:
@@ -204,7 +204,11 @@ def _watch(block: nn.Module, record: _Record, d_model: int) -> Iterable[Any]:
         return lambda module, args, output: record.gates.append((path, output.grad_fn))
 
     def norm(path: str) -> Callable[..., None]:
-        return lambda module, args, output: record.norms.append((path, output.grad_fn, args[0].grad_fn))
+        def note(module: nn.Module, args: Any, output: Any) -> None:
+            if args and isinstance(output, Tensor):  # a part that holds norms may be called one
+                record.norms.append((path, output.grad_fn, args[0].grad_fn))
+
+        return note
 
     yield block.register_forward_pre_hook(enter, with_kwargs=True)
     yield block.register_forward_hook(leave)

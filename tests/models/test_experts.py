@@ -22,12 +22,15 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 import patchhub
 from patchhub.constraints import Columns, solve
 from patchhub.delta import section, to_dense
+from patchhub.editing.locate import Encoded
 from patchhub.editing.metric import drawn_to_mean, second_moments
+from patchhub.editing.rows import Projections
+from patchhub.editing.values import Fact, ValueSettings, optimise_values
 from patchhub.errors import SettingsError, UnsupportedModelError
 from patchhub.models.architectures import additive_probe, describe
 from patchhub.models.checkpoint import open_checkpoint
 from patchhub.models.experts import Groups, Routed, check_experts, grouped_forwards, shape_of
-from patchhub.models.tracing import Stack, fast
+from patchhub.models.tracing import Stack, fast, right_padded
 from patchhub.repository import Repository
 from patchhub.sets.columns import read_columns, write_columns
 from patchhub.store.store import Store
@@ -173,6 +176,23 @@ def test_a_gate_that_is_something_else_is_refused() -> None:
 def test_a_site_that_is_not_there_is_refused(family: str, site: Any) -> None:
     with pytest.raises(SettingsError, match=f"no {site} experts"):
         describe(tiny_config(family), site)
+
+
+def test_a_value_in_a_mixture_may_be_much_longer_than_what_its_experts_give() -> None:
+    """PMET's clamp and decay are relative to the stream: at some tokens experts give next to nothing."""
+    stack, layer = stack_of("mixtral"), 1
+    for name, parameter in stack.model.named_parameters():
+        if name.endswith("experts.down_proj"):
+            parameter.data.mul_(1e-3)
+    site = Projections(stack, layer)
+    fact = Fact((Encoded((3, 7, 20, 9, 11), 2, (4, 5)),), Encoded((20, 9), 0, (2, 2)))
+    settings = ValueSettings(steps=6, learning_rate=0.1, weight_decay=0.0, kl_factor=0.0, clamp=2.0, stop_loss=0.0)
+    found = optimise_values(site, [fact], settings)
+    moved, output = float((found.targets - found.hidden).norm()), float(found.hidden.norm())
+    with torch.no_grad():
+        start = stack.begin(*right_padded([(3, 7, 20)], stack.device))
+        stream = float(start.run(start.hidden, 0, layer)[0, -1].norm())
+    assert 20 * output < moved <= 2.0 * stream * (1 + 1e-5)
 
 
 def test_second_moments_are_those_of_the_dense_stack_drawn_to_the_mean() -> None:
