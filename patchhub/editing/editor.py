@@ -286,6 +286,7 @@ MEMIT = Editor(memit_settings, Way(BlockOutput, EQUAL_SHARES), Way(FeedForward, 
 def pmet_settings(architecture: Architecture) -> EditSettings:
     """The published settings, with layers and lambda from the model's size (docs/methods.md gives the measurements)."""
     narrow = is_narrow(architecture)
+    own = 8.0 if architecture.site is None else 2.0  # in a mixture of experts it is relative to the stream, as MEMIT's
     settings = EditSettings(
         layers=default_layers(architecture),
         ridge=inner_width(architecture) / 16,
@@ -293,7 +294,7 @@ def pmet_settings(architecture: Architecture) -> EditSettings:
         learning_rate=0.5 if narrow else 0.2,
         weight_decay=0.5,
         kl_factor=0.25 if narrow else 1.0,
-        clamp=8.0 if narrow else 0.75,
+        clamp=own if narrow else 0.75,
         closing=0.5,
         opening=1.0,
         chat_weight=0.5,

@@ -81,6 +81,11 @@ class Site(ABC):
     def unedited(self, rows: Rows) -> Float[Tensor, "rows parts d"]:
         """What the change is added to."""
 
+    def lengths(self, rows: Rows, unedited: Float[Tensor, "rows parts d"]) -> Float[Tensor, "rows parts"]:
+        """What the clamp and the decay of each part are relative to: the length of what the change is added to."""
+        length: Tensor = unedited.norm(dim=-1)
+        return length
+
     def unit(self, hidden: Float[Tensor, "groups parts d"]) -> Float[Tensor, "groups parts 1"]:
         """What lengths are measured in: 1, or where a norm comes behind, which does not see them, the root mean square of each part."""
         if self.stack.architecture.norm is None:
@@ -169,6 +174,14 @@ class Projections(_AtProjections):
     def _modules(self) -> tuple[nn.Module, ...]:
         attention = self.stack.model.get_submodule(self.stack.architecture.attn_module(self.layer))
         return self.stack.ffn_out[self.layer], attention
+
+    def lengths(self, rows: Rows, unedited: Float[Tensor, "rows parts d"]) -> Float[Tensor, "rows parts"]:
+        """In a mixture of experts, whose output is next to nothing at some tokens, they are relative to the stream's length."""
+        architecture = self.stack.architecture
+        if architecture.site is None or architecture.norm is not None:
+            return super().lengths(rows, unedited)
+        length: Tensor = rows.at_last(rows.hidden).float().norm(dim=-1, keepdim=True)
+        return length.expand(-1, self.parts)
 
 
 class FeedForward(_AtProjections):

@@ -236,6 +236,7 @@ class _Batch:
     predictions: _Predictions
     essence_log_probs: Float[Tensor, "groups vocabulary"] | None  # before anything changed; None until the first step
     hidden: Float[Tensor, "groups parts d"]  # of each group's first fact
+    length: Float[Tensor, "groups parts"]
     unit: Float[Tensor, "groups parts 1"]
     delta: Float[Tensor, "groups parts d"]
     first_moment: Float[Tensor, "groups parts d"]
@@ -506,7 +507,7 @@ def _prepare(
     read += [(len(rows) + number, 0) for number in range(len(chosen))]
     rows += [Row(facts[group[0]].essence, 1, last, number) for number, group in enumerate(chosen)]
     lanes, members = open_lanes(site, rows, read, trunk), torch.tensor(places, device=device).T
-    hidden = _unedited(site, rows, lanes)
+    hidden, lengths = _unedited(site, rows, lanes)
     first = torch.tensor([sum(map(len, chosen[:number])) for number in range(len(chosen))], device=device)
     zeros = torch.zeros_like(hidden[first])
     return _Batch(
@@ -517,6 +518,7 @@ def _prepare(
         predictions=predictions,
         essence_log_probs=None,
         hidden=hidden[first],
+        length=lengths[first],
         unit=site.unit(hidden[first]),
         delta=zeros,
         first_moment=zeros,
@@ -528,14 +530,16 @@ def _prepare(
 
 def _unedited(
     site: Site, rows: Sequence[Row], lanes: Sequence[tuple[Lane, Sequence[int]]]
-) -> Float[Tensor, "facts parts d"]:
-    """What the change is added to in the bare row of every fact; essences are no such rows."""
+) -> tuple[Float[Tensor, "facts parts d"], Float[Tensor, "facts parts"]]:
+    """What the change is added to in the bare row of every fact, and what its length is relative to; essences are no such rows."""
     facts = [number for number, row in enumerate(rows) if row.trunk == 0]
-    found: dict[int, Tensor] = {}
+    found: dict[int, tuple[Tensor, Tensor]] = {}
     for lane, numbers in lanes:
         if any(rows[number].trunk == 0 for number in numbers):
-            found |= dict(zip(numbers, site.unedited(lane.rows), strict=True))
-    return torch.stack([found[number] for number in facts])
+            hidden = site.unedited(lane.rows)
+            found |= dict(zip(numbers, zip(hidden, site.lengths(lane.rows, hidden), strict=True), strict=True))
+    hidden, lengths = (torch.stack(parts) for parts in zip(*(found[number] for number in facts), strict=True))
+    return hidden, lengths
 
 
 def _predictions(
@@ -582,7 +586,7 @@ def _evaluate(site: Site, batch: _Batch, settings: ValueSettings, *, last: bool)
         nll = torch.zeros_like(batch.nll_factor).index_add(0, where.fact, -log_probs * where.share)
         before = essence.detach() if batch.essence_log_probs is None else batch.essence_log_probs
         kl = settings.kl_factor * (essence.exp() * (essence - before)).sum(-1)
-        decay = (batch.unit[..., 0] * delta.norm(dim=-1) / batch.hidden.norm(dim=-1).square()).sum(-1)
+        decay = (batch.unit[..., 0] * delta.norm(dim=-1) / batch.length.square()).sum(-1)
         objective = batch.nll_factor * nll + kl + settings.weight_decay * decay
     gradient = None if last else torch.autograd.grad(objective.sum(), delta)[0]
     done, sure = objective < settings.stop_loss, torch.zeros_like(objective, dtype=torch.bool)
@@ -600,7 +604,7 @@ def _adam(batch: _Batch, step: _Step, number: int, settings: ValueSettings) -> _
     second = _BETAS[1] * batch.second_moment + (1 - _BETAS[1]) * step.gradient.square()
     scale = (second / (1 - _BETAS[1] ** (number + 1))).sqrt() + _ADAM_EPSILON
     delta = batch.delta - settings.learning_rate * batch.unit * (first / (1 - _BETAS[0] ** (number + 1))) / scale
-    limit = settings.clamp * batch.hidden.norm(dim=-1, keepdim=True)
+    limit = settings.clamp * batch.length[..., None]
     delta = delta * (limit / delta.norm(dim=-1, keepdim=True).clamp(min=1e-12)).clamp(max=1.0)
     return replace(
         batch,
@@ -636,6 +640,7 @@ def _shrunk(batch: _Batch, live: Sequence[bool], values: Values) -> _Batch:
         predictions=batch.predictions.select(predicted, place),
         essence_log_probs=batch.essence_log_probs[keep],
         hidden=batch.hidden[keep],
+        length=batch.length[keep],
         unit=batch.unit[keep],
         delta=batch.delta[keep],
         first_moment=batch.first_moment[keep],

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -24,8 +24,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from patchhub.delta import Delta, LowRank, add, to_dense
 from patchhub.errors import UnsupportedModelError
-from patchhub.models.architectures import Architecture, Behind, behind_of
-from patchhub.models.experts import Routed, gated_keys, shape_of
+from patchhub.models.architectures import Architecture, Behind, behind_of, gate_keys
+from patchhub.models.experts import Routed, gated_keys, grouped_forwards, shape_of
 
 _SHAPES = ((64, 64, 64), (96, 384, 512), (33, 640, 129))  # rows, inner, columns of the products that are tried
 _KEPT_KERNELS = "32"
@@ -237,7 +237,8 @@ class Stack:
     """The pieces of one loaded model.
 
     Args:
-        model: a transformers causal LM; it is put into evaluation mode and its parameters stop asking for gradients.
+        model: a transformers causal LM; it is put into evaluation mode, its parameters stop asking for gradients, and the gates of shared
+            experts multiply keys (`gate_keys`).
         architecture: where its blocks are.
 
     Raises:
@@ -246,6 +247,7 @@ class Stack:
 
     def __init__(self, model: Any, architecture: Architecture) -> None:
         self.model = model.eval().requires_grad_(False)
+        gate_keys(self.model, architecture)
         self.architecture = architecture
         self.blocks: list[nn.Module] = list(model.get_submodule(architecture.blocks))
         self.decoder: Any = model.get_submodule(architecture.blocks.rpartition(".")[0])
@@ -478,16 +480,18 @@ class Stack:
 def fast(model: Any) -> Iterator[None]:
     """While open, the model computes the same numbers, up to float32's rounding, in less time on a CPU.
 
-    Its products are those of `fast_products`, its activations are fused, and its head sees contiguous states: of a slice
-    (the last positions) PyTorch makes a product for each row then, and copies the head's weight for each of them.
+    Its products are those of `fast_products`, and a mixture's are made expert by expert (`grouped_forwards`). Its activations are fused,
+    and its head sees contiguous states: of a slice (the last positions) PyTorch makes a product for each row then, and copies the
+    head's weight for each of them.
     """
     gelus = [module for module in model.modules() if isinstance(module, NewGELUActivation)]
     contiguous = model.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0].contiguous(),))
-    with (
-        fast_products(model.get_input_embeddings().weight.device),
-        _replaced_forwards(gelus, lambda x: nn.functional.gelu(x, approximate="tanh")),
-        _removed([contiguous]),
-    ):
+    with ExitStack() as opened:
+        opened.enter_context(fast_products(model.get_input_embeddings().weight.device))
+        opened.enter_context(_replaced_forwards(gelus, lambda x: nn.functional.gelu(x, approximate="tanh")))
+        opened.enter_context(_removed([contiguous]))
+        for experts, forward in grouped_forwards(model):
+            opened.enter_context(_replaced_forwards([experts], forward))
         yield
 
 

@@ -223,10 +223,13 @@ def _editor(
     """
     if method == METHOD:
         wise, rank = wise_settings(repository, architecture, given)
-        if architecture.feed_forward[wise.layer].experts:
+        projection = architecture.feed_forward[wise.layer]
+        if projection.experts or projection.gate:
+            kind = "a shared expert behind a gate" if projection.gate else "a mixture of experts"
             raise UnsupportedModelError(
-                f"layer {wise.layer} of this {architecture.model_type} model is a mixture of experts, which has no side memory",
-                remedy="Use memit or pmet, a layer without experts, or `patchhub init --experts shared` where there is a shared one.",
+                f"layer {wise.layer} of this {architecture.model_type} model is {kind}, which has no side memory",
+                remedy="Use memit or pmet, a layer without experts, or `patchhub init --experts shared` where there is a shared one "
+                "without a gate.",
                 layer=wise.layer,
             )
         return SideMemories(wise, rank, (architecture.ffn_weight(wise.layer),))
