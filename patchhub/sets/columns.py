@@ -18,8 +18,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load, load_file, save
 
 from patchhub.canonical import COUNT, IDENTIFIER, NUMBER, TEXT, MalformedError, list_of, map_of, optional, record_of
-from patchhub.constraints import Columns, beyond, difference, join, no_columns
-from patchhub.delta import STORED_DTYPES, Delta, add, negative, read_deltas
+from patchhub.constraints import Columns, beyond, join, no_columns
+from patchhub.delta import STORED_DTYPES, Delta, read_deltas
 from patchhub.errors import CorruptStoreError
 from patchhub.models import linear_weights
 from patchhub.objects import Base, Element, Patch
@@ -202,7 +202,7 @@ def read_columns(repository: Store, elements: Iterable[Element]) -> dict[str, Co
         CorruptStoreError: a patch's tensors are not what its manifest says.
     """
     elements = frozenset(elements)
-    return _columns(repository, elements, read_additive(repository, elements))
+    return columns_beside(repository, elements, read_additive(repository, elements))
 
 
 def read_rows(
@@ -257,67 +257,29 @@ def _by_patch(elements: Iterable[Element]) -> dict[str, list[str]]:
     return wanted
 
 
-def solve_change(repository: Store, before: frozenset[Element], after: frozenset[Element]) -> dict[str, Delta]:
-    """D(after) - D(before) of each weight that either set changes, from what was recorded alone (float64).
-
-    Where the sets' additive patches differ at a weight, every column's residual there is another, and both sets are solved;
-    elsewhere only what the sets do not have in common is.
-    """
-    shapes = linear_shapes(repository)
-    old, new = read_additive(repository, before), read_additive(repository, after)
-    gone, come = read_additive(repository, before - after), read_additive(repository, after - before)
-    shifted = gone.keys() | come.keys()
-    common = _columns(repository, before & after, new)
-    added, removed = _columns(repository, after - before, new), _columns(repository, before - after, old)
-    change: dict[str, Delta] = {}
-    for weight in sorted(added.keys() | removed.keys() | shifted):
-        nothing = no_columns(shapes[weight])
-        parts = [part.get(weight, nothing) for part in (common, added, removed)]
-        if weight not in shifted:
-            change[weight] = difference(*parts)
-    if shifted:
-        change |= _rebased_change(repository, before, after, (old, new), (gone, come))
-    return dict(sorted(change.items()))
-
-
-def _rebased_change(
-    repository: Store,
-    before: frozenset[Element],
-    after: frozenset[Element],
-    whole: tuple[Mapping[str, Sequence[Delta]], Mapping[str, Sequence[Delta]]],
-    differing: tuple[Mapping[str, Sequence[Delta]], Mapping[str, Sequence[Delta]]],
-) -> dict[str, Delta]:
-    """`solve_change` at the weights where the additive patches differ.
-
-    Args:
-        whole: the additive deltas before and after.
-        differing: those of them that the other set does not have.
-    """
-    shapes = linear_shapes(repository)
-    then, now = _columns(repository, before, whole[0]), _columns(repository, after, whole[1])
-    gone, come = differing
-    change: dict[str, Delta] = {}
-    for weight in gone.keys() | come.keys():
-        nothing = no_columns(shapes[weight])
-        solved = [difference(nothing, part.get(weight, nothing), nothing) for part in (now, then)]
-        parts = [*come.get(weight, ()), solved[0], *map(negative, [*gone.get(weight, ()), solved[1]])]
-        change[weight] = add(parts, shapes[weight])
-    return change
-
-
-def _columns(
+def columns_beside(
     repository: Store, elements: Iterable[Element], additive: Mapping[str, Sequence[Delta]]
 ) -> dict[str, Columns]:
     """The columns among ``elements``, with residuals against W0 plus those additive deltas."""
     parts: dict[str, list[Columns]] = {}
-    for identity, requests in _by_patch(elements).items():
-        patch = repository.patch(identity)
-        rows = _rows_of(identity, patch, requests)
-        for weight, columns in _patch_columns(repository, identity, patch).items():
-            taken = columns.take(rows)
-            parts.setdefault(weight, []).append(replace(taken, labels=tuple((identity, one) for one in requests)))
+    for found in read_patches(repository, elements):
+        for weight, columns in found.items():
+            parts.setdefault(weight, []).append(columns)
     joined = {weight: join(found) for weight, found in sorted(parts.items())}
     return {weight: beyond(columns, additive.get(weight, ())) for weight, columns in joined.items()}
+
+
+def read_patches(repository: Store, elements: Iterable[Element]) -> Iterator[dict[str, Columns]]:
+    """The columns among ``elements`` as they were recorded, patch by patch in the set's order, of which one is held at a time.
+
+    Raises:
+        CorruptStoreError: a patch's tensors are not what its manifest says.
+    """
+    for identity, requests in _by_patch(elements).items():
+        patch = repository.patch(identity)
+        rows, labels = _rows_of(identity, patch, requests), tuple((identity, one) for one in requests)
+        found = _patch_columns(repository, identity, patch)
+        yield {weight: replace(columns.take(rows), labels=labels) for weight, columns in found.items()}
 
 
 def _patch_columns(repository: Store, identity: str, patch: Patch) -> dict[str, Columns]:
