@@ -14,13 +14,14 @@ from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.numpy import load, load_file, save
 
 from patchhub.canonical import COUNT, IDENTIFIER, NUMBER, TEXT, MalformedError, list_of, map_of, optional, record_of
 from patchhub.constraints import Columns, beyond, join, no_columns
-from patchhub.delta import STORED_DTYPES, Delta, read_deltas
+from patchhub.delta import STORED_DTYPES, Delta, Tensors, read_deltas
 from patchhub.errors import CorruptStoreError
+from patchhub.fsio import Span
 from patchhub.models import linear_weights
 from patchhub.objects import Base, Element, Patch
 from patchhub.remotes.receive import MAX_HEADER, CheckTensors, Owner
@@ -207,7 +208,7 @@ def read_columns(repository: Store, elements: Iterable[Element]) -> dict[str, Co
 
 def read_rows(
     patch_of: Callable[[str], Patch],
-    file_of: Callable[[str], Path],
+    file_of: Callable[[str], Span],
     elements: Iterable[Element],
     weight: str,
     shape: tuple[int, int],
@@ -229,11 +230,11 @@ def read_rows(
             continue
         rows = _rows_of(identity, patch, requests)
         try:
-            with safe_open(file_of(patch.tensors), "np") as tensors:
-                wanted = {*tensors.keys()} & {f"{weight}.{part}" for part in (*_PARTS, _EXPERTS)}
-                arrays = {name: tensors.get_tensor(name) for name in wanted}
-        except (SafetensorError, OSError, TypeError, AttributeError) as error:
-            raise _damaged(identity, f"its tensors cannot be read ({error})") from error
+            tensors = Tensors(file_of(patch.tensors))
+            wanted = {*tensors} & {f"{weight}.{part}" for part in (*_PARTS, _EXPERTS)}
+            arrays = {name: tensors[name] for name in wanted}
+        except CorruptStoreError as error:
+            raise _damaged(identity, f"its tensors cannot be read ({error.message})") from error
         taken = _sound_columns(identity, patch, weight, arrays).take(rows)
         parts.append(replace(taken, labels=tuple((identity, one) for one in requests)))
     return join(parts)

@@ -16,6 +16,7 @@ from patchhub.cache import Cache
 from patchhub.canonical import IDENTIFIER, StoredObject, choice, list_of, object_id, optional
 from patchhub.delta import Delta, read_deltas
 from patchhub.errors import CorruptStoreError, RemoteError, RepositoryError, SettingsError
+from patchhub.fsio import Span
 from patchhub.models.architectures import describe, read_config, read_model
 from patchhub.models.checkpoint import Checkpoint, open_checkpoint
 from patchhub.models.fingerprint import check_tensors
@@ -192,11 +193,11 @@ def _prove_published(snapshot: HubSnapshot, state: Mapping[str, list[Delta]], we
             raise CorruptStoreError(f"patch {identity[:12]} is about weights of another base", remedy="Do not use it.")
         return patch
 
-    def file_of(patch: Patch) -> Path:
+    def file_of(patch: Patch) -> Span:
         limit = columns_limit(patch) if patch.kind == "closed_form" else delta_limit(patch.weights)
         file = snapshot.file(patch.tensors, limit=limit)
         check(patch, file)
-        return file
+        return Span.of(file)
 
     check_state(elements, state, linear, patch_of=patch_of, file_of=file_of)
 
@@ -288,9 +289,9 @@ def _proven(repository: Store, state: PatchState, commit: str) -> PatchState:
     """A state of a store, proven anew; `CorruptStoreError` where its weights are not those of its facts."""
     objects = repository.objects
 
-    def file_of(patch: Patch) -> Path:
+    def file_of(patch: Patch) -> Span:
         objects.verify(patch.tensors)
-        return objects.path(patch.tensors)
+        return objects.place(patch.tensors)
 
     elements = repository.active(commit)
     check_state(elements, state.weights, stored_shapes(repository), patch_of=repository.patch, file_of=file_of)

@@ -220,7 +220,7 @@ def _rivals(
     shape = tree.architecture.shapes[layer]
     active = below.columns.get(weight, no_columns(shape))
     if isinstance(active, Moments):  # keys are compared one by one
-        recorded = read_rows(repository.patch, repository.objects.path, plan.kept, weight, shape)
+        recorded = read_rows(repository.patch, repository.objects.place, plan.kept, weight, shape)
         active = beyond(recorded, below.fixed.get(weight, ()))
 
     def read(requests: Sequence[Request], contexts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
