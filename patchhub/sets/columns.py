@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.numpy import load, load_file, save
+from safetensors.numpy import load, save
 
 from patchhub.canonical import COUNT, IDENTIFIER, NUMBER, TEXT, MalformedError, list_of, map_of, optional, record_of
 from patchhub.constraints import Columns, beyond, join, no_columns
@@ -346,7 +346,7 @@ def tensor_check(weights: Mapping[str, tuple[int, int]], linear: Mapping[str, tu
         linear: (out, in) of those that a state may change.
     """
 
-    def check(owner: Owner, file: Path) -> None:
+    def check(owner: Owner, file: Span) -> None:
         _refuse_metadata(file)
         if isinstance(owner, Patch) and owner.kind == "closed_form":
             _check_settings(owner)
@@ -360,11 +360,10 @@ def tensor_check(weights: Mapping[str, tuple[int, int]], linear: Mapping[str, tu
     return check
 
 
-def _refuse_metadata(file: Path) -> None:
+def _refuse_metadata(file: Span) -> None:
     """Refuse a ``__metadata__``, however it is spelled, and a name that stands twice, which safetensors lets pass."""
-    with open(file, "rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        header = stream.read(min(length, MAX_HEADER))
+    length = int.from_bytes(file.read(0, 8), "little")
+    header = file.read(8, min(length, MAX_HEADER))
     try:
         names = [name for name, _ in json.loads(header, object_pairs_hook=list)]
     except (ValueError, TypeError, RecursionError) as error:
@@ -385,14 +384,14 @@ def _check_settings(patch: Patch) -> None:
                 raise CorruptStoreError(str(error), remedy=_REMEDY, field=error.path) from None
 
 
-def _check_deltas(file: Path, weights: Mapping[str, tuple[int, int]]) -> None:
+def _check_deltas(file: Span, weights: Mapping[str, tuple[int, int]]) -> None:
     with _numpy_types():
-        read_deltas(file, weights)
+        read_deltas(file.read(), weights)
 
 
-def _check_shard(patch: Patch, file: Path, weights: Mapping[str, tuple[int, int]]) -> None:
+def _check_shard(patch: Patch, file: Span, weights: Mapping[str, tuple[int, int]]) -> None:
     with _numpy_types():
-        read_shard_change(patch, file, weights)
+        read_shard_change(patch, file.read(), weights)
 
 
 @contextmanager
@@ -404,7 +403,7 @@ def _numpy_types() -> Iterator[None]:
         raise CorruptStoreError(f"a delta has values of a forbidden type ({error})", remedy=_REMEDY) from error
 
 
-def _check_columns(patch: Patch, file: Path) -> None:
+def _check_columns(patch: Patch, file: Span) -> None:
     """The columns of every weight and z, and nothing else, finite and of the shapes that the patch states."""
     n = len(patch.requests)
     shapes: dict[str, tuple[int, ...]] = {}
@@ -412,7 +411,7 @@ def _check_columns(patch: Patch, file: Path) -> None:
         shapes |= {f"{weight}.k": (n, inner), f"{weight}.u": (n, inner), f"{weight}.r": (n, out)}
         shapes[f"{weight}.lambda"] = (n,)
     try:
-        tensors = load_file(file)
+        tensors = load(file.read())
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CorruptStoreError(f"its columns are no readable safetensors file ({error})", remedy=_REMEDY) from error
     for weight, (_, inner) in patch.weights.items():

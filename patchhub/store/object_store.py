@@ -74,7 +74,11 @@ class ObjectStore:
 
     def put_file(self, source: Path) -> str:
         """Keep the content of `source`, streamed: read once to name it and, if it is new, once to copy it."""
-        identity = file_digest(source)
+        return self.put_span(Span.of(source))
+
+    def put_span(self, source: Span) -> str:
+        """Keep what lies somewhere in a file, streamed likewise."""
+        identity = span_digest(source)
         self._keep(identity, _same_content(source, identity))
         return identity
 
@@ -82,7 +86,7 @@ class ObjectStore:
         """Keep many objects, as packs; those that are large as files.
 
         Raises:
-            RepositoryError: the bytes of one are not those of its name, or the disk refuses.
+            CorruptStoreError, RepositoryError: the bytes of one are not those of its name, or the disk refuses.
         """
         small = {identity: place for identity, place in objects.items() if place.size <= packs.LARGEST_OBJECT}
         for identity in objects.keys() - small.keys():
@@ -159,7 +163,7 @@ class ObjectStore:
 
     def verify(self, identity: str) -> int:
         """Read the whole object and check its hash; return its size in bytes. Raises `CorruptStoreError`."""
-        return self._sound(identity, lambda place: place, _span_digest).size
+        return self._sound(identity, lambda place: place, span_digest).size
 
     def delete_loose(self, identity: str) -> None:
         """Delete the file of an object that lies in a pack too, once that copy is seen to be sound; else it stays."""
@@ -178,7 +182,7 @@ class ObjectStore:
         """
         old = list(old)
         wanted = {identity for pack in old for identity in pack.index.ids()}.difference(without).union(more)
-        places = {identity: self._sound(identity, lambda place: place, _span_digest) for identity in sorted(wanted)}
+        places = {identity: self._sound(identity, lambda place: place, span_digest) for identity in sorted(wanted)}
         groups = packs.divided({identity: place.size for identity, place in places.items()})
         new = [
             packs.write_pack(self._folder, {identity: places[identity] for identity in group}, disk=self._disk)
@@ -230,7 +234,7 @@ class ObjectStore:
     @staticmethod
     def _is_sound(identity: str, place: Span) -> bool:
         try:
-            return _span_digest(place) == identity
+            return span_digest(place) == identity
         except OSError:
             return False
 
@@ -290,24 +294,25 @@ def file_digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _span_digest(place: Span) -> str:
+def span_digest(place: Span) -> str:
+    """SHA-256 of the bytes of a span, streamed."""
     digest = hashlib.sha256()
     for chunk in place.chunks():
         digest.update(chunk)
     return digest.hexdigest()
 
 
-def _same_content(source: Path, identity: str) -> Iterator[bytes]:
+def _same_content(source: Span, identity: str) -> Iterator[bytes]:
     """The bytes of `source`; fails at the end if they are not those that were hashed as `identity`."""
     digest = hashlib.sha256()
-    for chunk in read_chunks(source):
+    for chunk in source.chunks():
         digest.update(chunk)
         yield chunk
     if digest.hexdigest() != identity:
         raise RepositoryError(
-            f"{source} changed while it was copied into the store",
+            f"{source.path} changed while it was copied into the store",
             remedy="Run the command again when nothing writes to the file.",
-            path=str(source),
+            path=str(source.path),
         )
 
 

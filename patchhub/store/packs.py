@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Final
 
 from patchhub.canonical import object_id
-from patchhub.errors import CorruptStoreError, RepositoryError
+from patchhub.errors import CorruptStoreError
 from patchhub.fsio import READ_ONLY, Disk, Span, make_directories, os_errors, write_atomically
 
 MAGIC: Final = b"patchhub pack 1\n"
@@ -214,7 +214,7 @@ def content(objects: Sequence[tuple[str, Span]]) -> Iterator[bytes]:
     """The bytes of a pack of objects in ascending order of their ids.
 
     Raises:
-        RepositoryError: the bytes of one are not those of its name.
+        CorruptStoreError: the bytes of one are not those of its name.
     """
     for identity, place in objects:
         digest = sha256()
@@ -222,7 +222,7 @@ def content(objects: Sequence[tuple[str, Span]]) -> Iterator[bytes]:
             digest.update(chunk)
             yield chunk
         if digest.hexdigest() != identity:
-            raise RepositoryError(
+            raise CorruptStoreError(
                 f"object {identity[:12]} does not hash to its name, so it is not packed ({place.path})",
                 remedy=_REMEDY,
                 object=identity,
@@ -233,7 +233,7 @@ def write_pack(folder: Path, objects: Mapping[str, Span], *, disk: Disk) -> Pack
     """Write objects as one pack, the index last: without it the pack does not count.
 
     Raises:
-        RepositoryError: the disk refuses, or an object is damaged; there is no new pack then.
+        CorruptStoreError, RepositoryError: an object is damaged, or the disk refuses; there is no new pack then.
     """
     index = Index.of({identity: place.size for identity, place in objects.items()})
     pack = Pack(folder / f"{index.name}{PACK}", index)

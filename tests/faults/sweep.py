@@ -33,6 +33,7 @@ from patchhub.porcelain.exchange import import_change
 from patchhub.porcelain.merge import abort_merge, merge, then_refreshed
 from patchhub.porcelain.trust.signing import approve, sign
 from patchhub.progress import Silent
+from patchhub.remotes import parcels
 from patchhub.signing.ssh import SshKey
 from patchhub.store.fsck import check
 from patchhub.store.store import Store
@@ -53,6 +54,12 @@ def on_store(verb: Callable[[Store, Path], object], name: str = "store") -> Verb
             return verb(store, folder)
 
     return done
+
+
+def packed(folder: Path, verb: str) -> object:
+    """A verb by which few objects travel in packs as well; in this process alone, which ends then."""
+    parcels.PACK_FROM = 1  # type: ignore[misc]
+    return VERBS[verb](folder)
 
 
 def signing(folder: Path) -> Who:
@@ -86,6 +93,8 @@ VERBS: Final[Mapping[str, Verb]] = {
     "remote rename": on_store(lambda s, _: share.remote_rename(s, "full", "filled", who=WHO)),
     "remote remove": on_store(lambda s, _: share.remote_remove(s, "full", who=WHO)),
     "push": on_store(lambda s, _: share.push(s, "origin", share.CURRENT, Silent(), who=WHO)),
+    "push, packed": lambda folder: packed(folder, "push"),
+    "fetch, packed": lambda folder: packed(folder, "fetch"),
     "fetch": on_store(lambda s, _: share.fetch(s, "full", Silent(), who=WHO)),
     "pull": on_store(lambda s, _: share.pull(s, "full", Silent(), who=WHO)),
     "gc": on_store(lambda s, _: upkeep.collect(s, now="2030-01-01T00:00:00Z")),
@@ -168,7 +177,7 @@ MODEL_VERBS: Final[Mapping[str, Verb]] = {
 REPEATED = ("init", "init --shared", "clone", "clone --shared")
 """Verbs that make a store: what one leaves that died is taken up, or taken away, by the next."""
 
-IN_STEPS = ("push", "pull", "merge --refresh")
+IN_STEPS = ("push", "push, packed", "pull", "merge --refresh")
 """Verbs that may end after one of their steps: the remote and then what is known of it; the fetch, and then the merge; and so on."""
 
 UNSWEPT: Mapping[str, str] = {

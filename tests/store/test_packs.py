@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from patchhub.canonical import object_id
-from patchhub.errors import CorruptStoreError, RepositoryError
+from patchhub.errors import CorruptStoreError
 from patchhub.fsio import Span
 from patchhub.store import packs
 from patchhub.store.fsck import check, delete_garbage, pack_objects
@@ -164,7 +164,7 @@ def test_an_index_that_is_none_is_refused(store: ObjectStore, change: Callable[[
 
 def test_a_pack_is_not_written_of_what_is_damaged(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"other")
-    with pytest.raises(RepositoryError, match="does not hash"):
+    with pytest.raises(CorruptStoreError, match="does not hash"):
         write_pack(tmp_path / "packs", {object_id(b"bytes"): Span.of(tmp_path / "file")}, disk=QUICK)
     assert not list((tmp_path / "packs").iterdir())
 
