@@ -94,6 +94,9 @@ class HubRemote:
     def damaged(self) -> Sequence[str]:
         return self._damaged
 
+    def alone(self, tip: Tip) -> Collection[str]:
+        return self._read(tip).alone
+
     def _read(self, tip: Tip) -> Contents:
         found = self._files.contents(tip.token)
         self._damaged = found.damaged
@@ -174,7 +177,9 @@ class HubRemote:
             object_path(identity): place.read() if place.path.suffix == PACK else str(place.path)
             for identity, place in alone.items()
         }
-        for parcel in (*parcels, *again):
+        gathered = wrapped(publication.gathered)[1]
+        gone += [object_path(identity) for parcel in gathered for identity, _ in parcel.objects]
+        for parcel in (*parcels, *again, *gathered):
             file = into / f"{parcel.index.name}{PACK}"
             with os_errors(file), file.open("wb") as stream:
                 stream.writelines(parcel.content())

@@ -22,6 +22,9 @@ from patchhub.store.packs import Index, pack_path
 PACK_FROM: Final = 16
 """Fewer objects of a group than this are sent as files of their own."""
 
+GATHER_FROM: Final = 256
+"""So many objects that are files of their own in a remote are gathered into packs by the next push."""
+
 OBJECT: Final = re.compile(r"objects/([0-9a-f]{2})/([0-9a-f]{62})")
 _INDEX: Final = re.compile(rf"{packs.FOLDER}/([0-9a-f]{{64}}){re.escape(packs.INDEX)}")
 FOLDERS: Final = ("objects", packs.FOLDER)
@@ -91,7 +94,7 @@ class Contents:
         """The pack of each object, and where in it."""
         found = {}
         for name, index in sorted(self.packs.items(), reverse=True):
-            found.update({i: (name, place) for i in index.ids() if (place := index.find(i)) is not None})
+            found.update({identity: (name, (start, size)) for identity, start, size in index.places()})
         return found
 
     def grouped(self, ids: Collection[str]) -> tuple[list[str], dict[str, list[str]]]:
@@ -116,12 +119,9 @@ class Contents:
         """
         parcels, paths = [], [object_path(identity) for identity in gone if identity in self.alone]
         for name, index in self.packs.items():
-            ids = list(index.ids())
-            if not set(gone).intersection(ids):
+            if not any(identity in gone for identity in index.ids()):
                 continue
-            stay = [
-                (i, Span(pack(name), *place)) for i in ids if i not in gone and (place := index.find(i)) is not None
-            ]
+            stay = [(i, Span(pack(name), start, size)) for i, start, size in index.places() if i not in gone]
             if stay:
                 parcels.append(Parcel(tuple(stay)))
             paths += [pack_path(name, packs.INDEX), pack_path(name, packs.PACK)]

@@ -182,6 +182,7 @@ class Publication:
         expected: where it was seen; None if it was not there.
         near: the tip that ``objects`` were compared with; where a new ref starts from.
         groups: the objects to send, those that ``near`` lacks: id -> where its bytes are; in groups whose objects never share a pack.
+        gathered: objects that ``near`` has as files of their own and that shall lie in packs from then on, in such groups too.
         withdrawn: objects to take out, which ``near`` has: texts that shall be read no more.
         source: the base.
         notes: notes to set beside those that are there.
@@ -195,6 +196,7 @@ class Publication:
     expected: Tip | None
     near: Tip | None
     groups: Sequence[Mapping[str, Span]]
+    gathered: Sequence[Mapping[str, Span]]
     withdrawn: Collection[str]
     source: Source
     notes: Mapping[str, str]
@@ -235,6 +237,10 @@ class Remote(Protocol):
     @property
     def damaged(self) -> Sequence[str]:
         """In words, what the last `sizes` left out: packs that are damaged."""
+        ...
+
+    def alone(self, tip: Tip) -> Collection[str]:
+        """Those objects of `sizes` that are files of their own."""
         ...
 
     def read(self, tip: Tip, ids: Collection[str], into: Path, heard: Heard = unheard) -> Iterator[tuple[str, Span]]:
@@ -512,6 +518,9 @@ class FileRemote:
     def damaged(self) -> Sequence[str]:
         return self._contents().damaged
 
+    def alone(self, tip: Tip) -> Collection[str]:
+        return self._contents().alone
+
     def _contents(self) -> Contents:
         if self._listed is None:
             found = [self._files.sizes(folder) for folder in FOLDERS]
@@ -519,12 +528,19 @@ class FileRemote:
         return self._listed
 
     def read(self, tip: Tip, ids: Collection[str], into: Path, heard: Heard = unheard) -> Iterator[tuple[str, Span]]:
-        contents = self._contents()
-        alone, packed = contents.grouped(ids)
+        alone, _ = self._contents().grouped(ids)
         for identity in alone:
-            place = Span.of(self._local(object_path(identity), into))
+            try:
+                place = Span.of(self._files.local(object_path(identity), into))
+            except FileNotFoundError:  # it may lie in a pack by now
+                self._listed = None
+                if identity in self._contents().alone or identity not in self._contents().sizes:
+                    raise self._disappeared(f"object {identity[:12]}") from None
+                continue
             heard(place.size)
             yield identity, place
+        contents = self._contents()
+        packed = contents.grouped(ids)[1]
         for name, inside in packed.items():
             pack = self._pack(name, into)
             for identity in inside:
@@ -545,7 +561,10 @@ class FileRemote:
             path.stat()
             return path
         except FileNotFoundError:
-            raise RemoteError(f"{name} disappeared from {self._address}", remedy="Run the command again.") from None
+            raise self._disappeared(name) from None
+
+    def _disappeared(self, what: str) -> RemoteError:
+        return RemoteError(f"{what} disappeared from {self._address}", remedy="Run the command again.")
 
     def publish(self, publication: Publication, heard: Heard = unheard) -> None:
         with self._files.locked():
@@ -555,6 +574,9 @@ class FileRemote:
             self._files.write(object_path(identity), _told(place.chunks(), heard))
         for parcel in parcels:
             self._send(parcel, heard)
+        gathered = wrapped(publication.gathered)[1]
+        for parcel in gathered:
+            self._send(parcel)
         with self._files.locked():
             before = self._manifest()
             self._check(before, publication)
@@ -570,6 +592,9 @@ class FileRemote:
             if manifest != before:
                 self._files.write(NAME, (manifest.to_json(),))
         self._withdraw(publication.withdrawn)
+        for parcel in gathered:
+            for identity, _ in parcel.objects:
+                self._files.write(object_path(identity), None)
         self._listed = None
 
     def _send(self, parcel: Parcel, heard: Heard = unheard) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -13,6 +14,7 @@ from patchhub.errors import CorruptStoreError, RemoteError, RepositoryError, Rev
 from patchhub.fsio import Span
 from patchhub.objects import Commit
 from patchhub.progress import Progress, Silent, stage_bytes
+from patchhub.remotes import parcels
 from patchhub.remotes.receive import Intake, Received, Receiver, receiving
 from patchhub.remotes.remote import (
     FileRemote,
@@ -28,6 +30,7 @@ from patchhub.remotes.remote import (
 from patchhub.results import Result, told
 from patchhub.store import states
 from patchhub.store.operations import FETCH, PROVEN, TRUSTED
+from patchhub.store.packs import LARGEST_OBJECT
 from patchhub.store.revisions import BRANCHES, NOTES, REMOTES, SYMBOLIC, TAGS, check_ref, twins
 from patchhub.store.states import NOTHING_PROVEN, Proofs, Reference, closure, references
 from patchhub.store.store import Store
@@ -550,6 +553,7 @@ def _plan(
         expected=tip,
         near=near,
         groups=tuple(groups.values()),
+        gathered=_gathered(repository, remote.alone(near), roots, withdrawn) if near else (),
         withdrawn=withdrawn,
         source=source,
         notes=notes,
@@ -559,6 +563,21 @@ def _plan(
     )
     count, moved = sum(map(len, groups.values())), Moved(ref, tip.commit if tip else None, commit)
     return _Plan(publication, Pushed(moved, count, publication.size, len(withdrawn)))
+
+
+def _gathered(
+    repository: Store, alone: Collection[str], roots: Iterable[Reference], withdrawn: Collection[str]
+) -> Sequence[Mapping[str, Span]]:
+    """What a remote has as files of their own, where those are many, and this store sound: it is to lie in packs there."""
+    if len(alone) < parcels.GATHER_FROM:
+        return ()
+    objects, groups = repository.objects, dict[str, dict[str, Span]]()
+    for kind, identity in _lacking(repository, roots, set(), withheld=False):
+        if identity in alone and identity not in withdrawn and objects.size(identity) <= LARGEST_OBJECT:
+            with suppress(CorruptStoreError):  # what is damaged here stays as it is there
+                objects.verify(identity)
+                groups.setdefault(kind, {})[identity] = objects.place(identity)
+    return tuple(groups.values())
 
 
 def _shown_at_tag(remote: Remote, ref: str) -> RemoteError:

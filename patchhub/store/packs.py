@@ -114,6 +114,14 @@ class Index:
             yield identity
             place += 1
 
+    def places(self) -> Iterator[tuple[str, int, int]]:
+        """(id, where it begins, its size) of every object, in order."""
+        start = 0
+        for place in range(len(self)):
+            identity, end = self._at(place)
+            yield identity.hex(), start, end - start
+            start = end
+
     def _first(self, identity: bytes) -> int:
         """The place of the first object that is not before an id."""
         low, high = 0, len(self)

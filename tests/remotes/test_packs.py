@@ -10,6 +10,7 @@ import pytest
 from patchhub.canonical import object_id
 from patchhub.errors import CorruptStoreError, RemoteError
 from patchhub.remotes import parcels
+from patchhub.remotes.remote import Remote
 from patchhub.remotes.sync import open_remote
 from patchhub.store import packs
 from patchhub.store.fsck import check, pack_objects
@@ -209,3 +210,48 @@ def test_what_is_damaged_here_is_not_pushed_in_a_pack(packing: None, tmp_path: P
         with pytest.raises(CorruptStoreError, match=tensors[:12]):
             push(ours, open_remote(str(tmp_path / "remote")), "main")
         assert not (tmp_path / "remote" / "patchhub.json").exists()
+
+
+def test_many_small_pushes_are_gathered_into_packs(
+    connect: Callable[[], Remote], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However a history came there, a commit at a time, few files are left; who reads meanwhile, and who fetches later, gets all."""
+    monkeypatch.setattr(parcels, "GATHER_FROM", 40)
+    monkeypatch.setattr(parcels, "PACK_FROM", 6)
+    ours = make_history(tmp_path / "ours")
+    push(ours, connect(), "side")
+    reader = connect()
+    before = set(reader.sizes(reader.view().tips["refs/heads/side"]))
+    counts = []
+    for number in range(16):
+        add_batch(ours, range(100 + number, 101 + number))
+        push(ours, connect(), "main")
+        remote = connect()
+        counts.append(len(remote.alone(remote.view().tips["refs/heads/main"])))
+    assert max(counts) < 40 + 10
+    assert counts[-1] < 40 < 5 * 16
+    tip = connect().view().tips["refs/heads/main"]
+    assert set(closure_of(ours, "refs/heads/main")) <= set(connect().sizes(tip))
+    assert before <= set(reader.sizes(reader.view().tips["refs/heads/side"]))
+    with make_store(tmp_path / "theirs") as theirs:
+        fetch(theirs, connect())
+        assert content(theirs, tip.commit) == content(ours, tip.commit)
+        assert check(theirs).sound
+
+
+def test_who_reads_while_files_are_gathered_finds_them_in_packs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours, address = make_history(tmp_path / "ours"), str(tmp_path / "remote")
+    push(ours, open_remote(address), "main")
+    reader = open_remote(address)
+    tip = reader.view().tips["refs/heads/main"]
+    ids = set(reader.sizes(tip))
+    monkeypatch.setattr(parcels, "GATHER_FROM", 1)
+    monkeypatch.setattr(parcels, "PACK_FROM", 1)
+    add_batch(ours, range(50, 51))
+    push(ours, open_remote(address), "main")
+    (tmp_path / "into").mkdir()
+    assert {identity: object_id(place.read()) for identity, place in reader.read(tip, ids, tmp_path / "into")} == {
+        identity: identity for identity in ids
+    }

@@ -302,3 +302,21 @@ def test_an_empty_store_has_nothing_to_pack(tmp_path: Path) -> None:
     with make_repository(tmp_path, disk=QUICK) as repository:
         assert pack_objects(repository, dry_run=False).objects == 1  # the base
         assert pack_objects(repository, dry_run=False).objects == 0
+
+
+def test_a_flipped_bit_in_a_pack_or_its_index_is_found(repository: Store) -> None:
+    pack_objects(repository, dry_run=False)
+    (pack,) = repository.objects.packs()
+    rng = random.Random(5)
+    for path in (pack.path, pack.index_path):
+        data = path.read_bytes()
+        path.chmod(0o644)
+        for place in rng.sample(range(8 * len(data)), 40):
+            changed = bytearray(data)
+            changed[place // 8] ^= 1 << place % 8
+            path.write_bytes(changed)
+            with Store.open(repository.root.parent) as fresh:
+                assert not check(fresh).sound, (path.suffix, place)
+        path.write_bytes(data)
+    with Store.open(repository.root.parent) as fresh:
+        assert check(fresh).sound
