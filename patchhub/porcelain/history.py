@@ -481,7 +481,7 @@ def status(repository: Store) -> Status:
         base,
         Path(base["path"]).is_dir() or base["revision"] is not None,
         repository.config.recording.metric if repository.config.recording else None,
-        sum(repository.objects.path(blob).stat().st_size for blob in state),
+        sum(repository.objects.size(blob) for blob in state),
         last[1].command if last else None,
         stopped_merge(repository),
         _shards(repository, head),
@@ -500,7 +500,7 @@ def _shards(repository: Store, head: str | None) -> tuple[ActiveShard, ...]:
             next(iter(patch.weights)),
             shard_record(patch).routing["threshold"],
             identity in stale,
-            repository.objects.path(patch.tensors).stat().st_size,
+            repository.objects.size(patch.tensors),
         )
         for identity, patch in shards.items()
     )
@@ -549,7 +549,7 @@ def _scores(repository: Store, notes: Sequence[str]) -> tuple[Noted, ...]:
 
 def _size(repository: Store, commit: Commit) -> Size:
     delta, keyframe = (
-        repository.objects.path(blob).stat().st_size if blob is not None else 0
+        repository.objects.size(blob) if blob is not None else 0
         for blob in (commit.tensors, commit.keyframe.tensors if commit.keyframe else None)
     )
     norms = measured_norms(commit.check)
@@ -557,5 +557,5 @@ def _size(repository: Store, commit: Commit) -> Size:
     largest = max(ratios, key=ratios.__getitem__, default=None)
     ratio = None if largest is None else ratios[largest]
     shards = active_shards(repository, commit.added).values()
-    shard_bytes = sum(repository.objects.path(patch.tensors).stat().st_size for patch in shards)
+    shard_bytes = sum(repository.objects.size(patch.tensors) for patch in shards)
     return Size(delta, keyframe, largest if ratio else None, ratio or None, shard_bytes)

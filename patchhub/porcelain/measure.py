@@ -688,4 +688,4 @@ def _costs(made: Sequence[Committed], size: int, facts: int) -> dict[str, float]
 
 
 def _stored(repository: Store) -> int:
-    return sum(repository.objects.path(identity).stat().st_size for identity in repository.objects.ids())
+    return sum(repository.objects.size(identity) for identity in repository.objects.ids())

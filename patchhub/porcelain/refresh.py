@@ -23,11 +23,12 @@ from patchhub.objects import Element, Patch, Request
 from patchhub.porcelain.change import largest_proof
 from patchhub.progress import Progress
 from patchhub.results import Result
-from patchhub.sets.columns import read_additive, read_columns, stacked_weights, write_columns
+from patchhub.sets.columns import read_additive, stacked_weights, write_columns
 from patchhub.sets.commits import Draft, begin, prepare, store_patch
 from patchhub.sets.commits import record as record_commit
 from patchhub.sets.elements import active_requests, distinct, due, nothing_due
 from patchhub.sets.shards import active_shards, stale_shards, without_shards
+from patchhub.sets.sums import asked_for
 from patchhub.store.store import Store
 from patchhub.text.tokens import Chat
 from patchhub.who import Who
@@ -212,7 +213,8 @@ def _record_groups(
     layers = sorted({layer for group in groups for layer in group.settings["layers"]})
     recorder = open_recorder(repository, tree.stack, tree.tokenizer, layers, (), progress)
     progress.stage("recording again", sum(len(group.requests) for group in groups))
-    state = State(read_columns(repository, staying), tree.state.weights, read_additive(repository, staying))
+    fixed = read_additive(repository, staying)
+    state = State(asked_for(repository, repository.head[1], staying, fixed), tree.state.weights, fixed)
     elements = staying
     for group in groups:
         recording = _record(tree.stack, tree.tokenizer, group, recorder, state)

@@ -370,14 +370,22 @@ class RefVerbs(Opened):
             return fsck(self.store, progress, rebuild=reindex)
 
     @verb
-    def gc(self, *, dry_run: bool = False, grace: str | timedelta = "14 days", time: str | None = None) -> "Collected":
+    def gc(
+        self,
+        *,
+        dry_run: bool = False,
+        grace: str | timedelta = "14 days",
+        pack: bool = False,
+        time: str | None = None,
+    ) -> "Collected":
         """Delete what nothing needs: objects that were never recorded, leftovers of interrupted commands, unused cache.
 
         Args:
             dry_run: say what would be deleted; delete nothing.
             grace: keep what is younger: ``"36 hours"``, ``"2w"``, ``"0"``.
+            pack: put objects that are files of their own into packs: a few files in place of five for each commit.
         """
         from patchhub.porcelain.upkeep import collect
 
         age = grace if isinstance(grace, timedelta) else duration(grace)
-        return collect(self.store, now=self._who(None, time).time, grace=age, dry_run=dry_run)
+        return collect(self.store, now=self._who(None, time).time, grace=age, dry_run=dry_run, pack=pack)
