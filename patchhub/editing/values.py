@@ -18,6 +18,7 @@ from patchhub.cache import Cache, Kind, Slot
 from patchhub.canonical import canonical_json, object_id
 from patchhub.editing.budget import POSITIONS, Footprint, in_halves, release_memory, step_budget
 from patchhub.editing.locate import Encoded
+from patchhub.editing.objective import Predictions, read_states
 from patchhub.editing.rows import Lane, Row, Site, Trunk, beginnings, new_places, open_lanes, run_trunk
 from patchhub.errors import EditError
 
@@ -171,43 +172,6 @@ class Values:
 
 
 @dataclass(frozen=True, eq=False)
-class _Predictions:
-    """The target tokens that are predicted, and what follows them: the token of each, and its share of its fact's mean.
-
-    ``closers`` is, for what follows a target, the row of ``masks`` whose tokens may, and -1 for a token of the target; ``after`` is where
-    it is not -1.
-    """
-
-    token: Int[Tensor, " m"]
-    share: Float[Tensor, " m"]
-    fact: Int[Tensor, " m"]
-    closers: Int[Tensor, " m"]
-    after: Int[Tensor, " ends"]
-    masks: Bool[Tensor, "kinds vocabulary"]
-
-    def of(self, logits: Float[Tensor, "m vocabulary"]) -> Float[Tensor, " m"]:
-        """The logit of each target token; of what follows a target, the logarithm of the summed exponentials."""
-        chosen = logits.gather(1, self.token[:, None])[:, 0]
-        if not len(self.after):
-            return chosen
-        closed = logits[self.after].masked_fill(~self.masks[self.closers[self.after]], -torch.inf).logsumexp(-1)
-        return chosen.index_copy(0, self.after, closed)
-
-    def wrong(self, logits: Float[Tensor, "m vocabulary"]) -> Bool[Tensor, " m"]:
-        """Where the most probable token is another one."""
-        best = logits.argmax(-1)
-        ends = self.masks[self.closers[self.after], best[self.after]]
-        return (best != self.token).index_copy(0, self.after, ~ends)
-
-    def select(self, kept: Bool[Tensor, " m"], fact: Int[Tensor, " facts"]) -> _Predictions:
-        """Some of them, with new numbers for facts."""
-        rows = kept.nonzero()[:, 0]
-        closers = self.closers[rows]
-        after = (closers >= 0).nonzero()[:, 0]
-        return _Predictions(self.token[rows], self.share[rows], fact[self.fact[rows]], closers, after, self.masks)
-
-
-@dataclass(frozen=True, eq=False)
 class _Members:
     """The facts of a batch: place in the caller's order, group, and h of the bare prompt."""
 
@@ -233,7 +197,8 @@ class _Batch:
     live: Bool[Tensor, " groups"]
     lanes: tuple[Lane, ...]
     order: Int[Tensor, " slots"]  # of the states of all lanes, one lane after the other, by their slots
-    predictions: _Predictions
+    predictions: Predictions
+    parts: tuple[Predictions, ...]  # the same, those together whose logits are computed at once
     essence_log_probs: Float[Tensor, "groups vocabulary"] | None  # before anything changed; None until the first step
     hidden: Float[Tensor, "groups parts d"]  # of each group's first fact
     unit: Float[Tensor, "groups parts 1"]
@@ -494,14 +459,14 @@ def _keys(facts: Sequence[Fact], group: Sequence[int]) -> list[tuple[int, str]]:
 def _prepare(
     site: Site, facts: Sequence[Fact], chosen: Sequence[tuple[int, ...]], trunk: Trunk, settings: ValueSettings
 ) -> _Batch:
-    device = site.stack.device
+    stack, device = site.stack, site.stack.device
     places = [(place, number) for number, group in enumerate(chosen) for place in group]
     opened = [(facts[place], context, number) for place, number in places for context in range(len(facts[place].rows))]
     rows = [
         Row(fact.rows[context], fact.suffix(fact.rows[context]), context, number) for fact, context, number in opened
     ]
     weights = [fact.shares[context] for fact, context, _ in opened]
-    read, predictions = _predictions(rows, [fact for fact, _, _ in opened], weights, settings, device)
+    read, predictions = _predictions(rows, [fact for fact, _, _ in opened], weights, settings, stack.vocabulary, device)
     last = len(trunk.lengths) - 1
     read += [(len(rows) + number, 0) for number in range(len(chosen))]
     rows += [Row(facts[group[0]].essence, 1, last, number) for number, group in enumerate(chosen)]
@@ -515,6 +480,7 @@ def _prepare(
         lanes=tuple(lane for lane, _ in lanes),
         order=torch.cat([lane.slot for lane, _ in lanes]).argsort(),
         predictions=predictions,
+        parts=predictions.cut(),
         essence_log_probs=None,
         hidden=hidden[first],
         unit=site.unit(hidden[first]),
@@ -543,8 +509,9 @@ def _predictions(
     facts: Sequence[Fact],
     weights: Sequence[float],
     settings: ValueSettings,
+    vocabulary: int,
     device: torch.device,
-) -> tuple[list[tuple[int, int]], _Predictions]:
+) -> tuple[list[tuple[int, int]], Predictions]:
     """What is predicted, with row and column of each; ``facts`` are the rows' facts, ``weights`` what each row weighs in its fact."""
     kinds = {id(fact.closers): fact.closers for fact in facts if fact.closers is not None}
     kind = {identity: number for number, identity in enumerate(kinds)}
@@ -563,34 +530,38 @@ def _predictions(
             found.append((0, settings.closing * weights[number], row.fact, kind[id(fact.closers)]))
     token, shares, fact_, closers = zip(*found, strict=True)
     tokens, of_fact, ends = (torch.tensor(numbers, device=device) for numbers in (token, fact_, closers))
-    masks = (
-        torch.stack(list(kinds.values())).to(device) if kinds else torch.zeros(0, 0, dtype=torch.bool, device=device)
-    )
-    after = (ends >= 0).nonzero()[:, 0]
-    return read, _Predictions(tokens, torch.tensor(shares, device=device), of_fact, ends, after, masks)
+    masks = torch.stack(list(kinds.values())) if kinds else torch.zeros(0, vocabulary, dtype=torch.bool)
+    return read, Predictions.of(tokens, torch.tensor(shares, device=device), of_fact, ends, masks.to(device))
 
 
 def _evaluate(site: Site, batch: _Batch, settings: ValueSettings, *, last: bool) -> _Step:
     """The objective of each fact and, unless this is the last step, its gradient."""
     delta = batch.delta.detach().requires_grad_(not last)
-    where, count = batch.predictions, len(batch.predictions.token)
     with torch.set_grad_enabled(not last):
-        states = [site.run(lane.rows, delta[lane.rows.fact], lane.row, lane.column) for lane in batch.lanes]
-        logits = site.stack.logits(torch.cat(states)[batch.order]).float()
-        targets, essence = logits[:count], logits[count:].log_softmax(-1)
-        log_probs = where.of(targets) - targets.logsumexp(-1)
-        nll = torch.zeros_like(batch.nll_factor).index_add(0, where.fact, -log_probs * where.share)
-        before = essence.detach() if batch.essence_log_probs is None else batch.essence_log_probs
-        kl = settings.kl_factor * (essence.exp() * (essence - before)).sum(-1)
+        states = torch.cat([site.run(lane.rows, delta[lane.rows.fact], lane.row, lane.column) for lane in batch.lanes])
+        states = states[batch.order]
         decay = (batch.unit[..., 0] * delta.norm(dim=-1) / batch.hidden.norm(dim=-1).square()).sum(-1)
-        objective = batch.nll_factor * nll + kl + settings.weight_decay * decay
-    gradient = None if last else torch.autograd.grad(objective.sum(), delta)[0]
+    found = read_states(
+        site.stack,
+        states,
+        batch.parts,
+        batch.essence_log_probs,
+        batch.nll_factor,
+        settings.kl_factor,
+        gradient=not last,
+        sure=settings.until_sure,
+    )
+    kl = settings.kl_factor * found.kl
+    objective = batch.nll_factor * found.nll + kl + settings.weight_decay * decay.detach()
+    gradient = None
+    if found.gradient is not None:
+        pulled = [found.gradient, torch.full_like(decay, settings.weight_decay)]
+        gradient = torch.autograd.grad([states, decay], delta, pulled)[0]
     done, sure = objective < settings.stop_loss, torch.zeros_like(objective, dtype=torch.bool)
-    if settings.until_sure:
-        wrong = where.wrong(targets).float()
-        sure = torch.zeros_like(batch.nll_factor).index_add(0, where.fact, wrong) == 0
+    if found.wrong is not None:
+        sure = found.wrong == 0
         done = done | (sure & (kl <= _KL_LIMIT))
-    return _Step(objective.detach(), gradient, done, sure, essence.detach())
+    return _Step(objective, gradient, done, sure, found.essence)
 
 
 def _adam(batch: _Batch, step: _Step, number: int, settings: ValueSettings) -> _Batch:
@@ -624,6 +595,7 @@ def _shrunk(batch: _Batch, live: Sequence[bool], values: Values) -> _Batch:
     keep = kept.nonzero()[:, 0]
     place = new_places(keep, len(kept))
     predicted = kept[batch.predictions.fact]
+    predictions = batch.predictions.select(predicted, place)
     stays = torch.cat([predicted, kept])
     slots = new_places(stays.nonzero()[:, 0], len(stays))
     lanes = [lane for lane in (lane.select(kept, place, slots) for lane in batch.lanes) if lane is not None]
@@ -633,7 +605,8 @@ def _shrunk(batch: _Batch, live: Sequence[bool], values: Values) -> _Batch:
         live=batch.live[keep],
         lanes=tuple(lanes),
         order=torch.cat([lane.slot for lane in lanes]).argsort(),
-        predictions=batch.predictions.select(predicted, place),
+        predictions=predictions,
+        parts=predictions.cut(),
         essence_log_probs=batch.essence_log_probs[keep],
         hidden=batch.hidden[keep],
         unit=batch.unit[keep],

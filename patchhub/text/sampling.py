@@ -15,12 +15,12 @@ from typing import Any, Final
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
+from torch.nn import functional
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from patchhub.cache import Cache, Kind, Slot
 from patchhub.canonical import canonical_json
-from patchhub.models.tracing import Stack
+from patchhub.models.tracing import Stack, plain_attention
 from patchhub.text.tokens import tokenise
 
 TEXT: Final = Kind("text", ".json", limit=1 << 28)
@@ -211,7 +211,7 @@ def _continued(
     cache.layers = [_Roomy(length) if type(layer) is DynamicLayer else layer for layer in cache.layers]
     latest = start.to(stack.device)
     tokens = [latest]
-    with stack.fast(), _OneQuery():
+    with stack.fast(), plain_attention():
         for step in range(length - start.shape[1]):
             found = stack.model(input_ids=latest, past_key_values=cache, use_cache=True, logits_to_keep=1)
             latest = choose(found.logits[:, -1].float(), step).to(stack.device)[:, None]
@@ -227,8 +227,9 @@ def _by_cumulation(uniform: Float[Tensor, "batch steps"]) -> Choose:
     """
 
     def choose(logits: Float[Tensor, "batch vocabulary"], step: int) -> Int[Tensor, " batch"]:
-        padded = torch.nn.functional.pad(logits, (0, -logits.shape[1] % _BLOCK), value=-torch.inf)
-        weights = (padded - padded.amax(1, keepdim=True)).exp_().view(len(logits), -1, _BLOCK)
+        shifted, missing = logits - logits.amax(1, keepdim=True), -logits.shape[1] % _BLOCK
+        padded = functional.pad(shifted, (0, missing), value=-torch.inf) if missing else shifted
+        weights = padded.exp_().view(len(logits), -1, _BLOCK)
         sums = weights.sum(-1).double().cumsum(1)
         level = uniform[:, step, None] * sums[:, -1:]
         block = torch.searchsorted(sums, level, right=True).clamp(max=sums.shape[1] - 1)
@@ -276,40 +277,6 @@ class _Roomy(DynamicLayer):  # type: ignore[no-untyped-call]  # transformers reg
         self._keys[..., begin:end, :], self._values[..., begin:end, :] = key_states, value_states
         self.keys, self.values = self._keys[..., :end, :], self._values[..., :end, :]
         return self.keys, self.values
-
-
-class _OneQuery(TorchFunctionMode):
-    """While open, attention with one query per row is two products, in the type that the model runs in.
-
-    PyTorch's own kernels are made for many queries: in bfloat16 on a CPU they take as long as all other products of a step.
-    """
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        ours = func is torch.nn.functional.scaled_dot_product_attention and args and args[0].shape[-2] == 1
-        if ours and not kwargs.get("is_causal") and not kwargs.get("dropout_p"):
-            return _attend(*args, **kwargs)
-        return func(*args, **kwargs)
-
-
-def _attend(
-    query: Float[Tensor, "batch heads 1 d"],
-    key: Float[Tensor, "batch groups time d"],
-    value: Float[Tensor, "batch groups time e"],
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Float[Tensor, "batch heads 1 e"]:
-    """What `torch.nn.functional.scaled_dot_product_attention` gives for one query; heads are consecutive within their group."""
-    batch, heads, _, width = query.shape
-    rows = (batch, key.shape[1], heads // key.shape[1])
-    scores = query.reshape(*rows, width) @ key.mT * (width**-0.5 if scale is None else scale)
-    if attn_mask is not None:
-        mask = attn_mask.expand(batch, heads, 1, key.shape[-2]).reshape(*rows, -1)
-        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
-    return (scores.softmax(-1) @ value).view(batch, heads, 1, -1)
 
 
 def _quick_type(stack: Stack) -> torch.dtype:
