@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,12 @@ class Rows:
         ids, mask, positions = self.ids[rows], self.mask[rows], self.positions[rows]
         start = self.start.stack.begin(ids, mask, positions, prefix)
         return Rows(start, ids, mask, positions, prefix, self.hidden[rows], fact, self.last[rows])
+
+    def to(self, dtype: torch.dtype) -> Rows:
+        """The same in the type that the model is in now."""
+        prefix = self.prefix.to(dtype) if self.prefix is not None else None
+        start = self.start.stack.begin(self.ids, self.mask, self.positions, prefix)
+        return replace(self, start=start, prefix=prefix, hidden=self.hidden.to(dtype))
 
 
 class Site(ABC):

@@ -5,7 +5,8 @@ Finished values are kept on disk while the others are made, so that an interrupt
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from contextlib import nullcontext
+from dataclasses import dataclass, field, fields, replace
 from itertools import accumulate, groupby, takewhile
 from typing import Any, Final
 
@@ -21,6 +22,7 @@ from patchhub.editing.locate import Encoded
 from patchhub.editing.objective import Predictions, read_states
 from patchhub.editing.rows import Lane, Row, Site, Trunk, beginnings, new_places, open_lanes, run_trunk
 from patchhub.errors import EditError
+from patchhub.models.placement import optimised_in, quick
 
 KIND: Final = Kind("values", ".values", limit=1 << 30)
 
@@ -145,13 +147,28 @@ class Fact:
 
 
 @dataclass(frozen=True, eq=False)
+class Paused:
+    """Where the optimisation of a fact stopped, to be gone on from: its change, Adam's moments, what its likelihood weighs, its steps."""
+
+    delta: Float[Tensor, "parts d"]
+    first_moment: Float[Tensor, "parts d"]
+    second_moment: Float[Tensor, "parts d"]
+    nll_factor: float
+    steps: int
+
+
+@dataclass(frozen=True, eq=False)
 class Values:
-    """``targets`` z (n, d) float32, the unedited h (n, d), the last objective and step count per request."""
+    """``targets`` z (n, d) float32, the unedited h (n, d), the last objective and step count per request.
+
+    ``paused`` is, by place, where they can be gone on from: not of values that were found in the cache, and only where it is asked for.
+    """
 
     targets: Float[Tensor, "n d"]
     hidden: Float[Tensor, "n d"]
     loss: Float[Tensor, " n"]
     steps: Int[Tensor, " n"]
+    paused: dict[int, Paused] = field(default_factory=dict)
 
     @classmethod
     def of(cls, count: int, width: int) -> Values:
@@ -164,8 +181,15 @@ class Values:
         vectors = self.targets[place].numpy(), self.hidden[place].numpy()
         return KeptValue(*vectors, float(self.loss[place]), int(self.steps[place]))
 
+    def take(self, place: int, other: Values, row: int) -> None:
+        """Put a fact of others in its place."""
+        self.put(place, other.at(row))
+        if row in other.paused:
+            self.paused[place] = other.paused[row]
+
     def put(self, place: int, value: KeptValue) -> None:
         """The inverse of `at`."""
+        self.paused.pop(place, None)
         self.targets[place] = torch.from_numpy(value.target.copy())
         self.hidden[place] = torch.from_numpy(value.hidden.copy())
         self.loss[place], self.steps[place] = value.loss, value.steps
@@ -206,19 +230,23 @@ class _Batch:
     first_moment: Float[Tensor, "groups parts d"]
     second_moment: Float[Tensor, "groups parts d"]
     nll_factor: Float[Tensor, " groups"]
+    begun: Int[Tensor, " groups"]  # steps before the first one here
     found: _Found
 
 
 @dataclass(frozen=True, eq=False)
 class _Found:
-    """The change of each group, its objective and the number of steps before it, when the group was last live."""
+    """Each group when it was last live: its change, Adam's moments, what its likelihood weighed, its objective, the steps before it."""
 
     delta: Float[Tensor, "groups parts d"]
+    first_moment: Float[Tensor, "groups parts d"]
+    second_moment: Float[Tensor, "groups parts d"]
+    nll_factor: Float[Tensor, " groups"]
     objective: Float[Tensor, " groups"]
     steps: Int[Tensor, " groups"]
 
     def select(self, keep: Int[Tensor, " kept"]) -> _Found:
-        return _Found(self.delta[keep], self.objective[keep], self.steps[keep])
+        return _Found(*(getattr(self, one.name)[keep] for one in fields(self)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -246,12 +274,12 @@ class Part:
     together: tuple[tuple[int, ...], ...]
     common: tuple[tuple[int, ...], ...]
     settings: ValueSettings
+    begun: Mapping[int, Paused] | None = None
 
     def optimise(self, site: Site, memory: int | None = None) -> Values:
         """The values of the facts; see `optimise_values`."""
-        return optimise_values(
-            site, self.facts, self.settings, together=self.together, common=self.common, memory=memory
-        )
+        options: dict[str, Any] = {"together": self.together, "common": self.common, "begun": self.begun}
+        return optimise_values(site, self.facts, self.settings, memory=memory, **options)
 
 
 Elsewhere = Callable[[Sequence[Part]], Iterator[tuple[int, Values]]]
@@ -265,6 +293,7 @@ def optimise_values(
     *,
     together: Sequence[Sequence[int]] | None = None,
     common: Sequence[tuple[int, ...]] | None = None,
+    begun: Mapping[int, Paused] | None = None,
     memory: int | None = None,
     kept: KeptValues | None = None,
     elsewhere: Elsewhere | None = None,
@@ -275,6 +304,8 @@ def optimise_values(
     Args:
         together: groups of places that share one change, each place in exactly one of them; None: each fact has its own.
         common: what the texts of each context, and those of the KL term, have in front; None: as much as these facts' have.
+        begun: where the optimisation of some facts is gone on from, by place, facts of one group from the same; the values are those of all
+            steps at once. None: nowhere, and nothing is `paused`.
         memory: bytes that the process may hold, see `budget.step_budget`; a step that does not fit all the same is halved.
         kept: values that were optimised before, and where those that are optimised now are kept.
         elsewhere: where they are optimised; None: here. The parts are the same either way.
@@ -298,9 +329,9 @@ def optimise_values(
         common = beginnings(stack, _alike(facts)) if common is None else common
         batches = _batches(site, facts, waiting, step_budget(stack.device, memory))
         if elsewhere:
-            finished = _gathered(elsewhere, batches, facts, common, settings, values)
+            finished = _gathered(elsewhere, batches, facts, common, settings, begun, values)
         else:
-            finished = _here(site, batches, facts, common, settings, values, memory)
+            finished = _here(site, batches, facts, common, settings, begun, values, memory)
         for chosen in finished:
             places = [place for group in chosen for place in group]
             if kept:
@@ -315,16 +346,22 @@ def _here(
     facts: Sequence[Fact],
     common: Sequence[tuple[int, ...]],
     settings: ValueSettings,
+    begun: Mapping[int, Paused] | None,
     values: Values,
     memory: int | None,
 ) -> Iterator[Sequence[tuple[int, ...]]]:
     """Optimise the batches on this model; yields each that is finished, or the halves of one that does not fit."""
-    trunk = run_trunk(site.stack, common)
+    trunk, own = run_trunk(site.stack, common), site.stack.model.dtype
 
     def run(chosen: Sequence[tuple[int, ...]]) -> None:
         if memory is not None:
             release_memory()  # what the last batch left in pieces would come on top of the next
-        _descend(site, _prepare(site, facts, chosen, trunk, settings), settings, values)
+        batch = _prepare(site, facts, chosen, trunk, settings, begun)
+        with quick(site.stack.model) if optimised_in(site.stack.model, memory) != own else nullcontext():
+            now = site.stack.model.dtype
+            if now != own:
+                batch = replace(batch, lanes=tuple(replace(lane, rows=lane.rows.to(now)) for lane in batch.lanes))
+            _descend(site, batch, settings, values, pause=begun is not None)
 
     return in_halves(batches, run, remedy="Give more --memory, or a smaller model.")
 
@@ -335,6 +372,7 @@ def _gathered(
     facts: Sequence[Fact],
     common: Sequence[tuple[int, ...]],
     settings: ValueSettings,
+    begun: Mapping[int, Paused] | None,
     values: Values,
 ) -> Iterator[Sequence[tuple[int, ...]]]:
     """Let the batches be optimised elsewhere, those that take longest first; yields each that is finished."""
@@ -343,11 +381,12 @@ def _gathered(
     for batch in ordered:
         numbers = iter(range(len(facts)))
         together = tuple(tuple(next(numbers) for _ in group) for group in batch)
-        own = tuple(facts[place] for group in batch for place in group)
-        parts.append(Part(own, together, tuple(common), settings))
+        places = [place for group in batch for place in group]
+        started = None if begun is None else {row: begun[place] for row, place in enumerate(places) if place in begun}
+        parts.append(Part(tuple(facts[place] for place in places), together, tuple(common), settings, started))
     for number, found in elsewhere(parts):
         for row, place in enumerate(place for group in ordered[number] for place in group):
-            values.put(place, found.at(row))
+            values.take(place, found, row)
         yield ordered[number]
 
 
@@ -362,14 +401,17 @@ def _alike(facts: Sequence[Fact]) -> list[list[Encoded]]:
     return [*([fact.rows[c] for fact in facts] for c in range(len(facts[0].rows))), [fact.essence for fact in facts]]
 
 
-def _descend(site: Site, batch: _Batch, settings: ValueSettings, values: Values) -> None:
+def _descend(site: Site, batch: _Batch, settings: ValueSettings, values: Values, *, pause: bool) -> None:
     """Optimise one batch and put what comes out in its places in ``values``."""
     values.hidden[batch.members.place.cpu()] = batch.members.hidden[:, 0].cpu()
     steps = settings.steps * (1 if len(batch.members.place) == len(batch.live) else _STEPS_TOGETHER)
-    for number in range(steps):
-        step = _evaluate(site, batch, settings, last=number == steps - 1)
+    left = steps - int(batch.begun.min())
+    if int(batch.begun.max()):
+        batch = replace(batch, essence_log_probs=_essences(site, batch))
+    for number in range(left):
+        step = _evaluate(site, batch, settings, last=number == left - 1)
         sound = torch.isfinite(step.objective) | ~batch.live
-        batch = _noted(batch, step, number)
+        batch = _noted(batch, step, number, steps)
         live, finite = torch.stack([batch.live, sound]).tolist()  # the one time that a step waits for the device
         if not all(finite):
             raise EditError(
@@ -378,27 +420,50 @@ def _descend(site: Site, batch: _Batch, settings: ValueSettings, values: Values)
             )
         if step.gradient is None or not any(live):
             break
-        batch = _shrunk(_adam(batch, step, number, settings), live, values)
-    _keep(batch, values)
+        batch = _shrunk(_adam(batch, step, number, settings), live, values, pause=pause)
+    _keep(batch, values, pause=pause)
 
 
-def _noted(batch: _Batch, step: _Step, number: int) -> _Batch:
-    """The batch with what this step found of its live groups, without those that are done."""
-    live, found = batch.live, batch.found
+@torch.no_grad()
+def _essences(site: Site, batch: _Batch) -> Float[Tensor, "groups vocabulary"]:
+    """The essences' log-probabilities before anything changed."""
+    states, slots = list[Tensor](), list[Tensor]()
+    for lane in batch.lanes:
+        read = (lane.slot >= len(batch.predictions.token)).nonzero()[:, 0]
+        if len(read):
+            rows = lane.rows.select(lane.row[read], lane.rows.fact[lane.row[read]])
+            own = torch.arange(len(read), device=read.device)
+            states.append(site.run(rows, torch.zeros_like(batch.delta)[rows.fact], own, lane.column[read]))
+            slots.append(lane.slot[read])
+    return site.stack.logits(torch.cat(states)[torch.cat(slots).argsort()]).float().log_softmax(-1)
+
+
+def _noted(batch: _Batch, step: _Step, number: int, steps: int) -> _Batch:
+    """The batch with what this step found of its live groups, without those that are done or have had so many steps."""
+    live, found, taken = batch.live, batch.found, batch.begun + number
+    where = live[:, None, None]
     noted = _Found(
-        torch.where(live[:, None, None], batch.delta, found.delta),
+        torch.where(where, batch.delta, found.delta),
+        torch.where(where, batch.first_moment, found.first_moment),
+        torch.where(where, batch.second_moment, found.second_moment),
+        torch.where(live, batch.nll_factor, found.nll_factor),
         torch.where(live, step.objective, found.objective),
-        found.steps.masked_fill(live, number),
+        torch.where(live, taken, found.steps),
     )
     before = step.essence if batch.essence_log_probs is None else batch.essence_log_probs
-    return replace(batch, live=live & ~step.done, essence_log_probs=before, found=noted)
+    return replace(batch, live=live & ~step.done & (taken < steps - 1), essence_log_probs=before, found=noted)
 
 
-def _keep(batch: _Batch, values: Values) -> None:
+def _keep(batch: _Batch, values: Values, *, pause: bool) -> None:
     """Put what was found of a batch in its places."""
     where, group, found = batch.members.place.cpu(), batch.members.group, batch.found
     values.targets[where] = (batch.members.hidden + found.delta[group])[:, 0].cpu()
     values.loss[where], values.steps[where] = found.objective[group].cpu(), found.steps[group].cpu()
+    if pause:
+        states = [states.cpu() for states in (found.delta, found.first_moment, found.second_moment)]
+        factors, steps = found.nll_factor.tolist(), found.steps.tolist()
+        for place, number in zip(where.tolist(), group.tolist(), strict=True):
+            values.paused[place] = Paused(*(one[number].clone() for one in states), factors[number], steps[number])
 
 
 def _batches(
@@ -457,7 +522,12 @@ def _keys(facts: Sequence[Fact], group: Sequence[int]) -> list[tuple[int, str]]:
 
 
 def _prepare(
-    site: Site, facts: Sequence[Fact], chosen: Sequence[tuple[int, ...]], trunk: Trunk, settings: ValueSettings
+    site: Site,
+    facts: Sequence[Fact],
+    chosen: Sequence[tuple[int, ...]],
+    trunk: Trunk,
+    settings: ValueSettings,
+    begun: Mapping[int, Paused] | None,
 ) -> _Batch:
     stack, device = site.stack, site.stack.device
     places = [(place, number) for number, group in enumerate(chosen) for place in group]
@@ -474,6 +544,14 @@ def _prepare(
     hidden = _unedited(site, rows, lanes)
     first = torch.tensor([sum(map(len, chosen[:number])) for number in range(len(chosen))], device=device)
     zeros = torch.zeros_like(hidden[first])
+    new = Paused(*[torch.zeros_like(zeros[0])] * 3, settings.nll_factor, 0)
+    starts = [(begun or {}).get(group[0], new) for group in chosen]
+    delta, first_moment, second_moment = (
+        torch.stack([getattr(start, name) for start in starts]).to(device)
+        for name in ("delta", "first_moment", "second_moment")
+    )
+    factor = torch.tensor([start.nll_factor for start in starts], device=device)
+    steps = torch.tensor([start.steps for start in starts], device=device)
     return _Batch(
         members=_Members(members[0], members[1], hidden),
         live=torch.ones(len(chosen), dtype=torch.bool, device=device),
@@ -484,11 +562,12 @@ def _prepare(
         essence_log_probs=None,
         hidden=hidden[first],
         unit=site.unit(hidden[first]),
-        delta=zeros,
-        first_moment=zeros,
-        second_moment=zeros,
-        nll_factor=torch.full((len(chosen),), settings.nll_factor, device=device),
-        found=_Found(zeros, zeros[:, 0, 0], torch.zeros(len(chosen), dtype=torch.long, device=device)),
+        delta=delta,
+        first_moment=first_moment,
+        second_moment=second_moment,
+        nll_factor=factor,
+        begun=steps,
+        found=_Found(zeros, zeros, zeros, factor, zeros[:, 0, 0], torch.zeros_like(steps)),
     )
 
 
@@ -569,8 +648,10 @@ def _adam(batch: _Batch, step: _Step, number: int, settings: ValueSettings) -> _
     assert step.gradient is not None
     first = _BETAS[0] * batch.first_moment + (1 - _BETAS[0]) * step.gradient
     second = _BETAS[1] * batch.second_moment + (1 - _BETAS[1]) * step.gradient.square()
-    scale = (second / (1 - _BETAS[1] ** (number + 1))).sqrt() + _ADAM_EPSILON
-    delta = batch.delta - settings.learning_rate * batch.unit * (first / (1 - _BETAS[0] ** (number + 1))) / scale
+    taken = (batch.begun + number + 1)[:, None, None].double()
+    of_first, of_second = ((1 - beta**taken).float() for beta in _BETAS)
+    scale = (second / of_second).sqrt() + _ADAM_EPSILON
+    delta = batch.delta - settings.learning_rate * batch.unit * (first / of_first) / scale
     limit = settings.clamp * batch.hidden.norm(dim=-1, keepdim=True)
     delta = delta * (limit / delta.norm(dim=-1, keepdim=True).clamp(min=1e-12)).clamp(max=1.0)
     return replace(
@@ -582,13 +663,13 @@ def _adam(batch: _Batch, step: _Step, number: int, settings: ValueSettings) -> _
     )
 
 
-def _shrunk(batch: _Batch, live: Sequence[bool], values: Values) -> _Batch:
+def _shrunk(batch: _Batch, live: Sequence[bool], values: Values, *, pause: bool) -> _Batch:
     """The batch without its finished groups, or with so many of them that its size is a power of two."""
     left = sum(live)
     size = max(_LEAST_FACTS, 1 << (left - 1).bit_length())
     if size >= len(live):
         return batch
-    _keep(batch, values)
+    _keep(batch, values, pause=pause)
     finished = [group for group, going in enumerate(live) if not going]
     leaving = set(finished[size - left :])
     kept = torch.tensor([group not in leaving for group in range(len(live))], device=batch.live.device)
@@ -614,5 +695,6 @@ def _shrunk(batch: _Batch, live: Sequence[bool], values: Values) -> _Batch:
         first_moment=batch.first_moment[keep],
         second_moment=batch.second_moment[keep],
         nll_factor=batch.nll_factor[keep],
+        begun=batch.begun[keep],
         found=batch.found.select(keep),
     )

@@ -37,7 +37,7 @@ def fast_products(device: torch.device) -> Iterator[None]:
 
     PyTorch leaves them to MKL unless it is told that bfloat16 would do; on processors that have wide vectors and no matrix unit
     oneDNN then computes in float32 all the same, and on some of them twice as fast. Where it would really round to bfloat16 the
-    switch stays as it was. Attention then is two plain products as well (`plain_attention`): the fused kernel's own small products are slow that way.
+    switch stays as it was. Attention then is two plain products as well (`plain_attention`): the fused kernel's own are slow that way.
     Both are switches of the process, put back at the end. On a GPU float32 products stay float32 whatever the process allows (TF32 has
     ten bits): second moments are sums of a hundred thousand of them.
     """
@@ -236,6 +236,10 @@ class Prefix(Cache):
     def select(self, rows: Int[Tensor, " rows"]) -> Prefix:
         """The same prefix for some rows of the batch."""
         return Prefix([(keys[rows.to(keys.device)], values[rows.to(values.device)]) for keys, values in self._pairs])
+
+    def to(self, dtype: torch.dtype) -> Prefix:
+        """The same in another type."""
+        return Prefix([(keys.to(dtype), values.to(dtype)) for keys, values in self._pairs])
 
     def lend(self, rows: Int[Tensor, " rows"]) -> Prefix:
         """The same as `select`, for use in a pass only: rows are copied as a block asks for them, one block at a time."""

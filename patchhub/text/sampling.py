@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
@@ -20,6 +19,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from patchhub.cache import Cache, Kind, Slot
 from patchhub.canonical import canonical_json
+from patchhub.models.placement import quick, quick_type
 from patchhub.models.tracing import Stack, plain_attention
 from patchhub.text.tokens import tokenise
 
@@ -30,7 +30,6 @@ TEXT: Final = Kind("text", ".json", limit=1 << 28)
 _OPENINGS = ("The", "Therefore", "Because", "I", "You")
 _BATCH, _BATCH_GPU = 128, 1024  # documents; each has numbers of its own, so they do not depend on it
 _BLOCK = 256  # tokens of the vocabulary whose probabilities are summed before a draw looks into them
-_FAR = 0.1  # mean total variation between two models' predictions beyond which one does not write in the other's place
 
 Choose = Callable[[Float[Tensor, "batch vocabulary"], int], Int[Tensor, " batch"]]
 """The next token of every row, given float32 logits and how many tokens were written before."""
@@ -113,7 +112,7 @@ def sample_documents(
     """
     text, count = _Beginnings.of(stack, tokenizer, length, seed), -(-total // length)
     quantization = str(getattr(stack.model.config, "quantization_config", None))
-    model = {"dtype": str(_quick_type(stack)), "quantization": quantization}
+    model = {"dtype": str(quick_type(stack.model)), "quantization": quantization}
     slot = None if kept is None else kept.cache.slot(TEXT, base=kept.base, **model, **asdict(text))
     found = _kept_documents(slot) if slot else {}
     progress(length * sum(number < count for number in found))
@@ -152,7 +151,7 @@ def _written(
     """The documents of each batch, written by the model at hand."""
     if not batches:
         return
-    with _quick(stack):
+    with quick(stack.model):
         for numbers in batches:
             start, uniform = text.draw(numbers)
             progress(start.numel())
@@ -277,51 +276,3 @@ class _Roomy(DynamicLayer):  # type: ignore[no-untyped-call]  # transformers reg
         self._keys[..., begin:end, :], self._values[..., begin:end, :] = key_states, value_states
         self.keys, self.values = self._keys[..., :end, :], self._values[..., :end, :]
         return self.keys, self.values
-
-
-def _quick_type(stack: Stack) -> torch.dtype:
-    """The type in which the model writes documents: bfloat16 where the processor has products of it and the model is in a wider type."""
-    dtype: torch.dtype = stack.model.dtype
-    processor: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # PyTorch before 2.8 does not tell
-    capable = stack.device.type == "cpu" and any(processor.get(name) for name in ("avx512_bf16", "amx_bf16"))
-    wider = dtype in (torch.float32, torch.float16) and all(p.dtype == dtype for p in stack.model.parameters())
-    return torch.bfloat16 if capable and wider else dtype
-
-
-@contextmanager
-def _quick(stack: Stack) -> Iterator[None]:
-    """While open, the model runs in `_quick_type`, if it says nearly the same there; its own weights are kept and put back."""
-    dtype, own = _quick_type(stack), [(parameter, parameter.data) for parameter in stack.model.parameters()]
-    if dtype == stack.model.dtype:
-        yield
-        return
-    said = _said(stack)
-    try:
-        for parameter, data in own:
-            parameter.data = data.to(dtype)
-        if not _is_near(stack, said):
-            _put_back(own)
-        yield
-    finally:
-        _put_back(own)
-
-
-def _put_back(own: Sequence[tuple[torch.nn.Parameter, Tensor]]) -> None:
-    for parameter, data in own:
-        parameter.data = data
-
-
-@torch.no_grad()
-def _said(stack: Stack) -> Float[Tensor, "tokens vocabulary"]:
-    """The model's predictions after some tokens of the vocabulary that are far apart."""
-    ids = torch.linspace(0, stack.vocabulary - 1, 32).long().view(4, 8).to(stack.device)
-    with stack.fast():
-        found: Tensor = stack.model(input_ids=ids, use_cache=False).logits
-    return found.float().softmax(-1).flatten(0, 1)
-
-
-def _is_near(stack: Stack, said: Float[Tensor, "tokens vocabulary"]) -> bool:
-    try:
-        return float((_said(stack) - said).abs().sum(-1).mean()) / 2 < _FAR
-    except RuntimeError:  # buffers of the type that it was in meet weights of the other
-        return False

@@ -11,13 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from patchhub.cache import Cache
+from patchhub.models.placement import quick
 from patchhub.models.tracing import Stack
 from patchhub.text.sampling import (
     KeptText,
     _by_cumulation,
     _by_race,
     _continued,
-    _quick,
     _truncated,
     context_templates,
     continue_tokens,
@@ -239,7 +239,7 @@ def test_what_was_interrupted_goes_on_and_what_is_kept_is_not_sampled_again(tmp_
 def test_weights_are_put_back_bit_for_bit(family):
     stack = tiny_stack(family)
     before = {name: (tensor.dtype, tensor.clone()) for name, tensor in stack.model.state_dict().items()}
-    with pytest.raises(Stopped), _quick(stack):
+    with pytest.raises(Stopped), quick(stack.model):
         raise Stopped
     after = stack.model.state_dict()
     assert all(after[name].dtype == dtype and torch.equal(after[name], was) for name, (dtype, was) in before.items())

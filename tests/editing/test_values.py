@@ -18,6 +18,7 @@ from patchhub.editing.locate import Encoded
 from patchhub.editing.rows import BlockOutput, Projections, Row, open_rows, read_trunk
 from patchhub.editing.values import Fact, KeptValues, Values, ValueSettings, fact_key, optimise_values
 from patchhub.errors import EditError
+from patchhub.models import placement
 from patchhub.models.tracing import Stack
 from patchhub.objects import Request
 from tests.reference import plain, plain_pmet
@@ -515,3 +516,35 @@ def test_a_step_waits_for_the_device_once(until_sure: bool) -> None:
         assert values.steps.tolist() == [steps - 1] * len(values.steps)
         counts.append(waits.count)
     assert counts[1] - counts[0] == 5
+
+
+@pytest.mark.parametrize("until_sure", [False, True])
+def test_steps_in_two_rounds_are_steps_in_one(until_sure: bool) -> None:
+    """So what does not read right yet is gone on from; one fact was done before the others."""
+    site = (Projections if until_sure else BlockOutput)(stack("llama"), LAYER)
+    eight = replace(SETTINGS, steps=8, stop_loss=0.0, until_sure=until_sure)
+    three = replace(
+        eight, steps=3, stop_loss=float(optimise_values(site, facts(), replace(eight, steps=2)).loss.max()) - 1e-3
+    )
+    first = optimise_values(site, facts(), three, begun={})
+    assert set(first.paused) == set(range(len(facts())))
+    assert min(first.steps.tolist()) < 2
+    again = optimise_values(site, facts(), eight, begun=first.paused)
+    once = optimise_values(site, facts(), eight)
+    assert not once.paused
+    assert again.steps.tolist() == once.steps.tolist()
+    assert max(distances(again.targets, once.targets)) < 1e-5
+    part = optimise_values(site, facts()[:2], eight, begun={1: first.paused[1]})
+    assert max(distances(part.targets, once.targets[:2])) < 1e-5, "some are begun, others are gone on from"
+
+
+def test_a_large_model_is_optimised_in_bfloat16_from_its_own_hidden_states(monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = optimise_values(BlockOutput(stack("llama"), LAYER), facts(), CLAMPED)
+    monkeypatch.setattr(placement, "_LARGE", 0)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
+    assert placement.optimised_in(stack("llama").model, None) == torch.bfloat16
+    assert placement.optimised_in(stack("llama").model, 1 << 30) == torch.float32
+    quick = optimise_values(BlockOutput(stack("llama"), LAYER), facts(), CLAMPED)
+    assert torch.equal(quick.hidden, alone.hidden)
+    assert 0 < max(distances(quick.targets, alone.targets)) < 0.15
+    assert stack("llama").model.dtype == torch.float32
