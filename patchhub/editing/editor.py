@@ -16,9 +16,9 @@ from transformers import PreTrainedTokenizerBase
 from patchhub.editing.locate import Encoded, encode_marked, mark, mark_text
 from patchhub.editing.metric import MetricCache
 from patchhub.editing.record import AS_IT_COMES, Edit, Recording, Running, Spread, State, record
-from patchhub.editing.rows import BlockOutput, FeedForward, Projections, Site, key_rows
+from patchhub.editing.rows import BlockOutput, Fact, FeedForward, Projections, Site, key_rows
 from patchhub.editing.settings import NORMED_CLAMP, NORMED_RATE, EditSettings, default_layers, inner_width, is_narrow
-from patchhub.editing.values import Fact, Part, Values, ValueSettings, optimise_values
+from patchhub.editing.values import Part, Values, ValueSettings, optimise_values
 from patchhub.models.architectures import Architecture
 from patchhub.models.tracing import Stack
 from patchhub.objects import SLOT, Request

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import gcd
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from patchhub.editing.rows import Lane, new_places
 from patchhub.models.tracing import Stack
 
 _CACHED = 12 << 20  # bytes of float32 logits that are computed at once on a CPU
@@ -59,6 +61,11 @@ class Predictions:
         ends = self.masks[self.closers[self.after], best[self.after]]
         return (best != self.token).index_copy(0, self.after, ~ends)
 
+    def weighed(self, rows: Int[Tensor, " kept"], times: Float[Tensor, " m"]) -> Predictions:
+        """Some of them, with so many times their shares."""
+        shares = (self.share * times)[rows]
+        return Predictions.of(self.token[rows], shares, self.fact[rows], self.closers[rows], self.masks)
+
     def select(self, kept: Bool[Tensor, " m"], fact: Int[Tensor, " facts"]) -> Predictions:
         """Some of them, with new numbers for facts."""
         rows = kept.nonzero()[:, 0]
@@ -79,6 +86,68 @@ class Predictions:
 def at_once(vocabulary: int) -> int:
     """How many predictions' logits are computed at once on a CPU."""
     return max(_ROWS, _CACHED // (4 * max(1, vocabulary)) // _ROWS * _ROWS)
+
+
+@dataclass(frozen=True, eq=False)
+class Turn:
+    """What one step reads of a batch.
+
+    Attributes:
+        lanes: the lanes that it runs, and which rows of each; None: all of them.
+        states: of each of these lanes, row and column of the states that are read.
+        order: of the states of all lanes, one lane after the other, by their slots.
+        parts: the predictions from them, those together whose logits are computed at once.
+    """
+
+    lanes: tuple[tuple[int, Int[Tensor, " rows"] | None], ...]
+    states: tuple[tuple[Int[Tensor, " read"], Int[Tensor, " read"]], ...]
+    order: Int[Tensor, " slots"]
+    parts: tuple[Predictions, ...]
+
+
+def turns(lanes: Sequence[Lane], predictions: Predictions, contexts: int, some: int) -> tuple[Turn, ...]:
+    """What the steps of a batch read, in turn.
+
+    Args:
+        contexts: how many of each fact's texts are contexts, the bare prompt included, which comes first.
+        some: how many of the contexts beside the bare prompt are read in a step, with the weight of all; 0: all.
+    """
+    others = contexts - 1
+    if not 0 < some < others:
+        order = torch.cat([lane.slot for lane in lanes]).argsort()
+        whole = tuple((number, None) for number in range(len(lanes)))
+        return (Turn(whole, tuple((lane.row, lane.column) for lane in lanes), order, predictions.cut()),)
+    of_slot = torch.zeros_like(torch.cat([lane.slot for lane in lanes]))
+    for lane in lanes:
+        of_slot[lane.slot] = lane.context[lane.row]
+    of_prediction = of_slot[: len(predictions.token)]
+    times = torch.where((of_prediction > 0) & (of_prediction < contexts), others / some, 1.0)
+    found = []
+    for turn in range(others // gcd(others, some)):
+        chosen = torch.tensor([1 + (turn * some + place) % others for place in range(some)], device=of_slot.device)
+        found.append(_turn(lanes, predictions, times, contexts, chosen))
+    return tuple(found)
+
+
+def _turn(
+    lanes: Sequence[Lane],
+    predictions: Predictions,
+    times: Float[Tensor, " m"],
+    contexts: int,
+    chosen: Int[Tensor, " some"],
+) -> Turn:
+    runs, states, slots = list[tuple[int, Tensor]](), list[tuple[Tensor, Tensor]](), list[Tensor]()
+    for number, lane in enumerate(lanes):
+        kept = (lane.context == 0) | (lane.context >= contexts) | torch.isin(lane.context, chosen)
+        rows, read = kept.nonzero()[:, 0], kept[lane.row].nonzero()[:, 0]
+        if len(rows):
+            runs.append((number, rows))
+            states.append((new_places(rows, len(kept))[lane.row[read]], lane.column[read]))
+            slots.append(lane.slot[read])
+    slot = torch.cat(slots)
+    predicted = slot.sort().values
+    predicted = predicted[(predicted < len(predictions.token)).nonzero()[:, 0]]
+    return Turn(tuple(runs), tuple(states), slot.argsort(), predictions.weighed(predicted, times).cut())
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,7 +7,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, fields, replace
-from itertools import accumulate, groupby, takewhile
 from typing import Any, Final
 
 import numpy as np
@@ -17,10 +16,10 @@ from torch import Tensor
 
 from patchhub.cache import Cache, Kind, Slot
 from patchhub.canonical import canonical_json, object_id
-from patchhub.editing.budget import POSITIONS, Footprint, in_halves, release_memory, step_budget
+from patchhub.editing.budget import LEAST_FACTS, in_halves, planned, release_memory, step_budget
 from patchhub.editing.locate import Encoded
-from patchhub.editing.objective import Predictions, read_states
-from patchhub.editing.rows import Lane, Row, Site, Trunk, beginnings, new_places, open_lanes, run_trunk
+from patchhub.editing.objective import Predictions, Turn, read_states, turns
+from patchhub.editing.rows import Fact, Lane, Row, Site, Trunk, beginnings, new_places, open_lanes, run_trunk
 from patchhub.errors import EditError
 from patchhub.models.placement import optimised_in, quick
 
@@ -93,7 +92,6 @@ def _encoded(key: str, value: KeptValue) -> bytes:
 
 
 _BETAS, _ADAM_EPSILON = (0.9, 0.999), 1e-8  # torch.optim.Adam's defaults, which the published code uses
-_LEAST_FACTS = 8  # that a batch shrinks to; a multiple of as many begin in one
 _STEPS_TOGETHER = (
     10  # times the steps of one fact: one vector that says several things is found later (docs/methods.md)
 )
@@ -106,7 +104,8 @@ class ValueSettings:
 
     ``until_sure`` is PMET's stop rule: while a request's target is the argmax at every position, its likelihood weighs a tenth in the
     next step, and it is finished once its KL term is at most 0.01. ``closing`` weighs the token after the target against the mean of
-    the target's tokens, ``opening`` the mean of what an answer says before it.
+    the target's tokens, ``opening`` the mean of what an answer says before it. ``alternate`` is how many of the contexts beside the bare
+    prompt a step reads, in turn, with the weight of all; 0: all of them.
     """
 
     steps: int
@@ -118,32 +117,8 @@ class ValueSettings:
     nll_factor: float = 1.0
     closing: float = 0.0
     opening: float = 0.0
+    alternate: int = 0
     until_sure: bool = False
-
-
-@dataclass(frozen=True, eq=False)
-class Fact:
-    """One request as the optimiser sees it: ``rows[0]`` is the bare prompt; ``essence`` is "{subject} is a".
-
-    ``closers`` are the tokens that may follow the target, the same tensor for targets that end alike; None: what follows is not optimised.
-    The last ``others`` of the rows are in another form than the first; together they weigh ``weight``, and the rest what is left.
-    """
-
-    rows: tuple[Encoded, ...]
-    essence: Encoded
-    closers: Bool[Tensor, " vocabulary"] | None = None
-    others: int = 0
-    weight: float = 0.0
-
-    @property
-    def shares(self) -> list[float]:
-        """What each row weighs; 1 in all."""
-        own = len(self.rows) - self.others
-        return [(1.0 - self.weight) / own] * own + ([self.weight / self.others] * self.others if self.others else [])
-
-    def suffix(self, row: Encoded) -> int:
-        """Positions from the subject's last token to the last that predicts: the last target token, or what follows it."""
-        return row.target[1] - row.subject_last - (self.closers is None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -220,9 +195,9 @@ class _Batch:
     members: _Members
     live: Bool[Tensor, " groups"]
     lanes: tuple[Lane, ...]
-    order: Int[Tensor, " slots"]  # of the states of all lanes, one lane after the other, by their slots
     predictions: Predictions
-    parts: tuple[Predictions, ...]  # the same, those together whose logits are computed at once
+    contexts: int  # of each fact's texts, the bare prompt included
+    turns: tuple[Turn, ...]
     essence_log_probs: Float[Tensor, "groups vocabulary"] | None  # before anything changed; None until the first step
     hidden: Float[Tensor, "groups parts d"]  # of each group's first fact
     unit: Float[Tensor, "groups parts 1"]
@@ -327,7 +302,7 @@ def optimise_values(
         return values
     with stack.fast():
         common = beginnings(stack, _alike(facts)) if common is None else common
-        batches = _batches(site, facts, waiting, step_budget(stack.device, memory))
+        batches = planned(stack, site.first, facts, waiting, step_budget(stack.device, memory))
         if elsewhere:
             finished = _gathered(elsewhere, batches, facts, common, settings, begun, values)
         else:
@@ -405,11 +380,13 @@ def _descend(site: Site, batch: _Batch, settings: ValueSettings, values: Values,
     """Optimise one batch and put what comes out in its places in ``values``."""
     values.hidden[batch.members.place.cpu()] = batch.members.hidden[:, 0].cpu()
     steps = settings.steps * (1 if len(batch.members.place) == len(batch.live) else _STEPS_TOGETHER)
-    left = steps - int(batch.begun.min())
+    least, some = int(batch.begun.min()), settings.alternate
+    left = steps - least
     if int(batch.begun.max()):
         batch = replace(batch, essence_log_probs=_essences(site, batch))
     for number in range(left):
-        step = _evaluate(site, batch, settings, last=number == left - 1)
+        turn = batch.turns[(least + number) % len(batch.turns)]
+        step = _evaluate(site, batch, turn, settings, last=number == left - 1)
         sound = torch.isfinite(step.objective) | ~batch.live
         batch = _noted(batch, step, number, steps)
         live, finite = torch.stack([batch.live, sound]).tolist()  # the one time that a step waits for the device
@@ -420,7 +397,7 @@ def _descend(site: Site, batch: _Batch, settings: ValueSettings, values: Values,
             )
         if step.gradient is None or not any(live):
             break
-        batch = _shrunk(_adam(batch, step, number, settings), live, values, pause=pause)
+        batch = _shrunk(_adam(batch, step, number, settings), live, values, some, pause=pause)
     _keep(batch, values, pause=pause)
 
 
@@ -466,52 +443,6 @@ def _keep(batch: _Batch, values: Values, *, pause: bool) -> None:
             values.paused[place] = Paused(*(one[number].clone() for one in states), factors[number], steps[number])
 
 
-def _batches(
-    site: Site, facts: Sequence[Fact], waiting: Sequence[tuple[int, ...]], budget: int
-) -> list[list[tuple[int, ...]]]:
-    """Single facts and groups apart, those whose first bare rows are about equally long together, a step below ``budget`` bytes each."""
-    footprint = Footprint.of(site.stack, site.first)
-    most = POSITIONS if site.stack.device.type == "cpu" else budget // footprint.position
-
-    def several(group: tuple[int, ...]) -> bool:
-        return len(group) > 1
-
-    def length(group: tuple[int, ...]) -> tuple[int, int]:
-        first = facts[group[0]]
-        return first.suffix(first.rows[0]), first.rows[-1].subject_last
-
-    batches: list[list[tuple[int, ...]]] = []
-    for _, alike in groupby(sorted(waiting, key=lambda group: (several(group), *length(group))), key=several):
-        rest = list(alike)
-        while rest:
-            sizes = accumulate(sum(_bytes(facts[place], footprint) for place in group) for group in rest)
-            positions = accumulate(sum(_positions(facts[place]) for place in group) for group in rest)
-            fit = takewhile(lambda both: both[0] <= budget and both[1] <= most, zip(sizes, positions, strict=True))
-            count = max(1, sum(1 for _ in fit))
-            if _LEAST_FACTS < count < len(rest):
-                count -= count % _LEAST_FACTS
-            batches.append(rest[:count])
-            rest = rest[count:]
-    return batches
-
-
-def _positions(fact: Fact) -> int:
-    """Positions of a fact that a step computes: from its subjects' last tokens on, and the essence's."""
-    return 1 + sum(fact.suffix(row) for row in fact.rows)
-
-
-def _bytes(fact: Fact, footprint: Footprint) -> int:
-    """What one fact adds to a step."""
-    rows = (*fact.rows, fact.essence)
-    ends = fact.closers is not None
-    predictions = 1 + sum(row.opening + row.target[1] - row.target[0] + ends for row in fact.rows)
-    return (
-        footprint.position * _positions(fact)
-        + footprint.prediction * predictions
-        + footprint.prefix * sum(row.subject_last for row in rows)
-    )
-
-
 def _keys(facts: Sequence[Fact], group: Sequence[int]) -> list[tuple[int, str]]:
     """Place and key of each fact of a group: a hash of its own texts, then of those that it shares its change with."""
     found = []
@@ -543,6 +474,8 @@ def _prepare(
     lanes, members = open_lanes(site, rows, read, trunk), torch.tensor(places, device=device).T
     hidden = _unedited(site, rows, lanes)
     first = torch.tensor([sum(map(len, chosen[:number])) for number in range(len(chosen))], device=device)
+    bare = facts[chosen[0][0]]
+    contexts = len(bare.rows) - bare.others
     zeros = torch.zeros_like(hidden[first])
     new = Paused(*[torch.zeros_like(zeros[0])] * 3, settings.nll_factor, 0)
     starts = [(begun or {}).get(group[0], new) for group in chosen]
@@ -556,9 +489,9 @@ def _prepare(
         members=_Members(members[0], members[1], hidden),
         live=torch.ones(len(chosen), dtype=torch.bool, device=device),
         lanes=tuple(lane for lane, _ in lanes),
-        order=torch.cat([lane.slot for lane, _ in lanes]).argsort(),
         predictions=predictions,
-        parts=predictions.cut(),
+        contexts=contexts,
+        turns=turns([lane for lane, _ in lanes], predictions, contexts, settings.alternate),
         essence_log_probs=None,
         hidden=hidden[first],
         unit=site.unit(hidden[first]),
@@ -613,34 +546,37 @@ def _predictions(
     return read, Predictions.of(tokens, torch.tensor(shares, device=device), of_fact, ends, masks.to(device))
 
 
-def _evaluate(site: Site, batch: _Batch, settings: ValueSettings, *, last: bool) -> _Step:
-    """The objective of each fact and, unless this is the last step, its gradient."""
+def _evaluate(site: Site, batch: _Batch, turn: Turn, settings: ValueSettings, *, last: bool) -> _Step:
+    """The objective of each fact, as far as this turn reads it, and, unless this is the last step, its gradient."""
     delta = batch.delta.detach().requires_grad_(not last)
     with torch.set_grad_enabled(not last):
-        states = torch.cat([site.run(lane.rows, delta[lane.rows.fact], lane.row, lane.column) for lane in batch.lanes])
-        states = states[batch.order]
+        found = list[Tensor]()
+        for (lane, some), (row, column) in zip(turn.lanes, turn.states, strict=True):
+            rows = batch.lanes[lane].rows if some is None else batch.lanes[lane].rows.lend(some)
+            found.append(site.run(rows, delta[rows.fact], row, column))
+        states = torch.cat(found)[turn.order]
         decay = (batch.unit[..., 0] * delta.norm(dim=-1) / batch.hidden.norm(dim=-1).square()).sum(-1)
-    found = read_states(
+    said = read_states(
         site.stack,
         states,
-        batch.parts,
+        turn.parts,
         batch.essence_log_probs,
         batch.nll_factor,
         settings.kl_factor,
         gradient=not last,
         sure=settings.until_sure,
     )
-    kl = settings.kl_factor * found.kl
-    objective = batch.nll_factor * found.nll + kl + settings.weight_decay * decay.detach()
+    kl = settings.kl_factor * said.kl
+    objective = batch.nll_factor * said.nll + kl + settings.weight_decay * decay.detach()
     gradient = None
-    if found.gradient is not None:
-        pulled = [found.gradient, torch.full_like(decay, settings.weight_decay)]
+    if said.gradient is not None:
+        pulled = [said.gradient, torch.full_like(decay, settings.weight_decay)]
         gradient = torch.autograd.grad([states, decay], delta, pulled)[0]
     done, sure = objective < settings.stop_loss, torch.zeros_like(objective, dtype=torch.bool)
-    if found.wrong is not None:
-        sure = found.wrong == 0
+    if said.wrong is not None:
+        sure = said.wrong == 0
         done = done | (sure & (kl <= _KL_LIMIT))
-    return _Step(objective, gradient, done, sure, found.essence)
+    return _Step(objective, gradient, done, sure, said.essence)
 
 
 def _adam(batch: _Batch, step: _Step, number: int, settings: ValueSettings) -> _Batch:
@@ -663,10 +599,10 @@ def _adam(batch: _Batch, step: _Step, number: int, settings: ValueSettings) -> _
     )
 
 
-def _shrunk(batch: _Batch, live: Sequence[bool], values: Values, *, pause: bool) -> _Batch:
+def _shrunk(batch: _Batch, live: Sequence[bool], values: Values, some: int, *, pause: bool) -> _Batch:
     """The batch without its finished groups, or with so many of them that its size is a power of two."""
     left = sum(live)
-    size = max(_LEAST_FACTS, 1 << (left - 1).bit_length())
+    size = max(LEAST_FACTS, 1 << (left - 1).bit_length())
     if size >= len(live):
         return batch
     _keep(batch, values, pause=pause)
@@ -685,9 +621,9 @@ def _shrunk(batch: _Batch, live: Sequence[bool], values: Values, *, pause: bool)
         members=batch.members.select(kept, place),
         live=batch.live[keep],
         lanes=tuple(lanes),
-        order=torch.cat([lane.slot for lane in lanes]).argsort(),
         predictions=predictions,
-        parts=predictions.cut(),
+        contexts=batch.contexts,
+        turns=turns(lanes, predictions, batch.contexts, some),
         essence_log_probs=batch.essence_log_probs[keep],
         hidden=batch.hidden[keep],
         unit=batch.unit[keep],

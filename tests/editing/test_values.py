@@ -15,8 +15,8 @@ from torch.overrides import TorchFunctionMode
 from patchhub.cache import Cache
 from patchhub.editing.editor import encode_facts
 from patchhub.editing.locate import Encoded
-from patchhub.editing.rows import BlockOutput, Projections, Row, open_rows, read_trunk
-from patchhub.editing.values import Fact, KeptValues, Values, ValueSettings, fact_key, optimise_values
+from patchhub.editing.rows import BlockOutput, Fact, Projections, Row, open_rows, read_trunk
+from patchhub.editing.values import KeptValues, Values, ValueSettings, fact_key, optimise_values
 from patchhub.errors import EditError
 from patchhub.models import placement
 from patchhub.models.tracing import Stack
@@ -548,3 +548,38 @@ def test_a_large_model_is_optimised_in_bfloat16_from_its_own_hidden_states(monke
     assert torch.equal(quick.hidden, alone.hidden)
     assert 0 < max(distances(quick.targets, alone.targets)) < 0.15
     assert stack("llama").model.dtype == torch.float32
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_with_some_contexts_in_turn_a_step_is_that_of_a_fact_with_these_contexts(family: str) -> None:
+    """One step from nothing: its direction is the gradient's sign, so each turn's is that of the fact with fewer contexts, weighed anew."""
+    site, every = (
+        BlockOutput(stack(family), LAYER),
+        [fact for fact in facts() if len(fact.rows) == len(facts()[0].rows)],
+    )
+    contexts = len(every[0].rows)
+    assert contexts > 2
+    once = replace(SETTINGS, steps=1, stop_loss=0.0)
+    whole = optimise_values(site, every, once)
+    means = []
+    for chosen in range(1, contexts):
+        few = [replace(fact, rows=(fact.rows[0], fact.rows[chosen])) for fact in every]
+        one = [replace(fact, rows=(fact.rows[0],)) for fact in every]
+        pair, bare = optimise_values(site, few, once).loss, optimise_values(site, one, once).loss
+        means.append(((2 * pair - bare) * (contexts - 1) + bare) / contexts)
+    torch.testing.assert_close(optimise_values(site, every, replace(once, alternate=1)).loss, means[0])
+    torch.testing.assert_close(torch.stack(means).mean(0), whole.loss)
+    assert torch.equal(optimise_values(site, every, replace(once, alternate=contexts - 1)).loss, whole.loss)
+
+
+def test_each_context_has_its_turn() -> None:
+    alone = optimise_values(BlockOutput(stack("llama"), LAYER), facts(), replace(CLAMPED, alternate=1))
+    again = optimise_values(BlockOutput(stack("llama"), LAYER), facts(), replace(CLAMPED, alternate=1))
+    assert torch.equal(alone.targets, again.targets)
+    first = optimise_values(
+        BlockOutput(stack("llama"), LAYER), facts(), replace(CLAMPED, alternate=1, steps=2), begun={}
+    )
+    gone_on = optimise_values(
+        BlockOutput(stack("llama"), LAYER), facts(), replace(CLAMPED, alternate=1), begun=first.paused
+    )
+    assert max(distances(gone_on.targets, alone.targets)) < 1e-5
