@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.hooks import RemovableHandle
 from transformers.activations import NewGELUActivation
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
@@ -38,7 +37,7 @@ def fast_products(device: torch.device) -> Iterator[None]:
 
     PyTorch leaves them to MKL unless it is told that bfloat16 would do; on processors that have wide vectors and no matrix unit
     oneDNN then computes in float32 all the same, and on some of them twice as fast. Where it would really round to bfloat16 the
-    switch stays as it was. Attention then is two plain products as well: the fused kernel's own small products are slow that way.
+    switch stays as it was. Attention then is two plain products as well (`plain_attention`): the fused kernel's own are slow that way.
     Both are switches of the process, put back at the end. On a GPU float32 products stay float32 whatever the process allows (TF32 has
     ten bits): second moments are sums of a hundred thousand of them.
     """
@@ -49,8 +48,55 @@ def fast_products(device: torch.device) -> Iterator[None]:
     if not _exact_through_onednn():
         yield
         return
-    with _onednn(), sdpa_kernel(SDPBackend.MATH):
+    with _onednn(), plain_attention():
         yield
+
+
+@contextmanager
+def plain_attention() -> Iterator[None]:
+    """While open, attention is two products in the type that the model runs in, wherever it asks for `scaled_dot_product_attention`.
+
+    PyTorch's own kernels are made for many queries over many keys: over the few that are read here they take three to ten times as long,
+    forwards and backwards. The function is replaced for the whole process, and put back at the end.
+    """
+    theirs = nn.functional.scaled_dot_product_attention
+
+    def ours(*args: Any, **kwargs: Any) -> Tensor:
+        if len(args) > 4 or kwargs.get("dropout_p"):
+            return theirs(*args, **kwargs)
+        kwargs.pop("dropout_p", None)
+        return attend(*args, **kwargs)
+
+    nn.functional.scaled_dot_product_attention = ours
+    try:
+        yield
+    finally:
+        nn.functional.scaled_dot_product_attention = theirs
+
+
+def attend(
+    query: Float[Tensor, "batch heads time d"],
+    key: Float[Tensor, "batch groups all d"],
+    value: Float[Tensor, "batch groups all e"],
+    attn_mask: Tensor | None = None,
+    *,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Float[Tensor, "batch heads time e"]:
+    """What `torch.nn.functional.scaled_dot_product_attention` gives without dropout; heads are consecutive within their group."""
+    batch, heads, time, width = query.shape
+    groups, every = key.shape[1], key.shape[2]
+    scaled = query * (width**-0.5 if scale is None else scale)
+    scores = scaled.reshape(batch, groups, heads // groups * time, width) @ key.mT
+    if is_causal and time > 1:
+        attn_mask = torch.ones(time, every, dtype=torch.bool, device=query.device).tril()
+    if attn_mask is not None:
+        scores, least = scores.view(batch, heads, time, every), torch.finfo(scores.dtype).min
+        boolean = attn_mask.dtype == torch.bool
+        scores = scores.masked_fill(~attn_mask, least) if boolean else (scores + attn_mask).clamp(min=least)
+        scores = scores.view(batch, groups, -1, every)  # padding that may look nowhere gets numbers, which nobody reads
+    return (scores.softmax(-1) @ value).view(batch, heads, time, -1)
 
 
 @contextmanager
@@ -190,6 +236,10 @@ class Prefix(Cache):
     def select(self, rows: Int[Tensor, " rows"]) -> Prefix:
         """The same prefix for some rows of the batch."""
         return Prefix([(keys[rows.to(keys.device)], values[rows.to(values.device)]) for keys, values in self._pairs])
+
+    def to(self, dtype: torch.dtype) -> Prefix:
+        """The same in another type."""
+        return Prefix([(keys.to(dtype), values.to(dtype)) for keys, values in self._pairs])
 
     def lend(self, rows: Int[Tensor, " rows"]) -> Prefix:
         """The same as `select`, for use in a pass only: rows are copied as a block asks for them, one block at a time."""

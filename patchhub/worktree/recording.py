@@ -24,6 +24,7 @@ from patchhub.editing.settings import EditSettings, preset
 from patchhub.editing.values import KeptValues, Part, Values, ValueSettings
 from patchhub.evaluation.live import continue_greedily, continue_within, first_clause, reads_right, room_after
 from patchhub.models.architectures import Architecture, additive_probe
+from patchhub.models.placement import optimised_in
 from patchhub.objects import SLOT, Metric, Request, set_digest
 from patchhub.progress import Progress, told
 from patchhub.sets.columns import (
@@ -367,9 +368,11 @@ def _kept_values(
 ) -> KeptValues:
     """Where the values of facts are kept that are optimised on this state with these settings."""
     config = tree.model.config
+    quick = optimised_in(tree.model, tree.memory)
     inputs = {
         "base": repository.config.base_id,
         "dtype": str(tree.model.dtype),
+        **({"optimised_in": str(quick)} if quick != tree.model.dtype else {}),
         "layer": EDITORS[method].way(tree.architecture).layer(settings.layers),
         "method": method,
         "quantization": str(getattr(config, "quantization_config", None)),

@@ -15,8 +15,8 @@ from patchhub.editing.editor import EDITORS
 from patchhub.editing.locate import Encoded
 from patchhub.editing.metric import MetricCache
 from patchhub.editing.record import State, record
-from patchhub.editing.rows import key_rows
-from patchhub.editing.values import Fact, ValueSettings, optimise_values
+from patchhub.editing.rows import Fact, key_rows
+from patchhub.editing.values import ValueSettings, optimise_values
 from patchhub.models.architectures import FAMILIES, Site, describe
 from patchhub.models.checkpoint import open_checkpoint
 from patchhub.models.fingerprint import fingerprint
