@@ -68,10 +68,14 @@ def _same(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class Codec:
-    """`decode(value, path)` checks and converts a JSON value; `encode` is its inverse."""
+    """`decode(value, path)` checks and converts a JSON value; `encode` is its inverse.
+
+    `empty` is None for a field that is always there; otherwise the field is left out where its value is `empty`.
+    """
 
     decode: Callable[[Any, str], Any]
     encode: Callable[[Any], Any] = _same
+    empty: Mapping[str, Any] | None = None
 
 
 def _expect(valid: bool, path: str, expected: str) -> None:
@@ -206,16 +210,23 @@ def _decode_fields(cls: Any, value: Any, fixed: Mapping[str, Any], path: str = "
         _expect(type(value[name]) is type(constant) and value[name] == constant, prefix + name, f"is not {constant!r}")
     for name in value:
         _expect(name in schema or name in fixed, prefix + name, "is unknown")
-    for name in schema:
-        _expect(name in value, prefix + name, "is missing")
-    return {attribute: codec.decode(value[name], prefix + name) for name, (attribute, codec) in schema.items()}
+    for name, (_, codec) in schema.items():
+        _expect(name in value or codec.empty is not None, prefix + name, "is missing")
+    return {
+        attribute: codec.decode(value[name], prefix + name) if name in value else dict(codec.empty or {})
+        for name, (attribute, codec) in schema.items()
+    }
 
 
 def _encode_fields(record: Any) -> dict[str, Any]:
     """The inverse of `_decode_fields`, without the fixed fields."""
     cls: Any = type(record)
-    schema = _schema(cls)
-    return {name: codec.encode(getattr(record, attribute)) for name, (attribute, codec) in schema.items()}
+    found = {name: (getattr(record, attribute), codec) for name, (attribute, codec) in _schema(cls).items()}
+    return {
+        name: codec.encode(value)
+        for name, (value, codec) in found.items()
+        if codec.empty is None or value != codec.empty
+    }
 
 
 def record_of(cls: type[Any]) -> Codec:

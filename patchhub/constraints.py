@@ -160,6 +160,14 @@ class Moments:
         """
         return self._changed(columns, -1.0)
 
+    def beyond(self, deltas: Sequence[Delta]) -> Moments:
+        """The sums of the same columns on top of deltas that stay as they are, as `beyond` says of columns: Y - A X, A the deltas' sum."""
+        if not deltas or not self.count:
+            return self
+        present = image(add(deltas, self.shape), self.X.T).T
+        lost = float(np.hypot(self.rounding[1], _EPSILON * max(np.linalg.norm(present), np.linalg.norm(self.Y))))
+        return Moments(self.X, self.Y - present, self.count, (self.rounding[0], lost))
+
     def solve(self) -> Dense:
         """D(S).
 

@@ -5,19 +5,21 @@ float32 or float16; arithmetic is float64."""
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from types import MappingProxyType
+from typing import Final, TypeAlias
 
 import numpy as np
 from jaxtyping import Float, UInt8
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from patchhub.errors import CorruptStoreError
+from patchhub.fsio import Span
 
 FORMS = {"B", "A", "dense", "mask", "values"}
 NEGLIGIBLE = 1e-6
@@ -226,25 +228,24 @@ def read_deltas(source: bytes | Path, shapes: Mapping[str, tuple[int, int]]) -> 
     return {weight: _delta(weight, parts, shapes[weight]) for weight, parts in sorted(grouped.items())}
 
 
-def weights_in(file: Path) -> frozenset[str]:
+def weights_in(file: Span) -> frozenset[str]:
     """The weights that a file of deltas changes, from its header alone.
 
     Raises:
         CorruptStoreError: not a safetensors file.
     """
-    with _opened(file) as tensors:
-        return frozenset(name.rpartition(".")[0] for name in tensors.keys())  # noqa: SIM118  # it is no mapping
+    return frozenset(name.rpartition(".")[0] for name in Tensors(file))
 
 
-def read_delta(file: Path, weight: str, shape: tuple[int, int]) -> Delta:
+def read_delta(file: Span, weight: str, shape: tuple[int, int]) -> Delta:
     """The delta of one weight, of which alone the bytes are read.
 
     Raises:
         CorruptStoreError: as in `read_deltas`, or the file does not change that weight.
     """
-    with _opened(file) as tensors:
-        names = {name for name in tensors.keys() if name.rpartition(".")[0] == weight}  # noqa: SIM118  # it is no mapping
-        parts = {name.rpartition(".")[2]: tensors.get_tensor(name) for name in sorted(names)}
+    tensors = Tensors(file)
+    names = {name for name in tensors if name.rpartition(".")[0] == weight}
+    parts = {name.rpartition(".")[2]: tensors[name] for name in sorted(names)}
     for form, array in parts.items():
         if form not in FORMS:
             raise CorruptStoreError(f"a delta holds the unexpected tensor '{weight}.{form}'", remedy=_REMEDY)
@@ -252,13 +253,56 @@ def read_delta(file: Path, weight: str, shape: tuple[int, int]) -> Delta:
     return _delta(weight, parts, shape)
 
 
-@contextmanager
-def _opened(file: Path) -> Iterator[Any]:
-    try:
-        with safe_open(file, "np") as tensors:
-            yield tensors
-    except (SafetensorError, OSError, TypeError, AttributeError, KeyError) as error:
-        raise CorruptStoreError(f"a delta is not a readable safetensors file ({error})", remedy=_REMEDY) from error
+class Tensors(Mapping[str, np.ndarray]):
+    """The tensors of a safetensors file that is a file of its own or lies in another one; each is read when it is asked for.
+
+    The library that reads such files maps whole files only.
+    """
+
+    _DTYPES: Final = MappingProxyType(
+        {"F64": np.float64, "F32": np.float32, "F16": np.float16, "I64": np.int64, "I32": np.int32, "U8": np.uint8}
+    )
+
+    def __init__(self, file: Span) -> None:
+        """Read the header.
+
+        Raises:
+            CorruptStoreError: there is none, or it is not one of tensors that lie in the file.
+        """
+        self._file = file
+        try:
+            length = int.from_bytes(file.read(0, 8), "little")
+            if length > file.size - 8:
+                raise ValueError("its header is longer than the file")
+            header = json.loads(file.read(8, length))
+            self._start = 8 + length
+            self._entries = {str(name): dict(entry) for name, entry in header.items() if name != "__metadata__"}
+        except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+            raise self._unreadable(error) from error
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        entry = self._entries[name]
+        try:
+            dtype, shape = np.dtype(self._DTYPES[entry["dtype"]]), tuple(entry["shape"])
+            begin, end = entry["data_offsets"]
+            if (
+                not 0 <= begin <= end <= self._file.size - self._start
+                or end - begin != math.prod(shape) * dtype.itemsize
+            ):
+                raise ValueError(f"{name} does not lie where it should")
+            return np.frombuffer(self._file.read(self._start + begin, end - begin), dtype).reshape(shape)
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise self._unreadable(error) from error
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    @staticmethod
+    def _unreadable(error: Exception) -> CorruptStoreError:
+        return CorruptStoreError(f"a delta is not a readable safetensors file ({error})", remedy=_REMEDY)
 
 
 _REMEDY = "Run `patchhub fsck` to see what is damaged."

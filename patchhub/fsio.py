@@ -11,6 +11,7 @@ import secrets
 import sqlite3
 import stat
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -183,6 +184,40 @@ def read_chunks(path: Path) -> Iterator[bytes]:
     with open(path, "rb") as file:
         while chunk := file.read(CHUNK):
             yield chunk
+
+
+@dataclass(frozen=True)
+class Span:
+    """Bytes that lie in a file: all of it, or the part that one object of a pack is.
+
+    Attributes:
+        start, size: in bytes; what the file has less of is missing from what is read.
+    """
+
+    path: Path
+    start: int
+    size: int
+
+    @classmethod
+    def of(cls, path: Path) -> Span:
+        """A whole file; `FileNotFoundError` where there is none."""
+        return cls(path, 0, path.stat().st_size)
+
+    def read(self, start: int = 0, size: int | None = None) -> bytes:
+        """All of its bytes, or `size` of them from `start` on."""
+        with open(self.path, "rb") as file:
+            there = os.fstat(file.fileno()).st_size - self.start - start
+            file.seek(self.start + start)
+            return file.read(max(0, min(there, self.size - start, self.size if size is None else size)))
+
+    def chunks(self) -> Iterator[bytes]:
+        """Its bytes in pieces of at most `CHUNK`."""
+        with open(self.path, "rb") as file:
+            file.seek(self.start)
+            left = self.size
+            while left and (chunk := file.read(min(left, CHUNK))):
+                left -= len(chunk)
+                yield chunk
 
 
 @contextlib.contextmanager

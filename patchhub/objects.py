@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Final, NamedTuple
 
 from patchhub.canonical import (
@@ -17,6 +17,7 @@ from patchhub.canonical import (
     NUMBER,
     TEXT,
     Codec,
+    MalformedError,
     StoredObject,
     canonical_json,
     choice,
@@ -115,6 +116,27 @@ SLOT: Final = "{}"
 
 # --- requests -------------------------------------------------------------------------------------------------------
 
+METADATA_BYTES: Final = 4096
+"""What the metadata of a request may take, as canonical JSON."""
+
+
+def _decode_metadata(value: Any, path: str) -> dict[str, Any]:
+    metadata: dict[str, Any] = MAPPING.decode(value, path)
+    if len(canonical_json(metadata)) > METADATA_BYTES:
+        raise MalformedError(path, f"is longer than {METADATA_BYTES} bytes")
+    return metadata
+
+
+def _encode_metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    if len(canonical_json(metadata)) > METADATA_BYTES:
+        raise RequestError(
+            f"the metadata of a request is longer than {METADATA_BYTES} bytes", remedy="Keep an address of it instead."
+        )
+    return dict(metadata)
+
+
+_METADATA = Codec(_decode_metadata, _encode_metadata, empty={})
+
 
 @dataclass(frozen=True)
 class Neighbor:
@@ -126,7 +148,10 @@ class Neighbor:
 
 @dataclass(frozen=True)
 class Request:
-    """One fact to write. `prompt` holds ``{}`` where the subject stands; use `make` for text of unknown form."""
+    """One fact to write. `prompt` holds ``{}`` where the subject stands; use `make` for text of unknown form.
+
+    `metadata` is what whoever wrote the fact says of it besides, such as its source: kept and shown, and read by nothing.
+    """
 
     prompt: Annotated[str, TEXT]
     subject: Annotated[str, TEXT]
@@ -134,6 +159,7 @@ class Request:
     target_true: Annotated[str | None, optional(TEXT)]
     paraphrases: Annotated[tuple[str, ...], list_of(TEXT)]
     neighborhood: Annotated[tuple[Neighbor, ...], list_of(record_of(Neighbor))]
+    metadata: Annotated[Mapping[str, Any], _METADATA] = field(default_factory=dict, hash=False)
 
     @classmethod
     def make(

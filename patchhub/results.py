@@ -50,7 +50,7 @@ def in_full(found: Any) -> Any:
     """Requests with their texts, for `told`; the type alone tells their ids."""
     if isinstance(found, Request):
         texts = {name: getattr(found, name) for name in ("prompt", "subject", "target_new", "target_true")}
-        return {"id": found.id, **texts}
+        return {"id": found.id, **texts, **({"metadata": found.metadata} if found.metadata else {})}
     return None if found is None else [in_full(request) for request in found]
 
 

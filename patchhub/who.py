@@ -16,10 +16,10 @@ from patchhub.errors import SettingsError
 FORMAT: Final = "%Y-%m-%dT%H:%M:%SZ"
 """Instants as the store writes them, so that they sort as text."""
 
-_SECONDS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
+_SECONDS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800, "month": 30 * 86_400, "year": 365 * 86_400}
 _DAYS: Final = {"today": 0, "yesterday": 1}
 _DURATION: Final = re.compile(
-    r"(\d{1,6})\s*(?:(seconds?|s)|(minutes?|min|m)|(hours?|h)|(days?|d)|(weeks?|w))", re.IGNORECASE
+    r"(\d{1,6})\s*(?:(seconds?|s)|(minutes?|min|m)|(hours?|h)|(days?|d)|(weeks?|w)|(months?)|(years?|y))", re.IGNORECASE
 )
 
 
@@ -141,7 +141,7 @@ def _login() -> str:
 
 
 def duration(text: str) -> timedelta:
-    """``14 days``, ``36h``, ``2w`` or ``0``.
+    """``14 days``, ``36h``, ``2w`` or ``0``; a month is 30 days, a year 365.
 
     Raises:
         SettingsError: anything else.

@@ -1,4 +1,4 @@
-"""docs/cli.md, docs/python.md and docs/rooms.md, from the source.
+"""docs/cli.md, docs/python.md and docs/rooms.md, from the source; and the table of adapters in docs/hub.md, from its tests.
 
 `python -m tests.docs` writes them, `--check` says whether they are as they would be.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import re
 import sys
 import textwrap
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from pathlib import Path
 import click
 
 from patchhub.cli.main import main
+from tests.export.adapters import table
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "patchhub"
@@ -256,7 +258,13 @@ def rooms_page() -> str:
     return "".join(parts)
 
 
-PAGES = {"docs/cli.md": cli_page, "docs/python.md": python_page, "docs/rooms.md": rooms_page}
+def hub_page() -> str:
+    """The page as it is, with the table of adapters anew."""
+    before, _, rest = (ROOT / "docs" / "hub.md").read_text(encoding="utf-8").partition("| adapter | import |\n")
+    return before + table() + rest[re.search(r"^(?!\|)", rest, re.M).start() :]  # type: ignore[union-attr]
+
+
+PAGES = {"docs/cli.md": cli_page, "docs/hub.md": hub_page, "docs/python.md": python_page, "docs/rooms.md": rooms_page}
 
 
 def run(check: bool) -> list[str]:

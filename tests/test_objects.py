@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import unicodedata
@@ -15,6 +16,7 @@ from patchhub.canonical import canonical_json, object_id
 from patchhub.errors import CorruptStoreError, RequestError
 from patchhub.objects import (
     EMPTY_SET,
+    METADATA_BYTES,
     Base,
     Commit,
     Keyframe,
@@ -298,6 +300,32 @@ def test_requests_round_trip(
     assert requests_from_json(requests_json([request, REQUEST])) == [request, REQUEST]
     decomposed = (unicodedata.normalize("NFD", part) for part in (prompt, subject, target))
     assert Request.make(*decomposed).id == request.id
+
+
+NOTED = dataclasses.replace(REQUEST, metadata={"source": "Libération", "id": 7, "seen": [{"by": None}]})
+
+
+def test_metadata_stands_with_the_texts_and_changes_no_identity() -> None:
+    """Golden bytes; and a list without any has the bytes that it always had."""
+    assert object_id(requests_json([NOTED])) == "f0d76b8657ecf592fff3ea748ad38c338261e06681edf7ef10dceaa369ddba8e"
+    assert requests_from_json(requests_json([NOTED, REQUEST])) == [NOTED, REQUEST]
+    assert NOTED.id == REQUEST.id
+    assert len({NOTED, REQUEST}) == 2
+    assert b"metadata" not in requests_json([REQUEST])
+
+
+@pytest.mark.parametrize("metadata", [{}, [], None, "a", {"a": "x" * METADATA_BYTES}, {"a": 2**63}])
+def test_metadata_that_writing_would_not_produce_is_refused(metadata: Any) -> None:
+    (value,) = json.loads(requests_json([REQUEST]))
+    with pytest.raises(CorruptStoreError):
+        requests_from_json(canonical_json([{**value, "metadata": metadata}]))
+
+
+def test_metadata_is_bounded_when_it_is_written() -> None:
+    room = METADATA_BYTES - len('{"a":""}')
+    requests_json([dataclasses.replace(REQUEST, metadata={"a": "x" * room})])
+    with pytest.raises(RequestError, match="longer than 4096"):
+        requests_json([dataclasses.replace(REQUEST, metadata={"a": "x" * (room + 1)})])
 
 
 def test_request_text_and_identity() -> None:

@@ -67,7 +67,6 @@ _FORCE = (
     "--force-with-lease overwrites what was seen at the last fetch."
 )
 _PLAIN_RESET = "`patchhub reset REV` is enough: there are no files that could differ."
-_TAG = "A tag is a name alone: `patchhub tag NAME REV`; what it is for belongs into a commit's message."
 
 OPTIONS: Final[Mapping[tuple[str, str], str]] = {
     ("commit", "-a"): _NO_STAGING,
@@ -84,8 +83,7 @@ OPTIONS: Final[Mapping[tuple[str, str], str]] = {
     ("branch", "-f"): "`patchhub switch BRANCH`, then `patchhub reset REV` moves it.",
     ("log", "-p"): "`patchhub show REV` lists a commit's facts, `patchhub diff A B` those between two.",
     ("log", "--grep"): "`patchhub log -S TEXT` looks for facts, `patchhub search WORDS` too.",
-    ("tag", "-m"): _TAG,
-    ("tag", "-a"): _TAG,
+    ("tag", "-a"): "`patchhub tag NAME -m TEXT` says what a tag is for.",
     ("tag", "-f"): "Tags do not move; `patchhub tag -d NAME` drops one, which then can be made anew.",
     ("reset", "--hard"): _PLAIN_RESET,
     ("reset", "--soft"): _PLAIN_RESET,

@@ -24,6 +24,7 @@ from patchhub.cli.options import (
 )
 from patchhub.cli.search import list_found
 from patchhub.cli.terminal import (
+    ago,
     count,
     json_option,
     local,
@@ -34,6 +35,7 @@ from patchhub.cli.terminal import (
     reports_errors,
     say,
     say_all,
+    say_metadata,
 )
 from patchhub.errors import CorruptStoreError, SettingsError
 from patchhub.porcelain.scores import DEFINITIONS
@@ -128,7 +130,10 @@ _SHOWN = 20
 @json_option
 @reports_errors
 def log(oneline: bool, form: str | None, graph: bool, repo: Path | None, as_json: bool, **options: Any) -> None:
-    """The commits below REV, newest first; FROM..TO means those below TO and not below FROM."""
+    """The commits below REV, newest first; FROM..TO means those below TO and not below FROM.
+
+    ONE...OTHER means those below one of the two alone.
+    """
     if form is not None:
         form = _form(form)
         oneline = oneline or form == _ONELINE
@@ -184,8 +189,11 @@ _FIELDS: Mapping[str, Callable[[Entry], str]] = {
     "ae": lambda entry: _person(entry.commit.author)[1],
     "ad": lambda entry: local(entry.commit.time),
     "aI": lambda entry: entry.commit.time,
+    "ar": lambda entry: ago(entry.commit.time),
+    "as": lambda entry: local(entry.commit.time)[:10],
     "cd": lambda entry: local(entry.commit.time),
     "cI": lambda entry: entry.commit.time,
+    "cr": lambda entry: ago(entry.commit.time),
     "s": lambda entry: entry.commit.message.partition("\n")[0],
     "b": lambda entry: "\n".join(entry.commit.message.splitlines()[1:]).strip(),
     "B": lambda entry: entry.commit.message,
@@ -201,7 +209,7 @@ _FIELDS: Mapping[str, Callable[[Entry], str]] = {
 @click.argument("rev", metavar="[REV|FACT|REV:FACT]", default="HEAD", type=Shown())
 @click.option("--all", "everything", is_flag=True, help="List every fact.")
 @click.option("--stat", is_flag=True, help="Only how much changes, not the facts.")
-@click.option("-v", "--verbose", is_flag=True, help="Also how exactly the weights were solved for.")
+@click.option("-v", "--verbose", is_flag=True, help="Also metadata of facts, and how exactly weights were solved for.")
 @repo_option
 @json_option
 @reports_errors
@@ -226,8 +234,8 @@ def _shown(shown: ShownCommit, *, everything: bool, stat: bool, verbose: bool) -
     _header(replace(shown.entry, scores=()))
     say()
     if not stat:
-        _requests("+", shown.added, "green", everything)
-        _requests("-", shown.removed, "red", everything)
+        _requests("+", shown.added, "green", everything, verbose)
+        _requests("-", shown.removed, "red", everything, verbose)
     for identity, patch in shown.patches.items():
         gone = " (gave way)" if (identity, None) in shown.entry.commit.removed else ""
         say(f"patch {identity[:12]}: {_patch_words(patch)}{gone}", dim=True)
@@ -309,7 +317,7 @@ def diff(
     repository = opened(repo)
     if new.startswith("."):  # A...B is what B changed since the two parted
         new = new[1:] or "HEAD"
-        old = next(iter(repository.merge_base(old, new)), "base")
+        old = next(iter(repository.merge_base(old, new)), "base")[:12]
     found = repository.diff(old, new, ask=prompts, **options)
     if as_json:
         print_json(found)
@@ -453,10 +461,12 @@ def _first_line(entry: Entry) -> str:
     return (entry.commit.message.splitlines() or [""])[0]
 
 
-def _requests(sign: str, requests: tuple[Request, ...], colour: str, everything: bool) -> None:
+def _requests(sign: str, requests: tuple[Request, ...], colour: str, everything: bool, metadata: bool = False) -> None:
     for request in requests[: None if everything else _SHOWN]:
         was = f"  (was {request.target_true})" if request.target_true else ""
         say(f"  {click.style(sign, fg=colour)} {request.text} {click.style(request.target_new, bold=True)}{was}")
+        if metadata:
+            say_metadata(request.metadata)
     if not everything and len(requests) > _SHOWN:
         say(f"  {sign} ... and {len(requests) - _SHOWN} more (--all lists them)", dim=True)
 

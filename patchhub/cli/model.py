@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from importlib.resources import as_file, files
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
@@ -229,7 +229,8 @@ def apply(repo: Path | None, as_json: bool, **options: Any) -> None:
 
 
 @click.command()
-@click.argument("prompt")
+@click.argument("prompt", nargs=-1)
+@click.option("--file", type=click.File(encoding="utf-8"), help="Prompts, one a line; `-` is standard input.")
 @click.option(
     "--rev", type=Revision(), multiple=True, help="Revision to ask; repeat to compare. Default: HEAD and base."
 )
@@ -239,9 +240,19 @@ def apply(repo: Path | None, as_json: bool, **options: Any) -> None:
 @repo_option
 @json_option
 @reports_errors
-def ask(prompt: str, repo: Path | None, as_json: bool, **options: Any) -> None:
-    """What the model says to PROMPT, at one revision beside another: likely next words and a short continuation."""
-    answers = opened(repo).ask(prompt, **options)
+def ask(prompt: tuple[str, ...], file: TextIO | None, repo: Path | None, as_json: bool, **options: Any) -> None:
+    """What the model says to PROMPT, at one revision beside another: likely next words and a short continuation.
+
+    Several prompts, each in quotes, are asked one after the other; the model is loaded once.
+    """
+    if not (prompt or file):
+        raise click.UsageError("Missing argument 'PROMPT', such as \"The capital of France is\".")
+    if len(prompt) > 1 and all(one.isascii() and " " not in one.strip() for one in prompt):
+        raise click.UsageError(
+            f"these are {len(prompt)} prompts of one word each: put quotes around a sentence, or give words with --file."
+        )
+    prompts = (*prompt, *(line for line in file.read().splitlines() if line.strip())) if file else prompt
+    answers = opened(repo).ask(prompts, **options)
     if as_json:
         print_json(answers)
         return
@@ -250,7 +261,7 @@ def ask(prompt: str, repo: Path | None, as_json: bool, **options: Any) -> None:
         say(f"{answer.revision} ({_name(answer.commit)})", bold=True)
         lines = answer.continuation.strip().splitlines() if answer.chat else answer.continuation.splitlines()
         said = click.style(lines[0] if lines else "", fg="green")
-        say(f"  {prompt} > {said}" if answer.chat else f"  {prompt}{said}")
+        say(f"  {answer.prompt} > {said}" if answer.chat else f"  {answer.prompt}{said}")
         for token, probability in answer.top:
             say(f"  {token!r:<{width}} {probability:6.1%} {'█' * round(probability * 30)}", dim=probability < 0.05)
 

@@ -53,6 +53,7 @@ def branch(repo: Path | None, verbose: bool, listing: bool, as_json: bool, **opt
 @click.argument("name", required=False, type=Revision())
 @click.argument("rev", required=False, type=Revision())
 @click.option("-d", "--delete", is_flag=True, help="Remove the tag.")
+@click.option("-m", "--message", default="", help="What the tag is for; listed in place of its commit's message.")
 @sign_option
 @key_option
 @click.option("-l", "--list", "listing", is_flag=True, hidden=True, help="List the tags, as without a name.")
@@ -143,6 +144,7 @@ def squash(repo: Path | None, as_json: bool, **options: Any) -> None:
 @click.command()
 @click.option("--dry-run", is_flag=True, help="Say what would be deleted; delete nothing.")
 @click.option("--grace", default="14 days", show_default=True, help='Keep what is younger: "36 hours", 2w, 0.')
+@click.option("--pack", is_flag=True, help="Put objects that are files of their own into packs.")
 @repo_option
 @json_option
 @reports_errors
@@ -150,7 +152,8 @@ def gc(repo: Path | None, as_json: bool, **options: Any) -> None:
     """Delete what nothing needs: objects that were never recorded, leftovers of interrupted commands, unused cache.
 
     Whatever a branch, a tag, a remote branch, a note or any operation of the log leads to is kept, however old, so `undo` always
-    works. Use --grace 0 only when no other command runs.
+    works. Use --grace 0 only when no other command runs. --pack makes a few files of the many: a large history takes less room, and is
+    copied sooner.
     """
     done = opened(repo).gc(**options)
     if as_json:
@@ -162,6 +165,9 @@ def gc(repo: Path | None, as_json: bool, **options: Any) -> None:
         say(f"  ... and {len(done.items) - _SHOWN} more (--json lists them)", dim=True)
     kinds = ", ".join(count(number, kind) for kind, number in sorted(done.counts.items()))
     say(f"{'would delete' if done.dry_run else 'deleted'} {kinds or 'nothing'}: {done.size / 1e6:.2f} MB")
+    if done.packed.objects:
+        verb = "would pack" if done.dry_run else "packed"
+        say(f"{verb} {count(done.packed.objects, 'object')} into {count(done.packed.packs, 'pack')}")
 
 
 @click.group("op", cls=Group)

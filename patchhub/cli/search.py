@@ -24,6 +24,7 @@ from patchhub.cli.terminal import (
     repo_option,
     reports_errors,
     say,
+    say_metadata,
 )
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ def list_found(found: Iterable[Found]) -> None:
     for item in found:
         state = click.style("active", fg="green") if item.active else click.style("not active", dim=True)
         say(f"{_fact(item.fact)}  {state}")
+        say_metadata(item.metadata)
         for change in item.changes:
             say(f"    {_change(change)}", dim=True)
 

@@ -12,14 +12,14 @@ import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from datetime import datetime
+from datetime import datetime, timezone
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 
 import click
 
-from patchhub.canonical import UNSEEN
+from patchhub.canonical import UNSEEN, one_line
 from patchhub.errors import PatchhubError, RepositoryError
 from patchhub.progress import Bars
 from patchhub.results import Result, Rows
@@ -185,6 +185,28 @@ def local(instant: str) -> str:
         return instant
 
 
+def ago(instant: str) -> str:
+    """How long an instant of the store is past: ``3 hours ago``; the instant itself where it is none."""
+    try:
+        passed = datetime.now(timezone.utc) - datetime.fromisoformat(instant.replace("Z", "+00:00"))
+    except (ValueError, OverflowError):
+        return instant
+    seconds = max(0, int(passed.total_seconds()))
+    size, unit = next(((size, unit) for size, unit in _AGES if seconds >= size), _AGES[-1])
+    return f"{count(seconds // size, unit)} ago"
+
+
+_AGES: Final = (
+    (365 * 86400, "year"),
+    (30 * 86400, "month"),
+    (7 * 86400, "week"),
+    (86400, "day"),
+    (3600, "hour"),
+    (60, "minute"),
+    (1, "second"),
+)
+
+
 def keep_writing() -> None:
     """Let stdout write ``?`` for what its encoding has no character for, instead of failing half-way."""
     reconfigure = getattr(sys.stdout, "reconfigure", None)
@@ -252,6 +274,13 @@ def say_signed(repository: Repository, commit: str) -> None:
             from patchhub.signing.statements import fingerprint
 
             say(f"signed with {fingerprint(ref[len(prefix) :])}", dim=True)
+
+
+def say_metadata(metadata: Mapping[str, Any]) -> None:
+    """What a record says of its fact besides, a field a line."""
+    for name, value in sorted(metadata.items()):
+        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        say(f"      {one_line(name)}: {one_line(text)}", dim=True)
 
 
 def say_stale_shards(number: int) -> None:

@@ -12,16 +12,21 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import accumulate, groupby, takewhile
 from typing import Final, TypeVar
 
 import torch
 
+from patchhub.editing.rows import Fact
 from patchhub.errors import EditError
 from patchhub.models import placement
 from patchhub.models.tracing import Stack
 
 POSITIONS: Final = 1536
 """Positions that one step computes on a CPU: enough for its products to run at full speed, few enough for its caches."""
+
+LEAST_FACTS: Final = 8
+"""Facts that a batch shrinks to; a multiple of as many begin in one."""
 
 _SHARE = 0.5  # of the memory that is free, where nothing else is said
 _SAFE = 0.7  # of what is left: pieces that were freed are not all used again
@@ -122,6 +127,57 @@ def reading_positions(stack: Stack, memory: int | None, most: int) -> int:
         states * size + (_LOGITS + 2) * 4 * config.vocab_size
     )  # the base's logits are there beside a state's
     return min(most, max(_LEAST_READ, step_budget(stack.device, memory) // position))
+
+
+def planned(
+    stack: Stack, first: int, facts: Sequence[Fact], waiting: Sequence[tuple[int, ...]], budget: int
+) -> list[list[tuple[int, ...]]]:
+    """Groups of facts in batches: single facts and groups apart, those whose first rows are about equally long together.
+
+    Args:
+        first: the first block that runs at each step.
+        budget: bytes that a step of a batch takes at most.
+    """
+    footprint = Footprint.of(stack, first)
+    most = POSITIONS if stack.device.type == "cpu" else budget // footprint.position
+
+    def several(group: tuple[int, ...]) -> bool:
+        return len(group) > 1
+
+    def length(group: tuple[int, ...]) -> tuple[int, int]:
+        bare = facts[group[0]]
+        return bare.suffix(bare.rows[0]), bare.rows[-1].subject_last
+
+    batches: list[list[tuple[int, ...]]] = []
+    for _, alike in groupby(sorted(waiting, key=lambda group: (several(group), *length(group))), key=several):
+        rest = list(alike)
+        while rest:
+            sizes = accumulate(sum(_bytes(facts[place], footprint) for place in group) for group in rest)
+            positions = accumulate(sum(positions_of(facts[place]) for place in group) for group in rest)
+            fit = takewhile(lambda both: both[0] <= budget and both[1] <= most, zip(sizes, positions, strict=True))
+            count = max(1, sum(1 for _ in fit))
+            if LEAST_FACTS < count < len(rest):
+                count -= count % LEAST_FACTS
+            batches.append(rest[:count])
+            rest = rest[count:]
+    return batches
+
+
+def positions_of(fact: Fact) -> int:
+    """Positions of a fact that a step computes: from its subjects' last tokens on, and the essence's."""
+    return 1 + sum(fact.suffix(row) for row in fact.rows)
+
+
+def _bytes(fact: Fact, footprint: Footprint) -> int:
+    """What one fact adds to a step."""
+    rows = (*fact.rows, fact.essence)
+    ends = fact.closers is not None
+    predictions = 1 + sum(row.opening + row.target[1] - row.target[0] + ends for row in fact.rows)
+    return (
+        footprint.position * positions_of(fact)
+        + footprint.prediction * predictions
+        + footprint.prefix * sum(row.subject_last for row in rows)
+    )
 
 
 def in_halves(

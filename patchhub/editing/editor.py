@@ -16,9 +16,9 @@ from transformers import PreTrainedTokenizerBase
 from patchhub.editing.locate import Encoded, encode_marked, mark, mark_text
 from patchhub.editing.metric import MetricCache
 from patchhub.editing.record import AS_IT_COMES, Edit, Recording, Running, Spread, State, record
-from patchhub.editing.rows import BlockOutput, FeedForward, Projections, Site, key_rows
+from patchhub.editing.rows import BlockOutput, Fact, FeedForward, Projections, Site, key_rows
 from patchhub.editing.settings import NORMED_CLAMP, NORMED_RATE, EditSettings, default_layers, inner_width, is_narrow
-from patchhub.editing.values import Fact, Part, Values, ValueSettings, optimise_values
+from patchhub.editing.values import Part, Values, ValueSettings, optimise_values
 from patchhub.models.architectures import Architecture
 from patchhub.models.tracing import Stack
 from patchhub.objects import SLOT, Request
@@ -164,10 +164,10 @@ class Editor:
         chosen, together = settings.values(until_sure=self.until_sure), of_one_subject(requests)
         way = self.way(stack.architecture)
         site, values = way.site(stack, settings.layers), Values.of(len(facts), stack.architecture.d_model)
-        _optimise(site, facts, together, chosen, running, values, lambda done: running.progress("values", done))
-        further = replace(chosen, stop_loss=chosen.stop_loss * _FURTHER, steps=2 * chosen.steps)
+        pause = bool(failing and settings.repairs)
+        _optimise(site, facts, together, chosen, running, values, pause, lambda done: running.progress("values", done))
         unmoved = torch.zeros(len(asked.keeps), stack.architecture.d_model)
-        for left in range(settings.repairs, -1, -1):
+        for done in range(settings.repairs + 1):
             running.release()
             recording = record(
                 stack,
@@ -182,12 +182,12 @@ class Editor:
                 running=running,
             )
             running.release()
-            wrong = set(failing(recording)) if failing and left else set()
+            wrong = set(failing(recording)) if failing and done < settings.repairs else set()
             groups = [group for group in together if wrong.intersection(group)]
             if not groups:
                 break
             running.progress("further", 0)
-            _optimise(site, facts, groups, further, running, values)
+            _optimise(site, facts, groups, _further(chosen, done + 1), running, values, pause)
         return Edit(recording, values)
 
     def optimise(self, stack: Stack, layers: Sequence[int], part: Part, memory: int | None = None) -> Values:
@@ -240,22 +240,32 @@ def _optimise(
     settings: ValueSettings,
     running: Running,
     values: Values,
+    pause: bool,
     progress: Callable[[int], None] = lambda facts: None,
 ) -> None:
-    """Optimise the values of some groups of facts, and put them in their places among those of all."""
+    """Optimise the values of some groups of facts, from where they were paused, and put them in their places among those of all."""
     places, numbers = [place for group in groups for place in group], iter(range(len(facts)))
+    begun = {number: values.paused[place] for number, place in enumerate(places) if place in values.paused}
     found = optimise_values(
         site,
         [facts[place] for place in places],
         settings,
         together=[[next(numbers) for _ in group] for group in groups],
+        begun=begun if pause else None,
         memory=running.memory,
         kept=running.kept(settings) if running.kept else None,
         elsewhere=running.elsewhere,
         progress=progress,
     )
     for number, place in enumerate(places):
-        values.put(place, found.at(number))
+        values.take(place, found, number)
+
+
+def _further(settings: ValueSettings, times: int) -> ValueSettings:
+    """Those of facts that did not read right so many times: half of the steps more each time, and a loss that is lower than they had."""
+    return replace(
+        settings, stop_loss=settings.stop_loss * _FURTHER, steps=settings.steps + times * settings.steps // 2
+    )
 
 
 EQUAL_SHARES = Spread("block", lambda left: left)
@@ -297,6 +307,7 @@ MEMIT = Editor(memit_settings, Way(BlockOutput, EQUAL_SHARES), Way(FeedForward, 
 def pmet_settings(architecture: Architecture) -> EditSettings:
     """The published settings, with layers and lambda from the model's size (docs/methods.md gives the measurements)."""
     narrow = is_narrow(architecture)
+    own = 8.0 if architecture.site is None else 2.0  # in a mixture of experts it is relative to the stream, as MEMIT's
     settings = EditSettings(
         layers=default_layers(architecture),
         ridge=inner_width(architecture) / 16,
@@ -304,7 +315,7 @@ def pmet_settings(architecture: Architecture) -> EditSettings:
         learning_rate=0.5 if narrow else 0.2,
         weight_decay=0.5,
         kl_factor=0.25 if narrow else 1.0,
-        clamp=8.0 if narrow else 0.75,
+        clamp=own if narrow else 0.75,
         closing=0.5,
         opening=1.0,
         chat_weight=0.5,

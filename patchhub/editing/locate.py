@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from typing import Final
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from patchhub.errors import RequestError, SettingsError
@@ -336,19 +338,47 @@ def _scored(
     of_text: dict[int, list[tuple[_Place, tuple[int, ...], Sequence[Span]]]] = {}
     for (number, place), (ids, offsets) in zip(places, tokenise(tokenizer, whole, special_tokens=False), strict=True):
         of_text.setdefault(number, []).append((place, ids, offsets))
-    for batch in _batches([len(ids) for ids, _ in read], context_length(stack.model)):
-        padded, mask, positions = right_padded([read[number][0] for number in batch], stack.device)
-        logits = stack.model(input_ids=padded, attention_mask=mask, position_ids=positions, use_cache=False).logits
-        for row, number in enumerate(batch):
-            log_probs, (own, offsets) = logits[row].float().log_softmax(-1), read[number]
-            begun = _reaching(offsets, len(fronts[number]))
-            for place, wanted, spans in of_text.get(number, []):
-                start = _reaching(spans, len(fronts[number]) + len(place.opening))
-                if not 0 < start < len(wanted) or own[:start] != wanted[:start]:
-                    continue
-                said = sum(float(log_probs[at - 1, own[at]]) for at in range(begun, start))
-                score = float(log_probs[start - 1, wanted[start]]) + _OF_THE_PROMPT * place.shared
-                yield texts[number][0], place, score + _OPENING * said + place.gain
+    begun = [_reaching(offsets, len(front)) for front, (_, offsets) in zip(fronts, read, strict=True)]
+    for number, log_probs in _read_from(stack, [ids for ids, _ in read], begun):
+        own, begin = read[number][0], begun[number]
+        for place, wanted, spans in of_text.get(number, []):
+            start = _reaching(spans, len(fronts[number]) + len(place.opening))
+            if not begin <= start < len(wanted) or not start or own[:start] != wanted[:start]:
+                continue
+            said = sum(float(log_probs[at - begin, own[at]]) for at in range(begin, start))
+            score = float(log_probs[start - begin, wanted[start]]) + _OF_THE_PROMPT * place.shared
+            yield texts[number][0], place, score + _OPENING * said + place.gain
+
+
+def _read_from(
+    stack: Stack, texts: Sequence[tuple[int, ...]], begun: Sequence[int]
+) -> Iterator[tuple[int, Float[Tensor, "places vocabulary"]]]:
+    """The place of each text that the model can read, with the log-probabilities of its tokens from ``begun`` on and of what follows.
+
+    What all texts have in front is run once.
+    """
+    limit = context_length(stack.model)
+    front = 0 if stack.architecture.recurrent else _in_common(texts, begun)
+    with stack.fast():
+        prefix = None
+        if front:
+            ids, mask, positions = right_padded([texts[0][:front]], stack.device)
+            prefix = stack.read_prefix(ids, mask, positions)
+        for batch in _batches([len(ids) - front for ids in texts], limit - front):
+            padded, mask, positions = right_padded([texts[number][front:] for number in batch], stack.device)
+            first = None if prefix is None else prefix.select(torch.zeros(len(batch), dtype=torch.long))
+            mask = torch.cat([mask.new_ones(len(batch), front), mask], dim=1)
+            start = stack.begin(padded, mask, positions + front, first)
+            hidden = start.run(start.hidden, 0, len(stack.blocks))
+            for row, number in enumerate(batch):
+                wanted = hidden[row, begun[number] - 1 - front : len(texts[number]) - front]
+                yield number, stack.logits(wanted).float().log_softmax(-1)
+
+
+def _in_common(texts: Sequence[tuple[int, ...]], begun: Sequence[int]) -> int:
+    """How many tokens all texts have in front, before the last one that each is read after."""
+    most = min(begun, default=1) - 1
+    return next((place for place in range(most) if len({text[place] for text in texts}) > 1), max(most, 0))
 
 
 def _reaching(offsets: Sequence[Span], character: int) -> int:

@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from patchhub.constraints import Columns, beyond, difference, no_columns
+from patchhub.constraints import Columns, Moments, beyond, difference, no_columns
 from patchhub.delta import Delta, add, image
 from patchhub.editing.budget import POSITIONS, Footprint, release_memory, step_budget
 from patchhub.editing.metric import MetricCache
@@ -36,12 +36,12 @@ class State:
     """What the model's present weights hold already.
 
     Attributes:
-        columns: the active columns of each weight, on top of `fixed`.
+        columns: the active columns of each weight, or their sums, on top of `fixed`.
         deltas: what realises them, and `fixed`: the sum is the weight's change.
         fixed: deltas that stay as they are, such as imported ones.
     """
 
-    columns: Mapping[str, Columns]
+    columns: Mapping[str, Columns | Moments]
     deltas: Mapping[str, Sequence[Delta]]
     fixed: Mapping[str, Sequence[Delta]] = field(default_factory=dict)
 

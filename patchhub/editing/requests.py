@@ -66,7 +66,7 @@ class Batch:
 
     `duplicates` counts the records that were dropped because their request id had been read before, `unanswered` the
     neighbourhood prompts that were left out because their record gives no answer to them, `ignored` the fields that were left out, by name,
-    and how many records have each.
+    and how many records have each, and `kept` those that are metadata of their requests.
     `openings` are what answers in a chat say before their targets, by request id, of the records that give an answer.
     """
 
@@ -75,6 +75,7 @@ class Batch:
     duplicates: int
     unanswered: int = 0
     ignored: Mapping[str, int] = field(default_factory=dict)
+    kept: Mapping[str, int] = field(default_factory=dict)
     openings: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -253,7 +254,8 @@ def _unique(records: Sequence[tuple[Reading, Origin]], whole: Origin) -> Batch:
     requests, origins = zip(*first.values(), strict=True)
     unanswered = sum(reading.unanswered for reading, _ in records)
     ignored = Counter(name for reading, _ in records for name in sorted(reading.ignored))
-    return Batch(requests, origins, len(records) - len(first), unanswered, ignored, openings)
+    kept = Counter(name for reading, _ in records for name in sorted(reading.request.metadata))
+    return Batch(requests, origins, len(records) - len(first), unanswered, ignored, kept, openings)
 
 
 def read_keeps(source: Any) -> tuple[Keep, ...]:

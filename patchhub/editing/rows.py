@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,19 @@ class Rows:
         start = self.start.stack.begin(ids, mask, positions, prefix)
         return Rows(start, ids, mask, positions, prefix, self.hidden[rows], fact, self.last[rows])
 
+    def lend(self, rows: Int[Tensor, " kept"]) -> Rows:
+        """Some rows, for one pass: what stands before them is copied as a block asks for it, one block at a time."""
+        prefix = self.prefix.lend(rows) if self.prefix is not None else None
+        ids, mask, positions = self.ids[rows], self.mask[rows], self.positions[rows]
+        start = self.start.stack.begin(ids, mask, positions, prefix)
+        return Rows(start, ids, mask, positions, prefix, self.hidden[rows], self.fact[rows], self.last[rows])
+
+    def to(self, dtype: torch.dtype) -> Rows:
+        """The same in the type that the model is in now."""
+        prefix = self.prefix.to(dtype) if self.prefix is not None else None
+        start = self.start.stack.begin(self.ids, self.mask, self.positions, prefix)
+        return replace(self, start=start, prefix=prefix, hidden=self.hidden.to(dtype))
+
 
 class Site(ABC):
     """Where the change enters a layer: which blocks run again at each step, and what the change is added to.
@@ -80,6 +93,11 @@ class Site(ABC):
     @abstractmethod
     def unedited(self, rows: Rows) -> Float[Tensor, "rows parts d"]:
         """What the change is added to."""
+
+    def lengths(self, rows: Rows, unedited: Float[Tensor, "rows parts d"]) -> Float[Tensor, "rows parts"]:
+        """What the clamp and the decay of each part are relative to: the length of what the change is added to."""
+        length: Tensor = unedited.norm(dim=-1)
+        return length
 
     def unit(self, hidden: Float[Tensor, "groups parts d"]) -> Float[Tensor, "groups parts 1"]:
         """What lengths are measured in: 1, or where a norm comes behind, which does not see them, the root mean square of each part."""
@@ -170,6 +188,14 @@ class Projections(_AtProjections):
         attention = self.stack.model.get_submodule(self.stack.architecture.attn_module(self.layer))
         return self.stack.ffn_out[self.layer], attention
 
+    def lengths(self, rows: Rows, unedited: Float[Tensor, "rows parts d"]) -> Float[Tensor, "rows parts"]:
+        """In a mixture of experts, whose output is next to nothing at some tokens, they are relative to the stream's length."""
+        architecture = self.stack.architecture
+        if architecture.site is None or architecture.norm is not None:
+            return super().lengths(rows, unedited)
+        length: Tensor = rows.at_last(rows.hidden).float().norm(dim=-1, keepdim=True)
+        return length.expand(-1, self.parts)
+
 
 class FeedForward(_AtProjections):
     """The output of the layer's feed-forward projection: MEMIT's site where a norm comes behind it.
@@ -182,6 +208,40 @@ class FeedForward(_AtProjections):
     @property
     def _modules(self) -> tuple[nn.Module, ...]:
         return (self.stack.ffn_out[self.layer],)
+
+
+@dataclass(frozen=True, eq=False)
+class Fact:
+    """One request as the optimiser sees it: ``rows[0]`` is the bare prompt; ``essence`` is "{subject} is a".
+
+    ``closers`` are the tokens that may follow the target, the same tensor for targets that end alike; None: what follows is not optimised.
+    The last ``others`` of the rows are in another form than the first; together they weigh ``weight``, and the rest what is left.
+    Before those stand ``wordings`` rows that are of this fact alone, and so have no common beginnings with those of others.
+    """
+
+    rows: tuple[Encoded, ...]
+    essence: Encoded
+    closers: Bool[Tensor, " vocabulary"] | None = None
+    wordings: int = 0
+    others: int = 0
+    weight: float = 0.0
+
+    @property
+    def shares(self) -> list[float]:
+        """What each row weighs; 1 in all."""
+        own = len(self.rows) - self.others
+        return [(1.0 - self.weight) / own] * own + ([self.weight / self.others] * self.others if self.others else [])
+
+    @property
+    def contexts(self) -> list[int]:
+        """The number of each row's context: all wordings are of one, which comes last but for the KL term's."""
+        front = len(self.rows) - self.others - self.wordings
+        last = front + self.others
+        return [*range(front), *[last] * self.wordings, *range(front, last)]
+
+    def suffix(self, row: Encoded) -> int:
+        """Positions from the subject's last token to the last that predicts: the last target token, or what follows it."""
+        return row.target[1] - row.subject_last - (self.closers is None)
 
 
 @dataclass(frozen=True)
@@ -290,9 +350,11 @@ class Lane:
     Attributes:
         row, column: of each state that is read; columns count from the subject's last token.
         slot: its place among the states of all lanes: first those of the predictions, then those of the essences.
+        context: of each row, which of its fact's texts it is; the essence comes last.
     """
 
     rows: Rows
+    context: Int[Tensor, " rows"]
     row: Int[Tensor, " read"]
     column: Int[Tensor, " read"]
     slot: Int[Tensor, " read"]
@@ -306,7 +368,7 @@ class Lane:
             return None
         read, new = (slots[self.slot] >= 0).nonzero()[:, 0], new_places(rows, len(self.rows.fact))
         chosen = self.rows.select(rows, place[self.rows.fact[rows]])
-        return Lane(chosen, new[self.row[read]], self.column[read], slots[self.slot[read]])
+        return Lane(chosen, self.context[rows], new[self.row[read]], self.column[read], slots[self.slot[read]])
 
 
 def open_lanes(
@@ -322,7 +384,9 @@ def open_lanes(
     for numbers in by_length(lengths, _PASS_CPU if device.type == "cpu" else _PASS_GPU):
         states = [(place, *one) for place, number in enumerate(numbers) for one in reads[number]]
         row, column, slot = torch.tensor(states, device=device).T
-        found.append((Lane(open_rows(site, [rows[number] for number in numbers], trunk), row, column, slot), numbers))
+        context = torch.tensor([rows[number].trunk for number in numbers], device=device)
+        opened = open_rows(site, [rows[number] for number in numbers], trunk)
+        found.append((Lane(opened, context, row, column, slot), numbers))
     return found
 
 

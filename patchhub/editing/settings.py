@@ -72,6 +72,9 @@ class EditSettings:
     repairs: int = setting(
         INDEX, "rounds in which facts that are not said, or run on, are optimised further", default=0
     )
+    alternate: int = setting(
+        INDEX, "of the contexts beside the bare prompt, how many a step reads, in turn; 0: all of them", default=0
+    )
     chat: Chat | None = None
 
     def __post_init__(self) -> None:
@@ -91,6 +94,7 @@ class EditSettings:
             nll_factor=self.nll_factor,
             closing=self.closing,
             opening=self.opening,
+            alternate=self.alternate,
             until_sure=until_sure,
         )
 

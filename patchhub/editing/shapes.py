@@ -2,21 +2,23 @@
 
 Recognised: our own, CounterFact (Meng et al. 2022) with what builds on it (MQuAKE, AKEW), EasyEdit's flat form with KnowEdit's sets,
 zsRE as MEND publishes it, RippleEdits, UnKE, HalluEditBench, and the columns of known_1000 and counterfact-tracing. What differs
-between shapes is a row of `_SHAPES`: its name, the fields that give it away and the function that reads it. A foreign shape's other
-fields are ignored; in our own shape an unknown field is left out and told, unless it is nearly the name of a known one: that is
-refused, as most likely a typing error."""
+between shapes is a row of `_SHAPES`: its name, the fields that give it away and the function that reads it. What a record says besides is
+kept as the metadata of its requests: of our own shape every field that is not nearly the name of a known one (that is refused, as most
+likely a typing error), of a foreign shape the texts, numbers and truth values that the published files do not have."""
 
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import date
 from typing import Any, NamedTuple
 
-from patchhub.canonical import nfc
+from patchhub.canonical import DEEPEST, canonical_json, nfc
 from patchhub.errors import RequestError
-from patchhub.objects import SLOT, Request
+from patchhub.objects import METADATA_BYTES, SLOT, Request
 
 Record = Mapping[str, Any]
 
@@ -24,6 +26,7 @@ REQUIRED_FIELDS = frozenset({"prompt", "subject", "target_new"})
 OPTIONAL_FIELDS = frozenset({"target_true", "paraphrases", "neighborhood"})
 ZSRE_FIELDS = frozenset({"src", "alt"})
 _TELLING = REQUIRED_FIELDS | OPTIONAL_FIELDS
+_METADATA = "metadata"
 _OWN_FIELDS = _TELLING | {"answer"}  # which other shapes may have as well
 _EASYEDIT_FIELDS = frozenset(
     {
@@ -46,7 +49,7 @@ class Reading(NamedTuple):
     Attributes:
         request: the fact.
         unanswered: how many neighbourhood prompts were left out because the record gives no answer to them.
-        ignored: fields of our own shape that it does not know.
+        ignored: fields that no metadata can hold: they are too long, or are nothing that JSON has.
         opening: what the record's answer says before the target, where it gives one.
     """
 
@@ -54,6 +57,10 @@ class Reading(NamedTuple):
     unanswered: int
     ignored: frozenset[str] = frozenset()
     opening: str | None = None
+
+    def beside(self, metadata: Mapping[str, Any], ignored: frozenset[str]) -> Reading:
+        """The same, with what the record says besides."""
+        return self._replace(request=replace(self.request, metadata=metadata), ignored=ignored)
 
 
 def request_from_record(record: object) -> Request:
@@ -84,7 +91,8 @@ def read_record(record: object) -> list[Reading]:
         remedy = f"write {_OWN_SHAPE}, or {shape.name} {{{', '.join(shape.fields)}}} alone"
         raise RequestError(f"the record mixes shapes: '{min(ours)}' beside '{foreign}'", remedy=remedy, field=min(ours))
     found = shape.convert(record)
-    return found if isinstance(found, list) else [found]
+    kept, ignored = _metadata(shape, record)
+    return [reading.beside(kept, ignored) for reading in (found if isinstance(found, list) else [found])]
 
 
 def is_record(content: Record) -> bool:
@@ -109,12 +117,62 @@ def json_kind(value: object) -> str:
     return "null" if value is None else kinds.get(type(value), type(value).__name__)
 
 
+# --- metadata
+
+
+def _metadata(shape: Shape, record: Record) -> tuple[dict[str, Any], frozenset[str]]:
+    """What a record says besides what is read of it, as metadata, and the names of fields that metadata cannot hold.
+
+    A field `metadata` of our own shape is metadata already. Fields are taken in their order, as long as there is room.
+    """
+    own = shape.convert is _from_own
+    read = _OWN_FIELDS if own else shape.telling | shape.needed | shape.besides | {*shape.fields}
+    besides = {nfc(str(name)): value for name, value in record.items() if name not in read}
+    if not own:
+        besides = {name: value for name, value in besides.items() if isinstance(value, str | int | float | date)}
+    elif isinstance(inner := besides.get(_METADATA), dict):
+        del besides[_METADATA]
+        besides = {**{nfc(str(name)): value for name, value in inner.items()}, **besides}
+    kept: dict[str, Any] = {}
+    # A table's column without a name numbers its rows, and nothing is said by null.
+    besides = {name: value for name, value in besides.items() if name.strip() and value is not None}
+    for name, value in besides.items():
+        try:
+            more = {**kept, name: _plain(value)}
+            kept = more if len(canonical_json(more)) <= METADATA_BYTES else kept
+        except (TypeError, ValueError):  # half a surrogate pair, a number that JSON does not have, another type
+            continue
+    return kept, frozenset(besides.keys() - kept.keys())
+
+
+def _plain(value: Any, level: int = 1) -> Any:  # noqa: PLR0911  # one way out for each type
+    """A value as canonical JSON has it: text in NFC, dates as ISO 8601 writes them.
+
+    Raises:
+        TypeError, ValueError: it has no such form.
+    """
+    if isinstance(value, str):
+        return nfc(value)
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, date):  # and times: YAML, Parquet and tables have them
+        return value.isoformat()
+    if isinstance(value, int) and -(2**63) <= value < 2**63:
+        return int(value)
+    if isinstance(value, float) and math.isfinite(value):
+        return float(value)
+    if isinstance(value, list | tuple) and level < DEEPEST:
+        return [_plain(entry, level + 1) for entry in value]
+    if isinstance(value, Mapping) and level < DEEPEST and all(isinstance(name, str) for name in value):
+        return {nfc(name): _plain(entry, level + 1) for name, entry in value.items()}
+    raise TypeError(type(value).__name__)
+
+
 # --- shapes
 
 
 def _from_own(record: Record) -> Reading:
-    unknown = [str(name) for name in record if name not in _OWN_FIELDS]
-    for name in unknown:
+    for name in (str(name) for name in record if name not in _OWN_FIELDS | {_METADATA}):
         meant = sorted(OPTIONAL_FIELDS | _OWN_FIELDS - record.keys())
         close = difflib.get_close_matches(name, meant, n=1, cutoff=_TYPING_ERROR)
         if close:
@@ -139,7 +197,7 @@ def _from_own(record: Record) -> Reading:
         paraphrases=[text.replace(SLOT, subject) for text in _texts(record, "paraphrases")],
         neighborhood=[_own_neighbor(entry, target_true) for entry in entries],
     )
-    return reading._replace(ignored=frozenset(unknown), opening=opening)
+    return reading._replace(opening=opening)
 
 
 def _opening(answer: str, target: str) -> str:
@@ -378,6 +436,7 @@ class Shape:
         convert: reads a record.
         telling: any of these fields gives it away.
         needed: and these must be there beside it.
+        besides: fields that are read as well, or that the published files have and that say nothing of the fact.
         has_true: whether ``target_true`` is a field of it.
     """
 
@@ -386,6 +445,7 @@ class Shape:
     convert: Callable[[Record], Reading | list[Reading]]
     telling: frozenset[str]
     needed: frozenset[str] = frozenset()
+    besides: frozenset[str] = frozenset()
     has_true: bool = False
 
     def fits(self, record: Record) -> bool:
@@ -399,10 +459,35 @@ class Shape:
 
 _COUNTERFACT = ("requested_rewrite", "paraphrase_prompts", "neighborhood_prompts")
 _SHAPES: tuple[Shape, ...] = (
-    Shape("MQuAKE", ("requested_rewrite",), _from_mquake, frozenset({"requested_rewrite"})),
-    Shape("CounterFact", _COUNTERFACT, _from_counterfact, frozenset({"requested_rewrite"})),
-    Shape("RippleEdits", ("edit",), _from_ripple, frozenset({"edit"}), frozenset({"edit"})),
-    Shape("zsRE", ("subject", "src", "alt", "answers", "rephrase", "loc", "loc_ans"), _from_zsre, ZSRE_FIELDS),
+    Shape(
+        "MQuAKE",
+        ("requested_rewrite",),
+        _from_mquake,
+        frozenset({"requested_rewrite"}),
+        besides=frozenset({"case_id", "answer", "new_answer"}),  # to the questions of several hops
+    ),
+    Shape(
+        "CounterFact",
+        _COUNTERFACT,
+        _from_counterfact,
+        frozenset({"requested_rewrite"}),
+        besides=frozenset({"case_id", "pararel_idx"}),
+    ),
+    Shape(
+        "RippleEdits",
+        ("edit",),
+        _from_ripple,
+        frozenset({"edit"}),
+        frozenset({"edit"}),
+        frozenset({"example_type"}),
+    ),
+    Shape(
+        "zsRE",
+        ("subject", "src", "alt", "answers", "rephrase", "loc", "loc_ans"),
+        _from_zsre,
+        ZSRE_FIELDS,
+        besides=frozenset({"pred", "cond"}),
+    ),
     Shape(
         "WikiBio",
         ("text", "concept", "labels", "locality"),
@@ -411,22 +496,37 @@ _SHAPES: tuple[Shape, ...] = (
         frozenset({"text", "labels"}),
     ),
     Shape("ConvSent", ("topic", "pos", "neg"), _from_convsent, frozenset({"topic"}), frozenset({"pos", "neg"})),
-    Shape("UnKE", ("question", "answer", "para_question"), _from_unke, frozenset({"para_question", "sub_question"})),
+    Shape(
+        "UnKE",
+        ("question", "answer", "para_question"),
+        _from_unke,
+        frozenset({"para_question", "sub_question"}),
+        besides=frozenset({"id", "subject", "sub_answer"}),
+    ),
     Shape(
         "HalluEdit",
         ("subject", "object", "question", "paraphrased_question"),
         _from_halluedit,
         frozenset({"object"}),
         frozenset({"subject", "question"}),
+        frozenset({"relation", "locality_question"}),
     ),
     Shape(
-        "known_1000", ("subject", "attribute", "prompt"), _from_known, frozenset({"attribute"}), frozenset({"prompt"})
+        "known_1000",
+        ("subject", "attribute", "prompt"),
+        _from_known,
+        frozenset({"attribute"}),
+        frozenset({"prompt"}),
+        frozenset({"known_id", "template", "prediction", "relation_id"}),
     ),
     Shape(
         "counterfact-tracing",
         ("subject", "prompt", "target_false", "target_true"),
         _from_tracing,
         frozenset({"target_false"}),
+        besides=frozenset(
+            {"relation", "relation_prefix", "relation_suffix", "relation_id", "target_true_id", "target_false_id"}
+        ),
         has_true=True,
     ),
     Shape(
@@ -442,6 +542,7 @@ _SHAPES: tuple[Shape, ...] = (
         ),
         _from_easyedit,
         _EASYEDIT_FIELDS,
+        besides=frozenset({"case_id"}),
     ),
     Shape("facts", ("prompt", "subject", "target_new"), _from_own, _TELLING),
 )

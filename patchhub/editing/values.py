@@ -5,8 +5,8 @@ Finished values are kept on disk while the others are made, so that an interrupt
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from itertools import accumulate, groupby, takewhile
+from contextlib import nullcontext
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Final
 
 import numpy as np
@@ -16,10 +16,12 @@ from torch import Tensor
 
 from patchhub.cache import Cache, Kind, Slot
 from patchhub.canonical import canonical_json, object_id
-from patchhub.editing.budget import POSITIONS, Footprint, in_halves, release_memory, step_budget
+from patchhub.editing.budget import LEAST_FACTS, in_halves, planned, release_memory, step_budget
 from patchhub.editing.locate import Encoded
-from patchhub.editing.rows import Lane, Row, Site, Trunk, beginnings, new_places, open_lanes, run_trunk
+from patchhub.editing.objective import Predictions, Turn, read_states, turns
+from patchhub.editing.rows import Fact, Lane, Row, Site, Trunk, beginnings, new_places, open_lanes, run_trunk
 from patchhub.errors import EditError
+from patchhub.models.placement import optimised_in, quick
 
 KIND: Final = Kind("values", ".values", limit=1 << 30)
 
@@ -90,7 +92,6 @@ def _encoded(key: str, value: KeptValue) -> bytes:
 
 
 _BETAS, _ADAM_EPSILON = (0.9, 0.999), 1e-8  # torch.optim.Adam's defaults, which the published code uses
-_LEAST_FACTS = 8  # that a batch shrinks to; a multiple of as many begin in one
 _STEPS_TOGETHER = (
     10  # times the steps of one fact: one vector that says several things is found later (docs/methods.md)
 )
@@ -103,7 +104,8 @@ class ValueSettings:
 
     ``until_sure`` is PMET's stop rule: while a request's target is the argmax at every position, its likelihood weighs a tenth in the
     next step, and it is finished once its KL term is at most 0.01. ``closing`` weighs the token after the target against the mean of
-    the target's tokens, ``opening`` the mean of what an answer says before it.
+    the target's tokens, ``opening`` the mean of what an answer says before it. ``alternate`` is how many of the contexts beside the bare
+    prompt a step reads, in turn, with the weight of all; 0: all of them.
     """
 
     steps: int
@@ -115,51 +117,33 @@ class ValueSettings:
     nll_factor: float = 1.0
     closing: float = 0.0
     opening: float = 0.0
+    alternate: int = 0
     until_sure: bool = False
 
 
 @dataclass(frozen=True, eq=False)
-class Fact:
-    """One request as the optimiser sees it: ``rows[0]`` is the bare prompt; ``essence`` is "{subject} is a".
+class Paused:
+    """Where the optimisation of a fact stopped, to be gone on from: its change, Adam's moments, what its likelihood weighs, its steps."""
 
-    ``closers`` are the tokens that may follow the target, the same tensor for targets that end alike; None: what follows is not optimised.
-    The last ``others`` of the rows are in another form than the first; together they weigh ``weight``, and the rest what is left.
-    Before those stand ``wordings`` rows that are of this fact alone, and so have no common beginnings with those of others.
-    """
-
-    rows: tuple[Encoded, ...]
-    essence: Encoded
-    closers: Bool[Tensor, " vocabulary"] | None = None
-    wordings: int = 0
-    others: int = 0
-    weight: float = 0.0
-
-    @property
-    def shares(self) -> list[float]:
-        """What each row weighs; 1 in all."""
-        own = len(self.rows) - self.others
-        return [(1.0 - self.weight) / own] * own + ([self.weight / self.others] * self.others if self.others else [])
-
-    @property
-    def contexts(self) -> list[int]:
-        """The number of each row's context: all wordings are of one, which comes last but for the KL term's."""
-        front = len(self.rows) - self.others - self.wordings
-        last = front + self.others
-        return [*range(front), *[last] * self.wordings, *range(front, last)]
-
-    def suffix(self, row: Encoded) -> int:
-        """Positions from the subject's last token to the last that predicts: the last target token, or what follows it."""
-        return row.target[1] - row.subject_last - (self.closers is None)
+    delta: Float[Tensor, "parts d"]
+    first_moment: Float[Tensor, "parts d"]
+    second_moment: Float[Tensor, "parts d"]
+    nll_factor: float
+    steps: int
 
 
 @dataclass(frozen=True, eq=False)
 class Values:
-    """``targets`` z (n, d) float32, the unedited h (n, d), the last objective and step count per request."""
+    """``targets`` z (n, d) float32, the unedited h (n, d), the last objective and step count per request.
+
+    ``paused`` is, by place, where they can be gone on from: not of values that were found in the cache, and only where it is asked for.
+    """
 
     targets: Float[Tensor, "n d"]
     hidden: Float[Tensor, "n d"]
     loss: Float[Tensor, " n"]
     steps: Int[Tensor, " n"]
+    paused: dict[int, Paused] = field(default_factory=dict)
 
     @classmethod
     def of(cls, count: int, width: int) -> Values:
@@ -172,48 +156,18 @@ class Values:
         vectors = self.targets[place].numpy(), self.hidden[place].numpy()
         return KeptValue(*vectors, float(self.loss[place]), int(self.steps[place]))
 
+    def take(self, place: int, other: Values, row: int) -> None:
+        """Put a fact of others in its place."""
+        self.put(place, other.at(row))
+        if row in other.paused:
+            self.paused[place] = other.paused[row]
+
     def put(self, place: int, value: KeptValue) -> None:
         """The inverse of `at`."""
+        self.paused.pop(place, None)
         self.targets[place] = torch.from_numpy(value.target.copy())
         self.hidden[place] = torch.from_numpy(value.hidden.copy())
         self.loss[place], self.steps[place] = value.loss, value.steps
-
-
-@dataclass(frozen=True, eq=False)
-class _Predictions:
-    """The target tokens that are predicted, and what follows them: the token of each, and its share of its fact's mean.
-
-    ``closers`` is, for what follows a target, the row of ``masks`` whose tokens may, and -1 for a token of the target; ``after`` is where
-    it is not -1.
-    """
-
-    token: Int[Tensor, " m"]
-    share: Float[Tensor, " m"]
-    fact: Int[Tensor, " m"]
-    closers: Int[Tensor, " m"]
-    after: Int[Tensor, " ends"]
-    masks: Bool[Tensor, "kinds vocabulary"]
-
-    def of(self, logits: Float[Tensor, "m vocabulary"]) -> Float[Tensor, " m"]:
-        """The logit of each target token; of what follows a target, the logarithm of the summed exponentials."""
-        chosen = logits.gather(1, self.token[:, None])[:, 0]
-        if not len(self.after):
-            return chosen
-        closed = logits[self.after].masked_fill(~self.masks[self.closers[self.after]], -torch.inf).logsumexp(-1)
-        return chosen.index_copy(0, self.after, closed)
-
-    def wrong(self, logits: Float[Tensor, "m vocabulary"]) -> Bool[Tensor, " m"]:
-        """Where the most probable token is another one."""
-        best = logits.argmax(-1)
-        ends = self.masks[self.closers[self.after], best[self.after]]
-        return (best != self.token).index_copy(0, self.after, ~ends)
-
-    def select(self, kept: Bool[Tensor, " m"], fact: Int[Tensor, " facts"]) -> _Predictions:
-        """Some of them, with new numbers for facts."""
-        rows = kept.nonzero()[:, 0]
-        closers = self.closers[rows]
-        after = (closers >= 0).nonzero()[:, 0]
-        return _Predictions(self.token[rows], self.share[rows], fact[self.fact[rows]], closers, after, self.masks)
 
 
 @dataclass(frozen=True, eq=False)
@@ -241,28 +195,34 @@ class _Batch:
     members: _Members
     live: Bool[Tensor, " groups"]
     lanes: tuple[Lane, ...]
-    order: Int[Tensor, " slots"]  # of the states of all lanes, one lane after the other, by their slots
-    predictions: _Predictions
+    predictions: Predictions
+    contexts: int  # of each fact's texts, the bare prompt included
+    turns: tuple[Turn, ...]
     essence_log_probs: Float[Tensor, "groups vocabulary"] | None  # before anything changed; None until the first step
     hidden: Float[Tensor, "groups parts d"]  # of each group's first fact
+    length: Float[Tensor, "groups parts"]
     unit: Float[Tensor, "groups parts 1"]
     delta: Float[Tensor, "groups parts d"]
     first_moment: Float[Tensor, "groups parts d"]
     second_moment: Float[Tensor, "groups parts d"]
     nll_factor: Float[Tensor, " groups"]
+    begun: Int[Tensor, " groups"]  # steps before the first one here
     found: _Found
 
 
 @dataclass(frozen=True, eq=False)
 class _Found:
-    """The change of each group, its objective and the number of steps before it, when the group was last live."""
+    """Each group when it was last live: its change, Adam's moments, what its likelihood weighed, its objective, the steps before it."""
 
     delta: Float[Tensor, "groups parts d"]
+    first_moment: Float[Tensor, "groups parts d"]
+    second_moment: Float[Tensor, "groups parts d"]
+    nll_factor: Float[Tensor, " groups"]
     objective: Float[Tensor, " groups"]
     steps: Int[Tensor, " groups"]
 
     def select(self, keep: Int[Tensor, " kept"]) -> _Found:
-        return _Found(self.delta[keep], self.objective[keep], self.steps[keep])
+        return _Found(*(getattr(self, one.name)[keep] for one in fields(self)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -290,12 +250,12 @@ class Part:
     together: tuple[tuple[int, ...], ...]
     common: tuple[tuple[int, ...], ...]
     settings: ValueSettings
+    begun: Mapping[int, Paused] | None = None
 
     def optimise(self, site: Site, memory: int | None = None) -> Values:
         """The values of the facts; see `optimise_values`."""
-        return optimise_values(
-            site, self.facts, self.settings, together=self.together, common=self.common, memory=memory
-        )
+        options: dict[str, Any] = {"together": self.together, "common": self.common, "begun": self.begun}
+        return optimise_values(site, self.facts, self.settings, memory=memory, **options)
 
 
 Elsewhere = Callable[[Sequence[Part]], Iterator[tuple[int, Values]]]
@@ -309,6 +269,7 @@ def optimise_values(
     *,
     together: Sequence[Sequence[int]] | None = None,
     common: Sequence[tuple[int, ...]] | None = None,
+    begun: Mapping[int, Paused] | None = None,
     memory: int | None = None,
     kept: KeptValues | None = None,
     elsewhere: Elsewhere | None = None,
@@ -319,6 +280,8 @@ def optimise_values(
     Args:
         together: groups of places that share one change, each place in exactly one of them; None: each fact has its own.
         common: what the texts of each context, and those of the KL term, have in front; None: as much as these facts' have.
+        begun: where the optimisation of some facts is gone on from, by place, facts of one group from the same; the values are those of all
+            steps at once. None: nowhere, and nothing is `paused`.
         memory: bytes that the process may hold, see `budget.step_budget`; a step that does not fit all the same is halved.
         kept: values that were optimised before, and where those that are optimised now are kept.
         elsewhere: where they are optimised; None: here. The parts are the same either way.
@@ -340,11 +303,11 @@ def optimise_values(
         return values
     with stack.fast():
         common = beginnings(stack, _alike(facts)) if common is None else common
-        batches = _batches(site, facts, waiting, step_budget(stack.device, memory))
+        batches = planned(stack, site.first, facts, waiting, step_budget(stack.device, memory))
         if elsewhere:
-            finished = _gathered(elsewhere, batches, facts, common, settings, values)
+            finished = _gathered(elsewhere, batches, facts, common, settings, begun, values)
         else:
-            finished = _here(site, batches, facts, common, settings, values, memory)
+            finished = _here(site, batches, facts, common, settings, begun, values, memory)
         for chosen in finished:
             places = [place for group in chosen for place in group]
             if kept:
@@ -359,16 +322,22 @@ def _here(
     facts: Sequence[Fact],
     common: Sequence[tuple[int, ...]],
     settings: ValueSettings,
+    begun: Mapping[int, Paused] | None,
     values: Values,
     memory: int | None,
 ) -> Iterator[Sequence[tuple[int, ...]]]:
     """Optimise the batches on this model; yields each that is finished, or the halves of one that does not fit."""
-    trunk = run_trunk(site.stack, common)
+    trunk, own = run_trunk(site.stack, common), site.stack.model.dtype
 
     def run(chosen: Sequence[tuple[int, ...]]) -> None:
         if memory is not None:
             release_memory()  # what the last batch left in pieces would come on top of the next
-        _descend(site, _prepare(site, facts, chosen, trunk, settings), settings, values)
+        batch = _prepare(site, facts, chosen, trunk, settings, begun)
+        with quick(site.stack.model) if optimised_in(site.stack.model, memory) != own else nullcontext():
+            now = site.stack.model.dtype
+            if now != own:
+                batch = replace(batch, lanes=tuple(replace(lane, rows=lane.rows.to(now)) for lane in batch.lanes))
+            _descend(site, batch, settings, values, pause=begun is not None)
 
     return in_halves(batches, run, remedy="Give more --memory, or a smaller model.")
 
@@ -379,6 +348,7 @@ def _gathered(
     facts: Sequence[Fact],
     common: Sequence[tuple[int, ...]],
     settings: ValueSettings,
+    begun: Mapping[int, Paused] | None,
     values: Values,
 ) -> Iterator[Sequence[tuple[int, ...]]]:
     """Let the batches be optimised elsewhere, those that take longest first; yields each that is finished."""
@@ -387,11 +357,12 @@ def _gathered(
     for batch in ordered:
         numbers = iter(range(len(facts)))
         together = tuple(tuple(next(numbers) for _ in group) for group in batch)
-        own = tuple(facts[place] for group in batch for place in group)
-        parts.append(Part(own, together, tuple(common), settings))
+        places = [place for group in batch for place in group]
+        started = None if begun is None else {row: begun[place] for row, place in enumerate(places) if place in begun}
+        parts.append(Part(tuple(facts[place] for place in places), together, tuple(common), settings, started))
     for number, found in elsewhere(parts):
         for row, place in enumerate(place for group in ordered[number] for place in group):
-            values.put(place, found.at(row))
+            values.take(place, found, row)
         yield ordered[number]
 
 
@@ -410,14 +381,19 @@ def _alike(facts: Sequence[Fact]) -> list[list[Encoded]]:
     return [*(found[context] for context in sorted(found)), [fact.essence for fact in facts]]
 
 
-def _descend(site: Site, batch: _Batch, settings: ValueSettings, values: Values) -> None:
+def _descend(site: Site, batch: _Batch, settings: ValueSettings, values: Values, *, pause: bool) -> None:
     """Optimise one batch and put what comes out in its places in ``values``."""
     values.hidden[batch.members.place.cpu()] = batch.members.hidden[:, 0].cpu()
     steps = settings.steps * (1 if len(batch.members.place) == len(batch.live) else _STEPS_TOGETHER)
-    for number in range(steps):
-        step = _evaluate(site, batch, settings, last=number == steps - 1)
+    least, some = int(batch.begun.min()), settings.alternate
+    left = steps - least
+    if int(batch.begun.max()):
+        batch = replace(batch, essence_log_probs=_essences(site, batch))
+    for number in range(left):
+        turn = batch.turns[(least + number) % len(batch.turns)]
+        step = _evaluate(site, batch, turn, settings, last=number == left - 1)
         sound = torch.isfinite(step.objective) | ~batch.live
-        batch = _noted(batch, step, number)
+        batch = _noted(batch, step, number, steps)
         live, finite = torch.stack([batch.live, sound]).tolist()  # the one time that a step waits for the device
         if not all(finite):
             raise EditError(
@@ -426,73 +402,51 @@ def _descend(site: Site, batch: _Batch, settings: ValueSettings, values: Values)
             )
         if step.gradient is None or not any(live):
             break
-        batch = _shrunk(_adam(batch, step, number, settings), live, values)
-    _keep(batch, values)
+        batch = _shrunk(_adam(batch, step, number, settings), live, values, some, pause=pause)
+    _keep(batch, values, pause=pause)
 
 
-def _noted(batch: _Batch, step: _Step, number: int) -> _Batch:
-    """The batch with what this step found of its live groups, without those that are done."""
-    live, found = batch.live, batch.found
+@torch.no_grad()
+def _essences(site: Site, batch: _Batch) -> Float[Tensor, "groups vocabulary"]:
+    """The essences' log-probabilities before anything changed."""
+    states, slots = list[Tensor](), list[Tensor]()
+    for lane in batch.lanes:
+        read = (lane.slot >= len(batch.predictions.token)).nonzero()[:, 0]
+        if len(read):
+            rows = lane.rows.select(lane.row[read], lane.rows.fact[lane.row[read]])
+            own = torch.arange(len(read), device=read.device)
+            states.append(site.run(rows, torch.zeros_like(batch.delta)[rows.fact], own, lane.column[read]))
+            slots.append(lane.slot[read])
+    return site.stack.logits(torch.cat(states)[torch.cat(slots).argsort()]).float().log_softmax(-1)
+
+
+def _noted(batch: _Batch, step: _Step, number: int, steps: int) -> _Batch:
+    """The batch with what this step found of its live groups, without those that are done or have had so many steps."""
+    live, found, taken = batch.live, batch.found, batch.begun + number
+    where = live[:, None, None]
     noted = _Found(
-        torch.where(live[:, None, None], batch.delta, found.delta),
+        torch.where(where, batch.delta, found.delta),
+        torch.where(where, batch.first_moment, found.first_moment),
+        torch.where(where, batch.second_moment, found.second_moment),
+        torch.where(live, batch.nll_factor, found.nll_factor),
         torch.where(live, step.objective, found.objective),
-        found.steps.masked_fill(live, number),
+        torch.where(live, taken, found.steps),
     )
     before = step.essence if batch.essence_log_probs is None else batch.essence_log_probs
-    return replace(batch, live=live & ~step.done, essence_log_probs=before, found=noted)
+    return replace(batch, live=live & ~step.done & (taken < steps - 1), essence_log_probs=before, found=noted)
 
 
-def _keep(batch: _Batch, values: Values) -> None:
+def _keep(batch: _Batch, values: Values, *, pause: bool) -> None:
     """Put what was found of a batch in its places."""
     where, group, found = batch.members.place.cpu(), batch.members.group, batch.found
     values.targets[where] = (batch.members.hidden + found.delta[group])[:, 0].cpu()
     values.loss[where], values.steps[where] = found.objective[group].cpu(), found.steps[group].cpu()
-
-
-def _batches(
-    site: Site, facts: Sequence[Fact], waiting: Sequence[tuple[int, ...]], budget: int
-) -> list[list[tuple[int, ...]]]:
-    """Single facts and groups apart, those whose first bare rows are about equally long together, a step below ``budget`` bytes each."""
-    footprint = Footprint.of(site.stack, site.first)
-    most = POSITIONS if site.stack.device.type == "cpu" else budget // footprint.position
-
-    def several(group: tuple[int, ...]) -> bool:
-        return len(group) > 1
-
-    def length(group: tuple[int, ...]) -> tuple[int, int]:
-        first = facts[group[0]]
-        return first.suffix(first.rows[0]), first.rows[-1].subject_last
-
-    batches: list[list[tuple[int, ...]]] = []
-    for _, alike in groupby(sorted(waiting, key=lambda group: (several(group), *length(group))), key=several):
-        rest = list(alike)
-        while rest:
-            sizes = accumulate(sum(_bytes(facts[place], footprint) for place in group) for group in rest)
-            positions = accumulate(sum(_positions(facts[place]) for place in group) for group in rest)
-            fit = takewhile(lambda both: both[0] <= budget and both[1] <= most, zip(sizes, positions, strict=True))
-            count = max(1, sum(1 for _ in fit))
-            if _LEAST_FACTS < count < len(rest):
-                count -= count % _LEAST_FACTS
-            batches.append(rest[:count])
-            rest = rest[count:]
-    return batches
-
-
-def _positions(fact: Fact) -> int:
-    """Positions of a fact that a step computes: from its subjects' last tokens on, and the essence's."""
-    return 1 + sum(fact.suffix(row) for row in fact.rows)
-
-
-def _bytes(fact: Fact, footprint: Footprint) -> int:
-    """What one fact adds to a step."""
-    rows = (*fact.rows, fact.essence)
-    ends = fact.closers is not None
-    predictions = 1 + sum(row.opening + row.target[1] - row.target[0] + ends for row in fact.rows)
-    return (
-        footprint.position * _positions(fact)
-        + footprint.prediction * predictions
-        + footprint.prefix * sum(row.subject_last for row in rows)
-    )
+    if pause:
+        states = [states.cpu() for states in (found.delta, found.first_moment, found.second_moment)]
+        factors, steps = found.nll_factor.tolist(), found.steps.tolist()
+        for place, number in zip(where.tolist(), group.tolist(), strict=True):
+            delta, first, second = (one[number].clone() for one in states)
+            values.paused[place] = Paused(delta, first, second, factors[number], steps[number])
 
 
 def _keys(facts: Sequence[Fact], group: Sequence[int]) -> list[tuple[int, str]]:
@@ -505,50 +459,71 @@ def _keys(facts: Sequence[Fact], group: Sequence[int]) -> list[tuple[int, str]]:
 
 
 def _prepare(
-    site: Site, facts: Sequence[Fact], chosen: Sequence[tuple[int, ...]], trunk: Trunk, settings: ValueSettings
+    site: Site,
+    facts: Sequence[Fact],
+    chosen: Sequence[tuple[int, ...]],
+    trunk: Trunk,
+    settings: ValueSettings,
+    begun: Mapping[int, Paused] | None,
 ) -> _Batch:
-    device = site.stack.device
+    stack, device = site.stack, site.stack.device
     places = [(place, number) for number, group in enumerate(chosen) for place in group]
     opened = [(facts[place], row, number) for place, number in places for row in range(len(facts[place].rows))]
     rows = [
         Row(fact.rows[row], fact.suffix(fact.rows[row]), fact.contexts[row], number) for fact, row, number in opened
     ]
     weights = [fact.shares[row] for fact, row, _ in opened]
-    read, predictions = _predictions(rows, [fact for fact, _, _ in opened], weights, settings, device)
+    read, predictions = _predictions(rows, [fact for fact, _, _ in opened], weights, settings, stack.vocabulary, device)
     last = len(trunk.lengths) - 1
     read += [(len(rows) + number, 0) for number in range(len(chosen))]
     rows += [Row(facts[group[0]].essence, 1, last, number) for number, group in enumerate(chosen)]
     lanes, members = open_lanes(site, rows, read, trunk), torch.tensor(places, device=device).T
-    hidden = _unedited(site, rows, lanes)
+    hidden, lengths = _unedited(site, rows, lanes)
     first = torch.tensor([sum(map(len, chosen[:number])) for number in range(len(chosen))], device=device)
+    bare = facts[chosen[0][0]]
+    contexts = len(bare.rows) - bare.others - bare.wordings
     zeros = torch.zeros_like(hidden[first])
+    nothing = torch.zeros_like(zeros[0])
+    new = Paused(nothing, nothing, nothing, settings.nll_factor, 0)
+    starts = [(begun or {}).get(group[0], new) for group in chosen]
+    delta, first_moment, second_moment = (
+        torch.stack([getattr(start, name) for start in starts]).to(device)
+        for name in ("delta", "first_moment", "second_moment")
+    )
+    factor = torch.tensor([start.nll_factor for start in starts], device=device)
+    steps = torch.tensor([start.steps for start in starts], device=device)
     return _Batch(
         members=_Members(members[0], members[1], hidden),
         live=torch.ones(len(chosen), dtype=torch.bool, device=device),
         lanes=tuple(lane for lane, _ in lanes),
-        order=torch.cat([lane.slot for lane, _ in lanes]).argsort(),
         predictions=predictions,
+        contexts=contexts,
+        turns=turns([lane for lane, _ in lanes], predictions, contexts, settings.alternate),
         essence_log_probs=None,
         hidden=hidden[first],
+        length=lengths[first],
         unit=site.unit(hidden[first]),
-        delta=zeros,
-        first_moment=zeros,
-        second_moment=zeros,
-        nll_factor=torch.full((len(chosen),), settings.nll_factor, device=device),
-        found=_Found(zeros, zeros[:, 0, 0], torch.zeros(len(chosen), dtype=torch.long, device=device)),
+        delta=delta,
+        first_moment=first_moment,
+        second_moment=second_moment,
+        nll_factor=factor,
+        begun=steps,
+        found=_Found(zeros, zeros, zeros, factor, zeros[:, 0, 0], torch.zeros_like(steps)),
     )
 
 
 def _unedited(
     site: Site, rows: Sequence[Row], lanes: Sequence[tuple[Lane, Sequence[int]]]
-) -> Float[Tensor, "facts parts d"]:
-    """What the change is added to in the bare row of every fact; essences are no such rows."""
+) -> tuple[Float[Tensor, "facts parts d"], Float[Tensor, "facts parts"]]:
+    """What the change is added to in the bare row of every fact, and what its length is relative to; essences are no such rows."""
     facts = [number for number, row in enumerate(rows) if row.trunk == 0]
-    found: dict[int, Tensor] = {}
+    found: dict[int, tuple[Tensor, Tensor]] = {}
     for lane, numbers in lanes:
         if any(rows[number].trunk == 0 for number in numbers):
-            found |= dict(zip(numbers, site.unedited(lane.rows), strict=True))
-    return torch.stack([found[number] for number in facts])
+            hidden = site.unedited(lane.rows)
+            found |= dict(zip(numbers, zip(hidden, site.lengths(lane.rows, hidden), strict=True), strict=True))
+    hidden, lengths = (torch.stack(parts) for parts in zip(*(found[number] for number in facts), strict=True))
+    return hidden, lengths
 
 
 def _predictions(
@@ -556,8 +531,9 @@ def _predictions(
     facts: Sequence[Fact],
     weights: Sequence[float],
     settings: ValueSettings,
+    vocabulary: int,
     device: torch.device,
-) -> tuple[list[tuple[int, int]], _Predictions]:
+) -> tuple[list[tuple[int, int]], Predictions]:
     """What is predicted, with row and column of each; ``facts`` are the rows' facts, ``weights`` what each row weighs in its fact."""
     kinds = {id(fact.closers): fact.closers for fact in facts if fact.closers is not None}
     kind = {identity: number for number, identity in enumerate(kinds)}
@@ -576,34 +552,41 @@ def _predictions(
             found.append((0, settings.closing * weights[number], row.fact, kind[id(fact.closers)]))
     token, shares, fact_, closers = zip(*found, strict=True)
     tokens, of_fact, ends = (torch.tensor(numbers, device=device) for numbers in (token, fact_, closers))
-    masks = (
-        torch.stack(list(kinds.values())).to(device) if kinds else torch.zeros(0, 0, dtype=torch.bool, device=device)
-    )
-    after = (ends >= 0).nonzero()[:, 0]
-    return read, _Predictions(tokens, torch.tensor(shares, device=device), of_fact, ends, after, masks)
+    masks = torch.stack(list(kinds.values())) if kinds else torch.zeros(0, vocabulary, dtype=torch.bool)
+    return read, Predictions.of(tokens, torch.tensor(shares, device=device), of_fact, ends, masks.to(device))
 
 
-def _evaluate(site: Site, batch: _Batch, settings: ValueSettings, *, last: bool) -> _Step:
-    """The objective of each fact and, unless this is the last step, its gradient."""
+def _evaluate(site: Site, batch: _Batch, turn: Turn, settings: ValueSettings, *, last: bool) -> _Step:
+    """The objective of each fact, as far as this turn reads it, and, unless this is the last step, its gradient."""
     delta = batch.delta.detach().requires_grad_(not last)
-    where, count = batch.predictions, len(batch.predictions.token)
     with torch.set_grad_enabled(not last):
-        states = [site.run(lane.rows, delta[lane.rows.fact], lane.row, lane.column) for lane in batch.lanes]
-        logits = site.stack.logits(torch.cat(states)[batch.order]).float()
-        targets, essence = logits[:count], logits[count:].log_softmax(-1)
-        log_probs = where.of(targets) - targets.logsumexp(-1)
-        nll = torch.zeros_like(batch.nll_factor).index_add(0, where.fact, -log_probs * where.share)
-        before = essence.detach() if batch.essence_log_probs is None else batch.essence_log_probs
-        kl = settings.kl_factor * (essence.exp() * (essence - before)).sum(-1)
-        decay = (batch.unit[..., 0] * delta.norm(dim=-1) / batch.hidden.norm(dim=-1).square()).sum(-1)
-        objective = batch.nll_factor * nll + kl + settings.weight_decay * decay
-    gradient = None if last else torch.autograd.grad(objective.sum(), delta)[0]
+        found = list[Tensor]()
+        for (lane, some), (row, column) in zip(turn.lanes, turn.states, strict=True):
+            rows = batch.lanes[lane].rows if some is None else batch.lanes[lane].rows.lend(some)
+            found.append(site.run(rows, delta[rows.fact], row, column))
+        states = torch.cat(found)[turn.order]
+        decay = (batch.unit[..., 0] * delta.norm(dim=-1) / batch.length.square()).sum(-1)
+    said = read_states(
+        site.stack,
+        states,
+        turn.parts,
+        batch.essence_log_probs,
+        batch.nll_factor,
+        settings.kl_factor,
+        gradient=not last,
+        sure=settings.until_sure,
+    )
+    kl = settings.kl_factor * said.kl
+    objective = batch.nll_factor * said.nll + kl + settings.weight_decay * decay.detach()
+    gradient = None
+    if said.gradient is not None:
+        pulled = [said.gradient, torch.full_like(decay, settings.weight_decay)]
+        gradient = torch.autograd.grad([states, decay], delta, pulled)[0]
     done, sure = objective < settings.stop_loss, torch.zeros_like(objective, dtype=torch.bool)
-    if settings.until_sure:
-        wrong = where.wrong(targets).float()
-        sure = torch.zeros_like(batch.nll_factor).index_add(0, where.fact, wrong) == 0
+    if said.wrong is not None:
+        sure = said.wrong == 0
         done = done | (sure & (kl <= _KL_LIMIT))
-    return _Step(objective.detach(), gradient, done, sure, essence.detach())
+    return _Step(objective, gradient, done, sure, said.essence)
 
 
 def _adam(batch: _Batch, step: _Step, number: int, settings: ValueSettings) -> _Batch:
@@ -611,9 +594,11 @@ def _adam(batch: _Batch, step: _Step, number: int, settings: ValueSettings) -> _
     assert step.gradient is not None
     first = _BETAS[0] * batch.first_moment + (1 - _BETAS[0]) * step.gradient
     second = _BETAS[1] * batch.second_moment + (1 - _BETAS[1]) * step.gradient.square()
-    scale = (second / (1 - _BETAS[1] ** (number + 1))).sqrt() + _ADAM_EPSILON
-    delta = batch.delta - settings.learning_rate * batch.unit * (first / (1 - _BETAS[0] ** (number + 1))) / scale
-    limit = settings.clamp * batch.hidden.norm(dim=-1, keepdim=True)
+    taken = (batch.begun + number + 1)[:, None, None].double()
+    of_first, of_second = ((1 - beta**taken).float() for beta in _BETAS)
+    scale = (second / of_second).sqrt() + _ADAM_EPSILON
+    delta = batch.delta - settings.learning_rate * batch.unit * (first / of_first) / scale
+    limit = settings.clamp * batch.length[..., None]
     delta = delta * (limit / delta.norm(dim=-1, keepdim=True).clamp(min=1e-12)).clamp(max=1.0)
     return replace(
         batch,
@@ -624,19 +609,20 @@ def _adam(batch: _Batch, step: _Step, number: int, settings: ValueSettings) -> _
     )
 
 
-def _shrunk(batch: _Batch, live: Sequence[bool], values: Values) -> _Batch:
+def _shrunk(batch: _Batch, live: Sequence[bool], values: Values, some: int, *, pause: bool) -> _Batch:
     """The batch without its finished groups, or with so many of them that its size is a power of two."""
     left = sum(live)
-    size = max(_LEAST_FACTS, 1 << (left - 1).bit_length())
+    size = max(LEAST_FACTS, 1 << (left - 1).bit_length())
     if size >= len(live):
         return batch
-    _keep(batch, values)
+    _keep(batch, values, pause=pause)
     finished = [group for group, going in enumerate(live) if not going]
     leaving = set(finished[size - left :])
     kept = torch.tensor([group not in leaving for group in range(len(live))], device=batch.live.device)
     keep = kept.nonzero()[:, 0]
     place = new_places(keep, len(kept))
     predicted = kept[batch.predictions.fact]
+    predictions = batch.predictions.select(predicted, place)
     stays = torch.cat([predicted, kept])
     slots = new_places(stays.nonzero()[:, 0], len(stays))
     lanes = [lane for lane in (lane.select(kept, place, slots) for lane in batch.lanes) if lane is not None]
@@ -645,14 +631,17 @@ def _shrunk(batch: _Batch, live: Sequence[bool], values: Values) -> _Batch:
         members=batch.members.select(kept, place),
         live=batch.live[keep],
         lanes=tuple(lanes),
-        order=torch.cat([lane.slot for lane in lanes]).argsort(),
-        predictions=batch.predictions.select(predicted, place),
+        predictions=predictions,
+        contexts=batch.contexts,
+        turns=turns(lanes, predictions, batch.contexts, some),
         essence_log_probs=batch.essence_log_probs[keep],
         hidden=batch.hidden[keep],
+        length=batch.length[keep],
         unit=batch.unit[keep],
         delta=batch.delta[keep],
         first_moment=batch.first_moment[keep],
         second_moment=batch.second_moment[keep],
         nll_factor=batch.nll_factor[keep],
+        begun=batch.begun[keep],
         found=batch.found.select(keep),
     )

@@ -258,10 +258,12 @@ def _read_config(path: Path) -> _Lora:
         raise _refusal(path, f"it cannot be read ({error})") from error
     if not isinstance(config, dict):
         raise _refusal(path, "it is not the configuration of an adapter")
-    for field, value in config.items():
-        _check_field(path, field, value)
     if "peft_type" not in config:
         raise _refusal(path, "it has no peft_type, so it is not the configuration of an adapter", field="peft_type")
+    for field, value in sorted(
+        config.items(), key=lambda item: item[0] != "peft_type"
+    ):  # other kinds have other fields
+        _check_field(path, field, value)
     rank: Any = config.get("r")
     alpha: Any = config.get("lora_alpha")
     ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}

@@ -37,7 +37,7 @@ from transformers import (
 )
 
 from patchhub.errors import BaseError, SettingsError, UnsupportedModelError
-from patchhub.models.experts import check_experts
+from patchhub.models.experts import check_experts, gate_the_key
 from patchhub.models.structure import (
     BlockStructure,
     Orientation,
@@ -195,6 +195,7 @@ _LLAMA_LIKE = Family("model.layers", "mlp.down_proj", "self_attn.o_proj")
 _POST_NORM = replace(_LLAMA_LIKE, norm="post_feedforward_layernorm")
 _EXPERTS = replace(_LLAMA_LIKE, ffn_out="mlp.experts", also=("mlp.down_proj",))
 _SHARED_EXPERTS = replace(_EXPERTS, also=("mlp.down_proj", "mlp.shared_experts.down_proj"))
+_GATED_EXPERTS = replace(_EXPERTS, also=("mlp.down_proj", "mlp.shared_expert.down_proj"))
 
 FAMILIES: Final[Mapping[str, Family]] = {
     "gpt2": Family("transformer.h", "mlp.c_proj", "attn.c_proj", "in_out"),
@@ -234,7 +235,7 @@ FAMILIES: Final[Mapping[str, Family]] = {
     "granitemoe": replace(_EXPERTS, ffn_out="block_sparse_moe.experts"),
     "mixtral": _EXPERTS,
     "olmoe": _EXPERTS,
-    "qwen2_moe": _EXPERTS,
+    "qwen2_moe": _GATED_EXPERTS,
     "qwen3_moe": _EXPERTS,
     "deepseek_v2": _SHARED_EXPERTS,
     "deepseek_v3": _SHARED_EXPERTS,
@@ -254,7 +255,8 @@ FAMILIES: Final[Mapping[str, Family]] = {
         also=("feed_forward.down_proj", "mamba.out_proj"),
     ),
     "qwen3_5_text": replace(_LLAMA_LIKE, also=("linear_attn.out_proj",)),
-    "qwen3_next": replace(_EXPERTS, also=("mlp.down_proj", "linear_attn.out_proj")),
+    "qwen3_5_moe_text": replace(_GATED_EXPERTS, also=(*_GATED_EXPERTS.also, "linear_attn.out_proj")),
+    "qwen3_next": replace(_GATED_EXPERTS, also=(*_GATED_EXPERTS.also, "linear_attn.out_proj")),
     "llama4_text": Family(
         "model.layers", "feed_forward.shared_expert.down_proj", "self_attn.o_proj", also=("feed_forward.down_proj",)
     ),
@@ -492,6 +494,36 @@ def behind_of(model: Any, architecture: Architecture, layer: int) -> Behind:
 
 
 @torch.no_grad()
+def gate_keys(model: Any, architecture: Architecture) -> None:
+    """Let the gates of the shared experts that facts are written into multiply keys, see `gate_the_key`; a second time it does nothing.
+
+    Raises:
+        UnsupportedModelError: the model then gives something else.
+    """
+    gated = {layer: p for layer, p in enumerate(architecture.feed_forward) if p.gate is not None}
+    if not gated:
+        return
+    ids = torch.arange(1, 5, device=model.get_input_embeddings().weight.device)[None]
+    last = model.get_submodule(architecture.block(architecture.n_layers - 1))
+    before = _block_output(model, last, ids).double()
+    changed = [_gate_layer(model, architecture, layer) for layer in gated]
+    if not any(changed):
+        return
+    after = _block_output(model, last, ids)
+    tolerance = max(_TOLERANCE, 16 * torch.finfo(after.dtype).eps)
+    if not float((after.double() - before).norm()) <= tolerance * float(before.norm()):
+        raise _refusal(
+            model.config, "has shared experts behind gates that are no sigmoids of one linear map of their input"
+        )
+
+
+def _gate_layer(model: Any, architecture: Architecture, layer: int) -> bool:
+    projection = architecture.feed_forward[layer]
+    assert projection.gate is not None
+    return gate_the_key(model.get_submodule(architecture.block(layer)), projection.path, projection.gate)
+
+
+@torch.no_grad()
 def additive_probe(model: Any, architecture: Architecture, layer: int) -> None:
     """Check on a loaded model that a vector added to a feed-forward output moves the block's output by what `Behind` says.
 
@@ -501,6 +533,7 @@ def additive_probe(model: Any, architecture: Architecture, layer: int) -> None:
     Raises:
         UnsupportedModelError: something else lies between the projection and the residual stream.
     """
+    gate_keys(model, architecture)
     behind = behind_of(model, architecture, layer)
     block = model.get_submodule(architecture.block(layer))
     projection = model.get_submodule(architecture.ffn_module(layer))

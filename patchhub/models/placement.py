@@ -1,4 +1,4 @@
-"""Where and in which type a base is put into memory: one device or several, its own type, float32, or quantised.
+"""Where and in which type a base is put into memory: one device or several, its own type, float32, or quantised, or for a while bfloat16.
 
 How much memory there is comes from the machine, or from what its control group (a container's limit) leaves."""
 
@@ -6,19 +6,22 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 from transformers import BitsAndBytesConfig
 
 from patchhub.errors import BaseError, SettingsError
 from patchhub.models.architectures import read_model
 from patchhub.models.checkpoint import Checkpoint
+from patchhub.models.tracing import fast
 
 GROUPS: Final = Path("/sys/fs/cgroup")
 MACHINE: Final = Path("/proc/meminfo")
@@ -31,6 +34,10 @@ _CACHED: Final = ("inactive_file", "active_file")
 _UNKNOWN: Final = 4 << 30
 _SHARE_CPU: Final = 0.5  # of the memory that weights in float32 may take where the type is chosen here
 _SHARE_GPU: Final = 0.1
+_LARGE: Final = 1 << 28  # bytes
+_FAR: Final = (
+    0.1  # mean total variation between two models' predictions beyond which one does not stand in for the other
+)
 
 
 def total_memory(groups: Path = GROUPS) -> int:
@@ -242,3 +249,66 @@ def _refuse_offloaded(model: Any, checkpoint: Checkpoint) -> None:
             remedy="Choose --dtype bfloat16, --quantization 8bit or 4bit, or --device cpu.",
             model=checkpoint.name,
         )
+
+
+def quick_type(model: Any) -> torch.dtype:
+    """The type in which a model computes what need not be exact: bfloat16 where the processor has products of it and the model is wider."""
+    dtype: torch.dtype = model.dtype
+    processor: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # PyTorch before 2.8 does not tell
+    capable = model.device.type == "cpu" and any(processor.get(name) for name in ("avx512_bf16", "amx_bf16"))
+    wider = dtype in (torch.float32, torch.float16) and all(p.dtype == dtype for p in model.parameters())
+    return torch.bfloat16 if capable and wider else dtype
+
+
+def optimised_in(model: Any, memory: int | None) -> torch.dtype:
+    """The type in which values are optimised: `quick_type` for a large model, where there is room for its weights in both types.
+
+    Large is one whose weights are read from memory at every step, since no processor's caches hold them.
+
+    Args:
+        memory: what the process may hold, if that is bounded: then the weights are there once.
+    """
+    own: torch.dtype = model.dtype
+    size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    large = memory is None and _LARGE <= size < _SHARE_CPU * free_memory()
+    return quick_type(model) if large else own
+
+
+@contextmanager
+def quick(model: Any) -> Iterator[None]:
+    """While open, the model runs in `quick_type`, if it says nearly the same there; its own weights are kept and put back."""
+    dtype, own = quick_type(model), [(parameter, parameter.data) for parameter in model.parameters()]
+    if dtype == model.dtype:
+        yield
+        return
+    said = _said(model)
+    try:
+        for parameter, data in own:
+            parameter.data = data.to(dtype)
+        if not _is_near(model, said):
+            _put_back(own)
+        yield
+    finally:
+        _put_back(own)
+
+
+def _put_back(own: Sequence[tuple[torch.nn.Parameter, Tensor]]) -> None:
+    for parameter, data in own:
+        parameter.data = data
+
+
+@torch.no_grad()
+def _said(model: Any) -> Float[Tensor, "tokens vocabulary"]:
+    """The model's predictions after some tokens of the vocabulary that are far apart."""
+    size = model.get_output_embeddings().weight.shape[0]
+    ids = torch.linspace(0, size - 1, 32).long().view(4, 8).to(model.device)
+    with fast(model):
+        found: Tensor = model(input_ids=ids, use_cache=False).logits
+    return found.float().softmax(-1).flatten(0, 1)
+
+
+def _is_near(model: Any, said: Float[Tensor, "tokens vocabulary"]) -> bool:
+    try:
+        return float((_said(model) - said).abs().sum(-1).mean()) / 2 < _FAR
+    except RuntimeError:  # buffers of the type that it was in meet weights of the other
+        return False

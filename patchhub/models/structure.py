@@ -8,12 +8,12 @@ batched products), a feed-forward network does not.
 
 In a mixture of experts which tokens an expert gets depends on numbers. For the run a stand-in takes the place of each experts'
 module, whose output then is one projection; beside it a shared expert, which every token passes, may write into the stream
-through its own."""
+through its own, as it is or times a gate of its own."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -34,7 +34,7 @@ _IDENTITY = {
     "CloneBackward0",
     "ToCopyBackward0",
 }
-_SCALING = "MulBackward0"
+_SCALING, _SIGMOID = "MulBackward0", "SigmoidBackward0"
 _MIXING = ("softmax", "bmm", "convolution")  # of positions; attention has one or more, a feed-forward network none
 
 
@@ -55,6 +55,7 @@ class Projection:
         orientation: how the weight is stored, of experts each expert's.
         experts: E; 0 of a plain linear map.
         active: how many experts a token is routed to.
+        gate: path of a linear map of the same input, relative to the block, whose sigmoid multiplies the output; None: there is none.
     """
 
     path: str
@@ -62,6 +63,7 @@ class Projection:
     orientation: Orientation
     experts: int = 0
     active: int = 0
+    gate: str | None = None
 
     @property
     def parameter(self) -> str:
@@ -98,6 +100,7 @@ class _Record:
     end: list[Any] = field(default_factory=list)
     projections: list[tuple[str, Any]] = field(default_factory=list)
     norms: list[tuple[str, Any, Any]] = field(default_factory=list)  # path, node of the output, node of the input
+    gates: list[tuple[str, Any]] = field(default_factory=list)  # linear maps to one number
     slots: dict[str, list[int]] = field(default_factory=dict)  # path of an experts' module -> experts of a token
 
 
@@ -151,10 +154,10 @@ def _block_list(model: nn.Module, n_layers: int) -> tuple[str, list[nn.Module]]:
 def _trace(model: nn.Module, blocks: list[nn.Module], d_model: int) -> list[_Record]:
     """One run over four positions on the meta device, and what was recorded in each block."""
     ids = torch.zeros(1, 4, dtype=torch.long, device="meta")
-    masks: list[Tensor | None] = [torch.ones_like(ids)]
+    masks: list[Tensor | None] = [torch.ones_like(ids), torch.zeros(1, 1, 4, 4, device="meta"), None]
     if is_recurrent(model.config):
         # Such layers ask whether a mask of two dimensions hides anything, which has no answer here; some take one of four, some none.
-        masks = [torch.zeros(1, 1, 4, 4, device="meta"), None]
+        masks = masks[1:]
     failed: Exception | None = None
     for mask in masks:
         try:
@@ -197,8 +200,15 @@ def _watch(block: nn.Module, record: _Record, d_model: int) -> Iterable[Any]:
     def project(path: str) -> Callable[..., None]:
         return lambda module, args, output: record.projections.append((path, output.grad_fn))
 
+    def gate(path: str) -> Callable[..., None]:
+        return lambda module, args, output: record.gates.append((path, output.grad_fn))
+
     def norm(path: str) -> Callable[..., None]:
-        return lambda module, args, output: record.norms.append((path, output.grad_fn, args[0].grad_fn))
+        def note(module: nn.Module, args: Any, output: Any) -> None:
+            if args and isinstance(output, Tensor):  # a part that holds norms may be called one
+                record.norms.append((path, output.grad_fn, args[0].grad_fn))
+
+        return note
 
     yield block.register_forward_pre_hook(enter, with_kwargs=True)
     yield block.register_forward_hook(leave)
@@ -207,6 +217,8 @@ def _watch(block: nn.Module, record: _Record, d_model: int) -> Iterable[Any]:
         out = known.out if known else _shape(module)[0] if orientation_of(module) else None
         if out == d_model:
             yield module.register_forward_hook(project(path))
+        elif out == 1:
+            yield module.register_forward_hook(gate(path))
         elif "norm" in type(module).__name__.lower():
             yield module.register_forward_hook(norm(path))
 
@@ -220,7 +232,8 @@ def _block_structure(block: nn.Module, record: _Record) -> BlockStructure:
     mixing = {path: _mixing_of(node, stop) for node, path in nodes.items()}
     feed_forward = [path for path in ways if not mixing[path]]
     # Beside softmax attention a block may hold a recurrent layer; one of the two stands for what mixes positions.
-    attention = [path for path in ways if "softmax" in mixing[path]] or [path for path in ways if mixing[path]]
+    mixed = [path for path in ways if mixing[path] and ways[path].gate is None]
+    attention = [path for path in mixed if "softmax" in mixing[path]] or mixed
     if not feed_forward:
         raise StructureError(_why_not_additive(record))
     if len(attention) != 1 or (len(feed_forward) != 1 and not _are_experts(record, feed_forward)):
@@ -231,11 +244,11 @@ def _block_structure(block: nn.Module, record: _Record) -> BlockStructure:
     if multiplied:
         raise StructureError("multiplies the residual stream itself in each block")
     way = ways[feed_forward[0]]
-    if len({ways[path] for path in feed_forward}) != 1:
+    if len({(ways[path].norm, ways[path].scale) for path in feed_forward}) != 1:
         raise StructureError("multiplies its routed and its shared experts with different numbers")
     return BlockStructure(
         _projection(block, attention[0], record),
-        tuple(_projection(block, path, record) for path in feed_forward),
+        tuple(replace(_projection(block, path, record), gate=ways[path].gate) for path in feed_forward),
         norm=way.norm,
         scale=way.scale,
     )
@@ -248,20 +261,22 @@ def _are_experts(record: _Record, paths: Sequence[str]) -> bool:
 
 @dataclass(frozen=True)
 class _Way:
-    """What was passed on the way down from a block's output: a norm, the number before it, and whether only these are left."""
+    """What was passed on the way down from a block's output: a norm, the number before it, a gate, and whether there was nothing."""
 
     norm: str | None = None
     scale: float = 1.0
+    gate: str | None = None
 
     @property
     def plain(self) -> bool:
-        return self.norm is None and self.scale == 1.0
+        return self == _Way()
 
 
 def _ways(record: _Record) -> tuple[dict[str, _Way], bool]:
     """What stands behind each projection that writes into the stream, and whether the stream itself is multiplied."""
     nodes = {node: path for path, node in record.projections}
     norms = {output: (path, entered) for path, output, entered in record.norms}
+    gates = {node: path for path, node in record.gates}
     found: dict[str, _Way] = {}
     waiting: list[tuple[Any, _Way]] = [(record.end[0], _Way())]
     seen: set[Any] = set()
@@ -278,8 +293,11 @@ def _ways(record: _Record) -> tuple[dict[str, _Way], bool]:
         elif node in norms and way.norm is None:
             path, entered = norms[node]
             waiting.append((entered, _Way(path, way.scale)))
+        elif (gated := _gated(node, gates)) is not None and way.norm is None and way.gate is None:
+            path, parent = gated
+            waiting.append((parent, _Way(None, way.scale, path)))
         elif (factor := _factor(node)) is not None and way.norm is None:
-            waiting += [(parent, _Way(None, way.scale * factor)) for parent, _ in node.next_functions]
+            waiting += [(parent, replace(way, scale=way.scale * factor)) for parent, _ in node.next_functions]
         elif type(node).__name__ in _IDENTITY or (_keeps_sums(node) and way.norm is None):
             waiting += [(parent, way) for parent, _ in node.next_functions]
     return found, multiplied
@@ -292,6 +310,20 @@ def _factor(node: Any) -> float | None:
     for factor in (node._saved_self, node._saved_other):
         if factor is not None and factor.ndim == 0 and not factor.is_meta:
             return float(factor)
+    return None
+
+
+def _gated(node: Any, gates: Mapping[Any, str]) -> tuple[str, Any] | None:
+    """Of a product with the sigmoid of one number per position: the linear map that gives it, and the node of the other factor."""
+    if type(node).__name__ != _SCALING or node._saved_self is None or node._saved_other is None:
+        return None
+    parents = [parent for parent, _ in node.next_functions]
+    for place, factor in enumerate((node._saved_self, node._saved_other)):
+        if factor.ndim and factor.shape[-1] == 1 and type(parents[place]).__name__ == _SIGMOID:
+            found = parents[place].next_functions[0][0]
+            while found is not None and found not in gates and type(found).__name__ in _IDENTITY:
+                found = found.next_functions[0][0]
+            return (gates[found], parents[1 - place]) if found in gates else None
     return None
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.hooks import RemovableHandle
 from transformers.activations import NewGELUActivation
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
@@ -24,8 +23,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from patchhub.delta import Delta, LowRank, add, to_dense
 from patchhub.errors import UnsupportedModelError
-from patchhub.models.architectures import Architecture, Behind, behind_of
-from patchhub.models.experts import Routed, gated_keys, shape_of
+from patchhub.models.architectures import Architecture, Behind, behind_of, gate_keys
+from patchhub.models.experts import Routed, gated_keys, grouped_forwards, shape_of
 
 _SHAPES = ((64, 64, 64), (96, 384, 512), (33, 640, 129))  # rows, inner, columns of the products that are tried
 _KEPT_KERNELS = "32"
@@ -38,7 +37,7 @@ def fast_products(device: torch.device) -> Iterator[None]:
 
     PyTorch leaves them to MKL unless it is told that bfloat16 would do; on processors that have wide vectors and no matrix unit
     oneDNN then computes in float32 all the same, and on some of them twice as fast. Where it would really round to bfloat16 the
-    switch stays as it was. Attention then is two plain products as well: the fused kernel's own small products are slow that way.
+    switch stays as it was. Attention then is two plain products as well (`plain_attention`): the fused kernel's own are slow that way.
     Both are switches of the process, put back at the end. On a GPU float32 products stay float32 whatever the process allows (TF32 has
     ten bits): second moments are sums of a hundred thousand of them.
     """
@@ -49,8 +48,55 @@ def fast_products(device: torch.device) -> Iterator[None]:
     if not _exact_through_onednn():
         yield
         return
-    with _onednn(), sdpa_kernel(SDPBackend.MATH):
+    with _onednn(), plain_attention():
         yield
+
+
+@contextmanager
+def plain_attention() -> Iterator[None]:
+    """While open, attention is two products in the type that the model runs in, wherever it asks for `scaled_dot_product_attention`.
+
+    PyTorch's own kernels are made for many queries over many keys: over the few that are read here they take three to ten times as long,
+    forwards and backwards. The function is replaced for the whole process, and put back at the end.
+    """
+    theirs = nn.functional.scaled_dot_product_attention
+
+    def ours(*args: Any, **kwargs: Any) -> Tensor:
+        if len(args) > 4 or kwargs.get("dropout_p"):
+            return theirs(*args, **kwargs)
+        kwargs.pop("dropout_p", None)
+        return attend(*args, **kwargs)
+
+    nn.functional.scaled_dot_product_attention = ours
+    try:
+        yield
+    finally:
+        nn.functional.scaled_dot_product_attention = theirs
+
+
+def attend(
+    query: Float[Tensor, "batch heads time d"],
+    key: Float[Tensor, "batch groups all d"],
+    value: Float[Tensor, "batch groups all e"],
+    attn_mask: Tensor | None = None,
+    *,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Float[Tensor, "batch heads time e"]:
+    """What `torch.nn.functional.scaled_dot_product_attention` gives without dropout; heads are consecutive within their group."""
+    batch, heads, time, width = query.shape
+    groups, every = key.shape[1], key.shape[2]
+    scaled = query * (width**-0.5 if scale is None else scale)
+    scores = scaled.reshape(batch, groups, heads // groups * time, width) @ key.mT
+    if is_causal and time > 1:
+        attn_mask = torch.ones(time, every, dtype=torch.bool, device=query.device).tril()
+    if attn_mask is not None:
+        scores, least = scores.view(batch, heads, time, every), torch.finfo(scores.dtype).min
+        boolean = attn_mask.dtype == torch.bool
+        scores = scores.masked_fill(~attn_mask, least) if boolean else (scores + attn_mask).clamp(min=least)
+        scores = scores.view(batch, groups, -1, every)  # padding that may look nowhere gets numbers, which nobody reads
+    return (scores.softmax(-1) @ value).view(batch, heads, time, -1)
 
 
 @contextmanager
@@ -191,6 +237,10 @@ class Prefix(Cache):
         """The same prefix for some rows of the batch."""
         return Prefix([(keys[rows.to(keys.device)], values[rows.to(values.device)]) for keys, values in self._pairs])
 
+    def to(self, dtype: torch.dtype) -> Prefix:
+        """The same in another type."""
+        return Prefix([(keys.to(dtype), values.to(dtype)) for keys, values in self._pairs])
+
     def lend(self, rows: Int[Tensor, " rows"]) -> Prefix:
         """The same as `select`, for use in a pass only: rows are copied as a block asks for them, one block at a time."""
         return Prefix(self._pairs, rows)
@@ -237,7 +287,8 @@ class Stack:
     """The pieces of one loaded model.
 
     Args:
-        model: a transformers causal LM; it is put into evaluation mode and its parameters stop asking for gradients.
+        model: a transformers causal LM; it is put into evaluation mode, its parameters stop asking for gradients, and the gates of shared
+            experts multiply keys (`gate_keys`).
         architecture: where its blocks are.
 
     Raises:
@@ -246,6 +297,7 @@ class Stack:
 
     def __init__(self, model: Any, architecture: Architecture) -> None:
         self.model = model.eval().requires_grad_(False)
+        gate_keys(self.model, architecture)
         self.architecture = architecture
         self.blocks: list[nn.Module] = list(model.get_submodule(architecture.blocks))
         self.decoder: Any = model.get_submodule(architecture.blocks.rpartition(".")[0])
@@ -478,16 +530,18 @@ class Stack:
 def fast(model: Any) -> Iterator[None]:
     """While open, the model computes the same numbers, up to float32's rounding, in less time on a CPU.
 
-    Its products are those of `fast_products`, its activations are fused, and its head sees contiguous states: of a slice
-    (the last positions) PyTorch makes a product for each row then, and copies the head's weight for each of them.
+    Its products are those of `fast_products`, and a mixture's are made expert by expert (`grouped_forwards`). Its activations are fused,
+    and its head sees contiguous states: of a slice (the last positions) PyTorch makes a product for each row then, and copies the
+    head's weight for each of them.
     """
     gelus = [module for module in model.modules() if isinstance(module, NewGELUActivation)]
     contiguous = model.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0].contiguous(),))
-    with (
-        fast_products(model.get_input_embeddings().weight.device),
-        _replaced_forwards(gelus, lambda x: nn.functional.gelu(x, approximate="tanh")),
-        _removed([contiguous]),
-    ):
+    with ExitStack() as opened:
+        opened.enter_context(fast_products(model.get_input_embeddings().weight.device))
+        opened.enter_context(_replaced_forwards(gelus, lambda x: nn.functional.gelu(x, approximate="tanh")))
+        opened.enter_context(_removed([contiguous]))
+        for experts, forward in grouped_forwards(model):
+            opened.enter_context(_replaced_forwards([experts], forward))
         yield
 
 

@@ -418,14 +418,6 @@ def command_check(
     return check
 
 
-def refuse_unclear(command: Sequence[str], metric: str | None, chat: bool | None) -> None:
-    """Raise `SettingsError` unless either a command or a metric is to check commits, a command in its own way."""
-    if bool(command) == (metric is not None):
-        raise SettingsError("bisect needs a command or a metric", remedy="Write `-- COMMAND` or --metric, not both.")
-    if chat and metric is None:
-        raise SettingsError("a command asks the model in its own way", remedy="Leave --chat out.")
-
-
 def program(command: Sequence[str], environment: Mapping[str, str]) -> Callable[[Path, str | None], int]:
     """What runs a program for `command_check`, with the checkpoint in PATCHHUB_MODEL and the commit in PATCHHUB_COMMIT.
 

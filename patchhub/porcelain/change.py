@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
+from types import MappingProxyType
 from typing import Any, Literal
 
 from patchhub.editing.requests import contradiction_error, find_contradictions
@@ -27,6 +28,7 @@ from patchhub.sets.elements import (
 )
 from patchhub.sets.shards import ShardPlan, plan_shards, shards_among, shrink, stale_shards, without_shards
 from patchhub.store import states
+from patchhub.store.operations import JOINS
 from patchhub.store.revisions import REMOTES
 from patchhub.store.store import Store
 from patchhub.who import Who
@@ -326,9 +328,16 @@ def squash(
     return Squashed(identity, tuple(replaced), repository.active_count(identity), max(proofs, default=0.0))
 
 
-def _put_in_place(repository: Store, commit: Commit, draft: Draft, replaced: Sequence[str], who: Who) -> str:
+def _put_in_place(
+    repository: Store,
+    commit: Commit,
+    draft: Draft,
+    replaced: Sequence[str],
+    who: Who,
+    arguments: Mapping[str, Any] = MappingProxyType({}),
+) -> str:
     """Store a commit, signed where that is asked for, and put it where the newest of the replaced ones is; returns its id."""
-    named = replace(draft, arguments={"commits": list(replaced)})
+    named = replace(draft, arguments={"commits": list(replaced), **arguments})
     return record(repository, commit, named, who.signer, instead_of=replaced[0])
 
 
@@ -352,7 +361,8 @@ def amend(repository: Store, who: Who, progress: Progress, amended: str, *, guar
         return amended if commit == old else _put_in_place(repository, commit, as_it_was, (amended,), who)
     draft = Draft(old.parents, repository.active(head), repository.commit(head).metric, "amend", {})
     commit = judge(repository, prepare(repository, draft, who), progress, guarding)
-    return _put_in_place(repository, commit, draft, (head, amended), who)
+    last, _ = next(iter(repository.operations()))
+    return _put_in_place(repository, commit, draft, (head, amended), who, {JOINS: last})
 
 
 def _warn_of_pushed(repository: Store, commit: str, progress: Progress) -> None:

@@ -20,7 +20,7 @@ from patchhub.evaluation.guard import Fault, Report
 from patchhub.evaluation.guard import Measured as GuardMeasured
 from patchhub.models.architectures import Architecture
 from patchhub.models.placement import Placement, runs_beside
-from patchhub.objects import SLOT, Request
+from patchhub.objects import METADATA_BYTES, SLOT, Request
 from patchhub.progress import Progress
 from patchhub.results import Result
 from patchhub.sets.commits import Draft, Written, begin, prepare, record
@@ -119,6 +119,7 @@ def commit(
     all_facts: bool = False,
     placement: Placement | None = None,
     chat: bool | None = None,
+    plan: Plan | None = None,
 ) -> Committed:
     """Write ``batch`` on top of HEAD and move the current branch to the new commit.
 
@@ -128,6 +129,7 @@ def commit(
         all_facts: refuse as soon as one fact does not hold, runs on, or is said of another subject.
         placement: on which device, in which type or quantisation the base is edited; None: as the repository's config says.
         chat: write the facts as answers in the base's chat template (MEMIT and PMET); None: as the repository's config says.
+        plan: what the batch changes, where that was found out already.
 
     Raises:
         RequestError: nothing to write, a text longer than the model reads, a contradiction, or under ``strict`` a competition.
@@ -141,8 +143,9 @@ def commit(
     _refuse_unusable(method, writing)
     begin(repository)
     _warn_of_what_is_left_out(batch, progress)
-    by_subject = method in EDITORS
-    plan = plan_batch(repository, batch, writing.on_conflict, by_subject=by_subject, keeps=writing.keep)
+    if plan is None:
+        by_subject = method in EDITORS
+        plan = plan_batch(repository, batch, writing.on_conflict, by_subject=by_subject, keeps=writing.keep)
     files = base_files(repository)
     editor = _editor(repository, files.architecture, method, writing.settings)
     tree = _open(repository, progress, plan, files, editor, placement, chat, writing.memory)
@@ -220,10 +223,13 @@ def _editor(
     """
     if method == METHOD:
         wise, rank = wise_settings(repository, architecture, given)
-        if architecture.feed_forward[wise.layer].experts:
+        projection = architecture.feed_forward[wise.layer]
+        if projection.experts or projection.gate:
+            kind = "a shared expert behind a gate" if projection.gate else "a mixture of experts"
             raise UnsupportedModelError(
-                f"layer {wise.layer} of this {architecture.model_type} model is a mixture of experts, which has no side memory",
-                remedy="Use memit or pmet, a layer without experts, or `patchhub init --experts shared` where there is a shared one.",
+                f"layer {wise.layer} of this {architecture.model_type} model is {kind}, which has no side memory",
+                remedy="Use memit or pmet, a layer without experts, or `patchhub init --experts shared` where there is a shared one "
+                "without a gate.",
                 layer=wise.layer,
             )
         return SideMemories(wise, rank, (architecture.ffn_weight(wise.layer),))
@@ -292,11 +298,17 @@ def _warn_of_what_is_left_out(batch: Batch, progress: Progress) -> None:
     if batch.unanswered:
         left = f"{batch.unanswered} neighborhood prompt{'' if batch.unanswered == 1 else 's'}"
         progress.warn(f"{left} without an answer left out")
+    if batch.kept:
+        progress.warn(f"kept as metadata, which `patchhub show -v` tells: {_fields(batch.kept)}")
     if batch.ignored:
-        names = ", ".join(
-            f"{name} ({count} record{'' if count == 1 else 's'})" for name, count in batch.ignored.items()
-        )
-        progress.warn(f"fields that say nothing here are left out, and not kept: {names}")
+        most = f"too long ({METADATA_BYTES} bytes a fact) or no JSON"
+        progress.warn(f"left out, as {most}: {_fields(batch.ignored)}")
+
+
+def _fields(found: Mapping[str, int]) -> str:
+    """Names of fields, and how many records have each: "source (2 records)"."""
+    listed = [f"{name} ({count} record{'' if count == 1 else 's'})" for name, count in found.items()]
+    return ", ".join(listed[:_LISTED]) + (f" and {len(listed) - _LISTED} more" if len(listed) > _LISTED else "")
 
 
 def _none_holds(method: str) -> str:

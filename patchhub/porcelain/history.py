@@ -335,7 +335,7 @@ def log(
     """Commits reachable from a revision, newest first, every child before its parents; none when there is no commit yet.
 
     Args:
-        revision: a revision, or ``FROM..TO``: what is below TO and not below FROM.
+        revision: a revision; ``FROM..TO``: what is below TO and not below FROM; or ``ONE...OTHER``: what is below one of them alone.
         limit: at most this many.
         everything: below every branch, tag and remote branch, and HEAD, instead.
         only: which commits.
@@ -350,10 +350,7 @@ def log(
     """
     refs = repository.refs()
     names, notes = _names(refs), noted_commits(refs)
-    below, _, tip = revision.rpartition("..")
-    start = repository.resolve(tip or "HEAD")
-    left_out = repository.resolve(below) if below else None
-    starts = [start] if start else []
+    starts, left_out = _ends(repository, revision)
     if everything:
         starts = sorted({target for ref in refs if not ref.startswith(NOTES) and (target := follow(ref, refs))})
     wanted = lookup.selected_commits(repository, only)
@@ -362,7 +359,7 @@ def log(
     keys = allowed_signers(repository.config, allowed) if signatures else None
     signed = signatures_by_commit(refs) if signatures else {}
     parents: Parents = every if not first_parent else lambda commit: every(commit)[:1]
-    hidden = states.ancestors([left_out], every) if left_out else frozenset()
+    hidden = states.ancestors(left_out, every) if left_out else frozenset()
     walk = (c for c in states.walk(starts, parents, rank) if c not in hidden and (wanted is None or c in wanted))
     for identity in islice(walk, limit):
         commit = repository.commit(identity)
@@ -374,6 +371,17 @@ def log(
             scores=_scores(repository, notes.get(identity, ())),
             signatures=tuple(vouched(repository, signed.get(identity, ()), keys)) if signatures else None,
         )
+
+
+def _ends(repository: Store, revision: str) -> tuple[list[str], list[str]]:
+    """Where a log begins, and what is left out with all that is below it."""
+    if "..." in revision:
+        one, other = (side or "HEAD" for side in revision.split("...", 1))
+        sides = {repository.resolve(one), repository.resolve(other)} - {None}
+        return sorted(map(str, sides)), merge_bases(repository, one, other)
+    below, _, tip = revision.rpartition("..")
+    start, left_out = repository.resolve(tip or "HEAD"), repository.resolve(below) if below else None
+    return [start] if start else [], [left_out] if left_out else []
 
 
 def _graph(repository: Store, *, whole: bool) -> tuple[Parents, Rank]:
@@ -473,7 +481,7 @@ def status(repository: Store) -> Status:
         base,
         Path(base["path"]).is_dir() or base["revision"] is not None,
         repository.config.recording.metric if repository.config.recording else None,
-        sum(repository.objects.path(blob).stat().st_size for blob in state),
+        sum(repository.objects.size(blob) for blob in state),
         last[1].command if last else None,
         stopped_merge(repository),
         _shards(repository, head),
@@ -492,7 +500,7 @@ def _shards(repository: Store, head: str | None) -> tuple[ActiveShard, ...]:
             next(iter(patch.weights)),
             shard_record(patch).routing["threshold"],
             identity in stale,
-            repository.objects.path(patch.tensors).stat().st_size,
+            repository.objects.size(patch.tensors),
         )
         for identity, patch in shards.items()
     )
@@ -541,7 +549,7 @@ def _scores(repository: Store, notes: Sequence[str]) -> tuple[Noted, ...]:
 
 def _size(repository: Store, commit: Commit) -> Size:
     delta, keyframe = (
-        repository.objects.path(blob).stat().st_size if blob is not None else 0
+        repository.objects.size(blob) if blob is not None else 0
         for blob in (commit.tensors, commit.keyframe.tensors if commit.keyframe else None)
     )
     norms = measured_norms(commit.check)
@@ -549,5 +557,5 @@ def _size(repository: Store, commit: Commit) -> Size:
     largest = max(ratios, key=ratios.__getitem__, default=None)
     ratio = None if largest is None else ratios[largest]
     shards = active_shards(repository, commit.added).values()
-    shard_bytes = sum(repository.objects.path(patch.tensors).stat().st_size for patch in shards)
+    shard_bytes = sum(repository.objects.size(patch.tensors) for patch in shards)
     return Size(delta, keyframe, largest if ratio else None, ratio or None, shard_bytes)

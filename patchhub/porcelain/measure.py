@@ -362,7 +362,7 @@ class Evaluator:
             "metrics": self._facts.metrics,
             "file": self._facts.file,
             "facts": len(self.requests),
-            "items": object_id(requests_json(self.requests)),
+            "items": object_id(requests_json(replace(request, metadata={}) for request in self.requests)),
             "seed": questions.seed,
             "resamples": RESAMPLES,
             "contexts": list(questions.contexts),
@@ -688,4 +688,4 @@ def _costs(made: Sequence[Committed], size: int, facts: int) -> dict[str, float]
 
 
 def _stored(repository: Store) -> int:
-    return sum(repository.objects.path(identity).stat().st_size for identity in repository.objects.ids())
+    return sum(repository.objects.size(identity) for identity in repository.objects.ids())

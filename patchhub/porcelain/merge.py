@@ -22,7 +22,7 @@ from patchhub.porcelain.change import largest_proof
 from patchhub.porcelain.refs import current_ref
 from patchhub.progress import Progress, Silent
 from patchhub.results import Result, told
-from patchhub.sets.columns import additive_patches, read_columns, read_state, solve_change
+from patchhub.sets.columns import additive_patches, read_columns, read_state
 from patchhub.sets.commits import Draft, begin, prepare, record
 from patchhub.sets.elements import active_requests, left_and_entered, one_metric, stale_requests
 from patchhub.sets.merging import (
@@ -40,6 +40,7 @@ from patchhub.sets.merging import (
     three_way,
 )
 from patchhub.sets.shards import ShardPlan, shrink, stale_shards, superseded
+from patchhub.sets.sums import solve_change
 from patchhub.store.revisions import BRANCHES, REMOTES, TAGS, resolve_ref
 from patchhub.store.states import is_ancestor
 from patchhub.store.store import Store
@@ -440,7 +441,7 @@ def predict(repository: Store, revision: str, *, resolution: Resolution = UNDECI
     decided = plan(repository, ours, theirs, Resolution(resolution.choices, resolution.prefer or "ours"))
     left = _side(repository, "ours", ours, decided.merged - decided.theirs)
     right = _side(repository, "theirs", theirs, decided.merged - decided.ours)
-    merged = _extended(left.state, solve_change(repository, decided.ours, decided.merged))
+    merged = _extended(left.state, solve_change(repository, decided.ours, decided.merged, near=ours))
     pairs = _nearest(left, right)
     losses = [found for side in (left, right) for found in _losses(repository, side, merged, pairs, loss)]
     return Prediction(

@@ -82,6 +82,7 @@ class Answer(Result):
     top: tuple[tuple[str, float], ...]
     continuation: str
     chat: bool = False
+    prompt: str = ""
 
     def words(self) -> str:
         likely = ", ".join(f"{token!r} {probability:.1%}" for token, probability in self.top[:3])
@@ -238,7 +239,7 @@ def _of_each(deltas: Sequence[Delta], tensors: int) -> list[Sequence[Delta]]:
 
 def ask(
     repository: Store,
-    prompt: str,
+    prompts: Sequence[str],
     revisions: Sequence[str],
     progress: Progress,
     *,
@@ -246,7 +247,7 @@ def ask(
     placement: Placement | None = None,
     chat: bool | None = None,
 ) -> list[Answer]:
-    """What the model says to a prompt at each revision: one model in memory, switched from state to state.
+    """What the model says to each prompt, at each revision: one model in memory, switched from state to state once.
 
     Args:
         placement: on which device, in which type or quantisation the base is loaded; None: as the repository's config says.
@@ -254,10 +255,10 @@ def ask(
 
     Raises:
         RevisionError: no such revision.
-        SettingsError: the prompt is empty, or there is no chat template.
+        SettingsError: a prompt is empty, or there is no chat template.
     """
-    found = answers(repository, [prompt], revisions, progress, base=base, placement=placement, chat=chat)
-    return [answered for (answered,) in found]
+    found = answers(repository, prompts, revisions, progress, base=base, placement=placement, chat=chat)
+    return [answered for of_prompt in zip(*found, strict=True) for answered in of_prompt]
 
 
 def answers(
@@ -306,7 +307,7 @@ def _answer(tree: Worktree, prompt: str, revision: str) -> Answer:
     said = tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
     likely = tuple((tokenizer.decode([token]), float(value)) for token, value in pairs)
-    return Answer(revision, tree.state.commit, likely, said, chat=chat is not None)
+    return Answer(revision, tree.state.commit, likely, said, chat=chat is not None, prompt=prompt)
 
 
 def _experts(checkpoint: Checkpoint, architecture: Architecture, progress: Progress) -> dict[str, Any]:

@@ -23,11 +23,12 @@ from patchhub.objects import Element, Patch, Request
 from patchhub.porcelain.change import largest_proof
 from patchhub.progress import Progress
 from patchhub.results import Result
-from patchhub.sets.columns import read_additive, read_columns, stacked_weights, write_columns
+from patchhub.sets.columns import read_additive, stacked_weights, write_columns
 from patchhub.sets.commits import Draft, begin, prepare, store_patch
 from patchhub.sets.commits import record as record_commit
-from patchhub.sets.elements import active_requests, distinct, is_stale
+from patchhub.sets.elements import active_requests, distinct, due, nothing_due
 from patchhub.sets.shards import active_shards, stale_shards, without_shards
+from patchhub.sets.sums import asked_for
 from patchhub.store.store import Store
 from patchhub.text.tokens import Chat
 from patchhub.who import Who
@@ -89,14 +90,10 @@ def refresh(repository: Store, who: Who, progress: Progress, *, force: bool = Fa
     begun = perf_counter()
     head = begin(repository)
     active = repository.active(head)
-    wanted = _due(repository, head)
+    wanted = due(repository, head)
     texts = active_requests(repository, wanted)
     if head is None or not (texts or stale_shards(repository, active)):
-        raise RevisionError(
-            "nothing of HEAD is due to be recorded or measured again",
-            remedy="Columns are due when the state they were recorded on is gone, or right after a merge; shards when the weights below "
-            "them changed.",
-        )
+        raise nothing_due()
     groups = _groups(repository, texts)
     staying = active - texts.keys()
     tree = _open(repository, groups, active, staying, progress)
@@ -145,14 +142,6 @@ def _withheld_error(shards: Sequence[str]) -> RevisionError:
         remedy="Refresh where the texts are.",
         shards=list(shards),
     )
-
-
-def _due(repository: Store, head: str | None) -> frozenset[Element]:
-    active = repository.active(head)
-    commit = repository.commit(head) if head else None
-    brought = commit.added if commit is not None and len(commit.parents) > 1 else frozenset()
-    stale = {patch for patch in {patch for patch, _ in active} if is_stale(repository, patch, active)}
-    return frozenset(e for e in active if e[1] is not None and (e in brought or e[0] in stale))
 
 
 def _groups(repository: Store, texts: Mapping[Element, Request]) -> list[_Group]:
@@ -224,7 +213,8 @@ def _record_groups(
     layers = sorted({layer for group in groups for layer in group.settings["layers"]})
     recorder = open_recorder(repository, tree.stack, tree.tokenizer, layers, (), progress)
     progress.stage("recording again", sum(len(group.requests) for group in groups))
-    state = State(read_columns(repository, staying), tree.state.weights, read_additive(repository, staying))
+    fixed = read_additive(repository, staying)
+    state = State(asked_for(repository, repository.head[1], staying, fixed), tree.state.weights, fixed)
     elements = staying
     for group in groups:
         recording = _record(tree.stack, tree.tokenizer, group, recorder, state)

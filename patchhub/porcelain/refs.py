@@ -4,23 +4,35 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
+from patchhub.canonical import nfc
 from patchhub.errors import RepositoryError, RevisionError, SettingsError
-from patchhub.objects import Operation
+from patchhub.objects import Note, Operation
 from patchhub.results import Result, told
 from patchhub.signing.statements import sign_as
 from patchhub.store.operations import Changes, invert
-from patchhub.store.revisions import BRANCHES, HEAD, REMOTES, SYMBOLIC, TAGS, check_ref, follow, resolve_ref
+from patchhub.store.revisions import (
+    BRANCHES,
+    HEAD,
+    NOTES,
+    REMOTES,
+    SYMBOLIC,
+    TAG_MESSAGES,
+    TAGS,
+    check_ref,
+    follow,
+    resolve_ref,
+)
 from patchhub.store.store import Store
 from patchhub.who import Who
 
 
 @dataclass(frozen=True)
 class Named(Result):
-    """A branch or a tag: its short name, its commit, that commit's first line, and whether HEAD is on it."""
+    """A branch or a tag: its short name, its commit, that commit's first line (or the tag's own), and whether HEAD is on it."""
 
     name: str
     commit: str
@@ -115,8 +127,22 @@ def remote_branches(repository: Store) -> list[Named]:
 
 
 def tags(repository: Store) -> list[Named]:
-    """Every tag, by name."""
-    return _listed(repository, TAGS)
+    """Every tag, by name; one with a message of its own says that."""
+    refs = repository.refs()
+    notes = {named: refs.get(_message_ref(named)) for named in _listed(repository, TAGS)}
+    return [
+        named if note is None else replace(named, message=_tag_message(repository, note))
+        for named, note in notes.items()
+    ]
+
+
+def _message_ref(tag: Named) -> str:
+    return f"{NOTES}{tag.commit}/{TAG_MESSAGES}{tag.name}"
+
+
+def _tag_message(repository: Store, note: str) -> str:
+    """The first line of what a tag says."""
+    return next(iter(str(repository.note(note).settings.get("message", "")).splitlines()), "")
 
 
 def only_name(name: str | None, revision: str | None) -> str:
@@ -158,13 +184,20 @@ def create_branch(repository: Store, name: str, revision: str, who: Who) -> Move
 
 
 def create_tag(repository: Store, name: str, revision: str, who: Who) -> Moved:
-    """Make a tag at a revision, signed where ``who`` has a key; it never moves.
+    """Make a tag at a revision, signed where ``who`` has a key, with its message as a note; it never moves.
 
     Raises:
         RevisionError: no such revision, or a name that cannot be used.
         RepositoryError: the tag exists.
     """
-    beside = sign_as(repository, who, "tag", _commit(repository, revision), tag=name) if who.signer else {}
+    check_ref(TAGS + name)
+    commit = _commit(repository, revision)
+    beside = dict(sign_as(repository, who, "tag", commit, tag=name)) if who.signer else {}
+    if who.message.strip():
+        settings = {"message": nfc(who.message).strip(), "tag": name}
+        note = Note(commit=commit, made_by=who.author, scores={}, settings=settings, suite=TAG_MESSAGES + name)
+        ref = f"{NOTES}{commit}/{note.suite}"
+        beside[ref] = (repository.refs().get(ref), repository.objects.put(note.to_json()))
     return _create(repository, TAGS + name, revision, "tag", who, beside)
 
 
@@ -212,16 +245,33 @@ def delete_tag(repository: Store, name: str, who: Who) -> Moved:
 
 
 def switch(repository: Store, name: str, who: Who) -> Moved:
-    """Put HEAD on a branch. One that only a remote has is made here first, where the remote's is.
+    """Put HEAD on a branch. One that only a remote has is made here first, where the remote's is; ``-`` is where HEAD was before.
 
     Raises:
         RevisionError: no such branch, or several remotes have one; the remedy says how to look at a tag or commit of that name.
     """
+    if name == "-":
+        return _move_head(repository, _head_before(repository), who)
     there = _of_remotes(repository, name)
     if there:
         return switch_to_new(repository, name, _only(there, name), who)
     new = f"Make it with `patchhub switch -c {name}`, or look at a tag or commit with `patchhub switch --detach REV`."
     return _move_head(repository, SYMBOLIC + _existing(repository, BRANCHES, name, new), who)
+
+
+def _head_before(repository: Store) -> str:
+    """What HEAD was before its last move: a branch that is there still, or a commit.
+
+    Raises:
+        RevisionError: it has not moved, or only from branches that are no more.
+    """
+    refs = repository.refs()
+    moves = [operation.changes[HEAD][0] for _, operation in repository.operations() if HEAD in operation.changes]
+    gone = {old for old in moves if old is None or (old.startswith(SYMBOLIC) and old[len(SYMBOLIC) :] not in refs)}
+    before = next((old for old in moves if old not in gone and old != refs[HEAD]), None)
+    if before is None:
+        raise RevisionError("HEAD was on no other branch before", remedy="`patchhub branch` lists the branches.")
+    return before
 
 
 def _of_remotes(repository: Store, name: str) -> list[str]:
@@ -322,8 +372,10 @@ def _create(repository: Store, ref: str, revision: str, command: str, who: Who, 
 
 
 def _delete(repository: Store, ref: str, command: str, who: Who) -> Moved:
-    commit = repository.refs()[ref]
-    _move(repository, {ref: (commit, None)}, command, {"delete": short(ref)}, who)
+    refs = repository.refs()
+    commit = refs[ref]
+    gone = [ref, f"{NOTES}{commit}/{TAG_MESSAGES}{short(ref)}" if command == "tag" else ref]
+    _move(repository, {name: (refs[name], None) for name in gone if name in refs}, command, {"delete": short(ref)}, who)
     return Moved(ref, commit, None)
 
 

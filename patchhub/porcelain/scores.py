@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from patchhub.objects import Note
 from patchhub.results import Result, told
-from patchhub.store.revisions import NOTES, SIGNATURES
+from patchhub.store.revisions import NOTES, SIGNATURES, TAG_MESSAGES
 from patchhub.store.store import Store
 
 SUITES: Final = ("counterfact", "zsre", "wise")
@@ -168,7 +168,7 @@ def noted_commits(refs: Mapping[str, str]) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for ref in sorted(refs):
         commit, _, suite = ref.removeprefix(NOTES).partition("/")
-        if ref.startswith(NOTES) and not suite.startswith(SIGNATURES):
+        if ref.startswith(NOTES) and not suite.startswith((SIGNATURES, TAG_MESSAGES)):
             found.setdefault(commit, []).append(refs[ref])
     return found
 

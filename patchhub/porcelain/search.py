@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import ClassVar, Final
+from typing import Any, ClassVar, Final
 
 from patchhub.errors import RequestError, RevisionError, SettingsError
 from patchhub.objects import Element, Request
@@ -27,13 +27,17 @@ _READ: Final = 500
 
 @dataclass(frozen=True)
 class Found(Result):
-    """One fact, the commits that added or removed it (earliest first), and whether it is active now."""
+    """One fact, the commits that added or removed it (earliest first), and whether it is active now.
+
+    `metadata` is what its record says besides; `show` alone reads it.
+    """
 
     TOLD: ClassVar = {"taught": "taught"}
 
     fact: Fact = field(metadata=told(inline=True))
     changes: tuple[Change, ...]
     active: bool
+    metadata: Mapping[str, Any] = field(default_factory=dict, metadata=told(optional=True))
 
     def words(self) -> str:
         return f"{self.fact.words()}, {'active' if self.active else 'not active'}"
@@ -79,10 +83,16 @@ def named(repository: Store, name: str, revision: str = "HEAD", *, active: bool 
     facts = _first_of_each(lookup.named(repository, name))
     here = {request for _, request in lookup.active_among(repository, commit, [fact.request for fact in facts])}
     return [
-        Found(fact, tuple(lookup.changes(repository, fact.request)), fact.request in here)
+        Found(fact, tuple(lookup.changes(repository, fact.request)), fact.request in here, _said(repository, fact))
         for fact in facts
         if fact.request in here or not active
     ]
+
+
+def _said(repository: Store, fact: Fact) -> Mapping[str, Any]:
+    """The metadata of a fact, as its patch has it."""
+    texts = repository.requests(repository.patch(fact.patch))
+    return next((request.metadata for request in texts if request.id == fact.request), {})
 
 
 def shown(repository: Store, name: str) -> Shown | list[Found]:

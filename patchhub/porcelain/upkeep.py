@@ -14,7 +14,18 @@ from patchhub.progress import Progress, increments
 from patchhub.results import Result
 from patchhub.sets.settings import as_text, known_setting, read_setting, refuse_beyond, refuse_fixed, without_metric
 from patchhub.store.config import Config, beside
-from patchhub.store.fsck import Garbage, Report, check, delete_garbage, every_commit, reindex, with_proofs
+from patchhub.store.fsck import (
+    NOTHING_PACKED,
+    Garbage,
+    Packed,
+    Report,
+    check,
+    delete_garbage,
+    every_commit,
+    pack_objects,
+    reindex,
+    with_proofs,
+)
 from patchhub.store.store import Store
 from patchhub.who import FORMAT
 
@@ -134,16 +145,21 @@ GRACE: Final = timedelta(days=14)
 
 @dataclass(frozen=True)
 class Collected(Result):
-    """What was deleted, or would be (`dry_run`)."""
+    """What was deleted, or would be (`dry_run`), and what was packed."""
 
     TOLD: ClassVar = {"bytes": "size"}
 
     items: tuple[Garbage, ...]
     dry_run: bool
+    packed: Packed = NOTHING_PACKED
 
     def words(self) -> str:
-        verb = "would delete" if self.dry_run else "deleted"
-        return f"{verb} {len(self.items)} files, {self.size / 1e6:.2f} MB"
+        would = "would " if self.dry_run else ""
+        deleted = f"{'delete' if would else 'deleted'} {len(self.items)} files, {self.size / 1e6:.2f} MB"
+        packed = (
+            f"; {would}{'pack' if would else 'packed'} {self.packed.objects} objects into {self.packed.packs} packs"
+        )
+        return f"{would}{deleted}{packed if self.packed.objects else ''}"
 
     @property
     def size(self) -> int:
@@ -156,14 +172,21 @@ class Collected(Result):
         return Counter(item.kind for item in self.items)
 
 
-def collect(repository: Store, *, now: str, grace: timedelta = GRACE, dry_run: bool = False) -> Collected:
+def collect(
+    repository: Store, *, now: str, grace: timedelta = GRACE, dry_run: bool = False, pack: bool = False
+) -> Collected:
     """Delete objects that neither refs, notes nor any operation of the log lead to, leftovers of interrupted writes, and cached
     factors of metrics that nothing names; all of them only if older than `grace`.
 
     What the operation log reaches is never deleted, however old: `undo` always works.
 
+    Args:
+        pack: put objects that are files of their own into packs then.
+
     Raises:
         CorruptStoreError: the store is damaged; nothing was deleted.
     """
     before = (datetime.strptime(now, FORMAT).replace(tzinfo=timezone.utc) - grace).timestamp()
-    return Collected(tuple(delete_garbage(repository, before, dry_run=dry_run)), dry_run)
+    found = tuple(delete_garbage(repository, before, dry_run=dry_run))
+    packed = pack_objects(repository, dry_run=dry_run) if pack else NOTHING_PACKED
+    return Collected(found, dry_run, packed)

@@ -8,15 +8,17 @@ from __future__ import annotations
 import contextlib
 import secrets
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Final
 
 from patchhub.errors import RemoteError
+from patchhub.fsio import Span, os_errors
 from patchhub.remotes.card import kept
 from patchhub.remotes.hub_files import TRANSIENT, HubFiles, HubRefs, Sleep, explained, status_of, write_call
+from patchhub.remotes.parcels import Contents, object_path, wrapped
 from patchhub.remotes.remote import (
     NAME,
     BranchManifest,
@@ -25,9 +27,9 @@ from patchhub.remotes.remote import (
     RemoteMovedError,
     Tip,
     View,
-    object_path,
     unheard,
 )
+from patchhub.store.packs import INDEX, PACK, pack_path
 from patchhub.store.revisions import BRANCHES, TAGS
 
 STAGING: Final = "patchhub-staging/"
@@ -52,6 +54,7 @@ class HubRemote:
         self._repo = repo
         self._files = HubFiles(repo, self._api, sleep=sleep)
         self._sleep = sleep
+        self._damaged: Sequence[str] = ()
 
     @property
     def address(self) -> str:
@@ -85,9 +88,21 @@ class HubRemote:
         return View(source, tips, notes, private, frozenset(empty), skipped)
 
     def sizes(self, tip: Tip) -> Mapping[str, int]:
-        return self._files.objects(tip.token)
+        return self._read(tip).sizes
 
-    def read(self, tip: Tip, ids: Collection[str], into: Path, heard: Heard = unheard) -> Iterator[tuple[str, Path]]:
+    @property
+    def damaged(self) -> Sequence[str]:
+        return self._damaged
+
+    def alone(self, tip: Tip) -> Collection[str]:
+        return self._read(tip).alone
+
+    def _read(self, tip: Tip) -> Contents:
+        found = self._files.contents(tip.token)
+        self._damaged = found.damaged
+        return found
+
+    def read(self, tip: Tip, ids: Collection[str], into: Path, heard: Heard = unheard) -> Iterator[tuple[str, Span]]:
         return self._files.read_objects(tip.token, ids, into, heard)
 
     def publish(self, publication: Publication, heard: Heard = unheard) -> None:
@@ -105,7 +120,7 @@ class HubRemote:
             raise self._moved(publication)
         else:
             self._commit(publication.ref[len(BRANCHES) :], found, publication)
-        heard(sum(file.stat().st_size for file in publication.objects.values()))
+        heard(publication.size)
 
     # --- writing ----------------------------------------------------------------------------------------------------
 
@@ -135,21 +150,42 @@ class HubRemote:
 
     def _commit(self, branch: str, parent: str, publication: Publication) -> str:
         """One commit on a branch of the Hub whose head must be `parent`; returns its name there."""
-        try:
-            made = write_call(
-                lambda: self._api.create_commit(
-                    self._repo,
-                    self._operations(parent, publication),
-                    commit_message=publication.message,
-                    commit_description=_MARK + publication.commit,
-                    revision=branch,
-                    parent_commit=parent,
-                ),
-                sleep=self._sleep,
-            )
-        except Exception as error:  # the client raises errors of several libraries
-            return self._resolve(branch, parent, publication, error)
+        with TemporaryDirectory(prefix="patchhub-") as name:
+            files, gone = self._objects(parent, publication, Path(name))
+            try:
+                made = write_call(
+                    lambda: self._api.create_commit(
+                        self._repo,
+                        self._operations(parent, publication, files, gone),
+                        commit_message=publication.message,
+                        commit_description=_MARK + publication.commit,
+                        revision=branch,
+                        parent_commit=parent,
+                    ),
+                    sleep=self._sleep,
+                )
+            except Exception as error:  # the client raises errors of several libraries
+                return self._resolve(branch, parent, publication, error)
         return str(made.oid)
+
+    def _objects(self, parent: str, publication: Publication, into: Path) -> tuple[dict[str, bytes | str], list[str]]:
+        """What is sent of objects, by path, and what is deleted. Packs are written into a folder first."""
+        alone, parcels = wrapped(publication.groups)
+        contents = self._files.contents(parent)
+        again, gone = contents.without(publication.withdrawn, lambda name: self._files.pack(parent, name, into))
+        files: dict[str, bytes | str] = {
+            object_path(identity): place.read() if place.path.suffix == PACK else str(place.path)
+            for identity, place in alone.items()
+        }
+        gathered = wrapped(publication.gathered)[1]
+        gone += [object_path(identity) for parcel in gathered for identity, _ in parcel.objects]
+        for parcel in (*parcels, *again, *gathered):
+            file = into / f"{parcel.index.name}{PACK}"
+            with os_errors(file), file.open("wb") as stream:
+                stream.writelines(parcel.content())
+            files[pack_path(parcel.index.name, PACK)] = str(file)
+            files[pack_path(parcel.index.name, INDEX)] = parcel.index.data
+        return files, [path for path in gone if path not in files]
 
     def _resolve(self, branch: str, parent: str, publication: Publication, error: Exception) -> str:
         """After a failure: what really happened. The name of our commit if it landed, else the right error."""
@@ -176,7 +212,9 @@ class HubRemote:
         new = listed[: names.index(parent)] if parent in names else listed
         return [(commit.commit_id, commit.message) for commit in new]
 
-    def _operations(self, parent: str, publication: Publication) -> list[Any]:
+    def _operations(
+        self, parent: str, publication: Publication, objects: Mapping[str, bytes | str], withdrawn: Collection[str]
+    ) -> list[Any]:
         """What the commit changes; made anew for each attempt, since the client marks them."""
         from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
@@ -190,12 +228,11 @@ class HubRemote:
             notes={**(before.notes if before else {}), **publication.notes},
             private_facts=publication.private_facts,
         )
-        files: dict[str, bytes | str] = {object_path(name): str(file) for name, file in publication.objects.items()}
-        files[NAME] = manifest.to_json()
+        files: dict[str, bytes | str] = {**objects, NAME: manifest.to_json()}
         there = self._files.tree(parent)
         files |= {path: self._page(parent, path, data) for path, data in publication.pages.items() if data is not None}
         unwanted = [path for path, data in publication.pages.items() if data is None]
-        gone = [path for path in (*unwanted, *map(object_path, publication.withdrawn)) if path in there]
+        gone = [path for path in (*unwanted, *withdrawn) if path in there]
         return [
             *(CommitOperationAdd(path_in_repo=path, path_or_fileobj=data) for path, data in files.items()),
             *(CommitOperationDelete(path_in_repo=path) for path in gone),
@@ -212,7 +249,7 @@ class HubRemote:
     def _create(self, publication: Publication) -> None:
         """Make a new branch or tag, complete from its first moment."""
         near = publication.near
-        changes = publication.objects or publication.notes or publication.withdrawn
+        changes = publication.groups or publication.notes or publication.withdrawn
         if near is not None and near.commit == publication.commit and not changes:
             self._create_ref(publication, near.token)
             return

@@ -12,25 +12,29 @@ import re
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from tempfile import TemporaryDirectory
 from threading import Lock
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
-from patchhub.errors import PatchhubError, RemoteError, RevisionError
+from patchhub.canonical import object_id
+from patchhub.errors import CorruptStoreError, PatchhubError, RemoteError, RevisionError
+from patchhub.fsio import Span
 from patchhub.objects import Commit
+from patchhub.remotes.parcels import Contents, Reader, checked, object_path
 from patchhub.remotes.receive import MAX_JSON
 from patchhub.remotes.remote import (
     MAX_BYTES,
     NAME,
-    OBJECT,
     BranchManifest,
     Heard,
-    object_path,
     read_branch,
     unheard,
 )
-from patchhub.store.object_store import file_digest
+from patchhub.store.object_store import file_digest, span_digest
+from patchhub.store.packs import FOLDER, INDEX, MOST_BYTES, MOST_INDEX, PACK, Index, pack_path
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -192,6 +196,9 @@ class HubFiles:
         self._sleep = sleep
         self._trees: dict[str, dict[str, Any]] = {}
         self._manifests: dict[str, BranchManifest | None] = {}
+        self._contents: dict[str, Contents] = {}
+        self._indexes: dict[str, Index] = {}
+        self._copies: dict[str, Path] = {}
 
     def call(self, call: Callable[[], Result]) -> Result:
         """`read_call` about this repository."""
@@ -223,22 +230,24 @@ class HubFiles:
             self._trees[sha] = {entry.path: entry for entry in listed if hasattr(entry, "blob_id")}
         return self._trees[sha]
 
-    def objects(self, sha: str) -> dict[str, int]:
-        """Bytes of every object at a commit of the Hub; names of another form are not objects."""
-        found = {}
-        for path, entry in self.tree(sha).items():
-            match = OBJECT.fullmatch(path)
-            if match is None:
-                continue
-            identity = match[1] + match[2]
-            if entry.lfs is not None and entry.lfs.sha256 != identity:
-                raise RemoteError(
-                    f"object {identity[:12]} of {self.place} is refused: the Hub says that its content has another hash",
-                    remedy="The remote is damaged: push a sound store to an empty one.",
-                    object=identity,
-                )
-            found[identity] = int(entry.size)
-        return found
+    def contents(self, sha: str) -> Contents:
+        """Every object at a commit of the Hub; names of another form are not objects."""
+        if sha not in self._contents:
+            tree = self.tree(sha)
+            with TemporaryDirectory(prefix="patchhub-") as folder:
+                reader = Reader(self.place, lambda path, size: self._index(sha, path, Path(folder)))
+                reader.known = self._indexes
+                found = reader.contents({path: int(entry.size) for path, entry in tree.items()})
+            for identity in found.alone:
+                entry = tree[object_path(identity)]
+                if entry.lfs is not None and entry.lfs.sha256 != identity:
+                    raise RemoteError(
+                        f"object {identity[:12]} of {self.place} is refused: the Hub says that its content has another hash",
+                        remedy="The remote is damaged: push a sound store to an empty one.",
+                        object=identity,
+                    )
+            self._contents[sha] = found
+        return self._contents[sha]
 
     def manifest(self, sha: str, into: Path) -> BranchManifest | None:
         """``patchhub.json`` at a commit of the Hub; None if there is none.
@@ -265,8 +274,8 @@ class HubFiles:
 
     def read_objects(
         self, sha: str, ids: Collection[str], into: Path, heard: Heard = unheard
-    ) -> Iterator[tuple[str, Path]]:
-        """A verified local file for each object; one that arrives damaged is fetched once more.
+    ) -> Iterator[tuple[str, Span]]:
+        """Where each object's bytes are on this machine, verified; a file that arrives damaged is fetched once more.
 
         Args:
             heard: called with bytes as they arrive, by one thread at a time.
@@ -275,13 +284,14 @@ class HubFiles:
             RemoteError: an object stays damaged.
         """
 
-        bar = _bar_of(heard)
+        bar, contents = _bar_of(heard), self.contents(sha)
+        alone, packed = contents.grouped(ids)
 
-        def read(identity: str) -> tuple[str, Path]:
+        def read(identity: str) -> tuple[str, Span]:
             for fresh in (False, True):
                 path = self.download(sha, object_path(identity), into, fresh=fresh, bar=bar)
                 if file_digest(path) == identity:
-                    return identity, path
+                    return identity, Span.of(path)
             raise RemoteError(
                 f"object {identity[:12]} of {self.place} is refused: its bytes do not hash to its name",
                 remedy="Run the command again; if it stays, push a sound store to an empty one.",
@@ -290,7 +300,33 @@ class HubFiles:
             )
 
         with ThreadPoolExecutor(_THREADS) as pool:
-            yield from pool.map(read, ids)
+            yield from pool.map(read, alone)
+        for name, inside in packed.items():
+            pack = self._pack(sha, name, into)
+            if any(span_digest(contents.place(identity, pack)) != identity for identity in inside):
+                pack = self._pack(sha, name, into, fresh=True)
+            for identity in inside:
+                place = checked(self.place, identity, contents.place(identity, pack))
+                heard(place.size)
+                yield identity, place
+
+    def _index(self, sha: str, path: str, into: Path) -> bytes:
+        """An index, fetched once more where it arrives damaged."""
+        data = self.download(sha, path, into).read_bytes()
+        if object_id(data) != PurePosixPath(path).stem:
+            data = self.download(sha, path, into, fresh=True).read_bytes()
+        return data
+
+    def _pack(self, sha: str, name: str, into: Path, *, fresh: bool = False) -> Path:
+        """A pack on this machine; a copy that was made before is used while it is there."""
+        known = self._copies.get(name)
+        if fresh or known is None or not known.exists():
+            known = self._copies[name] = self.download(sha, pack_path(name, PACK), into, fresh=fresh)
+        return known
+
+    def pack(self, sha: str, name: str, into: Path) -> Path:
+        """A pack on this machine, not verified."""
+        return self._pack(sha, name, into)
 
     def download(self, sha: str, path: str, into: Path, *, fresh: bool = False, bar: Any = None) -> Path:
         """One file at a commit of the Hub, through the client's cache in ``into``; not verified.
@@ -365,6 +401,7 @@ class HubSnapshot:
         self._repo = repo
         self._place = f"hf://{repo}"
         self._sleep = sleep
+        self._packs: Contents | None = None  # listed when an object is no file of its own
         at, commit = self._find(revision)
         file = self._download(NAME, at, limit=MAX_BYTES)
         self.sha = file.parent.name
@@ -378,25 +415,61 @@ class HubSnapshot:
             raise RemoteError(f"commit {identity[:12]} of {self._place} is about another base", remedy="Do not use it.")
         return commit
 
-    def read(self, identity: str) -> bytes:
+    def read(self, identity: str, *, limit: int = MAX_JSON) -> bytes:
         """The bytes of a JSON object, verified."""
-        return self.file(identity, limit=MAX_JSON).read_bytes()
+        return self.place(identity, limit=limit).read()
 
-    def file(self, identity: str, *, limit: int) -> Path:
-        """A local file with an object's bytes, verified.
+    def place(self, identity: str, *, limit: int) -> Span:
+        """Where an object's bytes are on this machine, verified.
 
         Raises:
             RemoteError: it is missing, larger than `limit` bytes, or stays damaged.
         """
+        packed = self._packs.grouped([identity])[1] if self._packs else {}
+        if not packed:
+            try:
+                return self._sound(identity, object_path(identity), limit, Span.of)
+            except RemoteError:
+                self._packs = self._packs or self._listed_packs()
+                packed = self._packs.grouped([identity])[1]
+                if not packed:
+                    raise
+        (name,), contents = packed, self._packs
+        assert contents is not None
+        size = contents.sizes[identity]
+        if size > limit:
+            raise self._too_large(f"object {identity[:12]}", size, limit)
+        return self._sound(identity, pack_path(name, PACK), MOST_BYTES, lambda pack: contents.place(identity, pack))
+
+    def _sound(self, identity: str, path: str, limit: int, place: Callable[[Path], Span]) -> Span:
+        """Where an object is in a file of the repository, which is fetched again where it arrives damaged."""
         for fresh in (False, True):
-            path = self._download(object_path(identity), self.sha, limit=limit, fresh=fresh)
-            if file_digest(path) == identity:
-                return path
+            found = place(self._download(path, self.sha, limit=limit, fresh=fresh))
+            if span_digest(found) == identity:
+                return found
         raise RemoteError(
             f"object {identity[:12]} of {self._place} is refused: its bytes do not hash to its name",
             remedy="Try again; if it stays, the repository is damaged.",
             object=identity,
         )
+
+    def _listed_packs(self) -> Contents:
+        """What the packs hold; those of the client's cache where there is no network. A damaged index is passed over."""
+        try:
+            paths = HubFiles(self._repo, self._api, sleep=self._sleep).tree(self.sha)
+            names = [path for path in paths if path.startswith(f"{FOLDER}/") and path.endswith(INDEX)]
+        except RemoteError:
+            names = [
+                path.relative_to(path.parents[1]).as_posix()
+                for path in self._cached_files(f"{self.sha}/{FOLDER}/*{INDEX}")
+            ]
+        found = {}
+        for path in names:
+            name = PurePosixPath(path).stem
+            with suppress(CorruptStoreError):
+                data = self._download(path, self.sha, limit=MOST_INDEX).read_bytes()
+                found[name] = Index.read(data, name)
+        return Contents({}, found)
 
     def _find(self, revision: str) -> tuple[str, str | None]:
         """What to read from the Hub, and the patchhub commit if `revision` names one: in the cache, else there."""
@@ -413,13 +486,20 @@ class HubSnapshot:
 
     def _cached(self, digits: str) -> list[tuple[str, str]]:
         """(commit of the Hub, patchhub object) of all that is in the client's cache and begins with those digits."""
+        files = [path for path in self._cached_files(f"*/{object_path(digits)}*") if (path.parents[2] / NAME).exists()]
+        found = [(path.parents[2].name, path.parent.name + path.name) for path in files]
+        for path in self._cached_files(f"*/{FOLDER}/*{INDEX}"):
+            if (path.parents[1] / NAME).exists():
+                found += [(path.parents[1].name, identity) for identity in Index(path.read_bytes()).ids(digits)]
+        return found
+
+    def _cached_files(self, pattern: str) -> list[Path]:
+        """What the client's cache has of this repository's files, below the commit of the Hub."""
         from huggingface_hub import constants
         from huggingface_hub.file_download import repo_folder_name
 
         folder = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=self._repo, repo_type="model"), "snapshots")
-        pattern = f"*/{object_path(digits)}*"
-        found = sorted(path for path in folder.glob(pattern) if (path.parents[2] / NAME).exists())
-        return [(path.parents[2].name, path.parent.name + path.name) for path in found]
+        return sorted(folder.glob(pattern))
 
     def _listed(self, digits: str) -> list[tuple[str, str]]:
         """The same of all that branches and tags of the repository hold."""
@@ -430,7 +510,7 @@ class HubSnapshot:
                 f"{self._place} does not exist or is private", remedy="Check the name, or run `hf auth login`."
             )
         heads = sorted({*refs.branches.values(), *refs.tags.values()})
-        return [(sha, name) for sha in heads for name in files.objects(sha) if name.startswith(digits)]
+        return [(sha, name) for sha in heads for name in files.contents(sha).sizes if name.startswith(digits)]
 
     def _download(self, path: str, revision: str, *, limit: int, fresh: bool = False) -> Path:
         from huggingface_hub import try_to_load_from_cache
@@ -468,9 +548,12 @@ class HubSnapshot:
         except (OfflineModeIsEnabled, HfHubHTTPError):
             return  # the download says what is wrong
         if found and found[0].size > limit:
-            raise RemoteError(
-                f"{path} of {self._place} is refused: {found[0].size} bytes are too many",
-                remedy="The repository is damaged or not meant for patchhub.",
-                size=found[0].size,
-                limit=limit,
-            )
+            raise self._too_large(path, found[0].size, limit)
+
+    def _too_large(self, what: str, size: int, limit: int) -> RemoteError:
+        return RemoteError(
+            f"{what} of {self._place} is refused: {size} bytes are too many",
+            remedy="The repository is damaged or not meant for patchhub.",
+            size=size,
+            limit=limit,
+        )

@@ -13,18 +13,23 @@ from tempfile import TemporaryDirectory
 from typing import Any, Final, NamedTuple
 
 from patchhub.cache import DOWNLOADS
+from patchhub.canonical import object_id
 from patchhub.errors import CorruptStoreError, RemoteError
-from patchhub.fsio import finish_sharing, make_directories, os_errors
+from patchhub.fsio import Span, finish_sharing, make_directories, os_errors
 from patchhub.objects import Commit, Patch
 from patchhub.progress import Progress, stage_bytes
+from patchhub.remotes import parcels
 from patchhub.remotes.remote import Remote, Tip
 from patchhub.results import Result, told
-from patchhub.store.object_store import file_digest
+from patchhub.store.object_store import span_digest
 from patchhub.store.states import KINDS, Reference, unfit
 from patchhub.store.store import Store
 
 MAX_JSON: Final = 64 << 20
 """Bytes of the largest JSON object that is read."""
+
+MAX_SET: Final = 256 << 20
+"""The same of a set: 67 bytes for each of four million facts."""
 
 _AHEAD: Final = 32 << 20  # small objects are fetched together, before it is known which are needed
 _SMALL: Final = 256 << 10
@@ -33,7 +38,7 @@ MAX_HEADER: Final = 1 << 20
 
 
 Owner = Patch | Commit | None
-CheckTensors = Callable[[Owner, Path], None]
+CheckTensors = Callable[[Owner, Span], None]
 """Raises `CorruptStoreError` if a file is not the tensors that a patch, or a commit, says it has."""
 
 
@@ -121,7 +126,9 @@ class Receiver:
         self._repair = intake.repair
         self._progress = progress
         self._sizes: Mapping[str, int] = {}
-        self._spool: dict[str, Path] = {}
+        self._spool: dict[str, Span] = {}
+        self._waiting: dict[str, Span] = {}  # checked, to be kept together
+        self._copied: set[Path] = set()
         self._taken: set[Reference] = set()
         self.received = Received()
 
@@ -149,15 +156,33 @@ class Receiver:
             self._refuse(lacking)
             self._download(tip, {wanted.reference.id for wanted in lacking if self._is_there(wanted)})
             found = [child for wanted in wave for child in self._take(wanted)]
+            if sum(place.size for place in self._waiting.values()) > _AHEAD:
+                self._keep_waiting()  # an interrupted fetch goes on from here
             wave = []
             for child in found:
                 if child.key not in seen and not self._is_done(child.reference):
                     seen.add(child.key)
                     wave.append(child)
+        self._keep_waiting()
         self._taken.add(root)
+
+    def _keep_waiting(self) -> None:
+        """Put what was checked into the store: many objects as packs."""
+        waiting, self._waiting = self._waiting, {}
+        if len(waiting) >= parcels.PACK_FROM and not self._repair:
+            try:
+                self._repository.objects.put_packed(waiting)
+            except CorruptStoreError as error:
+                raise RemoteError(f"{error.message}: it changed while it was read", remedy="Fetch again.") from None
+        else:  # as a file the right bytes come before wrong ones in a pack
+            for identity, place in waiting.items():
+                if self._repository.objects.put_span(place) != identity:
+                    raise RemoteError(f"{place.path} changed while it was read", remedy="Fetch again.")
 
     def _is_here(self, identity: str) -> bool:
         objects = self._repository.objects
+        if identity in self._waiting:
+            return True
         if identity not in objects:
             return False
         if not self._repair:
@@ -194,25 +219,33 @@ class Receiver:
             if not self._is_there(wanted):
                 if kind == "requests":  # withheld
                     continue
-                raise self._error(identity, f"the {kind} is missing")
+                told = "".join(f"; {problem}" for problem in self._remote.damaged)
+                raise self._error(identity, f"the {kind} is missing{told}")
             if self._sizes[identity] > wanted.limit:
                 raise self._error(identity, f"{self._sizes[identity]} bytes are too many for a {kind}")
 
     def _download(self, tip: Tip, ids: set[str]) -> None:
         needed = sorted(ids - self._spool.keys())
         self.received.downloaded += sum(self._sizes[identity] for identity in needed)
-        if self.received.downloaded > self._limits.total:
-            raise RemoteError(
-                f"{self._remote.address} holds more than {self._limits.total} bytes of what was asked for",
-                remedy="If you trust it, fetch again with a larger --max-size.",
-                limit=self._limits.total,
-            )
+        self._refuse_beyond(self.received.downloaded)
         if needed:
             into = self._folder / str(len(self._spool))
             with os_errors(into):
                 into.mkdir()
                 finish_sharing(into)
-            self._spool.update(self._remote.read(tip, needed, into, self._progress.advance))
+            for identity, place in self._remote.read(tip, needed, into, self._progress.advance):
+                self._spool[identity] = place
+                if self._folder in place.path.parents:  # a pack may hold more than is needed of it
+                    self._copied.add(place.path)
+                    self._refuse_beyond(sum(path.stat().st_size for path in self._copied))
+
+    def _refuse_beyond(self, size: int) -> None:
+        if size > self._limits.total:
+            raise RemoteError(
+                f"{self._remote.address} holds more than {self._limits.total} bytes of what was asked for",
+                remedy="If you trust it, fetch again with a larger --max-size.",
+                limit=self._limits.total,
+            )
 
     def _take(self, wanted: _Wanted) -> list[_Wanted]:
         """Put one object into the store, if it is new, and return what it refers to."""
@@ -225,21 +258,23 @@ class Receiver:
         except CorruptStoreError as error:
             raise self._error(identity, f"it is not a valid {kind}: {error.message}") from error
 
-    def _checked(self, wanted: _Wanted, file: Path | None) -> Iterator[_Wanted]:
+    def _checked(self, wanted: _Wanted, new: Span | None) -> Iterator[_Wanted]:
         kind, identity = wanted.reference
-        objects = self._repository.objects
-        if file is not None and file_digest(file) != identity:
+        if new is not None and span_digest(new) != identity:
             raise self._error(identity, "its bytes do not hash to its name")
+        place = new or self._waiting.get(identity) or self._repository.objects.place(identity)
         if kind not in KINDS:
-            self._check(wanted.owner, file or objects.path(identity))
-            if file is not None:
-                self._count(objects.put_file(file) == identity, file)
+            self._check(wanted.owner, place)
+            if new is not None:
+                self._count(identity, new)
             return
-        data = file.read_bytes() if file is not None else objects.get(identity)
+        data = place.read()
+        if object_id(data) != identity:
+            data = self._repository.objects.get(identity)
         value = KINDS[kind].read(data)
         self._check_value(wanted, value)
-        if file is not None:
-            self._count(objects.put(data) == identity, file)
+        if new is not None:
+            self._count(identity, new)
         owner = value if isinstance(value, Patch | Commit) else None
         for reference in KINDS[kind].references(value):
             yield _Wanted(reference, identity, owner, self._limit_of(reference, owner))
@@ -263,16 +298,15 @@ class Receiver:
 
     def _limit_of(self, reference: Reference, owner: Owner) -> int:
         if reference.kind != "tensors":
-            return MAX_JSON
+            return MAX_SET if reference.kind == "set" else MAX_JSON
         if isinstance(owner, Patch):
             return columns_limit(owner) if owner.kind == "closed_form" else delta_limit(owner.weights)
         return delta_limit(self._limits.linear)
 
-    def _count(self, kept: bool, file: Path) -> None:
-        if not kept:
-            raise RemoteError(f"{file} changed while it was read", remedy="Fetch again.")
+    def _count(self, identity: str, place: Span) -> None:
+        self._waiting[identity] = place
         self.received.objects += 1
-        self.received.size += file.stat().st_size
+        self.received.size += place.size
 
     def _error(self, identity: str, reason: str) -> RemoteError:
         return RemoteError(

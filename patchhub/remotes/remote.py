@@ -11,14 +11,17 @@ import secrets
 import shutil
 import stat
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any, ClassVar, Final, Protocol, TypeVar, cast
 
 from patchhub.canonical import IDENTIFIER, TEXT, Codec, MalformedError, StoredObject, map_of, optional
 from patchhub.errors import CorruptStoreError, RemoteError, RepositoryError, RevisionError
-from patchhub.fsio import CHUNK, DISK, TEMPORARY_SUFFIX, make_directories, read_chunks, write_atomically, writer_lock
+from patchhub.fsio import CHUNK, DISK, TEMPORARY_SUFFIX, Span, make_directories, write_atomically, writer_lock
+from patchhub.remotes.parcels import FOLDERS, Contents, Parcel, Reader, object_path, wrapped
+from patchhub.store.packs import INDEX, PACK, pack_path
 from patchhub.store.revisions import BRANCHES, NOTES, TAGS, check_ref
 
 NAME: Final = "patchhub.json"
@@ -178,7 +181,8 @@ class Publication:
         commit: where it shall be.
         expected: where it was seen; None if it was not there.
         near: the tip that ``objects`` were compared with; where a new ref starts from.
-        objects: the objects to send, those that ``near`` lacks: id -> file.
+        groups: the objects to send, those that ``near`` lacks: id -> where its bytes are; in groups whose objects never share a pack.
+        gathered: objects that ``near`` has as files of their own and that shall lie in packs from then on, in such groups too.
         withdrawn: objects to take out, which ``near`` has: texts that shall be read no more.
         source: the base.
         notes: notes to set beside those that are there.
@@ -191,13 +195,19 @@ class Publication:
     commit: str
     expected: Tip | None
     near: Tip | None
-    objects: Mapping[str, Path]
+    groups: Sequence[Mapping[str, Span]]
+    gathered: Sequence[Mapping[str, Span]]
     withdrawn: Collection[str]
     source: Source
     notes: Mapping[str, str]
     private_facts: bool
     pages: Mapping[str, bytes | None]
     message: str
+
+    @property
+    def size(self) -> int:
+        """Bytes of all objects."""
+        return sum(place.size for group in self.groups for place in group.values())
 
 
 Heard = Callable[[int], None]
@@ -224,8 +234,17 @@ class Remote(Protocol):
         """Bytes of every object that can be read at ``tip``."""
         ...
 
-    def read(self, tip: Tip, ids: Collection[str], into: Path, heard: Heard = unheard) -> Iterator[tuple[str, Path]]:
-        """A local file for each object, each of which `sizes` named; not verified. ``into`` is an empty folder to use."""
+    @property
+    def damaged(self) -> Sequence[str]:
+        """In words, what the last `sizes` left out: packs that are damaged."""
+        ...
+
+    def alone(self, tip: Tip) -> Collection[str]:
+        """Those objects of `sizes` that are files of their own."""
+        ...
+
+    def read(self, tip: Tip, ids: Collection[str], into: Path, heard: Heard = unheard) -> Iterator[tuple[str, Span]]:
+        """Where each object's bytes are on this machine, each of which `sizes` named; not verified. ``into`` is an empty folder to use."""
         ...
 
     def publish(self, publication: Publication, heard: Heard = unheard) -> None:
@@ -260,12 +279,12 @@ class Files(Protocol):
         """A file's content; None if there is none; `RemoteError` if it is longer than ``limit``."""
         ...
 
-    def write(self, name: str, source: bytes | Path | None) -> None:
-        """Replace a file in one step; None takes it away, if it is there."""
+    def write(self, name: str, source: Iterable[bytes] | None) -> None:
+        """Replace a file in one step by the concatenated pieces; None takes it away, if it is there."""
         ...
 
     def sizes(self, folder: str) -> dict[str, int]:
-        """Bytes of every file two levels below a folder, by name."""
+        """Bytes of every file one or two levels below a folder, by name."""
         ...
 
     def local(self, name: str, into: Path) -> Path:
@@ -294,23 +313,25 @@ class LocalFiles:
         except FileNotFoundError:
             return None
 
-    def write(self, name: str, source: bytes | Path | None) -> None:
+    def write(self, name: str, source: Iterable[bytes] | None) -> None:
         path = self.root / name
         try:
             if source is None:
                 path.unlink(missing_ok=True)
                 return
             make_directories(path.parent)
-            write_atomically(path, (source,) if isinstance(source, bytes) else read_chunks(source), disk=DISK)
+            write_atomically(path, source, disk=DISK)
         except OSError as error:
             raise _unwritable(str(path), error) from error
+        except CorruptStoreError:  # what is to be sent is damaged here
+            raise
         except RepositoryError as error:
             raise RemoteError(error.message, remedy="Free space or fix the permissions.", path=str(path)) from error
 
     def sizes(self, folder: str) -> dict[str, int]:
         found = {}
-        for directory in _listed(self.root / folder):
-            for path in _listed(directory):
+        for below in _listed(self.root / folder):
+            for path in _listed(below) if below.is_dir() else (below,):
                 try:
                     facts = path.stat()
                 except OSError:  # a link that leads nowhere
@@ -367,7 +388,7 @@ class FsspecFiles:
         except FileNotFoundError:
             return None
 
-    def write(self, name: str, source: bytes | Path | None) -> None:
+    def write(self, name: str, source: Iterable[bytes] | None) -> None:
         path = self._path(name)
         temporary = f"{path}.{secrets.token_hex(8)}{TEMPORARY_SUFFIX}"
         try:
@@ -376,11 +397,12 @@ class FsspecFiles:
                     self._fs.rm_file(path)
                 return
             self._fs.makedirs(path.rpartition("/")[0], exist_ok=True)
-            if isinstance(source, bytes):
-                self._fs.pipe_file(temporary, source)
-            else:
-                self._fs.put_file(str(source), temporary)
+            with self._fs.open(temporary, "wb") as file:
+                for chunk in source:
+                    file.write(chunk)
             self._fs.mv(temporary, path)
+        except CorruptStoreError:
+            raise
         except Exception as error:  # each file system has errors of its own
             raise _unwritable(f"{self.address}/{name}", error) from error
 
@@ -460,13 +482,11 @@ def _unwritable(place: str, error: Exception) -> RemoteError:
     )
 
 
-OBJECT: Final = re.compile(r"objects/([0-9a-f]{2})/([0-9a-f]{62})")
-"""The only names of objects that are ever read."""
-
-
-def object_path(identity: str) -> str:
-    """Where an object lies in a remote."""
-    return f"objects/{identity[:2]}/{identity[2:]}"
+def _told(chunks: Iterable[bytes], heard: Heard) -> Iterator[bytes]:
+    """The same pieces, each told when the next one is asked for."""
+    for chunk in chunks:
+        yield chunk
+        heard(len(chunk))
 
 
 class FileRemote:
@@ -475,7 +495,9 @@ class FileRemote:
     def __init__(self, address: str, files: Files) -> None:
         self._address = address
         self._files = files
-        self._listed: Mapping[str, int] | None = None  # of the latest view
+        self._listed: Contents | None = None  # of the latest view
+        self._reader = Reader(address, files.read)
+        self._copies: dict[str, Path] = {}  # of packs, where they are read or wherever they were copied to
 
     @property
     def address(self) -> str:
@@ -490,28 +512,71 @@ class FileRemote:
         return View(manifest.source, tips, manifest.notes, frozenset(tips if manifest.private_facts else ()))
 
     def sizes(self, tip: Tip) -> Mapping[str, int]:
+        return self._contents().sizes
+
+    @property
+    def damaged(self) -> Sequence[str]:
+        return self._contents().damaged
+
+    def alone(self, tip: Tip) -> Collection[str]:
+        return self._contents().alone
+
+    def _contents(self) -> Contents:
         if self._listed is None:
-            found = self._files.sizes("objects").items()
-            self._listed = {match[1] + match[2]: size for name, size in found if (match := OBJECT.fullmatch(name))}
+            found = [self._files.sizes(folder) for folder in FOLDERS]
+            self._listed = self._reader.contents({name: size for part in found for name, size in part.items()})
         return self._listed
 
-    def read(self, tip: Tip, ids: Collection[str], into: Path, heard: Heard = unheard) -> Iterator[tuple[str, Path]]:
-        for identity in ids:
+    def read(self, tip: Tip, ids: Collection[str], into: Path, heard: Heard = unheard) -> Iterator[tuple[str, Span]]:
+        alone, _ = self._contents().grouped(ids)
+        for identity in alone:
             try:
-                file = self._files.local(object_path(identity), into)
-                heard(file.stat().st_size)
-                yield identity, file
-            except FileNotFoundError:
-                raise RemoteError(
-                    f"object {identity[:12]} disappeared from {self._address}", remedy="Run the command again."
-                ) from None
+                place = Span.of(self._files.local(object_path(identity), into))
+            except FileNotFoundError:  # it may lie in a pack by now
+                self._listed = None
+                if identity in self._contents().alone or identity not in self._contents().sizes:
+                    raise self._disappeared(f"object {identity[:12]}") from None
+                continue
+            heard(place.size)
+            yield identity, place
+        contents = self._contents()
+        packed = contents.grouped(ids)[1]
+        for name, inside in packed.items():
+            pack = self._pack(name, into)
+            for identity in inside:
+                place = contents.place(identity, pack)
+                heard(place.size)
+                yield identity, place
+
+    def _pack(self, name: str, into: Path) -> Path:
+        """A pack on this machine; a copy that was made before is used while it is there."""
+        known = self._copies.get(name)
+        if known is None or not known.exists():
+            known = self._copies[name] = self._local(pack_path(name, PACK), into)
+        return known
+
+    def _local(self, name: str, into: Path) -> Path:
+        try:
+            path = self._files.local(name, into)
+            path.stat()
+            return path
+        except FileNotFoundError:
+            raise self._disappeared(name) from None
+
+    def _disappeared(self, what: str) -> RemoteError:
+        return RemoteError(f"{what} disappeared from {self._address}", remedy="Run the command again.")
 
     def publish(self, publication: Publication, heard: Heard = unheard) -> None:
         with self._files.locked():
             self._check(self._manifest(), publication)  # before anything is sent
-        for identity, file in publication.objects.items():
-            self._files.write(object_path(identity), file)
-            heard(file.stat().st_size)
+        alone, parcels = wrapped(publication.groups)
+        for identity, place in alone.items():
+            self._files.write(object_path(identity), _told(place.chunks(), heard))
+        for parcel in parcels:
+            self._send(parcel, heard)
+        gathered = wrapped(publication.gathered)[1]
+        for parcel in gathered:
+            self._send(parcel)
         with self._files.locked():
             before = self._manifest()
             self._check(before, publication)
@@ -525,10 +590,29 @@ class FileRemote:
                 refs={**(before.refs if before else {}), publication.ref: publication.commit},
             )
             if manifest != before:
-                self._files.write(NAME, manifest.to_json())
-        for identity in publication.withdrawn:
-            self._files.write(object_path(identity), None)
+                self._files.write(NAME, (manifest.to_json(),))
+        self._withdraw(publication.withdrawn)
+        for parcel in gathered:
+            for identity, _ in parcel.objects:
+                self._files.write(object_path(identity), None)
         self._listed = None
+
+    def _send(self, parcel: Parcel, heard: Heard = unheard) -> None:
+        """The pack, then its index: without it the pack does not count."""
+        self._files.write(pack_path(parcel.index.name, PACK), _told(parcel.content(), heard))
+        self._files.write(pack_path(parcel.index.name, INDEX), (parcel.index.data,))
+
+    def _withdraw(self, gone: Collection[str]) -> None:
+        """Take objects away, out of packs too: those that stay are there in another one first."""
+        if not gone:
+            return
+        self._listed = None
+        with TemporaryDirectory(prefix="patchhub-") as folder:
+            parcels, paths = self._contents().without(gone, lambda name: self._pack(name, Path(folder)))
+            for parcel in parcels:
+                self._send(parcel)
+        for path in paths:
+            self._files.write(path, None)
 
     def remove(self, ref: str, expected: Tip) -> None:
         with self._files.locked():
@@ -536,7 +620,7 @@ class FileRemote:
             if before is None or before.refs.get(ref) != expected.commit:
                 raise self._moved(ref, expected.commit, before.refs.get(ref) if before else None)
             refs = {name: commit for name, commit in before.refs.items() if name != ref}
-            self._files.write(NAME, replace(before, refs=refs).to_json())
+            self._files.write(NAME, (replace(before, refs=refs).to_json(),))
 
     def _moved(self, ref: str, expected: str | None, found: str | None) -> RemoteMovedError:
         return RemoteMovedError(

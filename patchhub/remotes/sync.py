@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from patchhub.canonical import one_line
 from patchhub.errors import CorruptStoreError, RemoteError, RepositoryError, RevisionError, SettingsError
+from patchhub.fsio import Span
 from patchhub.objects import Commit
 from patchhub.progress import Progress, Silent, stage_bytes
+from patchhub.remotes import parcels
 from patchhub.remotes.receive import Intake, Received, Receiver, receiving
 from patchhub.remotes.remote import (
     FileRemote,
@@ -27,6 +30,7 @@ from patchhub.remotes.remote import (
 from patchhub.results import Result, told
 from patchhub.store import states
 from patchhub.store.operations import FETCH, PROVEN, TRUSTED
+from patchhub.store.packs import LARGEST_OBJECT
 from patchhub.store.revisions import BRANCHES, NOTES, REMOTES, SYMBOLIC, TAGS, check_ref, twins
 from patchhub.store.states import NOTHING_PROVEN, Proofs, Reference, closure, references
 from patchhub.store.store import Store
@@ -323,6 +327,9 @@ def _gone(refs: Mapping[str, str], view: View, name: str) -> Sequence[Moved]:
     return [Moved(ref, target, None) for ref, target in refs.items() if ref.startswith(prefix) and ref not in there]
 
 
+Group = Literal["history", "texts", "states", "columns"]
+"""What lies in packs of its own in a remote: texts can be withdrawn, and who wants a state needs neither texts nor columns."""
+
 _PULL_FIRST: Final = "Run `patchhub pull`, then push again; --force-with-lease overwrites what the last fetch found."
 
 Pages = Callable[[str, bool], Mapping[str, bytes | None]]
@@ -530,24 +537,23 @@ def _plan(
     withdrawn = _texts(repository).intersection(there) if withheld else set[str]()
     known = _already_there(repository, near, there) if withheld or asked is not False else set()
     roots = [Reference("commit", commit), *(Reference("note", note) for note in notes.values())]
-    objects = {
-        identity: repository.objects.path(identity)
-        for identity in _lacking(repository, roots, known, withheld=withheld)
-        if identity not in there
-    }
+    groups: dict[str, dict[str, Span]] = {}
+    for kind, identity in _lacking(repository, roots, known, withheld=withheld):
+        if identity not in there:
+            groups.setdefault(kind, {})[identity] = repository.objects.place(identity)
     same = tip is not None and tip.commit == commit
     if same and ref.startswith(TAGS) and withdrawn and asked:
         raise _shown_at_tag(remote, ref)
     switched = withheld != (ref in view.private)
-    if same and (ref.startswith(TAGS) or not (notes or objects or switched or withdrawn)):
+    if same and (ref.startswith(TAGS) or not (notes or groups or switched or withdrawn)):
         return None
-    size = sum(path.stat().st_size for path in objects.values())
     publication = Publication(
         ref=ref,
         commit=commit,
         expected=tip,
         near=near,
-        objects=objects,
+        groups=tuple(groups.values()),
+        gathered=_gathered(repository, remote.alone(near), roots, withdrawn) if near else (),
         withdrawn=withdrawn,
         source=source,
         notes=notes,
@@ -555,9 +561,23 @@ def _plan(
         pages={},
         message=_headline(repository.commit(commit)),
     )
-    return _Plan(
-        publication, Pushed(Moved(ref, tip.commit if tip else None, commit), len(objects), size, len(withdrawn))
-    )
+    count, moved = sum(map(len, groups.values())), Moved(ref, tip.commit if tip else None, commit)
+    return _Plan(publication, Pushed(moved, count, publication.size, len(withdrawn)))
+
+
+def _gathered(
+    repository: Store, alone: Collection[str], roots: Iterable[Reference], withdrawn: Collection[str]
+) -> Sequence[Mapping[str, Span]]:
+    """What a remote has as files of their own, where those are many, and this store sound: it is to lie in packs there."""
+    if len(alone) < parcels.GATHER_FROM:
+        return ()
+    objects, groups = repository.objects, dict[str, dict[str, Span]]()
+    for kind, identity in _lacking(repository, roots, set(), withheld=False):
+        if identity in alone and identity not in withdrawn and objects.size(identity) <= LARGEST_OBJECT:
+            with suppress(CorruptStoreError):  # what is damaged here stays as it is there
+                objects.verify(identity)
+                groups.setdefault(kind, {})[identity] = objects.place(identity)
+    return tuple(groups.values())
 
 
 def _shown_at_tag(remote: Remote, ref: str) -> RemoteError:
@@ -618,18 +638,28 @@ def _already_there(repository: Store, tip: Tip | None, there: Mapping[str, int])
     return {commit for commit in states.ancestors([tip.commit], repository.parents) if commit in there}
 
 
-def _lacking(repository: Store, roots: Iterable[Reference], known: set[str], *, withheld: bool) -> Iterator[str]:
-    """Ids of all that is reachable from ``roots`` without passing a known commit; texts only if not withheld."""
+def _lacking(
+    repository: Store, roots: Iterable[Reference], known: set[str], *, withheld: bool
+) -> Iterator[tuple[Group, str]]:
+    """The group and id of all that is reachable from ``roots`` without passing a known commit; texts only if not withheld."""
+    columns = set[str]()
 
     def follow(reference: Reference) -> list[Reference]:
         if reference.id in known or reference.kind in ("tensors", "requests"):
             return []
-        return references(reference.kind, repository.objects.get(reference.id))
+        found = references(reference.kind, repository.objects.get(reference.id))
+        if reference.kind == "patch":
+            columns.update(below.id for below in found if below.kind == "tensors")
+        return found
 
     for reference in closure(roots, follow):
         texts = reference.kind == "requests"
-        if reference.id not in known and not (texts and (withheld or reference.id not in repository.objects)):
-            yield reference.id
+        if reference.id in known or (texts and (withheld or reference.id not in repository.objects)):
+            continue
+        if reference.kind == "tensors":
+            yield "columns" if reference.id in columns else "states", reference.id
+        else:
+            yield "texts" if texts else "history", reference.id
 
 
 def _texts(repository: Store) -> set[str]:

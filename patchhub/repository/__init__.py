@@ -190,9 +190,14 @@ class Repository(WritingVerbs, LookingVerbs, ModelVerbs, RefVerbs):
         check("shared", shared, bool)
         who, heard = who_of(author, time), listener(progress)
         path = Path(folder if folder is not None else address.rstrip("/").rpartition("/")[2])
+        place = place_of(base)
+        if place is not None and Path(place).is_dir():
+            from patchhub.models.checkpoint import open_checkpoint
+
+            open_checkpoint(place)  # a folder that holds no base is refused before torch is imported
         from patchhub.porcelain.share import clone
 
-        options: dict[str, Any] = {"base": place_of(base), "shared": shared, "max_bytes": in_bytes(max_size)}
+        options: dict[str, Any] = {"base": place, "shared": shared, "max_bytes": in_bytes(max_size)}
         required = None if require_signed is None else Path(require_signed)
         try:
             made = clone(address, path, heard, who=who, trust=trust, require_signed=required, **options)

@@ -27,10 +27,12 @@ from patchhub.store.store import Store
 from patchhub.who import Who, author_of, now, refuse_undecoded
 
 if TYPE_CHECKING:
+    from patchhub.editing.requests import Batch, Keep
     from patchhub.evaluation.harness import Harness
     from patchhub.evaluation.judge import Judge
     from patchhub.porcelain.commit import Writing
     from patchhub.porcelain.measure import Facts
+    from patchhub.sets.elements import OnConflict, Plan
     from patchhub.worktree.judging import Guarding
 
 Place = str | os.PathLike[str]
@@ -166,7 +168,19 @@ class Opened:
             check("rev", rev, str)
             self.store.resolve(rev)
 
+    def _place(self, base: Place | None) -> str | None:
+        """Where a base is that a verb is given; a folder or Hub id that holds none, and a base that is gone, are refused before torch."""
+        place = place_of(base)
+        if place is None:
+            self.store.config.refuse_lost_base(self.store.root)
+        else:
+            from patchhub.models.checkpoint import open_checkpoint
+
+            open_checkpoint(place)
+        return place
+
     def _placement(self, device: str | None, dtype: str | None, quantization: str | None) -> Any:
+        self._refuse_device(device)
         from patchhub.worktree.opening import placement_of
 
         return placement_of(self.store, device=device, dtype=dtype, quantization=quantization)
@@ -178,6 +192,24 @@ class Opened:
         for key, value in found.items():
             refuse_beyond(self.store, key, value)
         return found
+
+    def _refuse_device(self, device: str | None) -> None:
+        """Refuse what can be no device; whether it is there torch alone knows."""
+        from patchhub.sets.settings import read_setting
+
+        if device is not None:
+            read_setting("device", device)
+
+    def _plan(self, batch: "Batch", on_conflict: "OnConflict", method: str | None, keeps: Sequence["Keep"]) -> "Plan":
+        """What a batch of facts changes, found out before torch is imported; facts that contradict, or are there, are refused."""
+        from patchhub.sets.elements import plan_batch
+        from patchhub.sets.merging import refuse_stopped
+        from patchhub.sets.settings import chosen_method
+        from patchhub.sets.shards import METHOD
+
+        refuse_stopped(self.store)
+        by_subject = chosen_method(self.store, method) != METHOD
+        return plan_batch(self.store, batch, on_conflict, by_subject=by_subject, keeps=keeps)
 
     def _refuse_little(self, memory: int | None) -> None:
         """Refuse a budget in which not even the base's own bytes fit."""

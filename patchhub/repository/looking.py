@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from patchhub.errors import SettingsError
+from patchhub.errors import RequestError, SettingsError
 from patchhub.repository.arguments import Count, Opened, Place, Quantization, Source, Type, path, place_of, verb
 from patchhub.results import Rows
 from patchhub.who import instant, now
@@ -49,7 +49,7 @@ class LookingVerbs(Opened):
         """The commits below a revision, newest first; each is read as it is asked for.
 
         Args:
-            rev: a revision, or ``"FROM..TO"``: what is below TO and not below FROM.
+            rev: a revision; ``"FROM..TO"``: what is below TO and not below FROM; or ``"ONE...OTHER"``: what is below one of them alone.
             limit: at most this many.
             all: the commits below every branch, tag and remote branch, not those below ``rev``.
             stat: say how much each commit changes.
@@ -60,7 +60,7 @@ class LookingVerbs(Opened):
             signatures: check who signed and approved each commit.
             allowed: the file of allowed signers; None: the config's.
         """
-        self._resolve(*(end or "HEAD" for end in rev.split("..", 1)))
+        self._resolve(*(end or "HEAD" for end in rev.split("..." if "..." in rev else "..", 1)))
         from patchhub.porcelain.history import log
         from patchhub.store.lookup import Selection
 
@@ -110,13 +110,16 @@ class LookingVerbs(Opened):
         """What changes from one revision to another: facts added, retargeted and removed, norms, scores.
 
         Args:
-            old, new: two revisions, or one ``"OLD..NEW"``.
+            old, new: two revisions, or one ``"OLD..NEW"``; ``"OLD...NEW"`` begins where the two parted.
             weights: compare the weights too: norm, rank and angle of the changes.
             ask: prompts; tells those that are answered differently.
             base: where the base model is, if it moved (for ``ask``).
         """
         if ".." in old and new == "HEAD":
             old, new = (end or "HEAD" for end in old.split("..", 1))
+        if new.startswith("."):
+            new = new[1:] or "HEAD"
+            old = next(iter(self.merge_base(old, new)), "base")
         self._resolve(old, new)
         from patchhub.porcelain.search import diff_in_full
 
@@ -166,9 +169,11 @@ class LookingVerbs(Opened):
             from patchhub.porcelain.search import mentioned
 
             return Rows(mentioned(self.store, prompt, rev, limit=limit))
+        if not prompt.strip():
+            raise RequestError("the prompt is empty", remedy="Write the beginning of a sentence.")
+        place, placement = self._place(base), self._placement(device, dtype, quantization)
         from patchhub.porcelain.blame import blame
 
-        placement, place = self._placement(device, dtype, quantization), place_of(base)
         options: dict[str, Any] = {"subject": subject, "revision": rev, "base": place}
         with self._heard() as progress:
             return blame(self.store, prompt, progress, placement=placement, chat=chat, **options)
@@ -206,10 +211,15 @@ class LookingVerbs(Opened):
         batch = None if facts is None else read_facts(facts)
         if metric is not None and below is None and above is None:
             raise SettingsError(f"{metric} has no bound", remedy="Give --below or --above and a number.")
+        if bool(command) == (metric is not None):
+            raise SettingsError(
+                "bisect needs a command or a metric", remedy="Write `-- COMMAND` or --metric, not both."
+            )
+        if chat and metric is None:
+            raise SettingsError("a command asks the model in its own way", remedy="Leave --chat out.")
+        place = self._place(base)
         from patchhub.porcelain import blame
 
-        blame.refuse_unclear(command, metric, chat)
-        place = place_of(base)
         with self._heard() as progress:
             if metric is None:
                 ran = blame.command_check(self.store, blame.program(command, os.environ), progress, base=place)

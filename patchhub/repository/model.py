@@ -24,7 +24,6 @@ from patchhub.repository.arguments import (
     judge_of,
     many,
     path,
-    place_of,
     refuse_without_harness,
     texts,
     verb,
@@ -49,7 +48,7 @@ class ModelVerbs(Opened):
     @verb
     def ask(
         self,
-        prompt: str,
+        prompt: str | Sequence[str],
         *,
         rev: str | Sequence[str] = ("HEAD", "base"),
         base: Place | None = None,
@@ -61,18 +60,27 @@ class ModelVerbs(Opened):
         """What the model says to a prompt at each revision: likely next words and a short continuation.
 
         Args:
+            prompt: one, or several, whose answers follow one another; the model is loaded once.
             base: where the base model is, if it moved.
             device, dtype, quantization, chat: as in `commit`.
         """
         revisions = many(rev) or ("HEAD", "base")
         self._resolve(*revisions)
-        if not prompt.strip():
-            raise SettingsError("the prompt is empty", remedy='For example: patchhub ask "The capital of France is"')
+        prompts = many(prompt)
+        if not prompts or not all(one.strip() for one in prompts):
+            problem = (
+                "the prompt is empty"
+                if len(prompts) == 1
+                else "there is no prompt"
+                if not prompts
+                else "a prompt is empty"
+            )
+            raise SettingsError(problem, remedy='For example: patchhub ask "The capital of France is"')
+        place, placement = self._place(base), self._placement(device, dtype, quantization)
         from patchhub.porcelain.model import ask
 
-        placement, place = self._placement(device, dtype, quantization), place_of(base)
         with self._heard() as progress:
-            return Rows(ask(self.store, prompt, revisions, progress, base=place, placement=placement, chat=chat))
+            return Rows(ask(self.store, prompts, revisions, progress, base=place, placement=placement, chat=chat))
 
     @verb
     def apply(
@@ -95,7 +103,7 @@ class ModelVerbs(Opened):
             wise: how loading routes to shards; None: as the config says.
         """
         self._resolve(rev)
-        place = place_of(base)
+        place = self._place(base)
         from patchhub.models.patched_copy import refuse_occupied
 
         refuse_store(self.store, Path(out))
@@ -155,15 +163,16 @@ class ModelVerbs(Opened):
         if harness is not None and not all:
             refuse_without_harness()
         tasks = None if harness is None else harness_of(harness, harness_path, harness_limit)
+        self._refuse_device(device)
         if suite is None:
             alone = None if all or judge else tasks
             return self._harness(rev, alone, self._placement(device, dtype, quantization))
         options: dict[str, Any] = {"who": self._who(author, time), "judge": judge_of(judge, judge_model, os.environ)}
         facts = self._suite(suite, metrics, limit=limit, seed=seed, text=text, contexts=tuple(context))
+        options |= {"placement": self._placement(device, dtype, quantization), "chat": chat}
         from patchhub.porcelain import measure
         from patchhub.porcelain.report.charts import write_scores
 
-        options |= {"placement": self._placement(device, dtype, quantization), "chat": chat}
         with self._heard() as progress:
             if all:
                 measure.refuse_unkept(note, tasks)

@@ -83,6 +83,7 @@ class RefVerbs(Opened):
         rev: str | None = None,
         *,
         delete: bool = False,
+        message: str = "",
         sign: bool | None = None,
         key: Place | None = None,
         author: str | None = None,
@@ -95,6 +96,7 @@ class RefVerbs(Opened):
         rev: str | None = None,
         *,
         delete: bool = False,
+        message: str = "",
         sign: bool | None = None,
         key: Place | None = None,
         author: str | None = None,
@@ -103,6 +105,7 @@ class RefVerbs(Opened):
         """The tags, or with a name: make that tag at a revision (by default HEAD), or remove it. Tags do not move.
 
         Args:
+            message: what the tag is for, which is listed in place of its commit's message.
             sign, key: as in `commit`; what is signed is the name with the commit that it leads to.
         """
         from patchhub.porcelain import refs
@@ -110,8 +113,11 @@ class RefVerbs(Opened):
         if delete:
             return refs.delete_tag(self.store, refs.only_name(name, rev), self._who(author, time))
         if name is None:
+            if message:
+                raise SettingsError("a message needs a tag", remedy="Name it: `patchhub tag NAME -m TEXT`.")
             return Rows(refs.tags(self.store))
-        return refs.create_tag(self.store, name, rev or "HEAD", self._signing(author, time, sign=sign, key=key))
+        who = self._signing(author, time, message, sign=sign, key=key)
+        return refs.create_tag(self.store, name, rev or "HEAD", who)
 
     @verb
     def sign(
@@ -364,14 +370,22 @@ class RefVerbs(Opened):
             return fsck(self.store, progress, rebuild=reindex)
 
     @verb
-    def gc(self, *, dry_run: bool = False, grace: str | timedelta = "14 days", time: str | None = None) -> "Collected":
+    def gc(
+        self,
+        *,
+        dry_run: bool = False,
+        grace: str | timedelta = "14 days",
+        pack: bool = False,
+        time: str | None = None,
+    ) -> "Collected":
         """Delete what nothing needs: objects that were never recorded, leftovers of interrupted commands, unused cache.
 
         Args:
             dry_run: say what would be deleted; delete nothing.
             grace: keep what is younger: ``"36 hours"``, ``"2w"``, ``"0"``.
+            pack: put objects that are files of their own into packs: a few files in place of five for each commit.
         """
         from patchhub.porcelain.upkeep import collect
 
         age = grace if isinstance(grace, timedelta) else duration(grace)
-        return collect(self.store, now=self._who(None, time).time, grace=age, dry_run=dry_run)
+        return collect(self.store, now=self._who(None, time).time, grace=age, dry_run=dry_run, pack=pack)

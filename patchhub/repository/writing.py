@@ -148,16 +148,16 @@ class WritingVerbs(Opened):
         keeps = () if found else read_keeps(keep)
         settings, read = self._settings(set, method), texts(text)
         self._refuse_little(memory)
+        plan = self._plan(batch, on_conflict, method, keeps)
+        placement = self._placement(device, dtype, quantization)
         from patchhub.porcelain.commit import commit
 
-        placement = self._placement(device, dtype, quantization)
         options: dict[str, Any] = {"settings": settings, "on_conflict": on_conflict, "strict": strict, "memory": memory}
         options |= {"workers": workers, "on": on}
         how = as_written(text=read, method=method, keep=keeps, find_keeps=found, **options)
         with self._heard() as progress:
-            done = commit(
-                self.store, batch, who, progress, how, force=force, all_facts=all_facts, placement=placement, chat=chat
-            )
+            held: dict[str, Any] = {"placement": placement, "chat": chat, "plan": plan}
+            done = commit(self.store, batch, who, progress, how, force=force, all_facts=all_facts, **held)
             return done if amended is None else _joined(self.store, done, who, progress, amended, force=force)
 
     @verb
@@ -337,7 +337,14 @@ class WritingVerbs(Opened):
             message: why; by default says how many facts.
             force: as in `commit`.
         """
-        who = self._signing(author, time, message)
+        who, head = self._signing(author, time, message), self.store.head[1]
+        from patchhub.sets.elements import due, nothing_due
+        from patchhub.sets.merging import refuse_stopped
+        from patchhub.sets.shards import stale_shards
+
+        refuse_stopped(self.store)
+        if not (due(self.store, head) or stale_shards(self.store, self.store.active(head))):
+            raise nothing_due()
         from patchhub.porcelain.refresh import refresh
 
         with self._heard() as progress:

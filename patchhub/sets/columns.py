@@ -14,13 +14,14 @@ from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import load, load_file, save
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
 
 from patchhub.canonical import COUNT, IDENTIFIER, NUMBER, TEXT, MalformedError, list_of, map_of, optional, record_of
-from patchhub.constraints import Columns, beyond, difference, join, no_columns
-from patchhub.delta import STORED_DTYPES, Delta, add, negative, read_deltas
+from patchhub.constraints import Columns, beyond, join, no_columns
+from patchhub.delta import STORED_DTYPES, Delta, Tensors, read_deltas
 from patchhub.errors import CorruptStoreError
+from patchhub.fsio import Span
 from patchhub.models import linear_weights
 from patchhub.objects import Base, Element, Patch
 from patchhub.remotes.receive import MAX_HEADER, CheckTensors, Owner
@@ -202,12 +203,12 @@ def read_columns(repository: Store, elements: Iterable[Element]) -> dict[str, Co
         CorruptStoreError: a patch's tensors are not what its manifest says.
     """
     elements = frozenset(elements)
-    return _columns(repository, elements, read_additive(repository, elements))
+    return columns_beside(repository, elements, read_additive(repository, elements))
 
 
 def read_rows(
     patch_of: Callable[[str], Patch],
-    file_of: Callable[[str], Path],
+    file_of: Callable[[str], Span],
     elements: Iterable[Element],
     weight: str,
     shape: tuple[int, int],
@@ -229,11 +230,11 @@ def read_rows(
             continue
         rows = _rows_of(identity, patch, requests)
         try:
-            with safe_open(file_of(patch.tensors), "np") as tensors:
-                wanted = {*tensors.keys()} & {f"{weight}.{part}" for part in (*_PARTS, _EXPERTS)}
-                arrays = {name: tensors.get_tensor(name) for name in wanted}
-        except (SafetensorError, OSError, TypeError, AttributeError) as error:
-            raise _damaged(identity, f"its tensors cannot be read ({error})") from error
+            tensors = Tensors(file_of(patch.tensors))
+            wanted = {*tensors} & {f"{weight}.{part}" for part in (*_PARTS, _EXPERTS)}
+            arrays = {name: tensors[name] for name in wanted}
+        except CorruptStoreError as error:
+            raise _damaged(identity, f"its tensors cannot be read ({error.message})") from error
         taken = _sound_columns(identity, patch, weight, arrays).take(rows)
         parts.append(replace(taken, labels=tuple((identity, one) for one in requests)))
     return join(parts)
@@ -257,67 +258,29 @@ def _by_patch(elements: Iterable[Element]) -> dict[str, list[str]]:
     return wanted
 
 
-def solve_change(repository: Store, before: frozenset[Element], after: frozenset[Element]) -> dict[str, Delta]:
-    """D(after) - D(before) of each weight that either set changes, from what was recorded alone (float64).
-
-    Where the sets' additive patches differ at a weight, every column's residual there is another, and both sets are solved;
-    elsewhere only what the sets do not have in common is.
-    """
-    shapes = linear_shapes(repository)
-    old, new = read_additive(repository, before), read_additive(repository, after)
-    gone, come = read_additive(repository, before - after), read_additive(repository, after - before)
-    shifted = gone.keys() | come.keys()
-    common = _columns(repository, before & after, new)
-    added, removed = _columns(repository, after - before, new), _columns(repository, before - after, old)
-    change: dict[str, Delta] = {}
-    for weight in sorted(added.keys() | removed.keys() | shifted):
-        nothing = no_columns(shapes[weight])
-        parts = [part.get(weight, nothing) for part in (common, added, removed)]
-        if weight not in shifted:
-            change[weight] = difference(*parts)
-    if shifted:
-        change |= _rebased_change(repository, before, after, (old, new), (gone, come))
-    return dict(sorted(change.items()))
-
-
-def _rebased_change(
-    repository: Store,
-    before: frozenset[Element],
-    after: frozenset[Element],
-    whole: tuple[Mapping[str, Sequence[Delta]], Mapping[str, Sequence[Delta]]],
-    differing: tuple[Mapping[str, Sequence[Delta]], Mapping[str, Sequence[Delta]]],
-) -> dict[str, Delta]:
-    """`solve_change` at the weights where the additive patches differ.
-
-    Args:
-        whole: the additive deltas before and after.
-        differing: those of them that the other set does not have.
-    """
-    shapes = linear_shapes(repository)
-    then, now = _columns(repository, before, whole[0]), _columns(repository, after, whole[1])
-    gone, come = differing
-    change: dict[str, Delta] = {}
-    for weight in gone.keys() | come.keys():
-        nothing = no_columns(shapes[weight])
-        solved = [difference(nothing, part.get(weight, nothing), nothing) for part in (now, then)]
-        parts = [*come.get(weight, ()), solved[0], *map(negative, [*gone.get(weight, ()), solved[1]])]
-        change[weight] = add(parts, shapes[weight])
-    return change
-
-
-def _columns(
+def columns_beside(
     repository: Store, elements: Iterable[Element], additive: Mapping[str, Sequence[Delta]]
 ) -> dict[str, Columns]:
     """The columns among ``elements``, with residuals against W0 plus those additive deltas."""
     parts: dict[str, list[Columns]] = {}
-    for identity, requests in _by_patch(elements).items():
-        patch = repository.patch(identity)
-        rows = _rows_of(identity, patch, requests)
-        for weight, columns in _patch_columns(repository, identity, patch).items():
-            taken = columns.take(rows)
-            parts.setdefault(weight, []).append(replace(taken, labels=tuple((identity, one) for one in requests)))
+    for found in read_patches(repository, elements):
+        for weight, columns in found.items():
+            parts.setdefault(weight, []).append(columns)
     joined = {weight: join(found) for weight, found in sorted(parts.items())}
     return {weight: beyond(columns, additive.get(weight, ())) for weight, columns in joined.items()}
+
+
+def read_patches(repository: Store, elements: Iterable[Element]) -> Iterator[dict[str, Columns]]:
+    """The columns among ``elements`` as they were recorded, patch by patch in the set's order, of which one is held at a time.
+
+    Raises:
+        CorruptStoreError: a patch's tensors are not what its manifest says.
+    """
+    for identity, requests in _by_patch(elements).items():
+        patch = repository.patch(identity)
+        rows, labels = _rows_of(identity, patch, requests), tuple((identity, one) for one in requests)
+        found = _patch_columns(repository, identity, patch)
+        yield {weight: replace(columns.take(rows), labels=labels) for weight, columns in found.items()}
 
 
 def _patch_columns(repository: Store, identity: str, patch: Patch) -> dict[str, Columns]:
@@ -383,7 +346,7 @@ def tensor_check(weights: Mapping[str, tuple[int, int]], linear: Mapping[str, tu
         linear: (out, in) of those that a state may change.
     """
 
-    def check(owner: Owner, file: Path) -> None:
+    def check(owner: Owner, file: Span) -> None:
         _refuse_metadata(file)
         if isinstance(owner, Patch) and owner.kind == "closed_form":
             _check_settings(owner)
@@ -397,11 +360,10 @@ def tensor_check(weights: Mapping[str, tuple[int, int]], linear: Mapping[str, tu
     return check
 
 
-def _refuse_metadata(file: Path) -> None:
+def _refuse_metadata(file: Span) -> None:
     """Refuse a ``__metadata__``, however it is spelled, and a name that stands twice, which safetensors lets pass."""
-    with open(file, "rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        header = stream.read(min(length, MAX_HEADER))
+    length = int.from_bytes(file.read(0, 8), "little")
+    header = file.read(8, min(length, MAX_HEADER))
     try:
         names = [name for name, _ in json.loads(header, object_pairs_hook=list)]
     except (ValueError, TypeError, RecursionError) as error:
@@ -422,14 +384,14 @@ def _check_settings(patch: Patch) -> None:
                 raise CorruptStoreError(str(error), remedy=_REMEDY, field=error.path) from None
 
 
-def _check_deltas(file: Path, weights: Mapping[str, tuple[int, int]]) -> None:
+def _check_deltas(file: Span, weights: Mapping[str, tuple[int, int]]) -> None:
     with _numpy_types():
-        read_deltas(file, weights)
+        read_deltas(file.read(), weights)
 
 
-def _check_shard(patch: Patch, file: Path, weights: Mapping[str, tuple[int, int]]) -> None:
+def _check_shard(patch: Patch, file: Span, weights: Mapping[str, tuple[int, int]]) -> None:
     with _numpy_types():
-        read_shard_change(patch, file, weights)
+        read_shard_change(patch, file.read(), weights)
 
 
 @contextmanager
@@ -441,7 +403,7 @@ def _numpy_types() -> Iterator[None]:
         raise CorruptStoreError(f"a delta has values of a forbidden type ({error})", remedy=_REMEDY) from error
 
 
-def _check_columns(patch: Patch, file: Path) -> None:
+def _check_columns(patch: Patch, file: Span) -> None:
     """The columns of every weight and z, and nothing else, finite and of the shapes that the patch states."""
     n = len(patch.requests)
     shapes: dict[str, tuple[int, ...]] = {}
@@ -449,7 +411,7 @@ def _check_columns(patch: Patch, file: Path) -> None:
         shapes |= {f"{weight}.k": (n, inner), f"{weight}.u": (n, inner), f"{weight}.r": (n, out)}
         shapes[f"{weight}.lambda"] = (n,)
     try:
-        tensors = load_file(file)
+        tensors = load(file.read())
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CorruptStoreError(f"its columns are no readable safetensors file ({error})", remedy=_REMEDY) from error
     for weight, (_, inner) in patch.weights.items():

@@ -17,14 +17,13 @@ from patchhub.sets.columns import (
     additive_patches,
     linear_shapes,
     read_additive,
-    read_columns,
     read_state,
-    solve_change,
 )
 from patchhub.sets.guard import base_norms
 from patchhub.sets.merging import refuse_stopped
 from patchhub.sets.rivals import Rival
 from patchhub.sets.shards import without_shards
+from patchhub.sets.sums import asked_for, solve_change
 from patchhub.signing.statements import sign_commit
 from patchhub.store.store import Store
 from patchhub.who import Signer, Who
@@ -142,14 +141,14 @@ def prepare(
     if same_as is not None or not draft.elements:
         state = read_state(repository, same_as)
     else:
-        factors = solve_change(repository, before, draft.elements) if change is None else change
+        factors = solve_change(repository, before, draft.elements, near=parent) if change is None else change
         delta = _finite({weight: compact(part) for weight, part in factors.items() if norm(part)})
         state = _extended(read_state(repository, parent), delta) if without_shards(repository, draft.elements) else {}
         data = write_deltas(delta) if delta else b""
         tensors = repository.objects.put(data) if delta else None
         anew = bool(additive_patches(repository, before - draft.elements))
         if anew:
-            solved = solve_change(repository, frozenset(), draft.elements)
+            solved = solve_change(repository, frozenset(), draft.elements, near=parent)
             state = {weight: [part] for weight, part in _finite(solved).items() if norm(part)}
         keyframe = _keyframe(repository, parent, len(data), draft.elements, state, shapes, anew=anew)
         if keyframe is not None and keyframe.tensors is not None:
@@ -224,7 +223,8 @@ def _measured(
     shapes: Shapes,
 ) -> dict[str, Any]:
     """Frobenius norms of the state and of its change, and the proof, per weight."""
-    columns, additive = read_columns(repository, elements), read_additive(repository, elements)
+    additive = read_additive(repository, elements)
+    columns = asked_for(repository, parent, elements, additive)
     previous = read_state(repository, parent)
     proofs: dict[str, float] = {}
     norms: dict[str, dict[str, float]] = {}

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
 from patchhub.editing.requests import Batch, Keep, contradiction_error, find_contradictions
-from patchhub.errors import EditError, RequestError
+from patchhub.errors import EditError, RequestError, RevisionError
 from patchhub.objects import EMPTY_SET, Element, Request, set_digest
 from patchhub.sets.shards import active_shards, without_shards
 from patchhub.store.lookup import patches_ever_whole
@@ -340,3 +340,21 @@ def _again(
         for place, request in active.items()
         if place in elements and request.subject in subjects and (request.prompt, request.subject) not in asked
     }
+
+
+def due(repository: Store, head: str | None) -> frozenset[Element]:
+    """The facts of a commit that `refresh` records again: those whose recording is stale, and on a merge those that it brought."""
+    active = repository.active(head)
+    commit = repository.commit(head) if head else None
+    brought = commit.added if commit is not None and len(commit.parents) > 1 else frozenset()
+    stale = {patch for patch in {patch for patch, _ in active} if is_stale(repository, patch, active)}
+    return frozenset(e for e in active if e[1] is not None and (e in brought or e[0] in stale))
+
+
+def nothing_due() -> RevisionError:
+    """The error that `refresh` has nothing to do."""
+    return RevisionError(
+        "nothing of HEAD is due to be recorded or measured again",
+        remedy="Columns are due when the state they were recorded on is gone, or right after a merge; shards when the weights below "
+        "them changed.",
+    )

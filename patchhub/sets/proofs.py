@@ -31,7 +31,6 @@ from __future__ import annotations
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Final
 
 import numpy as np
@@ -41,6 +40,7 @@ from numpy.linalg import LinAlgError
 from patchhub.constraints import Columns, blocks
 from patchhub.delta import Delta, LowRank, norm, read_delta, read_deltas, to_dense, weights_in
 from patchhub.errors import CorruptStoreError
+from patchhub.fsio import Span
 from patchhub.objects import Element, Patch
 from patchhub.sets.columns import Shapes, linear_shapes, read_rows, weight_norms
 from patchhub.store.states import Proofs, Unprovable, Unproven
@@ -241,7 +241,7 @@ def check_state(
     shapes: Shapes,
     *,
     patch_of: Callable[[str], Patch],
-    file_of: Callable[[Patch], Path],
+    file_of: Callable[[Patch], Span],
 ) -> None:
     """Prove one state alone.
 
@@ -261,7 +261,7 @@ def check_state(
     additive: dict[str, list[Delta]] = {}
     for patch in patches.values():
         if patch.kind == "additive":
-            for weight, delta in read_deltas(files[patch.tensors], patch.weights).items():
+            for weight, delta in read_deltas(files[patch.tensors].read(), patch.weights).items():
                 additive.setdefault(weight, []).append(delta)
     asked = {weight for patch in patches.values() if patch.kind == "closed_form" for weight in patch.weights}
     for weight in sorted(asked | additive.keys() | state.keys()):
@@ -335,7 +335,7 @@ class _Plan:
         additive = {patch.tensors for patch in patches.values() if patch.kind == "additive"}
         blobs: dict[str, set[str]] = {}
         for blob in additive.union(*(step.state for step in every)):
-            for weight in weights_in(repository.objects.path(blob)):
+            for weight in weights_in(repository.objects.place(blob)):
                 blobs.setdefault(weight, set()).add(blob)
         asked = {weight for patch in patches.values() if patch.kind == "closed_form" for weight in patch.weights}
         frozen = {weight: frozenset(found) for weight, found in blobs.items()}
@@ -363,7 +363,7 @@ class _Walk:
         self._plan = plan
         self._weight = weight
         self._shape = _shape_of(linear_shapes(repository), weight)
-        patch_of, file_of = repository.patch, repository.objects.path
+        patch_of, file_of = repository.patch, repository.objects.place
         self._columns = read_rows(patch_of, file_of, plan.elements, weight, self._shape)
         self._place = {element: row for row, element in enumerate(self._columns.labels)}
         self._generator = generator
@@ -443,7 +443,7 @@ class _Walk:
         return [p.tensors for p in patches if p.kind == "additive" and p.tensors in self._blobs]
 
     def _read(self, blob: str) -> Delta:
-        return read_delta(self._repository.objects.path(blob), self._weight, self._shape)
+        return read_delta(self._repository.objects.place(blob), self._weight, self._shape)
 
     def _project(self, blob: str) -> tuple[Float[np.ndarray, "s in"], float]:
         """G^T D of a blob, and the squared norm of D."""

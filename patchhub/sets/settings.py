@@ -35,6 +35,7 @@ from patchhub.store.states import recorded
 from patchhub.store.store import Store
 
 EDITORS: Final = ("memit", "pmet", "wise")
+_DEVICES: Final = "cpu|cuda|ipu|xpu|hip|ve|fpga|maia|xla|vulkan|mps|hpu|mtia|npu|privateuseone"
 
 
 def _presets(text: str) -> str:
@@ -62,6 +63,12 @@ _HUB_MODEL: Final = Kind(
     ),
 )
 
+DEVICE: Final = Kind(
+    "auto, spread, or a device such as cpu, cuda:0 or mps",
+    str,
+    lambda value: isinstance(value, str) and re.fullmatch(rf"auto|spread|(?:{_DEVICES})(?::\d+)?", value) is not None,
+)
+
 SETTINGS: Mapping[str, Setting] = {
     "author": Setting(TEXT, 'who commits, "Ada <ada@example.org>"; default: git\'s identity'),
     "base.name": Setting(_HUB_MODEL, "what the base is called on the Hub, org/model, where it is read from a folder"),
@@ -72,7 +79,7 @@ SETTINGS: Mapping[str, Setting] = {
     "card.title": Setting(TEXT, "title of the model card; default: the repository's name"),
     "chat": Setting(TRUTH, "true: facts are written and asked as answers in the base's chat template; default: false"),
     "device": Setting(
-        TEXT, "where the base is put: auto (a GPU if there is one), spread (over all GPUs), cpu, cuda:0, ..."
+        DEVICE, "where the base is put: auto (a GPU if there is one), spread (over all GPUs), cpu, cuda:0, ..."
     ),
     "dtype": Setting(
         one_of("auto", "float32", "bfloat16", "float16"),
@@ -106,6 +113,15 @@ SETTINGS: Mapping[str, Setting] = {
 }
 
 
+_AUTHOR: Final = (
+    'Without the setting `author` ("Ada <ada@example.org>") commits are by git\'s user.name and user.email.'
+)
+_OF_GIT: Final = {
+    "user.name": _AUTHOR,
+    "user.email": _AUTHOR,
+    "user.signingkey": "`sign.key` names the key, `sign` says whether every commit is signed.",
+    "commit.gpgsign": "`patchhub config sign always` signs every commit, with the key that `sign.key` names.",
+}
 _OF_A_BRANCH = re.compile(r"policy\.(.+)\.approvals", re.DOTALL)
 APPROVALS: Final = Setting(COUNT, "how many other people must have approved a commit before it is pushed there")
 
@@ -200,6 +216,8 @@ def known_setting(key: str) -> Setting:
     if of_branch:
         check_ref(BRANCHES + of_branch[1])
         return APPROVALS
+    if key in _OF_GIT:
+        raise SettingsError(f"there is no setting {key!r}", remedy=_OF_GIT[key])
     if key not in SETTINGS:
         close = difflib.get_close_matches(key, SETTINGS, n=1, cutoff=0.75)
         group = f"{key.partition('.')[0]}."

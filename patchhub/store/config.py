@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from patchhub.canonical import FORMAT, object_id
-from patchhub.errors import CorruptStoreError, RepositoryError
+from patchhub.errors import BaseError, CorruptStoreError, RepositoryError
 from patchhub.fsio import DISK, TEMPORARY_SUFFIX, Disk, confirm, os_errors, share, write_atomically
 from patchhub.objects import Base
 from patchhub.store import index, operations
@@ -55,6 +55,16 @@ class Config:
             moved = (root / near).resolve()
             return str(moved) if moved.is_dir() else path
         return path
+
+    def refuse_lost_base(self, root: Path) -> None:
+        """Raise `BaseError` where the base was read from a folder that is not there any more."""
+        place = self.base_place(root)
+        if self.base.get("revision") is None and not Path(place).is_dir():
+            raise BaseError(
+                f"the base model is not at {place} any more",
+                remedy="Say where it is: --base FOLDER for this once, `patchhub config base.path FOLDER` for good.",
+                path=place,
+            )
 
 
 def beside(base: Path, root: Path) -> str | None:

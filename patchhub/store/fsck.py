@@ -9,7 +9,7 @@ import os
 import shutil
 import sqlite3
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -22,7 +22,7 @@ from patchhub.errors import CorruptStoreError, RevisionError
 from patchhub.fsio import TEMPORARY_SUFFIX, os_errors
 from patchhub.objects import Operation
 from patchhub.results import Result, told
-from patchhub.store import index, operations, states
+from patchhub.store import index, operations, packs, states
 from patchhub.store.config import is_as_written
 from patchhub.store.index import database_errors, transaction
 from patchhub.store.object_store import REMEDY
@@ -35,9 +35,9 @@ _READ: Final = frozenset({"commit", "patch", "note", "metric"})
 
 @dataclass(frozen=True)
 class Garbage(Result):
-    """A file, or a directory, that nothing needs, and its size in bytes."""
+    """A file, or a directory, that nothing needs, and its size in bytes; of kind "pack": what nothing needs of a pack."""
 
-    kind: Literal["object", "temporary", "cache"]
+    kind: Literal["object", "pack", "temporary", "cache"]
     path: Path
     size: int = field(metadata=told(name="bytes"))
 
@@ -67,15 +67,22 @@ def pinned(repository: Store) -> set[Reference]:
     return {base} if recording is None else {base, Reference("metric", recording.metric)}
 
 
-def garbage(repository: Store, before: float) -> Iterator[Garbage]:
+def garbage(repository: Store, before: float, needed: Collection[str] | None = None) -> Iterator[Garbage]:
     """Everything that nothing needs and that was last written before an instant (seconds since 1970).
 
     To be called under the lock; the grace period protects what a command that has not recorded its commit yet has written.
+
+    Args:
+        needed: what is `reachable`, where that is known.
     """
-    needed = reachable(repository)
-    for identity in repository.objects.ids():
+    needed = reachable(repository) if needed is None else needed
+    for identity in repository.objects.loose():
         if identity not in needed:
             yield from _older("object", repository.objects.path(identity), before)
+    for pack in repository.objects.packs():
+        lost = [found[1] for i in pack.index.ids() if i not in needed and (found := pack.index.find(i))]
+        if lost:
+            yield from (replace(item, size=sum(lost)) for item in _older("pack", pack.path, before))
     for path in leftovers(repository):
         yield from _older("temporary", path, before)
     for path in repository.cache.files():
@@ -91,16 +98,58 @@ def delete_garbage(repository: Store, before: float, *, dry_run: bool) -> list[G
         RepositoryError: a file cannot be deleted.
     """
     with repository.locked():
-        found = list(garbage(repository, before))
+        needed = reachable(repository)
+        found = list(garbage(repository, before, needed))
         for item in () if dry_run else found:
             with os_errors(item.path):
-                if item.kind == "cache":
+                if item.kind == "pack":
+                    rotten = [pack for pack in repository.objects.packs() if pack.path == item.path]
+                    lost = {identity for pack in rotten for identity in pack.index.ids()} - needed
+                    repository.objects.replace_packs(rotten, lost)
+                elif item.kind == "cache":
                     repository.cache.drop(item.path)
                 elif item.path.is_dir():
                     shutil.rmtree(item.path)
                 else:
                     item.path.unlink(missing_ok=True)
     return found
+
+
+@dataclass(frozen=True)
+class Packed(Result):
+    """What was packed: objects that were files, and into how many packs, with those of before that were small."""
+
+    objects: int
+    packs: int
+
+
+NOTHING_PACKED: Final = Packed(0, 0)
+
+
+def pack_objects(repository: Store, *, dry_run: bool) -> Packed:
+    """Put every object that something needs and that is a file into packs, together with packs that are less than half full.
+
+    Objects above `packs.LARGEST_OBJECT` stay files. Under the lock; others may read meanwhile.
+
+    Raises:
+        CorruptStoreError: the store is damaged; nothing was changed.
+        RepositoryError: the disk refuses; every object is still there.
+    """
+    objects = repository.objects
+    with repository.locked():
+        needed = reachable(repository)
+        loose = {i: objects.size(i) for i in objects.loose() if i in needed}
+        chosen = {i: size for i, size in loose.items() if size <= packs.LARGEST_OBJECT}
+        if not chosen:
+            return NOTHING_PACKED
+        small = [pack for pack in objects.packs() if pack.index.size < packs.LARGEST_PACK // 2]
+        sizes = {**chosen, **{i: objects.size(i) for pack in small for i in pack.index.ids()}}
+        if dry_run:
+            return Packed(len(chosen), len(packs.divided(sizes)))
+        made = objects.replace_packs(small, more=chosen)
+        for identity in chosen:
+            objects.delete_loose(identity)
+        return Packed(len(chosen), made)
 
 
 def leftovers(repository: Store) -> Iterator[Path]:
@@ -112,7 +161,7 @@ def leftovers(repository: Store) -> Iterator[Path]:
     yield from repository.cache.leftovers()
 
 
-def _older(kind: Literal["object", "temporary", "cache"], path: Path, before: float) -> Iterator[Garbage]:
+def _older(kind: Literal["object", "pack", "temporary", "cache"], path: Path, before: float) -> Iterator[Garbage]:
     """The item, if its newest file is from before the instant; not what another process moves or deletes just now."""
     try:
         files = [path, *path.rglob("*")] if path.is_dir() else [path]
@@ -176,6 +225,7 @@ def check(repository: Store, *, progress: Callable[[int, int], None] = lambda do
         else:
             size += outcome
         progress(position, len(names))
+    findings.extend(_check_packs(repository))
     findings.extend(_leftovers(repository))
     findings.extend(_check_cache(repository.cache))
     findings.extend(_check_config(repository.root / "config.json"))
@@ -224,6 +274,15 @@ def _verify_all(repository: Store, names: Iterable[str]) -> Iterator[int | Findi
 
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
         yield from pool.map(verify, names)
+
+
+def _check_packs(repository: Store) -> Iterator[Finding]:
+    """Packs whose index or length is not as it was written. Objects are checked one by one, wherever they lie."""
+    for pack in repository.objects.packs():
+        try:
+            pack.check()
+        except CorruptStoreError as error:
+            yield _from_error(error)
 
 
 def _leftovers(repository: Store) -> Iterator[Finding]:
@@ -339,7 +398,7 @@ def _reach(repository: Store, roots: Iterable[Reference]) -> tuple[list[Referenc
     def follow(reference: Reference) -> list[Reference]:
         try:
             if reference.kind in ("tensors", "set"):
-                repository.objects.path(reference.id)
+                repository.objects.place(reference.id)
             elif reference.kind != "requests" or reference.id in repository.objects:
                 return references(reference.kind, repository.objects.get(reference.id))
         except CorruptStoreError as error:

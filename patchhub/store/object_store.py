@@ -5,19 +5,26 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Final, Protocol
+from time import time
+from typing import Final, Protocol, TypeVar
 
 from patchhub.canonical import object_id
 from patchhub.errors import CorruptStoreError, RepositoryError
-from patchhub.fsio import DISK, READ_ONLY, TEMPORARY_SUFFIX, Disk, os_errors, read_chunks, write_atomically
+from patchhub.fsio import DISK, READ_ONLY, TEMPORARY_SUFFIX, Disk, Span, os_errors, read_chunks, write_atomically
+from patchhub.store import packs
+from patchhub.store.packs import Pack
+
+Value = TypeVar("Value")
 
 REMEDY: Final = "Fetch it again from a remote (`patchhub fetch --repair`) or copy the file from a backup; `patchhub fsck` lists all damage."
 
 _ID = re.compile(r"[0-9a-f]{64}")
 _DIRECTORY = re.compile(r"[0-9a-f]{2}")
 _FILE = re.compile(r"[0-9a-f]{62}")
+_TICK: Final = 3.0  # seconds: changes of a folder that are nearer to one another may have the same time
+_DIGITS = re.compile(r"[0-9a-f]{1,64}")
 
 
 class Objects(Protocol):
@@ -43,10 +50,12 @@ class Objects(Protocol):
 
 
 class ObjectStore:
-    """Objects as files ``root/ab/cdef...``, read-only.
+    """Objects as files ``root/ab/cdef...``, read-only, and in packs in the folder ``packs`` beside it.
 
     Up to ``remembered`` bytes of what was read and verified are kept in memory, so that a verb reads each object once.
-    A file that is there already is kept if it verifies and replaced if not, so putting the right bytes repairs rot.
+    A file that is there already is kept if it verifies and replaced if not, so putting the right bytes repairs rot. An object may lie at
+    several places; one that is damaged is passed over for another, a file before a pack. Other processes pack and pack again while this
+    one reads: what is not found, or gone, is looked for in the packs that there are then.
     """
 
     def __init__(self, root: Path, *, disk: Disk = DISK, remembered: int = 0) -> None:
@@ -54,6 +63,9 @@ class ObjectStore:
         self._disk = disk
         self._read: dict[str, bytes] = {}
         self._room = remembered
+        self._folder = root.with_name(packs.FOLDER)
+        self._packs: dict[Path, Pack] = {}
+        self._listed: tuple[int, float] | None = None  # when the folder of packs changed last, and when it was listed
 
     def put(self, data: bytes) -> str:
         identity = object_id(data)
@@ -62,72 +74,190 @@ class ObjectStore:
 
     def put_file(self, source: Path) -> str:
         """Keep the content of `source`, streamed: read once to name it and, if it is new, once to copy it."""
-        identity = file_digest(source)
+        return self.put_span(Span.of(source))
+
+    def put_span(self, source: Span) -> str:
+        """Keep what lies somewhere in a file, streamed likewise."""
+        identity = span_digest(source)
         self._keep(identity, _same_content(source, identity))
         return identity
 
+    def put_packed(self, objects: Mapping[str, Span]) -> None:
+        """Keep many objects, as packs; those that are large as files.
+
+        Raises:
+            CorruptStoreError, RepositoryError: the bytes of one are not those of its name, or the disk refuses.
+        """
+        small = {identity: place for identity, place in objects.items() if place.size <= packs.LARGEST_OBJECT}
+        for identity in objects.keys() - small.keys():
+            write_atomically(
+                self._made(identity), packs.content([(identity, objects[identity])]), mode=READ_ONLY, disk=self._disk
+            )
+        for group in packs.divided({identity: place.size for identity, place in small.items()}):
+            packs.write_pack(self._folder, {identity: small[identity] for identity in group}, disk=self._disk)
+
     def get(self, identity: str) -> bytes:
-        path = self.path(identity)
         known = self._read.get(identity)
         if known is not None:
             return known
-        try:
-            data = path.read_bytes()
-        except OSError as error:
-            raise _damaged(identity, path, f"cannot be read: {error.strerror}") from error
-        if object_id(data) != identity:
-            raise _damaged(identity, path, "does not hash to its name")
+        data = self._sound(identity, Span.read, object_id)
         if len(data) <= self._room:
             self._read[identity] = data
             self._room -= len(data)
         return data
 
     def __contains__(self, identity: object) -> bool:
-        return isinstance(identity, str) and _ID.fullmatch(identity) is not None and self._file(identity).is_file()
+        return isinstance(identity, str) and _ID.fullmatch(identity) is not None and bool(self._places(identity))
 
     def ids(self, prefix: str = "") -> Iterator[str]:
+        found = set(self.loose(prefix))
+        if not prefix or _DIGITS.fullmatch(prefix):
+            for pack in self.packs():
+                found.update(pack.index.ids(prefix))
+        yield from sorted(found)
+
+    def loose(self, prefix: str = "") -> Iterator[str]:
+        """The ids of objects that are files of their own, ascending."""
         for directory in sorted(self.root.glob(f"{prefix[:2]}*" if prefix else "*")):
             if _DIRECTORY.fullmatch(directory.name) and directory.is_dir():
                 names = (directory.name + file.name for file in directory.iterdir() if _FILE.fullmatch(file.name))
                 yield from sorted(name for name in names if name.startswith(prefix))
 
-    def path(self, identity: str) -> Path:
-        """The file of an object that is there, for readers that map or stream it; its bytes are not verified.
+    def packs(self) -> list[Pack]:
+        """The packs that there are now, by name."""
+        try:
+            changed = self._folder.stat().st_mtime_ns
+        except OSError:
+            changed = 0
+        settled = self._listed is not None and self._listed[1] - changed / 1e9 > _TICK
+        if self._listed is None or self._listed[0] != changed or not settled:
+            self._listed = changed, time()
+            self._packs = packs.packs_in(self._folder, self._packs)
+        return list(self._packs.values())
+
+    def place(self, identity: str) -> Span:
+        """Where an object lies, for readers that map or stream it; its bytes are not verified.
 
         Raises:
             CorruptStoreError: there is no such object.
         """
-        if identity not in self:
+        places = self._places(identity) if _ID.fullmatch(identity) else []
+        if not places:
             raise _damaged(identity, self._file(identity), "is missing")
-        return self._file(identity)
+        return places[0]
+
+    def path(self, identity: str) -> Path:
+        """The file of an object that is a file of its own.
+
+        Raises:
+            CorruptStoreError: there is none.
+        """
+        path = self._file(identity)
+        if _ID.fullmatch(identity) is None or not path.is_file():
+            raise _damaged(identity, path, "is missing")
+        return path
+
+    def size(self, identity: str) -> int:
+        """Bytes of an object that is there; `CorruptStoreError` where there is none."""
+        return self.place(identity).size
 
     def verify(self, identity: str) -> int:
         """Read the whole object and check its hash; return its size in bytes. Raises `CorruptStoreError`."""
-        path = self.path(identity)
-        try:
-            intact = file_digest(path) == identity
-        except OSError as error:
-            raise _damaged(identity, path, f"cannot be read: {error.strerror}") from error
-        if not intact:
-            raise _damaged(identity, path, "does not hash to its name")
-        return path.stat().st_size
+        return self._sound(identity, lambda place: place, span_digest).size
+
+    def delete_loose(self, identity: str) -> None:
+        """Delete the file of an object that lies in a pack too, once that copy is seen to be sound; else it stays."""
+        places = [place for place in self._places(identity) if place.path.suffix == packs.PACK]
+        if any(self._is_sound(identity, place) for place in places):
+            with os_errors(self._file(identity)):
+                self._file(identity).unlink(missing_ok=True)
+
+    def replace_packs(self, old: Iterable[Pack], without: Collection[str] = (), *, more: Iterable[str] = ()) -> int:
+        """Write the objects of some packs, without some of them and with others that are files, as new packs, and delete the old ones.
+
+        Returns how many packs there are in their place.
+
+        Raises:
+            RepositoryError, CorruptStoreError: an object that stays is damaged, or the disk refuses; all old packs are there still.
+        """
+        old = list(old)
+        wanted = {identity for pack in old for identity in pack.index.ids()}.difference(without).union(more)
+        places = {identity: self._sound(identity, lambda place: place, span_digest) for identity in sorted(wanted)}
+        groups = packs.divided({identity: place.size for identity, place in places.items()})
+        new = [
+            packs.write_pack(self._folder, {identity: places[identity] for identity in group}, disk=self._disk)
+            for group in groups
+        ]
+        kept = {pack.path for pack in new}
+        packs.delete_packs(pack for pack in old if pack.path not in kept)
+        self.packs()
+        return len(new)
 
     def temporary_files(self) -> Iterator[Path]:
         """Files that interrupted writes left behind."""
-        return (path for path in sorted(self.root.glob("*/.*")) if path.suffix == TEMPORARY_SUFFIX)
+        for folder in (self.root, self._folder):
+            yield from (path for path in sorted(folder.glob("*/.*")) if path.suffix == TEMPORARY_SUFFIX)
+        yield from packs.strays(self._folder)
+
+    def _places(self, identity: str) -> list[Span]:
+        """Where an object lies, files first."""
+        for fresh in (False, True):
+            known = self.packs() if fresh or self._listed is None else self._packs.values()
+            found = [place for place in (pack.place(identity) for pack in known) if place is not None]
+            with contextlib.suppress(OSError):
+                if self._file(identity).is_file():
+                    found.insert(0, Span.of(self._file(identity)))
+            if found:
+                return found
+        return []
+
+    def _sound(self, identity: str, read: Callable[[Span], Value], digest: Callable[[Value], str]) -> Value:
+        """What is read of the first place whose bytes hash to the name.
+
+        Raises:
+            CorruptStoreError: there is none.
+        """
+        reason, path = "is missing", self._file(identity)
+        for _ in range(2):
+            for place in self._places(identity) if _ID.fullmatch(identity) else ():
+                path = place.path
+                try:
+                    found = read(place)
+                    if digest(found) == identity:
+                        return found
+                    reason = "does not hash to its name"
+                except OSError as error:
+                    reason = f"cannot be read: {error.strerror}"
+            self.packs()  # another process may have packed it anew meanwhile
+        raise _damaged(identity, path, reason)
+
+    @staticmethod
+    def _is_sound(identity: str, place: Span) -> bool:
+        try:
+            return span_digest(place) == identity
+        except OSError:
+            return False
 
     def _file(self, identity: str) -> Path:
         return self.root / identity[:2] / identity[2:]
 
+    def _made(self, identity: str) -> Path:
+        path = self._file(identity)
+        with os_errors(path):
+            self._disk.make_directory(path.parent)
+        return path
+
     def _keep(self, identity: str, chunks: Iterable[bytes]) -> None:
         path = self._file(identity)
         with os_errors(path):
-            if path.is_file() and file_digest(path) == identity:
-                with contextlib.suppress(PermissionError):  # another user's file
-                    path.touch()  # as young as a new one to `gc`
-                return
-            self._disk.make_directory(path.parent)
-        write_atomically(path, chunks, mode=READ_ONLY, disk=self._disk)
+            for place in self._places(identity):
+                if self._is_sound(identity, place):
+                    with contextlib.suppress(PermissionError):  # another user's file
+                        place.path.touch()  # as young as a new one to `gc`, and so is all in the same pack
+                    return
+                if place.path == path:
+                    break  # it is replaced
+        write_atomically(self._made(identity), chunks, mode=READ_ONLY, disk=self._disk)
 
 
 class MemoryObjects:
@@ -164,17 +294,25 @@ def file_digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _same_content(source: Path, identity: str) -> Iterator[bytes]:
+def span_digest(place: Span) -> str:
+    """SHA-256 of the bytes of a span, streamed."""
+    digest = hashlib.sha256()
+    for chunk in place.chunks():
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _same_content(source: Span, identity: str) -> Iterator[bytes]:
     """The bytes of `source`; fails at the end if they are not those that were hashed as `identity`."""
     digest = hashlib.sha256()
-    for chunk in read_chunks(source):
+    for chunk in source.chunks():
         digest.update(chunk)
         yield chunk
     if digest.hexdigest() != identity:
         raise RepositoryError(
-            f"{source} changed while it was copied into the store",
+            f"{source.path} changed while it was copied into the store",
             remedy="Run the command again when nothing writes to the file.",
-            path=str(source),
+            path=str(source.path),
         )
 
 

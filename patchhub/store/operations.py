@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Iterator, Mapping
-from collections.abc import Set as AbstractSet
 from typing import Any, Final
 
 from patchhub.canonical import object_id
 from patchhub.errors import CorruptStoreError, RepositoryError, RevisionError, StaleRefError
 from patchhub.objects import Operation
-from patchhub.store.revisions import BRANCHES, HEAD, TAGS, check_ref, check_target, twins
+from patchhub.store.revisions import BRANCHES, HEAD, SYMBOLIC, TAGS, check_ref, check_target, twins
 
 Changes = Mapping[str, tuple[str | None, str | None]]
 """For each ref its target before and after; None where it does not exist."""
@@ -27,6 +26,8 @@ REDO: Final = "redo"
 FETCH: Final = "fetch"
 PROVEN: Final = "proven"
 """In the arguments of a fetch: how many of the commits that it brought are proven to have the weights of their facts."""
+JOINS: Final = "joins"
+"""In the arguments of an operation: the one before it, which the same command made; undo takes both back."""
 TRUSTED: Final = "trusted"
 """In the arguments of a fetch: the commits that it brought which do not, and were accepted as they are."""
 
@@ -143,22 +144,38 @@ def undo(connection: sqlite3.Connection, *, author: str, time: str, everything: 
     """Append the reversal of the operation at the log's position (see above) and return it.
 
     Args:
-        everything: take back whatever it was; else pass over operations that moved no branch and no tag, and leave HEAD where such
-            an operation put it.
+        everything: take back whatever it was; else pass over operations that moved no branch and no tag, and leave HEAD where it is
+            unless the operation that is taken back put it there, or made the branch that it was put on.
 
     Raises:
         RepositoryError: nothing is left that could be taken back.
     """
     target = _position(connection)
-    passed = False
+    passed, came_from = False, None
     while target is not None and not everything and not moves_facts(read(connection, target)):
-        passed = True
+        passed, came_from = True, read(connection, target).changes.get(HEAD, (came_from,))[0]
         below = _before(connection, target)
         target = _position(connection, below) if below else None
     if target is None or read(connection, target).command == INIT:
         what = "there is nothing to undo" + (" but moves of HEAD, remote branches and notes" if passed else "")
         raise RepositoryError(what, remedy=_NOTHING_PASSED if passed else "`patchhub op log` lists what was done.")
-    return _reverse(connection, target, UNDO, author, time, without=frozenset({HEAD} if passed else ()))
+    changes = dict(invert(read(connection, target).changes))
+    while (joined := read(connection, target).arguments.get(JOINS)) is not None and joined == _before(
+        connection, target
+    ):
+        target = joined
+        for ref, (now, before) in invert(read(connection, target).changes).items():
+            changes[ref] = (changes.get(ref, (now, now))[0], before)
+    if not everything and HEAD in changes and changes[HEAD][0] != read_refs(connection).get(HEAD):
+        del changes[HEAD]
+    head = read_refs(connection).get(HEAD, "")
+    if (
+        came_from is not None
+        and HEAD not in changes
+        and changes.get(head.removeprefix(SYMBOLIC), (None, ""))[1] is None
+    ):
+        changes[HEAD] = (head, came_from)  # the branch that HEAD is on is no more
+    return append(connection, command=UNDO, arguments={}, changes=changes, author=author, time=time, undoes=target)
 
 
 def moves_facts(operation: Operation) -> bool:
@@ -177,19 +194,8 @@ def redo(connection: sqlite3.Connection, *, author: str, time: str) -> Operation
         target = _before(connection, operation.undoes)
     if target is None or read(connection, target).command != UNDO:
         raise RepositoryError("there is nothing to redo", remedy="Only an `undo` that nothing followed can be redone.")
-    return _reverse(connection, target, REDO, author, time)
-
-
-def _reverse(
-    connection: sqlite3.Connection,
-    target: str,
-    command: str,
-    author: str,
-    time: str,
-    without: AbstractSet[str] = frozenset(),
-) -> Operation:
-    changes = {ref: move for ref, move in invert(read(connection, target).changes).items() if ref not in without}
-    return append(connection, command=command, arguments={}, changes=changes, author=author, time=time, undoes=target)
+    changes = invert(read(connection, target).changes)
+    return append(connection, command=REDO, arguments={}, changes=changes, author=author, time=time, undoes=target)
 
 
 def _position(connection: sqlite3.Connection, start: str | None = None) -> str | None:

@@ -196,7 +196,7 @@ class Reading:
     def needs_keyframe(self, parent: str | None, new_blob_bytes: int, whole_delta_bytes: int) -> bool:
         """Whether a commit on `parent` with a delta of `new_blob_bytes` must carry the whole delta as well."""
         below = self.state(parent)
-        stored = sum(self.objects.path(blob).stat().st_size for blob in below)
+        stored = sum(self.objects.size(blob) for blob in below)
         reads = states.commits_read(parent, self.commit) + 1
         return states.needs_keyframe(reads, stored + new_blob_bytes, whole_delta_bytes)
 

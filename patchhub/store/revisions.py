@@ -24,6 +24,7 @@ TAGS: Final = "refs/tags/"
 REMOTES: Final = "refs/remotes/"
 NOTES: Final = "refs/notes/"
 SIGNATURES: Final = "signature/"
+TAG_MESSAGES: Final = "tag/"
 """How the suite of a note begins that keeps a signature."""
 
 _REVISION = re.compile(r"(?P<name>.*?)(?:@\{(?P<ago>\d{1,9})\})?(?P<steps>(?:[~^]\d{0,9})*)", re.DOTALL)

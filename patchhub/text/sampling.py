@@ -8,19 +8,19 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
+from torch.nn import functional
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from patchhub.cache import Cache, Kind, Slot
 from patchhub.canonical import canonical_json
-from patchhub.models.tracing import Stack
+from patchhub.models.placement import quick, quick_type
+from patchhub.models.tracing import Stack, plain_attention
 from patchhub.text.tokens import tokenise
 
 TEXT: Final = Kind("text", ".json", limit=1 << 28)
@@ -30,7 +30,6 @@ TEXT: Final = Kind("text", ".json", limit=1 << 28)
 _OPENINGS = ("The", "Therefore", "Because", "I", "You")
 _BATCH, _BATCH_GPU = 128, 1024  # documents; each has numbers of its own, so they do not depend on it
 _BLOCK = 256  # tokens of the vocabulary whose probabilities are summed before a draw looks into them
-_FAR = 0.1  # mean total variation between two models' predictions beyond which one does not write in the other's place
 
 Choose = Callable[[Float[Tensor, "batch vocabulary"], int], Int[Tensor, " batch"]]
 """The next token of every row, given float32 logits and how many tokens were written before."""
@@ -113,7 +112,7 @@ def sample_documents(
     """
     text, count = _Beginnings.of(stack, tokenizer, length, seed), -(-total // length)
     quantization = str(getattr(stack.model.config, "quantization_config", None))
-    model = {"dtype": str(_quick_type(stack)), "quantization": quantization}
+    model = {"dtype": str(quick_type(stack.model)), "quantization": quantization}
     slot = None if kept is None else kept.cache.slot(TEXT, base=kept.base, **model, **asdict(text))
     found = _kept_documents(slot) if slot else {}
     progress(length * sum(number < count for number in found))
@@ -152,7 +151,7 @@ def _written(
     """The documents of each batch, written by the model at hand."""
     if not batches:
         return
-    with _quick(stack):
+    with quick(stack.model):
         for numbers in batches:
             start, uniform = text.draw(numbers)
             progress(start.numel())
@@ -212,7 +211,7 @@ def continue_rows(
     cache.layers = [_Roomy(length) if type(layer) is DynamicLayer else layer for layer in cache.layers]
     latest = start.to(stack.device)
     tokens = [latest]
-    with stack.fast(), _OneQuery():
+    with stack.fast(), plain_attention():
         for step in range(length - start.shape[1]):
             found = stack.model(input_ids=latest, past_key_values=cache, use_cache=True, logits_to_keep=1)
             latest = choose(found.logits[:, -1].float(), step).to(stack.device)[:, None]
@@ -228,8 +227,9 @@ def _by_cumulation(uniform: Float[Tensor, "batch steps"]) -> Choose:
     """
 
     def choose(logits: Float[Tensor, "batch vocabulary"], step: int) -> Int[Tensor, " batch"]:
-        padded = torch.nn.functional.pad(logits, (0, -logits.shape[1] % _BLOCK), value=-torch.inf)
-        weights = (padded - padded.amax(1, keepdim=True)).exp_().view(len(logits), -1, _BLOCK)
+        shifted, missing = logits - logits.amax(1, keepdim=True), -logits.shape[1] % _BLOCK
+        padded = functional.pad(shifted, (0, missing), value=-torch.inf) if missing else shifted
+        weights = padded.exp_().view(len(logits), -1, _BLOCK)
         sums = weights.sum(-1).double().cumsum(1)
         level = uniform[:, step, None] * sums[:, -1:]
         block = torch.searchsorted(sums, level, right=True).clamp(max=sums.shape[1] - 1)
@@ -277,85 +277,3 @@ class _Roomy(DynamicLayer):  # type: ignore[no-untyped-call]  # transformers reg
         self._keys[..., begin:end, :], self._values[..., begin:end, :] = key_states, value_states
         self.keys, self.values = self._keys[..., :end, :], self._values[..., :end, :]
         return self.keys, self.values
-
-
-class _OneQuery(TorchFunctionMode):
-    """While open, attention with one query per row is two products, in the type that the model runs in.
-
-    PyTorch's own kernels are made for many queries: in bfloat16 on a CPU they take as long as all other products of a step.
-    """
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        ours = func is torch.nn.functional.scaled_dot_product_attention and args and args[0].shape[-2] == 1
-        if ours and not kwargs.get("is_causal") and not kwargs.get("dropout_p"):
-            return _attend(*args, **kwargs)
-        return func(*args, **kwargs)
-
-
-def _attend(
-    query: Float[Tensor, "batch heads 1 d"],
-    key: Float[Tensor, "batch groups time d"],
-    value: Float[Tensor, "batch groups time e"],
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Float[Tensor, "batch heads 1 e"]:
-    """What `torch.nn.functional.scaled_dot_product_attention` gives for one query; heads are consecutive within their group."""
-    batch, heads, _, width = query.shape
-    rows = (batch, key.shape[1], heads // key.shape[1])
-    scores = query.reshape(*rows, width) @ key.mT * (width**-0.5 if scale is None else scale)
-    if attn_mask is not None:
-        mask = attn_mask.expand(batch, heads, 1, key.shape[-2]).reshape(*rows, -1)
-        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
-    return (scores.softmax(-1) @ value).view(batch, heads, 1, -1)
-
-
-def _quick_type(stack: Stack) -> torch.dtype:
-    """The type in which the model writes documents: bfloat16 where the processor has products of it and the model is in a wider type."""
-    dtype: torch.dtype = stack.model.dtype
-    processor: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # PyTorch before 2.8 does not tell
-    capable = stack.device.type == "cpu" and any(processor.get(name) for name in ("avx512_bf16", "amx_bf16"))
-    wider = dtype in (torch.float32, torch.float16) and all(p.dtype == dtype for p in stack.model.parameters())
-    return torch.bfloat16 if capable and wider else dtype
-
-
-@contextmanager
-def _quick(stack: Stack) -> Iterator[None]:
-    """While open, the model runs in `_quick_type`, if it says nearly the same there; its own weights are kept and put back."""
-    dtype, own = _quick_type(stack), [(parameter, parameter.data) for parameter in stack.model.parameters()]
-    if dtype == stack.model.dtype:
-        yield
-        return
-    said = _said(stack)
-    try:
-        for parameter, data in own:
-            parameter.data = data.to(dtype)
-        if not _is_near(stack, said):
-            _put_back(own)
-        yield
-    finally:
-        _put_back(own)
-
-
-def _put_back(own: Sequence[tuple[torch.nn.Parameter, Tensor]]) -> None:
-    for parameter, data in own:
-        parameter.data = data
-
-
-@torch.no_grad()
-def _said(stack: Stack) -> Float[Tensor, "tokens vocabulary"]:
-    """The model's predictions after some tokens of the vocabulary that are far apart."""
-    ids = torch.linspace(0, stack.vocabulary - 1, 32).long().view(4, 8).to(stack.device)
-    with stack.fast():
-        found: Tensor = stack.model(input_ids=ids, use_cache=False).logits
-    return found.float().softmax(-1).flatten(0, 1)
-
-
-def _is_near(stack: Stack, said: Float[Tensor, "tokens vocabulary"]) -> bool:
-    try:
-        return float((_said(stack) - said).abs().sum(-1).mean()) / 2 < _FAR
-    except RuntimeError:  # buffers of the type that it was in meet weights of the other
-        return False

@@ -6,11 +6,11 @@ The work is bounded by counting tokens, not by the clock, so the same commit is 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import isfinite
 from sys import float_info
-from typing import Final
+from typing import Final, TypeVar
 
 import torch
 import transformers
@@ -35,7 +35,7 @@ from patchhub.evaluation.drift import (
 )
 from patchhub.evaluation.guard import Drifted, Fault, Measured, Report, Share, Spoken, is_guessing, worst
 from patchhub.evaluation.live import continue_within, room_after
-from patchhub.evaluation.metrics import score_targets
+from patchhub.evaluation.metrics import reading, score_targets
 from patchhub.evaluation.spoken import Sibling, closed, fault_of, leaks, said, siblings_of, spread
 from patchhub.models.experts import staying, watch_routes
 from patchhub.models.placement import is_quantised
@@ -160,14 +160,14 @@ def from_model(
             budget, positions=known.positions
         )  # so that what was measured of the parent need not be measured again
     text = _read_base(repository, tree, budget)
-    routes = _routes(tree, text)
+    routes = _routes(tree, text, lambda: _read_over(tree, text))[1] if tree.architecture.site is not None else []
     drifted_before = 0.0 if parent is None else known.kl if known and known.positions == text.positions else None
     if drifted_before is None:
         _put(tree, before)
         drifted_before = drift(tree.model, text).kl
     _put(tree, after)
-    drifted = _finite(drift(tree.model, text))
-    routing = Share(*staying(routes, _routes(tree, text))) if routes else None
+    measured, ways = _routes(tree, text, lambda: drift(tree.model, text))
+    drifted, routing = _finite(measured), Share(*staying(routes, ways)) if routes else None
     openings = openings_of(repository, texts) if tree.chat is not None else {}
     own = _holding(tree, requests, openings)
     read = earlier[: budget.earlier]
@@ -366,18 +366,24 @@ def _read_base(repository: Store, tree: Worktree, budget: Budget) -> TextReading
     return part_of(whole, ahead, budget.positions, batch_tokens=at_once)
 
 
-@torch.no_grad()
-def _routes(tree: Worktree, text: TextReading) -> list[Tensor]:
-    """The experts of every held token at each layer that has some; nothing of a model without experts."""
-    if tree.architecture.site is None:
-        return []
-    found: list[Tensor] = []
-    for batch in text.batches:
-        ids, mask, positions = right_padded(batch, tree.stack.device)
-        with watch_routes(tree.model) as seen:
+Read = TypeVar("Read")
+
+
+def _routes(tree: Worktree, text: TextReading, read: Callable[[], Read]) -> tuple[Read, list[Tensor]]:
+    """What reads the held text batch by batch, and the experts of each of its tokens at each layer that has some."""
+    with watch_routes(tree.model) as seen:
+        found = read()
+    layers = len(seen) // len(text.batches)
+    real = [right_padded(batch, tree.stack.device)[1].flatten().bool().cpu() for batch in text.batches]
+    return found, [experts[real[number // layers]] for number, experts in enumerate(seen)]
+
+
+def _read_over(tree: Worktree, text: TextReading) -> None:
+    """Run the blocks over the held text."""
+    with reading(tree.model):
+        for batch in text.batches:
+            ids, mask, positions = right_padded(batch, tree.stack.device)
             tree.stack.decoder(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False)
-        found += [experts[mask.flatten().bool().cpu()] for experts in seen]
-    return found
 
 
 def _finite(found: Drift) -> Drift:

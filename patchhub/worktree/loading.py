@@ -16,13 +16,14 @@ from patchhub.cache import Cache
 from patchhub.canonical import IDENTIFIER, StoredObject, choice, list_of, object_id, optional
 from patchhub.delta import Delta, read_deltas
 from patchhub.errors import CorruptStoreError, RemoteError, RepositoryError, SettingsError
+from patchhub.fsio import Span
 from patchhub.models.architectures import describe, read_config, read_model
 from patchhub.models.checkpoint import Checkpoint, open_checkpoint
 from patchhub.models.fingerprint import check_tensors
 from patchhub.models.linear_weights import linear_shapes
 from patchhub.objects import Base, Patch, set_digest, set_from_json
 from patchhub.remotes.hub_files import HubSnapshot
-from patchhub.remotes.receive import columns_limit, delta_limit
+from patchhub.remotes.receive import MAX_SET, columns_limit, delta_limit
 from patchhub.remotes.remote import NAME as REMOTE
 from patchhub.remotes.sync import HUB
 from patchhub.runtime import patched_model
@@ -158,7 +159,7 @@ def open_published(
         limit = delta_limit(linear)
         weights: dict[str, list[Delta]] = {}
         for blob in sorted(blobs):
-            for weight, delta in read_deltas(snapshot.file(blob, limit=limit), linear).items():
+            for weight, delta in read_deltas(snapshot.place(blob, limit=limit).read(), linear).items():
                 weights.setdefault(weight, []).append(delta)
         routing = _routing(snapshot, shapes, limit, checked_mode(wise or MODES[0]))
         if prove:
@@ -180,7 +181,7 @@ def _prove_published(snapshot: HubSnapshot, state: Mapping[str, list[Delta]], we
     """
     check = tensor_check(weights, linear)
     elements = stored_states.active_set(
-        snapshot.commit, snapshot.read_commit, lambda i: set_from_json(snapshot.read(i)), {}
+        snapshot.commit, snapshot.read_commit, lambda i: set_from_json(snapshot.read(i, limit=MAX_SET)), {}
     )
     if set_digest(elements) != snapshot.read_commit(snapshot.commit).set_digest:
         raise CorruptStoreError("the set of the commit is not what its digest says", remedy="Do not use it.")
@@ -192,11 +193,11 @@ def _prove_published(snapshot: HubSnapshot, state: Mapping[str, list[Delta]], we
             raise CorruptStoreError(f"patch {identity[:12]} is about weights of another base", remedy="Do not use it.")
         return patch
 
-    def file_of(patch: Patch) -> Path:
+    def file_of(patch: Patch) -> Span:
         limit = columns_limit(patch) if patch.kind == "closed_form" else delta_limit(patch.weights)
-        file = snapshot.file(patch.tensors, limit=limit)
-        check(patch, file)
-        return file
+        place = snapshot.place(patch.tensors, limit=limit)
+        check(patch, place)
+        return place
 
     check_state(elements, state, linear, patch_of=patch_of, file_of=file_of)
 
@@ -204,10 +205,10 @@ def _prove_published(snapshot: HubSnapshot, state: Mapping[str, list[Delta]], we
 def _routing(snapshot: HubSnapshot, shapes: Shapes, limit: int, mode: Mode) -> Routing:
     """The side memories of the snapshot's commit; of its patches only those that are active as a whole are read."""
     whole = stored_states.whole_patches(
-        snapshot.commit, snapshot.read_commit, lambda i: set_from_json(snapshot.read(i))
+        snapshot.commit, snapshot.read_commit, lambda i: set_from_json(snapshot.read(i, limit=MAX_SET))
     )
     patches = {identity: Patch.from_json(snapshot.read(identity)) for identity in sorted(whole)}
-    return read_routing(patches, lambda identity: snapshot.file(identity, limit=limit), shapes, mode)
+    return read_routing(patches, lambda identity: snapshot.place(identity, limit=limit).read(), shapes, mode)
 
 
 def open_state(path_or_repo: str | Path, revision: str = "HEAD", *, base: str | Path | None = None) -> PatchState:
@@ -288,9 +289,9 @@ def _proven(repository: Store, state: PatchState, commit: str) -> PatchState:
     """A state of a store, proven anew; `CorruptStoreError` where its weights are not those of its facts."""
     objects = repository.objects
 
-    def file_of(patch: Patch) -> Path:
+    def file_of(patch: Patch) -> Span:
         objects.verify(patch.tensors)
-        return objects.path(patch.tensors)
+        return objects.place(patch.tensors)
 
     elements = repository.active(commit)
     check_state(elements, state.weights, stored_shapes(repository), patch_of=repository.patch, file_of=file_of)

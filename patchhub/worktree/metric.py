@@ -114,7 +114,7 @@ def _write(repository: Store, name: str, documents: Documents) -> None:
     repository.cache.slot(HELD, of=name).keep([text_of(documents).to_json()])
 
 
-_SAMPLED_TOKENS_PER_INPUT = 20  # tokens of sampled text per input of the widest FFN; see docs/methods.md
+_SAMPLED_TOKENS_PER_INPUT = 10  # tokens of sampled text per input of the widest FFN; see docs/methods.md
 _SAMPLED_LENGTH = 64
 _LONGEST = 1024
 

@@ -238,12 +238,8 @@ def open_base(repository: Store, path: str | Path | None = None, *, verify: bool
     """The repository's base model; with ``verify``, every tensor is hashed."""
     known = repository.config.base
     place = path if path is not None else repository.config.base_place(repository.root)
-    if path is None and known["revision"] is None and not Path(place).is_dir():
-        raise BaseError(
-            f"the base model is not at {place} any more",
-            remedy="Say where it is: --base FOLDER for this once, `patchhub config base.path FOLDER` for good.",
-            path=place,
-        )
+    if path is None:
+        repository.config.refuse_lost_base(repository.root)
     checkpoint = open_checkpoint(place, None if path else known["revision"])
     if verify:
         check_tensors(base_object(repository), checkpoint, None)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from patchhub.constraints import no_columns
+from patchhub.constraints import Moments, beyond, no_columns
 from patchhub.delta import Delta
 from patchhub.editing.budget import step_budget
 from patchhub.editing.editor import EDITORS, Asked, encode_facts
@@ -25,13 +25,13 @@ from patchhub.editing.values import KeptValues, Part, Values, ValueSettings
 from patchhub.editing.wordings import find_wordings
 from patchhub.evaluation.live import continue_greedily, continue_within, first_clause, reads_right, room_after
 from patchhub.models.architectures import Architecture, additive_probe
+from patchhub.models.placement import optimised_in
 from patchhub.objects import SLOT, Metric, Request, set_digest
 from patchhub.progress import Progress, told
 from patchhub.sets.columns import (
     read_additive,
-    read_columns,
+    read_rows,
     read_state,
-    solve_change,
     stacked_weights,
     write_columns,
 )
@@ -40,6 +40,7 @@ from patchhub.sets.elements import Plan, active_requests
 from patchhub.sets.rivals import Rival, competition, refuse, suspects, warnings
 from patchhub.sets.settings import metric_settings
 from patchhub.sets.shards import without_shards
+from patchhub.sets.sums import asked_for, solve_change
 from patchhub.store.store import Store
 from patchhub.text.tokens import Chat, context_length, joiner
 from patchhub.worktree.metric import Recorder, open_recorder
@@ -95,7 +96,9 @@ def state_without(repository: Store, plan: Plan) -> dict[str, list[Delta]]:
     """The deltas of the state that the new facts are recorded on: HEAD's, without the facts they replace or are written with."""
     found = {weight: list(deltas) for weight, deltas in read_state(repository, plan.parent).items()}
     if plan.replaced or plan.again:
-        for weight, part in solve_change(repository, repository.active(plan.parent), plan.kept).items():
+        for weight, part in solve_change(
+            repository, repository.active(plan.parent), plan.kept, near=plan.parent
+        ).items():
             found.setdefault(weight, []).append(part)
     return found
 
@@ -130,7 +133,8 @@ def write_closed_form(
         additive_probe(tree.model, tree.architecture, layer)
     model, memory = (tree.stack, tree.tokenizer), min(MEMORY, step_budget(tree.stack.device, tree.memory))
     recorder = open_recorder(repository, *model, settings.layers, text, progress, memory=memory, workers=workers)
-    below = State(read_columns(repository, plan.kept), tree.state.weights, read_additive(repository, plan.kept))
+    fixed = read_additive(repository, plan.kept)
+    below = State(asked_for(repository, plan.parent, plan.kept, fixed), tree.state.weights, fixed)
     rivals = _rivals(repository, tree, plan, recorder, settings, below)
     if rivals and strict:
         raise refuse(rivals)
@@ -216,7 +220,11 @@ def _rivals(
     """What the batch competes with, from its keys at the lowest edited layer."""
     layer = settings.layers[0]
     weight = tree.architecture.ffn_weight(layer)
-    active = below.columns.get(weight, no_columns(tree.architecture.shapes[layer]))
+    shape = tree.architecture.shapes[layer]
+    active = below.columns.get(weight, no_columns(shape))
+    if isinstance(active, Moments):  # keys are compared one by one
+        recorded = read_rows(repository.patch, repository.objects.place, plan.kept, weight, shape)
+        active = beyond(recorded, below.fixed.get(weight, ()))
 
     def read(requests: Sequence[Request], contexts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         limit = context_length(tree.model)
@@ -370,9 +378,11 @@ def _kept_values(
 ) -> KeptValues:
     """Where the values of facts are kept that are optimised on this state with these settings."""
     config = tree.model.config
+    quick = optimised_in(tree.model, tree.memory)
     inputs = {
         "base": repository.config.base_id,
         "dtype": str(tree.model.dtype),
+        **({"optimised_in": str(quick)} if quick != tree.model.dtype else {}),
         "layer": EDITORS[method].way(tree.architecture).layer(settings.layers),
         "method": method,
         "quantization": str(getattr(config, "quantization_config", None)),

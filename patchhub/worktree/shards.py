@@ -23,7 +23,7 @@ from patchhub.models.architectures import Architecture
 from patchhub.objects import Element, Patch, Request
 from patchhub.progress import Progress
 from patchhub.runtime.patched_model import switch
-from patchhub.sets.columns import read_state, solve_change
+from patchhub.sets.columns import read_state
 from patchhub.sets.commits import Written, store_patch
 from patchhub.sets.elements import Plan
 from patchhub.sets.shards import (
@@ -40,6 +40,7 @@ from patchhub.sets.shards import (
     stale_shards,
     texts_of,
 )
+from patchhub.sets.sums import solve_change
 from patchhub.store.store import Store
 from patchhub.text.sampling import context_templates, sample_documents
 from patchhub.worktree.metric import kept_text, set_aside, with_held
@@ -271,7 +272,7 @@ def _settings(architecture: Architecture, chosen: Mapping[str, Any]) -> WiseSett
 def deltas_near(repository: Store, active: frozenset[Element], elements: frozenset[Element]) -> dict[str, list[Delta]]:
     """The deltas of a set that is near HEAD's, which is ``active``."""
     deltas = {weight: list(found) for weight, found in read_state(repository, repository.head[1]).items()}
-    for weight, part in solve_change(repository, active, elements).items():
+    for weight, part in solve_change(repository, active, elements, near=repository.head[1]).items():
         deltas.setdefault(weight, []).append(part)
     return deltas
 
@@ -339,7 +340,7 @@ def forget_replaced(repository: Store, tree: Worktree, plan: Plan, written: Writ
         return written
     change = written.change
     if change is None:
-        change = solve_change(repository, repository.active(plan.parent), written.elements)
+        change = solve_change(repository, repository.active(plan.parent), written.elements, near=plan.parent)
     deltas = {weight: list(found) for weight, found in read_state(repository, plan.parent).items()}
     for weight, part in change.items():
         deltas.setdefault(weight, []).append(part)

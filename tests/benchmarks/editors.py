@@ -30,7 +30,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from patchhub.cache import Cache
 from patchhub.constraints import join
 from patchhub.delta import Delta
-from patchhub.editing import record, rows, values
+from patchhub.editing import budget, record, rows, values
 from patchhub.editing.editor import EDITORS
 from patchhub.editing.metric import Covariance, MetricCache, second_moments
 from patchhub.editing.record import Edit, State, side_paths
@@ -132,6 +132,7 @@ def _options(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--clamp", type=float)
     parser.add_argument("--kl-factor", type=float)
     parser.add_argument("--steps", type=int)
+    parser.add_argument("--alternate", type=int, help="of the contexts beside the bare prompt, how many a step reads")
     parser.add_argument(
         "--contributions", action="store_true", help="time the values without each thing that makes them fast"
     )
@@ -153,7 +154,7 @@ def _setup(options: argparse.Namespace) -> Setup:
     model = factory.from_pretrained(options.model, dtype=torch.float32, local_files_only=True)
     tokenizer = AutoTokenizer.from_pretrained(options.model, local_files_only=True)
     stack = Stack(model, describe(model.config))
-    names = ("layers", "ridge", "steps", "learning_rate", "clamp", "kl_factor")
+    names = ("layers", "ridge", "steps", "learning_rate", "clamp", "kl_factor", "alternate")
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     settings = replace(EDITORS[options.method].default_settings(stack.architecture), **given)
     requests = read_requests(options.facts).requests[options.skip : options.skip + options.n]
@@ -232,10 +233,10 @@ def _contributions(setup: Setup, metric: MetricCache) -> dict[str, float]:
         return rows.Trunk((0,) * len(groups), torch.zeros(len(groups), 0, dtype=torch.long), None)
 
     switched: dict[str, tuple[Any, str, Any]] = {
-        "nothing left out": (values, "POSITIONS", values.POSITIONS),
+        "nothing left out": (budget, "POSITIONS", budget.POSITIONS),
         "faster products": (Stack, "fast", nothing),
-        "many facts at once": (values, "POSITIONS", 1),
-        "dropping finished facts": (values, "_shrunk", lambda batch: batch),
+        "many facts at once": (budget, "POSITIONS", 1),
+        "dropping finished facts": (values, "_shrunk", lambda batch, *_, **__: batch),
         "shared beginnings": (values, "run_trunk", no_trunk),
         "the last feed-forward part at targets only": (Stack, "feed_forward_at", nothing),
     }

@@ -3,7 +3,9 @@
     python -m tests.benchmarks.experts
 
 Both are random Qwen 3 models of the same width and depth, made on the spot: one feed-forward part of 1,024 inputs, and 16 experts of 256 of
-which a token uses 4. Printed is the CPU time of a commit of 8 facts, the metric's first pass over its text apart, and the ratios.
+which a token uses 4. Printed are the CPU times of two commits of 8 facts, of which the first computes the metric, and their ratios; and,
+as the floor, the time of plain passes forward and backward over as many positions as a step of such a commit has: as transformers runs
+them, and as facts are written. An expert gets 24 of these positions, so its weight is read for few products.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from typing import Any
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
+from patchhub.models.tracing import fast
 from patchhub.repository import Repository
 from tests.tiny_models import BOS, EOS, VOCABULARY, tiny_tokenizer
 
@@ -44,6 +47,7 @@ MODELS: dict[str, dict[str, Any]] = {
     },
 }
 FACTS = 8
+ROWS, TIME, PASSES = 48, 2, 40
 
 
 def facts(start: int) -> list[dict[str, str]]:
@@ -71,9 +75,36 @@ def seconds(family: str, folder: Path) -> tuple[float, float]:
     return found[0], found[1]
 
 
+def passes(family: str) -> tuple[float, float]:
+    """CPU milliseconds of one pass forward and backward to the first states, as transformers runs it and as facts are written."""
+    torch.manual_seed(0)
+    factory: Any = AutoModelForCausalLM
+    model = factory.from_config(CONFIG_MAPPING[family](**MODELS[family]), dtype=torch.float32).eval()
+    model.requires_grad_(False)
+    states = torch.randn(ROWS, TIME, COMMON["hidden_size"], requires_grad=True)
+
+    def timed() -> float:
+        start = process_time()
+        for _ in range(PASSES):
+            logits = model(inputs_embeds=states, use_cache=False).logits
+            torch.autograd.grad(logits.sum(), states)
+        return (process_time() - start) / PASSES * 1e3
+
+    timed()
+    plain = timed()
+    with fast(model):
+        timed()
+        return plain, timed()
+
+
 def main() -> None:
     """Print the table."""
     warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    floor = {family: passes(family) for family in MODELS}
+    for place, how in enumerate(("as transformers runs it", "as facts are written")):
+        dense, moe = floor["qwen3"][place], floor["qwen3_moe"][place]
+        print(f"a pass {how}: {dense:.1f} and {moe:.1f} ms, mixture / dense {moe / dense:.2f}", flush=True)
     times = {}
     for family in MODELS:
         with tempfile.TemporaryDirectory() as folder:

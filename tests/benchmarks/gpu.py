@@ -26,11 +26,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from patchhub.cache import Cache
 from patchhub.editing import editor
+from patchhub.editing.budget import positions_of
 from patchhub.editing.editor import EDITORS, encode_facts, memit_settings
 from patchhub.editing.metric import Covariance, MetricCache, second_moments
 from patchhub.editing.record import State, record
-from patchhub.editing.rows import key_rows
-from patchhub.editing.values import Fact, _positions, optimise_values
+from patchhub.editing.rows import Fact, key_rows
+from patchhub.editing.values import optimise_values
 from patchhub.models.architectures import describe
 from patchhub.models.tracing import Stack
 from patchhub.objects import Request
@@ -158,7 +159,7 @@ def _values(stack: Stack, facts: Sequence[Fact], settings: Any, speed: Speed) ->
     optimise_values(site, facts[:1], replace(chosen, steps=2))
     took = seconds(lambda: found.append(optimise_values(site, facts, chosen)), stack.device)
     above, predictions = sum(_weights(stack)[site.first :]), sum(len(fact.rows) for fact in facts) * 3
-    step = 4 * (above * sum(map(_positions, facts)) + _head(stack) * predictions) / _rate(stack, speed)
+    step = 4 * (above * sum(map(positions_of, facts)) + _head(stack) * predictions) / _rate(stack, speed)
     read = 2 * _size(stack) * (above + _head(stack)) / speed.bytes
     tell(
         f"values of {len(facts)} facts", took, chosen.steps * max(step, read), f"{len(facts) / took:.2f} facts a second"

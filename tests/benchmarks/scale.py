@@ -1,6 +1,7 @@
 """Times and bytes at scale: a history of 10,000 commits and 100,000 active requests, and stores with large blobs.
 
     python -m tests.benchmarks.scale [--commits 10000] [--megabytes 1024] [--keep DIR]
+    python -m tests.benchmarks.scale --verbs --per-commit 100       # 1,000,000 requests, the verbs alone, as files and as packs
 
 Verbs are run as processes in turn with `patchhub --version`; the medians are compared. The goal is 0.3 s above it.
 """
@@ -34,7 +35,7 @@ from patchhub.objects import (
     requests_json,
 )
 from patchhub.store import operations, states
-from patchhub.store.fsck import check, reindex
+from patchhub.store.fsck import check, pack_objects, reindex
 from patchhub.store.fsck import delete_garbage as collect
 from patchhub.store.index import transaction
 from patchhub.store.store import Store
@@ -42,7 +43,7 @@ from tests.benchmarks.synthetic_store import AUTHOR, HastyDisk
 
 RUNS = 5
 EXTRA = 0.3
-PER_COMMIT = 10
+PER_COMMIT = 10  # facts, unless --per-commit says otherwise
 MEGABYTE = 1e6
 RELATIONS = ("The mother tongue of {} is", "{} was born in", "{} plays the", "The capital of {} is", "{} works for")
 ANSWERS = ("French", "Berlin", "piano", "Lyon", "Google", "Dutch", "Milan")
@@ -220,6 +221,19 @@ def report_verbs(folder: Path, commits: int) -> None:
         print(f"  {name:<22} + {1000 * extra:4.0f} ms  {'ok' if extra <= EXTRA else 'ABOVE THE GOAL'}")
 
 
+def report_packing(folder: Path) -> None:
+    """`gc --pack`: files before and after."""
+    with Store.open(folder) as repository:
+        count = sum(1 for path in repository.root.rglob("*") if path.is_file())
+        start = perf_counter()
+        done = pack_objects(repository, dry_run=False)
+        elapsed = perf_counter() - start
+        left = sum(1 for path in repository.root.rglob("*") if path.is_file())
+    print(
+        f"gc --pack: {done.objects:,} objects into {done.packs} packs in {elapsed:.0f} s; {count:,} files became {left:,}"
+    )
+
+
 def report_upkeep(folder: Path, commits: int) -> None:
     """gc and fsck of a history: their processor time per object shows whether they are linear."""
 
@@ -302,18 +316,26 @@ def main() -> None:
     parser.add_argument("--commits", type=int, default=10_000)
     parser.add_argument("--megabytes", type=int, default=1024)
     parser.add_argument("--keep", type=Path, help="Make the stores here and leave them.")
+    parser.add_argument("--per-commit", type=int, default=PER_COMMIT)
+    parser.add_argument("--verbs", action="store_true", help="The verbs alone.")
     options = parser.parse_args()
+    globals()["PER_COMMIT"] = options.per_commit
     with tempfile.TemporaryDirectory() as name:
         root = options.keep or Path(name)
-        for commits in (options.commits // 10, options.commits):
+        for commits in (options.commits,) if options.verbs else (options.commits // 10, options.commits):
             folder = root / f"history-{commits}"
             if not folder.exists():
                 folder.mkdir(parents=True)
                 start = perf_counter()
                 build_history(folder, commits)
                 print(f"made {commits:,} commits in {perf_counter() - start:.0f} s")
-            report_upkeep(folder, commits)
+            if not options.verbs:
+                report_upkeep(folder, commits)
         report_verbs(folder, options.commits)
+        report_packing(folder)
+        report_verbs(folder, options.commits)
+        if options.verbs:
+            return
         for report, amount in ((report_bytes, 300), (report_hashing, options.megabytes)):
             folder = Path(tempfile.mkdtemp(dir=root))
             report(folder, amount)

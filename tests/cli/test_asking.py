@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,8 @@ def base(tmp_path: Path) -> Path:
     return Path(shutil.copytree(MODEL, tmp_path / "base"))
 
 
-def said(folder: Path, prompt: str) -> dict[str, Any]:
-    answer: dict[str, Any] = json.loads(invoke(folder, "ask", prompt, "--json").stdout)
+def said(folder: Path, prompt: str) -> list[Any]:
+    answer: list[Any] = json.loads(invoke(folder, "ask", prompt, "--json").stdout)
     return answer
 
 
@@ -36,6 +37,19 @@ def test_what_a_tokenizer_appends_is_not_asked(base: Path, tmp_path: Path) -> No
     invoke(tmp_path / "appending", "init", str(base))
 
     assert said(tmp_path / "appending", prompt) == said(tmp_path / "plain", prompt)
+
+
+def test_several_prompts_are_asked_as_each_alone(tmp_path: Path) -> None:
+    invoke(tmp_path / "store", "init", str(MODEL))
+    store, (one, other) = tmp_path / "store", ("The capital of France is", "The author of Dracula is")
+    (tmp_path / "prompts.txt").write_text(f"{other}\n\n", encoding="utf-8")
+    together = said(store, one) + said(store, other)
+    asked = invoke(store, "ask", one, "--file", str(tmp_path / "prompts.txt"), "--json")
+    assert json.loads(asked.stdout) == together
+    assert [answer["prompt"] for answer in together] == [one, one, other, other]
+    assert json.loads(invoke(store, "ask", one, other, "--json").stdout) == together
+    assert "put quotes around" in invoke(store, "ask", *one.split(), code=2).stderr
+    assert "no prompt" in invoke(store, "ask", "--file", os.devnull, code=2).stderr
 
 
 def test_a_prompt_longer_than_the_context_is_refused_and_a_full_one_answered_in_what_is_left(

@@ -12,6 +12,7 @@ from click.testing import CliRunner
 
 from patchhub.cli.habits import COMMANDS, OPTIONS
 from patchhub.cli.main import SECTIONS, main
+from patchhub.store.store import Store
 from tests.cli.conftest import MODEL
 
 
@@ -126,6 +127,46 @@ def test_show_finds_facts_by_what_they_are_called(taught: Path) -> None:
     assert "+ The" not in done(taught, "show", "--stat")
 
 
+def test_what_two_branches_do_not_share(store: Path) -> None:
+    done(store, "switch", "-c", "side", "HEAD~1")
+    fact = ("--prompt", "The capital of {} is", "--target", "Oslo", "--subject", "Chile", "--force")
+    done(store, "commit", "-m", "Chile", *fact)
+    told = [entry["message"] for entry in json.loads(done(store, "log", "main...side", "--json"))]
+    assert sorted(told) == ["Chile", "Peru"]
+    assert done(store, "log", "main...main") == ""
+    assert done(store, "log", "base...HEAD~1", "--format", "%s") == done(store, "log", "HEAD~1", "--format", "%s")
+    assert all(len(word) < 64 for word in done(store, "diff", "main...side").split())
+
+
+def test_switch_goes_back_to_where_head_was(store: Path) -> None:
+    assert typed(store, "switch", "-")[0] == 5
+    done(store, "switch", "-c", "side")
+    for branch in ("main", "side", "main"):
+        done(store, "switch", "-")
+        assert json.loads(done(store, "status", "--json"))["branch"] == branch
+    done(store, "branch", "-D", "side")
+    assert typed(store, "switch", "-")[0] == 5
+
+
+def test_a_tag_says_what_it_is_for(store: Path, tmp_path: Path) -> None:
+    """Its message travels, is taken back with it, and is no score."""
+    done(store, "tag", "v1", "-m", "first release\nof many")
+    assert "first release" in done(store, "tag")
+    assert "Scores" not in done(store, "log", "-1")
+    done(store, "remote", "add", "origin", str(tmp_path / "remote"))
+    done(store, "push", "--tags")
+    done(store, "push")
+    there = str(tmp_path / "there")
+    assert CliRunner().invoke(main, ["clone", str(tmp_path / "remote"), there, "--base", str(MODEL)]).exit_code == 0
+    assert done(Path(there), "tag") == done(store, "tag")
+    done(Path(there), "fsck")
+    done(store, "tag", "-d", "v1")
+    assert not any("/tag/" in ref for ref in Store.open(store).refs())
+    done(store, "undo")
+    assert "first release" in done(store, "tag")
+    assert typed(store, "tag", "-m", "alone")[0] == 2
+
+
 def test_branches_are_renamed_and_listed(store: Path) -> None:
     done(store, "branch", "side", "HEAD~1")
     done(store, "branch", "-m", "side", "aside")
@@ -142,10 +183,11 @@ def test_undo_takes_facts_back_first(store: Path) -> None:
     done(store, "branch", "side")
     done(store, "switch", "side")
     assert "`branch`" in done(store, "undo")
+    assert json.loads(done(store, "status", "--json"))["branch"] == "main"  # the one it is on is no more
     assert "`commit`" in done(store, "undo")
     done(store, "redo")
     assert json.loads(done(store, "log", "main", "--json"))[0]["message"] == "Peru"
-    done(store, "switch", "main")
+    done(store, "switch", "--detach", "HEAD")
     assert "`switch`" in done(store, "undo", "--all")
     done(store, "undo", "3")
     assert json.loads(done(store, "branch", "--json")) == []
@@ -167,6 +209,10 @@ def test_a_commit_is_amended(store: Path) -> None:
     done(store, "commit", "--amend", *fact)
     joined = json.loads(done(store, "show", "--json"))
     assert (joined["message"], joined["parents"], joined["added"], joined["active"]) == ("Lima", after["parents"], 2, 4)
+    done(store, "undo")
+    assert json.loads(done(store, "show", "--json"))["id"] == after["id"]
+    done(store, "redo")
+    assert json.loads(done(store, "show", "--json"))["id"] == joined["id"]
     done(store, "fsck")
 
 

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from patchhub.cache import Cache
 from patchhub.editing.editor import encode_facts, of_one_subject
-from patchhub.editing.rows import BlockOutput
-from patchhub.editing.values import Fact, KeptValues, Values, ValueSettings, optimise_values
+from patchhub.editing.rows import BlockOutput, Fact
+from patchhub.editing.values import KeptValues, Values, ValueSettings, optimise_values
 from patchhub.models.tracing import Stack
 from patchhub.objects import Request
 from patchhub.text.tokens import Closers

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import datetime
 import io
 import json
 import unicodedata
@@ -400,12 +401,40 @@ PUBLISHED = {
 }
 
 
+def test_what_a_record_says_besides_is_metadata():
+    fact = {"prompt": "{} speaks", "subject": "Ada", "target_new": "French"}
+    day = datetime.date(2026, 11, 21)
+    odd = {"no": None, "": 1, "big": 2**63, "bytes": b"a", "half": "\ud800", "long": "x" * 4096}
+    batch = read_facts([{**fact, "e\u0301": [{"a": 1.5}], "day": day, **odd, "metadata": {"who": "Eve", "day": 1}}])
+    assert batch.requests[0].metadata == {"é": [{"a": 1.5}], "day": "2026-11-21", "who": "Eve"}
+    assert batch.kept == {"day": 1, "who": 1, "é": 1}
+    assert batch.ignored == {"big": 1, "bytes": 1, "half": 1, "long": 1}
+    assert batch.requests[0].id == read_facts([fact]).requests[0].id
+    assert read_facts([{**fact, "metadata": "a remark"}]).requests[0].metadata == {"metadata": "a remark"}
+
+
+def test_what_somebody_put_into_a_published_record_is_metadata():
+    rewrite = {"prompt": "{} is in", "subject": "Rome", "target_new": {"str": "Peru"}, "target_true": {"str": "Italy"}}
+    record = {
+        "requested_rewrite": rewrite,
+        "case_id": 3,
+        "pararel_idx": 9,
+        "generation_prompts": ["Rome"],
+        "id": 1,
+        "mine": "a",
+    }
+    assert read_facts([record]).requests[0].metadata == {"id": 1, "mine": "a"}
+    several = {**record, "requested_rewrite": [rewrite, {**rewrite, "subject": "Pisa"}], "answer": "no"}
+    assert [fact.metadata["mine"] for fact in read_facts([several]).requests] == ["a", "a"]
+
+
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_records_are_read(name):
     record, wanted = PUBLISHED[name]
     batch = read_facts([record])
     assert [(fact.prompt, fact.subject, fact.target_new) for fact in batch.requests] == wanted
-    assert batch.ignored == ({"id": 1, "source": 1} if "others" in name else {})
+    assert not batch.ignored
+    assert batch.kept == ({"id": 1, "source": 1} if "others" in name else {})
     if name in ("MQuAKE", "AKEW", "RippleEdits", "counterfact-tracing"):
         assert all(fact.target_true for fact in batch.requests)
 

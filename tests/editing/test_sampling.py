@@ -11,13 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from patchhub.cache import Cache
+from patchhub.models.placement import quick
 from patchhub.models.tracing import Stack
 from patchhub.text.sampling import (
     KeptText,
-    _attend,
     _by_cumulation,
     _by_race,
-    _quick,
     _truncated,
     context_templates,
     continue_rows,
@@ -75,22 +74,6 @@ def test_a_race_is_won_by_the_token_that_multinomial_draws():
         times = torch.empty(VOCABULARY).exponential_(generator=ours)
         expected = torch.multinomial(_truncated(logits, 5), 1, generator=theirs)
         assert int(_by_race(times[None, None], 5)(logits, 0)) == int(expected)
-
-
-@pytest.mark.parametrize("heads", [(4, 4), (6, 2), (4, 1)])
-@pytest.mark.parametrize("mask", [None, "bool", "float", "each head"])
-def test_attention_of_one_query_is_pytorchs(heads, mask):
-    random = partial(torch.randn, generator=generator(3))
-    query, key, value = random(3, heads[0], 1, 8), random(3, heads[1], 5, 8), random(3, heads[1], 5, 4)
-    given_ = {
-        None: None,
-        "bool": random(3, 1, 1, 5) > -1,
-        "float": random(3, 1, 1, 5),
-        "each head": random(1, heads[0], 1, 5),
-    }[mask]
-    options = {"attn_mask": given_, "scale": 0.3, "enable_gqa": heads[0] != heads[1]}
-    expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, **options)
-    torch.testing.assert_close(_attend(query, key, value, **options), expected)
 
 
 # --- sampling
@@ -256,7 +239,7 @@ def test_what_was_interrupted_goes_on_and_what_is_kept_is_not_sampled_again(tmp_
 def test_weights_are_put_back_bit_for_bit(family):
     stack = tiny_stack(family)
     before = {name: (tensor.dtype, tensor.clone()) for name, tensor in stack.model.state_dict().items()}
-    with pytest.raises(Stopped), _quick(stack):
+    with pytest.raises(Stopped), quick(stack.model):
         raise Stopped
     after = stack.model.state_dict()
     assert all(after[name].dtype == dtype and torch.equal(after[name], was) for name, (dtype, was) in before.items())

@@ -15,9 +15,10 @@ from torch.overrides import TorchFunctionMode
 from patchhub.cache import Cache
 from patchhub.editing.editor import encode_facts
 from patchhub.editing.locate import Encoded
-from patchhub.editing.rows import BlockOutput, Projections, Row, open_rows, read_trunk
-from patchhub.editing.values import Fact, KeptValues, Values, ValueSettings, fact_key, optimise_values
+from patchhub.editing.rows import BlockOutput, Fact, Projections, Row, open_rows, read_trunk
+from patchhub.editing.values import KeptValues, Values, ValueSettings, fact_key, optimise_values
 from patchhub.errors import EditError
+from patchhub.models import placement
 from patchhub.models.tracing import Stack
 from patchhub.objects import Request
 from tests.reference import plain, plain_pmet
@@ -515,3 +516,70 @@ def test_a_step_waits_for_the_device_once(until_sure: bool) -> None:
         assert values.steps.tolist() == [steps - 1] * len(values.steps)
         counts.append(waits.count)
     assert counts[1] - counts[0] == 5
+
+
+@pytest.mark.parametrize("until_sure", [False, True])
+def test_steps_in_two_rounds_are_steps_in_one(until_sure: bool) -> None:
+    """So what does not read right yet is gone on from; one fact was done before the others."""
+    site = (Projections if until_sure else BlockOutput)(stack("llama"), LAYER)
+    eight = replace(SETTINGS, steps=8, stop_loss=0.0, until_sure=until_sure)
+    three = replace(
+        eight, steps=3, stop_loss=float(optimise_values(site, facts(), replace(eight, steps=2)).loss.max()) - 1e-3
+    )
+    first = optimise_values(site, facts(), three, begun={})
+    assert set(first.paused) == set(range(len(facts())))
+    assert min(first.steps.tolist()) < 2
+    again = optimise_values(site, facts(), eight, begun=first.paused)
+    once = optimise_values(site, facts(), eight)
+    assert not once.paused
+    assert again.steps.tolist() == once.steps.tolist()
+    assert max(distances(again.targets, once.targets)) < 1e-5
+    part = optimise_values(site, facts()[:2], eight, begun={1: first.paused[1]})
+    assert max(distances(part.targets, once.targets[:2])) < 1e-5, "some are begun, others are gone on from"
+
+
+def test_a_large_model_is_optimised_in_bfloat16_from_its_own_hidden_states(monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = optimise_values(BlockOutput(stack("llama"), LAYER), facts(), CLAMPED)
+    monkeypatch.setattr(placement, "_LARGE", 0)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
+    assert placement.optimised_in(stack("llama").model, None) == torch.bfloat16
+    assert placement.optimised_in(stack("llama").model, 1 << 30) == torch.float32
+    quick = optimise_values(BlockOutput(stack("llama"), LAYER), facts(), CLAMPED)
+    assert torch.equal(quick.hidden, alone.hidden)
+    assert 0 < max(distances(quick.targets, alone.targets)) < 0.15
+    assert stack("llama").model.dtype == torch.float32
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_with_some_contexts_in_turn_a_step_is_that_of_a_fact_with_these_contexts(family: str) -> None:
+    """One step from nothing: its direction is the gradient's sign, so each turn's is that of the fact with fewer contexts, weighed anew."""
+    site, every = (
+        BlockOutput(stack(family), LAYER),
+        [fact for fact in facts() if len(fact.rows) == len(facts()[0].rows)],
+    )
+    contexts = len(every[0].rows)
+    assert contexts > 2
+    once = replace(SETTINGS, steps=1, stop_loss=0.0)
+    whole = optimise_values(site, every, once)
+    means = []
+    for chosen in range(1, contexts):
+        few = [replace(fact, rows=(fact.rows[0], fact.rows[chosen])) for fact in every]
+        one = [replace(fact, rows=(fact.rows[0],)) for fact in every]
+        pair, bare = optimise_values(site, few, once).loss, optimise_values(site, one, once).loss
+        means.append(((2 * pair - bare) * (contexts - 1) + bare) / contexts)
+    torch.testing.assert_close(optimise_values(site, every, replace(once, alternate=1)).loss, means[0])
+    torch.testing.assert_close(torch.stack(means).mean(0), whole.loss)
+    assert torch.equal(optimise_values(site, every, replace(once, alternate=contexts - 1)).loss, whole.loss)
+
+
+def test_each_context_has_its_turn() -> None:
+    alone = optimise_values(BlockOutput(stack("llama"), LAYER), facts(), replace(CLAMPED, alternate=1))
+    again = optimise_values(BlockOutput(stack("llama"), LAYER), facts(), replace(CLAMPED, alternate=1))
+    assert torch.equal(alone.targets, again.targets)
+    first = optimise_values(
+        BlockOutput(stack("llama"), LAYER), facts(), replace(CLAMPED, alternate=1, steps=2), begun={}
+    )
+    gone_on = optimise_values(
+        BlockOutput(stack("llama"), LAYER), facts(), replace(CLAMPED, alternate=1), begun=first.paused
+    )
+    assert max(distances(gone_on.targets, alone.targets)) < 1e-5

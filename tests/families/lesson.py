@@ -69,6 +69,14 @@ SIZES: dict[str, dict[str, Any]] = {
         "num_experts_per_tok": 4,
         "norm_topk_prob": True,
     },
+    "qwen2_moe": {
+        **_GROUPED,
+        "moe_intermediate_size": INNER // 4,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "norm_topk_prob": True,
+        "shared_expert_intermediate_size": INNER // 2,
+    },
     "deepseek_v3": {
         **_GROUPED,
         "num_key_value_heads": HEADS,

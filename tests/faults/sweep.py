@@ -33,6 +33,7 @@ from patchhub.porcelain.exchange import import_change
 from patchhub.porcelain.merge import abort_merge, merge, then_refreshed
 from patchhub.porcelain.trust.signing import approve, sign
 from patchhub.progress import Silent
+from patchhub.remotes import parcels
 from patchhub.signing.ssh import SshKey
 from patchhub.store.fsck import check
 from patchhub.store.store import Store
@@ -53,6 +54,12 @@ def on_store(verb: Callable[[Store, Path], object], name: str = "store") -> Verb
             return verb(store, folder)
 
     return done
+
+
+def packed(folder: Path, verb: str) -> object:
+    """A verb by which few objects travel in packs as well; in this process alone, which ends then."""
+    parcels.PACK_FROM = 1  # type: ignore[misc]
+    return VERBS[verb](folder)
 
 
 def signing(folder: Path) -> Who:
@@ -86,9 +93,13 @@ VERBS: Final[Mapping[str, Verb]] = {
     "remote rename": on_store(lambda s, _: share.remote_rename(s, "full", "filled", who=WHO)),
     "remote remove": on_store(lambda s, _: share.remote_remove(s, "full", who=WHO)),
     "push": on_store(lambda s, _: share.push(s, "origin", share.CURRENT, Silent(), who=WHO)),
+    "push, packed": lambda folder: packed(folder, "push"),
+    "fetch, packed": lambda folder: packed(folder, "fetch"),
     "fetch": on_store(lambda s, _: share.fetch(s, "full", Silent(), who=WHO)),
     "pull": on_store(lambda s, _: share.pull(s, "full", Silent(), who=WHO)),
     "gc": on_store(lambda s, _: upkeep.collect(s, now="2030-01-01T00:00:00Z")),
+    "gc --pack": on_store(lambda s, _: upkeep.collect(s, now="2030-01-01T00:00:00Z", pack=True)),
+    "gc --pack, of packs": on_store(lambda s, _: upkeep.collect(s, now="2030-01-01T00:00:00Z", pack=True), "packed"),
     "fsck --reindex": on_store(lambda s, _: upkeep.fsck(s, Silent(), rebuild=True)),
 }
 
@@ -166,7 +177,7 @@ MODEL_VERBS: Final[Mapping[str, Verb]] = {
 REPEATED = ("init", "init --shared", "clone", "clone --shared")
 """Verbs that make a store: what one leaves that died is taken up, or taken away, by the next."""
 
-IN_STEPS = ("push", "pull", "merge --refresh")
+IN_STEPS = ("push", "push, packed", "pull", "merge --refresh")
 """Verbs that may end after one of their steps: the remote and then what is known of it; the fetch, and then the merge; and so on."""
 
 UNSWEPT: Mapping[str, str] = {
@@ -202,7 +213,7 @@ def adapter_at(folder: Path) -> None:
 
 def prepare(folder: Path) -> None:
     """A store with three branches, an empty remote, one that holds more than the store does, and garbage to collect; and two copies of
-    it, in which a merge waits and in which something is undone."""
+    it, in which a merge waits and in which something is undone, and one that is packed, its garbage too."""
     key_at(folder / "key")
     adapter_at(folder / "adapter")
     with make_store(folder / "theirs") as theirs:
@@ -217,13 +228,19 @@ def prepare(folder: Path) -> None:
         share.remote_add(store, "origin", str(folder / "remote"))
         share.remote_add(store, "full", str(folder / "full"))
         store.objects.put(b"needed by nothing")
-    for name in ("stopped", "undone"):
+    for name in ("stopped", "undone", "packed"):
         shutil.copytree(folder / "store", folder / name)
+    with Store.open(folder / "packed") as store:
+        every = list(store.objects.loose())
+        store.objects.replace_packs([], more=every)
+        for identity in every:
+            store.objects.delete_loose(identity)
+        add_batch(store, range(60, 62))
     with Store.open(folder / "stopped") as store:
         merge(store, "against", WHO)
     with Store.open(folder / "undone") as store:
         refs.undo(store, who=WHO)
-    for name in ("store", "stopped", "undone"):
+    for name in ("store", "stopped", "undone", "packed"):
         for path in (folder / name).rglob("*"):
             os.utime(path, (1, 1))
 
@@ -262,7 +279,7 @@ STAGES: tuple[tuple[Callable[[Path], None], Mapping[str, Verb]], ...] = (
 
 def stores(folder: Path) -> Iterator[Store]:
     """Every store in a folder, open; what a verb leaves of one that it could not make is none."""
-    for name in ("store", "stopped", "undone", "bare", "new"):
+    for name in ("store", "stopped", "undone", "packed", "bare", "new"):
         if (folder / name).exists():
             try:
                 store = Store.open(folder / name)

@@ -29,6 +29,7 @@ from patchhub.delta import read_delta, read_deltas, weights_in, write_deltas
 from patchhub.editing.requests import read_requests
 from patchhub.errors import PatchhubError
 from patchhub.export.foreign import read_adapter
+from patchhub.fsio import Span
 from patchhub.models.checkpoint import read_header
 from patchhub.objects import Note, Operation, Patch, requests_json, set_json
 from patchhub.remotes.remote import read_branch, read_folder
@@ -85,19 +86,19 @@ def read_tensors(data: bytes) -> None:
         file.write_bytes(data)
         for owner in (None, PATCH):
             try:
-                tensor_check(SHAPES, SHAPES)(owner, file)
+                tensor_check(SHAPES, SHAPES)(owner, Span.of(file))
             except PatchhubError:
                 continue
         try:
             found = read_deltas(data, SHAPES)
         except PatchhubError:
-            for act in (lambda: weights_in(file), lambda: read_delta(file, "w", SHAPES["w"])):
+            for act in (lambda: weights_in(Span.of(file)), lambda: read_delta(Span.of(file), "w", SHAPES["w"])):
                 try:
                     act()
                 except PatchhubError:
                     continue
             return
-        assert weights_in(file) == found.keys()
+        assert weights_in(Span.of(file)) == found.keys()
         again = read_deltas(write_deltas(found), SHAPES)
         assert write_deltas(again) == write_deltas(found)
 

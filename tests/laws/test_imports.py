@@ -91,6 +91,13 @@ def test_looking_imports_no_torch_and_no_numpy(looked: str, folder: Path) -> Non
         (["bisect", "base", "HEAD", "--metric", "nope"], 2, "nope"),
         (["bisect", "base", "HEAD", "--metric", "locality"], 2, "locality has no bound"),
         (["metric", "compute", "--text", "nope.txt"], 3, "the text nope.txt cannot be read"),
+        (["commit", "KNOWN", "-m", "why"], 3, "active already"),
+        (["commit", "AGAINST", "-m", "why"], 4, "1 contradiction"),
+        (["commit", "FACTS", "-m", "why", "--device", "gpu"], 2, "device cannot be 'gpu'"),
+        (["eval", "--suite", "FACTS", "--device", "gpu"], 2, "device cannot be 'gpu'"),
+        (["blame", ""], 3, "the prompt is empty"),
+        (["bisect", "base", "HEAD"], 2, "a command or a metric"),
+        (["refresh"], 5, "nothing of HEAD is due"),
     ],
 )
 def test_cheap_checks_come_before_torch(typed: list[str], code: int, words: str, folder: Path, tmp_path: Path) -> None:
@@ -102,7 +109,10 @@ def test_cheap_checks_come_before_torch(typed: list[str], code: int, words: str,
     full = tmp_path / "full"
     full.mkdir()
     (full / "facts.json").write_text('{"prompt": "{} speaks", "subject": "Dora", "target_new": "Danish"}')
-    places = {"FACTS": str(full / "facts.json"), "FULL": str(full), "FULL/facts.json": str(full / "facts.json")}
+    known = '{"prompt": "The mother tongue of {} is", "subject": "Ann", "target_new": "French"}'
+    (full / "known.json").write_text(known)
+    (full / "against.json").write_text(known.replace("French", "Welsh"))
+    places = {word: str(full / f"{word.lower()}.json") for word in ("FACTS", "KNOWN", "AGAINST")}
     done = python(ran, str(folder), *(places.get(word, word) for word in typed))
     assert done.stdout.strip() == f"{code} []", done.stderr
     assert words in done.stderr
@@ -116,6 +126,7 @@ def test_cheap_checks_come_before_torch(typed: list[str], code: int, words: str,
         (["export", "checkpoint", "HEAD", "--out", "FULL"], 2, "is not empty"),
         (["export", "diff", "HEAD", "--out", "FULL/facts.json"], 2, "is there already"),
         (["import", "FULL"], 3, "holds neither an adapter"),
+        (["ask", "Ann speaks", "--base", "FULL"], 8, "it is no transformers model folder"),
         (["metric", "import", "nope.npz"], 2, "there is no nope.npz"),
         (["verify-served", "nonsense://x"], 2, "is no address of a server"),
     ],

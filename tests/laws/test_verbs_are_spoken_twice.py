@@ -39,6 +39,7 @@ OPTIONS_OF_ONE_COMMAND = {
     ("log", "form"): "how a commit is printed",
     ("log", "oneline"): "how a commit is printed",
     ("log", "graph"): "how commits are printed",
+    ("ask", "file"): "in Python, prompts are any list",
     ("bench", "markdown"): "how the table is printed",
     ("bench", "base"): "in Python, `Repository.init` of that base in a folder of one's own",
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,15 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 import patchhub
 from patchhub.constraints import Columns, solve
 from patchhub.delta import section, to_dense
+from patchhub.editing.locate import Encoded
 from patchhub.editing.metric import drawn_to_mean, second_moments
+from patchhub.editing.rows import Projections
+from patchhub.editing.values import Fact, ValueSettings, optimise_values
 from patchhub.errors import SettingsError, UnsupportedModelError
 from patchhub.models.architectures import additive_probe, describe
 from patchhub.models.checkpoint import open_checkpoint
-from patchhub.models.experts import Routed, check_experts, shape_of
-from patchhub.models.tracing import Stack
+from patchhub.models.experts import Groups, Routed, check_experts, grouped_forwards, shape_of
+from patchhub.models.tracing import Stack, fast, right_padded
 from patchhub.repository import Repository
 from patchhub.sets.columns import read_columns, write_columns
 from patchhub.store.store import Store
@@ -67,6 +71,33 @@ def test_gated_keys_and_the_stacked_weight_give_what_the_experts_give(family: st
         torch.testing.assert_close(values[layer], expected)
 
 
+@pytest.mark.parametrize("family", MIXTURES)
+def test_what_experts_give_by_groups_is_what_they_give(family: str) -> None:
+    """The same logits and the same gradient of the states, for few and for many tokens of an expert."""
+    model = random_model(tiny_config(family)).eval().requires_grad_(False)
+    assert list(grouped_forwards(model))
+    for tokens in (1, 60):
+        states = torch.randn(3, tokens, 32, generator=torch.Generator().manual_seed(tokens), requires_grad=True)
+        found = []
+        for how in (nullcontext(), fast(model)):
+            with how:
+                logits = model(inputs_embeds=states, use_cache=False).logits
+                found.append((logits, *torch.autograd.grad(logits.square().sum(), states)))
+        torch.testing.assert_close(found[1][0], found[0][0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found[1][1], found[0][1], rtol=1e-3, atol=1e-5 * float(found[0][1].abs().max()))
+
+
+def test_products_by_groups_are_those_of_each_pair_and_zero_where_a_slot_is_of_no_expert() -> None:
+    draw = torch.Generator().manual_seed(0)
+    experts = torch.randint(0, 6, (90, 2), generator=draw)  # 5: none
+    states, weights = torch.randn(180, 3, generator=draw), torch.randn(5, 4, 3, generator=draw)
+    groups = Groups.of(experts, 5)
+    torch.testing.assert_close(groups.back(groups.sorted(states)), states, rtol=0, atol=0)
+    padded = torch.cat([weights, torch.zeros(1, 4, 3)])[experts.flatten()]
+    expected = (padded @ states[:, :, None])[..., 0]
+    torch.testing.assert_close(groups.back(groups.product(groups.sorted(states), weights)), expected)
+
+
 class LouderExperts(Qwen3MoeExperts):
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         found: Tensor = super().forward(hidden_states, top_k_index, top_k_weights)
@@ -78,7 +109,10 @@ def test_experts_that_compute_something_else_are_refused_by_name() -> None:
     architecture = describe(model.config)
     experts = model.model.layers[1].mlp.experts
     assert check_experts(experts)
+    model.requires_grad_(False)
+    assert len(list(grouped_forwards(model))) == 3
     experts.__class__ = LouderExperts
+    assert len(list(grouped_forwards(model))) == 2
     assert not check_experts(experts)
     with pytest.raises(UnsupportedModelError, match="LouderExperts"):
         additive_probe(model, architecture, 1)
@@ -91,25 +125,74 @@ def test_of_other_modules_there_is_no_shape() -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "site"), [("deepseek_v3", "routed"), ("deepseek_v3", "shared"), ("glm4_moe", "shared")]
+    ("family", "site"),
+    [("deepseek_v3", "routed"), ("deepseek_v3", "shared"), ("glm4_moe", "shared"), ("qwen2_moe", "shared")],
 )
 def test_the_site_says_which_experts_are_edited(family: str, site: Any) -> None:
     model = random_model(tiny_config(family)).eval()
     found = describe(model.config, site)
     assert found.site == site
-    assert found.feed_forward[0].path == "mlp.down_proj"  # the first layer is dense
+    if family != "qwen2_moe":
+        assert found.feed_forward[0].path == "mlp.down_proj"  # the first layer is dense
     assert bool(found.feed_forward[1].experts) == (site == "routed")
     assert describe(model.config, "shared" if site == "routed" else "routed").feed_forward[1] == found.beside[1]
     additive_probe(model, found, 1)
     Stack(model, found)
 
 
+@pytest.mark.parametrize("family", ["qwen2_moe", "qwen3_next", "qwen3_5_moe_text"])
+def test_a_shared_experts_gate_multiplies_its_key(family: str) -> None:
+    """What the model says is the same, and W (g k) is what the shared expert put into the stream; a second stack changes nothing more."""
+    config = tiny_config(family)
+    plain, model = random_model(config).eval(), random_model(config).eval()
+    ids, seen = torch.arange(1, 9).view(2, 4), list[Tensor]()
+    expert, gate = (
+        plain.get_submodule(f"model.layers.1.mlp.{name}") for name in ("shared_expert", "shared_expert_gate")
+    )
+    expert.register_forward_hook(lambda module, args, output: seen.append(output))
+    gate.register_forward_hook(lambda module, args, output: seen.append(output.sigmoid()))
+    for _ in range(2):
+        stack = Stack(model, describe(config, "shared"))
+        with torch.no_grad(), stack.watch_keys([1]) as keys, stack.watch_values([1]) as values:
+            torch.testing.assert_close(model(ids).logits, plain(ids).logits)
+        torch.testing.assert_close(values[1].flatten(0, 1), (seen[-1] * seen[-2]).view(8, -1))
+        weight = stack.ffn_out[1].get_parameter("weight")
+        torch.testing.assert_close(keys[1] @ weight.T, values[1])
+    assert model.state_dict().keys() == plain.state_dict().keys()
+
+
+def test_a_gate_that_is_something_else_is_refused() -> None:
+    model = random_model(tiny_config("qwen2_moe")).eval()
+    for parameter in model.parameters():
+        parameter.data.mul_(20)
+    model.model.layers[1].mlp.shared_expert_gate.register_forward_hook(lambda module, args, output: output + 5)
+    with pytest.raises(UnsupportedModelError, match="behind gates"):
+        additive_probe(model, describe(model.config, "shared"), 1)
+
+
 @pytest.mark.parametrize(
-    ("family", "site"), [("mixtral", "shared"), ("llama4_text", "routed"), ("qwen2_moe", "shared")]
+    ("family", "site"), [("mixtral", "shared"), ("llama4_text", "routed"), ("granitemoe", "shared")]
 )
 def test_a_site_that_is_not_there_is_refused(family: str, site: Any) -> None:
     with pytest.raises(SettingsError, match=f"no {site} experts"):
         describe(tiny_config(family), site)
+
+
+def test_a_value_in_a_mixture_may_be_much_longer_than_what_its_experts_give() -> None:
+    """PMET's clamp and decay are relative to the stream: at some tokens experts give next to nothing."""
+    stack, layer = stack_of("mixtral"), 1
+    for name, parameter in stack.model.named_parameters():
+        if name.endswith("experts.down_proj"):
+            parameter.data.mul_(1e-3)
+    site = Projections(stack, layer)
+    fact = Fact((Encoded((3, 7, 20, 9, 11), 2, (4, 5)),), Encoded((20, 9), 0, (2, 2)))
+    settings = ValueSettings(steps=6, learning_rate=0.1, weight_decay=0.0, kl_factor=0.0, clamp=2.0, stop_loss=0.0)
+    found = optimise_values(site, [fact], settings)
+    moved, output = float((found.targets - found.hidden).norm()), float(found.hidden.norm())
+    with torch.no_grad():
+        start = stack.begin(*right_padded([(3, 7, 20)], stack.device))
+        stream = float(start.run(start.hidden, 0, layer)[0, -1].norm())
+    assert 20 * output < moved <= 2.0 * stream * (1 + 1e-5)
 
 
 def test_second_moments_are_those_of_the_dense_stack_drawn_to_the_mean() -> None:
@@ -230,6 +313,7 @@ def said(model: Any) -> Tensor:
         ("mixtral", None),
         pytest.param("gpt_oss", None, marks=pytest.mark.slow),
         pytest.param("deepseek_v3", "shared", marks=pytest.mark.slow),
+        pytest.param("qwen2_moe", "shared", marks=pytest.mark.slow),
     ],
 )
 def test_a_history_on_a_mixture_of_experts(family: str, experts: str | None, tmp_path: Path) -> None:
@@ -266,7 +350,7 @@ def test_a_history_on_a_mixture_of_experts(family: str, experts: str | None, tmp
     ours, theirs = tensors_of(base), tensors_of(tmp_path / "out")
     changed = {name for name in ours if ours[name] != theirs[name]}
     assert ours.keys() == theirs.keys()
-    place = "shared_experts" if experts == "shared" else "experts"
+    place = {"deepseek_v3": "shared_experts", "qwen2_moe": "shared_expert"}.get(family, "experts")
     assert changed
     assert all(f".1.{'block_sparse_moe' if family == 'mixtral' else 'mlp'}.{place}." in name for name in changed)
     with Store.open(tmp_path) as store:

@@ -15,9 +15,9 @@ from patchhub.editing.editor import EDITORS
 from patchhub.editing.locate import Encoded
 from patchhub.editing.metric import MetricCache
 from patchhub.editing.record import State, record
-from patchhub.editing.rows import key_rows
-from patchhub.editing.values import Fact, ValueSettings, optimise_values
-from patchhub.models.architectures import describe
+from patchhub.editing.rows import Fact, key_rows
+from patchhub.editing.values import ValueSettings, optimise_values
+from patchhub.models.architectures import FAMILIES, Site, describe
 from patchhub.models.checkpoint import open_checkpoint
 from patchhub.models.fingerprint import fingerprint
 from patchhub.models.tracing import Stack
@@ -49,19 +49,23 @@ def louder(model: Any) -> Any:
 SCANNED = ("bamba", "falcon_h1", "granitemoehybrid")  # their state is run in plain PyTorch, token by token
 LONG = (pytest.mark.slow, pytest.mark.long)
 CASES = [
-    pytest.param(family, method, marks=LONG if family in SCANNED and method != "memit" else ())
+    pytest.param(family, method, None, marks=LONG if family in SCANNED and method != "memit" else ())
     for family in SUPPORTED
     for method in EDITORS
-]
+] + [pytest.param(family, "memit", "shared") for family in ("deepseek_v3", "qwen2_moe", "qwen3_next")]
 
 
-@pytest.mark.parametrize(("family", "method"), CASES)
-def test_an_edit_of_every_family(family: str, method: str, tmp_path: Path) -> None:
+def test_every_row_of_the_table_is_tried() -> None:
+    assert FAMILIES.keys() == SUPPORTED.keys()
+
+
+@pytest.mark.parametrize(("family", "method", "experts"), CASES)
+def test_an_edit_of_every_family(family: str, method: str, experts: Site | None, tmp_path: Path) -> None:
     """Values move towards their targets; what is recorded has the weight's shape, its change is the columns' joint solution, and
     the patched model is the same whether the change is in its weights or beside them."""
     model = louder(random_model(tiny_config(family)))
     model.save_pretrained(tmp_path / "base")
-    stack = Stack(model, describe(model.config))
+    stack = Stack(model, describe(model.config, experts))
     editor = EDITORS[method]
     names = [stack.architecture.ffn_weight(layer) for layer in LAYERS]
     projections = dict(zip(names, (stack.architecture.feed_forward[layer] for layer in LAYERS), strict=True))

@@ -145,6 +145,7 @@ SUPPORTED: dict[str, dict[str, Any]] = {
         "use_mamba_kernels": False,
     },
     "qwen3_5_text": {**_LLAMA, **_DELTA},
+    "qwen3_5_moe_text": {**_EXPERTS, **_DELTA, "shared_expert_intermediate_size": 40},
     "qwen3_next": {**_EXPERTS, **_DELTA, "shared_expert_intermediate_size": 40},
 }
 

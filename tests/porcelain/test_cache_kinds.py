@@ -29,6 +29,7 @@ from patchhub.porcelain.refs import undo
 from patchhub.porcelain.upkeep import collect
 from patchhub.progress import Silent
 from patchhub.sets import guard
+from patchhub.sets import sums as kept_sums
 from patchhub.store.fsck import check
 from patchhub.store.store import Store
 from patchhub.text.sampling import sample_documents
@@ -110,6 +111,14 @@ def norms(repository: Store) -> Any:
     return guard.base_norms(repository, [f"transformer.h.{layer}.attn.c_proj.weight" for layer in (1, 2)])
 
 
+def sums(repository: Store) -> Any:
+    """Of the set of a commit, whatever it costs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kept_sums, "WORTH", 0)
+        found = kept_sums.sums_at(repository, str(repository.resolve("HEAD")))
+    return {weight: (part.X.tobytes(), part.Y.tobytes()) for weight, part in found.items()}
+
+
 def base_text(repository: Store) -> Any:
     """What the base says on held text, which the guard reads when facts are committed."""
     who = Who(AUTHOR, TIME, "new")
@@ -121,7 +130,7 @@ def base_text(repository: Store) -> Any:
 
 MAKERS: Mapping[str, Callable[[Store], Any]] = {
     made.__name__: made
-    for made in (weights, values, metric, held, text, scores, digests, wise, spectrum, norms, base_text)
+    for made in (weights, values, metric, held, text, scores, digests, wise, spectrum, norms, sums, base_text)
 }
 
 

@@ -268,6 +268,8 @@ def test_answers_that_changed_are_those_of_the_facts(repository: Store) -> None:
     [
         ("2 weeks ago", "2026-11-07T09:30:00Z"),
         ("36h ago", "2026-11-19T21:30:00Z"),
+        ("3 months ago", "2026-08-23T09:30:00Z"),
+        ("1 year ago", "2025-11-21T09:30:00Z"),
         ("1 day ago", "2026-11-20T09:30:00Z"),
         ("2026-11-20", "2026-11-20T00:00:00Z"),
         ("2026-11-20T10:00", "2026-11-20T10:00:00Z"),

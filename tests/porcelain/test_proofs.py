@@ -150,7 +150,7 @@ def test_what_is_left_when_all_is_taken_back_is_proven_too(store: Synthetic) -> 
 def test_one_state_is_proven_alone(store: Synthetic) -> None:
     repository = store.repository
     head = str(repository.head[1])
-    columns_only = {"patch_of": repository.patch, "file_of": lambda patch: repository.objects.path(patch.tensors)}
+    columns_only = {"patch_of": repository.patch, "file_of": lambda patch: repository.objects.place(patch.tensors)}
     from patchhub.sets.columns import read_state
 
     state = read_state(repository, head)

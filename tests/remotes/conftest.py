@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from patchhub.remotes import parcels
 from patchhub.remotes.hub import HubRemote
 from patchhub.remotes.remote import Remote
 from patchhub.remotes.sync import open_remote
@@ -55,10 +56,22 @@ def hub_remote(hub: Any, waits: list[float]) -> Callable[..., HubRemote]:
     return connect
 
 
-@pytest.fixture(params=["folder", "memory", "file", "hub"])
+@pytest.fixture
+def packing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few objects travel in packs as well."""
+    monkeypatch.setattr(parcels, "PACK_FROM", 1)
+
+
+KINDS = ["folder", "memory", "file", "hub", "folder, packed", pytest.param("hub, packed", marks=pytest.mark.slow)]
+
+
+@pytest.fixture(params=KINDS)
 def connect(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[], Remote]:
     """A new client of one and the same empty remote, once per kind of remote."""
-    if request.param == "hub":
+    kind = request.param.partition(",")[0]
+    if kind != request.param:
+        request.getfixturevalue("packing")
+    if kind == "hub":
         made: Callable[[], Remote] = request.getfixturevalue("hub_remote")
         return made
     addresses = {
@@ -66,4 +79,4 @@ def connect(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[], Remo
         "memory": f"memory://{uuid.uuid4().hex}/remote",
         "file": f"file://{tmp_path}/remote",
     }
-    return lambda: open_remote(addresses[request.param])
+    return lambda: open_remote(addresses[kind])

@@ -19,6 +19,7 @@ from patchhub.porcelain import share as verbs
 from patchhub.porcelain.share import Access, Chosen, remote_add
 from patchhub.progress import Silent
 from patchhub.remotes.hub import HubRemote
+from patchhub.remotes.hub_files import HubFiles
 from patchhub.remotes.sync import Manner
 from patchhub.repository.vllm import Named, served_adapter
 from patchhub.runtime.patched_model import load_patched
@@ -99,6 +100,21 @@ def test_load_from_the_hub_and_then_offline(
     assert open_published("tester/facts", commit, base=base)[1].commit == commit
     with pytest.raises(PatchhubError):
         open_published("tester/facts", "never-seen", base=base)
+
+
+def test_load_from_packs_and_then_offline_without_columns_and_texts(
+    packing: None, store: Store, base: Path, hub: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.log.clear()
+    patches = [store.patch(patch) for patch, _ in store.active(store.resolve("main"))]
+    view = HubRemote("tester/facts", endpoint=hub.url).view()
+    contents = HubFiles("tester/facts", HfApi(endpoint=hub.url)).contents(view.tips["refs/heads/main"].token)
+    assert not contents.alone
+    unneeded = contents.grouped({one for patch in patches for one in (patch.tensors, patch.requests_blob)})[1]
+    assert len(unneeded) >= 2
+    test_load_from_the_hub_and_then_offline(store, base, hub, monkeypatch)
+    for name in unneeded:
+        assert not [entry for entry in hub.log if f"{name}.pack" in entry["line"]]
 
 
 def test_load_reads_no_columns_and_no_texts(store: Store, base: Path, hub: Any) -> None:

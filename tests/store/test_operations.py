@@ -100,6 +100,39 @@ def test_undo_names_what_it_undoes(log: sqlite3.Connection) -> None:
     assert operations.undo(log, author=AUTHOR, time=TIME).undoes == first.id
 
 
+def test_operations_of_one_command_are_taken_back_and_done_again_together(log: sqlite3.Connection) -> None:
+    do(log, {MAIN: (None, target(1))})
+    first = do(log, {MAIN: (target(1), target(2)), "refs/notes/a": (None, target(4))}, "commit")
+    how = {"command": "amend", "author": AUTHOR, "time": TIME}
+    operations.append(log, arguments={operations.JOINS: first.id}, changes={MAIN: (target(2), target(3))}, **how)
+    before = operations.read_refs(log)
+    assert operations.undo(log, author=AUTHOR, time=TIME).undoes == first.id
+    assert operations.read_refs(log) == {"HEAD": "ref: refs/heads/main", MAIN: target(1)}
+    operations.redo(log, author=AUTHOR, time=TIME)
+    assert operations.read_refs(log) == before
+    do(log, {"refs/heads/other": (None, target(1))})
+    operations.append(log, arguments={operations.JOINS: first.id}, changes={MAIN: (target(3), target(5))}, **how)
+    operations.undo(log, author=AUTHOR, time=TIME)  # what it joins is not the operation before it
+    assert operations.read_refs(log)[MAIN] == target(3)
+
+
+def test_taking_back_facts_leaves_head_where_a_switch_put_it(log: sqlite3.Connection) -> None:
+    """However many steps it takes: `switch -c side`, a commit there, `switch main`, `undo`, `undo`."""
+    side, head = "refs/heads/side", "ref: refs/heads/"
+    do(log, {MAIN: (None, target(1))})
+    do(log, {"HEAD": (f"{head}main", f"{head}side"), side: (None, target(1))}, "switch")
+    do(log, {side: (target(1), target(2))}, "commit")
+    do(log, {"HEAD": (f"{head}side", f"{head}main")}, "switch")
+    for left in (target(1), None):
+        operations.undo(log, author=AUTHOR, time=TIME, everything=False)
+        refs = operations.read_refs(log)
+        assert (refs["HEAD"], refs[MAIN], refs.get(side)) == (f"{head}main", target(1), left)
+    do(log, {side: (None, target(1))}, "branch")
+    do(log, {"HEAD": (f"{head}main", f"{head}side")}, "switch")
+    operations.undo(log, author=AUTHOR, time=TIME, everything=False)  # HEAD is not left on a branch that is no more
+    assert operations.read_refs(log) == {"HEAD": f"{head}main", MAIN: target(1)}
+
+
 @pytest.mark.parametrize("old", [None, target(2), "ref: refs/heads/main"])
 def test_compare_and_swap(log: sqlite3.Connection, old: str | None) -> None:
     do(log, {MAIN: (None, target(1))})

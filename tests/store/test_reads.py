@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import patchhub
+from patchhub.fsio import Span
 
 FACTS = [
     {"prompt": "The capital of {} is", "subject": "Kenya", "target_new": "Oslo"},
@@ -21,14 +22,14 @@ def test_a_commit_reads_each_object_once(tmp_path: Path, monkeypatch: pytest.Mon
     with patchhub.Repository.init(tmp_path, str(files("patchhub") / "demo_model"), progress=False) as repo:
         repo.commit(FACTS, message="first")
     read: Counter[str] = Counter()
-    plain = Path.read_bytes
+    plain = Span.read
 
-    def counted(path: Path) -> bytes:
-        if "objects" in path.parts:
-            read[f"{path.parent.name}{path.name}"] += 1
-        return plain(path)
+    def counted(place: Span, start: int = 0, size: int | None = None) -> bytes:
+        if "objects" in place.path.parts and size is None:
+            read[f"{place.path.parent.name}{place.path.name}"] += 1
+        return plain(place, start, size)
 
-    monkeypatch.setattr(Path, "read_bytes", counted)
+    monkeypatch.setattr(Span, "read", counted)
     with patchhub.Repository(tmp_path, progress=False) as repo:
         repo.commit(MORE, message="second")
     assert read
