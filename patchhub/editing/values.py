@@ -442,11 +442,11 @@ def _keep(batch: _Batch, values: Values, *, pause: bool) -> None:
     values.targets[where] = (batch.members.hidden + found.delta[group])[:, 0].cpu()
     values.loss[where], values.steps[where] = found.objective[group].cpu(), found.steps[group].cpu()
     if pause:
-        states = [states.cpu() for states in (found.delta, found.first_moment, found.second_moment)]
+        delta, first, second = (states.cpu() for states in (found.delta, found.first_moment, found.second_moment))
         factors, steps = found.nll_factor.tolist(), found.steps.tolist()
         for place, number in zip(where.tolist(), group.tolist(), strict=True):
-            delta, first, second = (one[number].clone() for one in states)
-            values.paused[place] = Paused(delta, first, second, factors[number], steps[number])
+            states = delta[number].clone(), first[number].clone(), second[number].clone()
+            values.paused[place] = Paused(states[0], states[1], states[2], factors[number], steps[number])
 
 
 def _keys(facts: Sequence[Fact], group: Sequence[int]) -> list[tuple[int, str]]:
@@ -483,11 +483,10 @@ def _prepare(
     bare = facts[chosen[0][0]]
     contexts = len(bare.rows) - bare.others - bare.wordings
     zeros = torch.zeros_like(hidden[first])
-    nothing = torch.zeros_like(zeros[0])
-    new = Paused(nothing, nothing, nothing, settings.nll_factor, 0)
+    new = Paused(zeros[0], zeros[0], zeros[0], settings.nll_factor, 0)
     starts = [(begun or {}).get(group[0], new) for group in chosen]
     delta, first_moment, second_moment = (
-        torch.stack([getattr(start, name) for start in starts]).to(device)
+        torch.stack([getattr(start, name).to(device) for start in starts])
         for name in ("delta", "first_moment", "second_moment")
     )
     factor = torch.tensor([start.nll_factor for start in starts], device=device)
