@@ -140,7 +140,7 @@ def record(
         before, goal = 0, None
         for number, layer in enumerate(layers):
             with stack.fast(), side_paths(stack, written):
-                trunk = beginnings.run(stack)
+                trunk = beginnings.run(stack, layers[-1] + 1)
                 keys, reached = _read(climbs, trunk, before, layer, layers[-1], targets.shape)
                 if goal is None:
                     goal = _goal(climbs, trunk, layers, targets, reached, spread)

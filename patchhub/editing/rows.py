@@ -266,13 +266,13 @@ def beginnings(stack: Stack, groups: Sequence[Sequence[Encoded]]) -> tuple[tuple
     return tuple(common_beginning([text.input_ids[: text.subject_last] for text in group]) for group in groups)
 
 
-def run_trunk(stack: Stack, common: Sequence[tuple[int, ...]]) -> Trunk:
-    """Run the beginnings, one for each group, on the model's present weights."""
+def run_trunk(stack: Stack, common: Sequence[tuple[int, ...]], stop: int | None = None) -> Trunk:
+    """Run the beginnings, one for each group, on the model's present weights; up to before block ``stop``, if one is given."""
     lengths = tuple(map(len, common))
     if not any(lengths):
         return Trunk(lengths, torch.zeros(len(common), 0, dtype=torch.long, device=stack.device), None)
     ids, mask, positions = left_padded(common, stack.device)
-    return Trunk(lengths, mask, stack.read_prefix(ids, mask, positions))
+    return Trunk(lengths, mask, stack.read_prefix(ids, mask, positions, stop=stop))
 
 
 def common_beginning(texts: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
@@ -451,9 +451,9 @@ class Beginnings:
     def own(self, row: KeyRow) -> tuple[int, ...]:
         return row.tokens[len(self.tokens[row.context]) :]
 
-    def run(self, stack: Stack) -> Trunk:
-        """Their keys and values on the model's present weights."""
-        return run_trunk(stack, self.tokens)
+    def run(self, stack: Stack, stop: int) -> Trunk:
+        """Their keys and values in the blocks before ``stop``, on the model's present weights."""
+        return run_trunk(stack, self.tokens, stop)
 
 
 @dataclass(eq=False)
@@ -567,7 +567,7 @@ def mean_keys(stack: Stack, layer: int, rows: Sequence[KeyRow]) -> Float[Tensor,
     keys = torch.zeros(requests, stack.architecture.shapes[layer][1], dtype=torch.float64)
     beginnings = Beginnings.of(rows, stack)
     with stack.fast():
-        trunk = beginnings.run(stack)
+        trunk = beginnings.run(stack, layer + 1)
         for batch in batches(rows, beginnings, _TOKENS):
             climb = Climb.of(stack, batch, beginnings)
             step = climb.step(trunk)

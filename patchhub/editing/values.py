@@ -327,16 +327,18 @@ def _here(
     memory: int | None,
 ) -> Iterator[Sequence[tuple[int, ...]]]:
     """Optimise the batches on this model; yields each that is finished, or the halves of one that does not fit."""
-    trunk, own = run_trunk(site.stack, common), site.stack.model.dtype
+    trunk, model = run_trunk(site.stack, common), site.stack.model
+    own, seen = model.dtype, set[torch.dtype]()
 
     def run(chosen: Sequence[tuple[int, ...]]) -> None:
         if memory is not None:
             release_memory()  # what the last batch left in pieces would come on top of the next
-        batch = _prepare(site, facts, chosen, trunk, settings, begun)
-        with quick(site.stack.model) if optimised_in(site.stack.model, memory) != own else nullcontext():
-            now = site.stack.model.dtype
-            if now != own:
-                batch = replace(batch, lanes=tuple(replace(lane, rows=lane.rows.to(now)) for lane in batch.lanes))
+        batch, other = _prepare(site, facts, chosen, trunk, settings, begun), optimised_in(model, memory)
+        with quick(model, near=other in seen) if other != own else nullcontext():
+            seen.add(model.dtype)
+            if model.dtype != own:
+                lanes = (replace(lane, rows=lane.rows.to(model.dtype)) for lane in batch.lanes)
+                batch = replace(batch, lanes=tuple(lanes))
             _descend(site, batch, settings, values, pause=begun is not None)
 
     return in_halves(batches, run, remedy="Give more --memory, or a smaller model.")
@@ -438,11 +440,11 @@ def _keep(batch: _Batch, values: Values, *, pause: bool) -> None:
     values.targets[where] = (batch.members.hidden + found.delta[group])[:, 0].cpu()
     values.loss[where], values.steps[where] = found.objective[group].cpu(), found.steps[group].cpu()
     if pause:
-        states = [states.cpu() for states in (found.delta, found.first_moment, found.second_moment)]
+        delta, first, second = (states.cpu() for states in (found.delta, found.first_moment, found.second_moment))
         factors, steps = found.nll_factor.tolist(), found.steps.tolist()
         for place, number in zip(where.tolist(), group.tolist(), strict=True):
-            delta, first, second = (one[number].clone() for one in states)
-            values.paused[place] = Paused(delta, first, second, factors[number], steps[number])
+            states = delta[number].clone(), first[number].clone(), second[number].clone()
+            values.paused[place] = Paused(states[0], states[1], states[2], factors[number], steps[number])
 
 
 def _keys(facts: Sequence[Fact], group: Sequence[int]) -> list[tuple[int, str]]:
@@ -479,11 +481,10 @@ def _prepare(
     bare = facts[chosen[0][0]]
     contexts = len(bare.rows) - bare.others
     zeros = torch.zeros_like(hidden[first])
-    nothing = torch.zeros_like(zeros[0])
-    new = Paused(nothing, nothing, nothing, settings.nll_factor, 0)
+    new = Paused(zeros[0], zeros[0], zeros[0], settings.nll_factor, 0)
     starts = [(begun or {}).get(group[0], new) for group in chosen]
     delta, first_moment, second_moment = (
-        torch.stack([getattr(start, name) for start in starts]).to(device)
+        torch.stack([getattr(start, name).to(device) for start in starts])
         for name in ("delta", "first_moment", "second_moment")
     )
     factor = torch.tensor([start.nll_factor for start in starts], device=device)

@@ -275,17 +275,21 @@ def optimised_in(model: Any, memory: int | None) -> torch.dtype:
 
 
 @contextmanager
-def quick(model: Any) -> Iterator[None]:
-    """While open, the model runs in `quick_type`, if it says nearly the same there; its own weights are kept and put back."""
+def quick(model: Any, *, near: bool = False) -> Iterator[None]:
+    """While open, the model runs in `quick_type`, if it says nearly the same there; its own weights are kept and put back.
+
+    Args:
+        near: it was seen before that it does.
+    """
     dtype, own = quick_type(model), [(parameter, parameter.data) for parameter in model.parameters()]
     if dtype == model.dtype:
         yield
         return
-    said = _said(model)
+    said = None if near else _said(model)
     try:
         for parameter, data in own:
             parameter.data = data.to(dtype)
-        if not _is_near(model, said):
+        if said is not None and not _is_near(model, said):
             _put_back(own)
         yield
     finally:

@@ -380,13 +380,23 @@ class Stack:
         mask: Int[Tensor, "batch all"],
         positions: Int[Tensor, "batch time"],
         before: Prefix | None = None,
+        stop: int | None = None,
     ) -> Prefix:
-        """The keys and values of every block over a batch of texts, after those of ``before``; arguments as for `begin`."""
+        """The keys and values of every block over a batch of texts, after those of ``before``; arguments as for `begin`.
+
+        Args:
+            stop: of the blocks before this one only, for passes that go no further; None: of all.
+        """
         cache = DynamicCache()  # without a config: sliding layers keep every position, and the mask does the sliding
         if before is not None:
             before.copy_into(cache)
-        nowhere = torch.zeros(0, dtype=torch.long)
-        with self.feed_forward_at(len(self.blocks) - 1, nowhere, nowhere):
+        nowhere, stop = torch.zeros(0, dtype=torch.long), len(self.blocks) if stop is None else stop
+
+        def passed(*args: Any, **kwargs: Any) -> Any:
+            hidden = args[0] if args else kwargs["hidden_states"]
+            return (hidden, None) if self._tuple_output else hidden
+
+        with _replaced_forwards(self.blocks[stop:], passed), self.feed_forward_at(stop - 1, nowhere, nowhere):
             self.decoder(
                 input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
             )

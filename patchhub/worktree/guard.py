@@ -64,7 +64,7 @@ KIND: Final = Kind("base_text", ".safetensors", limit=1 << 28)
 """What the base's head is given on held text."""
 
 _POSITIONS: Final = (32, 2048)
-_AHEAD: Final = 8  # so many times the positions of this commit are read of the base at once, for later ones to find
+_AHEAD: Final = 2  # so many times the positions of this commit are read of the base at once, for later ones to find
 _EARLIER: Final = (8, 200)
 _SIBLINGS: Final = (8, 400)
 _CHATS: Final = (4, 100)

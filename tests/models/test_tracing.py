@@ -349,3 +349,17 @@ def test_a_cache_of_ones_own_still_works_afterwards():
     first = stack.model(input_ids=torch.tensor([row[:4]]), past_key_values=cache, use_cache=True).logits[0]
     second = stack.model(input_ids=torch.tensor([row[4:]]), past_key_values=cache, use_cache=True).logits[0]
     assert distance(torch.cat([first, second]), whole(stack.model, row)) < CLOSE
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_a_prefix_of_the_first_blocks_serves_passes_that_go_no_further(family):
+    stack = stack_of(family)
+    ids, mask, positions = right_padded(rows_of((5, 4)), CPU)
+    length, stop = ids.shape[1], len(stack.blocks) - 1
+    found = []
+    for prefix in (stack.read_prefix(ids, mask, positions), stack.read_prefix(ids, mask, positions, stop=stop)):
+        after = torch.cat([mask, torch.ones_like(ids)], dim=1)
+        start = stack.begin(ids, after, positions + length, prefix)
+        found.append(start.run(start.hidden, 0, stop))
+    assert torch.equal(*found)
