@@ -15,11 +15,11 @@ from patchhub.objects import Commit, Element, Keyframe, Patch, Request, requests
 from patchhub.sets.columns import (
     Shapes,
     additive_patches,
-    linear_shapes,
     read_additive,
     read_columns,
     read_state,
     solve_change,
+    tensor_shapes,
 )
 from patchhub.sets.guard import base_norms
 from patchhub.sets.merging import refuse_stopped
@@ -137,7 +137,7 @@ def prepare(
     before = repository.active(parent)
     digest = set_digest(draft.elements)
     same_as = repository.find_same_set(digest, *draft.parents)
-    shapes = linear_shapes(repository)
+    shapes = tensor_shapes(repository)
     tensors, keyframe = None, None
     if same_as is not None or not draft.elements:
         state = read_state(repository, same_as)
