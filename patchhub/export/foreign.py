@@ -94,8 +94,8 @@ FIELDS: Final[Mapping[str, Field]] = {
         "such a start takes values out of the base weights, so the adapter is not a change of the base as it is",
         SEPARATE,
     ),
-    "bias": Field(_one_of("none"), "it changes biases"),
-    "lora_bias": Field(_off, "it changes biases"),
+    "bias": Field(_one_of("none", "all", "lora_only"), "it is none of none, all and lora_only"),
+    "lora_bias": Field(_off, "its factors have biases, where the base may have none"),
     "use_dora": Field(_one_of(True, False, None), "it is neither true nor false"),
     "velora_config": Field(_null, "VeLoRA stores what it trained with beside its factors"),
     "kasa_config": Field(_null, "KaSA takes singular values out of the base weights"),
@@ -161,7 +161,7 @@ def read_adapter(
             if match["embedding"]:
                 part, factor = _OTHER[match["embedding"]], array.T
             pairs.setdefault(weight, {})[part] = factor
-        elif of_base is not None and weight in shapes and (_BELOW in name or config.saves(weight.rpartition(".")[0])):
+        elif of_base is not None and weight in shapes and (_BELOW in name or config.saves(weight)):
             found = _whole(folder, weight, array.T if transposed else array, _read(of_base, weight, transposed))
             deltas |= {} if found is None else {weight: found}
         else:
@@ -222,7 +222,8 @@ def _resized(
 ) -> Delta:
     """DoRA's change: each row of W0 + D with the length that the adapter gives it, less W0."""
     if size.shape != (len(before),) or not bool(np.isfinite(size).all()):
-        raise _refusal(folder, f"its magnitudes of {weight} are not finite, or not {len(before)}")
+        reason = f"its use_dora has magnitudes of {weight} that are not finite, or not one for each of its {len(before)} rows"
+        raise _refusal(folder, reason, remedy=MERGE, field="use_dora")
     moved = before + to_dense(product)
     lengths = np.linalg.norm(moved, axis=1)
     if not bool(lengths.all()):
@@ -293,6 +294,7 @@ class _Lora:
         layers: the numbers of the layers that are changed, None: all; `lists` are the names of their list, empty: any.
         whole: names of modules that are held whole.
         resized: DoRA: the rows of the weights are given other lengths.
+        biases: biases are held too.
     """
 
     rank: int
@@ -306,10 +308,13 @@ class _Lora:
     lists: Sequence[str]
     whole: Sequence[str] = ()
     resized: bool = False
+    biases: bool = False
 
-    def saves(self, module: str) -> bool:
-        """Whether PEFT puts a whole module of the adapter into the base's place."""
-        parts = module.split(".")
+    def saves(self, parameter: str) -> bool:
+        """Whether PEFT puts a whole parameter of the adapter into the base's place: of a module that is held whole, or a bias."""
+        if self.biases and parameter.endswith(".bias"):
+            return True
+        parts = parameter.split(".")[:-1]
         above = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
         return any(name.endswith(whole) for name in above for whole in self.whole)  # as PEFT matches them
 
@@ -396,7 +401,9 @@ def _read_config(path: Path) -> _Lora:
         raise _refusal(path, "its modules_to_save is malformed", field="modules_to_save")
     named: dict[str, Any] = {"targets": targets, "excluded": excluded, "layers": layers, "lists": lists, "whole": saved}
     stabilised, resized = config.get("use_rslora") is True, config.get("use_dora") is True
-    return _Lora(rank, alpha, ranks, alphas, stabilised, resized=resized, **named)
+    return _Lora(
+        rank, alpha, ranks, alphas, stabilised, resized=resized, biases=config.get("bias", "none") != "none", **named
+    )
 
 
 def _check_field(path: Path, field: str, value: Any) -> None:

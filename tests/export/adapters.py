@@ -19,6 +19,7 @@ ADAPTED: dict[str, dict[str, Any]] = {
     "EVA": {"init_lora_weights": "eva", "eva_config": {}},
     "dropout": {"lora_dropout": 0.3},
     "DoRA (`use_dora`)": {"use_dora": True},
+    "biases (`bias`)": {"bias": "all", "target_modules": ["q_proj", "down_proj"]},
     "embeddings, where the head is another tensor": {"target_modules": ["embed_tokens", "down_proj"]},
     "head, where the embedding is another tensor": {"target_modules": ["lm_head", "q_proj"]},
     "whole modules (`modules_to_save`): embeddings and head that are two tensors, norms, others": {
@@ -49,7 +50,6 @@ REFUSED: dict[str, tuple[str, Any]] = {
     "QALoRA": ("use_qalora", True),
     "BD-LoRA": ("use_bdlora", {"nblocks": 2}),
     "MonteCLoRA": ("monteclora_config", {}),
-    "biases": ("bias", "all"),
     "biases of LoRA": ("lora_bias", True),
     "replicated layers": ("layer_replication", [[0, 2], [1, 4]]),
     "parameters": ("target_parameters", ["mlp.down_proj.weight"]),

@@ -60,7 +60,7 @@ def lora(base: Path, folder: Path, modules: list[str], **options: Any) -> Any:
     for name, parameter in model.named_parameters():
         if "magnitude" in name:
             parameter.data *= 1 + 0.3 * torch.rand(parameter.shape, generator=generator)
-        elif "lora_" in name or "modules_to_save" in name:
+        elif "lora_" in name or "modules_to_save" in name or (name.endswith(".bias") and options.get("bias")):
             parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
     model.save_pretrained(folder)
     return model
@@ -73,11 +73,12 @@ def lora(base: Path, folder: Path, modules: list[str], **options: Any) -> Any:
 @pytest.mark.parametrize(
     ("family", "options"),
     [
+        ("qwen2", {"bias": "lora_only", "target_modules": ["q_proj"]}),
         ("gpt2", {"fan_in_fan_out": True}),
         ("gpt2", {"fan_in_fan_out": True, "use_dora": True}),
         *(("llama", options) for options in ADAPTED.values()),
     ],
-    ids=["Conv1D", "Conv1D resized", *ADAPTED],
+    ids=["biases that are there", "Conv1D", "Conv1D resized", *ADAPTED],
 )
 def test_an_imported_lora_is_what_peft_loads(family: str, options: dict[str, Any], tmp_path: Path) -> None:
     from peft import PeftModel
@@ -87,7 +88,7 @@ def test_an_imported_lora_is_what_peft_loads(family: str, options: dict[str, Any
     with model_store(tmp_path / "store", base) as store:
         found = {form for form, _ in imported(store, tmp_path / "lora").values()}
         assert found <= {"rank 2", "rank 3", "rank 4"} | (
-            {"dense"} if options.keys() & {"use_dora", "modules_to_save"} else set()
+            {"dense"} if options.keys() & {"use_dora", "modules_to_save", "bias"} else set()
         )
         assert check(store).sound
     adapted = PeftModel.from_pretrained(load_base(base), tmp_path / "lora").eval()
@@ -499,7 +500,7 @@ def test_malformed_adapters_are_refused(tmp_path: Path) -> None:
 
         cases: list[dict[str, Any]] = [
             {"use_dora": True},
-            {"bias": "all"},
+            {"bias": "some"},
             {"modules_to_save": "lm_head"},
             {"peft_type": "LOHA"},
             {"lora_alpha": "16"},
