@@ -20,7 +20,7 @@ from patchhub.evaluation.guard import Fault, Finding, Limits, Measured, Report, 
 from patchhub.interference import misfit
 from patchhub.models.checkpoint import FLOATS, Checkpoint, open_checkpoint, widened
 from patchhub.objects import Commit, Element
-from patchhub.sets.columns import Shapes, linear_shapes, read_blobs, read_columns, read_state, stacked_orientations
+from patchhub.sets.columns import Shapes, read_blobs, read_columns, read_state, stacked_orientations, tensor_shapes
 from patchhub.sets.elements import Place, active_requests
 from patchhub.store import states
 from patchhub.store.store import Store
@@ -90,6 +90,8 @@ def open_weight(checkpoint: Checkpoint, parameter: str, orientation: str) -> Bas
     if kind is None or any(entry.dtype != entries[0].dtype for entry in entries):
         return None
     raw = [np.memmap(entry.file, FLOATS[entry.dtype], "r", entry.begin, entry.shape) for entry in entries]
+    if len(raw) == 1 and raw[0].ndim == 1:
+        return BaseWeight(raw[0][:, None], kind, False)
     if len(raw) == 1 and raw[0].ndim == 2:
         return BaseWeight(raw[0], kind, orientation == "in_out")
     experts = raw[0] if len(raw) == 1 else raw
@@ -280,7 +282,7 @@ def from_vectors(repository: Store, found: Prepared) -> Measured:
 
 def most_moved(repository: Store, found: Prepared, places: Iterable[Place]) -> list[Place]:
     """Some places of facts, those first whose outputs the change moves most: ||dD k|| / ||r||, the largest over the weights."""
-    shapes = linear_shapes(repository)
+    shapes = tensor_shapes(repository)
     moved: dict[Place, float] = dict.fromkeys(places, 0.0)
     for weight, columns in found.columns.items():
         change = image(_change(found, weight, shapes[weight]), columns.keys)
@@ -294,7 +296,7 @@ def most_moved(repository: Store, found: Prepared, places: Iterable[Place]) -> l
 
 def _misfits(repository: Store, found: Prepared) -> tuple[Share, Share]:
     """(unmet, crushed) of `Measured`."""
-    shapes = linear_shapes(repository)
+    shapes = tensor_shapes(repository)
     after = _worst_misfits(found, found.after, shapes)
     met_before: set[Element] = set()
     for parent in found.commit.parents:
@@ -337,7 +339,7 @@ def _change(found: Prepared, weight: str, shape: tuple[int, int]) -> Delta:
 
 def _spectrum(repository: Store, found: Prepared) -> dict[str, dict[str, float]]:
     """Largest singular values of each weight's base, change and state."""
-    shapes = linear_shapes(repository)
+    shapes = tensor_shapes(repository)
     base = largest_singular_values(repository, found.after)
     values = {}
     for weight in sorted(base):

@@ -22,7 +22,7 @@ from patchhub.cache import Kind, Slot
 from patchhub.constraints import FORM_ANEW, SUMS_BEYOND, Columns, Moments, difference, join, no_columns, no_moments
 from patchhub.delta import Delta, add, negative
 from patchhub.objects import Commit, Element
-from patchhub.sets.columns import columns_beside, linear_shapes, read_additive, read_patches, weight_shapes
+from patchhub.sets.columns import columns_beside, read_additive, read_patches, tensor_shapes, weight_shapes
 from patchhub.store.states import first_parent
 from patchhub.store.store import Store
 
@@ -66,7 +66,7 @@ def solve_change(
     Args:
         near: a commit with much the same set as either, as in `asked_for`.
     """
-    shapes = linear_shapes(repository)
+    shapes = tensor_shapes(repository)
     old, new = read_additive(repository, before), read_additive(repository, after)
     gone, come = read_additive(repository, before - after), read_additive(repository, after - before)
     shifted = gone.keys() | come.keys()
@@ -241,7 +241,7 @@ def _summed(
     put: Callable[[Moments, Columns], Moments],
 ) -> dict[str, Moments]:
     """Sums with the columns of some elements put in or taken out, in blocks of rows; of weights that have any then."""
-    found, shapes = dict(sums), linear_shapes(repository)
+    found, shapes = dict(sums), tensor_shapes(repository)
     waiting: dict[str, list[Columns]] = {}
 
     def flush(weight: str) -> None:
