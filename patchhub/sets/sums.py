@@ -11,7 +11,7 @@ without a cache finds the same bits."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -242,16 +242,33 @@ def _summed(
 ) -> dict[str, Moments]:
     """Sums with the columns of some elements put in or taken out, in blocks of rows; of weights that have any then."""
     found, shapes = dict(sums), linear_shapes(repository)
-    waiting: dict[str, list[Columns]] = {}
-
-    def flush(weight: str) -> None:
-        found[weight] = put(found.get(weight, no_moments(shapes[weight])), join(waiting.pop(weight)))
-
-    for part in read_patches(repository, elements):
-        for weight, columns in part.items():
-            waiting.setdefault(weight, []).append(columns)
-            if sum(map(len, waiting[weight])) >= _ROWS:
-                flush(weight)
-    for weight in list(waiting):
-        flush(weight)
+    for weight, columns in ColumnBlocks(repository, elements):
+        found[weight] = put(found.get(weight, no_moments(shapes[weight])), columns)
     return {weight: part for weight, part in found.items() if len(part)}
+
+
+@dataclass(frozen=True, eq=False)
+class ColumnBlocks:
+    """The columns of a set as recorded, additive patches left out: a weight and some of its labelled rows at a time, read anew each time.
+
+    Raises:
+        CorruptStoreError: while they are read: a patch's tensors are not what its manifest says.
+    """
+
+    repository: Store
+    elements: Iterable[Element]
+
+    def __iter__(self) -> Iterator[tuple[str, Columns]]:
+        waiting: dict[str, list[Columns]] = {}
+        for part in read_patches(self.repository, self.elements):
+            for weight, columns in part.items():
+                waiting.setdefault(weight, []).append(columns)
+                if sum(map(len, waiting[weight])) >= _ROWS:
+                    yield weight, join(waiting.pop(weight))
+        yield from ((weight, join(parts)) for weight, parts in waiting.items())
+
+
+def recorded_columns(repository: Store, elements: frozenset[Element]) -> Iterable[tuple[str, Columns]]:
+    """The same, to be gone through more than once: kept where there are at most d_in, else read anew."""
+    found = ColumnBlocks(repository, elements)
+    return found if _are_many(repository, _count(elements)) else list(found)

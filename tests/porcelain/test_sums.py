@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from patchhub.constraints import moments, no_columns, proof
+from patchhub.constraints import join, moments, no_columns, proof
 from patchhub.delta import add, negative, norm
 from patchhub.objects import Element
 from patchhub.sets import sums
@@ -168,3 +168,20 @@ def test_additive_deltas_below_are_taken_off_the_sums(grown: Synthetic) -> None:
         assert proof(solved, sums.columns_beside(store, grown.active(), below)[weight]) < 1e-9
         assert len(part) == len(columns[weight])
         assert no_columns(weight_shapes(store)[weight]).shape == part.shape
+
+
+def test_columns_read_a_few_at_a_time_are_all_columns(grown: Synthetic, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sums, "_ROWS", 10)
+    store, whole = grown.repository, read_columns(grown.repository, grown.active())
+    found = sums.recorded_columns(store, grown.active())
+    for _ in range(2):
+        parts: dict[str, list] = {}
+        for weight, part in found:
+            assert len(part) < MANY + 10, "a patch and less than a block"
+            parts.setdefault(weight, []).append(part)
+        assert parts.keys() == whole.keys()
+        for weight, some in parts.items():
+            joined = join(some)
+            assert joined.labels == whole[weight].labels
+            assert joined.keys.tobytes() == whole[weight].keys.tobytes()
+            assert joined.residuals.tobytes() == whole[weight].residuals.tobytes()
