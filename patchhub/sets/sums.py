@@ -141,8 +141,8 @@ def sums_at(repository: Store, commit: str) -> dict[str, Moments]:
     whole, cost = -1, 0
     for place, identity in enumerate(way):
         step = repository.commit(identity)
-        come, gone = _count(step.added), _count(step.removed)
-        count, spent = count + come - gone, spent + STEP + come + gone
+        count += _count(step.added) - _count(step.removed)
+        spent += _cost(step)
         if spent > anchor:
             whole, anchor, spent = place, count, 0
     if whole >= 0:
@@ -150,10 +150,16 @@ def sums_at(repository: Store, commit: str) -> dict[str, Moments]:
     for identity in way[whole + 1 :]:
         step = repository.commit(identity)
         found = _after(repository, found, identity, step)
-        cost += STEP + _count(step.added) + _count(step.removed)
+        cost += _cost(step)
     if cost > WORTH:
         _keep(_slot(repository, commit), _Kept(found, count, anchor, spent))
     return found
+
+
+def _cost(commit: Commit) -> int:
+    """What a commit's changes cost; shards and imported changes are no columns."""
+    columns = _count(commit.added) + _count(commit.removed)
+    return STEP + columns if columns else 0
 
 
 @dataclass(frozen=True, eq=False)
