@@ -32,6 +32,8 @@ from patchhub.errors import ServedError
 out_option = click.option("--out", required=True, type=click.Path(path_type=Path), help="Where to write.")
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace what is there.")
 
+_SHOWN = 8
+
 
 @click.group("export", cls=Group)
 def export() -> None:
@@ -227,8 +229,11 @@ def import_(repo: Path | None, as_json: bool, **options: Any) -> None:
         print_json(done)
         return
     say(f"Committed {click.style(done.commit[:12], fg='yellow')}")
-    for weight, (form, error) in done.weights.items():
-        say(f"  {weight}  {form}, relative error {error:.1e}", dim=True)
+    listed = list(done.weights.items())
+    for weight, (form, error) in listed[:_SHOWN]:
+        say(f"  {weight}  {form}, {f'relative error {error:.1e}' if error else 'exact'}", dim=True)
+    if len(listed) > _SHOWN:
+        say(f"  ... and {count(len(listed) - _SHOWN, 'weight')} more (--json lists them)", dim=True)
 
 
 @click.command()

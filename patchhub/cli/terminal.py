@@ -42,6 +42,7 @@ repo_option = click.option(
     help="Folder that holds the store, or the store itself. Default: found upward from here.",
 )
 author_option = click.option("--author", help='Who makes this change, "Ada <ada@example.org>".')
+_HUB_BARS: Final = "HF_HUB_DISABLE_PROGRESS_BARS"
 _QUIET: Final = "patchhub.quiet"  # where a context keeps that -q was given
 _LINES: Final = "patchhub.lines"  # where a context gathers what is to be paged
 _UNPAGED: Final = "patchhub.unpaged"
@@ -75,8 +76,14 @@ _PLAIN: Final = str.maketrans({"“": '"', "”": '"', "’": "'", "█": "#", "
 
 
 def _keep_quiet(context: click.Context, param: click.Parameter, value: bool) -> None:
-    if value:
+    """Note -q, and leave out the bars of the Hub's client too, which reads this variable when it is imported."""
+    if value and _QUIET not in context.meta:
         context.meta[_QUIET] = True
+        before = os.environ.get(_HUB_BARS)
+        os.environ[_HUB_BARS] = "1"
+        context.call_on_close(
+            lambda: os.environ.pop(_HUB_BARS) if before is None else os.environ.update({_HUB_BARS: before})
+        )
 
 
 quiet_option = click.option(
@@ -331,12 +338,8 @@ def _to_stdout() -> Iterator[None]:
 
 
 def quiet_libraries() -> None:
-    """Keep the model libraries' own bars and notices off the terminal; to be called before they are imported."""
-    for name, value in (
-        ("HF_HUB_DISABLE_PROGRESS_BARS", "1"),
-        ("TOKENIZERS_PARALLELISM", "false"),
-        ("TRANSFORMERS_VERBOSITY", "error"),
-    ):
+    """Keep the model libraries' own notices off the terminal; to be called before they are imported."""
+    for name, value in (("TOKENIZERS_PARALLELISM", "false"), ("TRANSFORMERS_VERBOSITY", "error")):
         os.environ.setdefault(name, value)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it notes every product that it casts
 

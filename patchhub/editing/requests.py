@@ -5,6 +5,9 @@ Formats: JSONL, JSON, CSV (with commas, semicolons or tabs), YAML, Parquet, and 
 
 from __future__ import annotations
 
+import ast
+import codecs
+import contextlib
 import csv
 import io
 import json
@@ -341,7 +344,7 @@ def contradiction_error(contradictions: Sequence[Contradiction], *, active: bool
 def _read_text(source: Path | IO[bytes] | IO[str], whole: Origin) -> str:
     try:
         content = source.read_bytes() if isinstance(source, Path) else source.read()
-        text = content if isinstance(content, str) else content.decode("utf-8-sig")
+        text = content if isinstance(content, str) else content.decode(_encoding(content))
     except OSError as error:
         remedy = "name a file that can be read"
         if " " in whole.source:  # a sentence, most likely
@@ -353,6 +356,11 @@ def _read_text(source: Path | IO[bytes] | IO[str], whole: Origin) -> str:
     if "\0" in text:
         raise _refuse(whole, f"not text (NUL at offset {text.index(chr(0))})", "name a file of facts")
     return text
+
+
+def _encoding(content: bytes) -> str:
+    """UTF-8, or UTF-16 where the file begins as spreadsheets mark that."""
+    return "utf-16" if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
 
 
 def _sniff(text: str, whole: Origin) -> Format:
@@ -392,15 +400,30 @@ def _read_jsonl(text: str, whole: Origin) -> Iterator[tuple[Origin, object]]:
 
 
 def _read_json(text: str, whole: Origin) -> Iterator[tuple[Origin, object]]:
-    return _listed(_parse_json(text, whole), whole)
+    try:
+        content = _parse_json(text, whole)
+    except RequestError:
+        if not _is_jsonl(text):
+            raise
+        return _read_jsonl(text, whole)
+    return _listed(content, whole)
+
+
+def _is_jsonl(text: str) -> bool:
+    """Whether each of several lines looks like a whole record: many call such a file .json."""
+    lines = [line.strip() for line in text.split("\n") if line.strip()]
+    return len(lines) > 1 and all(line.startswith("{") and line.endswith("}") for line in lines)
 
 
 def _listed(content: object, whole: Origin) -> Iterator[tuple[Origin, object]]:
-    """The records of a document: a list, a list under one name (``requests``), or one record alone."""
+    """The records of a document: a list, its only list of records (``{"requests": [...]}``), or one record alone."""
     records = content
     if isinstance(content, dict):
-        lists = [value for value in content.values() if isinstance(value, list)]
-        records = lists[0] if len(content) == 1 and lists else [content] if is_record(content) else content
+        lists = [
+            value for value in content.values() if isinstance(value, list) and (not value or isinstance(value[0], dict))
+        ]
+        alone = len(lists) == 1 and not is_record(content)
+        records = lists[0] if alone else [content] if is_record(content) else content
     if not isinstance(records, list):
         message = f"{json_kind(records)} stands where a list of records belongs"
         raise _refuse(whole, message, 'write [{...}, {...}] or {"requests": [...]}')
@@ -464,7 +487,14 @@ def _read_csv(text: str, whole: Origin) -> Iterator[tuple[Origin, object]]:
 
 def _parse_list_cell(cell: str, origin: Origin) -> Any:
     if cell.lstrip().startswith("["):
-        return _parse_json(cell, origin)
+        try:
+            return _parse_json(cell, origin)
+        except RequestError:
+            with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
+                written = ast.literal_eval(cell.strip())  # as pandas writes a list into a cell
+                if isinstance(written, list):
+                    return written
+            raise
     return [text for text in cell.split("|") if text.strip()]
 
 

@@ -327,16 +327,18 @@ def _here(
     memory: int | None,
 ) -> Iterator[Sequence[tuple[int, ...]]]:
     """Optimise the batches on this model; yields each that is finished, or the halves of one that does not fit."""
-    trunk, own = run_trunk(site.stack, common), site.stack.model.dtype
+    trunk, model = run_trunk(site.stack, common), site.stack.model
+    own, seen = model.dtype, set[torch.dtype]()
 
     def run(chosen: Sequence[tuple[int, ...]]) -> None:
         if memory is not None:
             release_memory()  # what the last batch left in pieces would come on top of the next
-        batch = _prepare(site, facts, chosen, trunk, settings, begun)
-        with quick(site.stack.model) if optimised_in(site.stack.model, memory) != own else nullcontext():
-            now = site.stack.model.dtype
-            if now != own:
-                batch = replace(batch, lanes=tuple(replace(lane, rows=lane.rows.to(now)) for lane in batch.lanes))
+        batch, other = _prepare(site, facts, chosen, trunk, settings, begun), optimised_in(model, memory)
+        with quick(model, near=other in seen) if other != own else nullcontext():
+            seen.add(model.dtype)
+            if model.dtype != own:
+                lanes = (replace(lane, rows=lane.rows.to(model.dtype)) for lane in batch.lanes)
+                batch = replace(batch, lanes=tuple(lanes))
             _descend(site, batch, settings, values, pause=begun is not None)
 
     return in_halves(batches, run, remedy="Give more --memory, or a smaller model.")

@@ -13,12 +13,17 @@ from typing import Any, Final, TypeVar
 import numpy as np
 from jaxtyping import Float
 
-from patchhub.delta import Delta, Dense, LowRank, from_factors, from_sparse, norm
+from patchhub.delta import Delta, Dense, LowRank, add, compact, from_factors, from_sparse, norm, to_dense
 from patchhub.errors import BaseError, RequestError
 from patchhub.export.peft import CONFIG, WEIGHTS, Shapes
 from patchhub.models.checkpoint import read_floats, read_header
 
-_NAME: Final = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<part>[AB])\.weight")
+_NAME: Final = re.compile(
+    r"base_model\.model\.(?P<module>.+)\.lora_(?:(?P<part>[AB])\.weight|embedding_(?P<embedding>[AB])|(?P<size>magnitude_vector)(?:\.weight)?)"
+)
+_ENDS: Final = re.compile(
+    r"(?:^|\.)(?:lm_head|embed_tokens|embed_in|embed_out|wte)$"
+)  # where the two ends of a model may be one tensor
 _LIMIT: Final = 1 << 20  # bytes of a configuration
 _SHOWN: Final = 60  # letters of a value in a message
 _REMEDY: Final = "Give a LoRA adapter that PEFT wrote as safetensors, or the model that it was merged into."
@@ -89,9 +94,9 @@ FIELDS: Final[Mapping[str, Field]] = {
         "such a start takes values out of the base weights, so the adapter is not a change of the base as it is",
         SEPARATE,
     ),
-    "bias": Field(_one_of("none"), "it changes biases"),
-    "lora_bias": Field(_off, "it changes biases"),
-    "use_dora": Field(_off, "DoRA also rescales each row of the weight"),
+    "bias": Field(_one_of("none", "all", "lora_only"), "it is none of none, all and lora_only"),
+    "lora_bias": Field(_off, "its factors have biases, where the base may have none"),
+    "use_dora": Field(_one_of(True, False, None), "it is neither true nor false"),
     "velora_config": Field(_null, "VeLoRA stores what it trained with beside its factors"),
     "kasa_config": Field(_null, "KaSA takes singular values out of the base weights"),
     "use_qalora": Field(_off, "QALoRA pools its input", NO_CHANGE),
@@ -101,7 +106,7 @@ FIELDS: Final[Mapping[str, Field]] = {
     "arrow_config": Field(_null, "Arrow chooses between adapters token by token", NO_CHANGE),
     "layer_replication": Field(_off, "it adds layers that the base does not have", NO_CHANGE),
     "target_parameters": Field(_off, "it changes parameters that are no linear weights"),
-    "modules_to_save": Field(_off, "it holds whole modules beside its factors"),
+    "modules_to_save": Field(_any),  # whole tensors, which are read: see `_whole`
     "trainable_token_indices": Field(_off, "it changes rows of the embedding"),
     "ensure_weight_tying": Field(_off, "it changes embedding and head together"),
     "megatron_config": Field(_off, "its factors are those of Megatron's parallel layers"),
@@ -110,47 +115,128 @@ FIELDS: Final[Mapping[str, Field]] = {
 """Every field that is known. One that is not, and is not switched off, is refused by its name."""
 
 _WRAPPER: Final = "base_model.model."
+_BELOW: Final = ".base_layer."  # where PEFT saves the weight below its factors too: always of an embedding
+_OTHER: Final = {"A": "B", "B": "A"}
+_SIZE: Final = "magnitude_vector"
+_LONG: Final = 8
 _SPARSE: Final = 0.5  # below this share of values that changed, a mask and values are smaller than the matrix
 
 
-def read_adapter(folder: Path, shapes: Shapes) -> dict[str, Delta]:
+def read_adapter(
+    folder: Path,
+    shapes: Shapes,
+    of_base: Callable[[str], np.ndarray] | None = None,
+    *,
+    untied: bool = False,
+    transposed: bool = False,
+) -> dict[str, Delta]:
     """The deltas of a PEFT LoRA adapter, scaled as PEFT scales them (``alpha_i / r_i``, with rsLoRA ``alpha_i / sqrt(r_i)``).
+
+    With DoRA (Liu et al. 2024) and its magnitudes m the weight is m (W0 + D) / ||W0 + D||, row by row.
 
     Args:
         folder: holds ``adapter_config.json`` and ``adapter_model.safetensors``; nothing is unpickled.
         shapes: (out, in) of each weight that may be changed.
+        of_base: reads a parameter of the base as it is stored, for DoRA and adapters that hold whole modules in its place; None: both
+            are refused.
+        untied: the base's embedding and head are two tensors. Where they may be one, a change of one of them alone is refused.
+        transposed: the base stores weights (in, out), and so do whole modules.
 
     Raises:
         RequestError: it is no plain LoRA, it changes other modules, or its tensors are malformed.
     """
     config = _read_config(folder / CONFIG)
     pairs: dict[str, dict[str, np.ndarray]] = {}
+    deltas: dict[str, Delta] = {}
     for name, array in _read_tensors(folder / WEIGHTS).items():
         match = _NAME.fullmatch(name)
-        if match is None:
+        weight = f"{match['module']}.weight" if match else name.removeprefix(_WRAPPER).replace(_BELOW, ".")
+        if _ENDS.search(weight.rpartition(".")[0]) and not untied:
+            reason = f"it changes {weight} alone, and the base's embedding and head are one tensor, or its configuration does not say"
+            raise _refusal(folder, reason, remedy=MERGE, weight=weight)
+        if match:
+            _refuse_elsewhere(folder, name, weight, config, shapes)
+            # Of an embedding, A is (rank, tokens) and B (width, rank): the table's change is A^T B^T.
+            part, factor = (match["part"] or match["size"], array)
+            if match["embedding"]:
+                part, factor = _OTHER[match["embedding"]], array.T
+            pairs.setdefault(weight, {})[part] = factor
+        elif of_base is not None and weight in shapes and (_BELOW in name or config.saves(weight)):
+            found = _whole(folder, weight, array.T if transposed else array, _read(of_base, weight, transposed))
+            deltas |= {} if found is None else {weight: found}
+        else:
             raise _refusal(folder, f"it holds {name}, which is no factor of a linear weight", remedy=MERGE, tensor=name)
-        weight = f"{match['module']}.weight"
-        if weight not in shapes:
-            raise _refusal(folder, f"it changes {weight}, which is no linear weight of the base's blocks", tensor=name)
-        if not config.covers(match["module"]):
-            raise _refusal(folder, f"it holds {name}, and its target_modules leave that module out", tensor=name)
-        pairs.setdefault(weight, {})[match["part"]] = array
-    deltas: dict[str, Delta] = {}
-    for weight, parts in sorted(pairs.items()):
-        out, inner = shapes[weight]
-        rank = len(parts["A"]) if parts.keys() == {"A", "B"} and parts["A"].ndim == 2 else -1
-        if rank < 1 or parts["A"].shape != (rank, inner) or parts["B"].shape != (out, rank):
-            raise _refusal(folder, f"its factors of {weight} are missing or do not fit {(out, inner)}")
-        factors = [part.astype(np.float64) for part in (parts["B"], parts["A"])]
-        module = weight.removesuffix(".weight")
-        if rank != config.rank_of(module):
+    for weight, parts in pairs.items():
+        size = parts.pop(_SIZE, None)
+        product = _product(folder, weight, parts, config, shapes[weight])
+        if (
+            (size is not None) != config.resized
+            or (config.resized and of_base is None)
+            or (size is not None and weight in deltas)
+        ):
             raise _refusal(
-                folder, f"its factors of {weight} have rank {rank}, its {CONFIG} says {config.rank_of(module)}"
+                folder,
+                f"its use_dora and its magnitudes of {weight} do not fit together",
+                remedy=MERGE,
+                field="use_dora",
             )
-        if not all(bool(np.isfinite(factor).all()) for factor in factors):
-            raise _refusal(folder, f"its factors of {weight} are not finite")
-        deltas[weight] = from_factors(factors[0] * config.scale_of(module), factors[1])
-    return deltas
+        if size is not None and of_base is not None:
+            product = _resized(folder, weight, product, size, _read(of_base, weight, transposed))
+        deltas[weight] = compact(add([deltas[weight], product], shapes[weight])) if weight in deltas else product
+    return dict(sorted(deltas.items()))
+
+
+def _refuse_elsewhere(folder: Path, name: str, weight: str, config: _Lora, shapes: Shapes) -> None:
+    """Refuse a factor of what is no weight, or of a module that PEFT would leave out."""
+    if weight not in shapes:
+        raise _refusal(folder, f"it changes {weight}, which is no linear weight of the base's blocks", tensor=name)
+    if not config.covers(weight.removesuffix(".weight")):
+        raise _refusal(folder, f"it holds {name}, and its target_modules leave that module out", tensor=name)
+
+
+def _product(
+    folder: Path, weight: str, parts: Mapping[str, np.ndarray], config: _Lora, shape: tuple[int, int]
+) -> Delta:
+    """The delta scale * B A of a weight."""
+    out, inner = shape
+    module = weight.removesuffix(".weight")
+    rank = len(parts["A"]) if parts.keys() == {"A", "B"} and parts["A"].ndim == 2 else -1
+    if rank < 1 or parts["A"].shape != (rank, inner) or parts["B"].shape != (out, rank):
+        raise _refusal(folder, f"its factors of {weight} are missing or do not fit {(out, inner)}")
+    factors = [part.astype(np.float64) for part in (parts["B"], parts["A"])]
+    if rank != config.rank_of(module):
+        raise _refusal(folder, f"its factors of {weight} have rank {rank}, its {CONFIG} says {config.rank_of(module)}")
+    if not all(bool(np.isfinite(factor).all()) for factor in factors):
+        raise _refusal(folder, f"its factors of {weight} are not finite")
+    return from_factors(factors[0] * config.scale_of(module), factors[1])
+
+
+def _read(of_base: Callable[[str], np.ndarray], weight: str, transposed: bool) -> Float[np.ndarray, ...]:
+    """A parameter of the base, a matrix as (out, in), in float64."""
+    found = of_base(weight).astype(np.float64)
+    return found.T if transposed else found
+
+
+def _resized(
+    folder: Path, weight: str, product: Delta, size: Float[np.ndarray, " out"], before: Float[np.ndarray, "out in"]
+) -> Delta:
+    """DoRA's change: each row of W0 + D with the length that the adapter gives it, less W0."""
+    if size.shape != (len(before),) or not bool(np.isfinite(size).all()):
+        reason = f"its use_dora has magnitudes of {weight} that are not finite, or not one for each of its {len(before)} rows"
+        raise _refusal(folder, reason, remedy=MERGE, field="use_dora")
+    moved = before + to_dense(product)
+    lengths = np.linalg.norm(moved, axis=1)
+    if not bool(lengths.all()):
+        raise _refusal(folder, f"a row of {weight} has no length, so it cannot be given another", remedy=MERGE)
+    return from_difference((size.astype(np.float64) / lengths)[:, None] * moved - before, 0.0)[0]
+
+
+def _whole(folder: Path, weight: str, values: np.ndarray, before: np.ndarray) -> Delta | None:
+    """The change from a parameter of the base to what an adapter has in its place (PEFT's ``modules_to_save``), if there is any."""
+    if values.shape != before.shape or not bool(np.isfinite(values).all()):
+        raise _refusal(folder, f"its {weight} is not finite, or not of the base's shape {before.shape}")
+    change = values.astype(np.float64) - before
+    return from_difference(change[:, None] if change.ndim == 1 else change, 0.0)[0] if change.any() else None
 
 
 def from_difference(change: Float[np.ndarray, "out in"], tolerance: float) -> tuple[Delta, str, float]:
@@ -160,7 +246,7 @@ def from_difference(change: Float[np.ndarray, "out in"], tolerance: float) -> tu
     left out have at most `tolerance` of the norm and that is smaller; dense otherwise.
     """
     out, inner = change.shape
-    u, values, vt = np.linalg.svd(change.astype(np.float64), full_matrices=False)
+    u, values, vt = _singular(change.astype(np.float64))
     tails = np.append(np.sqrt(np.cumsum(values[::-1] ** 2))[::-1], 0.0)
     rank = int((tails > tolerance * tails[0]).sum())
     nonzero = int(np.count_nonzero(change))
@@ -171,6 +257,18 @@ def from_difference(change: Float[np.ndarray, "out in"], tolerance: float) -> tu
         factors = from_factors(u[:, :rank] * values[:rank], vt[:rank])
         return factors, f"rank {rank}", float(tails[rank] / tails[0])
     return Dense(change.astype(np.float32)), "dense", 0.0
+
+
+def _singular(
+    change: Float[np.ndarray, "out in"],
+) -> tuple[Float[np.ndarray, "out rank"], Float[np.ndarray, " rank"], Float[np.ndarray, "rank in"]]:
+    """The thin singular value decomposition; of a matrix far longer than wide, an embedding's, by way of its QR decomposition."""
+    out, inner = change.shape
+    if out <= _LONG * inner:
+        return np.linalg.svd(change, full_matrices=False)
+    q, r = np.linalg.qr(change)
+    u, values, vt = np.linalg.svd(r, full_matrices=False)
+    return q @ u, values, vt
 
 
 def form_of(delta: Delta) -> str:
@@ -194,6 +292,9 @@ class _Lora:
         rank_stabilised: the scale is alpha / sqrt(rank), not alpha / rank.
         targets, excluded: names of modules, or one expression for all; None: any, and none.
         layers: the numbers of the layers that are changed, None: all; `lists` are the names of their list, empty: any.
+        whole: names of modules that are held whole.
+        resized: DoRA: the rows of the weights are given other lengths.
+        biases: biases are held too.
     """
 
     rank: int
@@ -205,6 +306,17 @@ class _Lora:
     excluded: Sequence[str] | str | None
     layers: Sequence[int] | None
     lists: Sequence[str]
+    whole: Sequence[str] = ()
+    resized: bool = False
+    biases: bool = False
+
+    def saves(self, parameter: str) -> bool:
+        """Whether PEFT puts a whole parameter of the adapter into the base's place: of a module that is held whole, or a bias."""
+        if self.biases and parameter.endswith(".bias"):
+            return True
+        parts = parameter.split(".")[:-1]
+        above = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
+        return any(name.endswith(whole) for name in above for whole in self.whole)  # as PEFT matches them
 
     def covers(self, module: str) -> bool:
         """Whether PEFT gives a module factors, and so reads those that the file has for it."""
@@ -284,7 +396,14 @@ def _read_config(path: Path) -> _Lora:
             _expression(pattern)
     except re.error as error:
         raise _refusal(path, f"one of its names of modules is no regular expression ({error})") from error
-    return _Lora(rank, alpha, ranks, alphas, config.get("use_rslora") is True, targets, excluded, layers, lists)
+    saved = config.get("modules_to_save") or ()
+    if not (saved == () or _is_list_of(str, saved)):
+        raise _refusal(path, "its modules_to_save is malformed", field="modules_to_save")
+    named: dict[str, Any] = {"targets": targets, "excluded": excluded, "layers": layers, "lists": lists, "whole": saved}
+    stabilised, resized = config.get("use_rslora") is True, config.get("use_dora") is True
+    return _Lora(
+        rank, alpha, ranks, alphas, stabilised, resized=resized, biases=config.get("bias", "none") != "none", **named
+    )
 
 
 def _check_field(path: Path, field: str, value: Any) -> None:

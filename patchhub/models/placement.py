@@ -5,6 +5,7 @@ How much memory there is comes from the machine, or from what its control group 
 from __future__ import annotations
 
 import os
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -17,6 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from transformers import BitsAndBytesConfig
+from transformers.utils import logging
 
 from patchhub.errors import BaseError, SettingsError
 from patchhub.models.architectures import read_model
@@ -165,7 +167,8 @@ def load_base(checkpoint: Checkpoint, placement: Placement) -> Any:
     elif placement.devices[0].type != "cpu" and find_spec("accelerate") is not None:
         arguments["device_map"] = {"": placement.devices[0]}
     try:
-        model: Any = read_model(checkpoint.folder, **arguments)
+        with _without_bars():  # whoever loads a base to work with it says so
+            model: Any = read_model(checkpoint.folder, **arguments)
         if "device_map" not in arguments and placement.quantization == "none":
             model = model.to(placement.devices[0])
     except torch.OutOfMemoryError as error:
@@ -178,6 +181,22 @@ def load_base(checkpoint: Checkpoint, placement: Placement) -> Any:
     if placement.quantization == "4bit":
         _keep_gradients(model)
     return model
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """While open, transformers shows no bars of its own; those of the Hub's client follow it, and are as they were afterwards."""
+    library: Any = logging
+    shown = library.is_progress_bar_enabled()
+    with warnings.catch_warnings():  # where the environment forces the bars of the Hub's client
+        warnings.simplefilter("ignore", UserWarning)
+        if shown:
+            library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            library.enable_progress_bar()
 
 
 def is_quantised(model: Any) -> bool:
@@ -275,17 +294,21 @@ def optimised_in(model: Any, memory: int | None) -> torch.dtype:
 
 
 @contextmanager
-def quick(model: Any) -> Iterator[None]:
-    """While open, the model runs in `quick_type`, if it says nearly the same there; its own weights are kept and put back."""
+def quick(model: Any, *, near: bool = False) -> Iterator[None]:
+    """While open, the model runs in `quick_type`, if it says nearly the same there; its own weights are kept and put back.
+
+    Args:
+        near: it was seen before that it does.
+    """
     dtype, own = quick_type(model), [(parameter, parameter.data) for parameter in model.parameters()]
     if dtype == model.dtype:
         yield
         return
-    said = _said(model)
+    said = None if near else _said(model)
     try:
         for parameter, data in own:
             parameter.data = data.to(dtype)
-        if not _is_near(model, said):
+        if said is not None and not _is_near(model, said):
             _put_back(own)
         yield
     finally:

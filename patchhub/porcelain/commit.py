@@ -32,7 +32,7 @@ from patchhub.store.store import Store
 from patchhub.text.tokens import context_length, refuse_unknown
 from patchhub.who import Who
 from patchhub.worktree.judging import Guarding, judge
-from patchhub.worktree.loading import SURVIVAL_LIMIT
+from patchhub.worktree.loading import warn_of_losses
 from patchhub.worktree.opening import BaseFiles, Worktree, base_files, in_chat, open_worktree, patch_state
 from patchhub.worktree.recording import chosen_settings, state_without, write_closed_form
 from patchhub.worktree.shards import forget_replaced, wise_settings, write_shards
@@ -159,7 +159,7 @@ def commit(
     made = judge(repository, prepared, progress, Guarding(force, all=all_facts), tree=tree, written=plan.requests)
     identity = record(repository, made, draft, who.signer)
     survival: Mapping[str, float] = made.check.get("survival", {})
-    _warn_of_losses(survival, progress)
+    warn_of_losses(survival, progress, "when it is rounded to the base's type", "load(..., side_path=True) keeps it")
     report = Report.from_json(made.check)
     measured = report.measured if report else GuardMeasured()
     held = measured.own.count if measured.own else 0
@@ -315,15 +315,6 @@ def _none_holds(method: str) -> str:
     """What is said when the model answers with none of the facts that were written."""
     other = "try another --method" if method == METHOD else "try the settings that `patchhub tune` finds"
     return f"none of these facts is the model's answer now: take them back with `patchhub undo`, check their prompts, or {other}"
-
-
-def _warn_of_losses(survival: Mapping[str, float], progress: Progress) -> None:
-    for weight, share in survival.items():
-        if share < SURVIVAL_LIMIT:
-            progress.warn(
-                f"{1 - share:.0%} of the change of {weight} is lost when it is rounded to the base's type; "
-                "load(..., side_path=True) keeps it"
-            )
 
 
 _LISTED = 8

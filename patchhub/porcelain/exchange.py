@@ -43,7 +43,7 @@ from patchhub.porcelain.scores import DEFINITIONS, notes_of
 from patchhub.progress import Progress
 from patchhub.remotes.card import AdapterNote, Card, ScoreLine, adapter_name, write_card
 from patchhub.results import Result, told
-from patchhub.sets.columns import linear_shapes, read_state, stacked_weights, weight_shapes
+from patchhub.sets.columns import linear_shapes, read_state, stacked_weights, tensor_shapes, weight_shapes
 from patchhub.sets.commits import Draft, begin, prepare, record, store_patch
 from patchhub.sets.elements import active_requests, distinct
 from patchhub.sets.guard import base_norms
@@ -106,14 +106,15 @@ def import_change(
     head = begin(repository)
     folder = _holder(folder)
     if (folder / CONFIG).exists():
-        found = _from_adapter(folder, repository)
+        found = _from_adapter(folder, repository, base)
     else:
         from patchhub.worktree.opening import open_base
 
         found = _from_checkpoint(repository, open_base(repository, base), open_checkpoint(folder), tolerance, progress)
     if not found.deltas:
         raise RequestError(f"{folder} changes nothing", remedy="Give an adapter or a checkpoint that differs.")
-    shapes = linear_shapes(repository)
+    _refuse_large(folder, found.deltas)
+    shapes = tensor_shapes(repository)
     patch = store_patch(
         repository,
         kind="additive",
@@ -160,9 +161,37 @@ def _holder(folder: Path) -> Path:
     )
 
 
-def _from_adapter(folder: Path, repository: Store) -> _Change:
-    deltas = read_adapter(folder, linear_shapes(repository)).items()
-    return _Change("lora", {weight: (delta, form_of(delta), 0.0) for weight, delta in deltas if not is_nothing(delta)})
+LARGEST: Final = 4 << 30
+"""Bytes of the changes that an import may bring (docs/hub.md): every one of them is kept, pushed and solved against."""
+
+
+def _refuse_large(folder: Path, deltas: Mapping[str, tuple[Delta, str, float]]) -> None:
+    size = sum(
+        found.nbytes for delta, _, _ in deltas.values() for found in vars(delta).values() if hasattr(found, "nbytes")
+    )
+    if size > LARGEST:
+        raise RequestError(
+            f"what {folder} changes takes {size / 1e9:.1f} GB, and an import may take {LARGEST / 1e9:.1f}",
+            remedy="Make a store of that model itself: `patchhub init`.",
+            bytes=size,
+        )
+
+
+def _from_adapter(folder: Path, repository: Store, base: str | None) -> _Change:
+    """What an adapter changes; the base's own values are read only where the adapter has whole tensors in their place."""
+
+    def of_base(weight: str) -> np.ndarray:
+        from patchhub.worktree.opening import open_base
+
+        files = open_base(repository, base)
+        return read_floats(files.entry(files.resolve_name(weight)))
+
+    about = Base.from_json(repository.objects.get(repository.config.base_id))
+    untied = about.architecture.get("tie_word_embeddings") is False
+    transposed = repository.config.base["orientation"] == "in_out"
+    found = read_adapter(folder, tensor_shapes(repository), of_base, untied=untied, transposed=transposed)
+    kept = {weight: (delta, form_of(delta), 0.0) for weight, delta in found.items() if not is_nothing(delta)}
+    return _Change("lora", kept)
 
 
 def _from_checkpoint(
@@ -171,7 +200,7 @@ def _from_checkpoint(
     """The difference of two checkpoints, weight by weight; every other tensor must be the same."""
     from patchhub.worktree.opening import base_object
 
-    shapes = linear_shapes(repository)
+    shapes = tensor_shapes(repository)
     stored = {base.resolve_name(weight): weight for weight in shapes}
     progress.stage("comparing", len(other.tensors))
     differing = _differing(base_object(repository), base, other, progress.advance)
@@ -181,7 +210,8 @@ def _from_checkpoint(
         raise RequestError(
             f"{other.name} differs from the base in {len(foreign)} {noun} that patchhub does not edit "
             f"({', '.join(foreign[:3])}{', ...' if len(foreign) > 3 else ''})",
-            remedy="Only linear weights of the blocks can be imported: no embeddings, heads, norms or biases.",
+            remedy="Of models that store weights (out, in) under their parameters' names any matrix and vector can be imported, of others "
+            "only linear weights of the blocks.",
             tensors=foreign,
         )
     transposed = repository.config.base["orientation"] == "in_out"
@@ -191,7 +221,8 @@ def _from_checkpoint(
         change = (other.read(name).double() - base.read(name).double()).numpy()
         if not bool(np.isfinite(change).all()):
             raise BaseError(f"{name} of {other.name} is not finite", remedy="Use a sound checkpoint.", tensor=name)
-        deltas[stored[name]] = from_difference(change.T if transposed else change, tolerance)
+        change = change[:, None] if change.ndim == 1 else change.T if transposed else change
+        deltas[stored[name]] = from_difference(change, tolerance)
         progress.advance(1)
     return _Change("difference", dict(sorted(deltas.items())))
 
@@ -335,6 +366,7 @@ def _fused(repository: Store, commit: str | None, base: Path, out: Path, progres
     from patchhub.worktree.opening import open_checked
 
     _refuse_routed(repository, commit, "GGUF file")
+    _refuse_beyond(repository, commit, "GGUF file")
     known, shapes, state = repository.config.base, linear_shapes(repository), read_state(repository, commit)
     names = gguf.names_in_llama_cpp(state, known["model_type"], len(known["weights"]))
     files = open_checked(repository) if state else None
@@ -367,7 +399,7 @@ def export_diff(
     refuse_store(repository, out)
     commit = repository.resolve(revision)
     _refuse_routed(repository, commit, "file of weight changes")
-    shapes = linear_shapes(repository)
+    shapes = tensor_shapes(repository)
     progress.stage("adding deltas", 0)
     totals = {weight: add(deltas, shapes[weight]) for weight, deltas in read_state(repository, commit).items()}
     data = write_deltas({weight: compact(total) for weight, total in totals.items()})
@@ -417,7 +449,19 @@ def _for_servers(adapter: Adapter, shapes: Mapping[str, tuple[int, int]]) -> Ada
 
 def _adapter(repository: Store, commit: str | None, *, tolerance: float, rank: int | None) -> Adapter:
     _refuse_routed(repository, commit, "LoRA adapter")
+    _refuse_beyond(repository, commit, "LoRA adapter")
     return make_adapter(read_state(repository, commit), linear_shapes(repository), tolerance=tolerance, rank=rank)
+
+
+def _refuse_beyond(repository: Store, commit: str | None, what: str) -> None:
+    beyond = sorted(read_state(repository, commit).keys() - {*linear_shapes(repository)})
+    if beyond:
+        raise RepositoryError(
+            f"this state changes {beyond[0]}{f' and {len(beyond) - 1} more' if beyond[1:] else ''}, and no {what} holds more than linear "
+            "weights of the blocks",
+            remedy="Write a checkpoint: `patchhub apply`.",
+            weights=beyond,
+        )
 
 
 def _refuse_routed(repository: Store, commit: str | None, what: str) -> None:
@@ -435,7 +479,7 @@ def _card(repository: Store, repo: str, commit: str, adapter: AdapterNote | str,
     elements = repository.active(commit)
     requests = distinct(active_requests(repository, elements))
     base = _base_name(repository)
-    shapes = linear_shapes(repository)
+    shapes = tensor_shapes(repository)
     totals = {weight: norm(add(deltas, shapes[weight])) for weight, deltas in read_state(repository, commit).items()}
     norms = base_norms(repository, totals)
     return Card(

@@ -34,7 +34,7 @@ from patchhub.store.config import beside
 from patchhub.store.store import DIRECTORY, Store, refuse_existing, refuse_store
 from patchhub.text.tokens import context_length, lacks_tokenizer, refuse_unknown, tokenise, too_long
 from patchhub.who import Who
-from patchhub.worktree.loading import SURVIVAL_LIMIT, side_memory_files
+from patchhub.worktree.loading import side_memory_files, warn_of_losses
 from patchhub.worktree.opening import (
     Worktree,
     base_object,
@@ -219,12 +219,7 @@ def apply(
         extra=side_memory_files(repository, commit, shards, chosen_mode(repository, wise)),
         progress=increments(progress),
     )
-    for weight, share in sorted(kept.items()):
-        if share < SURVIVAL_LIMIT:
-            progress.warn(
-                f"{1 - share:.0%} of the change of {weight} is lost in the base's type; "
-                "patchhub.load(..., side_path=True) keeps it"
-            )
+    warn_of_losses(kept, progress, "in the base's type", "patchhub.load(..., side_path=True) keeps it")
     progress.close()
     return Applied(out, commit, kept, len(shards))
 

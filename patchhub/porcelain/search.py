@@ -283,10 +283,10 @@ def weight_steps(repository: Store, old: str, new: str) -> dict[str, WeightStep]
         RevisionError: no such revision.
     """
     from patchhub.delta import add, inner, negative, norm, numerical_rank
-    from patchhub.sets.columns import linear_shapes, read_state
+    from patchhub.sets.columns import read_state, tensor_shapes
     from patchhub.sets.guard import base_norms
 
-    shapes = linear_shapes(repository)
+    shapes = tensor_shapes(repository)
     before, after = (read_state(repository, repository.resolve(revision)) for revision in (old, new))
     steps = {}
     norms = base_norms(repository, before.keys() | after.keys())

@@ -285,13 +285,13 @@ def _fetch(
     max_bytes: int = MAX_BYTES,
     require_signed: Path | None = None,
 ) -> Fetched:
-    from patchhub.sets.columns import linear_shapes, tensor_check, weight_shapes  # they need NumPy
+    from patchhub.sets.columns import tensor_check, tensor_shapes, weight_shapes  # they need NumPy
     from patchhub.sets.proofs import prove
 
     progress.stage("fetching", 0)
     if remote.view().source is None:
         raise _nothing_at(remote.address)
-    weights, linear = weight_shapes(repository), linear_shapes(repository)
+    weights, linear = weight_shapes(repository), tensor_shapes(repository)
     intake = Intake(Limits(max_bytes, weights, linear), tensor_check(weights, linear), repair)
     admit = admission(repository, remote.address, require_signed, progress)
     entry = sync.Entry(lambda commits, tips: prove(repository, commits, tips=tips), trust, admit)

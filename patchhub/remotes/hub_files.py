@@ -463,12 +463,11 @@ class HubSnapshot:
                 path.relative_to(path.parents[1]).as_posix()
                 for path in self._cached_files(f"{self.sha}/{FOLDER}/*{INDEX}")
             ]
-        found = {}
+        found: dict[str, Index] = {}
         for path in names:
-            name = PurePosixPath(path).stem
+            name, left = PurePosixPath(path).stem, MOST_INDEX - sum(len(index.data) for index in found.values())
             with suppress(CorruptStoreError):
-                data = self._download(path, self.sha, limit=MOST_INDEX).read_bytes()
-                found[name] = Index.read(data, name)
+                found[name] = Index.read(self._download(path, self.sha, limit=left).read_bytes(), name)
         return Contents({}, found)
 
     def _find(self, revision: str) -> tuple[str, str | None]:

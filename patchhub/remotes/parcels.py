@@ -144,12 +144,15 @@ class Reader:
     def contents(self, files: Mapping[str, int]) -> Contents:
         """From the bytes of every file of the remote, by path. What is damaged of its packs is left out, and said."""
         alone = {found[1] + found[2]: size for path, size in files.items() if (found := OBJECT.fullmatch(path))}
-        indexes, damaged = {}, []
-        for path, size in files.items():
+        indexes, damaged, read = {}, [], 0
+        for path, size in sorted(files.items()):
             match = _INDEX.fullmatch(path)
             if match is None:
                 continue
             try:
+                read += size
+                if read > packs.MOST_INDEX:
+                    raise self._refused(match[1], f"is beyond {packs.MOST_INDEX} bytes of indexes that are read")
                 index = self._index(match[1], size)
                 there = files.get(pack_path(match[1], packs.PACK))
                 if there != index.size or index.size > packs.MOST_BYTES:
@@ -163,7 +166,7 @@ class Reader:
 
     def _index(self, name: str, size: int) -> Index:
         if name not in self.known:
-            data = self.read(pack_path(name, packs.INDEX), size) if size <= packs.MOST_INDEX else None
+            data = self.read(pack_path(name, packs.INDEX), size)
             if data is None:
                 raise self._refused(name, f"has an index of {size} bytes that cannot be read")
             self.known[name] = Index.read(data, name)

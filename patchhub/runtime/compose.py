@@ -39,7 +39,7 @@ def compose(
     few blocks of rows, and one float32 matrix if there are dense or sparse deltas.
 
     Args:
-        w0: the weight as the checkpoint stores it; of three dimensions, the experts of a stacked weight.
+        w0: the weight as the checkpoint stores it; of three dimensions, the experts of a stacked weight; of one, a bias or a norm's.
         deltas: in ascending order of blob id, which is the caller's duty.
         orientation: ``in_out`` if ``w0``, or each expert, is (in, out); deltas are (out, in), of a stack (out, E in).
         dtype: of the result.
@@ -47,6 +47,8 @@ def compose(
     Raises:
         ValueError: a delta has another shape than the weight.
     """
+    if w0.ndim == 1:  # a vector is a matrix of one column
+        return compose(w0[:, None], deltas, orientation="out_in", dtype=dtype)[:, 0]
     result = torch.empty(w0.shape, dtype=dtype, device=w0.device)
     for into, part, parts in zip(_experts(result), _experts(w0), sections(w0, deltas, orientation), strict=True):
         change = _change(part, parts, orientation)
@@ -81,6 +83,8 @@ def survival(
     1 where nothing is lost or next to nothing changes (`NEGLIGIBLE`), 0 where no entry moved. Arguments and memory as for `compose`;
     ``composed`` is its result.
     """
+    if w0.ndim == 1:
+        return survival(w0[:, None], deltas, composed[:, None], orientation="out_in")
     lost = wanted = size = 0.0
     for part, made, parts in zip(_experts(w0), _experts(composed), sections(w0, deltas, orientation), strict=True):
         change = _change(part, parts, orientation)

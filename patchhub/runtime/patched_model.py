@@ -33,8 +33,17 @@ def run_beside(model: nn.Module, weights: Mapping[str, Sequence[Delta]]) -> tupl
 
     Raises:
         BaseError: the model has no such module; nothing was attached then.
+        UnsupportedModelError: a weight is an embedding's or a norm's, or a bias.
     """
     modules = {name: _module(model, name) for name in weights}
+    others = sorted(name for name, module in modules.items() if not _is_linear(module, name))
+    if others:
+        raise UnsupportedModelError(
+            f"this state changes {others[0]}{' and others like it' if others[1:] else ''}, which is no weight of a linear module, so "
+            "the change cannot run beside it",
+            remedy="Load the base in float32, without side_path and without quantisation.",
+            weights=others,
+        )
     return tuple(add_beside(modules[name], deltas) for name, deltas in weights.items() if deltas)
 
 
@@ -42,6 +51,13 @@ def take_off(handles: Iterable[RemovableHandle]) -> None:
     """Undo `run_beside`."""
     for handle in handles:
         handle.remove()
+
+
+def _is_linear(module: nn.Module, name: str) -> bool:
+    """Whether the parameter of that name is what a module multiplies its input with; experts are, in their own way."""
+    weight = getattr(module, "weight", None)
+    is_vector = isinstance(weight, Tensor) and weight.ndim == 1
+    return not (name.endswith(".bias") or isinstance(module, nn.Embedding) or is_vector)
 
 
 def _module(model: nn.Module, weight: str) -> nn.Module:

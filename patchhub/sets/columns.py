@@ -89,22 +89,27 @@ def _known(repository: Store) -> Mapping[str, Mapping[str, Any]]:
 
 
 def linear_shapes(repository: Store) -> Shapes:
+    """(out, in) of `weight_shapes` and of every other linear weight of the base's blocks."""
+    return _Shapes(repository, linear_weights.linear_shapes)
+
+
+def tensor_shapes(repository: Store) -> Shapes:
     """(out, in) of every weight of the base that a state may change: `weight_shapes`, and what additive patches may change besides."""
-    return _LinearShapes(repository)
+    return _Shapes(repository, linear_weights.tensor_shapes)
 
 
-class _LinearShapes(Mapping[str, tuple[int, int]]):
+class _Shapes(Mapping[str, tuple[int, int]]):
     """The weights that facts are written into are in the config; the others are told from the base's object, on first use."""
 
-    def __init__(self, repository: Store) -> None:
-        self._repository = repository
+    def __init__(self, repository: Store, tell: Callable[..., Shapes]) -> None:
+        self._repository, self._tell = repository, tell
         self._edited = weight_shapes(repository)
 
     @cached_property
     def _all(self) -> Shapes:
         known = self._repository.config.base
         base = Base.from_json(self._repository.objects.get(self._repository.config.base_id))
-        return linear_weights.linear_shapes(base.tensors, self._edited, known["orientation"])
+        return self._tell(base.tensors, self._edited, known["orientation"])
 
     def __getitem__(self, weight: str) -> tuple[int, int]:
         return self._edited[weight] if weight in self._edited else self._all[weight]
@@ -123,7 +128,7 @@ def read_state(repository: Store, commit: str | None) -> dict[str, list[Delta]]:
 
 def read_blobs(repository: Store, blobs: Iterable[str]) -> dict[str, list[Delta]]:
     """The deltas of each weight that some delta blobs change, in ascending order of blob id."""
-    shapes = linear_shapes(repository)
+    shapes = tensor_shapes(repository)
     state: dict[str, list[Delta]] = {}
     for blob in sorted(blobs):
         for weight, delta in read_deltas(repository.objects.get(blob), shapes).items():

@@ -15,9 +15,9 @@ from patchhub.objects import Commit, Element, Keyframe, Patch, Request, requests
 from patchhub.sets.columns import (
     Shapes,
     additive_patches,
-    linear_shapes,
     read_additive,
     read_state,
+    tensor_shapes,
 )
 from patchhub.sets.guard import base_norms
 from patchhub.sets.merging import refuse_stopped
@@ -136,7 +136,7 @@ def prepare(
     before = repository.active(parent)
     digest = set_digest(draft.elements)
     same_as = repository.find_same_set(digest, *draft.parents)
-    shapes = linear_shapes(repository)
+    shapes = tensor_shapes(repository)
     tensors, keyframe = None, None
     if same_as is not None or not draft.elements:
         state = read_state(repository, same_as)

@@ -20,8 +20,9 @@ from patchhub.evaluation.guard import Fault, Finding, Limits, Measured, Report, 
 from patchhub.interference import misfit
 from patchhub.models.checkpoint import FLOATS, Checkpoint, open_checkpoint, widened
 from patchhub.objects import Commit, Element
-from patchhub.sets.columns import Shapes, linear_shapes, read_blobs, read_columns, read_state, stacked_orientations
+from patchhub.sets.columns import Shapes, read_blobs, read_state, stacked_orientations, tensor_shapes
 from patchhub.sets.elements import Place, active_requests
+from patchhub.sets.sums import recorded_columns
 from patchhub.store import states
 from patchhub.store.store import Store
 
@@ -90,6 +91,8 @@ def open_weight(checkpoint: Checkpoint, parameter: str, orientation: str) -> Bas
     if kind is None or any(entry.dtype != entries[0].dtype for entry in entries):
         return None
     raw = [np.memmap(entry.file, FLOATS[entry.dtype], "r", entry.begin, entry.shape) for entry in entries]
+    if len(raw) == 1 and raw[0].ndim == 1:
+        return BaseWeight(raw[0][:, None], kind, False)
     if len(raw) == 1 and raw[0].ndim == 2:
         return BaseWeight(raw[0], kind, orientation == "in_out")
     experts = raw[0] if len(raw) == 1 else raw
@@ -236,15 +239,15 @@ class Prepared:
         commit: the commit.
         elements: its active set.
         before, after: the deltas of its first parent's state, and of its own.
-        columns: those of its set per weight, against the base's weights whatever additive patches bring, since states are held
-            against them.
+        columns: those of its set, each with its weight, against the base's weights whatever additive patches bring, since states are
+            held against them. Of many a few at a time are in memory.
     """
 
     commit: Commit
     elements: frozenset[Element]
     before: State
     after: State
-    columns: Mapping[str, Columns]
+    columns: Iterable[tuple[str, Columns]]
 
 
 def prepared(repository: Store, commit: Commit) -> Prepared:
@@ -252,7 +255,7 @@ def prepared(repository: Store, commit: Commit) -> Prepared:
     identity, parent = commit.id, states.first_parent(commit)
     blobs = states.state(identity, lambda name: commit if name == identity else repository.commit(name), {})
     elements = (repository.active(parent) - commit.removed) | commit.added
-    columns = read_columns(repository, (element for element in elements if element[1] is not None))
+    columns = recorded_columns(repository, frozenset(element for element in elements if element[1] is not None))
     return Prepared(commit, elements, read_state(repository, parent), read_blobs(repository, blobs), columns)
 
 
@@ -280,10 +283,13 @@ def from_vectors(repository: Store, found: Prepared) -> Measured:
 
 def most_moved(repository: Store, found: Prepared, places: Iterable[Place]) -> list[Place]:
     """Some places of facts, those first whose outputs the change moves most: ||dD k|| / ||r||, the largest over the weights."""
-    shapes = linear_shapes(repository)
+    shapes = tensor_shapes(repository)
     moved: dict[Place, float] = dict.fromkeys(places, 0.0)
-    for weight, columns in found.columns.items():
-        change = image(_change(found, weight, shapes[weight]), columns.keys)
+    changes: dict[str, Delta] = {}
+    for weight, columns in found.columns:
+        if weight not in changes:
+            changes[weight] = _change(found, weight, shapes[weight])
+        change = image(changes[weight], columns.keys)
         asked = np.linalg.norm(columns.residuals.astype(np.float64), axis=1)
         shares = np.linalg.norm(change, axis=1) / np.where(asked > 0, asked, np.inf)
         for element, share in zip(columns.labels, shares.tolist(), strict=True):
@@ -294,7 +300,7 @@ def most_moved(repository: Store, found: Prepared, places: Iterable[Place]) -> l
 
 def _misfits(repository: Store, found: Prepared) -> tuple[Share, Share]:
     """(unmet, crushed) of `Measured`."""
-    shapes = linear_shapes(repository)
+    shapes = tensor_shapes(repository)
     after = _worst_misfits(found, found.after, shapes)
     met_before: set[Element] = set()
     for parent in found.commit.parents:
@@ -323,8 +329,11 @@ def _contradicted(repository: Store, found: Prepared) -> frozenset[Place]:
 def _worst_misfits(found: Prepared, state: State, shapes: Shapes) -> dict[Element, float]:
     """Each element's largest misfit over the weights."""
     worst: dict[Element, float] = {}
-    for weight, columns in found.columns.items():
-        values = misfit([add(state.get(weight, ()), shapes[weight])], columns).tolist()
+    totals: dict[str, Delta] = {}
+    for weight, columns in found.columns:
+        if weight not in totals:
+            totals[weight] = add(state.get(weight, ()), shapes[weight])
+        values = misfit([totals[weight]], columns).tolist()
         for element, value in zip(columns.labels, values, strict=True):
             worst[element] = max(worst.get(element, 0.0), value)
     return worst
@@ -337,7 +346,7 @@ def _change(found: Prepared, weight: str, shape: tuple[int, int]) -> Delta:
 
 def _spectrum(repository: Store, found: Prepared) -> dict[str, dict[str, float]]:
     """Largest singular values of each weight's base, change and state."""
-    shapes = linear_shapes(repository)
+    shapes = tensor_shapes(repository)
     base = largest_singular_values(repository, found.after)
     values = {}
     for weight in sorted(base):

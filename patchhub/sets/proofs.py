@@ -42,7 +42,7 @@ from patchhub.delta import Delta, LowRank, norm, read_delta, read_deltas, to_den
 from patchhub.errors import CorruptStoreError
 from patchhub.fsio import Span
 from patchhub.objects import Element, Patch
-from patchhub.sets.columns import Shapes, linear_shapes, read_rows, weight_norms
+from patchhub.sets.columns import Shapes, read_rows, tensor_shapes, weight_norms
 from patchhub.store.states import Proofs, Unprovable, Unproven
 from patchhub.store.store import Store
 
@@ -362,7 +362,7 @@ class _Walk:
         self._repository = repository
         self._plan = plan
         self._weight = weight
-        self._shape = _shape_of(linear_shapes(repository), weight)
+        self._shape = _shape_of(tensor_shapes(repository), weight)
         patch_of, file_of = repository.patch, repository.objects.place
         self._columns = read_rows(patch_of, file_of, plan.elements, weight, self._shape)
         self._place = {element: row for row, element in enumerate(self._columns.labels)}

@@ -11,7 +11,7 @@ without a cache finds the same bits."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -22,7 +22,7 @@ from patchhub.cache import Kind, Slot
 from patchhub.constraints import FORM_ANEW, SUMS_BEYOND, Columns, Moments, difference, join, no_columns, no_moments
 from patchhub.delta import Delta, add, negative
 from patchhub.objects import Commit, Element
-from patchhub.sets.columns import columns_beside, linear_shapes, read_additive, read_patches, weight_shapes
+from patchhub.sets.columns import columns_beside, read_additive, read_patches, tensor_shapes, weight_shapes
 from patchhub.store.states import first_parent
 from patchhub.store.store import Store
 
@@ -66,7 +66,7 @@ def solve_change(
     Args:
         near: a commit with much the same set as either, as in `asked_for`.
     """
-    shapes = linear_shapes(repository)
+    shapes = tensor_shapes(repository)
     old, new = read_additive(repository, before), read_additive(repository, after)
     gone, come = read_additive(repository, before - after), read_additive(repository, after - before)
     shifted = gone.keys() | come.keys()
@@ -141,8 +141,8 @@ def sums_at(repository: Store, commit: str) -> dict[str, Moments]:
     whole, cost = -1, 0
     for place, identity in enumerate(way):
         step = repository.commit(identity)
-        come, gone = _count(step.added), _count(step.removed)
-        count, spent = count + come - gone, spent + STEP + come + gone
+        count += _count(step.added) - _count(step.removed)
+        spent += _cost(step)
         if spent > anchor:
             whole, anchor, spent = place, count, 0
     if whole >= 0:
@@ -150,10 +150,16 @@ def sums_at(repository: Store, commit: str) -> dict[str, Moments]:
     for identity in way[whole + 1 :]:
         step = repository.commit(identity)
         found = _after(repository, found, identity, step)
-        cost += STEP + _count(step.added) + _count(step.removed)
+        cost += _cost(step)
     if cost > WORTH:
         _keep(_slot(repository, commit), _Kept(found, count, anchor, spent))
     return found
+
+
+def _cost(commit: Commit) -> int:
+    """What a commit's changes cost; shards and imported changes are no columns."""
+    columns = _count(commit.added) + _count(commit.removed)
+    return STEP + columns if columns else 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -241,17 +247,34 @@ def _summed(
     put: Callable[[Moments, Columns], Moments],
 ) -> dict[str, Moments]:
     """Sums with the columns of some elements put in or taken out, in blocks of rows; of weights that have any then."""
-    found, shapes = dict(sums), linear_shapes(repository)
-    waiting: dict[str, list[Columns]] = {}
-
-    def flush(weight: str) -> None:
-        found[weight] = put(found.get(weight, no_moments(shapes[weight])), join(waiting.pop(weight)))
-
-    for part in read_patches(repository, elements):
-        for weight, columns in part.items():
-            waiting.setdefault(weight, []).append(columns)
-            if sum(map(len, waiting[weight])) >= _ROWS:
-                flush(weight)
-    for weight in list(waiting):
-        flush(weight)
+    found, shapes = dict(sums), tensor_shapes(repository)
+    for weight, columns in ColumnBlocks(repository, elements):
+        found[weight] = put(found.get(weight, no_moments(shapes[weight])), columns)
     return {weight: part for weight, part in found.items() if len(part)}
+
+
+@dataclass(frozen=True, eq=False)
+class ColumnBlocks:
+    """The columns of a set as recorded, additive patches left out: a weight and some of its labelled rows at a time, read anew each time.
+
+    Raises:
+        CorruptStoreError: while they are read: a patch's tensors are not what its manifest says.
+    """
+
+    repository: Store
+    elements: Iterable[Element]
+
+    def __iter__(self) -> Iterator[tuple[str, Columns]]:
+        waiting: dict[str, list[Columns]] = {}
+        for part in read_patches(self.repository, self.elements):
+            for weight, columns in part.items():
+                waiting.setdefault(weight, []).append(columns)
+                if sum(map(len, waiting[weight])) >= _ROWS:
+                    yield weight, join(waiting.pop(weight))
+        yield from ((weight, join(parts)) for weight, parts in waiting.items())
+
+
+def recorded_columns(repository: Store, elements: frozenset[Element]) -> Iterable[tuple[str, Columns]]:
+    """The same, to be gone through more than once: kept where there are at most d_in, else read anew."""
+    found = ColumnBlocks(repository, elements)
+    return found if _are_many(repository, _count(elements)) else list(found)

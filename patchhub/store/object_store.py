@@ -93,8 +93,7 @@ class ObjectStore:
             write_atomically(
                 self._made(identity), packs.content([(identity, objects[identity])]), mode=READ_ONLY, disk=self._disk
             )
-        for group in packs.divided({identity: place.size for identity, place in small.items()}):
-            packs.write_pack(self._folder, {identity: small[identity] for identity in group}, disk=self._disk)
+        self._packed(small)
 
     def get(self, identity: str) -> bytes:
         known = self._read.get(identity)
@@ -182,16 +181,21 @@ class ObjectStore:
         """
         old = list(old)
         wanted = {identity for pack in old for identity in pack.index.ids()}.difference(without).union(more)
-        places = {identity: self._sound(identity, lambda place: place, span_digest) for identity in sorted(wanted)}
-        groups = packs.divided({identity: place.size for identity, place in places.items()})
-        new = [
-            packs.write_pack(self._folder, {identity: places[identity] for identity in group}, disk=self._disk)
-            for group in groups
-        ]
+        try:
+            new = self._packed({identity: self.place(identity) for identity in sorted(wanted)})
+        except CorruptStoreError:  # one is damaged where it was read, and may lie elsewhere too
+            new = self._packed({i: self._sound(i, lambda place: place, span_digest) for i in sorted(wanted)})
         kept = {pack.path for pack in new}
         packs.delete_packs(pack for pack in old if pack.path not in kept)
         self.packs()
         return len(new)
+
+    def _packed(self, places: Mapping[str, Span]) -> list[Pack]:
+        """Packs of objects, whose bytes are checked on the way."""
+        return [
+            packs.write_pack(self._folder, {identity: places[identity] for identity in group}, disk=self._disk)
+            for group in packs.divided({identity: place.size for identity, place in places.items()})
+        ]
 
     def temporary_files(self) -> Iterator[Path]:
         """Files that interrupted writes left behind."""

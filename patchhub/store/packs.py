@@ -34,7 +34,7 @@ MOST_BYTES: Final = 1 << 30
 """Bytes of the largest pack that is read from elsewhere."""
 
 MOST_INDEX: Final = 64 << 20
-"""Bytes of the largest index that is read from elsewhere: 1.6 million objects."""
+"""Bytes of all indexes together that are read from one place elsewhere: 1.6 million objects."""
 
 _FARTHEST: Final = (1 << 63) - 1  # that a file can be read at; a damaged index may say more
 _RECORD: Final = 40  # 32 bytes of an id, and the end of its object in the pack as eight bytes, little-endian

@@ -20,8 +20,9 @@ from patchhub.fsio import Span
 from patchhub.models.architectures import describe, read_config, read_model
 from patchhub.models.checkpoint import Checkpoint, open_checkpoint
 from patchhub.models.fingerprint import check_tensors
-from patchhub.models.linear_weights import linear_shapes
+from patchhub.models.linear_weights import tensor_shapes
 from patchhub.objects import Base, Patch, set_digest, set_from_json
+from patchhub.progress import Progress
 from patchhub.remotes.hub_files import HubSnapshot
 from patchhub.remotes.receive import MAX_SET, columns_limit, delta_limit
 from patchhub.remotes.remote import NAME as REMOTE
@@ -31,7 +32,7 @@ from patchhub.runtime.compose import ReadyWeights
 from patchhub.runtime.patched_model import PatchState, Proof, Routing, add_routing
 from patchhub.runtime.routing import Mode
 from patchhub.sets.columns import Shapes, tensor_check
-from patchhub.sets.columns import linear_shapes as stored_shapes
+from patchhub.sets.columns import tensor_shapes as stored_shapes
 from patchhub.sets.proofs import check_state
 from patchhub.store import states as stored_states
 from patchhub.store.store import DIRECTORY, Store
@@ -155,7 +156,7 @@ def open_published(
     try:
         about = Base.from_json(snapshot.read(manifest.base))
         blobs = stored_states.state(snapshot.commit, snapshot.read_commit, {})
-        linear = linear_shapes(checkpoint.tensors, shapes, architecture.orientation)
+        linear = tensor_shapes(checkpoint.tensors, shapes, architecture.orientation)
         limit = delta_limit(linear)
         weights: dict[str, list[Delta]] = {}
         for blob in sorted(blobs):
@@ -229,6 +230,17 @@ def open_state(path_or_repo: str | Path, revision: str = "HEAD", *, base: str | 
 
 
 SURVIVAL_LIMIT = 0.9  # warn when rounding to the base's type loses more than a tenth of a change
+_NAMED_LOSSES = 3
+
+
+def warn_of_losses(survival: Mapping[str, float], progress: Progress, where: str, remedy: str) -> None:
+    """Say of the weights whose change the cast takes much of what it takes, the worst first; of many, how many more there are."""
+    lost = sorted((share, weight) for weight, share in survival.items() if share < SURVIVAL_LIMIT)
+    shown = lost if len(lost) <= _NAMED_LOSSES + 1 else lost[:_NAMED_LOSSES]
+    for share, weight in shown:
+        progress.warn(f"{1 - share:.0%} of the change of {weight} is lost {where}; {remedy}")
+    if len(shown) < len(lost):
+        progress.warn(f"and more than a tenth of the changes of {len(lost) - len(shown)} other weights")
 
 
 def load(

@@ -48,6 +48,18 @@ def test_looking_imports_neither_torch_nor_numpy(verb: str, store: Path) -> None
     assert done.returncode == 0, done.stderr
 
 
+def test_quiet_is_heard_by_the_client_of_the_hub(store: Path) -> None:
+    """Which has bars of its own while it downloads and uploads; the variable is as it was afterwards."""
+    code = (
+        "import os, sys, click; from patchhub.cli.main import main\n"
+        "looked = []; main.commands['status'].callback = lambda **_: looked.append(os.environ['HF_HUB_DISABLE_PROGRESS_BARS'])\n"
+        "main(['status', '-q'], standalone_mode=False); print(looked, 'HF_HUB_DISABLE_PROGRESS_BARS' in os.environ)"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_DISABLE_PROGRESS_BARS"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout.strip() == "['1'] False"
+
+
 def test_fsck_imports_no_torch(store: Path) -> None:
     """It proves weights, for which it needs NumPy."""
     check = CHECK.replace(', "numpy"', "")

@@ -413,6 +413,20 @@ def test_what_a_record_says_besides_is_metadata():
     assert read_facts([{**fact, "metadata": "a remark"}]).requests[0].metadata == {"metadata": "a remark"}
 
 
+def test_tables_and_lists_as_other_programs_write_them(tmp_path):
+    fact = {"prompt": "{} speaks", "subject": "Ada", "target_new": "French"}
+    rows = "prompt,subject,target_new,paraphrases\r\n{} speaks,Ada,French,\"['Ada says', 'Ada\\'s words']\"\r\n"
+    two = f"{json.dumps(fact)}\n{json.dumps({**fact, 'subject': 'Bob'})}\n"
+    files = {"sheet.csv": rows.encode("utf-16"), "lines.json": two.encode()}
+    files["about.json"] = json.dumps({"version": 1, "tags": ["a"], "data": [fact]}).encode()
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    (sheet,) = read_facts(tmp_path / "sheet.csv").requests
+    assert sheet.paraphrases == ("Ada says", "Ada's words")
+    assert [fact.subject for fact in read_facts(tmp_path / "lines.json").requests] == ["Ada", "Bob"]
+    assert [fact.subject for fact in read_facts(tmp_path / "about.json").requests] == ["Ada"]
+
+
 def test_what_somebody_put_into_a_published_record_is_metadata():
     rewrite = {"prompt": "{} is in", "subject": "Rome", "target_new": {"str": "Peru"}, "target_true": {"str": "Italy"}}
     record = {
@@ -516,14 +530,14 @@ BAD_FILES = {
     "none.csv": ("prompt,subject,target_new\n", "no records"),
     "broken.jsonl": (json.dumps(FACT) + '\n{"prompt": \n', "line 2: malformed JSON at column"),
     "broken.json": ('[{"prompt": "x"\n  "subject"', "malformed JSON at line 2, column 3"),
-    "lines.json": (f"{json.dumps(FACT)}\n{json.dumps(FACT)}", "malformed JSON"),
+    "lines.json": (f"{json.dumps(FACT)}\n{json.dumps(FACT)[:-1]}", "malformed JSON"),
     "twice.json": ('[{"prompt": "a", "prompt": "b"}]', "the key 'prompt' occurs twice"),
     "deep.json": ("[" * 100_000, "malformed JSON"),
     "long-number.json": ("[" + "1" * 10_000 + "]", "malformed JSON|is a number"),
     "text.json": ('"hello"', "a text stands where a list"),
     "object.json": (json.dumps({"facts": 1}), "an object stands where a list"),
     "latin1.csv": ("prompt,subject,target_new\nZoé is,Zoé,x\n".encode("latin-1"), "not UTF-8 text .byte 0xe9"),
-    "utf16.json": ("[]".encode("utf-16"), "not UTF-8"),
+    "utf16.json": ("[]".encode("utf-16")[:-1], "not UTF-8"),
     "zeros.jsonl": (b"\0" * 64, "not text"),
     "zeros": (b"\0" * 64, "not text"),
     "prose.txt": ("Some facts, perhaps.", "neither the name nor the content"),
@@ -553,10 +567,13 @@ def test_what_is_not_a_file_is_refused(tmp_path, name):
         read_requests(tmp_path / name)
 
 
-def test_one_record_per_line_in_a_json_file_is_explained(tmp_path):
+def test_one_record_per_line_in_a_json_file_is_read_or_explained(tmp_path):
+    write(tmp_path / "lines.json", f"{json.dumps(FACT)}\n{json.dumps(FACT)}\nand more")
     with pytest.raises(RequestError) as caught:
-        read_requests(write(tmp_path / "lines.json", f"{json.dumps(FACT)}\n{json.dumps(FACT)}"))
+        read_requests(tmp_path / "lines.json")
     assert "jsonl" in caught.value.remedy
+    write(tmp_path / "lines.json", f"{json.dumps(FACT)}\n{json.dumps(FACT)}")
+    assert read_requests(tmp_path / "lines.json").requests == (EXPECTED,)
     assert read_requests(tmp_path / "lines.json", format="jsonl").requests == (EXPECTED,)
 
 

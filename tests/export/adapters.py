@@ -18,6 +18,14 @@ ADAPTED: dict[str, dict[str, Any]] = {
     "MiCA": {"init_lora_weights": "mica"},
     "EVA": {"init_lora_weights": "eva", "eva_config": {}},
     "dropout": {"lora_dropout": 0.3},
+    "DoRA (`use_dora`)": {"use_dora": True},
+    "biases (`bias`)": {"bias": "all", "target_modules": ["q_proj", "down_proj"]},
+    "embeddings, where the head is another tensor": {"target_modules": ["embed_tokens", "down_proj"]},
+    "head, where the embedding is another tensor": {"target_modules": ["lm_head", "q_proj"]},
+    "whole modules (`modules_to_save`): embeddings and head that are two tensors, norms, others": {
+        "modules_to_save": ["embed_tokens", "lm_head", "norm", "up_proj"],
+        "target_modules": ["down_proj"],
+    },
 }
 """Kinds of LoRA that are imported, as the options that PEFT makes them with."""
 
@@ -35,7 +43,6 @@ REFUSED: dict[str, tuple[str, Any]] = {
     "CorDA": ("init_lora_weights", "corda"),
     "LoftQ": ("init_lora_weights", "loftq"),
     "LoRA-GA": ("init_lora_weights", "lora_ga"),
-    "DoRA": ("use_dora", True),
     "VeLoRA": ("velora_config", {"num_groups": 4}),
     "KaSA": ("kasa_config", {}),
     "activated LoRA": ("alora_invocation_tokens", [7, 9]),
@@ -43,10 +50,8 @@ REFUSED: dict[str, tuple[str, Any]] = {
     "QALoRA": ("use_qalora", True),
     "BD-LoRA": ("use_bdlora", {"nblocks": 2}),
     "MonteCLoRA": ("monteclora_config", {}),
-    "biases": ("bias", "all"),
     "biases of LoRA": ("lora_bias", True),
     "replicated layers": ("layer_replication", [[0, 2], [1, 4]]),
-    "whole modules": ("modules_to_save", ["lm_head"]),
     "parameters": ("target_parameters", ["mlp.down_proj.weight"]),
     "tokens": ("trainable_token_indices", [3]),
     "tied weights": ("ensure_weight_tying", True),

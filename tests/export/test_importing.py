@@ -24,7 +24,7 @@ from patchhub.errors import PatchhubError, RequestError
 from patchhub.export.foreign import FIELDS, from_difference, read_adapter
 from patchhub.models.checkpoint import read_header, widened
 from patchhub.porcelain.change import revert
-from patchhub.porcelain.exchange import export_peft, import_change
+from patchhub.porcelain.exchange import export_gguf, export_peft, import_change
 from patchhub.porcelain.history import show
 from patchhub.porcelain.merge import merge
 from patchhub.porcelain.model import apply
@@ -58,7 +58,9 @@ def lora(base: Path, folder: Path, modules: list[str], **options: Any) -> Any:
     model = get_peft_model(load_base(base), config).eval()
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
-        if "lora_" in name:
+        if "magnitude" in name:
+            parameter.data *= 1 + 0.3 * torch.rand(parameter.shape, generator=generator)
+        elif "lora_" in name or "modules_to_save" in name or (name.endswith(".bias") and options.get("bias")):
             parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
     model.save_pretrained(folder)
     return model
@@ -67,10 +69,16 @@ def lora(base: Path, folder: Path, modules: list[str], **options: Any) -> Any:
 @OLD_WAY
 @pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match:RuntimeWarning")
 @pytest.mark.filterwarnings("ignore:lora with eva initialization:UserWarning")
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning")
 @pytest.mark.parametrize(
     ("family", "options"),
-    [("gpt2", {"fan_in_fan_out": True}), *(("llama", options) for options in ADAPTED.values())],
-    ids=["Conv1D", *ADAPTED],
+    [
+        ("qwen2", {"bias": "lora_only", "target_modules": ["q_proj"]}),
+        ("gpt2", {"fan_in_fan_out": True}),
+        ("gpt2", {"fan_in_fan_out": True, "use_dora": True}),
+        *(("llama", options) for options in ADAPTED.values()),
+    ],
+    ids=["biases that are there", "Conv1D", "Conv1D resized", *ADAPTED],
 )
 def test_an_imported_lora_is_what_peft_loads(family: str, options: dict[str, Any], tmp_path: Path) -> None:
     from peft import PeftModel
@@ -78,7 +86,10 @@ def test_an_imported_lora_is_what_peft_loads(family: str, options: dict[str, Any
     base = model_folder(tmp_path / "base", family)
     lora(base, tmp_path / "lora", ["mlp.c_proj" if family == "gpt2" else "down_proj"], **options)
     with model_store(tmp_path / "store", base) as store:
-        assert {form for form, _ in imported(store, tmp_path / "lora").values()} <= {"rank 2", "rank 3", "rank 4"}
+        found = {form for form, _ in imported(store, tmp_path / "lora").values()}
+        assert found <= {"rank 2", "rank 3", "rank 4"} | (
+            {"dense"} if options.keys() & {"use_dora", "modules_to_save", "bias"} else set()
+        )
         assert check(store).sound
     adapted = PeftModel.from_pretrained(load_base(base), tmp_path / "lora").eval()
     assert distance(logits(patchhub.load(tmp_path / "store")), logits(adapted)) < 1e-5
@@ -175,15 +186,91 @@ def _plain_adapter(folder: Path, config: dict[str, Any]) -> None:
 
 @OLD_WAY
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning")
-@pytest.mark.parametrize("module", ["lm_head", "embed_tokens"])
-def test_a_lora_of_other_modules_is_refused(module: str, tmp_path: Path) -> None:
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
+@pytest.mark.parametrize(
+    ("modules", "options"),
+    [(["lm_head"], {}), (["embed_tokens"], {}), (["q_proj"], {"modules_to_save": ["embed_tokens"]})],
+)
+def test_one_end_of_a_model_whose_ends_are_one_tensor_is_refused(
+    modules: list[str], options: dict[str, Any], tmp_path: Path
+) -> None:
+    """PEFT changes the one alone, and no change of the shared tensor does; the whole model can be tuned."""
+    base = model_folder(tmp_path / "base", "llama", tie_word_embeddings=True)
+    lora(base, tmp_path / "lora", modules, **options)
+    with model_store(tmp_path / "store", base) as store:
+        with pytest.raises(RequestError, match="embedding and head are one tensor"):
+            imported(store, tmp_path / "lora")
+        tuned_everywhere(base, tmp_path / "tuned")
+        imported(store, tmp_path / "tuned")
+    assert distance(logits(patchhub.load(tmp_path / "store")), logits(load_base(tmp_path / "tuned"))) < 1e-5
+
+
+def tuned_everywhere(base: Path, folder: Path) -> None:
+    """A fine-tune that changed every parameter."""
+    model, generator = load_base(base), torch.Generator().manual_seed(2)
+    for parameter in model.parameters():
+        parameter.data += 0.02 * torch.randn(parameter.shape, generator=generator)
+    model.save_pretrained(folder)
+
+
+def test_a_fine_tune_of_everything_lives_with_facts(tmp_path: Path) -> None:
+    """Embedding, head and norms too: committed, with facts below and above, exported, cloned, attached, detached, and taken back."""
     base = model_folder(tmp_path / "base", "llama")
-    lora(base, tmp_path / "lora", [module])
-    with (
-        model_store(tmp_path / "store", base) as store,
-        pytest.raises(RequestError, match=rf"{module}\..*, which is no factor of a linear weight"),
-    ):
-        imported(store, tmp_path / "lora")
+    tuned_everywhere(base, tmp_path / "tuned")
+    tuned = logits(load_base(tmp_path / "tuned"))
+    with model_store(tmp_path / "alone", base) as store:
+        weights = imported(store, tmp_path / "tuned")
+        assert {"model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"} <= weights.keys()
+    assert distance(logits(patchhub.load(tmp_path / "alone")), tuned) < 1e-5
+    with model_store(tmp_path / "store", base, range(3)) as store:
+        imported(store, tmp_path / "tuned")
+        ours = str(store.head[1])
+        add_batch(store, range(3, 6))
+        assert_joint(store)
+        both = logits(patchhub.load(tmp_path / "store"))
+        apply(store, "HEAD", tmp_path / "applied", Silent())
+        for export in (export_peft, export_gguf):
+            with pytest.raises(PatchhubError, match="holds more than linear weights"):
+                export(store, "HEAD", tmp_path / "out", Silent())
+        remote_add(store, "origin", str(tmp_path / "remote"))
+        push(store, "origin", Chosen(["main"]), Silent(), who=Who(AUTHOR, TIME))
+    clone(str(tmp_path / "remote"), tmp_path / "clone", Silent(), who=Who(AUTHOR, TIME), base=str(base))
+    for place in (load_base(tmp_path / "applied"), patchhub.load(tmp_path / "clone", prove=True)):
+        assert distance(logits(place), both) < 1e-5
+    model = load_base(base)
+    plain = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    patchhub.attach(model, tmp_path / "store")
+    assert torch.equal(logits(model), both)
+    patchhub.detach(model)
+    assert all(torch.equal(tensor, plain[name]) for name, tensor in model.state_dict().items())
+    with pytest.raises(PatchhubError, match="no weight of a linear module"):
+        patchhub.load(tmp_path / "store", side_path=True)
+    with Store.open(tmp_path / "store") as store:
+        revert(store, ours, STAMP)
+        assert check(store).sound
+        left = read_state(store, store.head[1])
+    with model_store(tmp_path / "plain", base, range(3), range(3, 6)) as store:
+        expected = read_state(store, store.head[1])
+        for weight, shape in linear_shapes(store).items():
+            alone = to_dense(add(expected.get(weight, ()), shape))
+            assert np.linalg.norm(to_dense(add(left.get(weight, ()), shape)) - alone) <= 1e-6 * np.linalg.norm(alone)
+
+
+def test_an_import_has_a_largest_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = model_folder(tmp_path / "base", "llama")
+    tuned_everywhere(base, tmp_path / "tuned")
+    monkeypatch.setattr("patchhub.porcelain.exchange.LARGEST", 1000)
+    with model_store(tmp_path / "store", base) as store, pytest.raises(RequestError, match="an import may take"):
+        imported(store, tmp_path / "tuned")
+
+
+def test_a_long_matrix_is_decomposed_as_any(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    low = generator.standard_normal((900, 3)) @ generator.standard_normal((3, 20))
+    delta, form, error = from_difference(low, 1e-6)
+    assert form == "rank 3"
+    assert error < 1e-12
+    assert np.linalg.norm(to_dense(delta) - low) <= 1e-6 * np.linalg.norm(low)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
@@ -413,8 +500,8 @@ def test_malformed_adapters_are_refused(tmp_path: Path) -> None:
 
         cases: list[dict[str, Any]] = [
             {"use_dora": True},
-            {"bias": "all"},
-            {"modules_to_save": ["lm_head"]},
+            {"bias": "some"},
+            {"modules_to_save": "lm_head"},
             {"peft_type": "LOHA"},
             {"lora_alpha": "16"},
             {"lora_alpha": float("inf")},

@@ -99,6 +99,8 @@ def test_it_fits_the_screen_and_can_be_read(page: Page, report: Path, width: int
     assert page.errors == []
     assert page.requests == [report.as_uri()]
     assert page.run("document.documentElement.scrollWidth") <= width
+    cut = "[...document.querySelectorAll('#commits .line.dim')].filter(line => line.scrollWidth > line.clientWidth).length"
+    assert page.run(cut) == 0
     found = page.run(CONTRASTS)
     assert len(found) > 200
     assert [entry for entry in found if entry[0] < 4.5 or entry[1] < 12] == []

@@ -9,13 +9,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from patchhub.constraints import moments, no_columns, proof
+from patchhub.constraints import join, moments, no_columns, proof
 from patchhub.delta import add, negative, norm
 from patchhub.objects import Element
+from patchhub.porcelain.change import revert
 from patchhub.sets import sums
 from patchhub.sets.columns import read_columns, read_state, weight_shapes
 from patchhub.sets.sums import asked_for, solve_change, sums_at, sums_near
+from patchhub.store.fsck import check
 from patchhub.store.store import Store
+from patchhub.who import Who
+from tests.porcelain import taught
 from tests.porcelain.synthetic import SHAPES, Synthetic, make_request, make_store
 
 INNER = 24
@@ -32,7 +36,7 @@ def requests(start: int, count: int) -> list:
     return [make_request(f"Person {number}") for number in range(start, start + count)]
 
 
-def grow(store: Synthetic, steps: int = 24, *, forget: bool = False) -> list[str]:
+def grow(store: Synthetic, steps: int = 14, *, forget: bool = False) -> list[str]:
     """A history that adds facts and takes some back; with `forget`, nothing is kept from one commit to the next."""
     rng = np.random.default_rng(7)
     made = [store.commit(*requests(0, MANY))]
@@ -168,3 +172,42 @@ def test_additive_deltas_below_are_taken_off_the_sums(grown: Synthetic) -> None:
         assert proof(solved, sums.columns_beside(store, grown.active(), below)[weight]) < 1e-9
         assert len(part) == len(columns[weight])
         assert no_columns(weight_shapes(store)[weight]).shape == part.shape
+
+
+def test_columns_read_a_few_at_a_time_are_all_columns(grown: Synthetic, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sums, "_ROWS", 10)
+    store, whole = grown.repository, read_columns(grown.repository, grown.active())
+    found = sums.recorded_columns(store, grown.active())
+    for _ in range(2):
+        parts: dict[str, list] = {}
+        for weight, part in found:
+            assert len(part) < MANY + 10, "a patch and less than a block"
+            parts.setdefault(weight, []).append(part)
+        assert parts.keys() == whole.keys()
+        for weight, some in parts.items():
+            joined = join(some)
+            assert joined.labels == whole[weight].labels
+            assert joined.keys.tobytes() == whole[weight].keys.tobytes()
+            assert joined.residuals.tobytes() == whole[weight].residuals.tobytes()
+
+
+@pytest.mark.slow
+def test_facts_are_recorded_on_sums_as_on_columns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model's facts, added to and taken back, by whichever way the state is solved."""
+    taught.make_store(tmp_path / "columns").close()
+    shutil.copytree(tmp_path / "columns", tmp_path / "sums")
+    found = []
+    for name, beyond in (("columns", 1.0), ("sums", 0.0)):
+        monkeypatch.setattr(sums, "SUMS_BEYOND", beyond)
+        with Store.open(tmp_path / name) as store:
+            taught.teach(store, [("Paris", "Dutch"), ("Rome is where the city", "Milan")], "two more")
+            revert(store, None, Who(taught.AUTHOR, taught.TIME, "back"), subjects=["Manila"])
+            shapes = weight_shapes(store)
+            state = {w: add(d, shapes[w]) for w, d in read_state(store, store.head[1]).items()}
+            found.append((sorted(str(request) for _, request in store.active(store.head[1])), state))
+            assert any(store.cache.folder.glob("sums/*")) == (name == "sums")
+            assert check(store).sound
+    (facts, plain), (same, summed) = found
+    assert facts == same
+    for weight, delta in plain.items():
+        assert norm(add([delta, negative(summed[weight])], delta.shape)) < 1e-4 * norm(delta)

@@ -167,6 +167,15 @@ def test_a_pack_that_is_not_what_it_says_is_left_out_and_named(remote: Path, tmp
         assert check(theirs).sound
 
 
+def test_indexes_are_read_up_to_a_bound(remote: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = [path.stat().st_size for path in files_in(remote, packs.INDEX)]
+    monkeypatch.setattr(packs, "MOST_INDEX", sum(sizes[:2]))
+    opened = open_remote(str(remote))
+    tip = opened.view().tips["refs/heads/main"]
+    assert 0 < len(opened.sizes(tip)) == sum((size - 16) // 40 for size in sizes[:2])
+    assert len(opened.damaged) == len(sizes) - 2
+
+
 def test_an_index_that_lies_about_sizes_is_refused_by_hash(remote: Path, tmp_path: Path) -> None:
     for path in files_in(remote, packs.INDEX):
         index, pack = Index(path.read_bytes()), path.with_suffix(packs.PACK)

@@ -320,3 +320,21 @@ def test_a_flipped_bit_in_a_pack_or_its_index_is_found(repository: Store) -> Non
         path.write_bytes(data)
     with Store.open(repository.root.parent) as fresh:
         assert check(fresh).sound
+
+
+def test_what_is_damaged_in_one_place_is_packed_from_another(store: ObjectStore) -> None:
+    identities = packed(store)
+    (pack,) = store.packs()
+    start, _ = pack.index.find(identities[2]) or (0, 0)
+    pack.path.chmod(0o600)
+    with pack.path.open("r+b") as file:
+        file.seek(start)
+        file.write(b"!")
+    store.put(DATA[2])
+    store.path(identities[2]).rename(store.root / "kept")
+    with pytest.raises(CorruptStoreError, match=identities[2][:12]):
+        store.replace_packs(store.packs())
+    assert len(store.packs()) == 1, "the pack stays while it cannot be written anew"
+    (store.root / "kept").rename(store.root / identities[2][:2] / identities[2][2:])
+    store.replace_packs(store.packs())
+    assert [store.get(identity) for identity in identities] == DATA

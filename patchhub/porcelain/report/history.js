@@ -90,9 +90,9 @@ function commitRow(commit, place, open) {
       element(
         "span",
         { class: "line dim small" },
-        element("span", { class: "id" }, short(commit.id)),
-        ` · ${changes} · ${day(commit.time)} · `,
-        userText(person(commit.author)),
+        element("span", { class: "roomy" }, element("span", { class: "id" }, short(commit.id)), " · "),
+        `${changes} · ${day(commit.time)}`,
+        element("span", { class: "roomy" }, " · ", userText(person(commit.author))),
       ),
     ),
   );
