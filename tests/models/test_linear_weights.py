@@ -12,7 +12,6 @@ from patchhub.models.linear_weights import linear_shapes
 from patchhub.models.structure import orientation_of
 from tests.models.tiny_configs import SUPPORTED, random_model, tiny_config
 
-
 RENAMED = ("kimi_linear",)  # whose checkpoints call most weights otherwise, so that of the others nothing is told
 
 
