@@ -282,7 +282,6 @@ def memit_settings(architecture: Architecture) -> EditSettings:
         opening=1.0,
         chat_weight=0.5,
         repairs=2,
-        alternate=2,
     )
     return settings if architecture.norm is None else _behind_a_norm(settings)
 
