@@ -294,7 +294,6 @@ def memit_settings(architecture: Architecture) -> EditSettings:
         chat_weight=0.5,
         wordings=6,
         repairs=2,
-        alternate=2,
     )
     return settings if architecture.norm is None else _behind_a_norm(settings)
 

@@ -343,7 +343,7 @@ def _scored(
         own, begin = read[number][0], begun[number]
         for place, wanted, spans in of_text.get(number, []):
             start = _reaching(spans, len(fronts[number]) + len(place.opening))
-            if not begin <= start < len(wanted) or not start or own[:start] != wanted[:start]:
+            if not begin <= start < len(wanted) or own[:start] != wanted[:start]:
                 continue
             said = sum(float(log_probs[at - begin, own[at]]) for at in range(begin, start))
             score = float(log_probs[start - begin, wanted[start]]) + _OF_THE_PROMPT * place.shared
@@ -371,6 +371,8 @@ def _read_from(
             start = stack.begin(padded, mask, positions + front, first)
             hidden = start.run(start.hidden, 0, len(stack.blocks))
             for row, number in enumerate(batch):
+                if not begun[number]:
+                    continue  # nothing stands before its first token
                 wanted = hidden[row, begun[number] - 1 - front : len(texts[number]) - front]
                 yield number, stack.logits(wanted).float().log_softmax(-1)
 

@@ -12,12 +12,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Final, Literal
+from typing import Final, Literal
 
 import numpy as np
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from patchhub.constraints import Columns, Moments, beyond, difference, no_columns
 from patchhub.delta import Delta, add, image
@@ -257,12 +257,12 @@ def _replayed(
             continue
         rows, wanted = torch.arange(len(climb.last)), targets[climb.request]
 
-        def put(module: nn.Module, args: Any, output: Tensor, climb: Climb = climb, wanted: Tensor = wanted) -> Tensor:
+        def put(output: Tensor, climb: Climb = climb, wanted: Tensor = wanted) -> Tensor:
             at = (torch.arange(len(climb.last)).to(output.device), climb.last.to(output.device))
             shaped = in_rows(output, climb.ids.shape)
             return shaped.index_put(at, wanted.to(output.device, output.dtype)).view(output.shape)
 
-        handle = stack.ffn_out[first].register_forward_hook(put)
+        handle = stack.hook_output(first, put)
         try:
             with stack.watch_values(layers) as projected:
                 climb.step(trunk).run(climb.hidden, first, layers[-1] + 1)

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from patchhub.editing.locate import Encoded
 from patchhub.models.tracing import Pass, Prefix, Stack, left_padded, right_padded
@@ -132,23 +132,22 @@ class _AtProjections(Site):
     def first(self) -> int:
         return self.layer
 
-    @property
     @abstractmethod
-    def _modules(self) -> tuple[nn.Module, ...]:
-        """One for each part."""
+    def _hook(self, part: int, function: Callable[[Tensor], Tensor | None]) -> RemovableHandle:
+        """Give the output of the map of a part to a function; what that returns takes its place."""
 
     def run(
         self, rows: Rows, change: Float[Tensor, "rows parts d"], row: Int[Tensor, " m"], column: Int[Tensor, " m"]
     ) -> Float[Tensor, "m d"]:
-        def adding(part: int) -> Any:
-            def add(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        def adding(part: int) -> Callable[[Tensor], Tensor]:
+            def add(output: Tensor) -> Tensor:
                 found = output.view(rows.hidden.shape)  # OPT's feed-forward part has no rows
                 first = (rows.at_last(found).float() + change[:, part].to(output.device)).to(output.dtype)
                 return rows.put_last(found, first).view(output.shape)
 
             return add
 
-        handles = [module.register_forward_hook(adding(part)) for part, module in enumerate(self._modules)]
+        handles = [self._hook(part, adding(part)) for part in range(self.parts)]
         blocks, column = len(self.stack.blocks), rows.last[row] + column
         try:
             if self.layer < blocks - 1:
@@ -163,13 +162,13 @@ class _AtProjections(Site):
     def unedited(self, rows: Rows) -> Float[Tensor, "rows parts d"]:
         found: dict[int, Tensor] = {}
 
-        def keeping(part: int) -> Any:
-            def keep(module: nn.Module, args: Any, output: Tensor) -> None:
+        def keeping(part: int) -> Callable[[Tensor], None]:
+            def keep(output: Tensor) -> None:
                 found[part] = rows.at_last(output.view(rows.hidden.shape)).float().to(self.stack.device)
 
             return keep
 
-        handles = [module.register_forward_hook(keeping(part)) for part, module in enumerate(self._modules)]
+        handles = [self._hook(part, keeping(part)) for part in range(self.parts)]
         try:
             rows.start.run(rows.hidden, self.layer, self.layer + 1)
         finally:
@@ -183,10 +182,12 @@ class Projections(_AtProjections):
 
     parts = 2
 
-    @property
-    def _modules(self) -> tuple[nn.Module, ...]:
+    def _hook(self, part: int, function: Callable[[Tensor], Tensor | None]) -> RemovableHandle:
+        if part == 0:
+            return self.stack.hook_output(self.layer, function)
         attention = self.stack.model.get_submodule(self.stack.architecture.attn_module(self.layer))
-        return self.stack.ffn_out[self.layer], attention
+        handle: RemovableHandle = attention.register_forward_hook(lambda module, args, output: function(output))
+        return handle
 
     def lengths(self, rows: Rows, unedited: Float[Tensor, "rows parts d"]) -> Float[Tensor, "rows parts"]:
         """In a mixture of experts, whose output is next to nothing at some tokens, they are relative to the stream's length."""
@@ -205,9 +206,8 @@ class FeedForward(_AtProjections):
 
     parts = 1
 
-    @property
-    def _modules(self) -> tuple[nn.Module, ...]:
-        return (self.stack.ffn_out[self.layer],)
+    def _hook(self, part: int, function: Callable[[Tensor], Tensor | None]) -> RemovableHandle:
+        return self.stack.hook_output(self.layer, function)
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,7 +18,7 @@ one of the two."""
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Literal, TypeAlias
@@ -26,6 +26,7 @@ from typing import Any, Final, Literal, TypeAlias
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
@@ -210,19 +211,27 @@ FAMILIES: Final[Mapping[str, Family]] = {
     "opt": Family("model.decoder.layers", "fc2", "self_attn.out_proj"),
     "phi": Family("model.layers", "mlp.fc2", "self_attn.dense"),
     "starcoder2": Family("model.layers", "mlp.c_proj", "self_attn.o_proj"),
+    "apertus": _LLAMA_LIKE,
+    "arcee": _LLAMA_LIKE,
     "cohere": _LLAMA_LIKE,
     "cohere2": _LLAMA_LIKE,
+    "cwm": _LLAMA_LIKE,
+    "ernie4_5": _LLAMA_LIKE,
     "gemma": _LLAMA_LIKE,
     "glm": _LLAMA_LIKE,
     "granite": _LLAMA_LIKE,
+    "hunyuan_v1_dense": _LLAMA_LIKE,
     "llama": _LLAMA_LIKE,
     "minicpm3": _LLAMA_LIKE,
     "ministral": _LLAMA_LIKE,
+    "ministral3": _LLAMA_LIKE,
     "mistral": _LLAMA_LIKE,
+    "nemotron": _LLAMA_LIKE,
     "olmo": _LLAMA_LIKE,
     "phi3": _LLAMA_LIKE,
     "qwen2": _LLAMA_LIKE,
     "qwen3": _LLAMA_LIKE,
+    "seed_oss": _LLAMA_LIKE,
     "smollm3": _LLAMA_LIKE,
     "stablelm": _LLAMA_LIKE,
     "exaone4": _POST_NORM,
@@ -231,15 +240,25 @@ FAMILIES: Final[Mapping[str, Family]] = {
     "olmo2": _POST_NORM,
     "olmo3": _POST_NORM,
     "glm4": replace(_LLAMA_LIKE, norm="post_mlp_layernorm"),
+    "flex_olmo": replace(_EXPERTS, norm="post_feedforward_layernorm"),
     "gpt_oss": _EXPERTS,
     "granitemoe": replace(_EXPERTS, ffn_out="block_sparse_moe.experts"),
+    "mimo_v2_flash": _EXPERTS,
+    "minimax_m2": _EXPERTS,
     "mixtral": _EXPERTS,
     "olmoe": _EXPERTS,
+    "phimoe": _EXPERTS,
     "qwen2_moe": _GATED_EXPERTS,
     "qwen3_moe": _EXPERTS,
+    "afmoe": replace(_SHARED_EXPERTS, norm="post_mlp_layernorm"),
     "deepseek_v2": _SHARED_EXPERTS,
     "deepseek_v3": _SHARED_EXPERTS,
+    "dots1": _SHARED_EXPERTS,
+    "ernie4_5_moe": _SHARED_EXPERTS,
+    "exaone_moe": _SHARED_EXPERTS,
     "glm4_moe": _SHARED_EXPERTS,
+    "glm4_moe_lite": _SHARED_EXPERTS,
+    "hunyuan_v1_moe": replace(_EXPERTS, also=("mlp.shared_mlp.down_proj",)),
     "bamba": Family("model.layers", "feed_forward.down_proj", "self_attn.o_proj", also=("mamba.out_proj",)),
     "falcon_h1": Family("model.layers", "feed_forward.down_proj", "self_attn.o_proj"),
     "granitemoehybrid": Family(
@@ -253,6 +272,11 @@ FAMILIES: Final[Mapping[str, Family]] = {
         "feed_forward.experts",
         "self_attn.o_proj",
         also=("feed_forward.down_proj", "mamba.out_proj"),
+    ),
+    "kimi_linear": _SHARED_EXPERTS,
+    "lfm2": Family("model.layers", "feed_forward.w2", "self_attn.out_proj", also=("conv.out_proj",)),
+    "lfm2_moe": Family(
+        "model.layers", "feed_forward.experts", "self_attn.out_proj", also=("feed_forward.w2", "conv.out_proj")
     ),
     "qwen3_5_text": replace(_LLAMA_LIKE, also=("linear_attn.out_proj",)),
     "qwen3_5_moe_text": replace(_GATED_EXPERTS, also=(*_GATED_EXPERTS.also, "linear_attn.out_proj")),
@@ -282,7 +306,6 @@ class Architecture:
         attention: path of the attention output projection of each layer, relative to its block.
         orientation: how the linear weights of the blocks are stored; deltas are (out, in) whatever it says.
         norm: path of the norm behind the feed-forward projection, relative to a block; None: there is none.
-        scale: what its output, or the norm's, is multiplied with before it enters the residual stream.
         beside: the projection of each layer that facts could be written into instead; None: there is none.
         site: which experts `feed_forward` is of; None of a model without experts.
         recurrent: as `is_recurrent`.
@@ -296,7 +319,6 @@ class Architecture:
     attention: tuple[str, ...]
     orientation: Orientation
     norm: str | None = None
-    scale: float = 1.0
     beside: tuple[Projection | None, ...] = ()
     site: Site | None = None
     recurrent: bool = False
@@ -441,7 +463,6 @@ def describe(config: PreTrainedConfig, site: Site | None = None) -> Architecture
         attention=tuple(structure.attention.path for structure in structures),
         orientation=structures[0].attention.orientation,
         norm=structures[0].norm,
-        scale=structures[0].scale,
         beside=beside,
         site=found,
         recurrent=is_recurrent(config),
@@ -488,9 +509,25 @@ def behind_of(model: Any, architecture: Architecture, layer: int) -> Behind:
         None if architecture.norm is None else model.get_submodule(f"{architecture.block(layer)}.{architecture.norm}")
     )
     try:
-        return read_behind(norm, architecture.scale, architecture.d_model)
+        return read_behind(norm, architecture.feed_forward[layer].scale, architecture.d_model)
     except StructureError as error:
         raise _refusal(model.config, str(error)) from error
+
+
+def hook_output(
+    model: Any, architecture: Architecture, layer: int, function: Callable[[Tensor], Tensor | None]
+) -> RemovableHandle:
+    """As `Stack.hook_output`, of any model of this architecture."""
+    if architecture.norm is None:
+        projection: nn.Module = model.get_submodule(architecture.ffn_module(layer))
+        return projection.register_forward_hook(lambda module, args, output: function(output))
+
+    def enter(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        found = function(args[0])
+        return None if found is None else (found, *args[1:])
+
+    norm: nn.Module = model.get_submodule(f"{architecture.block(layer)}.{architecture.norm}")
+    return norm.register_forward_pre_hook(enter)
 
 
 @torch.no_grad()
@@ -543,7 +580,7 @@ def additive_probe(model: Any, architecture: Architecture, layer: int) -> None:
         )
     ids = torch.arange(1, 5, device=model.get_input_embeddings().weight.device)[None]
     outputs: list[Tensor] = []
-    handle = projection.register_forward_hook(lambda module, args, output: outputs.append(output))
+    handle = hook_output(model, architecture, layer, outputs.append)
     try:
         before = _block_output(model, block, ids)
     finally:
@@ -622,7 +659,7 @@ def _without_weights(config: PreTrainedConfig) -> Any:
 
 def _refuse_differing(structures: Sequence[BlockStructure]) -> None:
     """What must be the same in all blocks; the paths of projections need not be."""
-    if len({(s.norm, s.scale, s.attention.orientation) for s in structures}) != 1:
+    if len({(s.norm, s.attention.orientation) for s in structures}) != 1:
         raise StructureError("has blocks of different structure")
 
 

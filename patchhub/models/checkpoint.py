@@ -38,6 +38,7 @@ _LENGTH_BYTES = 8
 _MAX_HEADER = 100_000_000  # as in the safetensors library
 
 _EXPERTS = re.compile(r"(?:model\.language_model\.)?(?P<block>.+?\.\d+)\.\w+\.experts\.down_proj")
+_INSIDE = re.compile(r"(?:.+\.)?(?P<block>\w+\.\d+)\.\w+\.(?P<rest>.+\.weight)")
 _WRAPPED, _UNWRAPPED = "model.language_model.", ("language_model.model.", "model.")
 
 
@@ -224,7 +225,8 @@ class Checkpoint:
         Checkpoints of a bare decoder lack the prefix that the causal language model gives it
         (``h.0.mlp.c_proj.weight`` for ``transformer.h.0.mlp.c_proj.weight``), others have one more. Those of models that see images
         and read text have the text model's under other names than the parameters (``language_model.model.layers`` or
-        ``model.layers`` for ``model.language_model.layers``).
+        ``model.layers`` for ``model.language_model.layers``), and some call the feed-forward part of a block otherwise
+        (``model.layers.3.block_sparse_moe.down_proj.weight`` for ``model.layers.3.mlp.down_proj.weight``).
 
         Raises:
             BaseError: no tensor, or more than one, can be meant.
@@ -236,6 +238,9 @@ class Checkpoint:
             found = [
                 n for n in (stored + parameter.removeprefix(_WRAPPED) for stored in _UNWRAPPED) if n in self.tensors
             ]
+        if not found and (inside := _INSIDE.fullmatch(parameter)):
+            other = re.compile(rf"(?:.+\.)?{re.escape(inside['block'])}\.\w+\.{re.escape(inside['rest'])}")
+            found = [name for name in self.tensors if other.fullmatch(name)]
         if len(found) != 1:
             raise BaseError(
                 f"{self.name} has {len(found) or 'no'} tensors that could be the parameter {parameter}",

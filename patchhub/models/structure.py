@@ -12,6 +12,7 @@ through its own, as it is or times a gate of its own."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias
@@ -55,6 +56,7 @@ class Projection:
         orientation: how the weight is stored, of experts each expert's.
         experts: E; 0 of a plain linear map.
         active: how many experts a token is routed to.
+        scale: what its output, or that of the norm behind it, is multiplied with before it enters the stream.
         gate: path of a linear map of the same input, relative to the block, whose sigmoid multiplies the output; None: there is none.
     """
 
@@ -63,6 +65,7 @@ class Projection:
     orientation: Orientation
     experts: int = 0
     active: int = 0
+    scale: float = 1.0
     gate: str | None = None
 
     @property
@@ -83,13 +86,11 @@ class BlockStructure:
     Attributes:
         feed_forward: one, or the routed and the shared experts.
         norm: path of the norm behind the feed-forward projection, relative to the block; None: there is none.
-        scale: what its output, or the norm's, is multiplied with.
     """
 
     attention: Projection
     feed_forward: tuple[Projection, ...]
     norm: str | None
-    scale: float
 
 
 @dataclass
@@ -120,6 +121,8 @@ def find_structure(model: nn.Module, n_layers: int, d_model: int) -> tuple[str, 
         StructureError: saying why the model cannot be edited.
     """
     path, blocks = _block_list(model, n_layers)
+    if "input_ids" not in inspect.signature(model.get_submodule(path.rpartition(".")[0]).forward).parameters:
+        raise StructureError("keeps its blocks in a part that is not given tokens, as encoders do")
     records = _trace(model, blocks, d_model)
     return path, tuple(_block_structure(block, record) for block, record in zip(blocks, records, strict=True))
 
@@ -219,13 +222,15 @@ def _watch(block: nn.Module, record: _Record, d_model: int) -> Iterable[Any]:
             yield module.register_forward_hook(project(path))
         elif out == 1:
             yield module.register_forward_hook(gate(path))
-        elif "norm" in type(module).__name__.lower():
+        elif path and "norm" in type(module).__name__.lower():
             yield module.register_forward_hook(norm(path))
 
 
 def _block_structure(block: nn.Module, record: _Record) -> BlockStructure:
     if len(record.end) != 1 or not record.projections:
         raise StructureError("has blocks that are not called once per pass, or that hold no projection into the stream")
+    if any(output is record.end[0] for _, output, _ in record.norms):
+        raise StructureError(_why_changed(record))
     nodes = {node: path for path, node in record.projections}
     stop = {*record.start, *nodes}
     ways, multiplied = _ways(record)
@@ -235,22 +240,26 @@ def _block_structure(block: nn.Module, record: _Record) -> BlockStructure:
     mixed = [path for path in ways if mixing[path] and ways[path].gate is None]
     attention = [path for path in mixed if "softmax" in mixing[path]] or mixed
     if not feed_forward:
-        raise StructureError(_why_not_additive(record))
+        raise StructureError(
+            "has no feed-forward projection whose output enters the residual stream as it is, scaled or through one norm "
+            "(a gate or a state-space layer stands in its place)"
+        )
     if len(attention) != 1 or (len(feed_forward) != 1 and not _are_experts(record, feed_forward)):
         raise StructureError(
             "has blocks other than one attention and one feed-forward network "
             f"(into the stream lead: {', '.join(path for path, _ in record.projections)})"
         )
     if multiplied:
-        raise StructureError("multiplies the residual stream itself in each block")
-    way = ways[feed_forward[0]]
-    if len({(ways[path].norm, ways[path].scale) for path in feed_forward}) != 1:
-        raise StructureError("multiplies its routed and its shared experts with different numbers")
+        raise StructureError(_why_changed(record))
+    if len({ways[path].norm for path in feed_forward}) != 1:
+        raise StructureError("has a norm behind some of its experts only")
     return BlockStructure(
         _projection(block, attention[0], record),
-        tuple(replace(_projection(block, path, record), gate=ways[path].gate) for path in feed_forward),
-        norm=way.norm,
-        scale=way.scale,
+        tuple(
+            replace(_projection(block, path, record), scale=ways[path].scale, gate=ways[path].gate)
+            for path in feed_forward
+        ),
+        norm=ways[feed_forward[0]].norm,
     )
 
 
@@ -298,7 +307,7 @@ def _ways(record: _Record) -> tuple[dict[str, _Way], bool]:
             waiting.append((parent, _Way(None, way.scale, path)))
         elif (factor := _factor(node)) is not None and way.norm is None:
             waiting += [(parent, replace(way, scale=way.scale * factor)) for parent, _ in node.next_functions]
-        elif type(node).__name__ in _IDENTITY or (_keeps_sums(node) and way.norm is None):
+        elif _keeps_sums(node):
             waiting += [(parent, way) for parent, _ in node.next_functions]
     return found, multiplied
 
@@ -353,14 +362,11 @@ def _mixing_of(node: Any, stop: set[Any]) -> set[str]:
     return {word for word in _MIXING for name in names if word in name}
 
 
-def _why_not_additive(record: _Record) -> str:
+def _why_changed(record: _Record) -> str:
     norms = [path for path, output, _ in record.norms if output is record.end[0]]
     if norms:
         return f"applies a norm ({norms[-1]}) to the residual stream itself, after the feed-forward network was added"
-    return (
-        "has no feed-forward projection whose output enters the residual stream as it is, scaled or through one norm "
-        "(a gate or a state-space layer stands in its place)"
-    )
+    return "multiplies the residual stream itself in each block"
 
 
 def _projection(block: nn.Module, path: str, record: _Record) -> Projection:

@@ -23,7 +23,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from patchhub.delta import Delta, LowRank, add, to_dense
 from patchhub.errors import UnsupportedModelError
-from patchhub.models.architectures import Architecture, Behind, behind_of, gate_keys
+from patchhub.models.architectures import Architecture, Behind, behind_of, gate_keys, hook_output
 from patchhub.models.experts import Routed, gated_keys, grouped_forwards, shape_of
 
 _SHAPES = ((64, 64, 64), (96, 384, 512), (33, 640, 129))  # rows, inner, columns of the products that are tried
@@ -469,17 +469,24 @@ class Stack:
 
     @contextmanager
     def watch_values(self, layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
-        """While open, the latest output of the FFN output projection of each layer: (batch, time, d)."""
+        """While open, the latest of what enters `behind` at each layer: (batch, time, d), see `hook_output`."""
         seen: dict[int, Tensor] = {}
 
         def keep(layer: int, rows: dict[int, torch.Size]) -> RemovableHandle:
-            def note(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            def note(output: Tensor) -> None:
                 seen[layer] = in_rows(output, rows[layer])
 
-            return self.ffn_out[layer].register_forward_hook(note)
+            return self.hook_output(layer, note)
 
         with self._watch(layers, keep):
             yield seen
+
+    def hook_output(self, layer: int, function: Callable[[Tensor], Tensor | None]) -> RemovableHandle:
+        """Give the output of a layer's feed-forward part to a function; what that returns takes its place.
+
+        That is the projection's output; where a norm comes behind, what enters the norm, for that may be the sum of several projections.
+        """
+        return hook_output(self.model, self.architecture, layer, function)
 
     @contextmanager
     def _watch(

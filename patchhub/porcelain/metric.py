@@ -192,6 +192,12 @@ def import_moments(repository: Store, sources: Sequence[str], progress: Progress
     progress.stage("reading moments", 2 * len(files))
     digests, tokens = {}, []
     for weight, path in files.items():
+        if "experts" in shapes[weight]:
+            raise SettingsError(
+                f"{weight} is the stack of {shapes[weight]['experts']} experts, each with a second moment of its own, and {path} holds one",
+                remedy="Leave the files out: the second moments are computed from text. Or write into shared experts.",
+                weight=weight,
+            )
         found = read_moment(path, shapes[weight]["shape"][1])
         digests[weight] = found.digest
         tokens.append(found.tokens)

@@ -160,6 +160,7 @@ def served_adapter(named: Named, base: str, cache: Path, *, max_rank: int | None
     from patchhub.fsio import os_errors, write_atomically
     from patchhub.models.checkpoint import open_checkpoint
     from patchhub.models.fingerprint import check_tensors
+    from patchhub.models.linear_weights import block_of
     from patchhub.porcelain.exchange import TOLERANCE
     from patchhub.remotes.card import adapter_name
     from patchhub.worktree.loading import open_state
@@ -180,6 +181,12 @@ def served_adapter(named: Named, base: str, cache: Path, *, max_rank: int | None
             remedy="Serve what `patchhub apply` writes.",
         )
     shapes = {weight: deltas[0].shape for weight, deltas in state.weights.items()}
+    beyond = sorted(weight for weight, (_, inner) in shapes.items() if block_of(weight) == weight or inner == 1)
+    if beyond:
+        raise RepositoryError(
+            f"{named.revision} of {named.place} changes {beyond[0]}, and no LoRA adapter holds more than linear weights of the blocks",
+            remedy="Serve what `patchhub apply` writes.",
+        )
     adapter = make_adapter(state.weights, shapes, tolerance=TOLERANCE)
     if max_rank is not None and adapter.rank > max_rank:
         raise RepositoryError(

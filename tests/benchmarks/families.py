@@ -3,8 +3,9 @@
     python -m tests.benchmarks.families             # a table in the form of docs/models.md
     python -m tests.benchmarks.families NAME ...    # some families, with the whole reason
 
-Each family is built tiny and with random weights, taken apart, and each of its layers is probed; where it cannot be built so
-small, its structure alone is looked at, in the size of its default configuration, without weights. Nothing is downloaded.
+Each family is built tiny and with random weights, as the tests build it if it has a row, taken apart, and each of its layers is probed;
+where it cannot be built so small, its structure alone is looked at, in the size of its default configuration, without weights. Nothing
+is downloaded.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 from patchhub.errors import UnsupportedModelError
 from patchhub.models.architectures import additive_probe, describe
 from patchhub.models.tracing import Stack
+from tests.models.tiny_configs import SUPPORTED, tiny_config
 
 TINY: dict[str, Any] = {
     "hidden_size": 32,
@@ -101,6 +103,8 @@ def tiny(config_class: Any) -> Any:
     Raises:
         Exception: of any kind, where the family does not take such numbers.
     """
+    if config_class.model_type in SUPPORTED:
+        return tiny_config(config_class.model_type)
     own = config_class()
     settings = {
         name: value

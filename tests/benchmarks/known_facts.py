@@ -37,7 +37,7 @@ from patchhub.evaluation.suites import counterfact_scores, read_facts
 from patchhub.objects import SLOT, Request
 from patchhub.text.tokens import chat_of
 
-PUBLISHED: Final = ("closing=0", "chat_weight=0", "repairs=0", "alternate=0")
+PUBLISHED: Final = ("closing=0", "chat_weight=0", "repairs=0")
 ON_A_GPU: Final = 8  # times the positions of a batch
 UNRELATED, SIBLINGS, OF_ONE_FACT = 40, 400, 2
 HEADS: Final = ("Globex", "Eastern")

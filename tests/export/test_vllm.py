@@ -17,6 +17,7 @@ from patchhub.repository import vllm as plugin
 from patchhub.repository.vllm import Named, served_adapter
 from patchhub.store.store import Store
 from tests.export.models import distance, load_base, logits, model_folder, model_store
+from tests.export.test_importing import imported, tuned_everywhere
 from tests.remotes.stores import move
 
 
@@ -80,6 +81,15 @@ def test_what_a_server_would_serve_wrongly_is_refused(served: tuple[Store, Path]
     with pytest.raises(patchhub.PatchhubError, match="not this repository's base"):
         served_adapter(Named(place, "HEAD"), str(other), tmp_path)
     assert not (tmp_path / "served").exists()
+
+
+def test_a_fine_tune_of_everything_is_refused(tmp_path: Path) -> None:
+    base = model_folder(tmp_path / "base", "llama")
+    tuned_everywhere(base, tmp_path / "tuned")
+    with model_store(tmp_path / "store", base) as repository:
+        imported(repository, tmp_path / "tuned")
+    with pytest.raises(RepositoryError, match=r"holds more than linear weights"):
+        served_adapter(Named(str(tmp_path / "store"), "HEAD"), str(base), tmp_path / "cache")
 
 
 def test_routed_experts_are_refused(tmp_path: Path) -> None:

@@ -82,7 +82,7 @@ def test_other_kinds_are_refused_with_their_reason(family: str, settings: dict[s
     assert "\n" not in caught.value.message
 
 
-@pytest.mark.parametrize("family", ["arcee", "seed_oss", "xglm"])
+@pytest.mark.parametrize("family", ["helium", "jais2", "xglm"])
 def test_an_unknown_family_is_found_by_its_structure(family: str) -> None:
     assert family not in FAMILIES
     settings = {"d_model": 32, "ffn_dim": 80, "attention_heads": 4, "num_layers": 3, "vocab_size": 96}

@@ -21,7 +21,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 import patchhub
 from patchhub.constraints import Columns, solve
-from patchhub.delta import section, to_dense
+from patchhub.delta import LowRank, section, to_dense
 from patchhub.editing.locate import Encoded
 from patchhub.editing.metric import drawn_to_mean, second_moments
 from patchhub.editing.rows import Projections
@@ -30,7 +30,7 @@ from patchhub.errors import SettingsError, UnsupportedModelError
 from patchhub.models.architectures import additive_probe, describe
 from patchhub.models.checkpoint import open_checkpoint
 from patchhub.models.experts import Groups, Routed, check_experts, grouped_forwards, shape_of
-from patchhub.models.tracing import Stack, fast, right_padded
+from patchhub.models.tracing import Stack, add_beside, fast, right_padded
 from patchhub.repository import Repository
 from patchhub.sets.columns import read_columns, write_columns
 from patchhub.store.store import Store
@@ -109,6 +109,10 @@ def test_experts_that_compute_something_else_are_refused_by_name() -> None:
     architecture = describe(model.config)
     experts = model.model.layers[1].mlp.experts
     assert check_experts(experts)
+    low_rank = LowRank(np.ones((32, 1), np.float32), np.ones((1, 96), np.float32))
+    handle = add_beside(experts, [low_rank])  # as an earlier commit's change
+    assert check_experts(experts)
+    handle.remove()
     model.requires_grad_(False)
     assert len(list(grouped_forwards(model))) == 3
     experts.__class__ = LouderExperts
@@ -358,6 +362,16 @@ def test_a_history_on_a_mixture_of_experts(family: str, experts: str | None, tmp
             assert columns.shape == tuple(store.config.base["weights"][weight]["shape"])
     with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt"}
+
+
+def test_what_experts_do_not_have_is_refused_by_name(tmp_path: Path) -> None:
+    moment = tmp_path / "moment.npz"
+    np.savez(moment, **{"mom2.mom2": np.eye(24, dtype=np.float32), "mom2.count": np.array(5)})
+    with made(tmp_path, "mixtral") as repository:
+        with pytest.raises(SettingsError, match="stack of 4 experts"):
+            repository.metric_import(f"1={moment}")
+        with pytest.raises(UnsupportedModelError, match="mixture of experts, which has no side memory"):
+            repository.commit([fact("Ada", "Dutch")], message="one", method="wise")
 
 
 @pytest.mark.slow

@@ -22,7 +22,7 @@ from patchhub.models.checkpoint import open_checkpoint
 from patchhub.models.fingerprint import fingerprint
 from patchhub.models.tracing import Stack
 from patchhub.runtime.patched_model import PatchState, attach, detach
-from tests.models.tiny_configs import SUPPORTED, random_model, tiny_config
+from tests.models.tiny_configs import RECENT, SUPPORTED, random_model, tiny_config
 
 LAYERS = (0, 1)
 RIDGE = 0.1
@@ -49,10 +49,10 @@ def louder(model: Any) -> Any:
 SCANNED = ("bamba", "falcon_h1", "granitemoehybrid")  # their state is run in plain PyTorch, token by token
 LONG = (pytest.mark.slow, pytest.mark.long)
 CASES = [
-    pytest.param(family, method, None, marks=LONG if family in SCANNED and method != "memit" else ())
+    pytest.param(family, method, None, marks=LONG if family in (*SCANNED, *RECENT) and method != "memit" else ())
     for family in SUPPORTED
     for method in EDITORS
-] + [pytest.param(family, "memit", "shared") for family in ("deepseek_v3", "qwen2_moe", "qwen3_next")]
+] + [pytest.param(family, "memit", "shared") for family in ("afmoe", "deepseek_v3", "qwen2_moe", "qwen3_next")]
 
 
 def test_every_row_of_the_table_is_tried() -> None:

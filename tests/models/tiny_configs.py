@@ -149,6 +149,43 @@ SUPPORTED: dict[str, dict[str, Any]] = {
     "qwen3_next": {**_EXPERTS, **_DELTA, "shared_expert_intermediate_size": 40},
 }
 
+_RECENT: dict[str, dict[str, Any]] = {
+    "afmoe": {**_DEEPSEEK, "head_dim": 8, "num_shared_experts": 1, "num_dense_layers": 1},
+    "apertus": _NO_HEAD_DIM,
+    "arcee": _LLAMA,
+    "cwm": _LLAMA,
+    "dots1": {**_DEEPSEEK, "head_dim": 8},
+    "ernie4_5": _LLAMA,
+    "ernie4_5_moe": {
+        **_EXPERTS,
+        "moe_num_experts": 4,
+        "moe_k": 2,
+        "moe_num_shared_experts": 1,
+        "moe_layer_start_index": 1,
+    },
+    "exaone_moe": {**_EXPERTS, "num_shared_experts": 1, "first_k_dense_replace": 1},
+    "flex_olmo": {**_EXPERTS},
+    "glm4_moe_lite": _DEEPSEEK,
+    "hunyuan_v1_dense": _LLAMA,
+    "hunyuan_v1_moe": {**_EXPERTS, "moe_topk": 2},
+    "kimi_linear": {
+        **_DEEPSEEK,
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+        "linear_num_heads": 2,
+        "linear_head_dim": 8,
+    },
+    "lfm2": {**_NO_HEAD_DIM, "layer_types": ["conv", "full_attention", "conv"], "block_multiple_of": 8},
+    "lfm2_moe": {**_EXPERTS, "layer_types": ["conv", "full_attention", "conv"], "num_dense_layers": 1},
+    "mimo_v2_flash": {**_EXPERTS, "n_routed_experts": 4, "v_head_dim": 8},
+    "minimax_m2": _EXPERTS,
+    "ministral3": _LLAMA,
+    "nemotron": _LLAMA,
+    "phimoe": _EXPERTS,
+    "seed_oss": _LLAMA,
+}
+RECENT = tuple(_RECENT)
+SUPPORTED |= _RECENT
+
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("gemma4_text", _LLAMA, "no feed-forward projection"),
     ("opt", {**SUPPORTED["opt"], "do_layer_norm_before": False}, "final_layer_norm"),
