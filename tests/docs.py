@@ -104,7 +104,7 @@ def python_page() -> str:
     functions += [_function(node, "patchhub") for node in _named(loading, "load", "attach")]
     functions += [_function(node, "patchhub") for node in _named(runtime, "detach")]
     parts = [PYTHON, "\n## Functions\n", *functions, "\n## Repository\n"]
-    for file in ("__init__", "writing", "looking", "model", "refs"):
+    for file in ("__init__", "writing", "looking", "model"):
         tree = _tree(f"repository/{file}.py")
         for class_ in (node for node in tree.body if isinstance(node, ast.ClassDef)):
             parts.append(f"\n{_docstring(class_)}")

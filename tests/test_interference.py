@@ -7,9 +7,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from patchhub.constraints import Columns, join, solve
+from patchhub.constraints import (
+    Columns,
+    expected_misfit,
+    interfering,
+    join,
+    key_cosines,
+    misfit,
+    near_keys,
+    residual_cosines,
+    solve,
+)
 from patchhub.delta import LowRank, to_dense
-from patchhub.interference import expected_misfit, interfering, key_cosines, misfit, near_keys, residual_cosines
 from tests.test_constraints import draw_columns, metric
 
 SEEDS = st.integers(0, 2**32 - 1)

@@ -22,7 +22,7 @@ from patchhub.cli.options import (
     short_signatures,
     signature_line,
 )
-from patchhub.cli.search import list_found
+from patchhub.cli.refs import list_found
 from patchhub.cli.terminal import (
     ago,
     count,

@@ -8,9 +8,8 @@ from pathlib import Path
 import click
 
 from patchhub import __version__
-from patchhub.cli import change, exchange, history, measure, model, refs, search, share, signing
-from patchhub.cli.habits import Group
-from patchhub.cli.terminal import do_not_page, quiet_libraries, quiet_option
+from patchhub.cli import change, history, measure, model, refs, share
+from patchhub.cli.terminal import Group, do_not_page, quiet_libraries, quiet_option
 
 SECTIONS = {
     "Begin": ("demo", "init", "clone", "config"),
@@ -73,7 +72,7 @@ def main(ctx: click.Context, repo: Path | None, no_pager: bool) -> None:
         do_not_page(ctx)
 
 
-MODULES = (model, change, history, measure, refs, search, share, signing, exchange)
+MODULES = (model, change, history, measure, refs, share)
 
 for module in MODULES:
     for command in module.COMMANDS:

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from patchhub.cli.habits import Group
 from patchhub.cli.options import (
     FactsFile,
     Revision,
@@ -28,6 +27,7 @@ from patchhub.cli.options import (
     workers_options,
 )
 from patchhub.cli.terminal import (
+    Group,
     author_option,
     bars,
     count,

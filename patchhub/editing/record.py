@@ -21,9 +21,9 @@ from torch import Tensor
 
 from patchhub.constraints import Columns, Moments, beyond, difference, no_columns
 from patchhub.delta import Delta, add, image
-from patchhub.editing.budget import POSITIONS, Footprint, release_memory, step_budget
 from patchhub.editing.metric import MetricCache
 from patchhub.editing.rows import Beginnings, Climb, KeyRow, Trunk, at, batches, read_keys
+from patchhub.editing.steps import POSITIONS, Footprint, release_memory, step_budget
 from patchhub.editing.values import Elsewhere, KeptValues, Values, ValueSettings
 from patchhub.models.architectures import Behind
 from patchhub.models.tracing import Stack, add_beside, in_rows

@@ -16,10 +16,19 @@ from torch import Tensor
 
 from patchhub.cache import Cache, Kind, Slot
 from patchhub.canonical import canonical_json, object_id
-from patchhub.editing.budget import LEAST_FACTS, in_halves, planned, release_memory, step_budget
 from patchhub.editing.locate import Encoded
-from patchhub.editing.objective import Predictions, Turn, read_states, turns
 from patchhub.editing.rows import Fact, Lane, Row, Site, Trunk, beginnings, new_places, open_lanes, run_trunk
+from patchhub.editing.steps import (
+    LEAST_FACTS,
+    Predictions,
+    Turn,
+    in_halves,
+    planned,
+    read_states,
+    release_memory,
+    step_budget,
+    turns,
+)
 from patchhub.errors import EditError
 from patchhub.models.placement import optimised_in, quick
 

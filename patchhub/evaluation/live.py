@@ -19,8 +19,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicCache
 
 from patchhub.errors import RequestError, SettingsError
+from patchhub.evaluation.guard import Sibling, after_target, closed, leaks, said, stopped
 from patchhub.evaluation.metrics import BATCH_TOKENS, cut, reading
-from patchhub.evaluation.spoken import Sibling, after_target, closed, leaks, said, stopped
 from patchhub.evaluation.suites import Combined, Scores, mean_or_none, scored
 from patchhub.models.structure import is_recurrent
 from patchhub.models.tracing import left_padded

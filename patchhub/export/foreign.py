@@ -15,7 +15,7 @@ from jaxtyping import Float
 
 from patchhub.delta import Delta, Dense, LowRank, add, compact, from_factors, from_sparse, norm, to_dense
 from patchhub.errors import BaseError, RequestError
-from patchhub.export.peft import CONFIG, WEIGHTS, Shapes
+from patchhub.export.adapters import CONFIG, WEIGHTS, Shapes
 from patchhub.models.checkpoint import read_floats, read_header
 
 _NAME: Final = re.compile(

@@ -28,7 +28,7 @@ from patchhub.sets.elements import (
 )
 from patchhub.sets.shards import ShardPlan, plan_shards, shards_among, shrink, stale_shards, without_shards
 from patchhub.store import states
-from patchhub.store.operations import JOINS
+from patchhub.store.database import JOINS
 from patchhub.store.revisions import REMOTES
 from patchhub.store.store import Store
 from patchhub.who import Who

@@ -10,11 +10,10 @@ from time import perf_counter
 from typing import Any, Final
 
 from patchhub.canonical import nfc
-from patchhub.editing.budget import release_memory
 from patchhub.editing.editor import EDITORS, encode_facts
 from patchhub.editing.requests import Batch, Keep, Origin
-from patchhub.editing.settings import EditSettings
-from patchhub.editing.wise.settings import WiseSettings
+from patchhub.editing.settings import EditSettings, WiseSettings
+from patchhub.editing.steps import release_memory
 from patchhub.errors import RequestError, SettingsError, UnsupportedModelError
 from patchhub.evaluation.guard import Fault, Report
 from patchhub.evaluation.guard import Measured as GuardMeasured

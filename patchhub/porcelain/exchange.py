@@ -20,10 +20,9 @@ import numpy as np
 from patchhub.delta import Delta, add, compact, negative, norm, read_deltas, to_dense, write_deltas
 from patchhub.errors import BaseError, RepositoryError, RequestError, SettingsError
 from patchhub.evaluation.guard import Report
-from patchhub.evaluation.judge import Server, root_of
-from patchhub.export import gguf
-from patchhub.export.foreign import form_of, from_difference, is_nothing, read_adapter
-from patchhub.export.peft import (
+from patchhub.evaluation.outside import Server, root_of
+from patchhub.export import adapters
+from patchhub.export.adapters import (
     CONFIG,
     EXACT,
     LORA_IN_VLLM,
@@ -35,13 +34,14 @@ from patchhub.export.peft import (
     in_every_layer,
     make_adapter,
 )
+from patchhub.export.foreign import form_of, from_difference, is_nothing, read_adapter
 from patchhub.fsio import os_errors, write_atomically
+from patchhub.models.bytes import tensor_digest
 from patchhub.models.checkpoint import Checkpoint, open_checkpoint, read_floats
-from patchhub.models.fingerprint import tensor_digest
 from patchhub.objects import Base, Request
 from patchhub.porcelain.scores import DEFINITIONS, notes_of
 from patchhub.progress import Progress
-from patchhub.remotes.card import AdapterNote, Card, ScoreLine, adapter_name, write_card
+from patchhub.remotes.hub import AdapterNote, Card, ScoreLine, adapter_name, write_card
 from patchhub.results import Result, told
 from patchhub.sets.columns import linear_shapes, read_state, stacked_weights, tensor_shapes, weight_shapes
 from patchhub.sets.commits import Draft, begin, prepare, record, store_patch
@@ -345,11 +345,11 @@ def export_gguf(
     adapter = _adapter(repository, commit, tolerance=tolerance, rank=rank)
     model_type, layers, named = base["model_type"], len(base["weights"]), _base_name(repository).model
     with TemporaryDirectory(prefix="patchhub-gguf-") as folder:
-        gguf.write_gguf(adapter, model_type, layers, Path(folder) / name, base=named)
+        adapters.write_gguf(adapter, model_type, layers, Path(folder) / name, base=named)
         data = (Path(folder) / name).read_bytes()
-        there, shapes = gguf.read_gguf(Path(folder) / name), linear_shapes(repository)
+        there, shapes = adapters.read_gguf(Path(folder) / name), linear_shapes(repository)
     errors = [1.0]
-    for weight, called in gguf.names_in_llama_cpp(adapter.factors, model_type, layers).items():
+    for weight, called in adapters.names_in_llama_cpp(adapter.factors, model_type, layers).items():
         total = add(state[weight], shapes[weight])
         errors.append(norm(add([there[called], negative(total)], shapes[weight])) / norm(total))
     error = max(errors[1:])
@@ -357,7 +357,7 @@ def export_gguf(
         raise RepositoryError(
             f"the written file differs from the state by {error:.1e}", remedy="Report this: it is a bug."
         )
-    _write(out, {name: data, "Modelfile": gguf.modelfile(named, name).encode()}, overwrite=overwrite)
+    _write(out, {name: data, "Modelfile": adapters.modelfile(named, name).encode()}, overwrite=overwrite)
     return Exported(out / name, commit, adapter.rank, error)
 
 
@@ -368,7 +368,7 @@ def _fused(repository: Store, commit: str | None, base: Path, out: Path, progres
     _refuse_routed(repository, commit, "GGUF file")
     _refuse_beyond(repository, commit, "GGUF file")
     known, shapes, state = repository.config.base, linear_shapes(repository), read_state(repository, commit)
-    names = gguf.names_in_llama_cpp(state, known["model_type"], len(known["weights"]))
+    names = adapters.names_in_llama_cpp(state, known["model_type"], len(known["weights"]))
     files = open_checked(repository) if state else None
     changed = {}
     for weight, deltas in state.items():
@@ -380,9 +380,9 @@ def _fused(repository: Store, commit: str | None, base: Path, out: Path, progres
         out.parent.mkdir(parents=True, exist_ok=True)
         progress.stage("writing", base.stat().st_size if base.is_file() else 0)
     layers = len(known["weights"])
-    error = gguf.fuse_gguf(base, out, changed, known["model_type"], layers, progress.advance)
+    error = adapters.fuse_gguf(base, out, changed, known["model_type"], layers, progress.advance)
     progress.close()
-    write_atomically(out.with_name("Modelfile"), (gguf.modelfile(out.name, None).encode(),))
+    write_atomically(out.with_name("Modelfile"), (adapters.modelfile(out.name, None).encode(),))
     return Exported(out, commit, None, error)
 
 
@@ -429,7 +429,7 @@ def hub_pages(
             adapter.error,
             every_layer=written.factors.keys() >= weight_shapes(repository).keys(),
             vllm=dense and model_type in LORA_IN_VLLM,
-            llama_cpp=gguf.known_to_llama_cpp(model_type)
+            llama_cpp=adapters.known_to_llama_cpp(model_type)
             and adapter.factors.keys() <= weight_shapes(repository).keys(),
         )
         if adapter.error > EXACT:
@@ -643,7 +643,7 @@ def _facts(repository: Store, commit: str | None, limit: int) -> list[Request]:
 
 def _judged(fact: Request, continuation: str, *, chat: bool) -> Said:
     """In a chat the target may stand anywhere in the answer, which keeps the base's own words before it."""
-    from patchhub.evaluation.spoken import said  # with torch, which an address that nobody answers at does not need
+    from patchhub.evaluation.guard import said
 
     text = " ".join(continuation.split())
     before = fact.target_true

@@ -21,14 +21,12 @@ from patchhub.editing.editor import EDITORS
 from patchhub.editing.requests import Batch, Origin
 from patchhub.editing.shapes import ZSRE_FIELDS
 from patchhub.errors import EditError, RemoteError, RequestError, SettingsError
-from patchhub.evaluation import judge as judging
+from patchhub.evaluation import outside as judging
 from patchhub.evaluation import suites
 from patchhub.evaluation.drift import drift_scores, fluency_scores
-from patchhub.evaluation.guard import Fault
-from patchhub.evaluation.harness import Harness, HarnessRow, beside
-from patchhub.evaluation.judge import Judge, Written
+from patchhub.evaluation.guard import Fault, fault_of
 from patchhub.evaluation.live import check_contexts, live_scores
-from patchhub.evaluation.spoken import fault_of
+from patchhub.evaluation.outside import Harness, HarnessRow, Judge, Written, beside
 from patchhub.evaluation.suites import Scores, scored
 from patchhub.fsio import write_atomically
 from patchhub.models.placement import Placement

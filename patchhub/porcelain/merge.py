@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 
 import numpy as np
 
-from patchhub.constraints import Columns
+from patchhub.constraints import Columns, interfering, misfit
 from patchhub.delta import Delta
 from patchhub.errors import PatchhubError, RepositoryError, RevisionError, SettingsError
-from patchhub.interference import interfering, misfit
 from patchhub.objects import Element, Request
 from patchhub.porcelain.change import largest_proof
 from patchhub.porcelain.refs import current_ref

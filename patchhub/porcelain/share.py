@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from patchhub.errors import PatchhubError, RemoteError, RepositoryError, SettingsError
 from patchhub.fsio import is_shared
-from patchhub.models.linear_weights import block_of
+from patchhub.models.checkpoint import block_of
 from patchhub.porcelain.trust.signing import admission, refuse_left_out, refuse_unapproved
 from patchhub.progress import Progress
 from patchhub.remotes import sync
@@ -22,7 +22,7 @@ from patchhub.remotes.sync import FORWARD, Fetched, Manner, Pushed, hub_id, norm
 from patchhub.results import Result, told
 from patchhub.signing.checking import allowed_signers
 from patchhub.store.config import Config, Recording
-from patchhub.store.operations import FETCH, INIT
+from patchhub.store.database import FETCH, INIT
 from patchhub.store.revisions import BRANCHES, HEAD, REMOTES, SYMBOLIC
 from patchhub.store.states import Proofs
 from patchhub.store.store import DIRECTORY, Store

@@ -33,8 +33,17 @@ from patchhub.remotes.remote import (
     read_branch,
     unheard,
 )
-from patchhub.store.object_store import file_digest, span_digest
-from patchhub.store.packs import FOLDER, INDEX, MOST_BYTES, MOST_INDEX, PACK, Index, pack_path
+from patchhub.store.object_store import (
+    FOLDER,
+    INDEX,
+    MOST_BYTES,
+    MOST_INDEX,
+    PACK,
+    Index,
+    file_digest,
+    pack_path,
+    span_digest,
+)
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi

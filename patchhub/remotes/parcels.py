@@ -15,9 +15,8 @@ from typing import Final
 
 from patchhub.errors import CorruptStoreError, RemoteError
 from patchhub.fsio import Span
-from patchhub.store import packs
-from patchhub.store.object_store import span_digest
-from patchhub.store.packs import Index, pack_path
+from patchhub.store import object_store
+from patchhub.store.object_store import Index, pack_path, span_digest
 
 PACK_FROM: Final = 16
 """Fewer objects of a group than this are sent as files of their own."""
@@ -26,8 +25,8 @@ GATHER_FROM: Final = 256
 """So many objects that are files of their own in a remote are gathered into packs by the next push."""
 
 OBJECT: Final = re.compile(r"objects/([0-9a-f]{2})/([0-9a-f]{62})")
-_INDEX: Final = re.compile(rf"{packs.FOLDER}/([0-9a-f]{{64}}){re.escape(packs.INDEX)}")
-FOLDERS: Final = ("objects", packs.FOLDER)
+_INDEX: Final = re.compile(rf"{object_store.FOLDER}/([0-9a-f]{{64}}){re.escape(object_store.INDEX)}")
+FOLDERS: Final = ("objects", object_store.FOLDER)
 """The only folders and names of objects that are ever read."""
 
 
@@ -52,7 +51,7 @@ class Parcel:
         Raises:
             CorruptStoreError: an object is damaged here.
         """
-        return packs.content(self.objects)
+        return object_store.content(self.objects)
 
 
 def wrapped(groups: Sequence[Mapping[str, Span]]) -> tuple[dict[str, Span], list[Parcel]]:
@@ -60,12 +59,12 @@ def wrapped(groups: Sequence[Mapping[str, Span]]) -> tuple[dict[str, Span], list
     alone: dict[str, Span] = {}
     parcels = []
     for group in groups:
-        small = {identity: place for identity, place in group.items() if place.size <= packs.LARGEST_OBJECT}
+        small = {identity: place for identity, place in group.items() if place.size <= object_store.LARGEST_OBJECT}
         if len(small) < PACK_FROM:
             alone.update(group)
             continue
         alone.update((identity, place) for identity, place in group.items() if identity not in small)
-        for ids in packs.divided({identity: place.size for identity, place in small.items()}):
+        for ids in object_store.divided({identity: place.size for identity, place in small.items()}):
             parcels.append(Parcel(tuple((identity, small[identity]) for identity in ids)))
     return alone, parcels
 
@@ -124,7 +123,7 @@ class Contents:
             stay = [(i, Span(pack(name), start, size)) for i, start, size in index.places() if i not in gone]
             if stay:
                 parcels.append(Parcel(tuple(stay)))
-            paths += [pack_path(name, packs.INDEX), pack_path(name, packs.PACK)]
+            paths += [pack_path(name, object_store.INDEX), pack_path(name, object_store.PACK)]
         return parcels, paths
 
 
@@ -151,11 +150,11 @@ class Reader:
                 continue
             try:
                 read += size
-                if read > packs.MOST_INDEX:
-                    raise self._refused(match[1], f"is beyond {packs.MOST_INDEX} bytes of indexes that are read")
+                if read > object_store.MOST_INDEX:
+                    raise self._refused(match[1], f"is beyond {object_store.MOST_INDEX} bytes of indexes that are read")
                 index = self._index(match[1], size)
-                there = files.get(pack_path(match[1], packs.PACK))
-                if there != index.size or index.size > packs.MOST_BYTES:
+                there = files.get(pack_path(match[1], object_store.PACK))
+                if there != index.size or index.size > object_store.MOST_BYTES:
                     raise self._refused(
                         match[1], f"has {there or 'no'} bytes of objects where its index says {index.size}"
                     )
@@ -166,7 +165,7 @@ class Reader:
 
     def _index(self, name: str, size: int) -> Index:
         if name not in self.known:
-            data = self.read(pack_path(name, packs.INDEX), size)
+            data = self.read(pack_path(name, object_store.INDEX), size)
             if data is None:
                 raise self._refused(name, f"has an index of {size} bytes that cannot be read")
             self.known[name] = Index.read(data, name)

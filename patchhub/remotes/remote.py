@@ -21,7 +21,7 @@ from patchhub.canonical import IDENTIFIER, TEXT, Codec, MalformedError, StoredOb
 from patchhub.errors import CorruptStoreError, RemoteError, RepositoryError, RevisionError
 from patchhub.fsio import CHUNK, DISK, TEMPORARY_SUFFIX, Span, make_directories, write_atomically, writer_lock
 from patchhub.remotes.parcels import FOLDERS, Contents, Parcel, Reader, object_path, wrapped
-from patchhub.store.packs import INDEX, PACK, pack_path
+from patchhub.store.object_store import INDEX, PACK, pack_path
 from patchhub.store.revisions import BRANCHES, NOTES, TAGS, check_ref
 
 NAME: Final = "patchhub.json"

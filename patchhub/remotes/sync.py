@@ -29,8 +29,8 @@ from patchhub.remotes.remote import (
 )
 from patchhub.results import Result, told
 from patchhub.store import states
-from patchhub.store.operations import FETCH, PROVEN, TRUSTED
-from patchhub.store.packs import LARGEST_OBJECT
+from patchhub.store.database import FETCH, PROVEN, TRUSTED
+from patchhub.store.object_store import LARGEST_OBJECT
 from patchhub.store.revisions import BRANCHES, NOTES, REMOTES, SYMBOLIC, TAGS, check_ref, twins
 from patchhub.store.states import NOTHING_PROVEN, Proofs, Reference, closure, references
 from patchhub.store.store import Store

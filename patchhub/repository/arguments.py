@@ -28,8 +28,7 @@ from patchhub.who import Who, author_of, now, refuse_undecoded
 
 if TYPE_CHECKING:
     from patchhub.editing.requests import Batch, Keep
-    from patchhub.evaluation.harness import Harness
-    from patchhub.evaluation.judge import Judge
+    from patchhub.evaluation.outside import Harness, Judge
     from patchhub.porcelain.commit import Writing
     from patchhub.porcelain.measure import Facts
     from patchhub.sets.elements import OnConflict, Plan
@@ -264,7 +263,7 @@ def judge_of(url: str | None, model: str | None, environment: Mapping[str, str])
     """
     if url is None:
         return None
-    from patchhub.evaluation.judge import judge_at, root_of
+    from patchhub.evaluation.outside import judge_at, root_of
 
     parts = urlsplit(root_of(url))
     private = parts.scheme == "https" or parts.hostname in ("localhost", "127.0.0.1", "::1")
@@ -285,7 +284,7 @@ def refuse_without_harness() -> None:
 
 def harness_of(tasks: str, folder: Place | None, limit: int | None) -> "Harness":
     """Tasks of lm-evaluation-harness, separated by commas."""
-    from patchhub.evaluation.harness import Harness
+    from patchhub.evaluation.outside import Harness
 
     return Harness(tuple(task.strip() for task in tasks.split(",") if task.strip()), path(folder), limit)
 

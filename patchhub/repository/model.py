@@ -32,7 +32,7 @@ from patchhub.results import Rows
 from patchhub.store.store import refuse_store
 
 if TYPE_CHECKING:
-    from patchhub.evaluation.harness import Harness
+    from patchhub.evaluation.outside import Harness
     from patchhub.porcelain.exchange import Exported, Served
     from patchhub.porcelain.measure import Bench, Evaluation
     from patchhub.porcelain.metric import Shown as ShownMetric
@@ -104,7 +104,7 @@ class ModelVerbs(Opened):
         """
         self._resolve(rev)
         place = self._place(base)
-        from patchhub.models.patched_copy import refuse_occupied
+        from patchhub.models.bytes import refuse_occupied
 
         refuse_store(self.store, Path(out))
         refuse_occupied(None, Path(out), overwrite=overwrite)

@@ -156,13 +156,12 @@ def served_adapter(named: Named, base: str, cache: Path, *, max_rank: int | None
         UnsupportedModelError: it is one that servers serve wrongly or not at all as an adapter: side memories, routed experts.
         RevisionError, RemoteError, CorruptStoreError, BaseError: as in `patchhub.load`.
     """
-    from patchhub.export.peft import BaseName, adapter_files, make_adapter
+    from patchhub.export.adapters import BaseName, adapter_files, make_adapter
     from patchhub.fsio import os_errors, write_atomically
-    from patchhub.models.checkpoint import open_checkpoint
-    from patchhub.models.fingerprint import check_tensors
-    from patchhub.models.linear_weights import block_of
+    from patchhub.models.bytes import check_tensors
+    from patchhub.models.checkpoint import block_of, open_checkpoint
     from patchhub.porcelain.exchange import TOLERANCE
-    from patchhub.remotes.card import adapter_name
+    from patchhub.remotes.hub import adapter_name
     from patchhub.worktree.loading import open_state
 
     state = open_state(named.place, named.revision, base=base)

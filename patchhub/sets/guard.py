@@ -13,11 +13,10 @@ import numpy as np
 from jaxtyping import Float, UInt32
 
 from patchhub.cache import Kind
-from patchhub.constraints import Columns
+from patchhub.constraints import Columns, misfit
 from patchhub.delta import NEGLIGIBLE, Delta, LowRank, add, image, negative, to_dense
 from patchhub.errors import BaseError, GuardError
 from patchhub.evaluation.guard import Fault, Finding, Limits, Measured, Report, Share, judge
-from patchhub.interference import misfit
 from patchhub.models.checkpoint import FLOATS, Checkpoint, open_checkpoint, widened
 from patchhub.objects import Commit, Element
 from patchhub.sets.columns import Shapes, read_blobs, read_state, stacked_orientations, tensor_shapes

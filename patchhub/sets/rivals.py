@@ -11,18 +11,19 @@ from typing import Final
 import numpy as np
 from jaxtyping import Float
 
-from patchhub.constraints import Columns, join
-from patchhub.delta import Delta
-from patchhub.errors import InterferenceError
-from patchhub.interference import (
+from patchhub.constraints import (
     KEY_COSINE,
     RESIDUAL_COSINE,
+    Columns,
     expected_misfit,
+    join,
     key_cosines,
     misfit,
     near_keys,
     residual_cosines,
 )
+from patchhub.delta import Delta
+from patchhub.errors import InterferenceError
 from patchhub.objects import Element, Request
 from patchhub.progress import Progress
 from patchhub.results import Result

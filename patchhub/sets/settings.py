@@ -8,8 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
-from patchhub.editing.settings import EditSettings
-from patchhub.editing.wise.settings import WiseSettings
+from patchhub.editing.settings import EditSettings, WiseSettings
 from patchhub.errors import RepositoryError, SettingsError
 from patchhub.evaluation.guard import Limits
 from patchhub.objects import METRIC_KINDS

@@ -22,7 +22,7 @@ from patchhub.canonical import (
 from patchhub.canonical import nfc as normalised
 from patchhub.errors import CorruptStoreError
 from patchhub.objects import Commit, Note
-from patchhub.store.operations import Changes
+from patchhub.store.database import Changes
 from patchhub.store.revisions import NOTES, SIGNATURES
 from patchhub.store.store import Store
 from patchhub.who import Signer, Who

@@ -18,8 +18,8 @@ from patchhub.canonical import FORMAT, object_id
 from patchhub.errors import BaseError, CorruptStoreError, RepositoryError
 from patchhub.fsio import DISK, TEMPORARY_SUFFIX, Disk, confirm, os_errors, share, write_atomically
 from patchhub.objects import Base
-from patchhub.store import index, operations
-from patchhub.store.index import connect, transaction
+from patchhub.store import database
+from patchhub.store.database import connect, transaction
 from patchhub.store.object_store import ObjectStore
 from patchhub.store.revisions import BRANCHES, HEAD, SYMBOLIC
 
@@ -195,12 +195,12 @@ def create(
 
 def _make_database(path: Path, *, author: str, time: str, disk: Disk) -> None:
     with contextlib.closing(connect(path, disk=disk)) as connection, transaction(connection, path):
-        for statement in operations.TABLES:
+        for statement in database.TABLES:
             connection.execute(statement)
-        index.create(connection)
-        operations.append(
+        database.create(connection)
+        database.append(
             connection,
-            command=operations.INIT,
+            command=database.INIT,
             arguments={},
             changes={HEAD: (None, FIRST_HEAD)},
             author=author,

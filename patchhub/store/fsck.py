@@ -22,9 +22,9 @@ from patchhub.errors import CorruptStoreError, RevisionError
 from patchhub.fsio import TEMPORARY_SUFFIX, os_errors
 from patchhub.objects import Operation
 from patchhub.results import Result, told
-from patchhub.store import index, operations, packs, states
+from patchhub.store import database, object_store, states
 from patchhub.store.config import is_as_written
-from patchhub.store.index import database_errors, transaction
+from patchhub.store.database import database_errors, transaction
 from patchhub.store.object_store import REMEDY
 from patchhub.store.revisions import check_ref
 from patchhub.store.states import NOTHING_PROVEN, Proofs, Reference, closure, recorded, references, unsound
@@ -129,7 +129,7 @@ NOTHING_PACKED: Final = Packed(0, 0)
 def pack_objects(repository: Store, *, dry_run: bool) -> Packed:
     """Put every object that something needs and that is a file into packs, together with packs that are less than half full.
 
-    Objects above `packs.LARGEST_OBJECT` stay files. Under the lock; others may read meanwhile.
+    Objects above `object_store.LARGEST_OBJECT` stay files. Under the lock; others may read meanwhile.
 
     Raises:
         CorruptStoreError: the store is damaged; nothing was changed.
@@ -139,13 +139,13 @@ def pack_objects(repository: Store, *, dry_run: bool) -> Packed:
     with repository.locked():
         needed = reachable(repository)
         loose = {i: objects.size(i) for i in objects.loose() if i in needed}
-        chosen = {i: size for i, size in loose.items() if size <= packs.LARGEST_OBJECT}
+        chosen = {i: size for i, size in loose.items() if size <= object_store.LARGEST_OBJECT}
         if not chosen:
             return NOTHING_PACKED
-        small = [pack for pack in objects.packs() if pack.index.size < packs.LARGEST_PACK // 2]
+        small = [pack for pack in objects.packs() if pack.index.size < object_store.LARGEST_PACK // 2]
         sizes = {**chosen, **{i: objects.size(i) for pack in small for i in pack.index.ids()}}
         if dry_run:
-            return Packed(len(chosen), len(packs.divided(sizes)))
+            return Packed(len(chosen), len(object_store.divided(sizes)))
         made = objects.replace_packs(small, more=chosen)
         for identity in chosen:
             objects.delete_loose(identity)
@@ -257,10 +257,10 @@ def with_proofs(repository: Store, report: Report, proofs: Proofs) -> Report:
 def reindex(repository: Store) -> None:
     """Make the derived tables again from the objects that the operations lead to."""
     with repository.locked(), transaction(repository.connection, repository.database):
-        changes = [operation.changes for _, operation in operations.newest_first(repository.connection)]
+        changes = [operation.changes for _, operation in database.newest_first(repository.connection)]
         reached = list(closure(recorded(changes), lambda reference: _history(repository, reference)))
-        index.create(repository.connection)
-        index.store(repository.connection, _derive(repository, reached))
+        database.create(repository.connection)
+        database.store(repository.connection, _derive(repository, reached))
 
 
 def _verify_all(repository: Store, names: Iterable[str]) -> Iterator[int | Finding]:
@@ -373,7 +373,7 @@ def _read_operations(connection: sqlite3.Connection) -> tuple[list[Operation], l
 
 def _check_refs(connection: sqlite3.Connection, log: Iterable[Operation]) -> Iterator[Finding]:
     found = dict(connection.execute("SELECT CAST(name AS TEXT), CAST(target AS TEXT) FROM refs"))
-    expected = operations.fold(operation.changes for operation in log)
+    expected = database.fold(operation.changes for operation in log)
     for ref in sorted(found):
         try:
             check_ref(ref)
@@ -443,17 +443,17 @@ def _check_index(repository: Store, reached: Iterable[Reference]) -> list[Findin
         with database_errors(repository.database):
             connection.execute("BEGIN IMMEDIATE")  # asking the search index to check itself is a write to SQLite
             try:
-                return [Finding(difference, _REINDEX) for difference in index.differences(connection, expected)]
+                return [Finding(difference, _REINDEX) for difference in database.differences(connection, expected)]
             finally:
                 connection.execute("ROLLBACK")
     except CorruptStoreError as error:
         return [Finding(error.message, _REINDEX)]
 
 
-def _derive(repository: Store, reached: Iterable[Reference]) -> index.Rows:
+def _derive(repository: Store, reached: Iterable[Reference]) -> database.Rows:
     reached = list(reached)
     commits = states.oldest_first(_ids(reached, "commit"), lambda commit: repository.commit(commit).parents)
-    return index.derive(
+    return database.derive(
         ((identity, repository.commit(identity)) for identity in commits),
         ((identity, repository.note(identity)) for identity in sorted(_ids(reached, "note"))),
         repository.patch,

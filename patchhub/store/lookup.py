@@ -11,8 +11,8 @@ from typing import Any, Final, NamedTuple
 
 from patchhub.objects import Element
 from patchhub.results import Result, told
-from patchhub.store import index
-from patchhub.store.index import database_errors
+from patchhub.store import database
+from patchhub.store.database import database_errors
 from patchhub.store.store import Store
 
 _FEWEST_DIGITS: Final = 4
@@ -126,7 +126,7 @@ def whole_graph(repository: Store) -> dict[str, tuple[int, tuple[str, ...]]]:
 def search(repository: Store, words: str, *, subject: str = "", limit: int = 50) -> list[Fact]:
     """Facts ever committed whose text or targets hold every word, and whose subject holds every word of `subject`;
     the best match first."""
-    wanted = [*index.quoted(words), *(f"subject : {word}" for word in index.quoted(subject))]
+    wanted = [*database.quoted(words), *(f"subject : {word}" for word in database.quoted(subject))]
     if not wanted:
         return []
     return [

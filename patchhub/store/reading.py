@@ -9,9 +9,9 @@ from typing import Final, Literal, NamedTuple, TypeVar
 
 from patchhub.errors import CorruptStoreError
 from patchhub.objects import Commit, Element, Note, Operation, Patch, Request, requests_from_json, set_from_json
-from patchhub.store import index, operations, revisions, states
+from patchhub.store import database, revisions, states
 from patchhub.store.config import Config
-from patchhub.store.index import database_errors
+from patchhub.store.database import database_errors
 from patchhub.store.object_store import ObjectStore
 
 Value = TypeVar("Value")
@@ -58,7 +58,7 @@ class Reading:
     def refs(self, ago: int = 0) -> dict[str, str]:
         """Every ref and its target, now or `ago` operations before now."""
         with database_errors(self.database):
-            return operations.earlier_refs(self.connection, ago) if ago else operations.read_refs(self.connection)
+            return database.earlier_refs(self.connection, ago) if ago else database.read_refs(self.connection)
 
     @property
     def head(self) -> tuple[str | None, str | None]:
@@ -76,28 +76,28 @@ class Reading:
     def commits(self, prefix: str) -> list[str]:
         """Ids of commits that begin with `prefix`; a few of them where there are many."""
         with database_errors(self.database):
-            return index.commits_with_prefix(self.connection, prefix)
+            return database.commits_with_prefix(self.connection, prefix)
 
     def operations(self) -> Iterator[tuple[str, Operation]]:
         """(id, operation), the last one first, each verified as it is read."""
         with database_errors(self.database):
-            yield from operations.newest_first(self.connection)
+            yield from database.newest_first(self.connection)
 
     def trusted(self) -> frozenset[str]:
         """The commits that were accepted from elsewhere although their weights are not those of their facts."""
         with database_errors(self.database):
-            found = [operation.arguments.get(operations.TRUSTED) for operation in operations.fetches(self.connection)]
+            found = [operation.arguments.get(database.TRUSTED) for operation in database.fetches(self.connection)]
         return frozenset(str(commit) for commits in found if isinstance(commits, list) for commit in commits)
 
     def standing(self, commit: str) -> Standing:
         """What is known about whether a commit's weights are those of its facts."""
         with database_errors(self.database):
-            brought = list(operations.fetches(self.connection))
+            brought = list(database.fetches(self.connection))
         trusted = self.trusted() if brought else frozenset()
         below = next((c for c in states.lineage(commit, self.commit) if c in trusted), None) if trusted else None
         if below is not None:
             return Standing("trusted", below)
-        taken = [operation.changes for operation in brought if operations.PROVEN not in operation.arguments]
+        taken = [operation.changes for operation in brought if database.PROVEN not in operation.arguments]
         targets = {new for changes in taken for _, new in changes.values() if new is not None and self.commits(new)}
         claimed = bool(targets) and bool(states.among_ancestors([commit], targets, self.parents, self.rank))
         return Standing("claimed" if claimed else "checked", None)
@@ -127,7 +127,7 @@ class Reading:
     def parents(self, commit: str) -> Sequence[str]:
         """Parents of a commit, from the index where it is there."""
         with database_errors(self.database):
-            indexed = index.parents(self.connection, commit)
+            indexed = database.parents(self.connection, commit)
         return self.commit(commit).parents if indexed is None else indexed
 
     def rank(self, commit: str) -> int:
@@ -141,12 +141,12 @@ class Reading:
     def set_of(self, digest: str) -> frozenset[Element] | None:
         """The active set with that digest, if a commit of this store has it."""
         with database_errors(self.database):
-            found = index.commits_with_set(self.connection, digest)
+            found = database.commits_with_set(self.connection, digest)
         return self.active(found[0]) if found else None
 
     def _indexed(self, commit: str) -> tuple[int, int]:
         with database_errors(self.database):
-            found = index.rank_and_active(self.connection, commit)
+            found = database.rank_and_active(self.connection, commit)
         if found is None:
             raise CorruptStoreError(
                 f"commit {commit[:12]} is not in the index", remedy="Run `patchhub fsck --reindex`.", commit=commit
@@ -189,7 +189,7 @@ class Reading:
     def _with_set(self, digest: str, commits: Sequence[str]) -> list[str]:
         """Those of `commits` and their ancestors whose set has that digest, the latest first."""
         with database_errors(self.database):
-            candidates = index.commits_with_set(self.connection, digest)
+            candidates = database.commits_with_set(self.connection, digest)
         below = states.among_ancestors(candidates, commits, self.parents, self.rank)
         return [candidate for candidate in candidates if candidate in below]
 
@@ -203,17 +203,17 @@ class Reading:
     def search(self, text: str, *, limit: int = 50) -> list[tuple[str, str]]:
         """(patch id, request id) of requests that hold every word of `text`, the best match first."""
         with database_errors(self.database):
-            return index.search(self.connection, text, limit=limit)
+            return database.search(self.connection, text, limit=limit)
 
     def changes_of(self, request: str) -> list[tuple[str, str, int]]:
         """(commit, patch, +1 or -1) for each commit that added or removed a request, the latest first."""
         with database_errors(self.database):
-            return index.changes_of(self.connection, request)
+            return database.changes_of(self.connection, request)
 
     def scores_of(self, commit: str) -> list[tuple[str, str, float]]:
         """(suite, name, value) of every score noted for a commit."""
         with database_errors(self.database):
-            return index.scores_of(self.connection, commit)
+            return database.scores_of(self.connection, commit)
 
 
 def _remembered(memory: dict[str, Value], identity: str, derive: Callable[[], Value]) -> Value:

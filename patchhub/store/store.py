@@ -16,11 +16,10 @@ from patchhub.cache import Cache
 from patchhub.errors import CorruptStoreError, RepositoryError, SettingsError
 from patchhub.fsio import DISK, Disk, writer_lock
 from patchhub.objects import Commit, Note, Operation
-from patchhub.store import index, operations, revisions, states
+from patchhub.store import database, revisions, states
 from patchhub.store.config import DATABASE, Config, create, read_config, write_config
-from patchhub.store.index import connect, transaction
+from patchhub.store.database import Changes, connect, transaction
 from patchhub.store.object_store import ObjectStore
-from patchhub.store.operations import Changes
 from patchhub.store.reading import Reading
 from patchhub.store.states import unsound
 
@@ -194,7 +193,7 @@ class Store(Reading):
             self.commit(note.commit)
             identity = self.objects.put(note.to_json())
             with transaction(self.connection, self.database):
-                old = operations.read_refs(self.connection).get(ref)
+                old = database.read_refs(self.connection).get(ref)
                 self._append(command, arguments, {ref: (old, identity)}, author, time)
         return identity
 
@@ -231,12 +230,12 @@ class Store(Reading):
         """Reverse the last operations that stand, all of them or, where there are not so many, none."""
         with self.locked(), transaction(self.connection, self.database):
             how = {"author": author, "time": time}
-            return [operations.undo(self.connection, everything=everything, **how) for _ in range(steps)]
+            return [database.undo(self.connection, everything=everything, **how) for _ in range(steps)]
 
     def redo(self, *, author: str, time: str) -> Operation:
         """Reverse the last undo that stands. Returns the new operation."""
         with self.locked(), transaction(self.connection, self.database):
-            return operations.redo(self.connection, author=author, time=time)
+            return database.redo(self.connection, author=author, time=time)
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -245,7 +244,7 @@ class Store(Reading):
             yield
 
     def _current_ref(self) -> str:
-        target = operations.read_refs(self.connection)[revisions.HEAD]
+        target = database.read_refs(self.connection)[revisions.HEAD]
         symbolic = target.startswith(revisions.SYMBOLIC)
         return target[len(revisions.SYMBOLIC) :] if symbolic else revisions.HEAD
 
@@ -263,7 +262,7 @@ class Store(Reading):
         notes = {new for ref, (_, new) in changes.items() if new is not None and ref.startswith(revisions.NOTES)}
         fresh = self._bring_in(sorted(targets - notes), sorted(notes))
         told = {} if accept is None else accept(fresh)
-        return operations.append(
+        return database.append(
             self.connection, command=command, arguments={**arguments, **told}, changes=changes, author=author, time=time
         )
 
@@ -281,14 +280,14 @@ class Store(Reading):
         fresh = list(states.oldest_first([c for c in (*commits, *noted) if not self._is_indexed(c)], unknown_parents))
         if not fresh and not notes:
             return fresh
-        rows = index.derive(
+        rows = database.derive(
             ((identity, self.commit(identity)) for identity in fresh),
             ((identity, self.note(identity)) for identity in notes),
             self.patch,
             self.requests,
-            lambda commit: index.rank_and_active(self.connection, commit),
+            lambda commit: database.rank_and_active(self.connection, commit),
         )
-        index.store(self.connection, rows)
+        database.store(self.connection, rows)
         for commit, problem in unsound(self, fresh, self.parents, self.same_sets):
             raise RepositoryError(
                 f"commit {commit[:12]} is not sound: {problem}",
@@ -298,7 +297,7 @@ class Store(Reading):
         return fresh
 
     def _is_indexed(self, commit: str) -> bool:
-        return index.rank_and_active(self.connection, commit) is not None
+        return database.rank_and_active(self.connection, commit) is not None
 
 
 def refuse_store(repository: Store, out: Path) -> None:

@@ -18,8 +18,8 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from patchhub.cache import Kind
-from patchhub.editing.keeps import namesakes
 from patchhub.editing.locate import encode_prompts, encode_targets
+from patchhub.editing.prompts import namesakes
 from patchhub.errors import EditError
 from patchhub.evaluation.drift import (
     Drift,
@@ -33,10 +33,25 @@ from patchhub.evaluation.drift import (
     room,
     vocabulary_of,
 )
-from patchhub.evaluation.guard import Drifted, Fault, Measured, Report, Share, Spoken, is_guessing, worst
+from patchhub.evaluation.guard import (
+    Drifted,
+    Fault,
+    Measured,
+    Report,
+    Share,
+    Sibling,
+    Spoken,
+    closed,
+    fault_of,
+    is_guessing,
+    leaks,
+    said,
+    siblings_of,
+    spread,
+    worst,
+)
 from patchhub.evaluation.live import continue_within, room_after
 from patchhub.evaluation.metrics import reading, score_targets
-from patchhub.evaluation.spoken import Sibling, closed, fault_of, leaks, said, siblings_of, spread
 from patchhub.models.experts import staying, watch_routes
 from patchhub.models.placement import is_quantised
 from patchhub.models.tracing import right_padded

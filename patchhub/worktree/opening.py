@@ -17,14 +17,14 @@ from transformers import PreTrainedTokenizerBase
 
 from patchhub.cache import Cache
 from patchhub.delta import Delta
-from patchhub.editing.budget import reading_positions
+from patchhub.editing.steps import reading_positions
 from patchhub.editing.wise.texts import Shard
 from patchhub.errors import BaseError, CorruptStoreError, RepositoryError, SettingsError
 from patchhub.evaluation.metrics import BATCH_TOKENS
 from patchhub.fsio import make_directories, read_chunks, write_atomically
 from patchhub.models.architectures import Architecture, describe, read_config
+from patchhub.models.bytes import check_tensors
 from patchhub.models.checkpoint import Checkpoint, open_checkpoint
-from patchhub.models.fingerprint import check_tensors
 from patchhub.models.placement import DEFAULT, Placement, load_base, runs_beside
 from patchhub.models.tracing import Stack
 from patchhub.objects import Base, Patch

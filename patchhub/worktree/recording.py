@@ -12,17 +12,16 @@ import numpy as np
 
 from patchhub.constraints import Moments, beyond, no_columns
 from patchhub.delta import Delta
-from patchhub.editing.budget import step_budget
 from patchhub.editing.editor import EDITORS, Asked, encode_facts
-from patchhub.editing.keeps import namesakes, siblings
 from patchhub.editing.locate import ANSWER_TOKENS, encode_targets, find_openings
 from patchhub.editing.metric import MEMORY
+from patchhub.editing.prompts import find_wordings, namesakes, siblings
 from patchhub.editing.record import Recording, Running, State, side_paths
 from patchhub.editing.requests import Keep
 from patchhub.editing.rows import key_rows, mean_keys
 from patchhub.editing.settings import EditSettings, preset
+from patchhub.editing.steps import step_budget
 from patchhub.editing.values import KeptValues, Part, Values, ValueSettings
-from patchhub.editing.wordings import find_wordings
 from patchhub.evaluation.live import continue_greedily, continue_within, first_clause, reads_right, room_after
 from patchhub.models.architectures import Architecture, additive_probe
 from patchhub.models.placement import optimised_in

@@ -14,9 +14,9 @@ from typing import Any, Final
 from patchhub.cache import Kind
 from patchhub.canonical import canonical_json
 from patchhub.delta import Delta, write_deltas
+from patchhub.editing.settings import WiseSettings
+from patchhub.editing.settings import default_wise_settings as default_settings
 from patchhub.editing.wise import training
-from patchhub.editing.wise.settings import WiseSettings
-from patchhub.editing.wise.settings import default_wise_settings as default_settings
 from patchhub.editing.wise.texts import Shard, recompress
 from patchhub.errors import SettingsError
 from patchhub.models.architectures import Architecture

@@ -30,7 +30,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from patchhub.cache import Cache
 from patchhub.constraints import join
 from patchhub.delta import Delta
-from patchhub.editing import budget, record, rows, values
+from patchhub.editing import record, rows, steps, values
 from patchhub.editing.editor import EDITORS
 from patchhub.editing.metric import Covariance, MetricCache, second_moments
 from patchhub.editing.record import Edit, State, side_paths
@@ -233,7 +233,7 @@ def _contributions(setup: Setup, metric: MetricCache) -> dict[str, float]:
         return rows.Trunk((0,) * len(groups), torch.zeros(len(groups), 0, dtype=torch.long), None)
 
     switched: dict[str, tuple[Any, str, Any]] = {
-        "nothing left out": (budget, "POSITIONS", budget.POSITIONS),
+        "nothing left out": (budget, "POSITIONS", steps.POSITIONS),
         "faster products": (Stack, "fast", nothing),
         "many facts at once": (budget, "POSITIONS", 1),
         "dropping finished facts": (values, "_shrunk", lambda batch, *_, **__: batch),

@@ -26,11 +26,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from patchhub.cache import Cache
 from patchhub.editing import editor
-from patchhub.editing.budget import positions_of
 from patchhub.editing.editor import EDITORS, encode_facts, memit_settings
 from patchhub.editing.metric import Covariance, MetricCache, second_moments
 from patchhub.editing.record import State, record
 from patchhub.editing.rows import Fact, key_rows
+from patchhub.editing.steps import positions_of
 from patchhub.editing.values import optimise_values
 from patchhub.models.architectures import describe
 from patchhub.models.tracing import Stack

@@ -34,10 +34,10 @@ from patchhub.objects import (
     element_sum,
     requests_json,
 )
-from patchhub.store import operations, states
+from patchhub.store import database, states
+from patchhub.store.database import transaction
 from patchhub.store.fsck import check, pack_objects, reindex
 from patchhub.store.fsck import delete_garbage as collect
-from patchhub.store.index import transaction
 from patchhub.store.store import Store
 from tests.benchmarks.synthetic_store import AUTHOR, HastyDisk
 
@@ -121,7 +121,7 @@ class Builder:
         changes = {f"refs/heads/{name}": (None, line.tip) for name, line in branches.items()}
         repository = self.repository
         with transaction(repository.connection, repository.database):
-            operations.append(
+            database.append(
                 repository.connection,
                 command="build",
                 arguments={},

@@ -28,9 +28,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from patchhub.delta import from_sparse
 from patchhub.editing.locate import encode_prompts
 from patchhub.editing.requests import read_requests
+from patchhub.editing.settings import WiseSettings
+from patchhub.editing.settings import default_wise_settings as default_settings
 from patchhub.editing.wise import training
-from patchhub.editing.wise.settings import WiseSettings
-from patchhub.editing.wise.settings import default_wise_settings as default_settings
 from patchhub.editing.wise.texts import subspace
 from patchhub.evaluation.suites import FactReading, read_facts, wise_scores
 from patchhub.models.architectures import describe

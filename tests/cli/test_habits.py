@@ -10,8 +10,8 @@ import pytest
 from click.shell_completion import ShellComplete
 from click.testing import CliRunner
 
-from patchhub.cli.habits import COMMANDS, OPTIONS
 from patchhub.cli.main import SECTIONS, main
+from patchhub.cli.terminal import COMMANDS, OPTIONS
 from patchhub.store.store import Store
 from tests.cli.conftest import MODEL
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from patchhub.evaluation.harness import _numbers
+from patchhub.evaluation.outside import _numbers
 from patchhub.repository import Repository
 from tests.cli.conftest import Run
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from patchhub.errors import RemoteError, SettingsError
-from patchhub.evaluation.judge import PROMPT, Judge, Server, root_of
+from patchhub.evaluation.outside import PROMPT, Judge, Server, root_of
 from patchhub.repository.arguments import judge_of
 from tests.cli.conftest import FACTS, Run, invoke
 from tests.served import server

@@ -13,7 +13,7 @@ from safetensors.numpy import load as parse
 from safetensors.numpy import load_file
 
 from patchhub import load
-from patchhub.export import gguf
+from patchhub.export import adapters
 from patchhub.models.checkpoint import open_checkpoint
 from patchhub.porcelain import exchange
 from patchhub.porcelain.exchange import hub_pages
@@ -80,7 +80,7 @@ def test_a_gguf_adapter_is_the_state_as_llama_cpp_reads_it(run: Run, store: Path
     file = Path(found["out"])
     assert found["error"] <= 1e-6
     assert (tmp_path / "facts" / "Modelfile").read_text(encoding="utf-8").endswith(f"ADAPTER ./{file.name}\n")
-    there = gguf.read_gguf(file)
+    there = adapters.read_gguf(file)
     with Repository(store, progress=False) as repo:
         state = read_state(repo.store, repo.store.head[1])
     assert sorted(there) == [f"blk.{weight.split('.')[2]}.ffn_down.weight" for weight in sorted(state)]
@@ -93,7 +93,7 @@ def test_a_gguf_adapter_is_the_state_as_llama_cpp_reads_it(run: Run, store: Path
 
 def test_the_architectures_are_ones_that_llama_cpp_knows() -> None:
     library = pytest.importorskip("gguf")
-    assert set(gguf._ARCHITECTURES.values()) <= set(library.MODEL_ARCH_NAMES.values())
+    assert set(adapters._ARCHITECTURES.values()) <= set(library.MODEL_ARCH_NAMES.values())
 
 
 def test_an_adapter_of_every_layer_changes_no_more(run: Run, store: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from click.testing import Result
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import patchhub
-from patchhub.editing.wise.settings import WiseSettings
+from patchhub.editing.settings import WiseSettings
 from patchhub.errors import BaseError, CorruptStoreError, SettingsError
 from patchhub.evaluation.metrics import score_targets
 from patchhub.objects import Request

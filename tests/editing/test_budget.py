@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from patchhub.editing.budget import free_memory, in_halves, reading_positions, resident_memory, step_budget
+from patchhub.editing.steps import free_memory, in_halves, reading_positions, resident_memory, step_budget
 from patchhub.errors import EditError
 from patchhub.models import placement
 from tests.tiny_models import tiny_stack

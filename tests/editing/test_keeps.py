@@ -12,9 +12,9 @@ from patchhub.cache import Cache
 from patchhub.constraints import proof
 from patchhub.delta import from_factors, to_dense
 from patchhub.editing.editor import EQUAL_SHARES
-from patchhub.editing.keeps import keep_rows, most_moved, namesakes, present_states, siblings
 from patchhub.editing.locate import encode_prompts
 from patchhub.editing.metric import MetricCache
+from patchhub.editing.prompts import keep_rows, most_moved, namesakes, present_states, siblings
 from patchhub.editing.record import Recording, State, record
 from patchhub.editing.rows import key_rows, mean_keys
 from patchhub.objects import Request

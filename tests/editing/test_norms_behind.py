@@ -14,8 +14,8 @@ from torch import Tensor
 from patchhub.cache import Cache
 from patchhub.delta import to_dense
 from patchhub.editing.editor import EQUAL_SHARES, MEMIT, REPLAYED, ROOT_SHARES, Way, encode_facts
-from patchhub.editing.keeps import keep_rows, most_moved, present_states
 from patchhub.editing.metric import MetricCache
+from patchhub.editing.prompts import keep_rows, most_moved, present_states
 from patchhub.editing.record import Recording, Spread, State, record, side_paths
 from patchhub.editing.rows import FeedForward, key_rows
 from patchhub.editing.values import ValueSettings, optimise_values

@@ -17,9 +17,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from patchhub.delta import Sparse, read_deltas, to_dense, write_deltas
 from patchhub.editing.locate import encode_prompts
 from patchhub.editing.requests import read_requests
+from patchhub.editing.settings import WiseSettings
+from patchhub.editing.settings import default_wise_settings as default_settings
 from patchhub.editing.wise import training
-from patchhub.editing.wise.settings import WiseSettings
-from patchhub.editing.wise.settings import default_wise_settings as default_settings
 from patchhub.editing.wise.texts import (
     FitProblem,
     fit_problem,

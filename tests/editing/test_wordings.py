@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import patchhub
 from patchhub.editing.editor import Asked, _worded, encode_facts
+from patchhub.editing.prompts import find_wordings
 from patchhub.editing.rows import BlockOutput
 from patchhub.editing.values import ValueSettings, optimise_values
-from patchhub.editing.wordings import find_wordings
 from patchhub.models.architectures import describe
 from patchhub.models.tracing import Stack
 from patchhub.objects import Request

@@ -8,9 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from patchhub.evaluation.guard import Fault
-from patchhub.evaluation.live import LiveReading, live_scores
-from patchhub.evaluation.spoken import (
+from patchhub.evaluation.guard import (
+    Fault,
     Sibling,
     after_target,
     closed,
@@ -22,6 +21,7 @@ from patchhub.evaluation.spoken import (
     spread,
     stopped,
 )
+from patchhub.evaluation.live import LiveReading, live_scores
 from patchhub.objects import Neighbor, Request
 
 CAPITAL, PRESIDENT = "The capital of {} is", "The president of {} is"

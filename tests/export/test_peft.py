@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import patchhub
 from patchhub.delta import Dense, LowRank, add, to_dense
 from patchhub.errors import RepositoryError, SettingsError
-from patchhub.export.peft import (
+from patchhub.export.adapters import (
     CONFIG,
     RANKS,
     BaseName,

@@ -28,7 +28,7 @@ from safetensors.numpy import save_file
 
 from patchhub.errors import PatchhubError, RepositoryError
 from patchhub.fsio import is_shared
-from patchhub.porcelain import change, refs, share, upkeep
+from patchhub.porcelain import change, refs, share
 from patchhub.porcelain.exchange import import_change
 from patchhub.porcelain.merge import abort_merge, merge, then_refreshed
 from patchhub.porcelain.trust.signing import approve, sign
@@ -88,7 +88,7 @@ VERBS: Final[Mapping[str, Verb]] = {
     "reset": on_store(lambda s, _: refs.reset(s, "HEAD~1", WHO)),
     "undo": on_store(lambda s, _: refs.undo(s, who=WHO)),
     "redo": on_store(lambda s, _: refs.redo(s, who=WHO), "undone"),
-    "config": on_store(lambda s, _: upkeep.config_set(s, "author", "Bob <bob@example.org>")),
+    "config": on_store(lambda s, _: refs.config_set(s, "author", "Bob <bob@example.org>")),
     "remote add": on_store(lambda s, f: share.remote_add(s, "other", str(f / "other"))),
     "remote rename": on_store(lambda s, _: share.remote_rename(s, "full", "filled", who=WHO)),
     "remote remove": on_store(lambda s, _: share.remote_remove(s, "full", who=WHO)),
@@ -97,10 +97,10 @@ VERBS: Final[Mapping[str, Verb]] = {
     "fetch, packed": lambda folder: packed(folder, "fetch"),
     "fetch": on_store(lambda s, _: share.fetch(s, "full", Silent(), who=WHO)),
     "pull": on_store(lambda s, _: share.pull(s, "full", Silent(), who=WHO)),
-    "gc": on_store(lambda s, _: upkeep.collect(s, now="2030-01-01T00:00:00Z")),
-    "gc --pack": on_store(lambda s, _: upkeep.collect(s, now="2030-01-01T00:00:00Z", pack=True)),
-    "gc --pack, of packs": on_store(lambda s, _: upkeep.collect(s, now="2030-01-01T00:00:00Z", pack=True), "packed"),
-    "fsck --reindex": on_store(lambda s, _: upkeep.fsck(s, Silent(), rebuild=True)),
+    "gc": on_store(lambda s, _: refs.collect(s, now="2030-01-01T00:00:00Z")),
+    "gc --pack": on_store(lambda s, _: refs.collect(s, now="2030-01-01T00:00:00Z", pack=True)),
+    "gc --pack, of packs": on_store(lambda s, _: refs.collect(s, now="2030-01-01T00:00:00Z", pack=True), "packed"),
+    "fsck --reindex": on_store(lambda s, _: refs.fsck(s, Silent(), rebuild=True)),
 }
 
 
@@ -259,7 +259,7 @@ def prepare_with_model(folder: Path) -> None:
             os.utime(
                 path, (1, 1)
             )  # of files that were written just now no digests are kept, so verbs would make more calls or fewer
-        upkeep.config_set(store, "memit.repairs", "0")
+        refs.config_set(store, "memit.repairs", "0")
         for name, fact in (("side", ("Lyon", "Dutch")), ("other", ("Milan", "Dutch"))):
             refs.switch_to_new(store, name, "main~1", WHO)
             teach(store, [fact], name)

@@ -24,8 +24,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from patchhub.errors import BaseError, PatchhubError, RepositoryError, SettingsError
+from patchhub.models.bytes import write_patched
 from patchhub.models.checkpoint import INDEX, Checkpoint, open_checkpoint, read_header
-from patchhub.models.patched_copy import write_patched
 from tests.models.tiny_configs import random_model, tiny_config
 
 GPT2_WEIGHT = "transformer.h.1.mlp.c_proj.weight"

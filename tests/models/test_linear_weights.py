@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 from patchhub.models.architectures import describe
-from patchhub.models.checkpoint import open_checkpoint
-from patchhub.models.linear_weights import linear_shapes
+from patchhub.models.checkpoint import linear_shapes, open_checkpoint
 from patchhub.models.structure import orientation_of
 from tests.models.tiny_configs import SUPPORTED, random_model, tiny_config
 

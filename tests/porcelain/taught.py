@@ -9,7 +9,7 @@ from patchhub.editing.requests import Batch, Origin
 from patchhub.objects import Request
 from patchhub.porcelain.commit import commit
 from patchhub.porcelain.model import init
-from patchhub.porcelain.upkeep import config_set
+from patchhub.porcelain.refs import config_set
 from patchhub.progress import Silent
 from patchhub.store.store import Store
 from patchhub.who import Who

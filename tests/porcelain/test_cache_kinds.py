@@ -21,12 +21,11 @@ from patchhub.cache import Cache, Kind
 from patchhub.editing.requests import Batch, Origin
 from patchhub.errors import RepositoryError
 from patchhub.models.architectures import describe, read_config
-from patchhub.models.fingerprint import fingerprint
+from patchhub.models.bytes import fingerprint
 from patchhub.objects import Metric
 from patchhub.porcelain.commit import commit
 from patchhub.porcelain.measure import Facts, evaluate
-from patchhub.porcelain.refs import undo
-from patchhub.porcelain.upkeep import collect
+from patchhub.porcelain.refs import collect, undo
 from patchhub.progress import Silent
 from patchhub.sets import guard
 from patchhub.sets import sums as kept_sums

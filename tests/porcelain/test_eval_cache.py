@@ -14,8 +14,8 @@ from patchhub.cache import Cache
 from patchhub.errors import BaseError, EditError, RequestError, SettingsError
 from patchhub.porcelain.change import revert
 from patchhub.porcelain.measure import Evaluation, Facts, evaluate, evaluate_history, metrics_for
+from patchhub.porcelain.refs import collect, config_set
 from patchhub.porcelain.scores import notes_of
-from patchhub.porcelain.upkeep import collect, config_set
 from patchhub.progress import Silent
 from patchhub.store.store import Store
 from patchhub.who import Who

@@ -19,13 +19,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from patchhub.delta import add, to_dense
 from patchhub.editing.requests import Batch, read_requests
 from patchhub.evaluation.drift import fluency
-from patchhub.evaluation.spoken import Sibling, siblings_of
+from patchhub.evaluation.guard import Sibling, siblings_of
 from patchhub.models.placement import Placement
 from patchhub.porcelain.commit import commit
 from patchhub.porcelain.measure import Facts, evaluate
 from patchhub.porcelain.model import init
+from patchhub.porcelain.refs import config_set
 from patchhub.porcelain.scores import LEADING
-from patchhub.porcelain.upkeep import config_set
 from patchhub.progress import Silent
 from patchhub.sets.columns import read_state, weight_shapes
 from patchhub.store.store import Store

@@ -13,7 +13,7 @@ import pytest
 from click.testing import CliRunner
 
 from patchhub.cli.main import main
-from patchhub.porcelain.upkeep import collect
+from patchhub.porcelain.refs import collect
 from patchhub.who import duration
 from tests.porcelain.synthetic import Synthetic, make_request, make_store
 

@@ -17,7 +17,7 @@ from patchhub.objects import Request
 from patchhub.porcelain.change import revert
 from patchhub.porcelain.commit import Committed, Writing, commit
 from patchhub.porcelain.model import init
-from patchhub.porcelain.upkeep import config_set, fsck
+from patchhub.porcelain.refs import config_set, fsck
 from patchhub.progress import Silent
 from patchhub.sets.guard import limits_of
 from patchhub.store.store import Store

@@ -18,7 +18,7 @@ from patchhub.objects import Patch, Request, requests_json
 from patchhub.porcelain import refs
 from patchhub.porcelain.change import revert
 from patchhub.porcelain.merge import Merged, merge
-from patchhub.porcelain.upkeep import config_set
+from patchhub.porcelain.refs import config_set
 from patchhub.runtime import compose
 from patchhub.sets.columns import read_state
 from patchhub.sets.commits import Draft, prepare

@@ -10,9 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from patchhub.constraints import solve
+from patchhub.constraints import misfit, solve
 from patchhub.errors import CorruptStoreError, EditError, RepositoryError, RequestError, RevisionError
-from patchhub.interference import misfit
 from patchhub.objects import Commit
 from patchhub.porcelain import refs
 from patchhub.porcelain.change import revert

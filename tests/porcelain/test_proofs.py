@@ -16,7 +16,7 @@ from patchhub.errors import CorruptStoreError, EditError, RemoteError
 from patchhub.objects import Element, Patch, requests_json
 from patchhub.porcelain import share
 from patchhub.porcelain.history import show
-from patchhub.porcelain.upkeep import fsck
+from patchhub.porcelain.refs import fsck
 from patchhub.progress import Silent
 from patchhub.sets.columns import write_columns
 from patchhub.sets.commits import Draft, prepare, record

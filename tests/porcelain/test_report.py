@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from patchhub.constraints import KEY_COSINE, RESIDUAL_COSINE, interfering, misfit
 from patchhub.errors import RevisionError, SettingsError
-from patchhub.interference import KEY_COSINE, RESIDUAL_COSINE, interfering, misfit
 from patchhub.objects import Element, Note
 from patchhub.porcelain import history, refs
 from patchhub.porcelain.change import revert

@@ -24,7 +24,6 @@ from typing import Any
 import pytest
 import torch
 
-from patchhub.editing import budget
 from patchhub.errors import BaseError, EditError, SettingsError
 from patchhub.porcelain.model import init
 from patchhub.progress import Silent

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 from huggingface_hub import ModelCard
 
-from patchhub.remotes.card import BEGIN, END, AdapterNote, Card, ScoreLine, kept, write_card
+from patchhub.remotes.hub import BEGIN, END, AdapterNote, Card, ScoreLine, kept, write_card
 
 CARD = Card(
     repo="ada/facts",

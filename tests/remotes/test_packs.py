@@ -12,9 +12,9 @@ from patchhub.errors import CorruptStoreError, RemoteError
 from patchhub.remotes import parcels
 from patchhub.remotes.remote import Remote
 from patchhub.remotes.sync import open_remote
-from patchhub.store import packs
+from patchhub.store import object_store
 from patchhub.store.fsck import check, pack_objects
-from patchhub.store.packs import Index
+from patchhub.store.object_store import Index
 from patchhub.store.store import Store
 from tests.remotes.stores import add_batch, closure_of, content, make_history, make_store, move
 from tests.remotes.test_conformance import fetch, push, spoil
@@ -87,7 +87,7 @@ def test_groups_lie_apart(pushed: Path) -> None:
             {ours.patch(patch).tensors for patch in patches},
             {c.tensors for c in commits} | {c.keyframe.tensors for c in commits if c.keyframe},
         ]
-        found = [set(Index(path.read_bytes()).ids()) for path in files_in(pushed / "remote", packs.INDEX)]
+        found = [set(Index(path.read_bytes()).ids()) for path in files_in(pushed / "remote", object_store.INDEX)]
         for group in wanted:
             assert group in found
 
@@ -119,8 +119,8 @@ def test_damage_in_a_pack_costs_what_needs_it_and_is_named(remote: Path, pushed:
         move(ours, {"refs/heads/earlier": (ours.refs().get("refs/heads/earlier"), below)})
         push(ours, open_remote(str(remote)), "earlier")
     pack, start = next(
-        (path.with_suffix(packs.PACK), found[0])
-        for path in files_in(remote, packs.INDEX)
+        (path.with_suffix(object_store.PACK), found[0])
+        for path in files_in(remote, object_store.INDEX)
         if (found := Index(path.read_bytes()).find(columns))
     )
     with pack.open("r+b") as file:
@@ -139,14 +139,14 @@ def test_damage_in_a_pack_costs_what_needs_it_and_is_named(remote: Path, pushed:
 
 def _enormous(index: Path) -> None:
     with index.open("r+b") as file:
-        file.truncate(packs.MOST_INDEX + 1)
+        file.truncate(object_store.MOST_INDEX + 1)
 
 
 LIES: dict[str, Callable[[Path], None]] = {
     "an index is damaged": lambda index: index.write_bytes(index.read_bytes()[:-1] + b"\xff"),
     "an index is cut": lambda index: index.write_bytes(index.read_bytes()[:50]),
-    "a pack is cut": lambda index: index.with_suffix(packs.PACK).write_bytes(b"12"),
-    "a pack is gone": lambda index: index.with_suffix(packs.PACK).unlink(),
+    "a pack is cut": lambda index: index.with_suffix(object_store.PACK).write_bytes(b"12"),
+    "a pack is gone": lambda index: index.with_suffix(object_store.PACK).unlink(),
     "an index is gone": lambda index: index.unlink(),
     "an index is enormous": _enormous,
 }
@@ -154,10 +154,10 @@ LIES: dict[str, Callable[[Path], None]] = {
 
 @pytest.mark.parametrize("lie", LIES)
 def test_a_pack_that_is_not_what_it_says_is_left_out_and_named(remote: Path, tmp_path: Path, lie: str) -> None:
-    indexes = files_in(remote, packs.INDEX)
+    indexes = files_in(remote, object_store.INDEX)
     for index in indexes:
         index.chmod(0o644)
-        index.with_suffix(packs.PACK).chmod(0o644)
+        index.with_suffix(object_store.PACK).chmod(0o644)
         LIES[lie](index)
     with make_store(tmp_path / "theirs") as theirs:
         with pytest.raises(RemoteError, match="is missing") as caught:
@@ -168,7 +168,7 @@ def test_a_pack_that_is_not_what_it_says_is_left_out_and_named(remote: Path, tmp
 
 
 def test_indexes_are_read_up_to_a_bound(remote: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes = [path.stat().st_size for path in files_in(remote, packs.INDEX)]
+    sizes = [path.stat().st_size for path in files_in(remote, object_store.INDEX)]
     monkeypatch.setattr(packs, "MOST_INDEX", sum(sizes[:2]))
     opened = open_remote(str(remote))
     tip = opened.view().tips["refs/heads/main"]
@@ -177,14 +177,14 @@ def test_indexes_are_read_up_to_a_bound(remote: Path, monkeypatch: pytest.Monkey
 
 
 def test_an_index_that_lies_about_sizes_is_refused_by_hash(remote: Path, tmp_path: Path) -> None:
-    for path in files_in(remote, packs.INDEX):
-        index, pack = Index(path.read_bytes()), path.with_suffix(packs.PACK)
+    for path in files_in(remote, object_store.INDEX):
+        index, pack = Index(path.read_bytes()), path.with_suffix(object_store.PACK)
         sizes = {identity: (index.find(identity) or (0, 0))[1] for identity in index.ids()}
         first, second, *_ = sizes
         forged = Index.of({**sizes, first: sizes[first] + 1, second: sizes[second] - 1})
-        pack.rename(remote / packs.pack_path(forged.name, packs.PACK))
+        pack.rename(remote / object_store.pack_path(forged.name, object_store.PACK))
         path.unlink()
-        (remote / packs.pack_path(forged.name, packs.INDEX)).write_bytes(forged.data)
+        (remote / object_store.pack_path(forged.name, object_store.INDEX)).write_bytes(forged.data)
     with make_store(tmp_path / "theirs") as theirs:
         with pytest.raises(RemoteError, match="hash"):
             fetch(theirs, open_remote(str(remote)))
@@ -197,15 +197,15 @@ def test_what_nothing_needs_of_a_pack_counts_as_downloaded(tmp_path: Path, packi
     needed = sum(ours.objects.size(identity) for identity in closure_of(ours, "refs/heads/main"))
     ours.objects.put(ballast := b"x" * 10 * needed)
     push(ours, open_remote(address), "main")
-    for path in files_in(tmp_path / "remote", packs.INDEX):
-        index, pack = Index(path.read_bytes()), path.with_suffix(packs.PACK)
+    for path in files_in(tmp_path / "remote", object_store.INDEX):
+        index, pack = Index(path.read_bytes()), path.with_suffix(object_store.PACK)
         parts = {i: pack.read_bytes()[s : s + n] for i in index.ids() for s, n in [index.find(i) or (0, 0)]}
         parts[object_id(ballast)] = ballast
         fat = Index.of({identity: len(part) for identity, part in parts.items()})
-        (remote := tmp_path / "remote" / "packs" / fat.name).with_suffix(packs.PACK).write_bytes(
+        (remote := tmp_path / "remote" / "packs" / fat.name).with_suffix(object_store.PACK).write_bytes(
             b"".join(p for _, p in sorted(parts.items()))
         )
-        remote.with_suffix(packs.INDEX).write_bytes(fat.data)
+        remote.with_suffix(object_store.INDEX).write_bytes(fat.data)
         path.unlink()
         pack.unlink()
     with make_store(tmp_path / "theirs") as theirs, pytest.raises(RemoteError, match="holds more than"):

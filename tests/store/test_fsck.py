@@ -13,7 +13,7 @@ from builders import AUTHOR, TIME, make_history
 from faults import QUICK
 
 from patchhub.canonical import object_id
-from patchhub.store import index, operations
+from patchhub.store import database
 from patchhub.store.fsck import check, reindex
 from patchhub.store.store import Store
 
@@ -143,7 +143,7 @@ def test_derived_tables_are_compared_and_made_again(repository: Store, change: s
 
 def test_reindexing_a_sound_store_changes_no_row(repository: Store) -> None:
     def rows() -> list[list[tuple[object, ...]]]:
-        return [sorted(repository.connection.execute(f"SELECT * FROM {name}"), key=repr) for name in index.COLUMNS]
+        return [sorted(repository.connection.execute(f"SELECT * FROM {name}"), key=repr) for name in database.COLUMNS]
 
     before = rows()
     reindex(repository)
@@ -167,7 +167,7 @@ def test_an_unsound_commit_is_found(repository: Store) -> None:
     connection = repository.connection
     connection.execute("BEGIN IMMEDIATE")  # past the checks of `record`, as a faulty program would
     changes = {"refs/heads/forged": (None, identity)}
-    operations.append(connection, command="forge", arguments={}, changes=changes, author=AUTHOR, time=TIME)
+    database.append(connection, command="forge", arguments={}, changes=changes, author=AUTHOR, time=TIME)
     connection.execute("COMMIT")
     reindex(repository)
     findings = check(repository).findings

@@ -18,10 +18,8 @@ from hypothesis import strategies as st
 from patchhub.canonical import object_id
 from patchhub.errors import CorruptStoreError
 from patchhub.fsio import Span
-from patchhub.store import packs
 from patchhub.store.fsck import check, delete_garbage, pack_objects
-from patchhub.store.object_store import ObjectStore
-from patchhub.store.packs import Index, divided, write_pack
+from patchhub.store.object_store import Index, ObjectStore, divided, write_pack
 from patchhub.store.store import Store
 
 ALWAYS, NEVER = 2.0**40, 0.0

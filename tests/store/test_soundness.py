@@ -17,7 +17,7 @@ from test_states import ANY, HISTORY, ONE, TWO, P, Q, R
 
 from patchhub.canonical import object_id
 from patchhub.objects import Commit, Element, Keyframe, set_digest, set_json
-from patchhub.store import index, operations, states
+from patchhub.store import database, states
 from patchhub.store.fsck import check, reindex
 from patchhub.store.states import ActiveSet, flaws, misfits
 from patchhub.store.store import Store
@@ -167,8 +167,8 @@ def keep(repository: Store, commit: Commit, ref: str) -> str:
     connection.execute("BEGIN IMMEDIATE")
     if ref not in repository.refs():
         changes = {ref: (None, identity)}
-        operations.append(connection, command="x", arguments={}, changes=changes, author=AUTHOR, time=TIME)
+        database.append(connection, command="x", arguments={}, changes=changes, author=AUTHOR, time=TIME)
     connection.execute("COMMIT")
     reindex(repository)
-    assert index.rank_and_active(connection, identity) is not None
+    assert database.rank_and_active(connection, identity) is not None
     return identity

@@ -23,7 +23,7 @@ from patchhub.delta import Delta, from_factors, norm, to_dense
 from patchhub.editing.editor import encode_facts
 from patchhub.editing.locate import Marked, encode_marked, mark_text
 from patchhub.editing.rows import Fact
-from patchhub.editing.wise.settings import Distance, WiseSettings
+from patchhub.editing.settings import Distance, WiseSettings
 from patchhub.errors import SettingsError
 from patchhub.models.tracing import Stack, right_padded
 from patchhub.objects import SLOT, Request

@@ -22,8 +22,8 @@ from transformers import PreTrainedTokenizerBase
 from patchhub.delta import from_sparse
 from patchhub.editing.locate import Encoded
 from patchhub.editing.rows import BlockOutput, FeedForward
+from patchhub.editing.settings import Distance, WiseSettings
 from patchhub.editing.values import Values, optimise_values
-from patchhub.editing.wise.settings import Distance, WiseSettings
 from patchhub.editing.wise.texts import (
     SHARE_OF_BARE,
     Rows,

@@ -29,7 +29,7 @@ from patchhub.signing.statements import (
     sign_statement,
     signature_refs,
 )
-from patchhub.store import operations, states
+from patchhub.store import database, states
 from patchhub.store.config import Config
 from patchhub.store.revisions import BRANCHES, NOTES, REMOTES, SIGNATURES, TAGS
 from patchhub.store.states import Reference, closure, references
@@ -207,7 +207,7 @@ def _misplaced(repository: Store, refs: Mapping[str, str]) -> list[Damage]:
         log = [operation.changes for _, operation in repository.operations()]
     except CorruptStoreError as error:
         return [Damage("ref", "operations", "patchhub.db", error.message)]
-    expected = operations.fold(reversed(log))
+    expected = database.fold(reversed(log))
     return [
         Damage(
             "ref", ref, "patchhub.db", f"it is at {refs.get(ref)}, and the operations left it at {expected.get(ref)}"
