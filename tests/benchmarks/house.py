@@ -96,27 +96,28 @@ class Walk:
 def of_a_commit() -> Iterator[str]:
     """A second commit of two facts."""
     import patchhub
+    from patchhub.fsio import Span
 
     facts = json.loads((files("patchhub") / "demo_facts.json").read_text(encoding="utf-8"))
-    walk, read = Walk(), Path.read_bytes
+    walk, read = Walk(), Span.read
 
-    def counted(path: Path) -> bytes:
-        if "objects" in path.parts:
-            walk.read[path.name] += 1
-        return read(path)
+    def counted(place: Span, start: int = 0, size: int | None = None) -> bytes:
+        if "objects" in place.path.parts and size is None:
+            walk.read[place.path.name] += 1
+        return read(place, start, size)
 
     with tempfile.TemporaryDirectory() as folder:
         model = str(files("patchhub") / "demo_model")
         with patchhub.Repository.init(folder, model, author=AUTHOR, progress=False) as repo:
             repo.commit(facts[:2], message="two facts", author=AUTHOR)
         with patchhub.open(folder, progress=False) as repo:
-            Path.read_bytes = counted  # type: ignore[method-assign]
+            Span.read = counted  # type: ignore[method-assign]
             sys.setprofile(walk)
             try:
                 repo.commit(facts[2:4], message="two more", author=AUTHOR)
             finally:
                 sys.setprofile(None)
-                Path.read_bytes = read  # type: ignore[method-assign]
+                Span.read = read  # type: ignore[method-assign]
     entered = {path for path, _, _ in walk.entered}
     yield f"modules entered by a commit      {len(entered)}"
     yield f"functions entered by a commit    {len(walk.entered)}"
