@@ -1,7 +1,5 @@
 """Verbs that look at history and at facts, that move refs, share them, and keep a store well."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Sequence
 from datetime import timedelta
@@ -42,7 +40,7 @@ class LookingVerbs(Opened):
     """Verbs that change nothing."""
 
     @verb
-    def status(self) -> Status:
+    def status(self) -> "Status":
         """Where the repository is: branch, active facts, base."""
         from patchhub.porcelain.history import status
 
@@ -63,7 +61,7 @@ class LookingVerbs(Opened):
         first_parent: bool = False,
         signatures: bool = False,
         allowed: Place | None = None,
-    ) -> Rows[Entry]:
+    ) -> "Rows[Entry]":
         """The commits below a revision, newest first; each is read as it is asked for.
 
         Args:
@@ -91,7 +89,7 @@ class LookingVerbs(Opened):
         return Rows(log(self.store, rev, limit=limit, only=only, first_parent=first_parent, sizes=stat, **options))
 
     @verb
-    def verify(self, rev: str = "HEAD", *, allowed: Place | None = None, all: bool = False) -> Verified:
+    def verify(self, rev: str = "HEAD", *, allowed: Place | None = None, all: bool = False) -> "Verified":
         """Who signed a commit, and whether everything below it is what was signed: every object and every ref.
 
         Args:
@@ -104,7 +102,7 @@ class LookingVerbs(Opened):
             return verify(self.store, rev, progress, allowed=path(allowed), everything=all)
 
     @verb
-    def show(self, rev: str = "HEAD") -> Shown | Rows[Found]:
+    def show(self, rev: str = "HEAD") -> "Shown | Rows[Found]":
         """One commit: its facts, how they were written, and what was measured. Or facts: who taught them, and when.
 
         Args:
@@ -124,7 +122,7 @@ class LookingVerbs(Opened):
         weights: bool = False,
         ask: Sequence[str] | None = None,
         base: Place | None = None,
-    ) -> Difference:
+    ) -> "Difference":
         """What changes from one revision to another: facts added, retargeted and removed, norms, scores.
 
         Args:
@@ -146,7 +144,7 @@ class LookingVerbs(Opened):
             return diff_in_full(self.store, old, new, progress, weights=weights, prompts=ask, base=place)
 
     @verb
-    def search(self, *words: str, subject: str = "", rev: str = "HEAD", limit: Count = 50) -> Rows[Found]:
+    def search(self, *words: str, subject: str = "", rev: str = "HEAD", limit: Count = 50) -> "Rows[Found]":
         """Facts ever committed that hold all words: who taught them, when, and whether they are still active.
 
         Args:
@@ -172,7 +170,7 @@ class LookingVerbs(Opened):
         dtype: Type | None = None,
         quantization: Quantization | None = None,
         chat: bool | None = None,
-    ) -> Blame | Rows[Fact]:
+    ) -> "Blame | Rows[Fact]":
         """How much each active fact, and each patch, moves the answer to a prompt.
 
         Args:
@@ -211,7 +209,7 @@ class LookingVerbs(Opened):
         dtype: Type | None = None,
         quantization: Quantization | None = None,
         chat: bool | None = None,
-    ) -> Bisection:
+    ) -> "Bisection":
         """The first commit after one revision, up to another, at which something is broken.
 
         Args:
@@ -256,7 +254,7 @@ class LookingVerbs(Opened):
         since: str | None = None,
         allowed: Place | None = None,
         csv: Place | None = None,
-    ) -> Audit:
+    ) -> "Audit":
         """Every change of a fact below a revision: who, when, why, on whose approval, with which evidence, and what took it back.
 
         Args:
@@ -285,7 +283,7 @@ class RefVerbs(Opened):
     @overload
     def branch(
         self, name: None = None, rev: None = None, *, remotes: bool = False, all: bool = False
-    ) -> Rows[Named]: ...
+    ) -> "Rows[Named]": ...
     @overload
     def branch(
         self,
@@ -296,7 +294,7 @@ class RefVerbs(Opened):
         move: bool = False,
         author: str | None = None,
         time: str | None = None,
-    ) -> Moved: ...
+    ) -> "Moved": ...
     @verb
     def branch(
         self,
@@ -309,7 +307,7 @@ class RefVerbs(Opened):
         all: bool = False,
         author: str | None = None,
         time: str | None = None,
-    ) -> Moved | Rows[Named]:
+    ) -> "Moved | Rows[Named]":
         """The branches, or with a name: make that branch at a revision (by default HEAD) without switching to it.
 
         Args:
@@ -335,7 +333,7 @@ class RefVerbs(Opened):
         return refs.create_branch(self.store, name, rev or "HEAD", self._who(author, time))
 
     @overload
-    def tag(self, name: None = None, rev: None = None) -> Rows[Named]: ...
+    def tag(self, name: None = None, rev: None = None) -> "Rows[Named]": ...
     @overload
     def tag(
         self,
@@ -348,7 +346,7 @@ class RefVerbs(Opened):
         key: Place | None = None,
         author: str | None = None,
         time: str | None = None,
-    ) -> Moved: ...
+    ) -> "Moved": ...
     @verb
     def tag(
         self,
@@ -361,7 +359,7 @@ class RefVerbs(Opened):
         key: Place | None = None,
         author: str | None = None,
         time: str | None = None,
-    ) -> Moved | Rows[Named]:
+    ) -> "Moved | Rows[Named]":
         """The tags, or with a name: make that tag at a revision (by default HEAD), or remove it. Tags do not move.
 
         Args:
@@ -388,7 +386,7 @@ class RefVerbs(Opened):
         key: Place | None = None,
         author: str | None = None,
         time: str | None = None,
-    ) -> Rows[Signed]:
+    ) -> "Rows[Signed]":
         """Sign a commit that is there, or each one of ``FROM..TO``.
 
         Args:
@@ -409,7 +407,7 @@ class RefVerbs(Opened):
         key: Place | None = None,
         author: str | None = None,
         time: str | None = None,
-    ) -> Rows[Signed]:
+    ) -> "Rows[Signed]":
         """Say with a key of one's own that a commit of somebody else, or each one of ``FROM..TO``, may go on.
 
         Args:
@@ -431,7 +429,7 @@ class RefVerbs(Opened):
         detach: bool = False,
         author: str | None = None,
         time: str | None = None,
-    ) -> Switched:
+    ) -> "Switched":
         """Go to a branch; one that only a remote has is made here first.
 
         Args:
@@ -443,14 +441,14 @@ class RefVerbs(Opened):
         return switch_as(self.store, name, rev, self._who(author, time), create=create, detached=detach)
 
     @verb
-    def reset(self, rev: str, *, author: str | None = None, time: str | None = None) -> Moved:
+    def reset(self, rev: str, *, author: str | None = None, time: str | None = None) -> "Moved":
         """Move the current branch to a revision. Nothing is lost: `undo` moves it back."""
         from patchhub.porcelain.refs import reset
 
         return reset(self.store, rev, self._who(author, time))
 
     @verb
-    def reflog(self, ref: str = "HEAD", *, limit: Count | None = None) -> Rows[RefEntry]:
+    def reflog(self, ref: str = "HEAD", *, limit: Count | None = None) -> "Rows[RefEntry]":
         """Where a ref was, the last move first."""
         from patchhub.porcelain.refs import reflog
 
@@ -459,7 +457,7 @@ class RefVerbs(Opened):
     @verb
     def undo(
         self, steps: Count = 1, *, all: bool = False, author: str | None = None, time: str | None = None
-    ) -> Stepped:
+    ) -> "Stepped":
         """Take back the last commands that changed facts, branches or tags; repeated, walk further back.
 
         A switch, a fetch, a push and notes of scores stay as they are, unless ``all`` is said.
@@ -473,14 +471,14 @@ class RefVerbs(Opened):
         return undo(self.store, who=self._who(author, time), steps=steps, everything=all)
 
     @verb
-    def op_log(self, *, limit: Count | None = None) -> Rows[Done]:
+    def op_log(self, *, limit: Count | None = None) -> "Rows[Done]":
         """Every operation of this store, the last one first: what was run, by whom, and which refs it moved."""
         from patchhub.porcelain.refs import operations
 
         return Rows(list(operations(self.store, limit=limit)))
 
     @verb
-    def redo(self, *, author: str | None = None, time: str | None = None) -> Stepped:
+    def redo(self, *, author: str | None = None, time: str | None = None) -> "Stepped":
         """Reverse the last `undo`."""
         from patchhub.porcelain.refs import redo
 
@@ -527,7 +525,7 @@ class RefVerbs(Opened):
         dry_run: bool = False,
         author: str | None = None,
         time: str | None = None,
-    ) -> Rows[Pushed]:
+    ) -> "Rows[Pushed]":
         """Bring branches and tags to a remote; by default the current branch, to the only remote or to `origin`.
 
         Args:
@@ -558,7 +556,7 @@ class RefVerbs(Opened):
         require_signed: Place | None = None,
         author: str | None = None,
         time: str | None = None,
-    ) -> Fetched:
+    ) -> "Fetched":
         """Bring all branches, tags and notes of a remote here: every byte verified, and weights proven to be those of their facts.
 
         The branches here stay where they are.
@@ -588,7 +586,7 @@ class RefVerbs(Opened):
         require_signed: Place | None = None,
         author: str | None = None,
         time: str | None = None,
-    ) -> Pulled:
+    ) -> "Pulled":
         """Fetch, then bring the remote's branch of the same name into the current one: fast-forward, or merge.
 
         Args:
@@ -618,7 +616,7 @@ class RefVerbs(Opened):
         return config(self.store, key, value, unset=unset)
 
     @verb
-    def fsck(self, *, reindex: bool = False) -> Report:
+    def fsck(self, *, reindex: bool = False) -> "Report":
         """Check every stored byte, every link between objects, and that weights are those of their facts.
 
         Args:
@@ -637,7 +635,7 @@ class RefVerbs(Opened):
         grace: str | timedelta = "14 days",
         pack: bool = False,
         time: str | None = None,
-    ) -> Collected:
+    ) -> "Collected":
         """Delete what nothing needs: objects that were never recorded, leftovers of interrupted commands, unused cache.
 
         Args:
