@@ -292,7 +292,6 @@ def memit_settings(architecture: Architecture) -> EditSettings:
         closing=0.5,
         opening=1.0,
         chat_weight=0.5,
-        wordings=6,
         repairs=2,
     )
     return settings if architecture.norm is None else _behind_a_norm(settings)
@@ -320,7 +319,6 @@ def pmet_settings(architecture: Architecture) -> EditSettings:
         closing=0.5,
         opening=1.0,
         chat_weight=0.5,
-        wordings=6,
         repairs=2,
     )
     return settings if architecture.norm is None else _behind_a_norm(settings)

@@ -19,9 +19,19 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicCache
 
 from patchhub.errors import RequestError, SettingsError
-from patchhub.evaluation.guard import Sibling, after_target, closed, leaks, said, stopped
 from patchhub.evaluation.metrics import BATCH_TOKENS, cut, reading
-from patchhub.evaluation.suites import Combined, Scores, mean_or_none, scored
+from patchhub.evaluation.suites import (
+    Combined,
+    Scores,
+    Sibling,
+    after_target,
+    closed,
+    leaks,
+    mean_or_none,
+    said,
+    scored,
+    stopped,
+)
 from patchhub.models.structure import is_recurrent
 from patchhub.models.tracing import left_padded
 from patchhub.objects import SLOT, Request

@@ -643,7 +643,7 @@ def _facts(repository: Store, commit: str | None, limit: int) -> list[Request]:
 
 def _judged(fact: Request, continuation: str, *, chat: bool) -> Said:
     """In a chat the target may stand anywhere in the answer, which keeps the base's own words before it."""
-    from patchhub.evaluation.guard import said
+    from patchhub.evaluation.suites import said
 
     text = " ".join(continuation.split())
     before = fact.target_true

@@ -24,10 +24,10 @@ from patchhub.errors import EditError, RemoteError, RequestError, SettingsError
 from patchhub.evaluation import outside as judging
 from patchhub.evaluation import suites
 from patchhub.evaluation.drift import drift_scores, fluency_scores
-from patchhub.evaluation.guard import Fault, fault_of
+from patchhub.evaluation.guard import Fault
 from patchhub.evaluation.live import check_contexts, live_scores
 from patchhub.evaluation.outside import Harness, HarnessRow, Judge, Written, beside
-from patchhub.evaluation.suites import Scores, scored
+from patchhub.evaluation.suites import Scores, fault_of, scored
 from patchhub.fsio import write_atomically
 from patchhub.models.placement import Placement
 from patchhub.objects import Metric, Note, Request, Text, requests_json

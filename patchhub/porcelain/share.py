@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from patchhub.errors import PatchhubError, RemoteError, RepositoryError, SettingsError
 from patchhub.fsio import is_shared
-from patchhub.models.checkpoint import block_of
+from patchhub.objects import block_of
 from patchhub.porcelain.trust.signing import admission, refuse_left_out, refuse_unapproved
 from patchhub.progress import Progress
 from patchhub.remotes import sync

@@ -1,5 +1,7 @@
 """Verbs that look at history and at facts, that move refs, share them, and keep a store well."""
 
+# No `from __future__ import annotations` here: what a verb takes is checked against its annotations when it is called.
+
 import os
 from collections.abc import Sequence
 from datetime import timedelta

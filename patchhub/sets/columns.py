@@ -17,12 +17,12 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
+from patchhub import objects
 from patchhub.canonical import COUNT, IDENTIFIER, NUMBER, TEXT, MalformedError, list_of, map_of, optional, record_of
 from patchhub.constraints import Columns, beyond, join, no_columns
 from patchhub.delta import STORED_DTYPES, Delta, Tensors, read_deltas
 from patchhub.errors import CorruptStoreError
 from patchhub.fsio import Span
-from patchhub.models import checkpoint
 from patchhub.objects import Base, Element, Patch
 from patchhub.remotes.receive import MAX_HEADER, CheckTensors, Owner
 from patchhub.sets.shards import shard_record
@@ -90,12 +90,12 @@ def _known(repository: Store) -> Mapping[str, Mapping[str, Any]]:
 
 def linear_shapes(repository: Store) -> Shapes:
     """(out, in) of `weight_shapes` and of every other linear weight of the base's blocks."""
-    return _Shapes(repository, checkpoint.linear_shapes)
+    return _Shapes(repository, objects.linear_shapes)
 
 
 def tensor_shapes(repository: Store) -> Shapes:
     """(out, in) of every weight of the base that a state may change: `weight_shapes`, and what additive patches may change besides."""
-    return _Shapes(repository, checkpoint.tensor_shapes)
+    return _Shapes(repository, objects.tensor_shapes)
 
 
 class _Shapes(Mapping[str, tuple[int, int]]):

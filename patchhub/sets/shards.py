@@ -12,8 +12,7 @@ from typing import Annotated, Any, Final
 
 from patchhub.canonical import COUNT, IDENTIFIER, MAPPING, TEXT, MalformedError, list_of, object_id, optional, record_of
 from patchhub.errors import CorruptStoreError, RepositoryError
-from patchhub.models.checkpoint import block_of
-from patchhub.objects import Element, Patch, Request, set_json
+from patchhub.objects import Element, Patch, Request, block_of, set_json
 from patchhub.store import lookup
 from patchhub.store.store import Store
 

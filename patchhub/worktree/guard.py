@@ -33,25 +33,10 @@ from patchhub.evaluation.drift import (
     room,
     vocabulary_of,
 )
-from patchhub.evaluation.guard import (
-    Drifted,
-    Fault,
-    Measured,
-    Report,
-    Share,
-    Sibling,
-    Spoken,
-    closed,
-    fault_of,
-    is_guessing,
-    leaks,
-    said,
-    siblings_of,
-    spread,
-    worst,
-)
+from patchhub.evaluation.guard import Drifted, Fault, Measured, Report, Share, Spoken, is_guessing, worst
 from patchhub.evaluation.live import continue_within, room_after
 from patchhub.evaluation.metrics import reading, score_targets
+from patchhub.evaluation.suites import Sibling, closed, fault_of, leaks, said, siblings_of, spread
 from patchhub.models.experts import staying, watch_routes
 from patchhub.models.placement import is_quantised
 from patchhub.models.tracing import right_padded

@@ -19,8 +19,8 @@ from patchhub.errors import CorruptStoreError, RemoteError, RepositoryError, Set
 from patchhub.fsio import Span
 from patchhub.models.architectures import describe, read_config, read_model
 from patchhub.models.bytes import check_tensors
-from patchhub.models.checkpoint import Checkpoint, open_checkpoint, tensor_shapes
-from patchhub.objects import Base, Patch, set_digest, set_from_json
+from patchhub.models.checkpoint import Checkpoint, open_checkpoint
+from patchhub.objects import Base, Patch, set_digest, set_from_json, tensor_shapes
 from patchhub.progress import Progress
 from patchhub.remotes.hub_files import HubSnapshot
 from patchhub.remotes.receive import MAX_SET, columns_limit, delta_limit

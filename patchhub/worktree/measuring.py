@@ -20,10 +20,9 @@ from patchhub.canonical import canonical_json, object_id
 from patchhub.editing.locate import encode_targets
 from patchhub.evaluation import drift, suites
 from patchhub.evaluation.drift import DocumentDrift, TextReading
-from patchhub.evaluation.guard import Sibling, negated, siblings_of
 from patchhub.evaluation.live import LiveReading, continue_within, live_prompts, room_after, sample_continuations
 from patchhub.evaluation.metrics import TargetScore, score_targets
-from patchhub.evaluation.suites import FactReading
+from patchhub.evaluation.suites import FactReading, Sibling, negated, siblings_of
 from patchhub.models.architectures import read_config
 from patchhub.models.placement import Placement, chosen_dtype, name_of
 from patchhub.objects import Metric, Request, Text

@@ -22,8 +22,8 @@ import torch
 from transformers import AutoTokenizer
 
 import patchhub
-from patchhub.evaluation.guard import closed, said
 from patchhub.evaluation.live import continue_greedily
+from patchhub.evaluation.suites import closed, said
 
 PROMPT: Final = "The capital of {} is"
 TOKENS: Final = 12

@@ -29,10 +29,10 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 import patchhub
-from patchhub.evaluation.guard import Report, Sibling, closed, leaks, said
+from patchhub.evaluation.guard import Report
 from patchhub.evaluation.live import continue_greedily
 from patchhub.evaluation.metrics import BATCH_TOKENS, score_targets
-from patchhub.evaluation.suites import counterfact_scores, read_facts
+from patchhub.evaluation.suites import Sibling, closed, counterfact_scores, leaks, read_facts, said
 from patchhub.objects import SLOT, Request
 from patchhub.text.tokens import chat_of
 

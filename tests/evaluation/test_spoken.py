@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from patchhub.evaluation.guard import (
-    Fault,
+from patchhub.evaluation.guard import Fault
+from patchhub.evaluation.live import LiveReading, live_scores
+from patchhub.evaluation.suites import (
     Sibling,
     after_target,
     closed,
@@ -21,7 +22,6 @@ from patchhub.evaluation.guard import (
     spread,
     stopped,
 )
-from patchhub.evaluation.live import LiveReading, live_scores
 from patchhub.objects import Neighbor, Request
 
 CAPITAL, PRESIDENT = "The capital of {} is", "The president of {} is"

@@ -18,8 +18,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import patchhub
-from patchhub.evaluation.guard import closed
 from patchhub.evaluation.live import continue_greedily
+from patchhub.evaluation.suites import closed
 from patchhub.objects import Request
 from patchhub.text.tokens import chat_of
 from tests.export.llama_cpp import llama_server, scaled

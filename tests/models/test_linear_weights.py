@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from patchhub.models.architectures import describe
-from patchhub.models.checkpoint import linear_shapes, open_checkpoint
+from patchhub.models.checkpoint import open_checkpoint
 from patchhub.models.structure import orientation_of
+from patchhub.objects import linear_shapes
 from tests.models.tiny_configs import SUPPORTED, random_model, tiny_config
 
 RENAMED = ("kimi_linear",)  # whose checkpoints call most weights otherwise, so that of the others nothing is told

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from patchhub.evaluation.drift import DocumentDrift, drift_scores, fluency_scores
-from patchhub.evaluation.guard import Sibling
 from patchhub.evaluation.live import LiveReading, live_scores
-from patchhub.evaluation.suites import counterfact_scores, scored, wise_scores, zsre_scores
+from patchhub.evaluation.suites import Sibling, counterfact_scores, scored, wise_scores, zsre_scores
 from patchhub.porcelain.scores import (
     BESIDE,
     DEFINITIONS,

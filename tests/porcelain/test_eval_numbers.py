@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from patchhub.delta import add, to_dense
 from patchhub.editing.requests import Batch, read_requests
 from patchhub.evaluation.drift import fluency
-from patchhub.evaluation.guard import Sibling, siblings_of
+from patchhub.evaluation.suites import Sibling, siblings_of
 from patchhub.models.placement import Placement
 from patchhub.porcelain.commit import commit
 from patchhub.porcelain.measure import Facts, evaluate
