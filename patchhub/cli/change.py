@@ -19,6 +19,7 @@ from patchhub.cli.options import (
     memory_option,
     placement_options,
     say_faults,
+    say_lost,
     sign_option,
     text_option,
     workers_options,
@@ -314,6 +315,7 @@ def report_committed(repository: Repository, done: Committed, as_json: bool) -> 
             f"{done.held} of them {'is' if done.held == 1 else 'are'} now the model's answer"
         )
     say_faults(done.faults)
+    say_lost(store.commit(done.commit).check)
     say_signed(repository, done.commit)
     for shard, patch in ((identity, store.patch(identity)) for identity in done.patches):
         if patch.kind == "shard":

@@ -291,7 +291,7 @@ def status(repo: Path | None, as_json: bool) -> None:
     if not found.base_found:
         say("the base is not there any more: `patchhub config base.path FOLDER` says where it is", fg="yellow")
     if found.metric:
-        say(f"metric {found.metric[:12]}", dim=True)
+        say(f"metric {found.metric[:12]}: what edits must not move, measured on text", dim=True)
 
 
 @click.command()
@@ -376,9 +376,10 @@ def _standing(shown: ShownCommit) -> str:
             "its weights are" if trusted == shown.entry.id else f"it stands on {str(trusted)[:12]}, whose weights are"
         )
         return click.style(f"NOT proven: {whose} not those of the facts; trusted when fetched", fg="yellow")
+    whose = "its facts and imports" if shown.entry.active_imports else "its facts"
     known = {
-        "checked": "the proof was computed here",
-        "claimed": "the proof is its author's claim: `patchhub fsck` computes it",
+        "checked": f"checked here: the weights are those of {whose}",
+        "claimed": f"that the weights are those of {whose} is its author's claim: `patchhub fsck` checks it",
     }
     return click.style(known[proof], dim=True)
 

@@ -211,6 +211,14 @@ required_option = click.option(
 _FAULTS = 8
 
 
+def say_lost(check: Mapping[str, Any]) -> None:
+    """How many of the earlier facts that the guard read a commit lost, where there are any; `check` is the commit's."""
+    report = Report.from_json(check)
+    lost = report.measured.earlier if report else None
+    if lost and lost.count:
+        say(f"  {_of(lost, 'earlier fact')} {_verb(lost, 'is', 'are')} no longer the model's answer", fg="yellow")
+
+
 def say_faults(faults: Sequence[Fault]) -> None:
     """What the model writes where that does not read right, a line each."""
     for line in fault_lines(faults[:_FAULTS]):
@@ -256,9 +264,9 @@ def _short(found: Measured) -> Iterator[str]:
     if found.spoken and found.spoken.closed.of:
         yield f"{found.spoken.closed.count}/{found.spoken.closed.of} read right"
     if found.spoken and found.spoken.leak and found.spoken.leak.count:
-        yield f"{found.spoken.leak.count}/{found.spoken.leak.of} siblings leak"
+        yield f"{found.spoken.leak.count}/{found.spoken.leak.of} prompts about others say a new target"
     if found.drift:
-        yield f"drift {found.drift.kl:.3f}"
+        yield f"held text moved by {found.drift.kl:.3f} nats"
 
 
 def _facts(found: Measured) -> Iterator[str]:

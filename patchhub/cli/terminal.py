@@ -450,6 +450,7 @@ _PLAIN_RESET = "`patchhub reset REV` is enough: there are no files that could di
 
 OPTIONS: Final[Mapping[tuple[str, str], str]] = {
     ("commit", "-a"): _NO_STAGING,
+    ("commit", "--dry-run"): "A commit is taken back bit for bit: try it, then `patchhub undo`.",
     ("commit", "-F"): "`patchhub commit FILE -m TEXT`: FILE holds the facts, -m the reason.",
     ("push", "--force"): _FORCE,
     ("push", "-f"): _FORCE,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -39,12 +40,15 @@ def test_a_refusal_is_data_under_json(run: Run, more: str) -> None:
 
 
 def test_a_forced_commit_says_so(run: Run, more: str) -> None:
-    run("commit", more, "-m", "huge", "--force", *HUGE)
+    said = run("commit", more, "-m", "huge", "--force", *HUGE).stdout
     assert "forced although on text that has nothing to do with the facts" in run("show").stdout
     assert "forced although" in run("log", "--stat", "--oneline", "-n", "1").stdout
     check = json.loads(run("show", "--json").stdout)["check"]
     assert check["forced"] is True
     assert check["guard"]["failed"]
+    lost = check["guard"]["earlier"]
+    assert lost["count"] > 0
+    assert f"{lost['count']} of {lost['of']} earlier facts are no longer the model's answer" in said
 
 
 def test_a_healthy_commit_shows_what_was_measured(run: Run, more: str) -> None:
@@ -52,7 +56,9 @@ def test_a_healthy_commit_shows_what_was_measured(run: Run, more: str) -> None:
     shown = run("show").stdout
     for words in ("guard: passed", "3 of 3 new facts are the model's answer", "drift from the base", "rounding to"):
         assert words in shown
-    assert "Guard:  passed, 3/3 new facts hold" in run("log", "--stat").stdout
+    stat = run("log", "--stat").stdout
+    assert "Guard:  passed, 3/3 new facts hold" in stat
+    assert re.search(r"held text moved by \d\.\d{3} nats", stat)
     assert "Guard" not in run("log").stdout
 
 
