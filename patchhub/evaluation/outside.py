@@ -24,16 +24,16 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from io import StringIO
 from math import isfinite
+from numbers import Real
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlsplit
-
-import numpy as np
-import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from patchhub.errors import RemoteError, SettingsError
 from patchhub.results import Result
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _INSTALL: Final = "Install it: `pip install 'patchhub[harness]'`."
 _AT_ONCE: Final = 8  # texts in one forward pass
@@ -169,7 +169,7 @@ def _numbers(results: Mapping[str, Mapping[str, Any]]) -> Reached:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float | np.number) and not isinstance(value, bool) and isfinite(value)
+    return isinstance(value, Real) and not isinstance(value, bool) and isfinite(value)
 
 
 def _beginning(error: BaseException) -> str:
@@ -192,6 +192,9 @@ def _quietly() -> Iterator[None]:
 @contextmanager
 def _kept_streams() -> Iterator[None]:
     """The random streams of the process, which the harness seeds, are put back afterwards."""
+    import numpy as np
+    import torch
+
     plain, numbers = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng():

@@ -36,8 +36,8 @@ from patchhub.export.adapters import (
 )
 from patchhub.export.foreign import form_of, from_difference, is_nothing, read_adapter
 from patchhub.fsio import os_errors, write_atomically
-from patchhub.models.bytes import tensor_digest
 from patchhub.models.checkpoint import Checkpoint, open_checkpoint, read_floats
+from patchhub.models.fingerprint import tensor_digest
 from patchhub.objects import Base, Request
 from patchhub.porcelain.scores import DEFINITIONS, notes_of
 from patchhub.progress import Progress

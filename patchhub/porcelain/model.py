@@ -18,8 +18,8 @@ from patchhub.delta import Delta, is_zero, section
 from patchhub.errors import SettingsError
 from patchhub.evaluation.metrics import score_targets
 from patchhub.models.architectures import Architecture, Site, describe, read_config
-from patchhub.models.bytes import check_tensors, fingerprint, write_patched
 from patchhub.models.checkpoint import Checkpoint, open_checkpoint
+from patchhub.models.fingerprint import check_tensors, fingerprint, write_patched
 from patchhub.models.placement import Placement
 from patchhub.models.structure import Orientation, Projection
 from patchhub.objects import Request

@@ -104,7 +104,7 @@ class ModelVerbs(Opened):
         """
         self._resolve(rev)
         place = self._place(base)
-        from patchhub.models.bytes import refuse_occupied
+        from patchhub.models.fingerprint import refuse_occupied
 
         refuse_store(self.store, Path(out))
         refuse_occupied(None, Path(out), overwrite=overwrite)

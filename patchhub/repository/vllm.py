@@ -158,8 +158,8 @@ def served_adapter(named: Named, base: str, cache: Path, *, max_rank: int | None
     """
     from patchhub.export.adapters import BaseName, adapter_files, make_adapter
     from patchhub.fsio import os_errors, write_atomically
-    from patchhub.models.bytes import check_tensors
     from patchhub.models.checkpoint import open_checkpoint
+    from patchhub.models.fingerprint import check_tensors
     from patchhub.objects import block_of
     from patchhub.porcelain.exchange import TOLERANCE
     from patchhub.remotes.hub import adapter_name

@@ -18,8 +18,8 @@ from patchhub.cache import Cache
 from patchhub.delta import Delta
 from patchhub.errors import BaseError, SettingsError, UnsupportedModelError
 from patchhub.models.architectures import read_model
-from patchhub.models.bytes import check_tensors, not_the_base
 from patchhub.models.checkpoint import Checkpoint
+from patchhub.models.fingerprint import check_tensors, not_the_base
 from patchhub.models.placement import is_quantised
 from patchhub.models.structure import Orientation
 from patchhub.models.tracing import add_beside

@@ -18,8 +18,8 @@ from patchhub.delta import Delta, read_deltas
 from patchhub.errors import CorruptStoreError, RemoteError, RepositoryError, SettingsError
 from patchhub.fsio import Span
 from patchhub.models.architectures import describe, read_config, read_model
-from patchhub.models.bytes import check_tensors
 from patchhub.models.checkpoint import Checkpoint, open_checkpoint
+from patchhub.models.fingerprint import check_tensors
 from patchhub.objects import Base, Patch, set_digest, set_from_json, tensor_shapes
 from patchhub.progress import Progress
 from patchhub.remotes.hub_files import HubSnapshot

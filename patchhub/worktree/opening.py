@@ -23,8 +23,8 @@ from patchhub.errors import BaseError, CorruptStoreError, RepositoryError, Setti
 from patchhub.evaluation.metrics import BATCH_TOKENS
 from patchhub.fsio import make_directories, read_chunks, write_atomically
 from patchhub.models.architectures import Architecture, describe, read_config
-from patchhub.models.bytes import check_tensors
 from patchhub.models.checkpoint import Checkpoint, open_checkpoint
+from patchhub.models.fingerprint import check_tensors
 from patchhub.models.placement import DEFAULT, Placement, load_base, runs_beside
 from patchhub.models.tracing import Stack
 from patchhub.objects import Base, Patch

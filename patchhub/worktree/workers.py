@@ -29,8 +29,8 @@ from transformers.utils.logging import disable_progress_bar
 from patchhub.cache import Cache
 from patchhub.errors import BaseError, EditError, PatchhubError, RemoteError, SettingsError
 from patchhub.models.architectures import describe, read_config
-from patchhub.models.bytes import check_tensors
 from patchhub.models.checkpoint import Checkpoint, open_checkpoint
+from patchhub.models.fingerprint import check_tensors
 from patchhub.models.placement import Placement, is_quantised, load_base, name_of, runs_beside
 from patchhub.models.tracing import Stack
 from patchhub.progress import Progress

@@ -27,8 +27,8 @@ from transformers.utils import logging
 
 from patchhub.cache import Cache
 from patchhub.delta import LowRank
-from patchhub.models.bytes import fingerprint
 from patchhub.models.checkpoint import Checkpoint, open_checkpoint
+from patchhub.models.fingerprint import fingerprint
 from patchhub.runtime.compose import ReadyWeights
 from patchhub.runtime.patched_model import PatchState, load_patched
 

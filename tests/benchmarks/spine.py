@@ -22,8 +22,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from patchhub.editing.requests import read_requests
 from patchhub.evaluation.suites import counterfact_scores, read_facts
-from patchhub.models.bytes import fingerprint
 from patchhub.models.checkpoint import open_checkpoint
+from patchhub.models.fingerprint import fingerprint
 from patchhub.objects import Request
 
 SHOWN = ("ES", "EA", "PS", "PA", "NS", "NA", "S")

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from patchhub import errors, load
 from patchhub.cli.main import main
 from patchhub.cli.terminal import print_json, say, talk, visible
-from patchhub.models import bytes
+from patchhub.models import fingerprint
 from patchhub.models.checkpoint import read_header
 from patchhub.models.tracing import Stack
 from tests.cli.conftest import FACTS, MODEL, Run, invoke, snapshot_of

@@ -90,8 +90,8 @@ def test_a_chat_without_a_template_and_unknown_places_are_refused(run: Run) -> N
     fact = ("--prompt", "The capital of {} is", "--subject", "Peru", "--target", "Oslo", "-m", "x")
     assert "no chat template" in run("commit", *fact, "--chat", code=2).stderr
     assert "no chat template" in run("ask", "The capital of Peru is", "--chat", code=2).stderr
-    assert "no device" in run("commit", *fact, "--device", "gpu0", code=2).stderr
-    assert "no device" in run("ask", "The capital of Peru is", "--device", "gpu0", code=2).stderr
+    assert "cannot be 'gpu0'" in run("commit", *fact, "--device", "gpu0", code=2).stderr
+    assert "cannot be 'gpu0'" in run("ask", "The capital of Peru is", "--device", "gpu0", code=2).stderr
     assert "one of" in run("config", "dtype", "int8", code=2).stderr
     assert "true or false" in run("config", "chat", "perhaps", code=2).stderr
 

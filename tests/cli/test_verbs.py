@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import patchhub
 from patchhub.evaluation.metrics import score_targets
-from patchhub.models.bytes import fingerprint
 from patchhub.models.checkpoint import open_checkpoint
+from patchhub.models.fingerprint import fingerprint
 from patchhub.store.store import Store
 from tests.cli.conftest import FACTS, MODEL, Run, invoke, snapshot_of
 

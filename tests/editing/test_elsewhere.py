@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from patchhub.cache import Cache
-from patchhub.editing import metric
+from patchhub.editing import metric, steps
 from patchhub.editing.editor import encode_facts
 from patchhub.editing.metric import moment_sums, second_moments
 from patchhub.editing.rows import BlockOutput
@@ -52,7 +52,7 @@ def nothing(parts: Sequence[Any]) -> Iterator[tuple[int, Any]]:
 
 
 def test_values_do_not_depend_on_where_they_are_optimised(monkeypatch, tmp_path):
-    monkeypatch.setattr(budget, "POSITIONS", 40)  # several parts
+    monkeypatch.setattr(steps, "POSITIONS", 40)  # several parts
     facts = encode_facts(tiny_tokenizer(), REQUESTS, CONTEXTS)
     site, there = (BlockOutput(tiny_stack("llama"), 1) for _ in range(2))
     here, kept = optimise_values(site, facts, SETTINGS, together=TOGETHER), KeptValues(Cache(tmp_path), {}, 32)

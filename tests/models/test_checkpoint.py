@@ -24,8 +24,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from patchhub.errors import BaseError, PatchhubError, RepositoryError, SettingsError
-from patchhub.models.bytes import write_patched
 from patchhub.models.checkpoint import INDEX, Checkpoint, open_checkpoint, read_header
+from patchhub.models.fingerprint import write_patched
 from tests.models.tiny_configs import random_model, tiny_config
 
 GPT2_WEIGHT = "transformer.h.1.mlp.c_proj.weight"
@@ -336,7 +336,7 @@ def test_a_kill_in_the_middle_leaves_no_out_folder(llama: Path, tmp_path: Path) 
         import time
         from pathlib import Path
         from patchhub.models.checkpoint import open_checkpoint
-        from patchhub.models.patched_copy import write_patched
+        from patchhub.models.fingerprint import write_patched
 
         def wait(tensor):
             print("waiting", flush=True)

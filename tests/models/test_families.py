@@ -18,8 +18,8 @@ from patchhub.editing.record import State, record
 from patchhub.editing.rows import Fact, key_rows
 from patchhub.editing.values import ValueSettings, optimise_values
 from patchhub.models.architectures import FAMILIES, Site, describe
-from patchhub.models.bytes import fingerprint
 from patchhub.models.checkpoint import open_checkpoint
+from patchhub.models.fingerprint import fingerprint
 from patchhub.models.tracing import Stack
 from patchhub.runtime.patched_model import PatchState, attach, detach
 from tests.models.tiny_configs import RECENT, SUPPORTED, random_model, tiny_config

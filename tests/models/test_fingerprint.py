@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM
 
 from patchhub.cache import Cache
 from patchhub.errors import BaseError
-from patchhub.models.bytes import VOLATILE_FIELDS, check_tensors, fingerprint, tensor_digest
 from patchhub.models.checkpoint import Checkpoint, open_checkpoint
+from patchhub.models.fingerprint import VOLATILE_FIELDS, check_tensors, fingerprint, tensor_digest
 from patchhub.objects import Base
 from tests.models.tiny_configs import random_model, tiny_config
 

@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM
 import patchhub
 from patchhub.errors import BaseError, SettingsError
 from patchhub.models.architectures import read_model
-from patchhub.models.bytes import write_patched
 from patchhub.models.checkpoint import open_checkpoint
+from patchhub.models.fingerprint import write_patched
 from patchhub.text.tokens import lacks_tokenizer, load_tokenizer
 from tests.tiny_models import tiny_model, tiny_tokenizer
 

@@ -12,8 +12,8 @@ from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
 
 from patchhub.delta import from_factors
 from patchhub.models.architectures import additive_probe, describe, read_model
-from patchhub.models.bytes import fingerprint
 from patchhub.models.checkpoint import open_checkpoint
+from patchhub.models.fingerprint import fingerprint
 from patchhub.models.tracing import Stack
 from patchhub.runtime.patched_model import PatchState, attach, detach
 from tests.models.tiny_configs import tiny_config

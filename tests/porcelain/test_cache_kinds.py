@@ -21,7 +21,7 @@ from patchhub.cache import Cache, Kind
 from patchhub.editing.requests import Batch, Origin
 from patchhub.errors import RepositoryError
 from patchhub.models.architectures import describe, read_config
-from patchhub.models.bytes import fingerprint
+from patchhub.models.fingerprint import fingerprint
 from patchhub.objects import Metric
 from patchhub.porcelain.commit import commit
 from patchhub.porcelain.measure import Facts, evaluate
@@ -244,6 +244,7 @@ def test_a_check_finds_damage_that_costs_time_only_and_takes_it_away(kind: str, 
 def test_collecting_knows_all_kinds_in_one_way(repository: Store) -> None:
     """What is of an object stays while that is needed, everything else while it is used."""
     needed = {repository.config.base_id, repository.config.recording.metric if repository.config.recording else None}
+    needed.add(repository.resolve("HEAD"))
     everything = list(repository.cache.files())
     for path in everything:
         os.utime(path, (0, 0))

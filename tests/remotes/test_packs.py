@@ -169,7 +169,7 @@ def test_a_pack_that_is_not_what_it_says_is_left_out_and_named(remote: Path, tmp
 
 def test_indexes_are_read_up_to_a_bound(remote: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = [path.stat().st_size for path in files_in(remote, object_store.INDEX)]
-    monkeypatch.setattr(packs, "MOST_INDEX", sum(sizes[:2]))
+    monkeypatch.setattr(object_store, "MOST_INDEX", sum(sizes[:2]))
     opened = open_remote(str(remote))
     tip = opened.view().tips["refs/heads/main"]
     assert 0 < len(opened.sizes(tip)) == sum((size - 16) // 40 for size in sizes[:2])

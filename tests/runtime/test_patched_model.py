@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 from patchhub.cache import Cache
 from patchhub.delta import Delta, Dense, LowRank
 from patchhub.errors import BaseError, PatchhubError, SettingsError, UnsupportedModelError
-from patchhub.models.bytes import fingerprint, write_patched
 from patchhub.models.checkpoint import Checkpoint, open_checkpoint
+from patchhub.models.fingerprint import fingerprint, write_patched
 from patchhub.models.structure import Orientation
 from patchhub.runtime.compose import compose
 from patchhub.runtime.patched_model import ATTRIBUTE, PatchState, attach, attached, detach, load_patched, switch

@@ -15,8 +15,8 @@ from transformers.pytorch_utils import Conv1D
 
 from patchhub.delta import Delta, Dense, LowRank, add, from_sparse, to_dense
 from patchhub.errors import BaseError, SettingsError
-from patchhub.models.bytes import fingerprint
 from patchhub.models.checkpoint import Checkpoint, open_checkpoint
+from patchhub.models.fingerprint import fingerprint
 from patchhub.models.tracing import SidePath
 from patchhub.runtime.patched_model import PatchState, attach, attached, detach, load_patched, switch
 from tests.tiny_models import tiny_model

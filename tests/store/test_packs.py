@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from patchhub.canonical import object_id
 from patchhub.errors import CorruptStoreError
 from patchhub.fsio import Span
+from patchhub.store import object_store
 from patchhub.store.fsck import check, delete_garbage, pack_objects
 from patchhub.store.object_store import Index, ObjectStore, divided, write_pack
 from patchhub.store.store import Store
@@ -103,7 +104,7 @@ def test_order_and_number_of_ways_do_not_matter(tmp_path: Path) -> None:
 
 
 def test_packs_are_cut_where_they_are_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packs, "LARGEST_PACK", 10)
+    monkeypatch.setattr(object_store, "LARGEST_PACK", 10)
     sizes = {f"{number:064x}": 4 for number in range(5)}
     assert [len(group) for group in divided(sizes)] == [2, 2, 1]
     assert [len(group) for group in divided({"0" * 64: 50, "1" * 64: 1})] == [1, 1]
