@@ -33,6 +33,17 @@ def test_the_pages_are_as_the_source_says() -> None:
     assert docs.run(check=True) == [], "run `python -m tests.docs`"
 
 
+def test_the_modules_that_pages_name_are_there() -> None:
+    """A room that is renamed or joined to another keeps its old name nowhere."""
+    named = {
+        (page.name, name)
+        for page in [*PAGES, *sorted((ROOT / "docs" / "decisions").glob("*.md"))]
+        for name in re.findall(r"`((?:[a-z_]+/)+[a-z_]+\.py)`?", page.read_text(encoding="utf-8"))
+    }
+    places = (ROOT, ROOT / "patchhub", ROOT / "tests")
+    assert not {(page, name) for page, name in named if not any((place / name).is_file() for place in places)}
+
+
 def examples(page: Path) -> list[str]:
     """The blocks of a page, fenced or indented, that are Python and speak of `patchhub` or `repo`."""
     text = page.read_text(encoding="utf-8")

@@ -73,7 +73,7 @@ def mark(
     """The text of `request` inside `context`, and where its subject and prompt end.
 
     `context` has one `{}`, which the filled prompt replaces ("The reason was. {}"); the target follows as the script is written
-    (`word_ends.joiner`). The subject is the one that fills the prompt's slot, wherever else its name occurs. In a chat the whole
+    (`text.tokens.joiner`). The subject is the one that fills the prompt's slot, wherever else its name occurs. In a chat the whole
     is the user's message, and the target is the answer, as the template joins them, or stands in it behind its ``opening``.
     """
     before, after = _split(context)

@@ -291,7 +291,7 @@ def optimise_values(
         common: what the texts of each context, and those of the KL term, have in front; None: as much as these facts' have.
         begun: where the optimisation of some facts is gone on from, by place, facts of one group from the same; the values are those of all
             steps at once. None: nowhere, and nothing is `paused`.
-        memory: bytes that the process may hold, see `budget.step_budget`; a step that does not fit all the same is halved.
+        memory: bytes that the process may hold, see `steps.step_budget`; a step that does not fit all the same is halved.
         kept: values that were optimised before, and where those that are optimised now are kept.
         elsewhere: where they are optimised; None: here. The parts are the same either way.
         progress: called with the number of facts finished since the last call.

@@ -150,7 +150,7 @@ def is_guessing(perplexity: float, vocabulary: int) -> bool:
 
 @dataclass(frozen=True)
 class Spoken:
-    """What the model writes greedily after the prompts of new facts, and of their siblings (`evaluation.spoken`).
+    """What the model writes greedily after the prompts of new facts, and of their siblings (`evaluation.suites`).
 
     Attributes:
         said: continuations that begin with the target; of answers in a chat, that say it.

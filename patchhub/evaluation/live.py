@@ -356,7 +356,7 @@ def _ratio(means: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def reads_right(text: str, target: str, *, closed: bool) -> bool:
-    """Whether a continuation begins with a target and, under ``closed``, goes on as if the target had ended (`word_ends.closes`)."""
+    """Whether a continuation begins with a target and, under ``closed``, goes on as if the target had ended (`text.tokens.closes`)."""
     rest = after_target(text, target)
     return rest is not None and (not closed or closes(target, rest))
 

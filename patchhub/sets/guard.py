@@ -250,7 +250,7 @@ class Prepared:
 
 
 def prepared(repository: Store, commit: Commit) -> Prepared:
-    """Read what the guard needs of a commit that `snapshot.prepare` made."""
+    """Read what the guard needs of a commit that `sets.commits.prepare` made."""
     identity, parent = commit.id, states.first_parent(commit)
     blobs = states.state(identity, lambda name: commit if name == identity else repository.commit(name), {})
     elements = (repository.active(parent) - commit.removed) | commit.added

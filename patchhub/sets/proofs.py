@@ -183,7 +183,7 @@ def prove(
     are named.
 
     Args:
-        commits: in an order in which every commit comes after its parents. Each must be sound (`reachability.unsound`), with all that it
+        commits: in an order in which every commit comes after its parents. Each must be sound (`store.states.unsound`), with all that it
             refers to in the store; none of it is hashed again.
         tips: those of them that are looked at through directions of their own, besides those that none of the others follows.
         generator: of the directions; None: one that nobody can foresee.

@@ -46,7 +46,7 @@ class Rival(Result):
         active: whether it is active already, not in the batch.
         other, other_target: the fact with the nearest key among those that it competes with.
         key_cosine: of the two keys in the metric, between -1 and 1.
-        before, after: the share of its change that it misses alone, and beside its rivals; see `interference.expected_misfit`.
+        before, after: the share of its change that it misses alone, and beside its rivals; see `constraints.expected_misfit`.
     """
 
     request: str
@@ -231,7 +231,7 @@ def crowding(
 
 
 def overlapping(columns: Columns) -> list[tuple[int, int, float, float]]:
-    """(i, j, cosine of keys, cosine of residuals) of the rows i < j that interfere, as `interference.interfering` defines it."""
+    """(i, j, cosine of keys, cosine of residuals) of the rows i < j that interfere, as `constraints.interfering` defines it."""
     found: list[tuple[int, int, float, float]] = []
     for start in range(0, len(columns), _BLOCK):
         stop = min(start + _BLOCK, len(columns))

@@ -119,7 +119,7 @@ def write_closed_form(
 
     Args:
         strict: refuse facts that compete with others for a key, before anything is optimised.
-        find_keeps: keep the same prompts about other subjects as well (`editing.keeps.siblings`).
+        find_keeps: keep the same prompts about other subjects as well (`editing.prompts.siblings`).
         workers: who optimises values, and makes a metric where there is none; None: the model at hand.
 
     Raises:
