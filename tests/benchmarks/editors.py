@@ -233,9 +233,9 @@ def _contributions(setup: Setup, metric: MetricCache) -> dict[str, float]:
         return rows.Trunk((0,) * len(groups), torch.zeros(len(groups), 0, dtype=torch.long), None)
 
     switched: dict[str, tuple[Any, str, Any]] = {
-        "nothing left out": (budget, "POSITIONS", steps.POSITIONS),
+        "nothing left out": (steps, "POSITIONS", steps.POSITIONS),
         "faster products": (Stack, "fast", nothing),
-        "many facts at once": (budget, "POSITIONS", 1),
+        "many facts at once": (steps, "POSITIONS", 1),
         "dropping finished facts": (values, "_shrunk", lambda batch, *_, **__: batch),
         "shared beginnings": (values, "run_trunk", no_trunk),
         "the last feed-forward part at targets only": (Stack, "feed_forward_at", nothing),

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from patchhub.cache import Cache
-from patchhub.editing import metric, steps
+from patchhub.editing import metric, steps, values
 from patchhub.editing.editor import encode_facts
 from patchhub.editing.metric import moment_sums, second_moments
 from patchhub.editing.rows import BlockOutput

@@ -24,6 +24,7 @@ from typing import Any
 import pytest
 import torch
 
+from patchhub.editing import steps
 from patchhub.errors import BaseError, EditError, SettingsError
 from patchhub.porcelain.model import init
 from patchhub.progress import Silent
@@ -128,7 +129,7 @@ class Killing(Silent):
 @pytest.fixture
 def apart(monkeypatch: pytest.MonkeyPatch) -> None:
     """Facts are optimised one by one, so that there are as many tasks."""
-    monkeypatch.setattr(budget, "POSITIONS", 1)
+    monkeypatch.setattr(steps, "POSITIONS", 1)
 
 
 @pytest.mark.slow
