@@ -1,6 +1,6 @@
-"""The terminal: options that every command has, the repository that is meant, what is printed, errors.
+"""The terminal: options that every command has, the repository that is meant, what is printed, errors, and habits of the hand.
 
-Habits of the hand: what users of git type, and what does it here; and usage errors that name what was meant, or nothing at all.
+Habits are what users of git type, answered with what does it here; a usage error names what was meant, or nothing at all.
 """
 
 from __future__ import annotations

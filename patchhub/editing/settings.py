@@ -1,4 +1,6 @@
-"""What an edit depends on besides the model, the metric and the contexts; validated, and the same for MEMIT and PMET. No torch.
+"""What an edit depends on besides the model, the metric and the contexts; validated. No torch.
+
+`EditSettings` is the same for MEMIT and PMET, `WiseSettings` is of a side memory.
 
 `PRESETS` are settings that were published for particular models, as data with the file that each entry is from. A row fits a base by its
 family, depth and widths, so that fine-tuned and renamed copies of a model are found too. MEMIT's authors give GPT-2 XL and GPT-J, PMET's

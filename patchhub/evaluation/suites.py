@@ -1,8 +1,7 @@
-"""Suites of scores over facts: CounterFact, zsRE, WISE. Definitions and sources are in docs/evaluation.md.
+"""What answers are worth: suites of scores over facts (CounterFact, zsRE, WISE), and texts that a model wrote by itself, judged.
 
-Means over records come with bootstrap intervals.
-
-What a model says by itself, judged: is the target said, does it end there, and do other subjects say it now. Texts in; no model.
+Definitions and sources are in docs/evaluation.md. Means over records come with bootstrap intervals. Of a text: is the target said, does it
+end there, and do other subjects say it now.
 
 A *sibling* of a fact is the same prompt about another subject, or a neighbourhood prompt of its record. It leaks where it now begins with
 a new target that is not its own answer and that it did not begin with before the change.

@@ -1,14 +1,15 @@
-"""A state as a PEFT LoRA adapter, in the one form that PEFT, vLLM, SGLang and llama.cpp scale alike. NumPy only.
+"""A state as an adapter of other programs: PEFT's LoRA, and GGUF; and a GGUF of the base with the change fused in. NumPy only.
 
-PEFT scales each module by ``alpha_i / r_i``, vLLM by the one ``lora_alpha / r`` of the configuration, llama.cpp by
-``lora_alpha`` over the rank of each tensor. They agree where every module has the same rank r, ``lora_alpha = r``, and
-there are no patterns and no rsLoRA: so all factors are padded with zeros to one rank, and the scale is 1.
+PEFT's is in the one form that PEFT, vLLM, SGLang and llama.cpp scale alike. PEFT scales each module by ``alpha_i / r_i``, vLLM by the one
+``lora_alpha / r`` of the configuration, llama.cpp by ``lora_alpha`` over the rank of each tensor. They agree where every module has the
+same rank r, ``lora_alpha = r``, and there are no patterns and no rsLoRA: so all factors are padded with zeros to one rank, and the scale
+is 1.
 
 The experts of a layer are a parameter, not a module (``target_parameters``): PEFT reads lora_A (E r, in) as the E blocks of A and lora_B
 (out, r E) as B of each expert, expert by expert in the last place. Here all experts have one B. In a mixture of experts PEFT takes
 any module called ``down_proj``, a shared expert's too, for the routed ones, so there every weight is named as a parameter.
 
-A state as GGUF, for llama.cpp and Ollama: an adapter, or a GGUF of the base with the change fused in. NumPy and the extra `gguf`.
+GGUF is for llama.cpp and Ollama, and needs the extra `gguf`.
 
 llama.cpp names tensors in its own words (`blk.3.ffn_down.weight`) and stores every weight as (out, in), whatever the checkpoint does;
 factors of a weight W are `W.lora_a` (rank, in) and `W.lora_b` (out, rank), and the change is B A times `adapter.lora.alpha` over the

@@ -1,9 +1,8 @@
-"""Packs: many objects in one file, and beside it an index that says where each lies (docs/format.md).
+"""Where objects are kept: bytes under the SHA-256 of their content, written once, verified whenever read; alone or in packs.
 
-Both are named by the hash of the index. The index says which objects there are, in which order and how long, and objects are named by their
-content, so it settles every byte of the pack. Whoever reads an object hashes it, wherever it lies.
-
-Where objects are kept: bytes under the SHA-256 of their content, written once, verified whenever read.
+A pack is many objects in one file, and beside it an index that says where each lies (docs/format.md). Both are named by the hash of the
+index. The index says which objects there are, in which order and how long, and objects are named by their content, so it settles every
+byte of the pack. Whoever reads an object hashes it, wherever it lies.
 """
 
 from __future__ import annotations
