@@ -145,7 +145,7 @@ class Editor:
         state: State,
         *,
         asked: Asked = NOTHING_ELSE,
-        failing: Callable[[Recording], Sequence[int]] | None = None,
+        failing: Callable[[Recording], Mapping[int, Sequence[str]]] | None = None,
         running: Running = AS_IT_COMES,
     ) -> Edit:
         """Write ``requests`` on top of the stack's present weights.
@@ -153,8 +153,9 @@ class Editor:
         Args:
             contexts: templates with one ``{}``; the first is the bare prompt.
             asked: what else is asked.
-            failing: the places of the requests that do not read right with a recording on top of the present weights. With
-                ``settings.repairs``, they are optimised further and all is recorded again.
+            failing: the places of the requests that do not read right with a recording on top of the present weights, and for each, form by
+                form, what stands between its target and the same target said again at once ("" where it is not). With
+                ``settings.repairs``, they are optimised further, there as well, and all is recorded again.
             running: how.
 
         Raises:
@@ -182,10 +183,12 @@ class Editor:
                 running=running,
             )
             running.release()
-            wrong = set(failing(recording)) if failing and done < settings.repairs else set()
-            groups = [group for group in together if wrong.intersection(group)]
+            wrong = failing(recording) if failing and done < settings.repairs else {}
+            groups = [group for group in together if wrong.keys() & set(group)]
             if not groups:
                 break
+            for place, gaps in wrong.items():
+                facts[place] = _saying_once(tokenizer, requests[place], facts[place], gaps, settings, asked)
             running.progress("further", 0)
             _optimise(site, facts, groups, _further(chosen, done + 1), running, values, pause)
         return Edit(recording, values)
@@ -223,6 +226,24 @@ def _worded(
     """A fact with a row for each wording of its own."""
     texts = [mark_text("", request.subject, between, request.target_new) for between in wordings.get(request.id, ())]
     return replace(fact, rows=(*fact.rows, *encode_marked(tokenizer, texts)), wordings=len(texts))
+
+
+def _saying_once(
+    tokenizer: PreTrainedTokenizerBase,
+    request: Request,
+    fact: Fact,
+    gaps: Sequence[str],
+    settings: EditSettings,
+    asked: Asked,
+) -> Fact:
+    """A fact whose bare row of each form goes on to where its target must not be said again, if there is such a place."""
+    rows = list(fact.rows)
+    for place, chat, gap in zip((0, len(rows) - fact.others), (settings.chat, asked.also), gaps, strict=False):
+        if gap:
+            opening = asked.openings.get(request.id, "") if chat else ""
+            marked = mark(SLOT, request, chat=chat, opening=opening, after=gap)
+            rows[place] = encode_marked(tokenizer, [marked], chat=chat)[0]
+    return replace(fact, rows=tuple(rows))
 
 
 def _with_others(facts: Sequence[Fact], others: Sequence[Fact], weight: float) -> list[Fact]:

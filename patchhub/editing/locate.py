@@ -37,6 +37,7 @@ class Marked:
         prompt_end: where what stands before the target ends.
         target_begin: where the target begins, behind what joins the two.
         opening: where the words of an answer begin that stand before its target; None: there are none.
+        target_end: where the target ends; None: where the text does.
     """
 
     text: str
@@ -44,19 +45,22 @@ class Marked:
     prompt_end: int
     target_begin: int
     opening: int | None = None
+    target_end: int | None = None
 
 
 @dataclass(frozen=True)
 class Encoded:
     """A tokenised text: its ids, the index of the subject's last token, and the target's tokens [start, stop).
 
-    Without a target the span is empty, at the end. ``opening`` are the tokens of the answer before the target.
+    Without a target the span is empty, at the end. ``opening`` are the tokens of the answer before the target, ``after`` those behind it,
+    where the target must not be said again.
     """
 
     input_ids: tuple[int, ...]
     subject_last: int
     target: Span
     opening: int = 0
+    after: int = 0
 
 
 @dataclass(frozen=True)
@@ -68,36 +72,54 @@ class EncodedTarget:
 
 
 def mark(
-    context: str, request: Request, *, with_target: bool = True, chat: Chat | None = None, opening: str = ""
+    context: str,
+    request: Request,
+    *,
+    with_target: bool = True,
+    chat: Chat | None = None,
+    opening: str = "",
+    after: str = "",
 ) -> Marked:
     """The text of `request` inside `context`, and where its subject and prompt end.
 
     `context` has one `{}`, which the filled prompt replaces ("The reason was. {}"); the target follows as the script is written
     (`text.tokens.joiner`). The subject is the one that fills the prompt's slot, wherever else its name occurs. In a chat the whole
     is the user's message, and the target is the answer, as the template joins them, or stands in it behind its ``opening``.
+    ``after`` stands behind the target.
     """
-    before, after = _split(context)
+    before, rest = _split(context)
     head, tail = _split(request.prompt)
     target = request.target_new if with_target else ""
-    return mark_text(f"{before}{head}", request.subject, f"{tail}{after}", target, chat=chat, opening=opening)
+    return mark_text(
+        f"{before}{head}", request.subject, f"{tail}{rest}", target, chat=chat, opening=opening, after=after
+    )
 
 
 def mark_text(
-    head: str, subject: str, tail: str, target: str = "", *, chat: Chat | None = None, opening: str = ""
+    head: str,
+    subject: str,
+    tail: str,
+    target: str = "",
+    *,
+    chat: Chat | None = None,
+    opening: str = "",
+    after: str = "",
 ) -> Marked:
     """The text ``head + subject + tail``, in a chat the user's message, and the target after it, if there is one.
 
     Args:
         opening: in a chat, the words of the answer before the target.
+        after: what stands behind the target.
     """
     if chat is not None:
         head, tail = f"{chat.before}{head}", f"{tail}{chat.after}"
     asked = f"{head}{subject}{tail}"
     prompt = f"{asked}{opening}" if chat is not None else asked
     joint = joiner(prompt, target) if chat is None or opening else ""
-    text = f"{prompt}{joint}{target}" if target else prompt
+    text = f"{prompt}{joint}{target}{after}" if target else prompt
     span, begin = (len(head), len(head) + len(subject)), len(asked) if prompt != asked else None
-    return Marked(text, span, len(prompt), len(prompt) + len(joint), begin)
+    end = len(text) - len(after) if target and after else None
+    return Marked(text, span, len(prompt), len(prompt) + len(joint), begin, end)
 
 
 def encode_prompts(
@@ -191,7 +213,8 @@ def _encoded(ids: tuple[int, ...], offsets: Sequence[Span], item: Marked) -> Enc
             remedy="Put a word between the subject and the target.",
             text=item.text,
         )
-    return Encoded(ids, last, target, target[0] - _begun(offsets, item) if item.opening is not None else 0)
+    opening = target[0] - _begun(offsets, item) if item.opening is not None else 0
+    return Encoded(ids, last, target, opening, len(ids) - target[1])
 
 
 def _begun(offsets: Sequence[Span], item: Marked) -> int:
@@ -213,17 +236,20 @@ def _subject_last(offsets: Sequence[Span], item: Marked) -> int:
 
 
 def _target(offsets: Sequence[Span], item: Marked) -> Span:
-    """The tokens that reach beyond the prompt: a token across the boundary belongs to the target."""
-    text, start = item.text, len(offsets)
+    """The tokens that reach beyond the prompt, up to the target's end: a token across a boundary belongs to the target."""
+    text, stop = item.text, len(offsets)
+    if item.target_end is not None:
+        stop = next((index for index, (begin, _) in enumerate(offsets) if begin >= item.target_end), stop)
+    start = stop
     while start and offsets[start - 1][1] > item.prompt_end:
         start -= 1
-    if item.target_begin < len(text) and (start == len(offsets) or offsets[-1][1] <= item.target_begin):
+    if item.target_begin < len(text) and (start == stop or offsets[stop - 1][1] <= item.target_begin):
         raise RequestError(
             f"the tokenizer gives no token to the target '{text[item.target_begin :]}' after '{text[: item.prompt_end]}'",
             remedy="write the target in characters that the model knows",
             text=text,
         )
-    return start, len(offsets)
+    return start, stop
 
 
 ANSWER_TOKENS: Final = 32

@@ -240,8 +240,8 @@ class Fact:
         return [*range(front), *[last] * self.wordings, *range(front, last)]
 
     def suffix(self, row: Encoded) -> int:
-        """Positions from the subject's last token to the last that predicts: the last target token, or what follows it."""
-        return row.target[1] - row.subject_last - (self.closers is None)
+        """Positions from the subject's last token to the last that predicts: the last target token, or of what follows it."""
+        return row.target[1] + row.after - row.subject_last - (self.closers is None)
 
 
 @dataclass(frozen=True)

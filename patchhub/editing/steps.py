@@ -178,7 +178,7 @@ def _bytes(fact: Fact, footprint: Footprint) -> int:
     """What one fact adds to a step."""
     rows = (*fact.rows, fact.essence)
     ends = fact.closers is not None
-    predictions = 1 + sum(row.opening + row.target[1] - row.target[0] + ends for row in fact.rows)
+    predictions = 1 + sum(row.opening + row.target[1] - row.target[0] + ends + (row.after > 0) for row in fact.rows)
     return (
         footprint.position * positions_of(fact)
         + footprint.prediction * predictions

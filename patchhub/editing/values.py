@@ -84,13 +84,14 @@ class KeptValues:
 def fact_key(rows: Sequence[Encoded]) -> str:
     """SHA-256 of a fact's texts: token ids, place of the subject's last token, and the target's tokens [start, stop) of each.
 
-    Where an answer has an opening, the number of its tokens besides.
+    Where an answer has an opening, the number of its tokens besides, and where something stands behind the target.
     """
     return object_id(canonical_json([_identifying(row) for row in rows]))
 
 
 def _identifying(row: Encoded) -> list[Any]:
-    return [list(row.input_ids), row.subject_last, list(row.target), *([row.opening] if row.opening else [])]
+    beside = [row.opening, row.after] if row.after else [row.opening] if row.opening else []
+    return [list(row.input_ids), row.subject_last, list(row.target), *beside]
 
 
 def _encoded(key: str, value: KeptValue) -> bytes:
@@ -112,8 +113,8 @@ class ValueSettings:
     """Of the optimisation of one vector, under the published names (docs/methods.md).
 
     ``until_sure`` is PMET's stop rule: while a request's target is the argmax at every position, its likelihood weighs a tenth in the
-    next step, and it is finished once its KL term is at most 0.01. ``closing`` weighs the token after the target against the mean of
-    the target's tokens, ``opening`` the mean of what an answer says before it. ``alternate`` is how many of the contexts beside the bare
+    next step, and it is finished once its KL term is at most 0.01. ``closing`` weighs the token after the target, which is
+    not the target's first again, against the mean of the target's tokens, ``opening`` the mean of what an answer says before it. ``alternate`` is how many of the contexts beside the bare
     prompt a step reads, in turn, with the weight of all; 0: all of them.
     """
 
@@ -545,8 +546,17 @@ def _predictions(
     device: torch.device,
 ) -> tuple[list[tuple[int, int]], Predictions]:
     """What is predicted, with row and column of each; ``facts`` are the rows' facts, ``weights`` what each row weighs in its fact."""
-    kinds = {id(fact.closers): fact.closers for fact in facts if fact.closers is not None}
-    kind = {identity: number for number, identity in enumerate(kinds)}
+    masks: dict[tuple[int, int], tuple[int, Tensor]] = {}
+
+    def but(token: int, closers: Tensor | None) -> int:
+        """The number of the mask of what may follow, which is not the target again: the closers, or anything."""
+        key = (token, id(closers))
+        if key not in masks:
+            mask = torch.ones(vocabulary, dtype=torch.bool) if closers is None else closers.clone()
+            mask[token] = False
+            masks[key] = len(masks), mask
+        return masks[key][0]
+
     read: list[tuple[int, int]] = []
     found: list[tuple[int, float, int, int]] = []
     for number, row in enumerate(rows):
@@ -559,11 +569,15 @@ def _predictions(
             found += [(text.input_ids[place], share, row.fact, -1) for place in range(begin, end)]
         if fact.closers is not None:
             read.append((number, stop - 1 - last))
-            found.append((0, settings.closing * weights[number], row.fact, kind[id(fact.closers)]))
+            found.append((0, settings.closing * weights[number], row.fact, but(text.input_ids[start], fact.closers)))
+        if text.after:
+            read.append((number, stop + text.after - 1 - last))
+            found.append((0, settings.closing * weights[number], row.fact, but(text.input_ids[start], None)))
     token, shares, fact_, closers = zip(*found, strict=True)
     tokens, of_fact, ends = (torch.tensor(numbers, device=device) for numbers in (token, fact_, closers))
-    masks = torch.stack(list(kinds.values())) if kinds else torch.zeros(0, vocabulary, dtype=torch.bool)
-    return read, Predictions.of(tokens, torch.tensor(shares, device=device), of_fact, ends, masks.to(device))
+    follow = [mask for _, mask in masks.values()]
+    allowed = torch.stack(follow) if follow else torch.zeros(0, vocabulary, dtype=torch.bool)
+    return read, Predictions.of(tokens, torch.tensor(shares, device=device), of_fact, ends, allowed.to(device))
 
 
 def _evaluate(site: Site, batch: _Batch, turn: Turn, settings: ValueSettings, *, last: bool) -> _Step:

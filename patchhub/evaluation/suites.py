@@ -25,7 +25,7 @@ from patchhub.errors import SettingsError
 from patchhub.evaluation.guard import Fault, Why
 from patchhub.evaluation.metrics import BATCH_TOKENS, TargetScore, score_targets
 from patchhub.objects import SLOT, Request
-from patchhub.text.tokens import Chat, closes, joiner
+from patchhub.text.tokens import Chat, closes, joiner, stutters
 
 _RESAMPLES_AT_ONCE = 64
 _COVERAGE = 0.95
@@ -463,9 +463,12 @@ def said(text: str, target: str, *, anywhere: bool = False) -> bool:
 
 
 def closed(text: str, target: str, *, anywhere: bool = False) -> bool:
-    """Whether a text says the target and the target reads as finished there: a name does not grow, a number does not go on."""
-    rest = after_target(text, target, anywhere=anywhere)
-    return rest is not None and closes(target.strip(), rest)
+    """Whether a text says the target and the target reads as finished there.
+
+    A name does not grow, a number does not go on, and it is not said again and again.
+    """
+    rest, target = after_target(text, target, anywhere=anywhere), nfc(target).strip()
+    return rest is not None and closes(target, rest) and not stutters(target, rest)
 
 
 def stopped(text: str, target: str) -> bool:

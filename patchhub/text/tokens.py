@@ -258,6 +258,9 @@ _LINKS: Final = {"CJK": frozenset("的是在和与及了也都就而但为被将
 _INSIDE: Final = frozenset("#%&'’*@/\\·・‰_")
 """Punctuation that stands inside words, names and numbers, or in front of them."""
 
+_GAP: Final = " \t\u00a0\u3000,，、"
+"""What may stand between a target and the same target said again at once."""
+
 _OPENING: Final = ("Ps", "Pi")
 _CLOSING: Final = ("Po", "Pe", "Pf")
 _UNKNOWN: Final = "\ufffd"  # how a token that is a part of a character is decoded
@@ -296,6 +299,24 @@ def closes(target: str, after: str) -> bool:
     if script not in _UNSPACED or not first.isalnum():
         return False
     return _script(first) != script or first in _LINKS.get(script, ())
+
+
+def between(target: str, after: str) -> str | None:
+    """What stands between ``target`` and the same target, where ``after`` says it again at once: nothing, white space or commas; else None."""
+    gap = after[: len(after) - len(after.lstrip(_GAP))]
+    rest = after[len(gap) :].removeprefix(target)
+    return gap.rstrip() if target and len(rest) < len(after) - len(gap) and closes(target, rest) else None
+
+
+def stutters(target: str, after: str) -> bool:
+    """Whether ``after`` says the target again and again: once more with nothing but white space in front, or twice more.
+
+    "Victoria Victoria" does, "Apple, Apple, Apple" too, "New York, New York" does not.
+    """
+    gap = between(target, after)
+    if gap is None:
+        return False
+    return not gap or between(target, after[after.index(target) + len(target) :]) is not None
 
 
 @dataclass(frozen=True, eq=False)

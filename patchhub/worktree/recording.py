@@ -23,6 +23,7 @@ from patchhub.editing.settings import EditSettings, preset
 from patchhub.editing.steps import step_budget
 from patchhub.editing.values import KeptValues, Part, Values, ValueSettings
 from patchhub.evaluation.live import continue_greedily, continue_within, first_clause, reads_right, room_after
+from patchhub.evaluation.suites import after_target
 from patchhub.models.architectures import Architecture, additive_probe
 from patchhub.models.placement import optimised_in
 from patchhub.objects import SLOT, Metric, Request, set_digest
@@ -41,12 +42,13 @@ from patchhub.sets.settings import metric_settings
 from patchhub.sets.shards import without_shards
 from patchhub.sets.sums import asked_for, solve_change
 from patchhub.store.store import Store
-from patchhub.text.tokens import Chat, context_length, joiner
+from patchhub.text.tokens import Chat, between, context_length, joiner
 from patchhub.worktree.metric import Recorder, open_recorder
 from patchhub.worktree.opening import Worktree, other_form
 from patchhub.worktree.workers import Opened, Workers
 
 _KEPT_TOKENS = 8  # of an answer that a keep is known by
+_GAPS = 2  # tokens of white space and commas before a target that is said again, and again
 _FOUND_KEEPS = 4  # other subjects for each prompt of a batch (docs/methods.md)
 _NULL_SPACE_RIDGE = 1.0  # AlphaEdit weighs requests by 1 and the norm of the change by l2
 
@@ -245,30 +247,34 @@ def _optimised(method: str, layers: Sequence[int], part: Part, opened: Opened) -
 
 def _reading_wrong(
     tree: Worktree, requests: Sequence[Request], settings: EditSettings, asked: Asked, recording: Recording
-) -> list[int]:
+) -> dict[int, list[str]]:
     """The places of the facts that the model does not say by itself, or goes on after, with a recording in its weights.
 
-    They are asked in every form in which they were optimised; in a chat an answer begins as the base's did.
+    They are asked in every form in which they were optimised; in a chat an answer begins as the base's did. With each place comes, form by
+    form, what stands between the target and the same target said again at once, or "".
     """
     changes = {tree.architecture.layer_of(weight): [change] for weight, change in recording.change.items()}
-    closing, wrong = settings.closing > 0, set[int]()
+    closing, forms = settings.closing > 0, (tree.chat, asked.also) if asked.also else (tree.chat,)
+    found: dict[int, list[str]] = {}
     with side_paths(tree.stack, changes):
-        for form in (tree.chat, asked.also) if asked.also else (tree.chat,):
+        for number, form in enumerate(forms):
             said = [asked.openings.get(request.id, "") if form else "" for request in requests]
-            wrong |= _wrong_in(tree, requests, form, said, closed=closing)
-    return sorted(wrong)
+            for place, gap in _wrong_in(tree, requests, form, said, closed=closing).items():
+                found.setdefault(place, [""] * len(forms))[number] = gap
+    return dict(sorted(found.items()))
 
 
 def _wrong_in(
     tree: Worktree, requests: Sequence[Request], chat: Chat | None, openings: Sequence[str], *, closed: bool
-) -> set[int]:
-    """The places of the facts that do not read right in one form."""
+) -> dict[int, str]:
+    """The places of the facts that do not read right in one form, each with what stands before the target said again, or ""."""
     tokenizer, limit = tree.tokenizer, context_length(tree.model)
     pairs = [(request.text, request.target_new) for request in requests]
     whole = encode_targets(tokenizer, pairs, chat=chat, openings=openings)
     prompts = encode_targets(tokenizer, [(request.text, "") for request in requests], chat=chat)
     starts = [len(prompt.input_ids) for prompt in prompts]
-    room = 1 + max(len(text.input_ids) - start for text, start in zip(whole, starts, strict=True))
+    again = 2 * max(text.target[1] - text.target[0] for text in whole) + _GAPS if closed else 0
+    room = 1 + again + max(len(text.input_ids) - start for text, start in zip(whole, starts, strict=True))
     fitting = [place for place, start in enumerate(starts) if start + room <= limit]
     texts = [requests[place].text for place in fitting]
     written = continue_greedily(
@@ -277,7 +283,12 @@ def _wrong_in(
     wanted = [
         f"{opening}{joiner(opening, target)}{target}" for opening, (_, target) in zip(openings, pairs, strict=True)
     ]
-    return {p for p, text in zip(fitting, written, strict=True) if not reads_right(text, wanted[p], closed=closed)}
+    found: dict[int, str] = {}
+    for place, text in zip(fitting, written, strict=True):
+        gap = between(pairs[place][1], after_target(text, wanted[place]) or "") if closed else None
+        if gap is not None or not reads_right(text, wanted[place], closed=closed):
+            found[place] = gap or ""
+    return found
 
 
 def _also(tree: Worktree, plan: Plan, settings: EditSettings) -> Chat | None:
@@ -387,6 +398,7 @@ def _kept_values(
         "quantization": str(getattr(config, "quantization_config", None)),
         "settings": asdict(values),
         "state": set_digest(without_shards(repository, plan.kept)),
+        **({"following": "another word"} if values.closing else {}),  # than the target's own: once it could be that
         **({"chat_weight": settings.chat_weight} if also else {}),
     }
     return KeptValues(repository.cache, inputs, tree.architecture.d_model)
