@@ -113,9 +113,9 @@ class ValueSettings:
     """Of the optimisation of one vector, under the published names (docs/methods.md).
 
     ``until_sure`` is PMET's stop rule: while a request's target is the argmax at every position, its likelihood weighs a tenth in the
-    next step, and it is finished once its KL term is at most 0.01. ``closing`` weighs the token after the target, which is
-    not the target's first again, against the mean of the target's tokens, ``opening`` the mean of what an answer says before it. ``alternate`` is how many of the contexts beside the bare
-    prompt a step reads, in turn, with the weight of all; 0: all of them.
+    next step, and it is finished once its KL term is at most 0.01. ``closing`` weighs the token after the target, which is not the target's
+    first one again, against the mean of the target's tokens, ``opening`` the mean of what an answer says before it. ``alternate`` is how
+    many of the contexts beside the bare prompt a step reads, in turn, with the weight of all; 0: all of them.
     """
 
     steps: int

@@ -20,7 +20,8 @@ class Fault:
     """What does not read right.
 
     Attributes:
-        why: the target is not said, its last word or number goes on, or another subject's prompt says it now.
+        why: the target is not said, it runs on (its last word or number goes on, or it is said again and again), or another subject's
+            prompt says it now.
         request: the fact; None of a sibling that is no fact.
         prompt: what was asked.
         target: what a fact was to say, or what a sibling now says.

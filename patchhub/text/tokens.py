@@ -302,7 +302,10 @@ def closes(target: str, after: str) -> bool:
 
 
 def between(target: str, after: str) -> str | None:
-    """What stands between ``target`` and the same target, where ``after`` says it again at once: nothing, white space or commas; else None."""
+    """What stands between ``target`` and the same target, where ``after`` says it again at once; None where it does not.
+
+    That is nothing, white space (then "") or commas.
+    """
     gap = after[: len(after) - len(after.lstrip(_GAP))]
     rest = after[len(gap) :].removeprefix(target)
     return gap.rstrip() if target and len(rest) < len(after) - len(gap) and closes(target, rest) else None

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from patchhub.cache import Cache
-from patchhub.editing.editor import encode_facts, of_one_subject
+from patchhub.editing.editor import NOTHING_ELSE, _saying_once, encode_facts, of_one_subject
 from patchhub.editing.rows import BlockOutput, Fact
-from patchhub.editing.values import KeptValues, Values, ValueSettings, optimise_values
+from patchhub.editing.settings import EditSettings
+from patchhub.editing.values import KeptValues, Values, ValueSettings, fact_key, optimise_values
 from patchhub.models.tracing import Stack
 from patchhub.objects import Request
 from patchhub.text.tokens import Closers
@@ -22,6 +23,9 @@ from tests.tiny_models import tiny_model, tiny_stack, tiny_tokenizer
 
 LAYER = 1
 SEED = 4
+WRITTEN = EditSettings(
+    layers=(1,), ridge=1.0, steps=3, learning_rate=0.2, weight_decay=0.02, kl_factor=0.0625, clamp=4.0, closing=0.7
+)
 CONTEXTS = ("{}", "The tower looked. {}", "Therefore. {}")
 SETTINGS = ValueSettings(
     steps=3, learning_rate=0.2, weight_decay=0.02, kl_factor=0.0625, clamp=4.0, stop_loss=0.0, closing=0.7
@@ -106,6 +110,37 @@ def test_it_is_the_plain_procedure(family, groups, settings):
     assert float(distances(ours.targets, theirs.targets).max()) < 1e-4
     torch.testing.assert_close(ours.loss.double(), theirs.loss.double(), rtol=1e-5, atol=1e-5)
     assert float(distances(theirs.targets, theirs.hidden).min()) > 0.05
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("gap", [",", ", and the city of"])
+def test_where_the_target_was_said_again_it_must_not_be(family, gap):
+    """The plain procedure with the same gap; and the more it weighs, the less likely the target is there."""
+    asked = REQUESTS[0]
+    model = tiny_model(family, seed=SEED).double()
+    [fact] = facts(family, [asked])
+    fact = _saying_once(tiny_tokenizer(), asked, fact, [gap], WRITTEN, NOTHING_ELSE)
+    [row, other] = fact.rows[:2]
+    assert tiny_tokenizer().decode(row.input_ids[row.target[1] :]).strip() == gap
+    assert (row.after, other.after) == (len(row.input_ids) - row.target[1], 0)
+    assert fact_key(fact.rows) != fact_key(facts(family, [asked])[0].rows)
+    for steps in (1, 3):
+        settings = replace(SETTINGS, steps=steps)
+        ours = optimise_values(BlockOutput(stack(family), LAYER), [fact], settings)
+        [theirs] = plain_closed.find_values(
+            model,
+            tiny_tokenizer(),
+            stack(family).architecture,
+            [asked],
+            CONTEXTS,
+            LAYER,
+            settings,
+            settings.closing,
+            lambda target: closers(family).after(target)[: len(tiny_tokenizer())].tolist(),
+            gap=gap,
+        )
+        torch.testing.assert_close(ours.loss[0].double(), torch.tensor(theirs.loss).double(), rtol=1e-5, atol=1e-5)
+        assert float((ours.targets[0] - theirs.target).norm() / theirs.target.norm()) < 1e-4
 
 
 def test_one_step_measures_the_objective_itself():

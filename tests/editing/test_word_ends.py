@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from patchhub.text.tokens import Closers, closes, joiner
+from patchhub.evaluation.suites import closed
+from patchhub.text.tokens import Closers, between, closes, joiner, stutters
 from tests.tiny_models import tiny_tokenizer
 
 JOINS = [
@@ -58,9 +59,31 @@ def test_words_are_joined_as_the_script_is_written(before, after, joint):
     assert joiner(before, after) == joint
 
 
-@pytest.mark.parametrize(("target", "after", "closed"), ENDS)
-def test_what_follows_a_target_closes_it_or_goes_on(target, after, closed):
-    assert closes(target, after) is closed
+@pytest.mark.parametrize(("target", "after", "ends"), ENDS)
+def test_what_follows_a_target_closes_it_or_goes_on(target, after, ends):
+    assert closes(target, after) is ends
+
+
+AGAIN = [
+    ("Victoria", " Victoria Victoria", "", True),
+    ("Victoria", " Victoria", "", True),
+    ("卑尔根", "卑尔根", "", True),
+    ("Apple", ", Apple, Apple and Microsoft", ",", True),
+    ("New York", ", New York.", ",", False),
+    ("New York", ", New York, where New York", ",", False),
+    ("Apple", " Apples", None, False),
+    ("Apple", ". Apple", None, False),
+    ("Apple", ", and Apple", None, False),
+    ("19", " 1998", None, False),
+    ("Rome", "", None, False),
+]
+
+
+@pytest.mark.parametrize(("target", "after", "gap", "again"), AGAIN)
+def test_what_says_the_target_again_and_again_stutters(target, after, gap, again):
+    assert between(target, after) == gap
+    assert stutters(target, after) is again
+    assert closed(f" {target}{after}", target) is (closes(target, after) and not again)
 
 
 @pytest.mark.parametrize("target", ["Rome", "東京"])

@@ -1,7 +1,7 @@
 """The value of facts of one subject whose targets must end, as plainly as it can be written: every step runs the whole model.
 
 It adds to `plain.find_value` what patchhub adds to the published objective: the summed probability of the tokens that may follow a target,
-and one change for all facts of a subject. It shares no code with the package.
+which are not the target's own, and one change for all facts of a subject. It shares no code with the package.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ def find_values(
     wordings: Sequence[str] = (),
     around: tuple[str, str] = ("", ""),
     opening: tuple[str, float] = ("", 0.0),
+    gap: str = "",
 ) -> list[Value]:
     """One value for each fact; all facts have the first one's subject.
 
@@ -38,6 +39,7 @@ def find_values(
         wordings: what stands between the subject and the target in further rows, which weigh as those of the contexts.
         around: what stands before and after each prompt, in a chat.
         opening: what the answer says before the target, and the weight of its words.
+        gap: what stands behind the target of the first context, where the target must not be said again.
     """
     before_prompt, after_prompt = around
     rows: list[list[int]] = []
@@ -57,10 +59,15 @@ def find_values(
             for number, token in enumerate(target):
                 right = [other == token for other in range(len(tokenizer))]
                 terms.append((len(rows), len(prompt) + number - 1, right, 1 / len(target) / count))
-            after = list(may_follow(fact.target_new))
+            another = [token != target[0] for token in range(len(tokenizer))]
+            after = [both[0] and both[1] for both in zip(may_follow(fact.target_new), another, strict=True)]
             terms.append((len(rows), len(prompt) + len(target) - 1, after, closing / count))
+            told = prompt + target
+            if gap and template == asked_in[0]:
+                told += tokenizer(gap, add_special_tokens=False)["input_ids"]
+                terms.append((len(rows), len(told) - 1, another, closing / count))
             changed_at.append(subject_last(tokenizer, template, fact.subject))
-            rows.append(prompt + target)
+            rows.append(told)
     essence = before_prompt + "{} is a" + after_prompt
     rows.append(tokenizer(essence.replace("{}", facts[0].subject).rstrip(" "))["input_ids"])
     changed_at.append(subject_last(tokenizer, essence, facts[0].subject))
