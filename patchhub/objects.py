@@ -17,6 +17,7 @@ from typing import Annotated, Any, ClassVar, Final, NamedTuple, Protocol
 
 from patchhub.canonical import (
     COUNT,
+    FLAG,
     IDENTIFIER,
     INSTANT,
     MAPPING,
@@ -331,7 +332,10 @@ class Keyframe:
 
 @dataclass(frozen=True)
 class Commit(StoredObject):
-    """A snapshot: the active set, as a change of the first parent's, and the delta of the state against it."""
+    """A snapshot: the active set, as a change of the first parent's, and the delta of the state against it.
+
+    `solved` says that no delta is kept: the state is solved from the columns of the set by whoever reads it.
+    """
 
     TYPE: ClassVar[str] = "commit"
     added: Annotated[frozenset[Element], _GROUPS]
@@ -347,6 +351,7 @@ class Commit(StoredObject):
     set_digest: Annotated[str, IDENTIFIER, "set"]
     tensors: Annotated[str | None, optional(IDENTIFIER)]
     time: Annotated[str, INSTANT]
+    solved: Annotated[bool, FLAG] = False
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Final, Literal, NamedTuple, TypeVar
+from typing import Any, Final, Literal, NamedTuple, TypeVar
 
 from patchhub.errors import CorruptStoreError
 from patchhub.objects import Commit, Element, Note, Operation, Patch, Request, requests_from_json, set_from_json
@@ -18,6 +18,9 @@ Value = TypeVar("Value")
 
 _REMEMBERED: Final = 256
 """How many commits, patches, sets and states an instance keeps; a keyframe is never further away than half of them."""
+
+_DERIVED: Final = 2
+"""How many derived values an instance keeps: those of a commit and of the one below it."""
 
 
 class Standing(NamedTuple):
@@ -52,6 +55,7 @@ class Reading:
         self._patches: dict[str, Patch] = {}
         self._sets: dict[str, frozenset[Element]] = {}
         self._states: dict[str, tuple[str, ...]] = {}
+        self._derived: dict[tuple[str, str], Any] = {}
 
     # --- names ---------------------------------------------------------------------------------------------
 
@@ -166,10 +170,24 @@ class Reading:
         )
 
     def state(self, commit: str | None) -> tuple[str, ...]:
-        """The ordered delta blobs whose sum is the commit's weight change; empty for the unpatched model."""
+        """The ordered parts whose sum is the commit's weight change (`states.state`); empty for the unpatched model."""
         if commit is None:
             return ()
         return _remembered(self._states, commit, lambda: states.state(commit, self.commit, self._states))
+
+    def derived(self, kind: str, key: str, derive: Callable[[], Value]) -> Value:
+        """What follows from the store's content alone and is asked for again and again: the latest few are remembered.
+
+        Args:
+            kind, key: what it is, and what it follows from.
+        """
+        if (kind, key) not in self._derived:
+            value = derive()
+            while len(self._derived) >= _DERIVED:
+                del self._derived[next(iter(self._derived))]
+            self._derived[kind, key] = value
+        found: Value = self._derived[kind, key]
+        return found
 
     def _set_object(self, identity: str) -> frozenset[Element]:
         return set_from_json(self.objects.get(identity))
@@ -195,8 +213,7 @@ class Reading:
 
     def needs_keyframe(self, parent: str | None, new_blob_bytes: int, whole_delta_bytes: int) -> bool:
         """Whether a commit on `parent` with a delta of `new_blob_bytes` must carry the whole delta as well."""
-        below = self.state(parent)
-        stored = sum(self.objects.size(blob) for blob in below)
+        stored = sum(self.objects.size(part) for part in self.state(parent) if states.solved_commit(part) is None)
         reads = states.commits_read(parent, self.commit) + 1
         return states.needs_keyframe(reads, stored + new_blob_bytes, whole_delta_bytes)
 
