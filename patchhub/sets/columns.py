@@ -21,9 +21,9 @@ from patchhub import objects
 from patchhub.canonical import COUNT, IDENTIFIER, NUMBER, TEXT, MalformedError, list_of, map_of, optional, record_of
 from patchhub.constraints import Columns, beyond, join, no_columns, solve
 from patchhub.delta import STORED_DTYPES, Delta, Tensors, compact, norm, read_deltas
-from patchhub.errors import CorruptStoreError
+from patchhub.errors import CorruptStoreError, EditError
 from patchhub.fsio import Span
-from patchhub.objects import Base, Element, Patch, set_digest
+from patchhub.objects import Element, Patch, set_digest
 from patchhub.remotes.receive import MAX_HEADER, CheckTensors, Owner
 from patchhub.sets.shards import shard_record
 from patchhub.store.states import solved_commit
@@ -109,8 +109,7 @@ class _Shapes(Mapping[str, tuple[int, int]]):
     @cached_property
     def _all(self) -> Shapes:
         known = self._repository.config.base
-        base = Base.from_json(self._repository.objects.get(self._repository.config.base_id))
-        return self._tell(base.tensors, self._edited, known["orientation"])
+        return self._tell(self._repository.base.tensors, self._edited, known["orientation"])
 
     def __getitem__(self, weight: str) -> tuple[int, int]:
         return self._edited[weight] if weight in self._edited else self._all[weight]
@@ -157,9 +156,22 @@ def solved_state(repository: Store, elements: frozenset[Element]) -> Mapping[str
     return repository.derived("solved", set_digest(asking), lambda: solved(columns_beside(repository, asking, {})))
 
 
+@np.errstate(over="ignore", invalid="ignore")  # what overflows is refused
 def solved(columns: Mapping[str, Columns]) -> dict[str, Delta]:
-    """D(S) of each weight that it changes, in float32 and in its smaller form."""
-    return {weight: found for weight, part in columns.items() if norm(found := compact(solve(part)))}
+    """D(S) of each weight that it changes, in float32 and in its smaller form.
+
+    Raises:
+        EditError: the columns ask for what cannot be solved, or for more than float32 holds.
+    """
+    found = {weight: compact(solve(part)) for weight, part in columns.items()}
+    for weight, delta in found.items():
+        if not np.isfinite(norm(delta)):
+            raise EditError(
+                f"the columns of these facts ask for a change of {weight} that is too large for float32",
+                remedy="One of them is out of all proportion; `patchhub log` says who brought it: take back or leave out that commit.",
+                weight=weight,
+            )
+    return {weight: delta for weight, delta in found.items() if norm(delta)}
 
 
 def write_columns(

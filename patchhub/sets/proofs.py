@@ -39,7 +39,7 @@ from numpy.linalg import LinAlgError
 
 from patchhub.constraints import Columns, blocks, solve
 from patchhub.delta import Delta, LowRank, compact, norm, read_delta, read_deltas, to_dense, weights_in
-from patchhub.errors import CorruptStoreError
+from patchhub.errors import CorruptStoreError, EditError
 from patchhub.fsio import Span
 from patchhub.objects import Element, Patch
 from patchhub.sets.columns import Shapes, read_rows, tensor_shapes, weight_norms
@@ -402,8 +402,8 @@ class _Walk:
         for step in self._plan.steps:
             parent, before = live[step.parent]
             seen = self._after(step, parent, before)
-            alone = step.commit in self._plan.ends and not step.is_solved
-            yield step, 0.0 if step.is_solved else max(seen.distance, self._alone(step) if alone else 0.0)
+            alone = self._alone(step) if step.commit in self._plan.ends else 0.0
+            yield step, alone if step.is_solved else max(seen.distance, alone)
             waiting[step.parent] -= 1
             if step.parent is not None and not waiting[step.parent]:
                 del live[step.parent]
@@ -438,7 +438,16 @@ class _Walk:
         return _Seen(delta, reached, asked, size, self._base, peaks)
 
     def _alone(self, step: _Step) -> float:
-        """The distance of one commit through directions that are made for its set; 0 where those of the walk are."""
+        """The distance of one commit through directions that are made for its set; 0 where those of the walk are.
+
+        A solved state is its solution, if it has one.
+        """
+        if step.is_solved:
+            try:
+                found = norm(self._read(step.state[0]))
+            except EditError:
+                return _BEYOND
+            return 0.0 if np.isfinite(found) else _BEYOND
         elements = self._repository.active(step.commit)
         rows = self._rows(elements)
         if len(rows) == len(self._columns):

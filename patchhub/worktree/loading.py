@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from patchhub.cache import Cache
 from patchhub.canonical import IDENTIFIER, StoredObject, choice, list_of, object_id, optional
 from patchhub.delta import Delta, read_deltas
-from patchhub.errors import CorruptStoreError, RemoteError, RepositoryError, SettingsError
+from patchhub.errors import CorruptStoreError, EditError, RemoteError, RepositoryError, SettingsError
 from patchhub.fsio import Span
 from patchhub.models.architectures import describe, read_config, read_model
 from patchhub.models.checkpoint import Checkpoint, open_checkpoint
@@ -170,7 +170,7 @@ def open_published(
         routing = _routing(snapshot, shapes, limit, checked_mode(wise or MODES[0]))
         if prove:
             published.prove(weights)
-    except (CorruptStoreError, KeyError, TypeError) as error:
+    except (CorruptStoreError, EditError, KeyError, TypeError) as error:
         raise RemoteError(f"hf://{repo} is refused: {error}", remedy="Do not use it.", remote=repo) from error
     if verify:
         check_tensors(about, checkpoint, None)
@@ -303,7 +303,7 @@ def load(
         base: where the base model is, if not where the repository says.
         verify: hash every tensor of the base, not only those that the patch touches.
         prove: prove now that the weights are those of the facts. From the Hub that downloads the facts' columns, which loading does
-            without.
+            without where deltas are kept.
         wise: keep shards apart and let each query choose ("retrieve"), or join them into one side memory ("merge"). Default: the
             repository's ``wise.mode``, which is "retrieve" unless it was set.
         side_path: leave the weights as they are and run the changes beside them in float32, so that none is lost to rounding.

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load, save
 
 from patchhub.delta import Dense, add, to_dense, write_deltas
-from patchhub.errors import RepositoryError
+from patchhub.errors import EditError, RepositoryError
 from patchhub.objects import Commit, Element, Patch, set_digest
 from patchhub.porcelain import refs
 from patchhub.porcelain.change import revert
@@ -148,6 +149,27 @@ def test_a_solved_commit_has_no_other_state_besides(store: Synthetic) -> None:
             move = {"refs/heads/lie": (None, store.repository.objects.put(commit.to_json()))}
             with pytest.raises(RepositoryError, match=problem):
                 store.repository.move_refs(move, command="branch", arguments={}, author=AUTHOR, time=TIME)
+
+
+def test_columns_without_a_finite_solution_are_no_proof(store: Synthetic) -> None:
+    edits(store, 2)
+    commit = commit_at(store)
+    (name,) = {patch for patch, _ in commit.added}
+    patch = store.repository.patch(name)
+    tensors = load(store.repository.objects.get(patch.tensors))
+    tensors["h.1.r"] = np.full_like(tensors["h.1.r"], 3e38, np.float32)
+    tensors["h.1.lambda"] = np.full_like(tensors["h.1.lambda"], 1e-30)
+    wild = replace(patch, tensors=store.repository.objects.put(save(tensors)))
+    added = frozenset((store.repository.objects.put(wild.to_json()), request) for _, request in commit.added)
+    elements = store.active("HEAD~1") | added
+    lie = replace(commit, added=added, removed=frozenset(), set_digest=set_digest(elements))
+    identity = store.repository.objects.put(lie.to_json())
+    move = {"refs/heads/wild": (None, identity)}
+    store.repository.move_refs(move, command="branch", arguments={}, author=AUTHOR, time=TIME)
+    (found,) = prove(store.repository, [identity], tips=[identity]).unproven
+    assert (found.commit, found.weight) == (identity, "h.1")
+    with pytest.raises(EditError, match="too large for float32"):
+        read_state(store.repository, identity)
 
 
 def test_how_many_commits_are_read_for_a_set_stays_bounded(store: Synthetic, monkeypatch) -> None:
