@@ -295,7 +295,7 @@ class StoredObject:
         result: Object = read(cls.TYPE, data, decode, lambda made: made.to_json())
         return result
 
-    @property
+    @functools.cached_property
     def id(self) -> str:
         """SHA-256 of the canonical bytes."""
         return object_id(self.to_json())

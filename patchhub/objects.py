@@ -13,6 +13,7 @@ import hashlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Annotated, Any, ClassVar, Final, NamedTuple, Protocol
 
 from patchhub.canonical import (
@@ -199,7 +200,7 @@ class Request:
             neighborhood=tuple(Neighbor(_clean(text), _clean(target)) for text, target in neighborhood),
         )
 
-    @property
+    @cached_property
     def id(self) -> str:
         """SHA-256 of canonical ``{prompt, subject, target_new}``: what makes two requests the same fact."""
         parts = {"prompt": self.prompt, "subject": self.subject, "target_new": self.target_new}

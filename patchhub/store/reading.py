@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple, TypeVar
 
 from patchhub.errors import CorruptStoreError
-from patchhub.objects import Commit, Element, Note, Operation, Patch, Request, requests_from_json, set_from_json
+from patchhub.objects import Base, Commit, Element, Note, Operation, Patch, Request, requests_from_json, set_from_json
 from patchhub.store import database, revisions, states
 from patchhub.store.config import Config
 from patchhub.store.database import database_errors
@@ -19,8 +19,11 @@ Value = TypeVar("Value")
 _REMEMBERED: Final = 256
 """How many commits, patches, sets and states an instance keeps; a keyframe is never further away than half of them."""
 
+_MOST_TEXTS: Final = 32
+"""How many patches' texts an instance keeps."""
+
 _DERIVED: Final = 2
-"""How many derived values an instance keeps: those of a commit and of the one below it."""
+"""How many derived values of a kind an instance keeps: those of a commit and of the one below it."""
 
 
 class Standing(NamedTuple):
@@ -55,7 +58,8 @@ class Reading:
         self._patches: dict[str, Patch] = {}
         self._sets: dict[str, frozenset[Element]] = {}
         self._states: dict[str, tuple[str, ...]] = {}
-        self._derived: dict[tuple[str, str], Any] = {}
+        self._texts: dict[str, tuple[Request, ...]] = {}
+        self._derived: dict[str, dict[str, Any]] = {}
 
     # --- names ---------------------------------------------------------------------------------------------
 
@@ -116,11 +120,19 @@ class Reading:
         """A patch, verified."""
         return _remembered(self._patches, identity, lambda: Patch.from_json(self.objects.get(identity)))
 
+    @property
+    def base(self) -> Base:
+        """What the store is about."""
+        identity = self.config.base_id
+        return self.derived("base", identity, lambda: Base.from_json(self.objects.get(identity)))
+
     def requests(self, patch: Patch) -> list[Request]:
         """The texts of a patch's requests, in its order; empty where they are withheld."""
-        if patch.requests_blob not in self.objects:
+        blob = patch.requests_blob
+        if blob not in self.objects:
             return []
-        return requests_from_json(self.objects.get(patch.requests_blob))
+        found = _remembered(self._texts, blob, lambda: tuple(requests_from_json(self.objects.get(blob))), _MOST_TEXTS)
+        return list(found)
 
     def note(self, identity: str) -> Note:
         """A note, verified."""
@@ -181,13 +193,8 @@ class Reading:
         Args:
             kind, key: what it is, and what it follows from.
         """
-        if (kind, key) not in self._derived:
-            value = derive()
-            while len(self._derived) >= _DERIVED:
-                del self._derived[next(iter(self._derived))]
-            self._derived[kind, key] = value
-        found: Value = self._derived[kind, key]
-        return found
+        memory: dict[str, Value] = self._derived.setdefault(kind, {})
+        return _remembered(memory, key, derive, _DERIVED)
 
     def _set_object(self, identity: str) -> frozenset[Element]:
         return set_from_json(self.objects.get(identity))
@@ -233,11 +240,11 @@ class Reading:
             return database.scores_of(self.connection, commit)
 
 
-def _remembered(memory: dict[str, Value], identity: str, derive: Callable[[], Value]) -> Value:
+def _remembered(memory: dict[str, Value], identity: str, derive: Callable[[], Value], most: int = _REMEMBERED) -> Value:
     """What `memory` holds for an id, derived if it is not there; the oldest entries make room."""
     if identity not in memory:
         value = derive()
-        while len(memory) >= _REMEMBERED:
+        while len(memory) >= most:
             del memory[next(iter(memory))]
         memory[identity] = value
     return memory[identity]
