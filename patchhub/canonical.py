@@ -12,6 +12,7 @@ import json
 import re
 import unicodedata
 from collections.abc import Callable, Mapping
+from copy import copy
 from dataclasses import dataclass, fields
 from datetime import datetime
 from typing import Any, ClassVar, Final, TypeVar, get_args, get_type_hints
@@ -75,7 +76,7 @@ class Codec:
 
     decode: Callable[[Any, str], Any]
     encode: Callable[[Any], Any] = _same
-    empty: Mapping[str, Any] | None = None
+    empty: Any = None
 
 
 def _expect(valid: bool, path: str, expected: str) -> None:
@@ -122,6 +123,11 @@ def _decode_mapping(value: Any, path: str) -> dict[str, Any]:
     return dict(value)
 
 
+def _decode_flag(value: Any, path: str) -> bool:
+    _expect(type(value) is bool, path, "is not true or false")
+    return bool(value)
+
+
 DEEPEST: Final = 64
 """Levels of objects and lists within a field of any content: who shows it goes down one call for each."""
 
@@ -142,6 +148,7 @@ INSTANT = Codec(_decode_time)
 COUNT = Codec(_decode_count)
 NUMBER = Codec(_decode_number)
 MAPPING = Codec(_decode_any)
+FLAG = Codec(_decode_flag, empty=False)
 
 
 def optional(codec: Codec) -> Codec:
@@ -213,7 +220,7 @@ def _decode_fields(cls: Any, value: Any, fixed: Mapping[str, Any], path: str = "
     for name, (_, codec) in schema.items():
         _expect(name in value or codec.empty is not None, prefix + name, "is missing")
     return {
-        attribute: codec.decode(value[name], prefix + name) if name in value else dict(codec.empty or {})
+        attribute: codec.decode(value[name], prefix + name) if name in value else copy(codec.empty)
         for name, (attribute, codec) in schema.items()
     }
 
@@ -288,7 +295,7 @@ class StoredObject:
         result: Object = read(cls.TYPE, data, decode, lambda made: made.to_json())
         return result
 
-    @property
+    @functools.cached_property
     def id(self) -> str:
         """SHA-256 of the canonical bytes."""
         return object_id(self.to_json())

@@ -49,6 +49,8 @@ FORM_ANEW = 1e-12
 
 _EPSILON = float(np.finfo(np.float64).eps)
 
+_HALF = 2.0**-11  # float16's own rounding of a number; more is lost where numbers are beyond its range
+
 
 @dataclass(frozen=True, eq=False)
 class Columns:
@@ -103,6 +105,19 @@ def beyond(columns: Columns, deltas: Sequence[Delta]) -> Columns:
         return columns
     present = image(add(deltas, columns.shape), columns.keys)
     return Columns(columns.keys, columns.preimages, columns.residuals - present, columns.ridge, columns.labels)
+
+
+def rounded(array: Float[np.ndarray, "n width"]) -> Float[np.ndarray, "n width"]:
+    """Float32 numbers that a column is recorded as: those of float16 where it holds every row to `_HALF` of its norm, else of float32.
+
+    Columns are solved after they were rounded, so what is solved is exact whatever they are rounded to. How little float16 moves it is
+    measured in decision 13.
+    """
+    single = np.ascontiguousarray(array, np.float32)
+    with np.errstate(over="ignore"):
+        half = single.astype(np.float16).astype(np.float32)
+    off, size = (np.linalg.norm(found, axis=1) for found in (half - single, single))
+    return half if np.isfinite(half).all() and (off <= _HALF * size).all() else single
 
 
 def blocks(columns: Columns) -> Iterator[Columns]:

@@ -13,10 +13,12 @@ import hashlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Annotated, Any, ClassVar, Final, NamedTuple, Protocol
 
 from patchhub.canonical import (
     COUNT,
+    FLAG,
     IDENTIFIER,
     INSTANT,
     MAPPING,
@@ -198,7 +200,7 @@ class Request:
             neighborhood=tuple(Neighbor(_clean(text), _clean(target)) for text, target in neighborhood),
         )
 
-    @property
+    @cached_property
     def id(self) -> str:
         """SHA-256 of canonical ``{prompt, subject, target_new}``: what makes two requests the same fact."""
         parts = {"prompt": self.prompt, "subject": self.subject, "target_new": self.target_new}
@@ -331,7 +333,10 @@ class Keyframe:
 
 @dataclass(frozen=True)
 class Commit(StoredObject):
-    """A snapshot: the active set, as a change of the first parent's, and the delta of the state against it."""
+    """A snapshot: the active set, as a change of the first parent's, and the delta of the state against it.
+
+    `solved` says that no delta is kept: the state is solved from the columns of the set by whoever reads it.
+    """
 
     TYPE: ClassVar[str] = "commit"
     added: Annotated[frozenset[Element], _GROUPS]
@@ -347,6 +352,7 @@ class Commit(StoredObject):
     set_digest: Annotated[str, IDENTIFIER, "set"]
     tensors: Annotated[str | None, optional(IDENTIFIER)]
     time: Annotated[str, INSTANT]
+    solved: Annotated[bool, FLAG] = False
 
 
 @dataclass(frozen=True)

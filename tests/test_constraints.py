@@ -30,6 +30,7 @@ from patchhub.constraints import (
     proof,
     proof_in_parts,
     responsibilities,
+    rounded,
     solve,
 )
 from patchhub.delta import Delta, Dense, LowRank, compact, from_factors, to_dense
@@ -565,3 +566,15 @@ def test_sums_without_a_solution_are_refused():
         with pytest.raises(EditError) as caught:
             sums.solve()
         assert caught.value.remedy
+
+
+def test_columns_are_rounded_to_float16_unless_that_loses_more_than_its_own_rounding():
+    rng = np.random.default_rng(18)
+    rows = rng.standard_normal((4, 50)) * np.logspace(-2, 3, 50)
+    half = rounded(rows)
+    assert half.dtype == np.float32
+    np.testing.assert_array_equal(half, half.astype(np.float16))
+    assert (np.linalg.norm(half - rows, axis=1) <= 2**-11 * np.linalg.norm(rows, axis=1)).all()
+    np.testing.assert_array_equal(rounded(np.zeros((2, 5))), 0)
+    for beyond_range in (1e6 * rows, 1e-9 * rows, np.vstack([rows, 1e-9 * rows[:1]])):
+        np.testing.assert_array_equal(rounded(beyond_range), beyond_range.astype(np.float32))

@@ -424,7 +424,7 @@ def _report_change(repository: Repository, done: Changed, as_json: bool) -> None
         say("the weights are the base's, bit for bit")
     elif done.same_as:
         say(f"the weights are those of {done.same_as[:12]}, bit for bit")
-    elif commit.tensors is None:
+    elif commit.tensors is None and not commit.solved:
         say("the main weights are as they were")
     else:
         say("the weights were solved anew from the facts that stay")

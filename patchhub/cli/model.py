@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -34,9 +34,10 @@ from patchhub.cli.terminal import (
     json_option,
     opened,
     print_json,
-    repo_option,
     reports_errors,
     say,
+    store_options,
+    together,
 )
 from patchhub.errors import ServedError
 
@@ -183,9 +184,7 @@ def init(base: str, repo: Path | None, as_json: bool, **options: Any) -> None:
 @click.argument("key", required=False)
 @click.argument("value", required=False)
 @click.option("--unset", is_flag=True, help="Go back to the default.")
-@repo_option
-@json_option
-@reports_errors
+@store_options
 def config(key: str | None, value: str | None, unset: bool, repo: Path | None, as_json: bool) -> None:
     """Show all settings, show one, or set one.
 
@@ -216,9 +215,7 @@ def config(key: str | None, value: str | None, unset: bool, repo: Path | None, a
 @click.option("--overwrite", is_flag=True, help="Replace an existing folder.")
 @click.option("--link/--no-link", default=True, help="Hard-link untouched weight files (default), or copy them.")
 @click.option("--wise", type=click.Choice(["retrieve", "merge"]), help="How loading routes to shards. Default: config.")
-@repo_option
-@json_option
-@reports_errors
+@store_options
 def apply(repo: Path | None, as_json: bool, **options: Any) -> None:
     """Write the model at REV as an ordinary checkpoint folder.
 
@@ -249,9 +246,7 @@ def apply(repo: Path | None, as_json: bool, **options: Any) -> None:
 @base_option
 @placement_options
 @chat_option
-@repo_option
-@json_option
-@reports_errors
+@store_options
 def ask(prompt: tuple[str, ...], file: TextIO | None, repo: Path | None, as_json: bool, **options: Any) -> None:
     """What the model says to PROMPT, at one revision beside another: likely next words and a short continuation.
 
@@ -285,6 +280,19 @@ def _name(commit: str | None) -> str:
 out_option = click.option("--out", required=True, type=click.Path(path_type=Path), help="Where to write.")
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace what is there.")
 
+rank_options = together(
+    click.option(
+        "--rank", type=click.IntRange(min=1), help="Rank of the adapter. Default: the smallest that is exact."
+    ),
+    click.option(
+        "--tolerance",
+        type=click.FloatRange(min=0),
+        default=1e-6,
+        show_default=True,
+        help="Largest relative error of a weight.",
+    ),
+)
+
 _LEFT_SHOWN = 8
 
 
@@ -293,22 +301,17 @@ def export() -> None:
     """Write a revision in a form that other programs read."""
 
 
-@export.command("peft")
-@click.argument("rev", default="HEAD", type=Revision())
-@out_option
-@click.option("--rank", type=click.IntRange(min=1), help="Rank of the adapter. Default: the smallest that is exact.")
-@click.option(
-    "--tolerance",
-    type=click.FloatRange(min=0),
-    default=1e-6,
-    show_default=True,
-    help="Largest relative error of a weight.",
+def _exports(name: str, *options: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """A command of `export`: a revision, where it is written, further options, and those of every command."""
+    revision = click.argument("rev", default="HEAD", type=Revision())
+    return together(export.command(name), revision, out_option, *options, overwrite_option, store_options)
+
+
+@_exports(
+    "peft",
+    rank_options,
+    click.option("--every-layer", is_flag=True, help="Zeros for layers that do not change, as TGI and LoRAX expect."),
 )
-@click.option("--every-layer", is_flag=True, help="Zeros for layers that do not change, as TGI and LoRAX expect.")
-@overwrite_option
-@repo_option
-@json_option
-@reports_errors
 def export_peft(repo: Path | None, as_json: bool, **options: Any) -> None:
     """A LoRA adapter for PEFT, vLLM, SGLang and llama.cpp, in a folder of OUT named after the commit.
 
@@ -321,27 +324,16 @@ def export_peft(repo: Path | None, as_json: bool, **options: Any) -> None:
         say(f"Wrote {done.out}: rank {done.rank}, relative error {done.error:.1e}")
 
 
-@export.command("gguf")
-@click.argument("rev", default="HEAD", type=Revision())
-@out_option
-@click.option("--rank", type=click.IntRange(min=1), help="Rank of the adapter. Default: the smallest that is exact.")
-@click.option(
-    "--tolerance",
-    type=click.FloatRange(min=0),
-    default=1e-6,
-    show_default=True,
-    help="Largest relative error of a weight.",
+@_exports(
+    "gguf",
+    rank_options,
+    click.option(
+        "--fuse",
+        metavar="BASE.gguf",
+        type=click.Path(path_type=Path, exists=True, dir_okay=False),
+        help="Write the whole model: this GGUF of the base with the change in it.",
+    ),
 )
-@click.option(
-    "--fuse",
-    metavar="BASE.gguf",
-    type=click.Path(path_type=Path, exists=True, dir_okay=False),
-    help="Write the whole model: this GGUF of the base with the change in it.",
-)
-@overwrite_option
-@repo_option
-@json_option
-@reports_errors
 def export_gguf(repo: Path | None, as_json: bool, **options: Any) -> None:
     """An adapter for llama.cpp and Ollama: a GGUF file in the folder OUT, named after the commit, and a Modelfile.
 
@@ -363,9 +355,7 @@ def export_gguf(repo: Path | None, as_json: bool, **options: Any) -> None:
 @click.option("--model", help="The name of the model or adapter there. Default: the first that the server names.")
 @click.option("-n", "--limit", type=click.IntRange(min=1), default=8, show_default=True, help="At most so many facts.")
 @click.option("--chat", is_flag=True, help="Ask as a user's message, not as a text to continue.")
-@repo_option
-@json_option
-@reports_errors
+@store_options
 def verify_served(repo: Path | None, as_json: bool, **options: Any) -> None:
     """Ask a server whether it answers with a revision's facts. It must be OpenAI-compatible: vLLM, SGLang, llama.cpp, Ollama, ...
 
@@ -387,13 +377,7 @@ def verify_served(repo: Path | None, as_json: bool, **options: Any) -> None:
         raise SystemExit(ServedError.exit_code)
 
 
-@export.command("diff")
-@click.argument("rev", default="HEAD", type=Revision())
-@out_option
-@overwrite_option
-@repo_option
-@json_option
-@reports_errors
+@_exports("diff")
 def export_diff(repo: Path | None, as_json: bool, **options: Any) -> None:
     """The change of each weight alone, as one safetensors file OUT (docs/format.md, "delta")."""
     done = opened(repo).export_diff(**options)
@@ -403,14 +387,10 @@ def export_diff(repo: Path | None, as_json: bool, **options: Any) -> None:
         say(f"Wrote {done.out}")
 
 
-@export.command("checkpoint")
-@click.argument("rev", default="HEAD", type=Revision())
-@out_option
-@base_option
-@overwrite_option
-@repo_option
-@json_option
-@reports_errors
+@_exports(
+    "checkpoint",
+    base_option,
+)
 def export_checkpoint(repo: Path | None, as_json: bool, **options: Any) -> None:
     """The whole model with the change fused in, as `patchhub apply` writes it."""
     done = opened(repo).export_checkpoint(**options)
@@ -420,14 +400,10 @@ def export_checkpoint(repo: Path | None, as_json: bool, **options: Any) -> None:
         say(f"Wrote {done.out}, {count(len(done.survival), 'weight')} changed")
 
 
-@export.command("bom")
-@click.argument("rev", default="HEAD")
-@out_option
-@allowed_option
-@overwrite_option
-@repo_option
-@json_option
-@reports_errors
+@_exports(
+    "bom",
+    allowed_option,
+)
 def export_bom(repo: Path | None, as_json: bool, **options: Any) -> None:
     """A CycloneDX 1.6 ML-BOM: the base with its hashes, the pedigree with a patch for each commit and its facts, scores."""
     done = opened(repo).export_bom(**options)
@@ -437,15 +413,11 @@ def export_bom(repo: Path | None, as_json: bool, **options: Any) -> None:
         say(f"Wrote {done.out}: {count(done.count, 'commit')} on the base")
 
 
-@export.command("attestations")
-@click.argument("rev", default="HEAD")
-@out_option
-@sign_option
-@key_option
-@overwrite_option
-@repo_option
-@json_option
-@reports_errors
+@_exports(
+    "attestations",
+    sign_option,
+    key_option,
+)
 def export_attestations(repo: Path | None, as_json: bool, **options: Any) -> None:
     """The scores that are noted about REV as in-toto Statements, one a line; with a key, each in a signed DSSE envelope."""
     done = opened(repo).export_attestations(**options)
@@ -469,9 +441,7 @@ def export_attestations(repo: Path | None, as_json: bool, **options: Any) -> Non
 @check_option
 @force_option
 @author_option
-@repo_option
-@json_option
-@reports_errors
+@store_options
 def import_(repo: Path | None, as_json: bool, **options: Any) -> None:
     """Commit the change that SOURCE makes to the base: a folder with a PEFT LoRA adapter, or a fine-tuned checkpoint.
 
@@ -500,9 +470,7 @@ def import_(repo: Path | None, as_json: bool, **options: Any) -> None:
     help="Compare so many active facts with one another, the last changed ones.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace what is there, even if it is no report.")
-@repo_option
-@json_option
-@reports_errors
+@store_options
 def report(repo: Path | None, as_json: bool, **options: Any) -> None:
     """One HTML page about the repository: history, facts with search, scores, norms, interference.
 

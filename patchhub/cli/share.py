@@ -19,11 +19,12 @@ from patchhub.cli.terminal import (
     json_option,
     opened,
     print_json,
-    repo_option,
     reports_errors,
     say,
     short_ref,
+    store_options,
     talk,
+    together,
 )
 from patchhub.errors import ContradictionError, SignatureError
 
@@ -43,6 +44,7 @@ size_option = click.option(
 trust_option = click.option(
     "--trust", is_flag=True, help="Accept weights that are not those of their facts; fsck and show go on saying so."
 )
+receiving_options = together(trust_option, required_option, size_option)
 
 
 @click.group(cls=Group)
@@ -56,9 +58,7 @@ def remote() -> None:
 @remote.command("add")
 @click.argument("name")
 @click.argument("address")
-@repo_option
-@json_option
-@reports_errors
+@store_options
 def remote_add(name: str, address: str, repo: Path | None, as_json: bool) -> None:
     """Give ADDRESS a NAME; `origin` is used where no name is given."""
     kept = opened(repo).remote_add(name, address)
@@ -69,9 +69,7 @@ def remote_add(name: str, address: str, repo: Path | None, as_json: bool) -> Non
 
 
 @remote.command("list")
-@repo_option
-@json_option
-@reports_errors
+@store_options
 def remote_list(repo: Path | None, as_json: bool) -> None:
     """Every remote and its address."""
     found = opened(repo).remote_list()
@@ -87,9 +85,7 @@ def remote_list(repo: Path | None, as_json: bool) -> None:
 @remote.command("remove")
 @click.argument("name", type=RemoteName())
 @author_option
-@repo_option
-@json_option
-@reports_errors
+@store_options
 def remote_remove(name: str, author: str | None, repo: Path | None, as_json: bool) -> None:
     """Forget a remote; nothing is deleted there."""
     opened(repo).remote_remove(name, author=author)
@@ -103,9 +99,7 @@ def remote_remove(name: str, author: str | None, repo: Path | None, as_json: boo
 @click.argument("old", type=RemoteName())
 @click.argument("new")
 @author_option
-@repo_option
-@json_option
-@reports_errors
+@store_options
 def remote_rename(old: str, new: str, author: str | None, repo: Path | None, as_json: bool) -> None:
     """Give a remote another name, and its branches here with it."""
     address = opened(repo).remote_rename(old, new, author=author)
@@ -135,9 +129,7 @@ def remote_rename(old: str, new: str, author: str | None, repo: Path | None, as_
 )
 @click.option("--dry-run", is_flag=True, help="Show what would travel.")
 @author_option
-@repo_option
-@json_option
-@reports_errors
+@store_options
 def push(
     remote: str | None, refs: tuple[str, ...], dry_run: bool, repo: Path | None, as_json: bool, **options: Any
 ) -> None:
@@ -170,15 +162,11 @@ def push(
 
 @click.command()
 @click.argument("remote", required=False, type=RemoteName())
-@trust_option
+@receiving_options
 @click.option("--repair", is_flag=True, help="Check all that is reachable and fetch again what is damaged here.")
 @click.option("--prune", is_flag=True, help="Forget branches of REMOTE that it does not have any more.")
-@required_option
-@size_option
 @author_option
-@repo_option
-@json_option
-@reports_errors
+@store_options
 def fetch(repo: Path | None, as_json: bool, **options: Any) -> None:
     """Bring all branches, tags and notes of REMOTE here: every byte verified, and weights proven to be those of their facts.
 
@@ -193,13 +181,9 @@ def fetch(repo: Path | None, as_json: bool, **options: Any) -> None:
 
 @click.command()
 @click.argument("remote", required=False, type=RemoteName())
-@trust_option
-@required_option
-@size_option
+@receiving_options
 @author_option
-@repo_option
-@json_option
-@reports_errors
+@store_options
 def pull(repo: Path | None, as_json: bool, **options: Any) -> None:
     """Fetch, then bring REMOTE's branch of the same name into the current one: fast-forward, or merge."""
     repository = opened(repo)
@@ -221,9 +205,7 @@ def pull(repo: Path | None, as_json: bool, **options: Any) -> None:
 @click.argument("folder", required=False, type=click.Path(path_type=Path, file_okay=False))
 @click.option("--base", help="The base model, a folder or a Hub id. Default: where the remote says it is.")
 @click.option("--shared", is_flag=True, help="Let the group of the folder write in the store, whatever their umask.")
-@trust_option
-@required_option
-@size_option
+@receiving_options
 @author_option
 @json_option
 @reports_errors
@@ -283,9 +265,7 @@ with_option = click.option(
 @with_option
 @key_option
 @author_option
-@repo_option
-@json_option
-@reports_errors
+@store_options
 def sign(repo: Path | None, as_json: bool, **options: Any) -> None:
     """Sign the commit REV, or each one of FROM..TO, that is there already; `commit -s` signs a new one.
 
@@ -301,9 +281,7 @@ def sign(repo: Path | None, as_json: bool, **options: Any) -> None:
 @with_option
 @key_option
 @author_option
-@repo_option
-@json_option
-@reports_errors
+@store_options
 def approve(repo: Path | None, as_json: bool, **options: Any) -> None:
     """Say with a key of your own that the commit REV of somebody else, or each one of FROM..TO, may go on.
 
@@ -319,9 +297,7 @@ def approve(repo: Path | None, as_json: bool, **options: Any) -> None:
 @click.argument("rev", default="HEAD")
 @allowed_option
 @click.option("--all", is_flag=True, help="Check the signatures of every commit below too.")
-@repo_option
-@json_option
-@reports_errors
+@store_options
 def verify(repo: Path | None, as_json: bool, **options: Any) -> None:
     """Who signed the commit or tag REV, and whether every object and ref below it is what was signed.
 
@@ -354,9 +330,7 @@ def verify(repo: Path | None, as_json: bool, **options: Any) -> None:
 @click.option("--since", metavar="WHEN", help='Only changes from 2026-11-21, 2026-11-21T09:30 or "2 weeks ago" on.')
 @allowed_option
 @click.option("--csv", type=click.Path(path_type=Path, dir_okay=False), help="Also write the rows as CSV.")
-@repo_option
-@json_option
-@reports_errors
+@store_options
 def audit(repo: Path | None, as_json: bool, **options: Any) -> None:
     """Every change of a fact below REV: who made it, when and why, on whose approval, with which evidence, and what took it back.
 

@@ -371,6 +371,22 @@ def reports_errors(command: Command) -> Command:
     return cast(Command, wrapped)
 
 
+def together(*decorators: Callable[[Any], Any]) -> Callable[[Command], Command]:
+    """Several decorators as one, in the order in which they would stand one below the other."""
+
+    def decorate(command: Command) -> Command:
+        decorated: Any = command
+        for decorator in reversed(decorators):
+            decorated = decorator(decorated)
+        return cast(Command, decorated)
+
+    return decorate
+
+
+store_options: Final = together(repo_option, json_option, reports_errors)
+"""What every command has that asks a store."""
+
+
 def error_json(error: PatchhubError) -> Mapping[str, Any]:
     return {
         "kind": error.kind,

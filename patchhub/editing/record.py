@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from patchhub.constraints import Columns, Moments, beyond, difference, no_columns
+from patchhub.constraints import Columns, Moments, beyond, difference, no_columns, rounded
 from patchhub.delta import Delta, add, image
 from patchhub.editing.metric import MetricCache
 from patchhub.editing.rows import Beginnings, Climb, KeyRow, Trunk, at, batches, read_keys
@@ -173,17 +173,16 @@ def _extend(
     weight: str,
     state: State,
 ) -> tuple[Columns, Delta]:
-    """Columns of one weight, rounded to float32 first, and the change that adding them to the active ones makes."""
+    """Columns of one weight, rounded first, and the change that adding them to the active ones makes.
+
+    The rounded key is the key: its preimage is C^-1 of it, and the residual counts what the present change gives at it.
+    """
     shape = (residual.shape[1], keys.shape[1])
-    stored_keys = keys.cpu().numpy().astype(np.float32)
+    stored_keys = rounded(keys.cpu().numpy())
     preimages = metric.preimages(weight, torch.from_numpy(stored_keys).to(keys.device)).cpu().numpy()
     residuals = residual.cpu().numpy() + image(add(state.deltas.get(weight, ()), shape), stored_keys)
-    added = Columns(
-        stored_keys,
-        preimages.astype(np.float32),
-        residuals.astype(np.float32),
-        np.full(len(stored_keys), ridge, np.float32),
-    )
+    ridges = np.full(len(stored_keys), ridge, np.float32)
+    added = Columns(stored_keys, rounded(preimages), rounded(residuals), ridges)
     active = state.columns.get(weight, no_columns(shape))
     return added, difference(active, beyond(added, state.fixed.get(weight, ())), no_columns(shape))
 

@@ -169,17 +169,10 @@ def read_adapter(
     for weight, parts in pairs.items():
         size = parts.pop(_SIZE, None)
         product = _product(folder, weight, parts, config, shapes[weight])
-        if (
-            (size is not None) != config.resized
-            or (config.resized and of_base is None)
-            or (size is not None and weight in deltas)
-        ):
-            raise _refusal(
-                folder,
-                f"its use_dora and its magnitudes of {weight} do not fit together",
-                remedy=MERGE,
-                field="use_dora",
-            )
+        misplaced = size is not None and weight in deltas
+        if (size is not None) != config.resized or (config.resized and of_base is None) or misplaced:
+            reason = f"its use_dora and its magnitudes of {weight} do not fit together"
+            raise _refusal(folder, reason, remedy=MERGE, field="use_dora")
         if size is not None and of_base is not None:
             product = _resized(folder, weight, product, size, _read(of_base, weight, transposed))
         deltas[weight] = compact(add([deltas[weight], product], shapes[weight])) if weight in deltas else product

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float
 from transformers import PreTrainedTokenizerBase
 
-from patchhub.constraints import responsibilities
+from patchhub.constraints import Columns, responsibilities
 from patchhub.editing.locate import encode_text
 from patchhub.errors import RequestError, RevisionError, SettingsError
 from patchhub.models.placement import Placement
@@ -120,15 +120,8 @@ def blame(
         SettingsError: it is to be asked in a chat, and the base has no chat template that can be used.
     """
     prompt = prompt.strip()
-    commit = repository.resolve(revision)
+    commit = _with_facts(repository, revision)
     elements = repository.active(commit)
-    columns_alone = without_shards(repository, elements)
-    if commit is None or not columns_alone:
-        shards = ", and those in shards answer beside the weights" if elements else ""
-        raise RevisionError(
-            f"no fact in the weights is active at {revision}{shards}",
-            remedy="Name a revision with facts in its weights.",
-        )
     facts = mentioned(repository, prompt, revision)
     place = subject if subject is not None else next((fact.subject for fact in facts), None)
     columns = read_columns(repository, elements)
@@ -136,12 +129,7 @@ def blame(
     tree = open_worktree(repository, progress, state, base=base, placement=placement, chat=chat)
     reading = _read(tree, prompt, place, sorted(columns))
     progress.close()
-    contributions = {
-        weight: responsibilities(found)
-        * (found.preimages.astype(np.float64) @ reading.keys[weight])[:, None]
-        * reading.slopes[weight]
-        for weight, found in columns.items()
-    }
+    contributions = _contributions(columns, reading)
     changes = {weight: float(np.linalg.norm(rows.sum(0))) for weight, rows in contributions.items()}
     owners = {weight: found.labels for weight, found in columns.items()}
     whole = sum(changes.values()) or 1.0
@@ -158,9 +146,32 @@ def blame(
         tuple(sorted(shares, key=lambda share: (-share.share, share.request_id))),
         {patch: norm / whole for (patch, _), norm in sorted(patches.items(), key=lambda item: -item[1])},
         tuple(facts),
-        len(places_of(repository, elements - columns_alone)),
+        len(places_of(repository, elements - without_shards(repository, elements))),
         reading.chat,
     )
+
+
+def _with_facts(repository: Store, revision: str) -> str:
+    """The commit of a revision with facts in its weights; `RevisionError` where there are none."""
+    commit = repository.resolve(revision)
+    elements = repository.active(commit)
+    if commit is None or not without_shards(repository, elements):
+        shards = ", and those in shards answer beside the weights" if elements else ""
+        raise RevisionError(
+            f"no fact in the weights is active at {revision}{shards}",
+            remedy="Name a revision with facts in its weights.",
+        )
+    return commit
+
+
+def _contributions(columns: Mapping[str, Columns], reading: _Reading) -> dict[str, Float[np.ndarray, "n out"]]:
+    """How each request moves the output of each weight at the keys that were read, in the stream: b_i (u_i^T k) by row."""
+    return {
+        weight: responsibilities(found)
+        * (found.preimages.astype(np.float64) @ reading.keys[weight])[:, None]
+        * reading.slopes[weight]
+        for weight, found in columns.items()
+    }
 
 
 def _norms(

@@ -19,7 +19,7 @@ from patchhub.evaluation.guard import Fault, Report
 from patchhub.evaluation.guard import Measured as GuardMeasured
 from patchhub.models.architectures import Architecture
 from patchhub.models.placement import Placement, runs_beside
-from patchhub.objects import METADATA_BYTES, SLOT, Request
+from patchhub.objects import METADATA_BYTES, SLOT, Commit, Request
 from patchhub.progress import Progress
 from patchhub.results import Result
 from patchhub.sets.commits import Draft, Written, begin, prepare, record
@@ -137,8 +137,7 @@ def commit(
         EditError: the edit failed; nothing was committed.
         GuardError: the edit is finished and a check of it failed; nothing was committed.
     """
-    begun = perf_counter()
-    method = chosen_method(repository, writing.method)
+    begun, method = perf_counter(), chosen_method(repository, writing.method)
     _refuse_unusable(method, writing)
     begin(repository)
     _warn_of_what_is_left_out(batch, progress)
@@ -150,21 +149,30 @@ def commit(
     tree = _open(repository, progress, plan, files, editor, placement, chat, writing.memory)
     written = _write(repository, tree, plan, method, editor, writing, progress)
     progress.stage("writing the commit", 0)
-    parents = (plan.parent,) if plan.parent else ()
-    draft = Draft(parents, written.elements, written.metric, "commit", {"patches": list(written.patches)})
+    told = {"patches": list(written.patches)}
+    draft = Draft((plan.parent,) if plan.parent else (), written.elements, written.metric, "commit", told)
     prepared = prepare(repository, draft, who, change=written.change)
     if writing.memory is not None:
         release_memory()  # what the edit left in pieces would come on top of what the guard reads
     made = judge(repository, prepared, progress, Guarding(force, all=all_facts), tree=tree, written=plan.requests)
     identity = record(repository, made, draft, who.signer)
-    survival: Mapping[str, float] = made.check.get("survival", {})
-    warn_of_losses(survival, progress, "when it is rounded to the base's type", "load(..., side_path=True) keeps it")
-    report = Report.from_json(made.check)
-    measured = report.measured if report else GuardMeasured()
-    held = measured.own.count if measured.own else 0
-    if plan.requests and not held:
+    warn_of_losses(
+        made.check.get("survival", {}),
+        progress,
+        "when it is rounded to the base's type",
+        "load(..., side_path=True) keeps it",
+    )
+    done = _committed(identity, made, plan, written, batch.duplicates, perf_counter() - begun)
+    if plan.requests and not done.held:
         progress.warn(_none_holds(method))
     progress.close()
+    return done
+
+
+def _committed(identity: str, made: Commit, plan: Plan, written: Written, duplicates: int, seconds: float) -> Committed:
+    """What was done, and what the guard found."""
+    report = Report.from_json(made.check)
+    measured = report.measured if report else GuardMeasured()
     return Committed(
         commit=identity,
         patches=written.patches,
@@ -173,10 +181,10 @@ def commit(
         kept=written.keeps,
         replaced=tuple(plan.replaced.values()),
         already_active=plan.already_active,
-        duplicates=batch.duplicates,
-        held=held,
-        seconds=perf_counter() - begun,
-        survival=survival,
+        duplicates=duplicates,
+        held=measured.own.count if measured.own else 0,
+        seconds=seconds,
+        survival=made.check.get("survival", {}),
         rivals=written.rivals,
         faults=measured.spoken.faults if measured.spoken else (),
     )

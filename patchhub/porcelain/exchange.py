@@ -186,7 +186,7 @@ def _from_adapter(folder: Path, repository: Store, base: str | None) -> _Change:
         files = open_base(repository, base)
         return read_floats(files.entry(files.resolve_name(weight)))
 
-    about = Base.from_json(repository.objects.get(repository.config.base_id))
+    about = repository.base
     untied = about.architecture.get("tie_word_embeddings") is False
     transposed = repository.config.base["orientation"] == "in_out"
     found = read_adapter(folder, tensor_shapes(repository), of_base, untied=untied, transposed=transposed)
@@ -198,12 +198,10 @@ def _from_checkpoint(
     repository: Store, base: Checkpoint, other: Checkpoint, tolerance: float, progress: Progress
 ) -> _Change:
     """The difference of two checkpoints, weight by weight; every other tensor must be the same."""
-    from patchhub.worktree.opening import base_object
-
     shapes = tensor_shapes(repository)
     stored = {base.resolve_name(weight): weight for weight in shapes}
     progress.stage("comparing", len(other.tensors))
-    differing = _differing(base_object(repository), base, other, progress.advance)
+    differing = _differing(repository.base, base, other, progress.advance)
     foreign = [name for name in differing if name not in stored]
     if foreign:
         noun = "tensor" if len(foreign) == 1 else "tensors"

@@ -22,7 +22,7 @@ from patchhub.store import lookup, states
 from patchhub.store.lookup import Selection
 from patchhub.store.reading import Standing
 from patchhub.store.revisions import NOTES, REMOTES, SYMBOLIC, follow
-from patchhub.store.states import Parents, Rank
+from patchhub.store.states import Parents, Rank, solved_commit
 from patchhub.store.store import Store
 
 SHARES: Final = ("own", "earlier", "crushed")
@@ -472,7 +472,6 @@ def status(repository: Store) -> Status:
     names = _names(repository.refs())
     entry = _entry(repository, head, repository.commit(head), names, imports_of(repository)) if head else None
     base: Mapping[str, Any] = {**repository.config.base, "path": repository.config.base_place(repository.root)}
-    state = repository.state(head)
     last = next(iter(repository.operations()), None)
     return Status(
         repository.root,
@@ -481,12 +480,21 @@ def status(repository: Store) -> Status:
         base,
         Path(base["path"]).is_dir() or base["revision"] is not None,
         repository.config.recording.metric if repository.config.recording else None,
-        sum(repository.objects.size(blob) for blob in state),
+        _state_bytes(repository, repository.state(head)),
         last[1].command if last else None,
         stopped_merge(repository),
         _shards(repository, head),
         divergences(repository),
     )
+
+
+def _state_bytes(repository: Store, state: Sequence[str]) -> int:
+    """Bytes that are read for a state: delta blobs, or the columns that it is solved from."""
+    blobs = {part for part in state if solved_commit(part) is None}
+    for commit in filter(None, map(solved_commit, state)):
+        patches = {patch for patch, request in repository.active(commit) if request is not None}
+        blobs |= {repository.patch(patch).tensors for patch in patches}
+    return sum(map(repository.objects.size, blobs))
 
 
 def _shards(repository: Store, head: str | None) -> tuple[ActiveShard, ...]:

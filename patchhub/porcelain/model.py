@@ -36,7 +36,6 @@ from patchhub.who import Who
 from patchhub.worktree.loading import side_memory_files, warn_of_losses
 from patchhub.worktree.opening import (
     Worktree,
-    base_object,
     chosen_mode,
     keep_digests,
     not_finite,
@@ -117,22 +116,13 @@ def init(
     checkpoint = open_checkpoint(base, revision)
     architecture = describe(read_config(checkpoint.folder), experts)
     total = sum(entry.size for entry in checkpoint.tensors.values())
-    lacking = lacks_tokenizer(checkpoint.folder)
-    if lacking is not None:
-        progress.warn(f"{checkpoint.folder} has {lacking}; facts can be written and asked only once it has one")
-    if architecture.recurrent:
-        progress.warn(
-            "some blocks of this model keep a state that cannot be cut after a token; while facts are written, texts are read from their "
-            "beginning at each step, which is slower and gives the same numbers"
-        )
+    _warn_of_hindrances(checkpoint, architecture, progress)
     progress.stage("hashing the base", total)
     with TemporaryDirectory() as kept:
         identity = fingerprint(checkpoint, cache=Cache(Path(kept)), progress=increments(progress))
         info = {
             "id": identity.id,
-            "path": base if checkpoint.revision is not None else str(checkpoint.folder.resolve()),
-            "revision": checkpoint.revision,
-            "near": beside(checkpoint.folder, folder / DIRECTORY) if checkpoint.revision is None else None,
+            **_place(checkpoint, base, folder / DIRECTORY),
             "model_type": architecture.model_type,
             "orientation": architecture.orientation,
             "weights": _weights(checkpoint, architecture.chosen, progress),
@@ -161,6 +151,26 @@ def init(
     )
 
 
+def _place(checkpoint: Checkpoint, base: str, store: Path) -> dict[str, str | None]:
+    """Where a base is, for the config: on the Hub, or in a folder and the way there from the store."""
+    if checkpoint.revision is not None:
+        return {"path": base, "revision": checkpoint.revision, "near": None}
+    near = beside(checkpoint.folder, store)
+    return {"path": str(checkpoint.folder.resolve()), "revision": None, "near": near}
+
+
+def _warn_of_hindrances(checkpoint: Checkpoint, architecture: Architecture, progress: Progress) -> None:
+    """Say what of a base makes editing impossible or slow."""
+    lacking = lacks_tokenizer(checkpoint.folder)
+    if lacking is not None:
+        progress.warn(f"{checkpoint.folder} has {lacking}; facts can be written and asked only once it has one")
+    if architecture.recurrent:
+        progress.warn(
+            "some blocks of this model keep a state that cannot be cut after a token; while facts are written, texts are read from their "
+            "beginning at each step, which is slower and gives the same numbers"
+        )
+
+
 def apply(
     repository: Store,
     revision: str,
@@ -186,7 +196,7 @@ def apply(
     commit = repository.resolve(revision)
     state = read_state(repository, commit)
     checkpoint = open_checked(repository, base)
-    check_tensors(base_object(repository), checkpoint, list(state))
+    check_tensors(repository.base, checkpoint, list(state))
     orientation = repository.config.base["orientation"]
     stacked = stacked_orientations(repository)
     kept: dict[str, float] = {}

@@ -379,13 +379,7 @@ def clone(
     allowed_signers(Config({}, {}), require_signed)
     kept = normalised(address)
     remote = open_remote(kept, endpoint=access.endpoint, token=access.token)
-    source = remote.view().source
-    if source is None:
-        raise _nothing_at(kept)
-    place = base if base is not None else source.model
-    if place is None:
-        raise SettingsError(f"{address} does not say where its base is", remedy="Give the base model with --base.")
-    revision = source.revision if base is None else None
+    source, place = _source_of(remote, address, base)
     from patchhub.porcelain.model import init  # it needs torch, which an address that leads nowhere does not
 
     created = not folder.exists()
@@ -394,7 +388,7 @@ def clone(
         shutil.rmtree(folder / DIRECTORY)  # begun as one's own
         made = True
     if made:
-        init(folder, place, progress, who=who, revision=revision, shared=shared)
+        init(folder, place, progress, who=who, revision=source.revision if base is None else None, shared=shared)
     try:
         with Store.open(folder) as repository:
             if repository.config.base_id != source.base:
@@ -415,6 +409,22 @@ def clone(
             shutil.rmtree(folder if created else folder / DIRECTORY, ignore_errors=True)
         raise
     return Cloned(folder / DIRECTORY, branch, commit, fetched)
+
+
+def _source_of(remote: Remote, address: str, base: str | None) -> tuple[Source, str]:
+    """What a remote says of its base, and where the base is.
+
+    Raises:
+        RemoteError: nothing is there.
+        SettingsError: neither the remote nor ``base`` says where the base is.
+    """
+    source = remote.view().source
+    if source is None:
+        raise _nothing_at(normalised(address))
+    place = base if base is not None else source.model
+    if place is None:
+        raise SettingsError(f"{address} does not say where its base is", remedy="Give the base model with --base.")
+    return source, place
 
 
 def _refuse_unsigned(remote: Remote, fetched: Fetched) -> None:

@@ -226,24 +226,9 @@ def fetch(
     check_base(repository, remote, view)
     judge = _Judge(remote.address, entry.prove, trust=entry.trust)
     warnings = [f"{ref} of {remote.address} is left out: {reason}" for ref, reason in view.skipped.items()]
-    wanted: dict[str, str] = {}
-    alike = twins(view.tips)
-    if alike is not None:
-        raise RemoteError(
-            f"{remote.address} is refused: {alike[0]} and {alike[1]} differ in the case of letters alone",
-            remedy="Rename or delete one of them there.",
-            refs=list(alike),
-        )
+    _refuse_twins(remote, view)
     with receiving(repository, remote, intake, progress or Silent()) as receiver:
-        for ref, tip in sorted(view.tips.items()):
-            local = local_name(ref, name)
-            try:
-                check_ref(local)
-            except RevisionError as error:
-                warnings.append(f"{ref} of {remote.address} is left out: {error.message}")
-                continue
-            receiver.take(tip, Reference("commit", tip.commit), label=f"fetching {one_line(_short(ref))}")
-            wanted[local] = tip.commit
+        wanted = _fetch_branches(remote, name, view, receiver, warnings)
         wanted |= _fetch_notes(repository, remote, view, receiver)
     left_out = entry.admit(wanted)
     if left_out:
@@ -265,6 +250,31 @@ def fetch(
     warnings += [f"{found.words()}; it was trusted" for found in judge.proofs.unproven]
     warnings += _moved_aside(repository, remote, moved)
     return Fetched(tuple(moved), receiver.received, tuple(warnings), judge.proofs, left_out)
+
+
+def _refuse_twins(remote: Remote, view: View) -> None:
+    alike = twins(view.tips)
+    if alike is not None:
+        raise RemoteError(
+            f"{remote.address} is refused: {alike[0]} and {alike[1]} differ in the case of letters alone",
+            remedy="Rename or delete one of them there.",
+            refs=list(alike),
+        )
+
+
+def _fetch_branches(remote: Remote, name: str, view: View, receiver: Receiver, warnings: list[str]) -> dict[str, str]:
+    """Bring all branches and tags that can have a name here; returns where each will lead, and adds what is left out to ``warnings``."""
+    wanted: dict[str, str] = {}
+    for ref, tip in sorted(view.tips.items()):
+        local = local_name(ref, name)
+        try:
+            check_ref(local)
+        except RevisionError as error:
+            warnings.append(f"{ref} of {remote.address} is left out: {error.message}")
+            continue
+        receiver.take(tip, Reference("commit", tip.commit), label=f"fetching {one_line(_short(ref))}")
+        wanted[local] = tip.commit
+    return wanted
 
 
 def _let_in(repository: Store, wanted: Mapping[str, str], left_out: Mapping[str, str]) -> dict[str, str]:

@@ -214,9 +214,8 @@ class Opened:
         """Refuse a budget in which not even the base's own bytes fit."""
         if memory is None:
             return
-        from patchhub.objects import Base
 
-        tensors = Base.from_json(self.store.objects.get(self.store.config.base_id)).tensors.values()
+        tensors = self.store.base.tensors.values()
         least = sum(_WIDTHS.get(tensor.dtype, 4) * prod(tensor.shape) for tensor in tensors)
         if memory < least:
             raise SettingsError(

@@ -19,13 +19,14 @@ from safetensors.numpy import load, save
 
 from patchhub import objects
 from patchhub.canonical import COUNT, IDENTIFIER, NUMBER, TEXT, MalformedError, list_of, map_of, optional, record_of
-from patchhub.constraints import Columns, beyond, join, no_columns
-from patchhub.delta import STORED_DTYPES, Delta, Tensors, read_deltas
-from patchhub.errors import CorruptStoreError
+from patchhub.constraints import Columns, beyond, join, no_columns, solve
+from patchhub.delta import STORED_DTYPES, Delta, Tensors, compact, norm, read_deltas
+from patchhub.errors import CorruptStoreError, EditError
 from patchhub.fsio import Span
-from patchhub.objects import Base, Element, Patch
+from patchhub.objects import Element, Patch, set_digest
 from patchhub.remotes.receive import MAX_HEADER, CheckTensors, Owner
 from patchhub.sets.shards import shard_record
+from patchhub.store.states import solved_commit
 from patchhub.store.store import Store
 
 Shapes = Mapping[str, tuple[int, int]]
@@ -108,8 +109,7 @@ class _Shapes(Mapping[str, tuple[int, int]]):
     @cached_property
     def _all(self) -> Shapes:
         known = self._repository.config.base
-        base = Base.from_json(self._repository.objects.get(self._repository.config.base_id))
-        return self._tell(base.tensors, self._edited, known["orientation"])
+        return self._tell(self._repository.base.tensors, self._edited, known["orientation"])
 
     def __getitem__(self, weight: str) -> tuple[int, int]:
         return self._edited[weight] if weight in self._edited else self._all[weight]
@@ -126,20 +126,58 @@ def read_state(repository: Store, commit: str | None) -> dict[str, list[Delta]]:
     return read_blobs(repository, repository.state(commit))
 
 
-def read_blobs(repository: Store, blobs: Iterable[str]) -> dict[str, list[Delta]]:
-    """The deltas of each weight that some delta blobs change, in ascending order of blob id."""
+def read_blobs(
+    repository: Store, parts: Iterable[str], elements: frozenset[Element] | None = None
+) -> dict[str, list[Delta]]:
+    """The deltas of each weight that the parts of a state change, in ascending order of their names.
+
+    Args:
+        elements: the set of the commit that a part is solved for; None: as the store has it.
+    """
     shapes = tensor_shapes(repository)
     state: dict[str, list[Delta]] = {}
-    for blob in sorted(blobs):
-        for weight, delta in read_deltas(repository.objects.get(blob), shapes).items():
+    for part in sorted(parts):
+        commit = solved_commit(part)
+        if commit is None:
+            found: Mapping[str, Delta] = read_deltas(repository.objects.get(part), shapes)
+        else:
+            found = solved_state(repository, repository.active(commit) if elements is None else elements)
+        for weight, delta in found.items():
             state.setdefault(weight, []).append(delta)
     return state
+
+
+def solved_state(repository: Store, elements: frozenset[Element]) -> Mapping[str, Delta]:
+    """D(S) of each weight in float32, solved from the columns of a set: the state of a commit that keeps no delta.
+
+    One function of the set on one machine, whatever was read before.
+    """
+    asking = frozenset(element for element in elements if element[1] is not None)
+    return repository.derived("solved", set_digest(asking), lambda: solved(columns_beside(repository, asking, {})))
+
+
+@np.errstate(over="ignore", invalid="ignore")  # what overflows is refused
+def solved(columns: Mapping[str, Columns]) -> dict[str, Delta]:
+    """D(S) of each weight that it changes, in float32 and in its smaller form.
+
+    Raises:
+        EditError: the columns ask for what cannot be solved, or for more than float32 holds.
+    """
+    found = {weight: compact(solve(part)) for weight, part in columns.items()}
+    for weight, delta in found.items():
+        if not np.isfinite(norm(delta)):
+            raise EditError(
+                f"the columns of these facts ask for a change of {weight} that is too large for float32",
+                remedy="One of them is out of all proportion; `patchhub log` says who brought it: take back or leave out that commit.",
+                weight=weight,
+            )
+    return {weight: delta for weight, delta in found.items() if norm(delta)}
 
 
 def write_columns(
     columns: Mapping[str, Columns], targets: np.ndarray, experts: Mapping[str, int] = MappingProxyType({})
 ) -> bytes:
-    """The tensors of a closed-form patch: columns per weight and z (n, d).
+    """The tensors of a closed-form patch: columns per weight and z (n, d). Keys, preimages and residuals that float16 holds are kept in it.
 
     Args:
         experts: E of the weights that are stacked, of whose keys and preimages only the blocks that are not zero are kept.
@@ -155,8 +193,16 @@ def write_columns(
             row, expert = np.nonzero((blocks[0] != 0).any(-1) | (blocks[1] != 0).any(-1))
             tensors[f"{weight}.{_EXPERTS}"] = np.stack([row, expert], axis=1).astype(np.int32)
             arrays[:2] = [block[row, expert] for block in blocks]
+        arrays[:3] = map(_shortest, arrays[:3])
         tensors |= {f"{weight}.{part}": np.ascontiguousarray(a) for part, a in zip(_PARTS, arrays, strict=True)}
     return save(tensors)
+
+
+def _shortest(array: np.ndarray) -> np.ndarray:
+    """The same numbers in float16 where it holds each of them, else as they are."""
+    with np.errstate(over="ignore"):
+        half = array.astype(np.float16)
+    return half if np.array_equal(half, array) else array
 
 
 def _unpacked(tensors: dict[str, np.ndarray], weight: str, n: int, inner: int) -> None:
@@ -305,7 +351,7 @@ def _sound_columns(identity: str, patch: Patch, weight: str, tensors: dict[str, 
     valid = [a for a, shape in zip(arrays, expected, strict=True) if a is not None and _is_column(a, shape)]
     if len(valid) != len(_PARTS):
         raise _damaged(identity, f"the columns of {weight} are missing, misshapen or not finite")
-    keys, preimages, residuals, ridge = valid
+    keys, preimages, residuals, ridge = (array.astype(np.float32, copy=False) for array in valid)
     return Columns(keys, preimages, residuals, ridge)
 
 

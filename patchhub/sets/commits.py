@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
@@ -17,7 +17,10 @@ from patchhub.sets.columns import (
     additive_patches,
     read_additive,
     read_state,
+    solved_state,
+    stacked_weights,
     tensor_shapes,
+    weight_shapes,
 )
 from patchhub.sets.guard import base_norms
 from patchhub.sets.merging import refuse_stopped
@@ -27,6 +30,18 @@ from patchhub.sets.sums import asked_for, solve_change
 from patchhub.signing.statements import sign_commit
 from patchhub.store.store import Store
 from patchhub.who import Signer, Who
+
+_ENDLESS: Final = (
+    1 << 62
+)  # bytes: a state that is solved lists no blobs, so only the commits that its set is read from count
+
+WORTH_KEEPING: Final = 4096
+"""A delta of so many bytes is kept in any case: reading it is cheaper than what it would save."""
+
+
+MOST_SOLVED: Final = 1 << 35
+"""Operations a weight that readers of a state are made to do at the most, two seconds of one core: 576 facts of SmolLM2 135M, which is
+the smaller side of its weights, 682 of Llama 3 8B, 482 of Llama 3 70B."""
 
 
 @dataclass(frozen=True)
@@ -124,10 +139,11 @@ def prepare(
     """The commit of ``draft``, with all that it refers to in the store; it is not in the store itself.
 
     A set that an ancestor had takes that ancestor's state, bit for bit; otherwise the change against the first parent is
-    ``change`` or, where that is None, solved from the recorded columns. Where an additive patch leaves the set, the state is
-    solved anew and kept as a keyframe: the patch may be far larger than what stays, and so may the rounding of a sum in which it
-    cancels. Either way the stored deltas, summed, are proven to be the joint solution of the set and the proof is kept in the
-    commit. A set of shards alone has the base's weights, bit for bit: a keyframe without deltas says so.
+    ``change`` or, where that is None, solved from the recorded columns. It is left out where whoever reads the state can solve it
+    from the set's columns at no great cost (`_left_out`): both are the same function of the same numbers. Where an additive patch
+    leaves the set, the state is solved anew and kept as a keyframe: the patch may be far larger than what stays, and so may the
+    rounding of a sum in which it cancels. Either way the state is proven to be the joint solution of the set and the proof is kept in
+    the commit. A set of shards alone has the base's weights, bit for bit: a keyframe without deltas says so.
 
     Raises:
         EditError: the columns ask for a change that cannot be solved, or that float32 does not hold.
@@ -136,37 +152,76 @@ def prepare(
     before = repository.active(parent)
     digest = set_digest(draft.elements)
     same_as = repository.find_same_set(digest, *draft.parents)
-    shapes = tensor_shapes(repository)
-    tensors, keyframe = None, None
     if same_as is not None or not draft.elements:
-        state = read_state(repository, same_as)
+        kept = _Kept(read_state(repository, same_as))
     else:
         factors = solve_change(repository, before, draft.elements, near=parent) if change is None else change
-        delta = _finite({weight: compact(part) for weight, part in factors.items() if norm(part)})
-        state = _extended(read_state(repository, parent), delta) if without_shards(repository, draft.elements) else {}
-        data = write_deltas(delta) if delta else b""
-        tensors = repository.objects.put(data) if delta else None
-        anew = bool(additive_patches(repository, before - draft.elements))
-        if anew:
-            solved = solve_change(repository, frozenset(), draft.elements, near=parent)
-            state = {weight: [part] for weight, part in _finite(solved).items() if norm(part)}
-        keyframe = _keyframe(repository, parent, len(data), draft.elements, state, shapes, anew=anew)
-        if keyframe is not None and keyframe.tensors is not None:
-            state = _whole(state, shapes)
+        kept = _keep(repository, parent, draft.elements, factors)
     return Commit(
         added=frozenset(draft.elements - before),
         author=who.author,
         base=repository.config.base_id,
-        check=_measured(repository, draft.elements, parent, state, shapes),
-        keyframe=keyframe,
+        check=_measured(repository, draft.elements, parent, kept.state, tensor_shapes(repository)),
+        keyframe=kept.keyframe,
         message=who.message,
         metric=draft.metric,
         parents=draft.parents,
         removed=frozenset(before - draft.elements),
         same_as=same_as,
         set_digest=digest,
-        tensors=tensors,
+        solved=kept.solved,
+        tensors=kept.tensors,
         time=who.time,
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Kept:
+    """The state of a commit, and what of it is kept: its delta against the first parent's, the whole, or neither."""
+
+    state: Mapping[str, Sequence[Delta]]
+    tensors: str | None = None
+    keyframe: Keyframe | None = None
+    solved: bool = False
+
+
+def _keep(repository: Store, parent: str | None, elements: frozenset[Element], change: Mapping[str, Delta]) -> _Kept:
+    """Store what the state of a set, which is ``change`` away from a commit's, has to keep (docs/format.md)."""
+    shapes = tensor_shapes(repository)
+    delta = _finite({weight: compact(part) for weight, part in change.items() if norm(part)})
+    data = write_deltas(delta) if delta else b""
+    if _left_out(repository, elements, len(data)):
+        state = {weight: [part] for weight, part in _finite(solved_state(repository, elements)).items()}
+        framed = repository.needs_keyframe(parent, 0, _ENDLESS)
+        return _Kept(state, None, Keyframe(repository.objects.put(set_json(elements)), None) if framed else None, True)
+    tensors = repository.objects.put(data) if delta else None
+    anew = bool(additive_patches(repository, repository.active(parent) - elements))
+    if anew:
+        solved = solve_change(repository, frozenset(), elements, near=parent)
+        state = {weight: [part] for weight, part in _finite(solved).items() if norm(part)}
+    else:
+        state = _extended(read_state(repository, parent), delta) if without_shards(repository, elements) else {}
+    keyframe = _keyframe(repository, parent, len(data), elements, state, shapes, anew=anew)
+    if keyframe is not None and keyframe.tensors is not None:
+        state = _whole(state, shapes)
+    return _Kept(state, tensors, keyframe)
+
+
+def _left_out(repository: Store, elements: frozenset[Element], size: int) -> bool:
+    """Whether a commit with that set keeps no delta of so many bytes: its state is then solved from the set.
+
+    That takes about 4 n^2 (in + out) operations a weight. Stacked weights have keys of which most is not kept, and imported changes are
+    no columns.
+    """
+    asking = frozenset(element for element in elements if element[1] is not None)
+    weights = {weight for patch in {patch for patch, _ in asking} for weight in repository.patch(patch).weights}
+    count, shapes = len(asking), weight_shapes(repository)
+    return (
+        size > WORTH_KEEPING
+        and weights.isdisjoint(stacked_weights(repository))
+        and all(count <= min(shapes[weight]) for weight in weights)
+        and all(4 * count**2 * sum(shapes[weight]) <= MOST_SOLVED for weight in weights)
+        and not additive_patches(repository, elements)
     )
 
 

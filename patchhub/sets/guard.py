@@ -255,7 +255,8 @@ def prepared(repository: Store, commit: Commit) -> Prepared:
     blobs = states.state(identity, lambda name: commit if name == identity else repository.commit(name), {})
     elements = (repository.active(parent) - commit.removed) | commit.added
     columns = recorded_columns(repository, frozenset(element for element in elements if element[1] is not None))
-    return Prepared(commit, elements, read_state(repository, parent), read_blobs(repository, blobs), columns)
+    after = read_blobs(repository, blobs, elements if commit.solved else None)
+    return Prepared(commit, elements, read_state(repository, parent), after, columns)
 
 
 def from_vectors(repository: Store, found: Prepared) -> Measured:

@@ -37,13 +37,13 @@ import numpy as np
 from jaxtyping import Float
 from numpy.linalg import LinAlgError
 
-from patchhub.constraints import Columns, blocks
-from patchhub.delta import Delta, LowRank, norm, read_delta, read_deltas, to_dense, weights_in
-from patchhub.errors import CorruptStoreError
+from patchhub.constraints import Columns, blocks, solve
+from patchhub.delta import Delta, LowRank, compact, norm, read_delta, read_deltas, to_dense, weights_in
+from patchhub.errors import CorruptStoreError, EditError
 from patchhub.fsio import Span
 from patchhub.objects import Element, Patch
 from patchhub.sets.columns import Shapes, read_rows, tensor_shapes, weight_norms
-from patchhub.store.states import Proofs, Unprovable, Unproven
+from patchhub.store.states import Proofs, Unprovable, Unproven, solved_commit
 from patchhub.store.store import Store
 
 DIRECTIONS: Final = 16
@@ -285,9 +285,18 @@ def _shape_of(shapes: Shapes, weight: str) -> tuple[int, int]:
         ) from None
 
 
+def _weights_of(repository: Store, part: str) -> Iterable[str]:
+    """The weights that a part of a state changes."""
+    commit = solved_commit(part)
+    if commit is None:
+        return weights_in(repository.objects.place(part))
+    patches = map(repository.patch, {patch for patch, request in repository.active(commit) if request is not None})
+    return {weight for patch in patches for weight in patch.weights}
+
+
 @dataclass(frozen=True)
 class _Step:
-    """One commit: what it changes, the blobs of its state, and the commit whose state that follows from."""
+    """One commit: what it changes, the parts of its state, and the commit whose state that follows from."""
 
     commit: str
     parent: str | None
@@ -295,6 +304,11 @@ class _Step:
     added: frozenset[Element]
     state: tuple[str, ...]
     follows: str | None = None
+
+    @property
+    def is_solved(self) -> bool:
+        """Whether its state is what is solved from its set, so that there is nothing to prove."""
+        return len(self.state) == 1 and solved_commit(self.state[0]) is not None
 
 
 @dataclass(frozen=True)
@@ -304,9 +318,10 @@ class _Plan:
     Attributes:
         steps: the commits.
         starts: their parents that are not among them, as changes of nothing.
-        blobs: for each weight the blobs and additive patches' tensors that change it.
+        blobs: for each weight the parts of states and additive patches' tensors that change it.
         weights: every weight that facts, deltas or additive patches are of, in order.
         ends: the steps that are looked at through directions of their own.
+        carried: the solved parts that other deltas stand on.
     """
 
     steps: tuple[_Step, ...]
@@ -314,6 +329,7 @@ class _Plan:
     blobs: Mapping[str, frozenset[str]]
     weights: tuple[str, ...]
     ends: frozenset[str]
+    carried: frozenset[str]
 
     @classmethod
     def of(cls, repository: Store, commits: Iterable[str], tips: Collection[str]) -> _Plan:
@@ -334,15 +350,17 @@ class _Plan:
         patches = {identity: repository.patch(identity) for step in every for identity, _ in step.added}
         additive = {patch.tensors for patch in patches.values() if patch.kind == "additive"}
         blobs: dict[str, set[str]] = {}
-        for blob in additive.union(*(step.state for step in every)):
-            for weight in weights_in(repository.objects.place(blob)):
-                blobs.setdefault(weight, set()).add(blob)
+        for part in additive.union(*(step.state for step in every)):
+            for weight in _weights_of(repository, part):
+                blobs.setdefault(weight, set()).add(part)
         asked = {weight for patch in patches.values() if patch.kind == "closed_form" for weight in patch.weights}
         frozen = {weight: frozenset(found) for weight, found in blobs.items()}
         ends = (known - {parent for step in steps for parent in repository.parents(step.commit)}) | known.intersection(
             tips
         )
-        return cls(tuple(steps), starts, frozen, tuple(sorted(asked | frozen.keys())), frozenset(ends))
+        carried = {part for step in every if len(step.state) > 1 for part in step.state if solved_commit(part)}
+        weights = tuple(sorted(asked | frozen.keys()))
+        return cls(tuple(steps), starts, frozen, weights, frozenset(ends), frozenset(carried))
 
     @property
     def brought(self) -> frozenset[Element]:
@@ -384,7 +402,8 @@ class _Walk:
         for step in self._plan.steps:
             parent, before = live[step.parent]
             seen = self._after(step, parent, before)
-            yield step, max(seen.distance, self._alone(step) if step.commit in self._plan.ends else 0.0)
+            alone = self._alone(step) if step.commit in self._plan.ends else 0.0
+            yield step, alone if step.is_solved else max(seen.distance, alone)
             waiting[step.parent] -= 1
             if step.parent is not None and not waiting[step.parent]:
                 del live[step.parent]
@@ -405,6 +424,8 @@ class _Walk:
         if reached is before.reached and asked is before.asked and then == now:
             return before
         goes_on = now[: len(then)] == then
+        if step.is_solved and step.state[0] not in self._plan.carried:
+            now = []
         found = [self._project(blob) for blob in (now[len(then) :] if goes_on else now)]
         start = before if goes_on else self._nothing
         delta = sum((projected for projected, _ in found), start.delta)
@@ -417,7 +438,16 @@ class _Walk:
         return _Seen(delta, reached, asked, size, self._base, peaks)
 
     def _alone(self, step: _Step) -> float:
-        """The distance of one commit through directions that are made for its set; 0 where those of the walk are."""
+        """The distance of one commit through directions that are made for its set; 0 where those of the walk are.
+
+        A solved state is its solution, if it has one.
+        """
+        if step.is_solved:
+            try:
+                found = norm(self._read(step.state[0]))
+            except EditError:
+                return _BEYOND
+            return 0.0 if np.isfinite(found) else _BEYOND
         elements = self._repository.active(step.commit)
         rows = self._rows(elements)
         if len(rows) == len(self._columns):
@@ -443,6 +473,10 @@ class _Walk:
         return [p.tensors for p in patches if p.kind == "additive" and p.tensors in self._blobs]
 
     def _read(self, blob: str) -> Delta:
+        commit = solved_commit(blob)
+        if commit is not None:
+            rows = self._rows(sorted(self._repository.active(commit), key=lambda one: (one[0], one[1] or "")))
+            return compact(solve(self._columns.take(rows)))
         return read_delta(self._repository.objects.place(blob), self._weight, self._shape)
 
     def _project(self, blob: str) -> tuple[Float[np.ndarray, "s in"], float]:

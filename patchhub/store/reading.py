@@ -5,10 +5,10 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Final, Literal, NamedTuple, TypeVar
+from typing import Any, Final, Literal, NamedTuple, TypeVar
 
 from patchhub.errors import CorruptStoreError
-from patchhub.objects import Commit, Element, Note, Operation, Patch, Request, requests_from_json, set_from_json
+from patchhub.objects import Base, Commit, Element, Note, Operation, Patch, Request, requests_from_json, set_from_json
 from patchhub.store import database, revisions, states
 from patchhub.store.config import Config
 from patchhub.store.database import database_errors
@@ -18,6 +18,12 @@ Value = TypeVar("Value")
 
 _REMEMBERED: Final = 256
 """How many commits, patches, sets and states an instance keeps; a keyframe is never further away than half of them."""
+
+_MOST_TEXTS: Final = 32
+"""How many patches' texts an instance keeps."""
+
+_DERIVED: Final = 2
+"""How many derived values of a kind an instance keeps: those of a commit and of the one below it."""
 
 
 class Standing(NamedTuple):
@@ -52,6 +58,8 @@ class Reading:
         self._patches: dict[str, Patch] = {}
         self._sets: dict[str, frozenset[Element]] = {}
         self._states: dict[str, tuple[str, ...]] = {}
+        self._texts: dict[str, tuple[Request, ...]] = {}
+        self._derived: dict[str, dict[str, Any]] = {}
 
     # --- names ---------------------------------------------------------------------------------------------
 
@@ -112,11 +120,19 @@ class Reading:
         """A patch, verified."""
         return _remembered(self._patches, identity, lambda: Patch.from_json(self.objects.get(identity)))
 
+    @property
+    def base(self) -> Base:
+        """What the store is about."""
+        identity = self.config.base_id
+        return self.derived("base", identity, lambda: Base.from_json(self.objects.get(identity)))
+
     def requests(self, patch: Patch) -> list[Request]:
         """The texts of a patch's requests, in its order; empty where they are withheld."""
-        if patch.requests_blob not in self.objects:
+        blob = patch.requests_blob
+        if blob not in self.objects:
             return []
-        return requests_from_json(self.objects.get(patch.requests_blob))
+        found = _remembered(self._texts, blob, lambda: tuple(requests_from_json(self.objects.get(blob))), _MOST_TEXTS)
+        return list(found)
 
     def note(self, identity: str) -> Note:
         """A note, verified."""
@@ -166,10 +182,19 @@ class Reading:
         )
 
     def state(self, commit: str | None) -> tuple[str, ...]:
-        """The ordered delta blobs whose sum is the commit's weight change; empty for the unpatched model."""
+        """The ordered parts whose sum is the commit's weight change (`states.state`); empty for the unpatched model."""
         if commit is None:
             return ()
         return _remembered(self._states, commit, lambda: states.state(commit, self.commit, self._states))
+
+    def derived(self, kind: str, key: str, derive: Callable[[], Value]) -> Value:
+        """What follows from the store's content alone and is asked for again and again: the latest few are remembered.
+
+        Args:
+            kind, key: what it is, and what it follows from.
+        """
+        memory: dict[str, Value] = self._derived.setdefault(kind, {})
+        return _remembered(memory, key, derive, _DERIVED)
 
     def _set_object(self, identity: str) -> frozenset[Element]:
         return set_from_json(self.objects.get(identity))
@@ -195,8 +220,7 @@ class Reading:
 
     def needs_keyframe(self, parent: str | None, new_blob_bytes: int, whole_delta_bytes: int) -> bool:
         """Whether a commit on `parent` with a delta of `new_blob_bytes` must carry the whole delta as well."""
-        below = self.state(parent)
-        stored = sum(self.objects.size(blob) for blob in below)
+        stored = sum(self.objects.size(part) for part in self.state(parent) if states.solved_commit(part) is None)
         reads = states.commits_read(parent, self.commit) + 1
         return states.needs_keyframe(reads, stored + new_blob_bytes, whole_delta_bytes)
 
@@ -216,11 +240,11 @@ class Reading:
             return database.scores_of(self.connection, commit)
 
 
-def _remembered(memory: dict[str, Value], identity: str, derive: Callable[[], Value]) -> Value:
+def _remembered(memory: dict[str, Value], identity: str, derive: Callable[[], Value], most: int = _REMEMBERED) -> Value:
     """What `memory` holds for an id, derived if it is not there; the oldest entries make room."""
     if identity not in memory:
         value = derive()
-        while len(memory) >= _REMEMBERED:
+        while len(memory) >= most:
             del memory[next(iter(memory))]
         memory[identity] = value
     return memory[identity]

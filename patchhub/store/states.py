@@ -152,6 +152,7 @@ class ActiveSet:
         self._columns: Counter[str] = Counter()
         self._encoded: dict[str, bytes] = {}  # a patch's part of `data`, while it is up to date
         self._doubled: set[str] = set()
+        self._whole: set[str] = set()
         self._mixed: set[str] = set()
         self._sum = 0
         self.change(removed=(), added=frozenset(elements))
@@ -179,6 +180,11 @@ class ActiveSet:
         return min(self._doubled, default=None)
 
     @property
+    def whole(self) -> frozenset[str]:
+        """The patches that are there as a whole."""
+        return frozenset(self._whole)
+
+    @property
     def mixed(self) -> str | None:
         """A patch that is there both as a whole and by request, the smallest id; None if there is none."""
         return min(self._mixed, default=None)
@@ -199,6 +205,7 @@ class ActiveSet:
         self._sum += by * element_sum([(patch, request)])
         self._encoded.pop(patch, None)
         requests = self._patches[patch]
+        _keep(self._whole, patch, None in requests)
         if not requests:
             del self._patches[patch]
         _keep(self._mixed, patch, None in requests and len(requests) > 1)
@@ -219,6 +226,8 @@ def _keep(names: set[str], name: str, belongs: bool) -> None:
 MAX_STATE_BLOBS: Final = 128
 MAX_STATE_FACTOR: Final = 2
 """A state may list blobs of at most this many times the bytes of the whole delta."""
+
+_SOLVED: Final = "solved:"
 
 CommitOf = Callable[[str], Commit]
 SetOf = Callable[[str], frozenset[Element]]
@@ -249,8 +258,9 @@ def active_set(
 
 
 def state(commit_id: str | None, commit_of: CommitOf, known: Mapping[str, tuple[str, ...]]) -> tuple[str, ...]:
-    """The ordered delta blobs whose sum is the weight change of a commit (``docs/format.md``, "The state").
+    """The ordered parts whose sum is the weight change of a commit (``docs/format.md``, "The state").
 
+    A part is the id of a delta blob; the first one may be the name of a commit whose state is solved (`solved_commit`).
     `known` holds states that need not be derived again.
     """
     blobs: list[str] = []
@@ -264,6 +274,9 @@ def state(commit_id: str | None, commit_of: CommitOf, known: Mapping[str, tuple[
             cursor = commit.same_as
         elif commit.set_digest == EMPTY_SET:
             break
+        elif commit.solved:
+            blobs.append(_SOLVED + cursor)
+            break
         elif commit.keyframe is not None:
             blobs.extend([commit.keyframe.tensors] if commit.keyframe.tensors is not None else [])
             break
@@ -273,13 +286,19 @@ def state(commit_id: str | None, commit_of: CommitOf, known: Mapping[str, tuple[
     return tuple(reversed(blobs))
 
 
+def solved_commit(part: str) -> str | None:
+    """The commit whose set a part of a state is solved from; None where the part is a delta blob."""
+    return part.removeprefix(_SOLVED) if part.startswith(_SOLVED) else None
+
+
 def lineage(commit_id: str, commit_of: CommitOf) -> Iterator[str]:
     """The commits that a commit's weights go back to: itself, the one that it repeats or its first parent, and so on."""
     cursor: str | None = commit_id
     while cursor is not None:
         yield cursor
         commit = commit_of(cursor)
-        cursor = None if commit.set_digest == EMPTY_SET else commit.same_as or first_parent(commit)
+        ends = commit.set_digest == EMPTY_SET or commit.solved
+        cursor = None if ends else commit.same_as or first_parent(commit)
 
 
 def commits_read(commit_id: str | None, commit_of: CommitOf) -> int:
@@ -614,6 +633,8 @@ class _Walk:
         yield from misfits(commit, self._active)
         self._active.change(removed=change.removed, added=change.added)
         yield from flaws(commit, self._active, self._ancestors_like(identity, commit))
+        if commit.solved and not lacking and any(store.patch(p).kind == "additive" for p in self._active.whole):
+            yield "its state is solved, although changes are active that no facts ask for"
         if not lacking and len(store.state(identity)) > MAX_STATE_BLOBS:
             yield f"its state lists more than {MAX_STATE_BLOBS} blobs without a keyframe"
 
@@ -655,6 +676,9 @@ def flaws(commit: Commit, after: ActiveSet, same_sets: Collection[str]) -> Itera
         yield f"patch {after.mixed[:12]} is active both as a whole and by request"
     elif commit.keyframe is not None and commit.keyframe.set_id != object_id(after.data()):
         yield "its keyframe is of another set"
+    kept = commit.tensors or commit.same_as or (commit.keyframe and commit.keyframe.tensors)
+    if commit.solved and (kept or commit.set_digest == EMPTY_SET):
+        yield "its state is solved, and it says another one besides"
     if commit.same_as is None and same_sets:
         yield f"its set is that of its ancestor {min(same_sets)[:12]}, which `same_as` must name"
     if commit.same_as is not None and commit.same_as not in same_sets:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Final
 
@@ -15,12 +16,12 @@ from transformers import PreTrainedModel
 from patchhub.cache import Cache
 from patchhub.canonical import IDENTIFIER, StoredObject, choice, list_of, object_id, optional
 from patchhub.delta import Delta, read_deltas
-from patchhub.errors import CorruptStoreError, RemoteError, RepositoryError, SettingsError
+from patchhub.errors import CorruptStoreError, EditError, RemoteError, RepositoryError, SettingsError
 from patchhub.fsio import Span
 from patchhub.models.architectures import describe, read_config, read_model
 from patchhub.models.checkpoint import Checkpoint, open_checkpoint
 from patchhub.models.fingerprint import check_tensors
-from patchhub.objects import Base, Patch, set_digest, set_from_json, tensor_shapes
+from patchhub.objects import Base, Element, Patch, set_digest, set_from_json, tensor_shapes
 from patchhub.progress import Progress
 from patchhub.remotes.hub_files import HubSnapshot
 from patchhub.remotes.receive import MAX_SET, columns_limit, delta_limit
@@ -30,7 +31,7 @@ from patchhub.runtime import patched_model
 from patchhub.runtime.compose import ReadyWeights
 from patchhub.runtime.patched_model import PatchState, Proof, Routing, add_routing
 from patchhub.runtime.routing import Mode
-from patchhub.sets.columns import Shapes, tensor_check
+from patchhub.sets.columns import Shapes, read_rows, solved, tensor_check
 from patchhub.sets.columns import tensor_shapes as stored_shapes
 from patchhub.sets.proofs import check_state
 from patchhub.store import states as stored_states
@@ -137,7 +138,8 @@ def open_published(
     """The base and the state of a revision of ``hf://repo``, for `load` and `attach`.
 
     Args:
-        prove: download the facts' columns too, and prove that the deltas are theirs.
+        prove: download the facts' columns too, and prove that the deltas are theirs. A state without deltas is solved from them
+            anyhow.
 
     Raises:
         RemoteError: unreachable and not in the cache, it holds something the format does not allow, or is not proven.
@@ -154,17 +156,21 @@ def open_published(
     shapes = {weight: projection.shape for weight, projection in architecture.weights.items()}
     try:
         about = Base.from_json(snapshot.read(manifest.base))
-        blobs = stored_states.state(snapshot.commit, snapshot.read_commit, {})
+        parts = stored_states.state(snapshot.commit, snapshot.read_commit, {})
         linear = tensor_shapes(checkpoint.tensors, shapes, architecture.orientation)
         limit = delta_limit(linear)
         weights: dict[str, list[Delta]] = {}
-        for blob in sorted(blobs):
-            for weight, delta in read_deltas(snapshot.place(blob, limit=limit).read(), linear).items():
+        published = _Published(snapshot, shapes, linear)
+        for part in sorted(parts):
+            commit = stored_states.solved_commit(part)
+            blob = snapshot.place(part, limit=limit).read() if commit is None else b""
+            found = read_deltas(blob, linear) if commit is None else published.solved(commit)
+            for weight, delta in found.items():
                 weights.setdefault(weight, []).append(delta)
         routing = _routing(snapshot, shapes, limit, checked_mode(wise or MODES[0]))
         if prove:
-            _prove_published(snapshot, weights, shapes, linear)
-    except (CorruptStoreError, KeyError, TypeError) as error:
+            published.prove(weights)
+    except (CorruptStoreError, EditError, KeyError, TypeError) as error:
         raise RemoteError(f"hf://{repo} is refused: {error}", remedy="Do not use it.", remote=repo) from error
     if verify:
         check_tensors(about, checkpoint, None)
@@ -173,33 +179,65 @@ def open_published(
     return checkpoint, PatchState(about, architecture.orientation, weights, snapshot.commit, routing, proof, stored)
 
 
-def _prove_published(snapshot: HubSnapshot, state: Mapping[str, list[Delta]], weights: Shapes, linear: Shapes) -> None:
-    """Download what the facts of the snapshot's commit ask of its weights, and prove that its deltas are that.
+@dataclass(frozen=True)
+class _Published:
+    """What the facts of a snapshot ask of its weights, downloaded and checked when it is asked for.
 
-    Raises:
-        CorruptStoreError: they are not, or something is not of the format.
+    Attributes:
+        weights, linear: (out, in) of the weights that facts are written into, and of all that a state may change.
     """
-    check = tensor_check(weights, linear)
-    elements = stored_states.active_set(
-        snapshot.commit, snapshot.read_commit, lambda i: set_from_json(snapshot.read(i, limit=MAX_SET)), {}
-    )
-    if set_digest(elements) != snapshot.read_commit(snapshot.commit).set_digest:
-        raise CorruptStoreError("the set of the commit is not what its digest says", remedy="Do not use it.")
 
-    def patch_of(identity: str) -> Patch:
-        patch = Patch.from_json(snapshot.read(identity))
-        allowed = linear if patch.kind == "additive" else weights
+    snapshot: HubSnapshot
+    weights: Shapes
+    linear: Shapes
+
+    def prove(self, state: Mapping[str, list[Delta]]) -> None:
+        """Prove that the deltas of the snapshot's commit are what its set asks for.
+
+        Raises:
+            CorruptStoreError: they are not, or something is not of the format.
+        """
+        elements = self._elements(self.snapshot.commit)
+        check_state(elements, state, self.linear, patch_of=self._patch, file_of=self._file)
+
+    def solved(self, commit: str) -> dict[str, Delta]:
+        """The state of a commit that keeps no delta.
+
+        Raises:
+            CorruptStoreError: something is not of the format, or changes are active that no facts ask for.
+        """
+        elements = self._elements(commit)
+        patches = {identity: self._patch(identity) for identity in {identity for identity, _ in elements}}
+        if any(patch.kind == "additive" for patch in patches.values()):
+            raise CorruptStoreError(
+                f"commit {commit[:12]} says that its imported changes are solved", remedy="Do not use it."
+            )
+        files = {patch.tensors: self._file(patch) for patch in patches.values() if patch.kind == "closed_form"}
+        asked = {weight for patch in patches.values() if patch.kind == "closed_form" for weight in patch.weights}
+        rows = partial(read_rows, patches.__getitem__, files.__getitem__, elements)
+        return solved({weight: rows(weight, self.weights[weight]) for weight in sorted(asked)})
+
+    def _elements(self, commit: str) -> frozenset[Element]:
+        read = self.snapshot.read_commit
+        elements = stored_states.active_set(
+            commit, read, lambda i: set_from_json(self.snapshot.read(i, limit=MAX_SET)), {}
+        )
+        if set_digest(elements) != read(commit).set_digest:
+            raise CorruptStoreError("the set of the commit is not what its digest says", remedy="Do not use it.")
+        return elements
+
+    def _patch(self, identity: str) -> Patch:
+        patch = Patch.from_json(self.snapshot.read(identity))
+        allowed = self.linear if patch.kind == "additive" else self.weights
         if any(allowed.get(weight) != shape for weight, shape in patch.weights.items()):
             raise CorruptStoreError(f"patch {identity[:12]} is about weights of another base", remedy="Do not use it.")
         return patch
 
-    def file_of(patch: Patch) -> Span:
+    def _file(self, patch: Patch) -> Span:
         limit = columns_limit(patch) if patch.kind == "closed_form" else delta_limit(patch.weights)
-        place = snapshot.place(patch.tensors, limit=limit)
-        check(patch, place)
+        place = self.snapshot.place(patch.tensors, limit=limit)
+        tensor_check(self.weights, self.linear)(patch, place)
         return place
-
-    check_state(elements, state, linear, patch_of=patch_of, file_of=file_of)
 
 
 def _routing(snapshot: HubSnapshot, shapes: Shapes, limit: int, mode: Mode) -> Routing:
@@ -265,7 +303,7 @@ def load(
         base: where the base model is, if not where the repository says.
         verify: hash every tensor of the base, not only those that the patch touches.
         prove: prove now that the weights are those of the facts. From the Hub that downloads the facts' columns, which loading does
-            without.
+            without where deltas are kept.
         wise: keep shards apart and let each query choose ("retrieve"), or join them into one side memory ("merge"). Default: the
             repository's ``wise.mode``, which is "retrieve" unless it was set.
         side_path: leave the weights as they are and run the changes beside them in float32, so that none is lost to rounding.

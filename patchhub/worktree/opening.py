@@ -27,7 +27,7 @@ from patchhub.models.checkpoint import Checkpoint, open_checkpoint
 from patchhub.models.fingerprint import check_tensors
 from patchhub.models.placement import DEFAULT, Placement, load_base, runs_beside
 from patchhub.models.tracing import Stack
-from patchhub.objects import Base, Patch
+from patchhub.objects import Patch
 from patchhub.progress import Progress
 from patchhub.runtime.patched_model import UNROUTED, PatchState, Routing, attach, switch
 from patchhub.runtime.routing import Mode, SideMemory
@@ -37,10 +37,6 @@ from patchhub.store.store import Store
 from patchhub.text.tokens import Chat, chat_of, load_tokenizer, tokenise
 
 MODES: Final[tuple[Mode, ...]] = ("retrieve", "merge")
-
-
-def base_object(repository: Store) -> Base:
-    return Base.from_json(repository.objects.get(repository.config.base_id))
 
 
 class StoredDeltas(Mapping[str, Sequence[Delta]]):
@@ -88,7 +84,7 @@ def patch_state(
     routing: Routing = UNROUTED,
 ) -> PatchState:
     return PatchState(
-        base=base_object(repository),
+        base=repository.base,
         orientation=repository.config.base["orientation"],
         stored=stacked_orientations(repository),
         weights=deltas,
@@ -242,7 +238,7 @@ def open_base(repository: Store, path: str | Path | None = None, *, verify: bool
         repository.config.refuse_lost_base(repository.root)
     checkpoint = open_checkpoint(place, None if path else known["revision"])
     if verify:
-        check_tensors(base_object(repository), checkpoint, None)
+        check_tensors(repository.base, checkpoint, None)
     return checkpoint
 
 
@@ -261,7 +257,7 @@ def check_base(repository: Store, checkpoint: Checkpoint, weights: Sequence[str]
     Raises:
         BaseError: it is not the repository's base.
     """
-    base = base_object(repository)
+    base = repository.base
     check_tensors(base, checkpoint, None, cache=repository.cache)
     check_tensors(base, checkpoint, weights)
 

@@ -16,7 +16,7 @@ from patchhub.editing.editor import EDITORS, Asked, encode_facts
 from patchhub.editing.locate import ANSWER_TOKENS, encode_targets, find_openings
 from patchhub.editing.metric import MEMORY
 from patchhub.editing.prompts import find_wordings, namesakes, siblings
-from patchhub.editing.record import Recording, Running, State, side_paths
+from patchhub.editing.record import Edit, Recording, Running, State, side_paths
 from patchhub.editing.requests import Keep
 from patchhub.editing.rows import key_rows, mean_keys
 from patchhub.editing.settings import EditSettings, preset
@@ -26,7 +26,7 @@ from patchhub.evaluation.live import continue_greedily, continue_within, first_c
 from patchhub.evaluation.suites import after_target
 from patchhub.models.architectures import Architecture, additive_probe
 from patchhub.models.placement import optimised_in
-from patchhub.objects import SLOT, Metric, Request, set_digest
+from patchhub.objects import SLOT, Metric, Patch, Request, set_digest
 from patchhub.progress import Progress, told
 from patchhub.sets.columns import (
     read_additive,
@@ -158,24 +158,30 @@ def write_closed_form(
         failing=partial(_reading_wrong, tree, plan.requests, settings, asked),
         running=running,
     )
+    patch = _kept_as_patch(repository, plan, method, settings, recorder, asked, edit)
+    running.release()
+    change = None if plan.replaced or plan.again else edit.recording.change
+    return Written((patch.id,), plan.kept | patch.elements, recorder.metric, change, rivals, tuple(keeps))
+
+
+def _kept_as_patch(
+    repository: Store, plan: Plan, method: str, settings: EditSettings, recorder: Recorder, asked: Asked, edit: Edit
+) -> Patch:
+    """The columns and values of an edit in the store; a keep has no value of its own."""
     columns = edit.recording.columns
-    unmoved = np.zeros((len(keeps), edit.values.targets.shape[1]), np.float32)  # a keep has no value of its own
-    patch = store_patch(
+    unmoved = np.zeros((len(asked.keeps), edit.values.targets.shape[1]), np.float32)
+    targets = np.concatenate([edit.values.targets.numpy(), unmoved])
+    return store_patch(
         repository,
         kind="closed_form",
         method=method,
-        requests=(*plan.requests, *keeps),
+        requests=(*plan.requests, *asked.keeps),
         settings={**settings.to_json(), "contexts": list(recorder.contexts), **_told_with(plan, asked)},
-        tensors=write_columns(
-            columns, np.concatenate([edit.values.targets.numpy(), unmoved]), stacked_weights(repository)
-        ),
+        tensors=write_columns(columns, targets, stacked_weights(repository)),
         weights={weight: found.shape for weight, found in columns.items()},
         below=without_shards(repository, plan.kept),
         metric=recorder.metric,
     )
-    running.release()
-    change = None if plan.replaced or plan.again else edit.recording.change
-    return Written((patch.id,), plan.kept | patch.elements, recorder.metric, change, rivals, tuple(keeps))
 
 
 def _running(

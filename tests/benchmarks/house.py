@@ -14,6 +14,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from importlib.resources import files
+from itertools import groupby
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -118,9 +119,13 @@ def of_a_commit() -> Iterator[str]:
             finally:
                 sys.setprofile(None)
                 Span.read = read  # type: ignore[method-assign]
-    entered = {path for path, _, _ in walk.entered}
-    yield f"modules entered by a commit      {len(entered)}"
+    rooms = Counter(place(Path(path)) for path, _, _ in walk.entered)
+    yield f"modules entered by a commit      {len(rooms)}"
     yield f"functions entered by a commit    {len(walk.entered)}"
+    for floor, names in groupby(sorted(rooms), key=lambda name: name.rpartition("/")[0] or "ground"):
+        there = sorted(names, key=lambda name: -rooms[name])
+        listed = ", ".join(f"{Path(name).stem} {rooms[name]}" for name in there)
+        yield f"    {sum(rooms[name] for name in there):>4} {floor}: {listed}"
     yield f"reads of stored objects          {walk.read.total()} of {len(walk.read)} objects, {max(walk.read.values())} at most of one"
 
 

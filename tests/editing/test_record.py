@@ -65,6 +65,18 @@ def moments(inner: int) -> dict[int, Tensor]:
 
 
 @pytest.fixture
+def rounding() -> None:
+    """Asked for by tests of columns as they are stored."""
+
+
+@pytest.fixture(autouse=True)
+def unrounded(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is compared with the papers' formulas, or between two ways of computing it, is recorded in float32."""
+    if "rounding" not in request.fixturenames:
+        monkeypatch.setattr(under_test, "rounded", lambda array: np.ascontiguousarray(array, np.float32))
+
+
+@pytest.fixture
 def metric(tmp_path: Path) -> MetricCache:
     """Factors of `moments` for every weight name that the tests' models have."""
     cache = MetricCache(Cache(tmp_path / "metric"), "0" * 64)
@@ -265,6 +277,32 @@ def test_a_residual_is_asked_of_the_base_and_not_of_the_present_weight(metric):
     np.testing.assert_array_equal(knowing.columns[name].keys, blind.keys)
     expected = blind.residuals + blind.keys @ to_dense(delta).T
     assert relative(knowing.columns[name].residuals, expected) < 1e-6
+
+
+# --- rounded columns
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_what_is_recorded_is_float16_and_its_change_is_the_exact_solution_of_that(family, metric, rounding):
+    stack, targets = tiny_stack(family), wanted(len(A))
+    found = record(stack, LAYERS, rows_of(A), targets, RIDGE, metric, EMPTY, EQUAL_SHARES)
+    for name, columns in found.columns.items():
+        for array in (columns.keys, columns.preimages, columns.residuals):
+            np.testing.assert_array_equal(array, array.astype(np.float16))
+        again = metric.preimages(name, torch.from_numpy(columns.keys)).numpy()
+        assert relative(columns.preimages, again) < 2**-11, "the preimage is that of the rounded key"
+        assert relative(to_dense(found.change[name]), to_dense(solve(columns))) < 1e-12
+
+
+def test_rounding_moves_a_change_by_little_and_what_facts_get_of_it_by_less(metric, rounding, monkeypatch):
+    stack, targets = tiny_stack("llama"), wanted(len(A))
+    half = record(stack, LAYERS[:1], rows_of(A), targets, RIDGE, metric, EMPTY, EQUAL_SHARES)
+    monkeypatch.setattr(under_test, "rounded", lambda array: np.ascontiguousarray(array, np.float32))
+    single = record(stack, LAYERS[:1], rows_of(A), targets, RIDGE, metric, EMPTY, EQUAL_SHARES)
+    for name, columns in single.columns.items():
+        exact, near = (to_dense(found.change[name]) for found in (single, half))
+        assert 0 < relative(near, exact) < 2e-3
+        assert relative(columns.keys @ near.T, columns.keys @ exact.T) < 5e-4
 
 
 # --- side paths

@@ -23,6 +23,7 @@ from patchhub.remotes.hub_files import HubFiles
 from patchhub.remotes.sync import Manner
 from patchhub.repository.vllm import Named, served_adapter
 from patchhub.runtime.patched_model import load_patched
+from patchhub.sets import commits
 from patchhub.sets.columns import weight_shapes
 from patchhub.store.store import Store
 from patchhub.who import Who
@@ -39,6 +40,12 @@ OLD_WAY = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWa
 @pytest.fixture(params=["gpt2", "llama"])
 def base(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return model_folder(tmp_path / "base", request.param)
+
+
+@pytest.fixture
+def deltas_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commits keep their deltas, as all did once, and as those of many facts, of experts and on top of imported changes do."""
+    monkeypatch.setattr(commits, "WORTH_KEEPING", 1 << 40)
 
 
 @pytest.fixture
@@ -103,7 +110,7 @@ def test_load_from_the_hub_and_then_offline(
 
 
 def test_load_from_packs_and_then_offline_without_columns_and_texts(
-    packing: None, store: Store, base: Path, hub: Any, monkeypatch: pytest.MonkeyPatch
+    packing: None, deltas_kept: None, store: Store, base: Path, hub: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hub.log.clear()
     patches = [store.patch(patch) for patch, _ in store.active(store.resolve("main"))]
@@ -117,7 +124,7 @@ def test_load_from_packs_and_then_offline_without_columns_and_texts(
         assert not [entry for entry in hub.log if f"{name}.pack" in entry["line"]]
 
 
-def test_load_reads_no_columns_and_no_texts(store: Store, base: Path, hub: Any) -> None:
+def test_load_reads_no_columns_and_no_texts(deltas_kept: None, store: Store, base: Path, hub: Any) -> None:
     hub.log.clear()
     open_published("tester/facts", "main", base=base)
     heads = [str(store.resolve(name)) for name in ("main", "main~1")]
@@ -126,7 +133,36 @@ def test_load_reads_no_columns_and_no_texts(store: Store, base: Path, hub: Any) 
         assert not [entry for entry in hub.log if unneeded[2:] in entry["line"]]
 
 
-def test_load_proves_when_it_is_asked_to(store: Store, base: Path, hub: Any) -> None:
+def test_load_solves_what_keeps_no_delta_from_the_columns_of_active_facts_alone(
+    store: Store, base: Path, hub: Any
+) -> None:
+    old, new = (store.commit(str(store.resolve(name))) for name in ("main~1", "main"))
+    assert [(c.solved, c.tensors) for c in (old, new)] == [(True, None)] * 2
+    kept = store.active(str(store.resolve("main"))) - store.active(str(store.resolve("main~1")))
+    prepared = commits.prepare(
+        store, commits.Draft((str(store.resolve("main")),), kept, new.metric, "revert", {}), Who(AUTHOR, TIME, "back")
+    )
+    move(store, {"refs/heads/back": (None, store.objects.put(prepared.to_json()))})
+    verbs.push(store, "origin", Chosen(("back",)), Silent(), who=Who(AUTHOR, TIME), access=Access(hub.url, TOKEN))
+    hub.log.clear()
+    ours = load_patched(open_checkpoint(base), state_at(store, "back")).state_dict()
+    theirs = patchhub.load("tester/facts", "back", base=base).state_dict()
+    assert all(bool((theirs[name] == tensor).all()) for name, tensor in ours.items())
+    active, gone = ([store.patch(p) for p in {p for p, _ in elements}] for elements in (kept, old.added))
+    unneeded = {patch.tensors for patch in gone} | {patch.requests_blob for patch in active + gone}
+    asked = [entry["line"] for entry in hub.log]
+    assert not [line for line in asked if any(one[2:] in line for one in unneeded)]
+    assert all(any(patch.tensors[2:] in line for line in asked) for patch in active)
+
+
+def test_columns_that_a_solved_state_is_made_of_are_checked(store: Store, base: Path, hub: Any) -> None:
+    (patch,) = (store.patch(p) for p in {p for p, _ in store.commit(str(store.resolve("v1"))).added})
+    hub.faults.append({"kind": "corrupt", "match": f"{patch.tensors[2:]}", "offset": 200, "times": -1})
+    with pytest.raises(RemoteError, match="hash"):
+        open_published("tester/facts", "v1", base=base)
+
+
+def test_load_proves_when_it_is_asked_to(deltas_kept: None, store: Store, base: Path, hub: Any) -> None:
     claimed = patchhub.load("tester/facts", base=base)
     assert claimed.patchhub.proof == "claimed"
     proven = patchhub.load("tester/facts", base=base, prove=True)
@@ -151,7 +187,7 @@ def test_load_proves_when_it_is_asked_to(store: Store, base: Path, hub: Any) -> 
     assert (attached.patchhub.proof, attached.patchhub.commit) == ("checked", store.resolve("main"))
 
 
-def test_load_finds_damage(store: Store, base: Path, hub: Any) -> None:
+def test_load_finds_damage(deltas_kept: None, store: Store, base: Path, hub: Any) -> None:
     hub.faults.append({"kind": "corrupt", "match": "/_cdn/", "offset": 200, "times": 1})
     open_published("tester/facts", "main", base=base)  # fetched once more
     cached = next((hub.root.parent / "hf-cache").glob(f"**/{store.state(store.head[1])[0][2:]}"))

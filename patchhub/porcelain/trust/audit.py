@@ -19,7 +19,7 @@ from typing import Any, ClassVar, Final
 from patchhub.errors import RevisionError, SettingsError
 from patchhub.export import cyclonedx
 from patchhub.fsio import os_errors, write_atomically
-from patchhub.objects import Base, Commit, Element, Request
+from patchhub.objects import Commit, Element, Request
 from patchhub.porcelain.history import guard, numbers
 from patchhub.porcelain.scores import Noted, noted_commits, notes_of, read_note
 from patchhub.porcelain.trust.signing import Damage, differences_below
@@ -548,7 +548,7 @@ def _version() -> str:
 
 
 def _ancestor(repository: Store) -> cyclonedx.Ancestor:
-    base, stored = repository.config.base, Base.from_json(repository.objects.get(repository.config.base_id))
+    base, stored = repository.config.base, repository.base
     on_hub = base.get("revision") is not None
     return cyclonedx.Ancestor(
         name=str(base["path"]) if on_hub else Path(str(base["path"])).name,
