@@ -38,7 +38,7 @@ from transformers import (
 )
 
 from patchhub.errors import BaseError, SettingsError, UnsupportedModelError
-from patchhub.models.experts import check_experts, gate_the_key
+from patchhub.models.experts import check_experts, gate_the_key, on_output
 from patchhub.models.structure import (
     BlockStructure,
     Orientation,
@@ -282,7 +282,10 @@ FAMILIES: Final[Mapping[str, Family]] = {
     "qwen3_5_moe_text": replace(_GATED_EXPERTS, also=(*_GATED_EXPERTS.also, "linear_attn.out_proj")),
     "qwen3_next": replace(_GATED_EXPERTS, also=(*_GATED_EXPERTS.also, "linear_attn.out_proj")),
     "llama4_text": Family(
-        "model.layers", "feed_forward.shared_expert.down_proj", "self_attn.o_proj", also=("feed_forward.down_proj",)
+        "model.layers",
+        "feed_forward.experts",
+        "self_attn.o_proj",
+        also=("feed_forward.shared_expert.down_proj", "feed_forward.down_proj"),
     ),
 }
 
@@ -520,7 +523,7 @@ def hook_output(
     """As `Stack.hook_output`, of any model of this architecture."""
     if architecture.norm is None:
         projection: nn.Module = model.get_submodule(architecture.ffn_module(layer))
-        return projection.register_forward_hook(lambda module, args, output: function(output))
+        return on_output(projection, function)
 
     def enter(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         found = function(args[0])
@@ -589,7 +592,7 @@ def additive_probe(model: Any, architecture: Architecture, layer: int) -> None:
     pattern = torch.linspace(-1.0, 1.0, before.shape[-1], device=before.device)
     length = before.float().norm() / abs(behind.scale) if behind.gain is None else own.float().norm()
     vector = (pattern * length / pattern.norm()).to(before.dtype)
-    handle = projection.register_forward_hook(lambda module, args, output: output + vector.to(output.device))
+    handle = on_output(projection, lambda output: output + vector.to(output.device))
     try:
         after = _block_output(model, block, ids)
     finally:
