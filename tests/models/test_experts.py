@@ -398,6 +398,24 @@ def test_a_history_on_a_mixture_of_experts(family: str, experts: str | None, tmp
         assert file.metadata() == {"format": "pt"}
 
 
+@pytest.mark.filterwarnings("ignore:none of these facts")
+def test_the_share_of_experts_that_stay_is_the_same_whether_the_bases_are_kept_or_read(tmp_path: Path) -> None:
+    found = []
+    with made(tmp_path, "mixtral") as repository:
+        repository.config("memit.steps", "1")
+        commit: Mapping[str, Any] = {"force": True, "text": [tmp_path / "text.json"]}
+        repository.commit([fact("Ada", "Dutch")], message="one", **commit)
+        for kept in (True, False):
+            if not kept:
+                repository.undo()
+                for path in (repository.store.cache.folder / "base_text").glob("*/*"):
+                    path.unlink()
+            made_now = repository.commit([fact("Bob", "Greek")], message="two", **commit)
+            found.append(repository.store.commit(made_now.commit).check["guard"]["routing"])
+    assert found[0] == found[1]
+    assert found[0]["of"] > 0
+
+
 def test_what_experts_do_not_have_is_refused_by_name(tmp_path: Path) -> None:
     moment = tmp_path / "moment.npz"
     np.savez(moment, **{"mom2.mom2": np.eye(24, dtype=np.float32), "mom2.count": np.array(5)})
