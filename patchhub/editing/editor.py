@@ -121,7 +121,7 @@ class Editor:
     Attributes:
         default_settings: the published settings, scaled to a model.
         plain: where values are optimised and how they are shared among layers, with nothing or a scale behind the projection.
-        normed: the same with a norm behind it.
+        normed: the same in a model with norms behind it, in all layers or in some.
         until_sure: PMET's stop rule, see ``ValueSettings``.
     """
 
@@ -132,7 +132,7 @@ class Editor:
 
     def way(self, architecture: Architecture) -> Way:
         """How this model is edited."""
-        return self.plain if architecture.norm is None else self.normed
+        return self.normed if architecture.normed else self.plain
 
     def edit(
         self,
@@ -315,7 +315,7 @@ def memit_settings(architecture: Architecture) -> EditSettings:
         chat_weight=0.5,
         repairs=2,
     )
-    return settings if architecture.norm is None else _behind_a_norm(settings)
+    return _behind_a_norm(settings) if architecture.normed else settings
 
 
 def _behind_a_norm(settings: EditSettings) -> EditSettings:
@@ -342,7 +342,7 @@ def pmet_settings(architecture: Architecture) -> EditSettings:
         chat_weight=0.5,
         repairs=2,
     )
-    return settings if architecture.norm is None else _behind_a_norm(settings)
+    return _behind_a_norm(settings) if architecture.normed else settings
 
 
 PMET = Editor(

@@ -75,7 +75,7 @@ def present_states(stack: Stack, texts: Sequence[Sequence[int]], layer: int) -> 
         with stack.fast(), stack.watch_values([layer]) as projected:
             start = stack.begin(ids, mask, positions)
             hidden = start.run(start.hidden, 0, layer + 1)
-        if stack.architecture.norm is not None:
+        if stack.architecture.normed:
             hidden = projected[layer]
         last = torch.tensor([len(texts[place]) - 1 for place in places])
         found[places] = at(hidden, torch.arange(len(places)), last).float().cpu()

@@ -240,7 +240,7 @@ def _goal(
         return _Goal(spread, layers, behind, None, _replayed(climbs, trunk, layers, wanted))
     if spread.measured == "projection":
         return _Goal(spread, layers, behind, None, {last: wanted})
-    if stack.architecture.norm is not None:
+    if stack.architecture.normed:
         wanted = reached.stream + behind[last](wanted) - behind[last](reached.last)
     return _Goal(spread, layers, behind, wanted, {})
 

@@ -100,10 +100,10 @@ class Site(ABC):
         return length
 
     def unit(self, hidden: Float[Tensor, "groups parts d"]) -> Float[Tensor, "groups parts 1"]:
-        """What lengths are measured in: 1, or where a norm comes behind, which does not see them, the root mean square of each part."""
-        if self.stack.architecture.norm is None:
-            return torch.ones_like(hidden[..., :1])
-        return hidden.square().mean(-1, keepdim=True).sqrt()
+        """What lengths are measured in: 1, or in a model with norms, which do not see them, the root mean square of each part."""
+        if self.stack.architecture.normed:
+            return hidden.square().mean(-1, keepdim=True).sqrt()
+        return torch.ones_like(hidden[..., :1])
 
 
 class BlockOutput(Site):
@@ -123,6 +123,9 @@ class BlockOutput(Site):
 
     def unedited(self, rows: Rows) -> Float[Tensor, "rows parts d"]:
         return rows.at_last(rows.hidden)[:, None].float()
+
+    def unit(self, hidden: Float[Tensor, "groups parts d"]) -> Float[Tensor, "groups parts 1"]:
+        return torch.ones_like(hidden[..., :1])
 
 
 class _AtProjections(Site):
@@ -192,7 +195,7 @@ class Projections(_AtProjections):
     def lengths(self, rows: Rows, unedited: Float[Tensor, "rows parts d"]) -> Float[Tensor, "rows parts"]:
         """In a mixture of experts, whose output is next to nothing at some tokens, they are relative to the stream's length."""
         architecture = self.stack.architecture
-        if architecture.site is None or architecture.norm is not None:
+        if architecture.site is None or architecture.normed:
             return super().lengths(rows, unedited)
         length: Tensor = rows.at_last(rows.hidden).float().norm(dim=-1, keepdim=True)
         return length.expand(-1, self.parts)

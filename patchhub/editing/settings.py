@@ -386,11 +386,12 @@ def default_wise_settings(architecture: Architecture) -> WiseSettings:
     """
     narrow = is_narrow(architecture)
     inner = inner_width(architecture)
-    normed = architecture.norm is not None
+    layer = min(max(1, round(architecture.n_layers / 8)), architecture.n_layers - 1)
+    normed = architecture.norms[layer] is not None
     clamp = NORMED_CLAMP if normed else 2.0 if narrow else 0.75
     beta = 1.0 if normed else 0.75 * clamp
     return WiseSettings(
-        layer=min(max(1, round(architecture.n_layers / 8)), architecture.n_layers - 1),
+        layer=layer,
         shard_size=max(1, min(500, inner // 15)),
         mask_ratio=min(1.0, max(0.2, 1600 / inner)),
         alpha=beta / 4,

@@ -6,8 +6,10 @@ same rank r, ``lora_alpha = r``, and there are no patterns and no rsLoRA: so all
 is 1.
 
 The experts of a layer are a parameter, not a module (``target_parameters``): PEFT reads lora_A (E r, in) as the E blocks of A and lora_B
-(out, r E) as B of each expert, expert by expert in the last place. Here all experts have one B. In a mixture of experts PEFT takes
-any module called ``down_proj``, a shared expert's too, for the routed ones, so there every weight is named as a parameter.
+(out, r E) as B of each expert, expert by expert in the last place. Here all experts have one B. It takes a parameter for stored (out, in)
+unless its module has an attribute `is_transposed`; where that is missing though it is stored (in, out) (Llama 4), A and B of each expert
+change places, transposed. In a mixture of experts PEFT takes any module called ``down_proj``, a shared expert's too, for the routed ones,
+so there every weight is named as a parameter.
 
 GGUF is for llama.cpp and Ollama, and needs the extra `gguf`.
 
@@ -24,7 +26,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -76,14 +78,15 @@ class Adapter:
 
 @dataclass(frozen=True)
 class BaseName:
-    """How the adapter names the model that it is for, whether that stores weights as (in, out), whether it is a mixture of experts, and
-    E of its stacked weights."""
+    """How the adapter names the model that it is for, whether that stores weights as (in, out), whether it is a mixture of experts, E
+    of its stacked weights, and those of them that PEFT takes for stored the other way round."""
 
     model: str | None
     revision: str | None
     fan_in_fan_out: bool
     mixture: bool = False
     experts: Mapping[str, int] = field(default_factory=dict)
+    turned: Collection[str] = ()
 
 
 def make_adapter(
@@ -145,8 +148,10 @@ def adapter_files(adapter: Adapter, base: BaseName) -> dict[str, bytes]:
         a, b, module = factor.A, factor.B, module_of(weight)
         if weight in base.experts:
             count, module = base.experts[weight], weight.rpartition(".")[0]
-            a = a.reshape(adapter.rank, count, -1).swapaxes(0, 1).reshape(count * adapter.rank, -1)
-            b = np.repeat(b, count, axis=1)
+            a, b = a.reshape(adapter.rank, count, -1), np.broadcast_to(b[..., None], (*b.shape, count))
+            if weight in base.turned:
+                a, b = b.transpose(1, 2, 0), a.transpose(2, 0, 1)
+            a, b = a.swapaxes(0, 1).reshape(count * adapter.rank, -1), b.reshape(len(b), -1)
         tensors[f"{_PREFIX}{module}.lora_A.weight"] = np.ascontiguousarray(a)
         tensors[f"{_PREFIX}{module}.lora_B.weight"] = np.ascontiguousarray(b)
     config: dict[str, Any] = {
@@ -173,28 +178,30 @@ def adapter_files(adapter: Adapter, base: BaseName) -> dict[str, bytes]:
     return {CONFIG: text.encode("utf-8"), WEIGHTS: save(tensors, metadata={"format": "pt"})}
 
 
-def deltas_as_vllm_reads(files: Mapping[str, bytes]) -> dict[str, LowRank]:
+def deltas_as_vllm_reads(files: Mapping[str, bytes], turned: Collection[str] = ()) -> dict[str, LowRank]:
     """The delta of each weight under vLLM's rule: ``lora_alpha / r`` of the configuration, patterns ignored.
 
-    Those of experts are read as PEFT does.
+    Those of experts are read as PEFT does; ``turned`` as in `BaseName`.
     """
     config = json.loads(files[CONFIG])
-    return _scaled(files, lambda rank: float(config["lora_alpha"]) / float(config["r"]))
+    return _scaled(files, lambda rank: float(config["lora_alpha"]) / float(config["r"]), turned)
 
 
-def deltas_as_llama_cpp_reads(files: Mapping[str, bytes]) -> dict[str, LowRank]:
+def deltas_as_llama_cpp_reads(files: Mapping[str, bytes], turned: Collection[str] = ()) -> dict[str, LowRank]:
     """The delta of each weight under llama.cpp's rule: ``lora_alpha`` over the tensor's own rank."""
     config = json.loads(files[CONFIG])
-    return _scaled(files, lambda rank: float(config["lora_alpha"]) / rank)
+    return _scaled(files, lambda rank: float(config["lora_alpha"]) / rank, turned)
 
 
-def check_adapter(files: Mapping[str, bytes], state: Mapping[str, Sequence[Delta]], shapes: Shapes) -> float:
+def check_adapter(
+    files: Mapping[str, bytes], state: Mapping[str, Sequence[Delta]], shapes: Shapes, turned: Collection[str] = ()
+) -> float:
     """Read written files back under both rules; the largest relative error against the state.
 
     A weight that the files lack counts as error 1.
     """
     worst = 0.0
-    for read in (deltas_as_vllm_reads(files), deltas_as_llama_cpp_reads(files)):
+    for read in (deltas_as_vllm_reads(files, turned), deltas_as_llama_cpp_reads(files, turned)):
         for weight, deltas in state.items():
             total = add(deltas, shapes[weight])
             if norm(total) > 0:
@@ -207,7 +214,7 @@ def module_of(weight: str) -> str:
     return weight.removesuffix(".weight")
 
 
-def _scaled(files: Mapping[str, bytes], scale: Any) -> dict[str, LowRank]:
+def _scaled(files: Mapping[str, bytes], scale: Any, turned: Collection[str]) -> dict[str, LowRank]:
     tensors, config = load(files[WEIGHTS]), json.loads(files[CONFIG])
     stacked = {weight.rpartition(".")[0]: weight for weight in config.get("target_parameters", ())}
     found = {}
@@ -218,8 +225,10 @@ def _scaled(files: Mapping[str, bytes], scale: Any) -> dict[str, LowRank]:
             weight = stacked.get(module.removeprefix(_PREFIX), module.removeprefix(_PREFIX) + ".weight")
             if weight in stacked.values() and not weight.endswith(".weight"):
                 rank = int(config["r"])
-                a = a.reshape(-1, rank, a.shape[1]).swapaxes(0, 1).reshape(rank, -1)
-                b = b.reshape(len(b), rank, -1)
+                a, b = a.reshape(-1, rank, a.shape[1]).swapaxes(0, 1), b.reshape(len(b), rank, -1)
+                if weight in turned:
+                    a, b = b.transpose(1, 2, 0), a.transpose(2, 0, 1)
+                a = a.reshape(rank, -1)
                 b = np.where((b == b[..., :1]).all(), b[..., 0], np.float32(np.inf))  # all experts have one B
             found[weight] = LowRank(b * np.float32(scale(a.shape[0])), a)
     return found

@@ -38,7 +38,7 @@ from transformers import (
 )
 
 from patchhub.errors import BaseError, SettingsError, UnsupportedModelError
-from patchhub.models.experts import check_experts, gate_the_key
+from patchhub.models.experts import check_experts, gate_the_key, on_output
 from patchhub.models.structure import (
     BlockStructure,
     Orientation,
@@ -169,17 +169,17 @@ _NO_ADAPTER: Final = "no adapter"  # a folder that no model has: transformers lo
 
 @dataclass(frozen=True)
 class Family:
-    """One row of the table: module paths as in transformers; projections and norm are relative to a block.
+    """One row of the table: module paths as in transformers; projections and norms are relative to a block.
 
-    ``norm`` is the norm behind the feed-forward projection. A scale there is a number of the model's configuration, so no part of a row.
-    ``also`` are the projections of blocks that are made otherwise, and a shared expert's.
+    ``norms`` are those that may stand behind the feed-forward projection, None: nothing. A scale there is a number of the model's
+    configuration, so no part of a row. ``also`` are the projections of blocks that are made otherwise, and a shared expert's.
     """
 
     blocks: str
     ffn_out: str
     attn_out: str
     orientation: Orientation = "out_in"
-    norm: str | None = None
+    norms: tuple[str | None, ...] = (None,)
     also: tuple[str, ...] = ()
 
     def contradicts(self, blocks: str, structures: Sequence[BlockStructure]) -> str | None:
@@ -187,13 +187,17 @@ class Family:
         for s in structures:
             paths = {*(projection.path for projection in s.feed_forward), s.attention.path}
             strange = sorted(paths - {self.ffn_out, self.attn_out, *self.also})
-            if strange or (blocks, s.attention.orientation, s.norm) != (self.blocks, self.orientation, self.norm):
+            if (
+                strange
+                or (blocks, s.attention.orientation) != (self.blocks, self.orientation)
+                or s.norm not in self.norms
+            ):
                 return f"{blocks}, {', '.join(sorted(paths))}, {s.attention.orientation}, norm {s.norm}"
         return None
 
 
 _LLAMA_LIKE = Family("model.layers", "mlp.down_proj", "self_attn.o_proj")
-_POST_NORM = replace(_LLAMA_LIKE, norm="post_feedforward_layernorm")
+_POST_NORM = replace(_LLAMA_LIKE, norms=("post_feedforward_layernorm",))
 _EXPERTS = replace(_LLAMA_LIKE, ffn_out="mlp.experts", also=("mlp.down_proj",))
 _SHARED_EXPERTS = replace(_EXPERTS, also=("mlp.down_proj", "mlp.shared_experts.down_proj"))
 _GATED_EXPERTS = replace(_EXPERTS, also=("mlp.down_proj", "mlp.shared_expert.down_proj"))
@@ -239,8 +243,8 @@ FAMILIES: Final[Mapping[str, Family]] = {
     "gemma3_text": _POST_NORM,
     "olmo2": _POST_NORM,
     "olmo3": _POST_NORM,
-    "glm4": replace(_LLAMA_LIKE, norm="post_mlp_layernorm"),
-    "flex_olmo": replace(_EXPERTS, norm="post_feedforward_layernorm"),
+    "glm4": replace(_LLAMA_LIKE, norms=("post_mlp_layernorm",)),
+    "flex_olmo": replace(_EXPERTS, norms=("post_feedforward_layernorm",)),
     "gpt_oss": _EXPERTS,
     "granitemoe": replace(_EXPERTS, ffn_out="block_sparse_moe.experts"),
     "mimo_v2_flash": _EXPERTS,
@@ -250,7 +254,8 @@ FAMILIES: Final[Mapping[str, Family]] = {
     "phimoe": _EXPERTS,
     "qwen2_moe": _GATED_EXPERTS,
     "qwen3_moe": _EXPERTS,
-    "afmoe": replace(_SHARED_EXPERTS, norm="post_mlp_layernorm"),
+    "afmoe": replace(_SHARED_EXPERTS, norms=("post_mlp_layernorm",)),
+    "axk1": replace(_SHARED_EXPERTS, norms=(None, "mlp.post_mlp_layernorm")),
     "deepseek_v2": _SHARED_EXPERTS,
     "deepseek_v3": _SHARED_EXPERTS,
     "dots1": _SHARED_EXPERTS,
@@ -278,11 +283,15 @@ FAMILIES: Final[Mapping[str, Family]] = {
     "lfm2_moe": Family(
         "model.layers", "feed_forward.experts", "self_attn.out_proj", also=("feed_forward.w2", "conv.out_proj")
     ),
+    "olmo_hybrid": replace(_LLAMA_LIKE, norms=(None, "post_feedforward_layernorm"), also=("linear_attn.o_proj",)),
     "qwen3_5_text": replace(_LLAMA_LIKE, also=("linear_attn.out_proj",)),
     "qwen3_5_moe_text": replace(_GATED_EXPERTS, also=(*_GATED_EXPERTS.also, "linear_attn.out_proj")),
     "qwen3_next": replace(_GATED_EXPERTS, also=(*_GATED_EXPERTS.also, "linear_attn.out_proj")),
     "llama4_text": Family(
-        "model.layers", "feed_forward.shared_expert.down_proj", "self_attn.o_proj", also=("feed_forward.down_proj",)
+        "model.layers",
+        "feed_forward.experts",
+        "self_attn.o_proj",
+        also=("feed_forward.shared_expert.down_proj", "feed_forward.down_proj"),
     ),
 }
 
@@ -305,7 +314,7 @@ class Architecture:
         feed_forward: the feed-forward output projection of each layer that facts are written into.
         attention: path of the attention output projection of each layer, relative to its block.
         orientation: how the linear weights of the blocks are stored; deltas are (out, in) whatever it says.
-        norm: path of the norm behind the feed-forward projection, relative to a block; None: there is none.
+        norms: of each layer the path of the norm behind the feed-forward projection, relative to its block; None: there is none.
         beside: the projection of each layer that facts could be written into instead; None: there is none.
         site: which experts `feed_forward` is of; None of a model without experts.
         recurrent: as `is_recurrent`.
@@ -318,10 +327,15 @@ class Architecture:
     feed_forward: tuple[Projection, ...]
     attention: tuple[str, ...]
     orientation: Orientation
-    norm: str | None = None
+    norms: tuple[str | None, ...]
     beside: tuple[Projection | None, ...] = ()
     site: Site | None = None
     recurrent: bool = False
+
+    @property
+    def normed(self) -> bool:
+        """Whether a norm stands behind the feed-forward projection of some layer."""
+        return any(norm is not None for norm in self.norms)
 
     @property
     def shapes(self) -> tuple[tuple[int, int], ...]:
@@ -462,7 +476,7 @@ def describe(config: PreTrainedConfig, site: Site | None = None) -> Architecture
         feed_forward=chosen,
         attention=tuple(structure.attention.path for structure in structures),
         orientation=structures[0].attention.orientation,
-        norm=structures[0].norm,
+        norms=tuple(structure.norm for structure in structures),
         beside=beside,
         site=found,
         recurrent=is_recurrent(config),
@@ -505,9 +519,8 @@ def behind_of(model: Any, architecture: Architecture, layer: int) -> Behind:
     Raises:
         UnsupportedModelError: a norm of another kind than y / rms(y) times a gain.
     """
-    norm = (
-        None if architecture.norm is None else model.get_submodule(f"{architecture.block(layer)}.{architecture.norm}")
-    )
+    path = architecture.norms[layer]
+    norm = None if path is None else model.get_submodule(f"{architecture.block(layer)}.{path}")
     try:
         return read_behind(norm, architecture.feed_forward[layer].scale, architecture.d_model)
     except StructureError as error:
@@ -518,15 +531,16 @@ def hook_output(
     model: Any, architecture: Architecture, layer: int, function: Callable[[Tensor], Tensor | None]
 ) -> RemovableHandle:
     """As `Stack.hook_output`, of any model of this architecture."""
-    if architecture.norm is None:
+    path = architecture.norms[layer]
+    if path is None:
         projection: nn.Module = model.get_submodule(architecture.ffn_module(layer))
-        return projection.register_forward_hook(lambda module, args, output: function(output))
+        return on_output(projection, function)
 
     def enter(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         found = function(args[0])
         return None if found is None else (found, *args[1:])
 
-    norm: nn.Module = model.get_submodule(f"{architecture.block(layer)}.{architecture.norm}")
+    norm: nn.Module = model.get_submodule(f"{architecture.block(layer)}.{path}")
     return norm.register_forward_pre_hook(enter)
 
 
@@ -589,7 +603,7 @@ def additive_probe(model: Any, architecture: Architecture, layer: int) -> None:
     pattern = torch.linspace(-1.0, 1.0, before.shape[-1], device=before.device)
     length = before.float().norm() / abs(behind.scale) if behind.gain is None else own.float().norm()
     vector = (pattern * length / pattern.norm()).to(before.dtype)
-    handle = projection.register_forward_hook(lambda module, args, output: output + vector.to(output.device))
+    handle = on_output(projection, lambda output: output + vector.to(output.device))
     try:
         after = _block_output(model, block, ids)
     finally:
@@ -658,8 +672,8 @@ def _without_weights(config: PreTrainedConfig) -> Any:
 
 
 def _refuse_differing(structures: Sequence[BlockStructure]) -> None:
-    """What must be the same in all blocks; the paths of projections need not be."""
-    if len({(s.norm, s.attention.orientation) for s in structures}) != 1:
+    """What must be the same in all blocks; the paths of projections and norms need not be."""
+    if len({s.attention.orientation for s in structures}) != 1:
         raise StructureError("has blocks of different structure")
 
 

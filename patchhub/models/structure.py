@@ -35,7 +35,7 @@ _IDENTITY = {
     "CloneBackward0",
     "ToCopyBackward0",
 }
-_SCALING, _SIGMOID = "MulBackward0", "SigmoidBackward0"
+_SCALING, _SIGMOID, _SUM = "MulBackward0", "SigmoidBackward0", "SumBackward1"
 _MIXING = ("softmax", "bmm", "convolution")  # of positions; attention has one or more, a feed-forward network none
 
 
@@ -58,6 +58,7 @@ class Projection:
         active: how many experts a token is routed to.
         scale: what its output, or that of the norm behind it, is multiplied with before it enters the stream.
         gate: path of a linear map of the same input, relative to the block, whose sigmoid multiplies the output; None: there is none.
+        apart: as of `ExpertsShape`.
     """
 
     path: str
@@ -67,6 +68,7 @@ class Projection:
     active: int = 0
     scale: float = 1.0
     gate: str | None = None
+    apart: bool = False
 
     @property
     def parameter(self) -> str:
@@ -173,7 +175,10 @@ def _trace(model: nn.Module, blocks: list[nn.Module], d_model: int) -> list[_Rec
 def _run(model: nn.Module, blocks: list[nn.Module], d_model: int, ids: Tensor, mask: Tensor | None) -> list[_Record]:
     records = [_Record() for _ in blocks]
     handles = [h for block, record in zip(blocks, records, strict=True) for h in _watch(block, record, d_model)]
-    replaced = [m for block, record in zip(blocks, records, strict=True) for m in _replace_experts(block, record)]
+    active = int(getattr(model.config.get_text_config(), "num_experts_per_tok", None) or 1)  # type: ignore[operator,union-attr]
+    replaced = [
+        m for block, record in zip(blocks, records, strict=True) for m in _replace_experts(block, record, active)
+    ]
     try:
         with torch.enable_grad():
             model.eval()(input_ids=ids, attention_mask=mask, use_cache=False)
@@ -185,10 +190,10 @@ def _run(model: nn.Module, blocks: list[nn.Module], d_model: int, ids: Tensor, m
     return records
 
 
-def _replace_experts(block: nn.Module, record: _Record) -> Iterable[nn.Module]:
+def _replace_experts(block: nn.Module, record: _Record, active: int) -> Iterable[nn.Module]:
     for path, module in block.named_modules():
         if shape_of(module) is not None:
-            module.forward = stand_in(module, record.slots.setdefault(path, []))
+            module.forward = stand_in(module, record.slots.setdefault(path, []), active)
             yield module
 
 
@@ -307,7 +312,7 @@ def _ways(record: _Record) -> tuple[dict[str, _Way], bool]:
             waiting.append((parent, _Way(None, way.scale, path)))
         elif (factor := _factor(node)) is not None and way.norm is None:
             waiting += [(parent, replace(way, scale=way.scale * factor)) for parent, _ in node.next_functions]
-        elif _keeps_sums(node):
+        elif _keeps_sums(node) or _sums_experts(node, nodes, record):
             waiting += [(parent, way) for parent, _ in node.next_functions]
     return found, multiplied
 
@@ -356,6 +361,16 @@ def _keeps_sums(node: Any) -> bool:
     return name in _IDENTITY or (name in _ADDITION and node._saved_alpha == 1)
 
 
+def _sums_experts(node: Any, nodes: Mapping[Any, str], record: _Record) -> bool:
+    """Whether a node is the sum of what a layer's experts give, where their module leaves that to its caller."""
+    if type(node).__name__ != _SUM:
+        return False
+    parent = node.next_functions[0][0]
+    while parent is not None and parent not in nodes and type(parent).__name__ in _IDENTITY:
+        parent = parent.next_functions[0][0]
+    return nodes.get(parent) in record.slots
+
+
 def _mixing_of(node: Any, stop: set[Any]) -> set[str]:
     """The kinds of mixing of positions that a projection's output is computed from."""
     names = [type(n).__name__.lower() for n in _reachable(node, stop)]
@@ -375,7 +390,7 @@ def _projection(block: nn.Module, path: str, record: _Record) -> Projection:
     if known is not None:
         orientation: Orientation | None = "in_out" if known.transposed else "out_in"
         shape, active = (known.out, known.experts * known.inner), record.slots[path][0]
-        return Projection(path, shape, orientation, known.experts, active)  # type: ignore[arg-type]
+        return Projection(path, shape, orientation, known.experts, active, apart=known.apart)  # type: ignore[arg-type]
     orientation = orientation_of(module)
     assert orientation is not None
     return Projection(path, _shape(module), orientation)

@@ -179,12 +179,13 @@ class SidePath:
 
 def add_beside(module: nn.Module, deltas: Sequence[Delta]) -> RemovableHandle:
     """Let a linear module, or the experts of a layer, also give what the sum of some deltas gives, from now on."""
-    path = SidePath(deltas)
-    if shape_of(module) is None:
+    path, known = SidePath(deltas), shape_of(module)
+    if known is None:
         return module.register_forward_hook(path)
 
     def add_to_experts(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
-        return path(module, (gated_keys(module, args, kwargs, None),), output)
+        keys = gated_keys(module, args, kwargs, None)
+        return known.spread(path(module, (keys,), known.together(output)))
 
     return module.register_forward_hook(add_to_experts, with_kwargs=True)
 
@@ -422,7 +423,11 @@ class Stack:
                 return whole(hidden, *args, **kwargs)
             shortened.append(len(row))
             zeros, at = torch.zeros_like(hidden), (row.to(hidden.device), column.to(hidden.device))
-            given = _rounded(lambda some: _first(whole(some[None]))[0], hidden[at]) if len(row) else hidden[at]
+            given = (
+                _rounded(lambda some: _first(whole(some[None])).view(some.shape), hidden[at])
+                if len(row)
+                else hidden[at]
+            )
             found = zeros.index_put(at, given)
             return (found, None) if tuples else found
 

@@ -43,7 +43,14 @@ from patchhub.porcelain.scores import DEFINITIONS, notes_of
 from patchhub.progress import Progress
 from patchhub.remotes.hub import AdapterNote, Card, ScoreLine, adapter_name, write_card
 from patchhub.results import Result, told
-from patchhub.sets.columns import linear_shapes, read_state, stacked_weights, tensor_shapes, weight_shapes
+from patchhub.sets.columns import (
+    linear_shapes,
+    read_state,
+    stacked_weights,
+    tensor_shapes,
+    turned_weights,
+    weight_shapes,
+)
 from patchhub.sets.commits import Draft, begin, prepare, record, store_patch
 from patchhub.sets.elements import active_requests, distinct
 from patchhub.sets.guard import base_norms
@@ -292,7 +299,7 @@ def export_peft(
     if every_layer:
         adapter = in_every_layer(adapter, weight_shapes(repository))
     files = adapter_files(adapter, _base_name(repository))
-    error = check_adapter(files, state, linear_shapes(repository))
+    error = check_adapter(files, state, linear_shapes(repository), turned_weights(repository))
     if error > max(tolerance, EXACT):
         raise RepositoryError(
             f"the written adapter differs from the state by {error:.1e}",
@@ -525,6 +532,7 @@ def _base_name(repository: Store) -> BaseName:
         fan_in_fan_out=base["orientation"] == "in_out",
         mixture="experts" in base,
         experts=stacked_weights(repository),
+        turned=turned_weights(repository),
     )
 
 

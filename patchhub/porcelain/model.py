@@ -336,6 +336,8 @@ def _weights(
         found[name] = {"norm": norm, "shape": list(projection.shape)}
         if projection.experts:
             found[name] |= {"experts": projection.experts, "orientation": projection.orientation}
+        if projection.apart:
+            found[name]["apart"] = True
         progress.advance(1)
     return found
 

@@ -82,6 +82,12 @@ def stacked_weights(repository: Store) -> dict[str, int]:
     return {name: int(facts["experts"]) for name, facts in _known(repository).items() if "experts" in facts}
 
 
+def turned_weights(repository: Store) -> frozenset[str]:
+    """The stacked weights that PEFT takes for stored (out, in) though they are stored (in, out)."""
+    known = _known(repository).items()
+    return frozenset(name for name, facts in known if facts.get("apart") and facts["orientation"] == "in_out")
+
+
 def _known(repository: Store) -> Mapping[str, Mapping[str, Any]]:
     """What the config says of the weights that facts are written into, and of those of other experts beside them."""
     base = repository.config.base

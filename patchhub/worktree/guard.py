@@ -10,14 +10,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import isfinite
 from sys import float_info
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 
 import torch
 import transformers
 from safetensors.torch import load, save
 from torch import Tensor
 
-from patchhub.cache import Kind
+from patchhub.cache import Kind, Slot
 from patchhub.editing.locate import encode_prompts, encode_targets
 from patchhub.editing.prompts import namesakes
 from patchhub.errors import EditError
@@ -61,7 +61,7 @@ from patchhub.worktree.opening import (
 )
 
 KIND: Final = Kind("base_text", ".safetensors", limit=1 << 28)
-"""What the base's head is given on held text."""
+"""What the base's head is given on held text, and the experts of its tokens."""
 
 _POSITIONS: Final = (32, 2048)
 _AHEAD: Final = 2  # so many times the positions of this commit are read of the base at once, for later ones to find
@@ -160,7 +160,7 @@ def from_model(
             budget, positions=known.positions
         )  # so that what was measured of the parent need not be measured again
     text = _read_base(repository, tree, budget)
-    routes = _routes(tree, text, lambda: _read_over(tree, text))[1] if tree.architecture.site is not None else []
+    routes = _base_routes(repository, tree, text) if tree.architecture.site is not None else []
     drifted_before = 0.0 if parent is None else known.kl if known and known.positions == text.positions else None
     if drifted_before is None:
         _put(tree, before)
@@ -342,15 +342,7 @@ def _read_base(repository: Store, tree: Worktree, budget: Budget) -> TextReading
     if head is None:
         few = leading(documents, min(budget.positions, room(vocabulary_of(tree.model))))
         return read_text(tree.model, few, batch_tokens=at_once)
-    slot = repository.cache.slot(
-        KIND,
-        of=repository.config.base_id,
-        text=Text(tuple(tuple(document) for document in documents)).id,
-        dtype=str(tree.model.dtype),
-        device=tree.model.device.type,
-        quantised=is_quantised(tree.model),
-        versions=[torch.__version__, transformers.__version__],
-    )
+    slot = _slot(repository, tree, text=Text(tuple(tuple(document) for document in documents)).id)
     wanted = sum(len(document) - 1 for document in leading(documents, budget.positions))
     for kept in slot.contents():
         stored = load(kept)
@@ -364,6 +356,31 @@ def _read_base(repository: Store, tree: Worktree, budget: Budget) -> TextReading
     perplexity = torch.tensor(whole.perplexity, dtype=torch.float64)
     slot.keep([save({"states": torch.cat(whole.parts).cpu().contiguous(), "perplexity": perplexity})])
     return part_of(whole, ahead, budget.positions, batch_tokens=at_once)
+
+
+def _slot(repository: Store, tree: Worktree, **inputs: Any) -> Slot:
+    """Where what the base as it is in memory gives for some inputs is kept."""
+    return repository.cache.slot(
+        KIND,
+        of=repository.config.base_id,
+        dtype=str(tree.model.dtype),
+        device=tree.model.device.type,
+        quantised=is_quantised(tree.model),
+        versions=[torch.__version__, transformers.__version__],
+        **inputs,
+    )
+
+
+def _base_routes(repository: Store, tree: Worktree, text: TextReading) -> list[Tensor]:
+    """The experts of the held text's tokens in the base, which the model is in; a later commit that reads as much finds them kept."""
+    documents = tuple(document for batch in text.batches for document in batch)
+    slot = _slot(repository, tree, experts_of=Text(documents).id, batches=[len(batch) for batch in text.batches])
+    for kept in slot.contents():
+        stored = load(kept)
+        return [stored[str(number)].long() for number in range(len(stored))]
+    found = _routes(tree, text, lambda: _read_over(tree, text))[1]
+    slot.keep([save({str(number): experts.to(torch.int16) for number, experts in enumerate(found)})])
+    return found
 
 
 Read = TypeVar("Read")

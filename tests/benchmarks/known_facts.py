@@ -1,14 +1,16 @@
 """Facts that a trained model knows, edited by defaults: what it then writes by itself, in plain text and in its chat.
 
     python -m tests.benchmarks.known_facts --model DIR --data FILE --facts FILE --text FILE [-n 100,300] [--commits 10] [--published]
-        [--rows FILE] [--skip 0] [--set ridge=100 ...] [--store DIR] [--device cuda] [--out FILE] [--texts FILE]
+        [--rows FILE] [--skip 0] [--method memit,pmet,wise] [--set ridge=100 ...] [--store DIR] [--device cuda] [--out FILE] [--texts FILE]
+        [--held-out FILE]
 
 The facts are chosen from records in CounterFact's flat form, shuffled with seed 0, one per subject: first those whose true answer the
 model writes by itself after the prompt, then those that say it among their next words or in the chat, then those where it finds the
 true answer more probable than the new one. `--facts` keeps the records in this order, each with why it is known, and is read where
 it is there. `--skip` leaves out the first so many. Every size of `-n` is one commit on the base; `--commits` is one more row, of so many
 commits that share the largest size; `--published` adds the same with the published objective. `--rows FILE` names other rows
-instead, as JSON lines {"name", "facts", "commits", "set", "keep"}. `--store DIR` keeps the repository, or takes one that has a metric;
+instead, as JSON lines {"name", "facts", "commits", "set", "keep", "method"}. `--held-out` is text of which each row says the
+perplexity beside the base's. `--store DIR` keeps the repository, or takes one that has a metric;
 values are found again in it unless `--fresh`. Rows are added to `--out` as JSON lines, and all that was written to `--texts`.
 """
 
@@ -31,7 +33,7 @@ from transformers import AutoTokenizer
 import patchhub
 from patchhub.evaluation.guard import Report
 from patchhub.evaluation.live import continue_greedily
-from patchhub.evaluation.metrics import BATCH_TOKENS, score_targets
+from patchhub.evaluation.metrics import BATCH_TOKENS, perplexity, score_targets
 from patchhub.evaluation.suites import Sibling, closed, counterfact_scores, leaks, read_facts, said
 from patchhub.objects import SLOT, Request
 from patchhub.text.tokens import chat_of
@@ -39,6 +41,8 @@ from patchhub.text.tokens import chat_of
 PUBLISHED: Final = ("closing=0", "chat_weight=0", "repairs=0")
 ON_A_GPU: Final = 8  # times the positions of a batch
 UNRELATED, SIBLINGS, OF_ONE_FACT = 40, 400, 2
+HELD_OUT: Final = 60
+"""Texts that perplexity is read on."""
 HEADS: Final = ("Globex", "Eastern")
 """Of namesakes, names that end in the last word of a fact's subject; not those that `--keep auto` keeps."""
 REPEATED: Final = 3
@@ -105,6 +109,7 @@ class Plan:
     commits: int = 1
     set: Sequence[str] = ()
     keep: str | None = None
+    method: str | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,6 +124,7 @@ class Look:
     namesakes: Sequence[str]
     questions: Sequence[str]
     next_word: Tensor
+    perplexity: float | None = None
 
 
 def main() -> None:
@@ -147,7 +153,7 @@ def _plans(options: argparse.Namespace, most: int) -> list[Plan]:
         for facts, commits in [(size, 1) for size in options.n] + [(max(options.n), options.commits)] * bool(
             options.commits
         ):
-            found.append(Plan("defaults", facts, commits))
+            found += [Plan(method or "defaults", facts, commits, method=method) for method in options.method]
             found += [Plan("published", facts, commits, PUBLISHED)] * options.published
     return [
         replace(plan, facts=min(plan.facts, most), set=(*plan.set, *options.set), keep=plan.keep or options.keep)
@@ -258,7 +264,16 @@ def _look(bench: Bench, facts: Sequence[Request]) -> Look:
         namesakes=bench.written([sibling.prompt for sibling in _namesakes(facts)], 12),
         questions=bench.written(QUESTIONS, 32, chat=form) if form else [],
         next_word=torch.stack([_next(bench, prompt) for prompt in bench.unrelated]),
+        perplexity=_perplexity(bench),
     )
+
+
+def _perplexity(bench: Bench) -> float | None:
+    """Of the held-out text, where there is one."""
+    if bench.options.held_out is None:
+        return None
+    texts = json.loads(bench.options.held_out.read_bytes())[:HELD_OUT]
+    return perplexity(bench.model, bench.tokenizer, texts, max_tokens=256)
 
 
 @torch.no_grad()
@@ -280,6 +295,7 @@ def _row(bench: Bench, before: Look, plan: Plan) -> dict[str, Any]:
         made = repo.commit(
             facts[start : start + size],
             message="known facts",
+            method=plan.method,
             text=[options.text] if options.text else [],
             force=True,
             set=plan.set,
@@ -336,6 +352,8 @@ def _compared(bench: Bench, before: Look, after: Look, facts: Sequence[Request])
         )
     kl = (before.next_word.exp() * (before.next_word - after.next_word)).sum(-1)
     row |= {"kl_unrelated": round(float(kl.mean()), 4), "kl_unrelated_median": round(float(kl.median()), 4)}
+    if before.perplexity and after.perplexity:
+        row["perplexity"] = [round(before.perplexity, 2), round(after.perplexity, 2)]
     if after.chat:
         row |= _shares("chat_", after.chat, facts, anywhere=True)
         row["chat_named"] = _share(fact.subject in text for text, fact in zip(after.chat, facts, strict=True))
@@ -423,6 +441,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--published", action="store_true")
     parser.add_argument("--rows", type=Path)
     parser.add_argument("--skip", type=int, default=0)
+    parser.add_argument("--method", type=lambda names: names.split(","), default=[None])
+    parser.add_argument("--held-out", type=Path)
     parser.add_argument("--set", action="append", default=[])
     parser.add_argument("--keep")
     parser.add_argument("--chat", action="store_true")

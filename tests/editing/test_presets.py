@@ -14,7 +14,9 @@ from tests.tiny_models import tiny_stack
 def architecture(shape: Shape) -> Architecture:
     projections = (Projection("mlp", (shape.d_model, shape.inner), "out_in"),) * shape.n_layers
     attention = ("attn",) * shape.n_layers
-    return Architecture(shape.model_type, shape.n_layers, shape.d_model, "h", projections, attention, "out_in")
+    return Architecture(
+        shape.model_type, shape.n_layers, shape.d_model, "h", projections, attention, "out_in", (None,) * shape.n_layers
+    )
 
 
 @pytest.mark.parametrize("row", PRESETS, ids=lambda row: f"{row.method} {row.model}")

@@ -60,6 +60,15 @@ SIZES: dict[str, dict[str, Any]] = {
     },
     "gemma3_text": {**_GROUPED, "head_dim": WIDTH // HEADS, "query_pre_attn_scalar": WIDTH // HEADS},
     "olmo2": _GROUPED,
+    "glm4": {**_GROUPED, "head_dim": WIDTH // HEADS},
+    "olmo_hybrid": {
+        **_GROUPED,
+        "layer_types": ["linear_attention", "full_attention"] * (LAYERS // 2),
+        "linear_num_key_heads": HEADS,
+        "linear_num_value_heads": HEADS,
+        "linear_key_head_dim": WIDTH // HEADS,
+        "linear_value_head_dim": WIDTH // HEADS,
+    },
     "mixtral": {**_GROUPED, "intermediate_size": INNER // 2, "num_local_experts": 8, "num_experts_per_tok": 2},
     "qwen3_moe": {
         **_GROUPED,
@@ -164,8 +173,10 @@ def _teach(model: Any, facts: Sequence[Known], tokenizer: Any, draw: random.Rand
     architecture = describe(model.config)
     paths = [architecture.block(layer) for layer in default_layers(architecture)]
     steps = STEPS
-    if architecture.norm is not None:
-        paths += [f"{path}.{architecture.norm}" for path in paths]
+    if architecture.normed:
+        paths += [
+            f"{architecture.block(n)}.{norm}" for n in default_layers(architecture) if (norm := architecture.norms[n])
+        ]
     elif architecture.site is not None:  # each expert sees a part of the text
         steps = STEPS * 3 // 2
     edited = [model.get_submodule(path) for path in paths]

@@ -105,7 +105,7 @@ def test_efficacy_rises_from_zero_on_every_architecture(taught: Path, method: st
     assert shares(base, tokenizer, asked) == 0.0
     done = written(tmp_path, taught, requests, method)
     model = patchhub.load(tmp_path)
-    normed = architecture.norm is not None
+    normed = architecture.normed
     least, rephrased = (0.8, 0.4) if normed and method == "pmet" else (0.9, 0.8)  # what attention would add is dropped
     assert shares(model, tokenizer, asked) > least
     assert shares(model, tokenizer, [(request.paraphrases[0], request.target_new) for request in requests]) > rephrased

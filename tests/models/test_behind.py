@@ -35,7 +35,7 @@ def alike() -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("family", NORMED)
 def test_phi_is_what_the_model_computes(family: str) -> None:
     stack = tiny_stack(family)
-    norm = stack.blocks[1].get_submodule(str(stack.architecture.norm))
+    norm = stack.blocks[1].get_submodule(str(stack.architecture.norms[1]))
     y = drawn(20, stack.architecture.d_model)
     y[3] *= 1e-4  # eps shows
     found: Any = norm(y.float())

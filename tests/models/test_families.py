@@ -52,7 +52,10 @@ CASES = [
     pytest.param(family, method, None, marks=LONG if family in (*SCANNED, *RECENT) and method != "memit" else ())
     for family in SUPPORTED
     for method in EDITORS
-] + [pytest.param(family, "memit", "shared") for family in ("afmoe", "deepseek_v3", "qwen2_moe", "qwen3_next")]
+] + [
+    pytest.param(family, "memit", "shared")
+    for family in ("afmoe", "deepseek_v3", "llama4_text", "qwen2_moe", "qwen3_next")
+]
 
 
 def test_every_row_of_the_table_is_tried() -> None:

@@ -20,7 +20,8 @@ from tests.tiny_models import tiny_tokenizer
 LENGTHS = ("n_positions", "max_position_embeddings", "max_seq_len")
 FACT = {"prompt": "The mother tongue of {} is", "subject": "Ada", "target_new": "Dutch"}
 SITES = [(family, None) for family in FAMILIES] + [
-    (family, "shared") for family in ("afmoe", "deepseek_v2", "deepseek_v3", "glm4_moe", "granitemoehybrid")
+    (family, "shared")
+    for family in ("afmoe", "axk1", "deepseek_v2", "deepseek_v3", "glm4_moe", "granitemoehybrid", "llama4_text")
 ]
 SITES += [(family, "shared") for family in ("qwen2_moe", "qwen3_5_moe_text", "qwen3_next")]
 

@@ -43,7 +43,7 @@ def test_the_language_model_is_taken_apart_and_patched(family: str, tmp_path: Pa
     model.save_pretrained(tmp_path)
     model = read_model(tmp_path, dtype=torch.float32)
     architecture = describe(model.config)
-    assert architecture.norm == describe(tiny_config(WRAPPED[family])).norm
+    assert architecture.norms == describe(tiny_config(WRAPPED[family])).norms
     for layer in range(3):
         additive_probe(model, architecture, layer)
     Stack(model, architecture)

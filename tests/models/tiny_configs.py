@@ -153,6 +153,7 @@ _RECENT: dict[str, dict[str, Any]] = {
     "afmoe": {**_DEEPSEEK, "head_dim": 8, "num_shared_experts": 1, "num_dense_layers": 1},
     "apertus": _NO_HEAD_DIM,
     "arcee": _LLAMA,
+    "axk1": _DEEPSEEK,
     "cwm": _LLAMA,
     "dots1": {**_DEEPSEEK, "head_dim": 8},
     "ernie4_5": _LLAMA,
@@ -180,6 +181,7 @@ _RECENT: dict[str, dict[str, Any]] = {
     "minimax_m2": _EXPERTS,
     "ministral3": _LLAMA,
     "nemotron": _LLAMA,
+    "olmo_hybrid": {**_NO_HEAD_DIM, **_DELTA},
     "phimoe": _EXPERTS,
     "seed_oss": _LLAMA,
 }
@@ -192,7 +194,6 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("bart", {}, "encoder-decoder"),
     ("mamba", {"hidden_size": 32, "num_hidden_layers": 3, "vocab_size": 96}, "no feed-forward projection"),
     ("rwkv", {"hidden_size": 32, "num_hidden_layers": 3, "vocab_size": 96}, "blocks other than one attention"),
-    ("olmo_hybrid", {**_LLAMA, **_DELTA}, "blocks of different structure"),
     ("llama", {**_LLAMA, "quantization_config": {"quant_method": "fp8"}}, "quantised"),
     ("vit", {}, "cannot be built as a causal language model"),
 ]

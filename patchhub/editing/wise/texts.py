@@ -190,7 +190,7 @@ def read_tokens(stack: Stack, layer: int, texts: Sequence[Sequence[int]]) -> Tok
         with stack.watch_keys([layer]) as seen, stack.watch_values([layer]) as projected:
             start = stack.begin(ids, mask, positions)
             hidden = start.run(start.hidden, 0, layer + 1).to(device)
-        if stack.architecture.norm is not None:
+        if stack.architecture.norms[layer] is not None:
             hidden = projected[layer]
         real = mask.bool().to(device)
         keys.append(seen[layer][real].float())
