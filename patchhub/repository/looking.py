@@ -494,6 +494,13 @@ class RefVerbs(Opened):
         return remote_add(self.store, name, address)
 
     @verb
+    def remote_set_url(self, name: str, address: str) -> str:
+        """Give a remote another address; returns the address as it is kept."""
+        from patchhub.porcelain.share import remote_set_url
+
+        return remote_set_url(self.store, name, address)
+
+    @verb
     def remote_list(self) -> dict[str, str]:
         """The address of every remote by its name."""
         from patchhub.porcelain.share import remotes

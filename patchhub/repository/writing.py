@@ -139,6 +139,11 @@ class WritingVerbs(Opened):
         if amended is not None:
             who = who.saying(self.store.commit(amended).message)
             if facts is None and not (prompt or subject or target):
+                if not (message.strip() or author or sign or key):
+                    raise SettingsError(
+                        "there is nothing to amend: neither facts nor a message",
+                        remedy="`patchhub commit --amend -m TEXT` says why in other words, `patchhub commit --amend FILE` adds facts.",
+                    )
                 with self._heard() as progress:
                     return _renamed(self.store, who, progress, amended)
         from patchhub.editing.requests import read_facts, read_keeps
