@@ -235,6 +235,7 @@ class LookingVerbs(Opened):
             )
         if chat and metric is None:
             raise SettingsError("a command asks the model in its own way", remedy="Leave --chat out.")
+        self._refuse_device(device)
         place = self._place(base)
         from patchhub.porcelain import blame
 

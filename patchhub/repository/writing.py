@@ -193,6 +193,11 @@ class WritingVerbs(Opened):
             method, set, strict, all_facts, force, workers, on: as in `commit`.
         """
         who, settings = self._signing(author, time, message), self._settings(set, method)
+        from patchhub.sets.elements import retargeted
+
+        retargeted(
+            self.store, subject, target, prompt=prompt
+        )  # says that there is no such fact before torch is imported
         from patchhub.porcelain.commit import update
 
         how = as_written(method=method, settings=settings, strict=strict, workers=workers, on=on)
