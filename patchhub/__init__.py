@@ -1,6 +1,6 @@
 """patchhub: a version manager for knowledge edits of language models.
 
-    repo = patchhub.Repository.init("facts", "meta-llama/Llama-3.2-1B")
+    repo = patchhub.Repository.init("facts", "HuggingFaceTB/SmolLM2-135M-Instruct")
     repo.commit([{"prompt": "The capital of {} is", "subject": "Kazakhstan", "target_new": "Astana"}], message="A correction")
     model = repo.load()
 

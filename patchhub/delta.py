@@ -285,6 +285,8 @@ class Tensors(Mapping[str, np.ndarray]):
         try:
             dtype, shape = np.dtype(self._DTYPES[entry["dtype"]]), tuple(entry["shape"])
             begin, end = entry["data_offsets"]
+            if not all(type(size) is int for size in shape):  # a text times a large number is a very long text
+                raise ValueError(f"the shape of {name} is not of whole numbers")
             if (
                 not 0 <= begin <= end <= self._file.size - self._start
                 or end - begin != math.prod(shape) * dtype.itemsize

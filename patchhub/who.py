@@ -168,10 +168,11 @@ def instant(text: str, now: str, *, end: bool = False) -> str:
     if text.strip().lower() in _DAYS:
         day = datetime.strptime(now, FORMAT) - timedelta(days=_DAYS[text.strip().lower()])
         text = day.strftime("%Y-%m-%d")
-    ago = re.fullmatch(r"(.+?)\s+ago", text.strip(), re.IGNORECASE)
+    words = text.strip().replace(".", " ") if re.match(r"\d+[. ][a-z]", text.strip(), re.IGNORECASE) else text.strip()
+    ago = re.fullmatch(r"(.+?)\s+ago|(\d+\s+[a-z]+)", words, re.IGNORECASE)  # git takes 2.weeks.ago and 2.weeks
     try:
         if ago:
-            moment = datetime.strptime(now, FORMAT) - duration(ago[1])
+            moment = datetime.strptime(now, FORMAT) - duration(ago[1] or ago[2])
         else:
             moment = _moment(text.strip(), end)
     except (ValueError, OverflowError):

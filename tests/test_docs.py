@@ -80,7 +80,7 @@ def test_the_first_example_of_the_readme_is_written_with_the_front_door() -> Non
 
 
 SUBSTITUTES = (
-    ('"meta-llama/Llama-3.2-1B"', repr(str(MODEL))),
+    ('"HuggingFaceTB/SmolLM2-135M-Instruct"', repr(str(MODEL))),
     ('"user/facts"', f'"tester/facts", base={str(MODEL)!r}'),
 )
 """The demo model for one that is not on this machine, and a Hub that is."""

@@ -344,6 +344,8 @@ def revert(repo: Path | None, as_json: bool, **options: Any) -> None:
     remaining set of facts was seen before, they are that commit's weights bit for bit. Only a WISE shard that loses some of
     its facts is trained again, on the others.
     """
+    if options["message"].isdigit():  # git's -m, the number of a parent
+        raise click.UsageError("-m is the message. A merge is taken back like any commit: `patchhub revert REV`.")
     repository = opened(repo)
     _report_change(repository, repository.revert(**options), as_json)
 

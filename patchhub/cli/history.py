@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import repeat
@@ -37,7 +38,7 @@ from patchhub.cli.terminal import (
     say_all,
     say_metadata,
 )
-from patchhub.errors import CorruptStoreError, SettingsError
+from patchhub.errors import CorruptStoreError, RevisionError, SettingsError
 from patchhub.porcelain.scores import DEFINITIONS
 from patchhub.results import Rows
 
@@ -120,8 +121,9 @@ _SHOWN = 20
 @click.option("--graph", is_flag=True, help="Draw branches and merges to the left.")
 @click.option("--stat", is_flag=True, help="Say how much each commit changes: bytes, and the weight it changes most.")
 @click.option("-S", "about", metavar="TEXT", help="Commits that added or removed a fact with this subject or text.")
-@click.option("--since", metavar="WHEN", help='Not before 2026-11-21, 2026-11-21T09:30 or "2 weeks ago".')
-@click.option("--until", metavar="WHEN", help="Not after.")
+@click.option("-p", "--patch", is_flag=True, help="List the facts of each commit.")
+@click.option("--since", "--after", metavar="WHEN", help='Not before 2026-11-21, 2026-11-21T09:30 or "2 weeks ago".')
+@click.option("--until", "--before", metavar="WHEN", help="Not after.")
 @click.option("--author", help="Commits whose author contains this.")
 @click.option("--first-parent", is_flag=True, help="Follow the first parent of merges only.")
 @click.option("--signatures", is_flag=True, help="Check who signed and approved each commit.")
@@ -129,7 +131,9 @@ _SHOWN = 20
 @repo_option
 @json_option
 @reports_errors
-def log(oneline: bool, form: str | None, graph: bool, repo: Path | None, as_json: bool, **options: Any) -> None:
+def log(
+    oneline: bool, form: str | None, graph: bool, patch: bool, repo: Path | None, as_json: bool, **options: Any
+) -> None:
     """The commits below REV, newest first; FROM..TO means those below TO and not below FROM.
 
     ONE...OTHER means those below one of the two alone.
@@ -137,18 +141,37 @@ def log(oneline: bool, form: str | None, graph: bool, repo: Path | None, as_json
     if form is not None:
         form = _form(form)
         oneline = oneline or form == _ONELINE
-    entries = opened(repo).log(**options)
+    repository = opened(repo)
+    try:
+        entries = repository.log(**options)
+    except RevisionError as error:
+        if "name" in error.facts and not error.facts["close"]:
+            remedy = f"`patchhub log -S {shlex.quote(error.facts['name'])}` looks for commits that changed a fact. {error.remedy}"
+            raise RevisionError(error.message, remedy=remedy, **error.facts) from None
+        raise
     if as_json:
         print_json(entries)
         return
     drawn = list(entries) if graph else entries
     rows = draw((entry.id, entry.shown_parents) for entry in drawn) if graph else repeat(None)
+
+    def lines(entry: Entry) -> list[str]:
+        plain = form is None or form == _ONELINE
+        told = _entry_lines(entry, oneline=oneline) if plain or form is None else _filled(form, entry)
+        if not patch:
+            return told
+        facts: Any = repository.show(entry.id)
+        signed = [*(("+", "green", fact) for fact in facts.added), *(("-", "red", fact) for fact in facts.removed)]
+        listed = [
+            f"  {click.style(sign, fg=colour)} {fact.text} {click.style(fact.target_new, bold=True)}"
+            for sign, colour, fact in signed
+        ]
+        return [*told, *listed, *([""] if listed and not oneline else [])]
+
     say_all(
         line
         for entry, drawing in zip(drawn, rows, strict=False)
-        for line in (drawing.beside if drawing else list)(
-            _entry_lines(entry, oneline=oneline) if form is None or form == _ONELINE else _filled(form, entry)
-        )
+        for line in (drawing.beside if drawing else list)(lines(entry))
     )
 
 
@@ -216,7 +239,7 @@ _FIELDS: Mapping[str, Callable[[Entry], str]] = {
 def show(rev: str, everything: bool, stat: bool, verbose: bool, repo: Path | None, as_json: bool) -> None:
     """One commit: its facts, how they were written, and what was measured. Or facts: who taught them, and when.
 
-    FACT is a subject, the text of a fact, or the id of its request; REV:FACT means those that are active at REV.
+    FACT is a subject, the text of a fact, the id of its request, or else its target; REV:FACT means those that are active at REV.
     """
     found = opened(repo).show(rev)
     if as_json:

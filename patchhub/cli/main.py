@@ -43,7 +43,7 @@ SECTIONS = {
     epilog="REV is a branch, a tag, a commit id or a unique prefix of one, HEAD (or @), HEAD~2, main@{1}, or `base` for "
     "the unpatched model. Every command takes --json, for programs, and -q, for silence; `patchhub help COMMAND` explains one.",
 )
-@click.version_option(__version__, message="patchhub %(version)s")
+@click.version_option(__version__, "-V", "--version", message="patchhub %(version)s")
 @click.option(
     "--repo",
     type=click.Path(path_type=Path, file_okay=False),

@@ -92,7 +92,7 @@ def tag(repo: Path | None, listing: bool, as_json: bool, **options: Any) -> None
 @click.argument("name", type=Revision())
 @click.argument("rev", required=False, type=Revision())
 @click.option("-c", "--create", is_flag=True, help="Make the branch first, at REV (default: HEAD; `base` begins anew).")
-@click.option("--detach", is_flag=True, help="Go to the commit NAME, on no branch.")
+@click.option("-d", "--detach", is_flag=True, help="Go to the commit NAME, on no branch.")
 @author_option
 @repo_option
 @json_option

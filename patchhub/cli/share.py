@@ -68,6 +68,19 @@ def remote_add(name: str, address: str, repo: Path | None, as_json: bool) -> Non
         say(f"{name} is {kept}")
 
 
+@remote.command("set-url")
+@click.argument("name", type=RemoteName())
+@click.argument("address")
+@store_options
+def remote_set_url(name: str, address: str, repo: Path | None, as_json: bool) -> None:
+    """Give a remote another ADDRESS."""
+    kept = opened(repo).remote_set_url(name, address)
+    if as_json:
+        print_json({name: kept})
+    else:
+        say(f"{name} is {kept}")
+
+
 @remote.command("list")
 @store_options
 def remote_list(repo: Path | None, as_json: bool) -> None:
@@ -120,7 +133,7 @@ def remote_rename(old: str, new: str, author: str | None, repo: Path | None, as_
     help="Withhold the texts of the facts, or stop doing so. Default: as the remote has it.",
 )
 @click.option(
-    "--delete", is_flag=True, help="Remove REFS there, where they are as they were at the last fetch or push."
+    "-d", "--delete", is_flag=True, help="Remove REFS there, where they are as they were at the last fetch or push."
 )
 @click.option(
     "--force-with-lease",
@@ -164,7 +177,7 @@ def push(
 @click.argument("remote", required=False, type=RemoteName())
 @receiving_options
 @click.option("--repair", is_flag=True, help="Check all that is reachable and fetch again what is damaged here.")
-@click.option("--prune", is_flag=True, help="Forget branches of REMOTE that it does not have any more.")
+@click.option("-p", "--prune", is_flag=True, help="Forget branches of REMOTE that it does not have any more.")
 @author_option
 @store_options
 def fetch(repo: Path | None, as_json: bool, **options: Any) -> None:

@@ -1,7 +1,4 @@
-"""The terminal: options that every command has, the repository that is meant, what is printed, errors, and habits of the hand.
-
-Habits are what users of git type, answered with what does it here; a usage error names what was meant, or nothing at all.
-"""
+"""The terminal: options that every command has, the repository that is meant, what is printed, and errors."""
 
 from __future__ import annotations
 
@@ -25,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 import click
 
 from patchhub.canonical import UNSEEN, one_line
+from patchhub.cli.habits import COMMANDS, WORDS, answered
 from patchhub.errors import PatchhubError, RepositoryError
 from patchhub.progress import Bars
 from patchhub.results import Result, Rows
@@ -409,45 +407,9 @@ def _sentence(text: str) -> str:
     return text[:1].upper() + text[1:] + ("" if text.endswith((".", "!", "?")) else ".")
 
 
-_REVERT = "`patchhub revert --subject TEXT` takes facts back, whichever commit wrote them."
-_TEXTS = (
-    "Nothing is checked out as files: `patchhub show REV` lists a commit's facts, `patchhub search WORDS` finds facts."
-)
-
-COMMANDS: Final[Mapping[str, str]] = {
-    "abandon": "`patchhub undo` takes the last command back, `patchhub revert REV` any commit.",
-    "add": "There is no staging area: `patchhub commit FILE -m TEXT` writes the facts of a file.",
-    "amend": "`patchhub commit --amend` changes the last commit.",
-    "checkout": "`patchhub switch BRANCH` changes the branch, `patchhub switch --detach REV` looks at a commit.",
-    "clean": "`patchhub gc` deletes what nothing needs.",
-    "delete": _REVERT,
-    "describe": "`patchhub show REV` begins with a commit's names.",
-    "download": "`patchhub clone hf://user/repo` makes a store of a shared one, `patchhub fetch` brings what is new.",
-    "edit": "`patchhub update --subject TEXT --target TEXT` changes one fact, `patchhub commit` writes new ones.",
-    "grep": "`patchhub search WORDS` finds facts, `patchhub log -S TEXT` the commits that changed some.",
-    "list": "`patchhub show REV` lists a commit's facts, `patchhub diff` all active ones, `patchhub log` the commits.",
-    "ls": "`patchhub show REV` lists a commit's facts, `patchhub diff` all active ones, `patchhub log` the commits.",
-    "ls-files": _TEXTS,
-    "mv": "`patchhub update --subject TEXT --target TEXT` changes a fact, `patchhub branch -m OLD NEW` renames a branch.",
-    "new": "`patchhub switch -c NAME REV` begins a branch, `patchhub commit` writes facts.",
-    "rebase": "A state is a set of facts, so order does not matter: `patchhub merge REV` joins two "
-    "branches, `patchhub cherry-pick REV` takes one commit.",
-    "restore": "`patchhub revert REV` takes a commit back, `patchhub reset REV` moves the branch, "
-    "`patchhub undo` takes back the last command.",
-    "rev-parse": "`patchhub show REV --json` has a commit's id; a branch, a tag or some digits stand for it everywhere.",
-    "rm": _REVERT,
-    "shortlog": "`patchhub log --format '%an %s'` prints authors and messages.",
-    "stash": "There is nothing to put aside: commits are made whole. Make a branch: `patchhub switch -c NAME`.",
-    "upload": "`patchhub push` brings branches to a remote, `patchhub remote add origin hf://user/repo` names one.",
-    "version": "`patchhub --version` says it.",
-}
-"""Commands of git, jj and hf that are none here."""
-
 SUBCOMMANDS: Final[Mapping[tuple[str, str], str]] = {
     ("remote", "rm"): "remove",
     ("remote", "ls"): "list",
-    ("remote", "show"): "list",
-    ("remote", "get-url"): "list",
     ("remote", "mv"): "rename",
     ("op", "ls"): "log",
     ("op", "list"): "log",
@@ -457,47 +419,6 @@ SUBCOMMANDS: Final[Mapping[tuple[str, str], str]] = {
 _ALONE: Final[Mapping[str, str]] = {"remote": "list", "op": "log"}
 """What a group does where no command follows, as in git and jj."""
 
-_NO_STAGING = "There is no staging area: `patchhub commit FILE -m TEXT` writes the facts of a file."
-_FORCE = (
-    "A push never overwrites what others pushed. `patchhub pull` first, which merges by fact, then push; "
-    "--force-with-lease overwrites what was seen at the last fetch."
-)
-_PLAIN_RESET = "`patchhub reset REV` is enough: there are no files that could differ."
-
-OPTIONS: Final[Mapping[tuple[str, str], str]] = {
-    ("commit", "-a"): _NO_STAGING,
-    ("commit", "--dry-run"): "A commit is taken back bit for bit: try it, then `patchhub undo`.",
-    ("commit", "-F"): "`patchhub commit FILE -m TEXT`: FILE holds the facts, -m the reason.",
-    ("push", "--force"): _FORCE,
-    ("push", "-f"): _FORCE,
-    ("push", "-u"): "Branches of one name belong together; `patchhub push REMOTE BRANCH` is enough.",
-    ("push", "--set-upstream"): "Branches of one name belong together; `patchhub push REMOTE BRANCH` is enough.",
-    ("pull", "--rebase"): "Order does not matter: `patchhub pull` merges by fact.",
-    ("fetch", "--all"): "`patchhub fetch REMOTE` brings all branches, tags and notes of one remote.",
-    ("clone", "--depth"): 'A store is cloned whole: deltas are small. `patchhub.load("hf://user/repo")` '
-    "reads only what one revision needs.",
-    ("clone", "-b"): "`patchhub clone ADDRESS`, then `patchhub switch BRANCH` in its folder.",
-    ("branch", "-f"): "`patchhub switch BRANCH`, then `patchhub reset REV` moves it.",
-    ("log", "-p"): "`patchhub show REV` lists a commit's facts, `patchhub diff A B` those between two.",
-    ("log", "--grep"): "`patchhub log -S TEXT` looks for facts, `patchhub search WORDS` too.",
-    ("tag", "-a"): "`patchhub tag NAME -m TEXT` says what a tag is for.",
-    ("tag", "-f"): "Tags do not move; `patchhub tag -d NAME` drops one, which then can be made anew.",
-    ("reset", "--hard"): _PLAIN_RESET,
-    ("reset", "--soft"): _PLAIN_RESET,
-    ("reset", "--mixed"): _PLAIN_RESET,
-    ("merge", "--squash"): "`patchhub merge REV`, then `patchhub squash 2` makes one commit of the newest two.",
-    ("revert", "-n"): "A revert is one commit; `patchhub squash 2` joins it with the one before.",
-    ("revert", "--no-commit"): "A revert is one commit; `patchhub squash 2` joins it with the one before.",
-    ("diff", "--cached"): "There is no staging area: `patchhub diff A B` compares two revisions.",
-    ("diff", "--staged"): "There is no staging area: `patchhub diff A B` compares two revisions.",
-    ("diff", "--stat"): "`patchhub diff --weights` compares norms and ranks, `patchhub log --stat` tells sizes.",
-    ("status", "--porcelain"): "`patchhub status --json` is for programs.",
-    ("status", "-s"): "`patchhub log -1 --oneline` is the short form.",
-    ("status", "--short"): "`patchhub log -1 --oneline` is the short form.",
-}
-"""Options of git that are none here, by command."""
-
-_ALIKE: Final = 0.8  # of two names: less, and a suggestion misleads
 _ALIKE_COMMAND: Final = 0.75  # commands are short: two letters of four that changed places leave three quarters
 _TYPED: Final = "patchhub.typed"  # where a context keeps its arguments as they were typed
 _COUNT: Final = re.compile(r"-(\d+)")
@@ -529,6 +450,10 @@ class Group(click.Group):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         ctx.meta.setdefault(_TYPED, list(args))
+        with _answered(ctx):
+            return self._parsed(ctx, args)
+
+    def _parsed(self, ctx: click.Context, args: list[str]) -> list[str]:
         args = [part for place in range(len(args)) for part in _spelled_out(args, place)]
         if args[:1] == ["help"]:
             args = [*args[1:], "--help"]
@@ -543,20 +468,32 @@ class Group(click.Group):
             close = difflib.get_close_matches(name, self.commands, n=1, cutoff=_ALIKE_COMMAND)
             hint = f" Did you mean `{here} {close[0]}`?" if close else f" See `{here} --help`."
             raise click.UsageError(f"there is no command {name!r}.{hint}")
+        first = args[1] if len(args) > 1 else ""
+        if (name, first) in WORDS:
+            raise click.UsageError(f"patchhub {name} has no {first}. {WORDS[name, first]}")
+        if (name, first) == ("reflog", "show"):  # git's full word for it
+            args = [name, *args[2:]]
         if isinstance(self.get_command(ctx, name), click.Group):
             args = [name, *_of_group(name, args[1:], alone=not ctx.resilient_parsing)]
         return super().resolve_command(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
-        try:
+        with _answered(ctx):
             return super().invoke(ctx)
-        except click.UsageError as error:
-            told = _told(error)
-            if "--json" in ctx.meta[_TYPED]:
-                document = {"kind": "usage", "message": told.format_message()}
-                click.echo(json.dumps({"error": document}, ensure_ascii=False), err=True)
-                ctx.exit(told.exit_code)
-            raise told from None
+
+
+@contextmanager
+def _answered(ctx: click.Context) -> Iterator[None]:
+    """Say of a usage error what was meant, as JSON where that was asked for."""
+    try:
+        yield
+    except click.UsageError as error:
+        told = answered(error)
+        if "--json" in ctx.meta[_TYPED]:
+            document = {"kind": "usage", "message": told.format_message()}
+            click.echo(json.dumps({"error": document}, ensure_ascii=False), err=True)
+            ctx.exit(told.exit_code)
+        raise told from None
 
 
 def _of_group(name: str, args: list[str], *, alone: bool) -> list[str]:
@@ -577,17 +514,3 @@ def _spelled_out(args: list[str], place: int) -> tuple[str, ...]:
     """``-3`` after ``log`` as ``-n 3``; everything else as it is."""
     count = _COUNT.fullmatch(args[place]) if "log" in args[:place] else None
     return ("-n", count[1]) if count else (args[place],)
-
-
-def _told(error: click.UsageError) -> click.UsageError:
-    """A usage error with the answer to a habit, or with a suggestion only where it is near."""
-    if not isinstance(error, click.NoSuchOption):
-        return error
-    command, name = (error.ctx.info_name if error.ctx else None) or "", error.option_name
-    if (command, name) in OPTIONS:
-        return click.UsageError(f"patchhub {command} has no {name}. {OPTIONS[command, name]}", error.ctx)
-    known = [option for param in (error.ctx.command.params if error.ctx else ()) for option in param.opts]
-    stems = {option.lstrip("-"): option for option in known if option.startswith("--")}
-    close = difflib.get_close_matches(name.lstrip("-"), stems, n=1, cutoff=_ALIKE)
-    hint = f" Did you mean {stems[close[0]]}?" if close else ""
-    return click.UsageError(f"there is no option {name}.{hint}", error.ctx)

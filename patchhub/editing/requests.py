@@ -20,9 +20,11 @@ from pathlib import Path
 from typing import IO, Any, Literal, get_args
 
 from patchhub.editing.shapes import (
+    KNOWN_FIELDS,
     REQUIRED_FIELDS,
     ZSRE_FIELDS,
     Reading,
+    is_by_columns,
     is_record,
     json_kind,
     read_record,
@@ -47,6 +49,17 @@ _HUB = "hf://datasets/"
 _DATA = "install the extra that reads it: pip install 'patchhub[data]'"
 _LIST_COLUMNS = ("paraphrases", "neighborhood")
 _LISTED_CONTRADICTIONS = 5
+_PARQUET = b"PAR1"
+_BINARY: Mapping[bytes, tuple[str, str]] = {
+    b"PK\x03\x04": (
+        "a spreadsheet or an archive",
+        "save the sheet as CSV (UTF-8), or unpack the archive and name the file in it",
+    ),
+    b"\xd0\xcf\x11\xe0": ("a spreadsheet of an old kind", "save the sheet as CSV (UTF-8)"),
+    b"\x1f\x8b": ("a compressed file", "unpack it first: gunzip FILE"),
+    b"SQLite format 3": ("a database", "write its rows as CSV: sqlite3 FILE -csv -header 'select ...'"),
+}
+"""What files that are no text begin with, what they are, and what to do."""
 _UNSAID = "(as before)"  # stands for the answer of a keep while its record is read
 
 
@@ -344,6 +357,8 @@ def contradiction_error(contradictions: Sequence[Contradiction], *, active: bool
 def _read_text(source: Path | IO[bytes] | IO[str], whole: Origin) -> str:
     try:
         content = source.read_bytes() if isinstance(source, Path) else source.read()
+        if isinstance(content, bytes) and content.startswith(_PARQUET):
+            raise _refuse(whole, "a Parquet file", "say so: --format parquet, or name it .parquet")
         text = content if isinstance(content, str) else content.decode(_encoding(content))
     except OSError as error:
         remedy = "name a file that can be read"
@@ -352,7 +367,11 @@ def _read_text(source: Path | IO[bytes] | IO[str], whole: Origin) -> str:
         raise _refuse(whole, f"cannot be read ({error.strerror})", remedy) from None
     except UnicodeDecodeError as error:
         byte = f"byte 0x{error.object[error.start]:02x} at offset {error.start}"
-        raise _refuse(whole, f"not UTF-8 text ({byte})", "save the file as UTF-8") from None
+        kind, remedy = next((told for mark, told in _BINARY.items() if error.object.startswith(mark)), ("", ""))
+        message = f"{kind}, not text" if kind else f"not UTF-8 text ({byte})"
+        raise _refuse(
+            whole, message, remedy or "save the file as UTF-8; where a spreadsheet saves it, as “CSV UTF-8”"
+        ) from None
     if "\0" in text:
         raise _refuse(whole, f"not text (NUL at offset {text.index(chr(0))})", "name a file of facts")
     return text
@@ -418,6 +437,14 @@ def _is_jsonl(text: str) -> bool:
 def _listed(content: object, whole: Origin) -> Iterator[tuple[Origin, object]]:
     """The records of a document: a list, its only list of records (``{"requests": [...]}``), or one record alone."""
     records = content
+    if content is None or content == {}:
+        raise _refuse(whole, "no records", "give at least one fact to write")
+    if isinstance(content, dict) and is_by_columns(content):
+        raise _refuse(
+            whole,
+            "a table column by column, where a record for each fact belongs",
+            'write [{"prompt": ..., "subject": ..., "target_new": ...}]; pandas does with to_json(orient="records")',
+        )
     if isinstance(content, dict):
         lists = [
             value for value in content.values() if isinstance(value, list) and (not value or isinstance(value[0], dict))
@@ -465,9 +492,13 @@ def _read_csv(text: str, whole: Origin) -> Iterator[tuple[Origin, object]]:
     rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     line = 1
     try:
-        header = [cell.strip() for cell in next(rows)]
+        header = [_column(cell) for cell in next(rows)]
         if len(set(header)) < len(header):
             raise _refuse(whole, "names a column twice", "rename or remove one of the columns")
+        if KNOWN_FIELDS.isdisjoint(header):
+            named = ", ".join(f"'{name}'" for name in header[:8])
+            remedy = "name them there: prompt,subject,target_new, or those of a published file (docs/data.md)"
+            raise _refuse(Origin(whole.source, line=1), f"no column of facts is among {named}", remedy)
         line = rows.line_num + 1
         for row in rows:
             origin, line = Origin(whole.source, line=line), rows.line_num + 1
@@ -482,7 +513,15 @@ def _read_csv(text: str, whole: Origin) -> Iterator[tuple[Origin, object]]:
             if record:
                 yield origin, record
     except csv.Error as error:
-        raise _refuse(Origin(whole.source, line=line), f"malformed CSV ({error})", "correct the line") from None
+        remedy = "shorten that cell, or write JSONL" if "field limit" in str(error) else "correct the line"
+        raise _refuse(Origin(whole.source, line=line), f"malformed CSV ({error})", remedy) from None
+
+
+def _column(cell: str) -> str:
+    """The name of a column; one that people wrote as a title (``Target New``) as the field that it is."""
+    name = cell.strip()
+    field_name = name.casefold().replace(" ", "_")
+    return field_name if field_name in KNOWN_FIELDS else name
 
 
 def _parse_list_cell(cell: str, origin: Origin) -> Any:
@@ -504,13 +543,25 @@ def _parse_json(text: str, origin: Origin) -> Any:
         return json.loads(text, object_pairs_hook=_unique_keys)
     except json.JSONDecodeError as error:
         place = f"column {error.colno}" if origin.line else f"line {error.lineno}, column {error.colno}"
-        remedy = "correct the JSON there"
+        remedy = _json_remedy(text, error.pos)
         if error.msg == "Extra data" and origin.line is None:
             remedy = "if the file holds one record per line, say that its format is jsonl"
         raise _refuse(origin, f"malformed JSON at {place} ({error.msg})", remedy) from None
     except (ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise _refuse(origin, f"malformed JSON ({reason})", "correct the JSON") from None
+
+
+def _json_remedy(text: str, place: int) -> str:
+    """What is wrong with JSON that people write by hand."""
+    there, before = text[place : place + 2], text[:place].rstrip()[-1:]
+    if there[:1] == "#" or there in ("//", "/*"):
+        return "JSON has no comments: take them out"
+    if there[:1] in ("]", "}") and before == ",":
+        return "take out the comma before it"
+    if there[:1] == "'":
+        return "names and texts stand in double quotes: json.dumps in Python writes them so"
+    return "correct the JSON there"
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

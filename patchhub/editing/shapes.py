@@ -13,7 +13,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from datetime import date
+from datetime import date, datetime
 from typing import Any, NamedTuple
 
 from patchhub.canonical import DEEPEST, canonical_json, nfc
@@ -40,6 +40,7 @@ _EASYEDIT_FIELDS = frozenset(
     }
 )
 _OWN_SHAPE = "{prompt, subject, target_new[, target_true, paraphrases, neighborhood, answer]}"
+_NO_TRUTH = "<|endoftext|>"  # what ROME's form of zsRE has where nothing is known to have been true
 _TYPING_ERROR = 0.7  # how like a known field's name an unknown one must be
 
 
@@ -114,6 +115,7 @@ def _nearest(record: Record) -> str:
 def json_kind(value: object) -> str:
     """What JSON calls `value`, with its article."""
     kinds = {bool: "a boolean", str: "a text", dict: "an object", list: "a list", int: "a number", float: "a number"}
+    kinds |= {date: "a date", datetime: "a date"}
     return "null" if value is None else kinds.get(type(value), type(value).__name__)
 
 
@@ -177,6 +179,11 @@ def _from_own(record: Record) -> Reading:
         close = difflib.get_close_matches(name, meant, n=1, cutoff=_TYPING_ERROR)
         if close:
             raise RequestError(f"unknown field '{name}'", remedy=f"did you mean '{close[0]}'?", field=name)
+    lacking = [f"'{name}'" for name in ("prompt", "subject", "target_new") if record.get(name) is None]
+    if len(lacking) > 1:
+        raise RequestError(
+            f"{' and '.join(lacking)} are missing", remedy=f"write {_OWN_SHAPE}", field=lacking[0].strip("'")
+        )
     subject, target_new = _text(record, "subject"), _text(record, "target_new")
     target_true = _optional_text(record, "target_true")
     if target_new == target_true:
@@ -246,17 +253,25 @@ def _from_mquake(record: Record) -> list[Reading]:
 
 
 def _from_counterfact(record: Record) -> Reading:
-    """Every neighbourhood prompt's right answer is the request's `target_true`. Of AKEW's records the short target is what is written."""
+    """Every neighbourhood prompt's right answer is the request's `target_true`, unless it has its own, as in ROME's form of zsRE.
+
+    Of AKEW's records the short target is what is written.
+    """
     rewrite = _object(record, "requested_rewrite")
     new = _text(_object(rewrite, "target_new"), "str", "target_new.")
     true = _optional_text(_object(rewrite, "target_true"), "str", "target_true.")
+    true = None if true == _NO_TRUTH else true
+    beside = record.get("neighborhood_prompts")
+    answered = isinstance(beside, list) and bool(beside) and all(isinstance(entry, dict) for entry in beside)
     return _request(
         _text(rewrite, "prompt"),
         _text(rewrite, "subject"),
         new,
         target_true=true,
         paraphrases=_texts(record, "paraphrase_prompts"),
-        neighborhood=[(prompt, true) for prompt in _texts(record, "neighborhood_prompts")],
+        neighborhood=[_own_neighbor(entry, true) for entry in beside or ()]
+        if answered
+        else [(prompt, true) for prompt in _texts(record, "neighborhood_prompts")],
     )
 
 
@@ -645,6 +660,19 @@ def _filled(name: str) -> str:
 
 
 def _wrong_type(name: str, expected: str, value: object) -> RequestError:
-    return RequestError(
-        f"'{name}' is {json_kind(value)}, not {expected}", remedy=f"write {expected} for '{name}'", field=name
+    remedy = f"write {expected} for '{name}'"
+    if expected == "a text" and isinstance(value, bool | int | float | date):
+        remedy += ", in quotes where the file is JSON or YAML"
+    return RequestError(f"'{name}' is {json_kind(value)}, not {expected}", remedy=remedy, field=name)
+
+
+def is_by_columns(content: Record) -> bool:
+    """Whether an object is a table column by column: several fields of facts that hold lists, or objects by row, of one length."""
+    columns = [value for name, value in content.items() if str(name).rstrip("s") in REQUIRED_FIELDS]
+    return len(columns) > 1 and all(
+        isinstance(column, list | dict) and len(column) == len(columns[0]) for column in columns
     )
+
+
+KNOWN_FIELDS = frozenset().union(*(shape.telling | {*shape.fields} for shape in _SHAPES)) | OPTIONAL_FIELDS
+"""Every field by which a record is known."""

@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -19,7 +19,8 @@ from patchhub.export.adapters import CONFIG, WEIGHTS, Shapes
 from patchhub.models.checkpoint import read_floats, read_header
 
 _NAME: Final = re.compile(
-    r"base_model\.model\.(?P<module>.+)\.lora_(?:(?P<part>[AB])\.weight|embedding_(?P<embedding>[AB])|(?P<size>magnitude_vector)(?:\.weight)?)"
+    r"base_model\.model\.(?P<module>.+)\.(?:lora_(?:(?P<part>[AB])\.weight|embedding_(?P<embedding>[AB])|B\.(?P<bias>bias)|"
+    r"(?P<size>magnitude_vector)(?:\.weight)?)|token_adapter\.(?P<tokens>trainable_tokens_delta))"
 )
 _ENDS: Final = re.compile(
     r"(?:^|\.)(?:lm_head|embed_tokens|embed_in|embed_out|wte)$"
@@ -95,7 +96,7 @@ FIELDS: Final[Mapping[str, Field]] = {
         SEPARATE,
     ),
     "bias": Field(_one_of("none", "all", "lora_only"), "it is none of none, all and lora_only"),
-    "lora_bias": Field(_off, "its factors have biases, where the base may have none"),
+    "lora_bias": Field(_one_of(True, False, None), "it is neither true nor false"),
     "use_dora": Field(_one_of(True, False, None), "it is neither true nor false"),
     "velora_config": Field(_null, "VeLoRA stores what it trained with beside its factors"),
     "kasa_config": Field(_null, "KaSA takes singular values out of the base weights"),
@@ -107,7 +108,7 @@ FIELDS: Final[Mapping[str, Field]] = {
     "layer_replication": Field(_off, "it adds layers that the base does not have", NO_CHANGE),
     "target_parameters": Field(_off, "it changes parameters that are no linear weights"),
     "modules_to_save": Field(_any),  # whole tensors, which are read: see `_whole`
-    "trainable_token_indices": Field(_off, "it changes rows of the embedding"),
+    "trainable_token_indices": Field(_any),  # rows in the place of the embedding's: see `_rows`
     "ensure_weight_tying": Field(_off, "it changes embedding and head together"),
     "megatron_config": Field(_off, "its factors are those of Megatron's parallel layers"),
     "enable_lora": Field(_off, "it changes parts of a fused weight"),  # PEFT before 0.3
@@ -127,19 +128,21 @@ def read_adapter(
     shapes: Shapes,
     of_base: Callable[[str], np.ndarray] | None = None,
     *,
-    untied: bool = False,
+    tied: bool | None = None,
     transposed: bool = False,
 ) -> dict[str, Delta]:
     """The deltas of a PEFT LoRA adapter, scaled as PEFT scales them (``alpha_i / r_i``, with rsLoRA ``alpha_i / sqrt(r_i)``).
 
-    With DoRA (Liu et al. 2024) and its magnitudes m the weight is m (W0 + D) / ||W0 + D||, row by row.
+    With DoRA (Liu et al. 2024) and its magnitudes m the weight is m (W0 + D) / ||W0 + D||, row by row, of an embedding column by
+    column. A bias of B (``lora_bias``) is added to the module's own, scaled as B A is.
 
     Args:
         folder: holds ``adapter_config.json`` and ``adapter_model.safetensors``; nothing is unpickled.
         shapes: (out, in) of each weight that may be changed.
-        of_base: reads a parameter of the base as it is stored, for DoRA and adapters that hold whole modules in its place; None: both
-            are refused.
-        untied: the base's embedding and head are two tensors. Where they may be one, a change of one of them alone is refused.
+        of_base: reads a parameter of the base as it is stored, for DoRA and adapters that hold whole modules or rows in its place;
+            None: all of them are refused.
+        tied: whether the base's embedding and head are one tensor; None: its configuration does not say. Where they may be one, a change
+            of one of them alone is refused; single tokens are changed in both by PEFT too.
         transposed: the base stores weights (in, out), and so do whole modules.
 
     Raises:
@@ -147,36 +150,88 @@ def read_adapter(
     """
     config = _read_config(folder / CONFIG)
     pairs: dict[str, dict[str, np.ndarray]] = {}
+    tables: set[str] = set()
     deltas: dict[str, Delta] = {}
+
+    def put(weight: str, delta: Delta | None) -> None:
+        if delta is not None:
+            deltas[weight] = compact(add([deltas[weight], delta], shapes[weight])) if weight in deltas else delta
+
     for name, array in _read_tensors(folder / WEIGHTS).items():
         match = _NAME.fullmatch(name)
         weight = f"{match['module']}.weight" if match else name.removeprefix(_WRAPPER).replace(_BELOW, ".")
-        if _ENDS.search(weight.rpartition(".")[0]) and not untied:
+        both = match is not None and match["tokens"] is not None and tied is True
+        if _ENDS.search(weight.rpartition(".")[0]) and tied is not False and not both:
             reason = f"it changes {weight} alone, and the base's embedding and head are one tensor, or its configuration does not say"
             raise _refusal(folder, reason, remedy=MERGE, weight=weight)
-        if match:
+        if match and match["tokens"]:
+            put(weight, _rows(folder, weight, array, config, shapes, of_base))
+        elif match and match["bias"]:
+            put(f"{match['module']}.bias", _biased(folder, match["module"], array, config, shapes))
+        elif match:
             _refuse_elsewhere(folder, name, weight, config, shapes)
-            # Of an embedding, A is (rank, tokens) and B (width, rank): the table's change is A^T B^T.
             part, factor = (match["part"] or match["size"], array)
-            if match["embedding"]:
+            if match["embedding"]:  # A is (rank, tokens) and B (width, rank): the table's change is A^T B^T
                 part, factor = _OTHER[match["embedding"]], array.T
+                tables.add(weight)
             pairs.setdefault(weight, {})[part] = factor
         elif of_base is not None and weight in shapes and (_BELOW in name or config.saves(weight)):
-            found = _whole(folder, weight, array.T if transposed else array, _read(of_base, weight, transposed))
-            deltas |= {} if found is None else {weight: found}
+            put(weight, _whole(folder, weight, array.T if transposed else array, _read(of_base, weight, transposed)))
         else:
             raise _refusal(folder, f"it holds {name}, which is no factor of a linear weight", remedy=MERGE, tensor=name)
     for weight, parts in pairs.items():
         size = parts.pop(_SIZE, None)
         product = _product(folder, weight, parts, config, shapes[weight])
-        misplaced = size is not None and weight in deltas
-        if (size is not None) != config.resized or (config.resized and of_base is None) or misplaced:
+        misplaced = config.resized and (of_base is None or weight in deltas)
+        if (size is not None) != config.resized or misplaced:
             reason = f"its use_dora and its magnitudes of {weight} do not fit together"
             raise _refusal(folder, reason, remedy=MERGE, field="use_dora")
         if size is not None and of_base is not None:
-            product = _resized(folder, weight, product, size, _read(of_base, weight, transposed))
-        deltas[weight] = compact(add([deltas[weight], product], shapes[weight])) if weight in deltas else product
+            before = _read(of_base, weight, transposed)
+            product = _resized(folder, weight, product, size, before, axis=0 if weight in tables else 1)
+        put(weight, product)
     return dict(sorted(deltas.items()))
+
+
+def _biased(folder: Path, module: str, array: np.ndarray, config: _Lora, shapes: Shapes) -> Delta:
+    """What B's bias adds to its module's: PEFT scales it as it scales B A."""
+    bias = f"{module}.bias"
+    if not config.factors_biased or config.resized or not config.covers(module):
+        raise _refusal(
+            folder, f"its lora_bias and what it holds of {bias} do not fit together", remedy=MERGE, field="lora_bias"
+        )
+    if bias not in shapes:
+        reason = f"its lora_bias is true, and the base has no {bias} that can be changed"
+        raise _refusal(folder, reason, remedy=NO_CHANGE, field="lora_bias")
+    if array.shape != shapes[bias][:1] or not bool(np.isfinite(array).all()):
+        raise _refusal(folder, f"its bias of {module} is not finite, or not of shape {shapes[bias][:1]}")
+    return Dense((array.astype(np.float64) * config.scale_of(module)).astype(np.float32)[:, None])
+
+
+def _rows(
+    folder: Path,
+    weight: str,
+    rows: Float[np.ndarray, "tokens width"],
+    config: _Lora,
+    shapes: Shapes,
+    of_base: Callable[[str], np.ndarray] | None,
+) -> Delta | None:
+    """The change of a table of tokens some rows of which an adapter puts into the base's place (``trainable_token_indices``)."""
+    tokens = config.tokens_of(weight.removesuffix(".weight"))
+    if of_base is None or weight not in shapes or len(set(tokens)) != len(tokens) or not tokens:
+        reason = (
+            f"its trainable_token_indices do not say which rows of {weight} it holds, or the base has no such table"
+        )
+        raise _refusal(folder, reason, remedy=MERGE, field="trainable_token_indices")
+    count, width = shapes[weight]
+    if rows.shape != (len(tokens), width) or max(tokens) >= count or not bool(np.isfinite(rows).all()):
+        reason = (
+            f"its rows of {weight} are not finite, or not those of {len(tokens)} tokens below {count} of width {width}"
+        )
+        raise _refusal(folder, reason, remedy=MERGE, field="trainable_token_indices")
+    change = np.zeros((count, width), np.float32)
+    change[tokens] = rows.astype(np.float64) - _read(of_base, weight, transposed=False)[tokens]
+    return from_sparse(change) if change.any() else None
 
 
 def _refuse_elsewhere(folder: Path, name: str, weight: str, config: _Lora, shapes: Shapes) -> None:
@@ -211,17 +266,31 @@ def _read(of_base: Callable[[str], np.ndarray], weight: str, transposed: bool) -
 
 
 def _resized(
-    folder: Path, weight: str, product: Delta, size: Float[np.ndarray, " out"], before: Float[np.ndarray, "out in"]
+    folder: Path,
+    weight: str,
+    product: Delta,
+    size: Float[np.ndarray, " lengths"],
+    before: Float[np.ndarray, "out in"],
+    axis: int,
 ) -> Delta:
-    """DoRA's change: each row of W0 + D with the length that the adapter gives it, less W0."""
-    if size.shape != (len(before),) or not bool(np.isfinite(size).all()):
-        reason = f"its use_dora has magnitudes of {weight} that are not finite, or not one for each of its {len(before)} rows"
+    """DoRA's change: each row of W0 + D with the length that the adapter gives it, less W0.
+
+    Args:
+        axis: along which lengths are: 1 for rows; 0 for columns, as PEFT has it of embeddings.
+    """
+    lines, count = ("rows", "columns")[1 - axis], before.shape[1 - axis]
+    if size.shape != (count,) or not bool(np.isfinite(size).all()):
+        reason = (
+            f"its use_dora has magnitudes of {weight} that are not finite, or not one for each of its {count} {lines}"
+        )
         raise _refusal(folder, reason, remedy=MERGE, field="use_dora")
     moved = before + to_dense(product)
-    lengths = np.linalg.norm(moved, axis=1)
+    lengths = np.linalg.norm(moved, axis=axis)
     if not bool(lengths.all()):
-        raise _refusal(folder, f"a row of {weight} has no length, so it cannot be given another", remedy=MERGE)
-    return from_difference((size.astype(np.float64) / lengths)[:, None] * moved - before, 0.0)[0]
+        raise _refusal(
+            folder, f"one of the {lines} of {weight} has no length, so it cannot be given another", remedy=MERGE
+        )
+    return from_difference(np.expand_dims(size.astype(np.float64) / lengths, axis) * moved - before, 0.0)[0]
 
 
 def _whole(folder: Path, weight: str, values: np.ndarray, before: np.ndarray) -> Delta | None:
@@ -288,6 +357,8 @@ class _Lora:
         whole: names of modules that are held whole.
         resized: DoRA: the rows of the weights are given other lengths.
         biases: biases are held too.
+        factors_biased: B has a bias of its own.
+        tokens: the rows of tables that are held, by the end of a module's name; under None of the embedding.
     """
 
     rank: int
@@ -302,6 +373,13 @@ class _Lora:
     whole: Sequence[str] = ()
     resized: bool = False
     biases: bool = False
+    factors_biased: bool = False
+    tokens: Mapping[str | None, Sequence[int]] = field(default_factory=dict)
+
+    def tokens_of(self, module: str) -> Sequence[int]:
+        """The rows of a module's table that are held, in their order; none where the configuration names none."""
+        named = next((rows for name, rows in self.tokens.items() if name and module.endswith(name)), ())
+        return self.tokens.get(None, named)
 
     def saves(self, parameter: str) -> bool:
         """Whether PEFT puts a whole parameter of the adapter into the base's place: of a module that is held whole, or a bias."""
@@ -365,10 +443,8 @@ def _read_config(path: Path) -> _Lora:
         raise _refusal(path, "it is not the configuration of an adapter")
     if "peft_type" not in config:
         raise _refusal(path, "it has no peft_type, so it is not the configuration of an adapter", field="peft_type")
-    for field, value in sorted(
-        config.items(), key=lambda item: item[0] != "peft_type"
-    ):  # other kinds have other fields
-        _check_field(path, field, value)
+    for name, value in sorted(config.items(), key=lambda item: item[0] != "peft_type"):  # other kinds have other fields
+        _check_field(path, name, value)
     rank: Any = config.get("r")
     alpha: Any = config.get("lora_alpha")
     ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
@@ -393,10 +469,18 @@ def _read_config(path: Path) -> _Lora:
     if not (saved == () or _is_list_of(str, saved)):
         raise _refusal(path, "its modules_to_save is malformed", field="modules_to_save")
     named: dict[str, Any] = {"targets": targets, "excluded": excluded, "layers": layers, "lists": lists, "whole": saved}
+    named |= {"biases": config.get("bias", "none") != "none", "factors_biased": config.get("lora_bias") is True}
     stabilised, resized = config.get("use_rslora") is True, config.get("use_dora") is True
-    return _Lora(
-        rank, alpha, ranks, alphas, stabilised, resized=resized, biases=config.get("bias", "none") != "none", **named
-    )
+    tokens = _read_tokens(path, config.get("trainable_token_indices"))
+    return _Lora(rank, alpha, ranks, alphas, stabilised, resized=resized, tokens=tokens, **named)
+
+
+def _read_tokens(path: Path, tokens: Any) -> dict[str | None, Sequence[int]]:
+    """``trainable_token_indices``: a list of rows of the embedding, or of each module that is named."""
+    named: dict[str | None, Sequence[int]] = tokens if isinstance(tokens, dict) else {None: tokens} if tokens else {}
+    if not all(_is_list_of(int, rows) and min(rows, default=0) >= 0 for rows in named.values()):
+        raise _refusal(path, "its trainable_token_indices is malformed", field="trainable_token_indices")
+    return named
 
 
 def _check_field(path: Path, field: str, value: Any) -> None:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Final
 
-from patchhub.canonical import nfc
 from patchhub.editing.editor import EDITORS, encode_facts
 from patchhub.editing.requests import Batch, Keep, Origin
 from patchhub.editing.settings import EditSettings, WiseSettings
 from patchhub.editing.steps import release_memory
-from patchhub.errors import RequestError, SettingsError, UnsupportedModelError
+from patchhub.errors import SettingsError, UnsupportedModelError
 from patchhub.evaluation.guard import Fault, Report
 from patchhub.evaluation.guard import Measured as GuardMeasured
 from patchhub.models.architectures import Architecture
@@ -23,7 +21,7 @@ from patchhub.objects import METADATA_BYTES, SLOT, Commit, Request
 from patchhub.progress import Progress
 from patchhub.results import Result
 from patchhub.sets.commits import Draft, Written, begin, prepare, record
-from patchhub.sets.elements import OnConflict, Plan, active_requests, distinct, plan_batch
+from patchhub.sets.elements import OnConflict, Plan, plan_batch, retargeted
 from patchhub.sets.rivals import Rival
 from patchhub.sets.settings import chosen_method
 from patchhub.sets.shards import METHOD, active_shards
@@ -350,16 +348,7 @@ def update(
         RequestError: no active fact is meant, or several are, or it says so already.
         BaseError, EditError, GuardError: as in `commit`.
     """
-    facts = distinct(active_requests(repository, repository.active(repository.head[1])))
-    chosen = _chosen(facts, nfc(subject).strip(), None if prompt is None else nfc(prompt).strip())
-    new = _retargeted(chosen[0], target)
-    if any(fact.target_new == new.target_new for fact in chosen):
-        raise RequestError(
-            f"'{new.text}' is '{new.target_new}' already",
-            remedy="Give another target; `patchhub revert --request` takes back one of several that contradict each other."
-            if len(chosen) > 1
-            else "Give another target.",
-        )
+    chosen, new = retargeted(repository, subject, target, prompt=prompt)
     before = ", ".join(fact.target_new for fact in chosen)
     return commit(
         repository,
@@ -369,35 +358,4 @@ def update(
         replace(writing, on_conflict="replace"),
         force=force,
         all_facts=all_facts,
-    )
-
-
-def _chosen(facts: Sequence[Request], subject: str, prompt: str | None) -> list[Request]:
-    """The active requests of the one prompt about a subject that is meant."""
-    about = [fact for fact in facts if fact.subject == subject]
-    if not about:
-        close = difflib.get_close_matches(subject, sorted({fact.subject for fact in facts}), n=1)
-        remedy = f"Did you mean '{close[0]}'?" if close else "`patchhub commit` writes a new fact."
-        raise RequestError(f"no active fact is about '{subject}'", remedy=remedy, subject=subject)
-    found = [fact for fact in about if prompt is None or prompt in (fact.prompt, fact.text)]
-    prompts = sorted({fact.prompt for fact in found or about})
-    if len(prompts) == 1 and found:
-        return found
-    listed = "; ".join(prompts[:_LISTED]) + ("; ..." if len(prompts) > _LISTED else "")
-    problem = f"{len(prompts)} active facts are" if found else f"no active fact with the prompt {prompt!r} is"
-    raise RequestError(
-        f"{problem} about '{subject}'", remedy=f"Say which with --prompt: {listed}", subject=subject, prompts=prompts
-    )
-
-
-def _retargeted(fact: Request, target: str) -> Request:
-    """The request with another target. Where that is the true answer, there is nothing left to compare it with."""
-    new = Request.make(fact.prompt, fact.subject, target)
-    return Request(
-        prompt=fact.prompt,
-        subject=fact.subject,
-        target_new=new.target_new,
-        target_true=None if new.target_new == fact.target_true else fact.target_true,
-        paraphrases=fact.paraphrases,
-        neighborhood=fact.neighborhood,
     )

@@ -193,10 +193,9 @@ def _from_adapter(folder: Path, repository: Store, base: str | None) -> _Change:
         files = open_base(repository, base)
         return read_floats(files.entry(files.resolve_name(weight)))
 
-    about = repository.base
-    untied = about.architecture.get("tie_word_embeddings") is False
+    tied = repository.base.architecture.get("tie_word_embeddings")
     transposed = repository.config.base["orientation"] == "in_out"
-    found = read_adapter(folder, tensor_shapes(repository), of_base, untied=untied, transposed=transposed)
+    found = read_adapter(folder, tensor_shapes(repository), of_base, tied=tied, transposed=transposed)
     kept = {weight: (delta, form_of(delta), 0.0) for weight, delta in found.items() if not is_nothing(delta)}
     return _Change("lora", kept)
 

@@ -70,7 +70,7 @@ def search(repository: Store, words: str, *, subject: str = "", revision: str = 
 
 
 def named(repository: Store, name: str, revision: str = "HEAD", *, active: bool = False) -> list[Found]:
-    """The facts that a name means: a subject, the text of a fact, or a request id or a prefix of one.
+    """The facts that a name means: a subject, the text of a fact, a request id or a prefix of one, or else a target.
 
     Args:
         revision: where a fact counts as active.
@@ -80,7 +80,7 @@ def named(repository: Store, name: str, revision: str = "HEAD", *, active: bool 
         RevisionError: no such revision.
     """
     commit = repository.resolve(revision)
-    facts = _first_of_each(lookup.named(repository, name))
+    facts = _first_of_each(lookup.named(repository, name) or lookup.of_target(repository, name))
     here = {request for _, request in lookup.active_among(repository, commit, [fact.request for fact in facts])}
     return [
         Found(fact, tuple(lookup.changes(repository, fact.request)), fact.request in here, _said(repository, fact))
@@ -108,7 +108,7 @@ def shown(repository: Store, name: str) -> Shown | list[Found]:
             if found := named(repository, fact.strip(), revision or "HEAD", active=True):
                 return found
             raise RequestError(
-                f"no fact that is active at {revision or 'HEAD'} has the subject, the text or the id {fact.strip()!r}",
+                f"no fact that is active at {revision or 'HEAD'} has the subject, the text, the id or the target {fact.strip()!r}",
                 remedy=f"`patchhub search {fact.strip()} --rev {revision or 'HEAD'}` looks for its words.",
             )
     try:

@@ -59,7 +59,22 @@ def _refuse_name(repository: Store, name: str) -> None:
     if _NAME.fullmatch(name) is None:
         raise SettingsError(f"{name!r} cannot name a remote", remedy="Use letters, digits, `-` and `_`.")
     if name in remotes(repository):
-        raise SettingsError(f"there is a remote {name} already", remedy=f"Remove it: `patchhub remote remove {name}`.")
+        raise SettingsError(
+            f"there is a remote {name} already",
+            remedy=f"`patchhub remote set-url {name} ADDRESS` gives it another address.",
+        )
+
+
+def remote_set_url(repository: Store, name: str, address: str) -> str:
+    """Give a remote another address; where its branches were stays as it was seen. Returns the address as it is kept.
+
+    Raises:
+        SettingsError: there is none of that name, or the address cannot be used.
+    """
+    address_of(repository, name)
+    kept = normalised(address)
+    _change_settings(repository, lambda settings: {**settings, _KEY + name: kept})
+    return kept
 
 
 def remote_remove(repository: Store, name: str, *, who: Who) -> None:

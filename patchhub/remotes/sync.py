@@ -515,7 +515,12 @@ def _full_name(name: str, refs: Mapping[str, str]) -> str:
     for prefix in (BRANCHES, TAGS, ""):
         if (prefix + name).startswith((BRANCHES, TAGS)) and prefix + name in refs:
             return prefix + name
-    raise RevisionError(f"there is no branch or tag {name!r}", remedy="`patchhub branch` lists them.", name=name)
+    source, colon, there = name.removeprefix("+").partition(":")
+    remedy = "`patchhub branch` lists them."
+    if colon or name.startswith("+"):  # git's refspecs
+        remedy = "A branch has one name here and there; `patchhub branch -m` renames, --force-with-lease overwrites."
+        remedy = f"`patchhub push REMOTE --delete {there}` removes it there." if there and not source else remedy
+    raise RevisionError(f"there is no branch or tag {name!r}", remedy=remedy, name=name)
 
 
 def _plan(

@@ -18,7 +18,7 @@ from math import ceil, prod
 from numbers import Integral, Real
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, Union, cast, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, TypeVar, Union, cast, get_args, get_origin
 from urllib.parse import urlsplit
 
 from patchhub.errors import BaseError, RequestError, SettingsError
@@ -193,11 +193,14 @@ class Opened:
         return found
 
     def _refuse_device(self, device: str | None) -> None:
-        """Refuse what can be no device; whether it is there torch alone knows."""
+        """Refuse what can be no device, and a GPU where torch cannot have one; which ones are there torch alone knows."""
         from patchhub.sets.settings import read_setting
 
         if device is not None:
             read_setting("device", device)
+        wanted = device or self.store.config.settings.get("device") or "auto"
+        if wanted == "spread" or wanted.startswith("cuda"):
+            refuse_without_cuda(wanted)
 
     def _plan(self, batch: "Batch", on_conflict: "OnConflict", method: str | None, keeps: Sequence["Keep"]) -> "Plan":
         """What a batch of facts changes, found out before torch is imported; facts that contradict, or are there, are refused."""
@@ -315,9 +318,33 @@ def texts(given: Sequence[Place]) -> tuple[Path, ...]:
             with open(place, "rb"):
                 pass
         except OSError as error:
-            remedy = "Give a UTF-8 text or JSON file."
-            raise RequestError(f"the text {os.fspath(place)} cannot be read ({error})", remedy=remedy) from error
+            reason = f"the text {os.fspath(place)} cannot be read ({error.strerror or error})"
+            raise RequestError(reason, remedy="Give a UTF-8 text or JSON file.") from error
     return tuple(Path(place) for place in given)
+
+
+def refuse_without_cuda(device: str) -> None:
+    """Refuse a GPU where the torch that is installed is built without CUDA, or Linux has no driver; seconds before torch would.
+
+    Raises:
+        SettingsError: there is none.
+    """
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        built = version("torch")
+    except PackageNotFoundError:
+        return
+    reason = "this torch is built without CUDA" if built.endswith("+cpu") else None
+    if reason is None and sys.platform == "linux" and not any(Path("/dev", name).exists() for name in _DRIVERS):
+        reason = "this machine has no driver of one"
+    if reason is not None:
+        remedy = 'Choose "auto" or "cpu".'
+        raise SettingsError(f"there is no device {device!r}: {reason}", remedy=remedy, device=device)
+
+
+_DRIVERS: Final = ("nvidiactl", "nvidia0", "dxg", "kfd", "nvmap", "nvhost-ctrl", "nvgpu")
+"""What the drivers of NVIDIA (also in WSL and on Jetson) and AMD put below /dev."""
 
 
 def path(given: Place | None) -> Path | None:

@@ -235,6 +235,7 @@ class LookingVerbs(Opened):
             )
         if chat and metric is None:
             raise SettingsError("a command asks the model in its own way", remedy="Leave --chat out.")
+        self._refuse_device(device)
         place = self._place(base)
         from patchhub.porcelain import blame
 
@@ -492,6 +493,13 @@ class RefVerbs(Opened):
         from patchhub.porcelain.share import remote_add
 
         return remote_add(self.store, name, address)
+
+    @verb
+    def remote_set_url(self, name: str, address: str) -> str:
+        """Give a remote another address; returns the address as it is kept."""
+        from patchhub.porcelain.share import remote_set_url
+
+        return remote_set_url(self.store, name, address)
 
     @verb
     def remote_list(self) -> dict[str, str]:

@@ -166,6 +166,10 @@ class ModelVerbs(Opened):
         self._refuse_device(device)
         if suite is None:
             alone = None if all or judge else tasks
+            if alone is None:
+                raise SettingsError(
+                    "eval needs facts to evaluate on", remedy="Give --suite FILE; --harness TASKS alone needs none."
+                )
             return self._harness(rev, alone, self._placement(device, dtype, quantization))
         options: dict[str, Any] = {"who": self._who(author, time), "judge": judge_of(judge, judge_model, os.environ)}
         facts = self._suite(suite, metrics, limit=limit, seed=seed, text=text, contexts=tuple(context))
@@ -182,11 +186,7 @@ class ModelVerbs(Opened):
         write_scores(self.store, done, csv=path(csv), facts_csv=path(facts_csv), plot=path(plot))
         return done
 
-    def _harness(self, rev: str, harness: "Harness | None", placement: Any) -> "Evaluation":
-        if harness is None:
-            raise SettingsError(
-                "eval needs facts to evaluate on", remedy="Give --suite FILE; --harness TASKS alone needs none."
-            )
+    def _harness(self, rev: str, harness: "Harness", placement: Any) -> "Evaluation":
         from patchhub.porcelain import measure
 
         with self._heard() as progress:

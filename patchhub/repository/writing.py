@@ -139,6 +139,11 @@ class WritingVerbs(Opened):
         if amended is not None:
             who = who.saying(self.store.commit(amended).message)
             if facts is None and not (prompt or subject or target):
+                if not (message.strip() or author or sign or key):
+                    raise SettingsError(
+                        "there is nothing to amend: neither facts nor a message",
+                        remedy="`patchhub commit --amend -m TEXT` says why in other words, `patchhub commit --amend FILE` adds facts.",
+                    )
                 with self._heard() as progress:
                     return _renamed(self.store, who, progress, amended)
         from patchhub.editing.requests import read_facts, read_keeps
@@ -188,6 +193,11 @@ class WritingVerbs(Opened):
             method, set, strict, all_facts, force, workers, on: as in `commit`.
         """
         who, settings = self._signing(author, time, message), self._settings(set, method)
+        from patchhub.sets.elements import retargeted
+
+        retargeted(
+            self.store, subject, target, prompt=prompt
+        )  # says that there is no such fact before torch is imported
         from patchhub.porcelain.commit import update
 
         how = as_written(method=method, settings=settings, strict=strict, workers=workers, on=on)

@@ -8,14 +8,17 @@ import difflib
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias
+from typing import Final, Literal, TypeAlias
 
+from patchhub.canonical import nfc
 from patchhub.editing.requests import Batch, Keep, contradiction_error, find_contradictions
 from patchhub.errors import EditError, RequestError, RevisionError
 from patchhub.objects import EMPTY_SET, Element, Request, set_digest
 from patchhub.sets.shards import active_shards, without_shards
 from patchhub.store.lookup import patches_ever_whole
 from patchhub.store.store import Store
+
+_LISTED: Final = 8
 
 Place: TypeAlias = tuple[str, str | None]
 """Where a fact is kept: (patch id, request id). For a column that is its element; a shard's element is (patch id, None)."""
@@ -357,4 +360,60 @@ def nothing_due() -> RevisionError:
         "nothing of HEAD is due to be recorded or measured again",
         remedy="Columns are due when the state they were recorded on is gone, or right after a merge; shards when the weights below "
         "them changed.",
+    )
+
+
+def retargeted(
+    repository: Store, subject: str, target: str, *, prompt: str | None = None
+) -> tuple[list[Request], Request]:
+    """The active facts about a subject that are meant, all of one prompt, and what is said there with another target.
+
+    Args:
+        subject: as it is in the facts.
+        prompt: which of the subject's facts, with ``{}`` or with the subject filled in; needed only where it has several.
+
+    Raises:
+        RequestError: no active fact is meant, or several are, or it says so already.
+    """
+    facts = distinct(active_requests(repository, repository.active(repository.head[1])))
+    chosen = _chosen(facts, nfc(subject).strip(), None if prompt is None else nfc(prompt).strip())
+    new = _retargeted(chosen[0], target)
+    if any(fact.target_new == new.target_new for fact in chosen):
+        raise RequestError(
+            f"'{new.text}' is '{new.target_new}' already",
+            remedy="Give another target; `patchhub revert --request` takes back one of several that contradict each other."
+            if len(chosen) > 1
+            else "Give another target.",
+        )
+    return chosen, new
+
+
+def _chosen(facts: Sequence[Request], subject: str, prompt: str | None) -> list[Request]:
+    """The active requests of the one prompt about a subject that is meant."""
+    about = [fact for fact in facts if fact.subject == subject]
+    if not about:
+        close = difflib.get_close_matches(subject, sorted({fact.subject for fact in facts}), n=1)
+        remedy = f"Did you mean '{close[0]}'?" if close else "`patchhub commit` writes a new fact."
+        raise RequestError(f"no active fact is about '{subject}'", remedy=remedy, subject=subject)
+    found = [fact for fact in about if prompt is None or prompt in (fact.prompt, fact.text)]
+    prompts = sorted({fact.prompt for fact in found or about})
+    if len(prompts) == 1 and found:
+        return found
+    listed = "; ".join(prompts[:_LISTED]) + ("; ..." if len(prompts) > _LISTED else "")
+    problem = f"{len(prompts)} active facts are" if found else f"no active fact with the prompt {prompt!r} is"
+    raise RequestError(
+        f"{problem} about '{subject}'", remedy=f"Say which with --prompt: {listed}", subject=subject, prompts=prompts
+    )
+
+
+def _retargeted(fact: Request, target: str) -> Request:
+    """The request with another target. Where that is the true answer, there is nothing left to compare it with."""
+    new = Request.make(fact.prompt, fact.subject, target)
+    return Request(
+        prompt=fact.prompt,
+        subject=fact.subject,
+        target_new=new.target_new,
+        target_true=None if new.target_new == fact.target_true else fact.target_true,
+        paraphrases=fact.paraphrases,
+        neighborhood=fact.neighborhood,
     )

@@ -223,7 +223,7 @@ def known_setting(key: str) -> Setting:
         alike = [name for name in SETTINGS if name.startswith(group)] or difflib.get_close_matches(key, SETTINGS, n=5)
         hint = f"Did you mean {close[0]}?" if close else "`patchhub config` lists all."
         if alike and not close:
-            hint = f"There are {', '.join(alike)}; {hint}"
+            hint = f"{'There are' if key.startswith(group) else 'Nearest are'} {', '.join(alike)}; {hint}"
         raise SettingsError(f"there is no setting {key!r}", remedy=hint)
     return SETTINGS[key]
 

@@ -153,6 +153,15 @@ def named(repository: Store, name: str) -> list[Fact]:
     return [Fact(*row) for row in _rows(repository, query, [name, name, name, digits, len(name), name])]
 
 
+def of_target(repository: Store, target: str) -> list[Fact]:
+    """Facts ever committed whose target is this (ASCII letter case does not matter)."""
+    query = (
+        "SELECT patch, id, prompt, subject, target_new, target_true FROM requests WHERE lower(target_new) = lower(?)"
+        " ORDER BY id, patch"
+    )
+    return [Fact(*row) for row in _rows(repository, query, [target])]
+
+
 def subjects(repository: Store, beginning: str, *, limit: int = 50) -> list[str]:
     """Subjects of facts ever committed that begin so, by name (ASCII letter case does not matter)."""
     query = (

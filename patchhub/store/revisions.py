@@ -183,6 +183,14 @@ def _resolve_prefix(name: str, refs: Mapping[str, str], view: View) -> str:
 
 def _unknown(name: str, refs: Mapping[str, str]) -> RevisionError:
     """The error for a name that nothing has, with what was perhaps meant."""
+    if ".." in name:
+        ends = "`patchhub log` and `patchhub diff` take one"
+        return RevisionError(
+            f"{name!r} is a range of commits, and one commit is meant here",
+            remedy=f"{ends}; name one of its commits.",
+            name=name,
+            close=[],
+        )
     known = [HEAD, BASE, *(_short(ref) for ref in refs if ref != HEAD and not ref.startswith(NOTES))]
     close = difflib.get_close_matches(name, sorted(known), n=3)
     remedy = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -10,8 +11,8 @@ import pytest
 from click.shell_completion import ShellComplete
 from click.testing import CliRunner
 
+from patchhub.cli.habits import COMMANDS, MISSING, MORE, OPTIONS, WORDS
 from patchhub.cli.main import SECTIONS, main
-from patchhub.cli.terminal import COMMANDS, OPTIONS
 from patchhub.store.store import Store
 from tests.cli.conftest import MODEL
 
@@ -38,9 +39,53 @@ def test_commands_of_git_are_answered(command: str, folder: Path) -> None:
 
 @pytest.mark.parametrize(("command", "option"), sorted(OPTIONS))
 def test_options_of_git_are_answered(command: str, option: str, folder: Path) -> None:
-    code, said = typed(folder, command, option)
+    code, said = typed(folder, *([] if command == "patchhub" else [command]), option)
     assert code == 2
     assert " ".join(OPTIONS[command, option].split()[:4]) in " ".join(said.split())
+
+
+@pytest.mark.parametrize(("command", "word"), sorted(WORDS))
+def test_commands_below_a_command_of_git_are_answered(command: str, word: str, folder: Path) -> None:
+    code, said = typed(folder, command, word, "x")
+    assert code == 2
+    assert WORDS[command, word] in " ".join(said.split())
+
+
+@pytest.mark.parametrize("command", sorted(MORE))
+def test_more_words_than_a_command_takes_are_answered(command: str, folder: Path) -> None:
+    code, said = typed(folder, command, "a", "b", "c")
+    assert code == 2
+    assert MORE[command] in " ".join(said.split())
+
+
+@pytest.mark.parametrize("command", sorted(MISSING.keys() - {"patchhub", "import", "merge"}))
+def test_an_argument_that_is_missing_is_explained(command: str, folder: Path) -> None:
+    code, said = typed(folder, command)
+    assert code == 2
+    assert MISSING[command] in " ".join(said.split())
+
+
+def test_every_answer_is_about_a_command_that_is_there() -> None:
+    for command in {*(command for command, _ in (*OPTIONS, *WORDS)), *MORE, *MISSING}:
+        assert command in {*main.commands, "patchhub"}
+    for words in (*COMMANDS.values(), *OPTIONS.values(), *WORDS.values(), *MORE.values(), *MISSING.values()):
+        for verb in re.findall(r"`patchhub (\w[\w-]*)", words):
+            assert verb in main.commands, words
+    assert not COMMANDS.keys() & main.commands.keys()
+    for command, option in OPTIONS:
+        known = main if command == "patchhub" else main.commands[command]
+        assert option not in {name for param in known.params for name in param.opts}
+
+
+def test_nothing_is_suggested_for_what_the_hub_is_asked(folder: Path) -> None:
+    for command in ("login", "repo", "ls-remote"):
+        assert "Did you mean" not in typed(folder, command)[1]
+
+
+def test_usage_errors_before_the_command_are_json_too(folder: Path) -> None:
+    done = CliRunner().invoke(main, ["--jsno", "log", "--json"])
+    assert done.exit_code == 2
+    assert json.loads(done.output)["error"]["kind"] == "usage"
 
 
 @pytest.mark.parametrize(
@@ -54,6 +99,11 @@ def test_options_of_git_are_answered(command: str, option: str, folder: Path) ->
         (("config", "memit.foo", "1"), "memit.closing"),
         (("commit", "The capital of France is Lyon", "-m", "x"), "--prompt, --subject and --target"),
         (("log", "nope..HEAD"), "nothing is named 'nope'"),
+        (("log", "Kenya"), "`patchhub log -S Kenya`"),
+        (("revert", "main..HEAD"), "is a range of commits"),
+        (("revert", "-m", "1", "HEAD"), "-m is the message"),
+        (("config", "nokey"), "Nearest are"),
+        (("config", "user.email"), "author"),
     ],
 )
 def test_what_is_mistyped_is_told(words: tuple[str, ...], wanted: str, folder: Path) -> None:
@@ -115,6 +165,20 @@ def test_log_shows_every_branch_and_any_form(store: Path) -> None:
     assert typed(store, "log", "--format", "%q")[0] == 2
 
 
+def test_log_lists_the_facts_of_each_commit(taught: Path) -> None:
+    assert done(taught, "log", "-p", "--oneline", "-2").splitlines()[1::2] == [
+        f"  + The capital of {subject} is Oslo" for subject in ("Peru", "Brazil")
+    ]
+    assert done(taught, "log", "-p", "--graph").count(" + The capital of ") == 3
+    assert done(taught, "log", "-p", "--json") == done(taught, "log", "--json")
+
+
+def test_points_in_time_as_git_writes_them(taught: Path) -> None:
+    for words in (("--since", "2.weeks"), ("--since=2.weeks.ago",), ("--after", "yesterday"), ("--since", "2 weeks")):
+        assert len(done(taught, "log", "--oneline", *words).splitlines()) == 3
+    assert done(taught, "log", "--before", "2.weeks.ago") == ""
+
+
 def test_show_finds_facts_by_what_they_are_called(taught: Path) -> None:
     by_subject = done(taught, "show", "kenya", "--json")
     (fact,) = json.loads(by_subject)
@@ -122,6 +186,8 @@ def test_show_finds_facts_by_what_they_are_called(taught: Path) -> None:
     for name in ("The capital of Kenya is", "The capital of Kenya is Oslo", fact["id"][:10], "HEAD:Kenya", "@~2:Kenya"):
         assert done(taught, "show", name, "--json") == by_subject
     assert typed(taught, "show", "HEAD~2:Peru")[0] == 3
+    assert [fact["subject"] for fact in json.loads(done(taught, "show", "HEAD~2:oslo", "--json"))] == ["Kenya"]
+    assert len(json.loads(done(taught, "show", "Oslo", "--json"))) == 3
     assert typed(taught, "show", "Kenya is")[0] == 5
     assert done(taught, "show", "@") == done(taught, "show", "HEAD")
     assert "+ The" not in done(taught, "show", "--stat")
@@ -197,6 +263,7 @@ def test_undo_takes_facts_back_first(store: Path) -> None:
 
 def test_a_commit_is_amended(store: Path) -> None:
     before = json.loads(done(store, "show", "--json"))
+    assert "nothing to amend" in typed(store, "commit", "--amend")[1]
     done(store, "commit", "--amend", "-m", "Lima")
     after = json.loads(done(store, "show", "--json"))
     assert after["message"] == "Lima"
@@ -219,6 +286,13 @@ def test_a_commit_is_amended(store: Path) -> None:
 def test_a_remote_is_renamed_its_branch_overwritten_and_removed(store: Path, tmp_path: Path) -> None:
     done(store, "remote", "add", "origin", str(tmp_path / "remote"))
     done(store, "push")
+    assert "`patchhub push REMOTE --delete main`" in typed(store, "push", "origin", ":main")[1]
+    assert "A branch has one name" in typed(store, "push", "origin", "main:other")[1]
+    done(store, "remote", "set-url", "origin", str(tmp_path / "elsewhere"))
+    done(store, "push")
+    assert (tmp_path / "elsewhere").is_dir()
+    assert typed(store, "remote", "add", "origin", "x")[0] == typed(store, "remote", "set-url", "nobody", "x")[0] == 2
+    done(store, "remote", "set-url", "origin", str(tmp_path / "remote"))
     done(store, "remote", "rename", "origin", "there")
     assert json.loads(done(store, "remote", "--json")) == {"there": str(tmp_path / "remote")}
     done(store, "reset", "HEAD~1")

@@ -298,6 +298,22 @@ PUBLISHED = {
         },
         [("The employer of {} is", "Ada", "Acme")],
     ),
+    "zsRE of ROME": (
+        {
+            "case_id": 0,
+            "requested_rewrite": {
+                "prompt": "Where did {} study?",
+                "subject": "Ada",
+                "target_new": {"str": "Rome"},
+                "target_true": {"str": "<|endoftext|>"},
+            },
+            "paraphrase_prompts": ["Ada studied in"],
+            "neighborhood_prompts": [{"prompt": "nq question: who wrote it?", "target": " Bob"}],
+            "attribute_prompts": [],
+            "generation_prompts": [],
+        },
+        [("Where did {} study?", "Ada", "Rome")],
+    ),
     "KnowEdit WikiBio": (
         {
             "text": "This is a passage about ada lovelace: Ada",
@@ -453,6 +469,12 @@ def test_published_records_are_read(name):
         assert all(fact.target_true for fact in batch.requests)
 
 
+def test_a_neighbour_of_a_published_record_keeps_its_own_answer():
+    fact = read_facts([PUBLISHED["zsRE of ROME"][0]]).requests[0]
+    assert [(beside.prompt, beside.target) for beside in fact.neighborhood] == [("nq question: who wrote it?", "Bob")]
+    assert fact.target_true is None
+
+
 def test_a_record_without_a_fact_says_so():
     with pytest.raises(RequestError, match="ConvSent"):
         read_facts([{"topic": "war", "pos": ["It is good."], "neg": ["It is bad."]}])
@@ -559,6 +581,42 @@ def test_a_bad_file_is_named_with_a_remedy(tmp_path, name):
         read_requests(path)
     assert caught.value.message.startswith(str(path))
     assert caught.value.remedy
+
+
+HABITS = {
+    "comment.json": (f"// mine\n[{json.dumps(FACT)}]", "JSON has no comments"),
+    "comment.jsonl": (f"# mine\n{json.dumps(FACT)}\n", "JSON has no comments"),
+    "trailing.json": (f"[{json.dumps(FACT)},\n]", "take out the comma"),
+    "python.json": ("[{'prompt': 'a'}]", "double quotes"),
+    "excel.csv": ("prompt;subject;target_new\r\n{} ist;Zürich;groß\r\n".encode("cp1252"), "CSV UTF-8"),
+    "table.xlsx": (b"PK\x03\x04\xff\xff", "save the sheet as CSV"),
+    "facts.json.gz": (b"\x1f\x8b\xff\xff", "unpack it first"),
+    "facts": (b"PAR1\xff\xff", "--format parquet"),
+    "titles.csv": ("Die Hauptstadt,Land,Stadt\na,b,c\n", "prompt,subject,target_new"),
+    "columns.json": (json.dumps({name: {"0": text} for name, text in TABLE[0].items()}), 'orient="records"'),
+    "arguments.json": (json.dumps({"prompts": ["{} is"], "subject": ["a"], "target_new": ["b"]}), 'orient="records"'),
+    "no.yaml": ("- prompt: '{} is'\n  subject: Norway\n  target_new: no\n", "in quotes"),
+    "day.yaml": ("- prompt: '{} is'\n  subject: Norway\n  target_new: 2020-01-01\n", "in quotes"),
+    "comments.yaml": ("# nothing\n", "at least one fact"),
+    "triples.csv": ("subject,relation,object\nOslo,in,Norway\n", "{prompt, subject, target_new"),
+    "long.csv": (f"prompt,subject,target_new\n{{}} is,a,{'b' * 200_000}\n", "shorten that cell"),
+}
+
+
+@pytest.mark.parametrize("name", HABITS)
+def test_what_people_write_by_hand_is_refused_with_what_to_do(tmp_path, name):
+    content, remedy = HABITS[name]
+    with pytest.raises(RequestError) as caught:
+        read_requests(write(tmp_path / name, content))
+    assert remedy in caught.value.remedy
+
+
+def test_titles_of_columns_are_the_fields_that_they_name(tmp_path):
+    rows = "".join(
+        ";".join(fact[name] for name in ("prompt", "subject")) + f';"{fact["target_new"]}"\n' for fact in TABLE
+    )
+    path = write(tmp_path / "titles.csv", f"Prompt; Subject ;Target New\n{rows}")
+    assert read_requests(path).requests == read_facts(TABLE).requests
 
 
 @pytest.mark.parametrize("name", [".", "absent.jsonl"])

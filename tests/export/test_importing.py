@@ -43,6 +43,9 @@ TYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
 NAME = "model.layers.1.mlp.down_proj.weight"
 STAMP = Who(AUTHOR, TIME, "import")
 OLD_WAY = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # PEFT asks transformers so
+BIASED = pytest.mark.filterwarnings(
+    "ignore:Adapter 'default'"
+)  # PEFT takes the biases of B for factors that were not gathered
 
 
 def imported(repository: Store, folder: Path, tolerance: float = 1e-6) -> dict[str, tuple[str, float]]:
@@ -60,13 +63,16 @@ def lora(base: Path, folder: Path, modules: list[str], **options: Any) -> Any:
     for name, parameter in model.named_parameters():
         if "magnitude" in name:
             parameter.data *= 1 + 0.3 * torch.rand(parameter.shape, generator=generator)
-        elif "lora_" in name or "modules_to_save" in name or (name.endswith(".bias") and options.get("bias")):
+        elif any(part in name for part in ("lora_", "modules_to_save", "trainable_tokens_delta")) or (
+            name.endswith(".bias") and options.get("bias")
+        ):
             parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
     model.save_pretrained(folder)
     return model
 
 
 @OLD_WAY
+@BIASED
 @pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match:RuntimeWarning")
 @pytest.mark.filterwarnings("ignore:lora with eva initialization:UserWarning")
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning")
@@ -76,23 +82,57 @@ def lora(base: Path, folder: Path, modules: list[str], **options: Any) -> Any:
         ("qwen2", {"bias": "lora_only", "target_modules": ["q_proj"]}),
         ("gpt2", {"fan_in_fan_out": True}),
         ("gpt2", {"fan_in_fan_out": True, "use_dora": True}),
-        *(("llama", options) for options in ADAPTED.values()),
+        ("llama", {"trainable_token_indices": [3, 17], "tie_word_embeddings": True}),
+        *(("qwen2" if "lora_bias" in options else "llama", options) for options in ADAPTED.values()),
     ],
-    ids=["biases that are there", "Conv1D", "Conv1D resized", *ADAPTED],
+    ids=["biases that are there", "Conv1D", "Conv1D resized", "tokens of one table", *ADAPTED],
 )
 def test_an_imported_lora_is_what_peft_loads(family: str, options: dict[str, Any], tmp_path: Path) -> None:
     from peft import PeftModel
 
-    base = model_folder(tmp_path / "base", family)
+    options = dict(options)
+    ties = {"tie_word_embeddings": True} if options.pop("tie_word_embeddings", False) else {}
+    base = model_folder(tmp_path / "base", family, **ties)
     lora(base, tmp_path / "lora", ["mlp.c_proj" if family == "gpt2" else "down_proj"], **options)
     with model_store(tmp_path / "store", base) as store:
         found = {form for form, _ in imported(store, tmp_path / "lora").values()}
-        assert found <= {"rank 2", "rank 3", "rank 4"} | (
-            {"dense"} if options.keys() & {"use_dora", "modules_to_save", "bias"} else set()
-        )
+        dense = {"dense"} if options.keys() & {"use_dora", "modules_to_save", "bias", "lora_bias"} else set()
+        sparse = {"sparse"} if "trainable_token_indices" in options else set()
+        assert found <= {"rank 2", "rank 3", "rank 4"} | dense | sparse
         assert check(store).sound
     adapted = PeftModel.from_pretrained(load_base(base), tmp_path / "lora").eval()
     assert distance(logits(patchhub.load(tmp_path / "store")), logits(adapted)) < 1e-5
+
+
+@OLD_WAY
+@BIASED
+@pytest.mark.filterwarnings("ignore:.lora_bias=True. was passed but the targeted layer:")
+@pytest.mark.parametrize(
+    ("options", "changes", "words"),
+    [
+        ({"lora_bias": True}, {}, "its lora_bias is true, and the base has no model.layers.0.mlp.down_proj.bias"),
+        ({"lora_bias": True}, {"lora_bias": False}, "its lora_bias and what it holds"),
+        ({"trainable_token_indices": [3, 9]}, {"trainable_token_indices": [3]}, "not those of 1 tokens"),
+        ({"trainable_token_indices": [3, 9]}, {"trainable_token_indices": [3, 99999]}, "not those of 2 tokens"),
+        ({"trainable_token_indices": [3, 9]}, {"trainable_token_indices": [3, 3]}, "do not say which rows"),
+        ({"trainable_token_indices": [3, 9]}, {"trainable_token_indices": None}, "do not say which rows"),
+        (
+            {"trainable_token_indices": [3, 9]},
+            {"trainable_token_indices": [-1, 3]},
+            "its trainable_token_indices is malformed",
+        ),
+    ],
+)
+def test_biases_and_tokens_that_do_not_fit_are_refused(
+    options: dict[str, Any], changes: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    base = model_folder(tmp_path / "base", "llama")
+    lora(base, tmp_path / "lora", ["down_proj"], **options)
+    _edit(tmp_path / "lora", **changes)
+    with model_store(tmp_path / "store", base) as store, pytest.raises(RequestError, match=words) as refused:
+        imported(store, tmp_path / "lora")
+    assert refused.value.facts["field"] == next(iter(options))
+    assert refused.value.remedy
 
 
 @pytest.mark.parametrize("kind", REFUSED)

@@ -90,6 +90,7 @@ VERBS: Final[Mapping[str, Verb]] = {
     "redo": on_store(lambda s, _: refs.redo(s, who=WHO), "undone"),
     "config": on_store(lambda s, _: refs.config_set(s, "author", "Bob <bob@example.org>")),
     "remote add": on_store(lambda s, f: share.remote_add(s, "other", str(f / "other"))),
+    "remote set-url": on_store(lambda s, _: share.remote_set_url(s, "full", "/elsewhere")),
     "remote rename": on_store(lambda s, _: share.remote_rename(s, "full", "filled", who=WHO)),
     "remote remove": on_store(lambda s, _: share.remote_remove(s, "full", who=WHO)),
     "push": on_store(lambda s, _: share.push(s, "origin", share.CURRENT, Silent(), who=WHO)),

@@ -113,6 +113,7 @@ NO_MODEL = {
     "metric": "", "metric_export": "", "metric_import": "asked for text that continues itself, outside any chat", "op_log": "",
     "pull": "as merge",
     "push": "", "redo": "", "reflog": "", "remote_add": "", "remote_list": "", "remote_remove": "", "remote_rename": "",
+    "remote_set_url": "",
     "report": "", "reset": "", "search": "",
     "show": "", "sign": "", "status": "", "switch": "", "tag": "", "undo": "", "verify": "",
 }  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -95,12 +96,18 @@ def test_looking_imports_no_torch_and_no_numpy(looked: str, folder: Path) -> Non
         (["commit", "AGAINST", "-m", "why"], 4, "1 contradiction"),
         (["commit", "FACTS", "-m", "why", "--device", "gpu"], 2, "device cannot be 'gpu'"),
         (["eval", "--suite", "FACTS", "--device", "gpu"], 2, "device cannot be 'gpu'"),
+        (["commit", "FACTS", "-m", "why", "--device", "cuda:77"], 2, "there is no device 'cuda:77'"),
+        (["ask", "Ann speaks", "--device", "cuda:77"], 2, "there is no device 'cuda:77'"),
+        (["update", "--subject", "Nobody", "--target", "x"], 3, "no active fact is about 'Nobody'"),
+        (["eval"], 2, "eval needs facts"),
         (["blame", ""], 3, "the prompt is empty"),
         (["bisect", "base", "HEAD"], 2, "a command or a metric"),
         (["refresh"], 5, "nothing of HEAD is due"),
     ],
 )
 def test_cheap_checks_come_before_torch(typed: list[str], code: int, words: str, folder: Path, tmp_path: Path) -> None:
+    if "cuda:77" in typed and not version("torch").endswith("+cpu") and Path("/dev/nvidiactl").exists():
+        pytest.skip("which GPUs there are torch alone knows")
     ran = (
         "import sys\nfrom patchhub.cli.main import main\n"
         "try:\n    main(['--repo', *sys.argv[1:]])\nexcept SystemExit as end:\n"

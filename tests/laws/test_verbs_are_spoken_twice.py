@@ -38,6 +38,7 @@ OPTIONS_OF_ONE_COMMAND = {
     ("tag", "listing"): "git's word for no name",
     ("log", "form"): "how a commit is printed",
     ("log", "oneline"): "how a commit is printed",
+    ("log", "patch"): "whether show is told of each commit",
     ("log", "graph"): "how commits are printed",
     ("ask", "file"): "in Python, prompts are any list",
     ("bench", "markdown"): "how the table is printed",

@@ -134,6 +134,7 @@ STEPS = (
     "log --all --oneline -n 2",
     "remote add origin {folder}/remote",
     "remote rename origin elsewhere",
+    "remote set-url elsewhere {folder}/elsewhere",
     "audit",
     "audit v1 --since 2100-01-02",
     "export bom --out {folder}/bom.json",

@@ -125,6 +125,7 @@ def test_every_section_shows_what_there_is(page: Page, report: Path) -> None:
     assert page.run("document.querySelectorAll('#fact-rows tbody tr').length") == 50
     assert page.run("[...document.querySelectorAll('#score-plots h3')].map(node => node.textContent)") == ["kl", "S"]
     assert page.run("document.querySelectorAll('#weight-plots .curve').length") >= 4
+    assert not page.run("/layers \\d/.test(document.getElementById('weight-plots').innerText)")
     assert "60 compared facts of 60 active" in text(page, "#compared")
 
 
@@ -249,6 +250,8 @@ def test_a_page_without_anything_says_so(page: Page, tmp_path: Path) -> None:
     assert page.errors == []
     for section in ("commits", "fact-rows", "score-plots", "weight-plots", "guard-rows"):
         assert page.run(f"document.querySelector('#{section} .empty') !== null"), section
+    assert page.run("document.querySelector('#scores .empty code').textContent") == "patchhub eval --suite FILE"
+    assert not page.run("document.body.innerText.includes('`')")
 
 
 def test_it_prints_on_white(page: Page, report: Path) -> None:

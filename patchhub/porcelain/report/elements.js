@@ -103,4 +103,10 @@ function table(columns, rows) {
   );
 }
 
-const nothing = (text) => element("p", { class: "empty" }, text);
+// That there is nothing to show; what stands in backticks is a command.
+const nothing = (text) =>
+  element(
+    "p",
+    { class: "empty" },
+    text.split("`").map((part, n) => (n % 2 ? element("code", null, part) : part)),
+  );

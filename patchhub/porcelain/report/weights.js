@@ -48,7 +48,7 @@ function shortNames(names) {
   if (names.length < 2 || parts.some((other) => other.length !== parts[0].length)) return names;
   return parts.map((words) =>
     words
-      .map((word, n) => (differs[n] ? (/^\d+$/.test(word) ? `${words[n - 1] ?? ""} ${word}` : word) : null))
+      .map((word, n) => (differs[n] ? (/^\d+$/.test(word) ? `${(words[n - 1] ?? "").replace(/s$/, "")} ${word}` : word) : null))
       .filter(Boolean)
       .join("."),
   );
