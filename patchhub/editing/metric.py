@@ -219,7 +219,7 @@ MEMORY: Final = 12 << 30
 _AS_GIVEN: Final = Covariance()
 _TOKENS_PER_BATCH, _TOKENS_ON_GPU = 1024, 16384  # what a block computes of them stays in a CPU's caches
 _SUM_BYTES = 8  # per entry of M: two float32 sums, a part's and that of all
-_FACTOR_BYTES = 16  # the metric, of which its factor takes the place, in float64, and what is read of it
+_FACTOR_BYTES = 16  # a null space's matrix and vectors in float64; a Cholesky factor takes the place of its matrix
 _PART = 16  # batches whose sum is made in one place
 _ROWS_PER_CHUNK = 1024
 

@@ -159,7 +159,7 @@ def _put(block: nn.Module, name: str, parameter: nn.Parameter) -> None:
 
 def all_finite(weight: Tensor) -> bool:
     """Whether no number is NaN or infinite; looked at in parts, as PyTorch makes copies to find out."""
-    return all(bool(part.isfinite().all()) for part in weight.flatten().split(_PART))
+    return all(bool(part.isfinite().all()) for part in torch.split(weight.flatten(), _PART))
 
 
 def streamed(model: Any) -> Streamed | None:

@@ -45,7 +45,7 @@ def test_a_streamed_base_is_asked_to_hold_what_it_is_asked_in_memory(tmp_path: P
 
 
 def test_a_streamed_base_writes_no_text_for_its_metric(tmp_path: Path) -> None:
-    made = repository(tmp_path, "stream")
+    made = repository(tmp_path, "cpu")
     with pytest.raises(SettingsError, match="read all of them for every token") as caught:
-        made.metric_compute()
+        made.metric_compute(device="stream")
     assert "--text FILE" in caught.value.remedy
