@@ -397,6 +397,7 @@ def metric(ctx: click.Context, repo: Path | None, as_json: bool) -> None:
 @metric.command("compute")
 @click.option("--layers", callback=_read_layers, help="For which layers: 3,4,5 or 3-5. Default: the edited ones.")
 @click.option("--text", multiple=True, type=click.Path(path_type=Path), help="Text to compute it from.")
+@placement_options
 @memory_option("What sums and factors may take")
 @workers_options
 @repo_option

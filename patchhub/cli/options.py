@@ -142,7 +142,11 @@ chat_option = click.option(
 def placement_options(command: Command) -> Command:
     """``--device``, ``--dtype`` and ``--quantization``; without them the repository's config decides."""
     options: tuple[Any, ...] = (
-        click.option("--device", help="auto (a GPU if there is one), spread (over all GPUs), cpu, cuda:0, ..."),
+        click.option(
+            "--device",
+            help="auto (a GPU if there is one), spread (over all GPUs), stream (blocks are read from the base's files as they are run), "
+            "cpu, cuda:0, ...",
+        ),
         click.option(
             "--dtype",
             type=click.Choice(["auto", "float32", "bfloat16", "float16"]),

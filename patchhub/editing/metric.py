@@ -10,21 +10,23 @@ import hashlib
 import io
 import zipfile
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import ClassVar, Final, NamedTuple
+from typing import IO, Any, ClassVar, Final, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.linalg import solve_triangular
 from torch.nn.functional import pad
 
-from patchhub.cache import METRIC, Cache, Slot
-from patchhub.errors import EditError, SettingsError
+from patchhub.cache import METRIC, Cache, Kind, Slot
+from patchhub.errors import EditError, RepositoryError, SettingsError
 from patchhub.models.tracing import Stack, right_padded
 from patchhub.objects import METRIC_MATRICES
 
@@ -67,8 +69,11 @@ class Covariance(Preimages):
         Raises:
             EditError: C is not positive definite (the text is shorter than the width and epsilon is zero).
         """
-        factor: Tensor
-        factor, failed = torch.linalg.cholesky_ex(regularised(moment, self.epsilon))
+        # By columns, as LAPACK has it, so that the factor takes the place of C: of 28,672 inputs each is 6.6 GB.
+        factor = regularised(moment.mT, self.epsilon).mT
+        _, failed = torch.linalg.cholesky_ex(
+            factor, out=(factor, torch.empty(0, dtype=torch.int32, device=factor.device))
+        )
         if int(failed):
             raise EditError(
                 f"the second moment of {weight} is not positive definite",
@@ -137,7 +142,7 @@ def regularised(moment: Float[Tensor, "in in"], epsilon: float) -> Float[Tensor,
     The median, because the first position of a text gives a few inputs second moments that are orders of magnitude larger in many
     models; their mean would drown all other directions.
     """
-    metric = moment.to(torch.float64, copy=True)
+    metric = moment.to(torch.float64, copy=True, memory_format=torch.contiguous_format)
     metric.diagonal().add_(epsilon * float(moment.diagonal().median()))
     return metric
 
@@ -214,7 +219,7 @@ MEMORY: Final = 12 << 30
 _AS_GIVEN: Final = Covariance()
 _TOKENS_PER_BATCH, _TOKENS_ON_GPU = 1024, 16384  # what a block computes of them stays in a CPU's caches
 _SUM_BYTES = 8  # per entry of M: two float32 sums, a part's and that of all
-_FACTOR_BYTES = 16  # the metric and its factor in float64
+_FACTOR_BYTES = 16  # a null space's matrix and vectors in float64; a Cholesky factor takes the place of its matrix
 _PART = 16  # batches whose sum is made in one place
 _ROWS_PER_CHUNK = 1024
 
@@ -315,24 +320,136 @@ def moment_sums(
     progress: Callable[[int], None] = lambda tokens: None,
 ) -> MomentSums:
     """The sums over one part of a text."""
-    found = MomentSums({}, {})
-    sums, uses = found.sums, found.uses
-    for layer in layers:
-        if stack.architecture.feed_forward[layer].experts:
-            sums[layer], uses[layer] = _nothing(stack, layer)
-    for batch in _batches(documents, _TOKENS_PER_BATCH if stack.device.type == "cpu" else _TOKENS_ON_GPU):
+    found = _no_sums(stack, layers)
+    for batch in _batches(documents, _at_once(stack)):
         ids, mask, positions = right_padded(batch, stack.device)
-        started, real, tokens = stack.begin(ids, mask, positions), mask.bool(), sum(map(len, batch))
+        started, tokens = stack.begin(ids, mask, positions), sum(map(len, batch))
         with stack.fast(), stack.watch_keys(layers) as seen:
             started.run(started.hidden, 0, max(layers) + 1)
-            for layer in uses.keys() & set(layers):
-                seen[layer].add_moments(sums[layer], uses[layer], real)
-            for layer in [layer for layer in layers if layer not in uses]:
-                keys = seen[layer][real.to(seen[layer].device)].float()
-                sums[layer] = sums[layer].addmm_(keys.T, keys) if layer in sums else keys.T @ keys
+            _add_keys(found, layers, seen, mask.bool())
         found.tokens += tokens
         progress(tokens)
     return found
+
+
+def _at_once(stack: Stack) -> int:
+    return _TOKENS_PER_BATCH if stack.device.type == "cpu" else _TOKENS_ON_GPU
+
+
+def _no_sums(stack: Stack, layers: Sequence[int]) -> MomentSums:
+    """Sums over nothing; those of plain weights are made when the first keys come."""
+    found = MomentSums({}, {})
+    for layer in layers:
+        if stack.architecture.feed_forward[layer].experts:
+            found.sums[layer], found.uses[layer] = _nothing(stack, layer)
+    return found
+
+
+def _add_keys(
+    found: MomentSums, layers: Sequence[int], seen: Mapping[int, Any], real: Bool[Tensor, "batch time"]
+) -> None:
+    """Take in the keys of a batch that were seen at some layers."""
+    sums, uses = found.sums, found.uses
+    for layer in uses.keys() & set(layers):
+        seen[layer].add_moments(sums[layer], uses[layer], real)
+    for layer in [layer for layer in layers if layer not in uses]:
+        keys = seen[layer][real.to(seen[layer].device)].float()
+        sums[layer] = sums[layer].addmm_(keys.T, keys) if layer in sums else keys.T @ keys
+
+
+SPILLED: Final = Kind("states", ".states")
+"""Hidden states of a text before one block, of a base whose blocks are streamed; they go when the pass over the blocks has ended."""
+
+
+@torch.no_grad()
+def streamed_moments(
+    stack: Stack,
+    layers: Sequence[int],
+    documents: Documents,
+    spilled: Callable[[int], Slot],
+    *,
+    progress: Callable[[int], None] = lambda tokens: None,
+) -> Iterator[tuple[int, Float[Tensor, "*experts in in"]]]:
+    """`second_moments` of a base whose blocks are streamed, layer by layer: each block is read once, and all text goes through it.
+
+    Batches, parts and the order of sums are those of `second_moments`, and so are the bits. Between two blocks the hidden states lie
+    in the cache; a pass that was interrupted goes on from the last of them that is sound. The states before a layer are kept until the
+    caller asks for the next one, so what came of a layer is safe before they go.
+
+    Args:
+        layers: ascending.
+        spilled: where the hidden states before a block are kept.
+        progress: called with the number of tokens that went through a block.
+
+    Raises:
+        EditError: there is no text.
+        RepositoryError: the disk has no room for the hidden states, or what was kept of them is lost while it is read.
+        BaseError: a file of the base became shorter or cannot be read.
+    """
+    parts = [_batches(part, _at_once(stack)) for part in _parts(documents)]
+    entries = ((index, spilled(index).path()) for index in range(layers[0], 0, -1))
+    first, kept = next(((index, path) for index, path in entries if path is not None), (0, None))
+    for index in range(first, layers[-1] + 1):
+        wanted, total = [index] if index in layers else [], MomentSums({}, {})
+        with stack.resident(index):
+            states = _through(stack, index, wanted, parts, kept, total, progress)
+            if index < layers[-1]:
+                spilled(index + 1).put(states)
+            else:
+                deque(states, maxlen=0)
+        for layer in wanted:
+            yield layer, total.means()[layer]
+        if kept is not None:
+            kept.unlink(missing_ok=True)
+        if index < layers[-1]:
+            kept = spilled(index + 1).path()
+            if kept is None:
+                raise _lost(index + 1)
+
+
+def _through(
+    stack: Stack,
+    index: int,
+    wanted: Sequence[int],
+    parts: Sequence[Sequence[Documents]],
+    kept: Path | None,
+    total: MomentSums,
+    progress: Callable[[int], None],
+) -> Iterator[bytes]:
+    """The hidden states of every batch after a block, given the file of those before it, or None before the first block.
+
+    The sums are those of `second_moments` when all of them have been taken.
+    """
+    with nullcontext() if kept is None else kept.open("rb") as file:
+        for part in parts:
+            found = _no_sums(stack, wanted)
+            for batch in part:
+                ids, mask, positions = right_padded(batch, stack.device)
+                started, tokens = stack.begin(ids, mask, positions), sum(map(len, batch))
+                hidden = started.hidden if file is None else _states(file, index, started.hidden)
+                with stack.fast(), stack.watch_keys(wanted) as seen:
+                    hidden = started.run(hidden, index, index + 1)
+                    _add_keys(found, wanted, seen, mask.bool())
+                found.tokens += tokens
+                progress(tokens)
+                yield hidden.contiguous().cpu().view(torch.uint8).numpy().tobytes()
+            total.add(found)
+
+
+def _states(file: IO[bytes], index: int, like: Float[Tensor, "batch time d"]) -> Float[Tensor, "batch time d"]:
+    """The next batch's hidden states of a file; of the shape, type and device of others."""
+    found = torch.empty(like.shape, dtype=like.dtype)
+    if file.readinto(found.view(torch.uint8).numpy().data) != found.nbytes:  # type: ignore[attr-defined]  # typeshed has no readinto of IO
+        raise _lost(index)
+    return found.to(like.device)
+
+
+def _lost(index: int) -> RepositoryError:
+    return RepositoryError(
+        f"the hidden states before block {index}, which were kept in the cache while the base is streamed, are gone or damaged",
+        remedy="Run the command again: it goes on from what is sound.",
+        block=index,
+    )
 
 
 def _nothing(stack: Stack, layer: int) -> tuple[Tensor, Tensor]:

@@ -281,21 +281,43 @@ def _read(
     """
     stack = climbs[0].stack
     keys = torch.zeros(shape[0], stack.architecture.shapes[layer][1], dtype=torch.float64)
+    for start, stop in stack.stretches(before, layer):
+        for climb in climbs:
+            climb.advance(climb.step(trunk), start, stop)
+    with stack.resident(layer):
+        for climb in climbs:
+            if not climb.bare:
+                climb.add_to(keys, read_keys(climb, climb.step(trunk), layer))
+        return keys, _read_bare([climb for climb in climbs if climb.bare], trunk, layer, last_layer, keys, shape)
+
+
+def _read_bare(
+    climbs: Sequence[Climb],
+    trunk: Trunk,
+    layer: int,
+    last_layer: int,
+    keys: Float[Tensor, "n in"],
+    shape: torch.Size,
+) -> _Reached:
+    """What the bare prompts, which stand before ``layer``, reach from there; their keys are added to ``keys``."""
     here, last, stream = torch.zeros(3, *shape, dtype=torch.float64)
-    for climb in climbs:
-        step = climb.step(trunk)
-        climb.advance(step, before, layer)
-        if climb.bare:
-            rows = torch.arange(len(climb.last))
-            with stack.watch_keys([layer]) as seen, stack.watch_values([layer, last_layer]) as projected:
-                hidden = step.run(climb.hidden, layer, last_layer + 1)
-            found = at(seen[layer], rows, climb.last)
-            for place, states in ((here, projected[layer]), (last, projected[last_layer]), (stream, hidden)):
-                place[climb.request] = at(states, rows, climb.last).double().cpu()
-        else:
-            found = read_keys(climb, step, layer)
-        climb.add_to(keys, found)
-    return keys, _Reached(here, last, stream)
+    reached = [climb.hidden for climb in climbs]
+    for start, stop in climbs[0].stack.stretches(layer, last_layer + 1) if climbs else ():
+        watched = [(one, place) for one, place in ((layer, here), (last_layer, last)) if start <= one < stop]
+        for number, climb in enumerate(climbs):
+            stack, rows = climb.stack, torch.arange(len(climb.last))
+            keyed = [layer] if start == layer else []
+            with stack.watch_keys(keyed) as seen, stack.watch_values([one for one, _ in watched]) as projected:
+                hidden = climb.step(trunk).run(reached[number], start, stop)
+            for one in keyed:
+                climb.add_to(keys, at(seen[one], rows, climb.last))
+            for one, place in watched:
+                place[climb.request] = at(projected[one], rows, climb.last).double().cpu()
+            if stop <= last_layer:
+                reached[number] = hidden
+            else:
+                stream[climb.request] = at(hidden, rows, climb.last).double().cpu()
+    return _Reached(here, last, stream)
 
 
 def _open(stack: Stack, rows: Sequence[KeyRow], beginnings: Beginnings, budget: int, folder: Path) -> list[Climb]:

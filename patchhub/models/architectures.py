@@ -457,7 +457,7 @@ def describe(config: PreTrainedConfig, site: Site | None = None) -> Architecture
     text: Any = config.get_text_config()
     try:
         n_layers, d_model = int(text.num_hidden_layers), int(text.hidden_size)
-        blocks, structures = find_structure(_without_weights(config), n_layers, d_model)
+        blocks, structures = find_structure(without_weights(config), n_layers, d_model)
         _refuse_differing(structures)
         row = FAMILIES.get(config.model_type)
         strange = row.contradicts(blocks, structures) if row else None
@@ -658,7 +658,7 @@ def _factory(config: PreTrainedConfig) -> Any:
     return AutoModelForCausalLM
 
 
-def _without_weights(config: PreTrainedConfig) -> Any:
+def without_weights(config: PreTrainedConfig) -> Any:
     """The model on the meta device, with the attention whose steps autograd sees."""
     factory = _factory(config)
     try:

@@ -189,17 +189,7 @@ class Checkpoint:
         Raises:
             BaseError: there is no such tensor, its dtype is unknown to torch, or the file became shorter.
         """
-        import torch
-
-        entry, dtype = self.entry(name), self.dtype(name)
-        data = torch.empty(entry.size, dtype=torch.uint8)
-        with open(entry.file, "rb") as stream:
-            stream.seek(entry.begin)
-            if stream.readinto(data.numpy().data) != entry.size:
-                raise BaseError(
-                    f"{entry.file} became shorter while it was read", remedy="Open it again.", file=str(entry.file)
-                )
-        return data.view(dtype).reshape(entry.shape)
+        return read_tensor(self.entry(name))
 
     def dtype(self, name: str) -> torch.dtype:
         """The torch dtype of a tensor, by its checkpoint name.
@@ -207,17 +197,7 @@ class Checkpoint:
         Raises:
             BaseError: there is no such tensor, or torch has no such dtype.
         """
-        import torch
-
-        stored = self.entry(name).dtype
-        if stored not in _TORCH_DTYPES:
-            raise BaseError(
-                f"tensor {name} has the type {stored}, which cannot be edited",
-                remedy="Use a checkpoint in a float type.",
-                tensor=name,
-            )
-        found: torch.dtype = getattr(torch, _TORCH_DTYPES[stored])
-        return found
+        return _torch_dtype(self.entry(name), name)
 
     def resolve_name(self, parameter: str) -> str:
         """The checkpoint's name of a model parameter.
@@ -299,6 +279,53 @@ class Checkpoint:
                 tensor=name,
             )
         return self.tensors[name]
+
+
+def read_tensor(entry: TensorEntry) -> torch.Tensor:
+    """A tensor in its own dtype, on the CPU, in memory of its own.
+
+    Raises:
+        BaseError: its dtype is unknown to torch, or the file became shorter or cannot be read.
+    """
+    import torch
+
+    dtype = _torch_dtype(entry, entry.file.name)
+    data = torch.empty(entry.size, dtype=torch.uint8)
+    try:
+        with open(entry.file, "rb") as stream:
+            stream.seek(entry.begin)
+            read = stream.readinto(data.numpy().data)
+    except OSError as error:
+        raise BaseError(
+            f"{entry.file} cannot be read ({error.strerror})",
+            remedy="Check the file and its disk.",
+            file=str(entry.file),
+        ) from error
+    if read != entry.size:
+        raise BaseError(f"{entry.file} became shorter while it was read", remedy="Open it again.", file=str(entry.file))
+    return data.view(dtype).reshape(entry.shape)
+
+
+def _torch_dtype(entry: TensorEntry, name: str) -> torch.dtype:
+    import torch
+
+    if entry.dtype not in _TORCH_DTYPES:
+        raise BaseError(
+            f"tensor {name} has the type {entry.dtype}, which cannot be edited",
+            remedy="Use a checkpoint in a float type.",
+            tensor=name,
+        )
+    found: torch.dtype = getattr(torch, _TORCH_DTYPES[entry.dtype])
+    return found
+
+
+def not_finite(model: str, tensor: str) -> BaseError:
+    """The error that a base has NaN or infinity among its weights."""
+    return BaseError(
+        f"{model} has values in {tensor} that are not finite (NaN or infinity)",
+        remedy="Download or convert the model again.",
+        tensor=tensor,
+    )
 
 
 def open_checkpoint(name: str | Path, revision: str | None = None, *, local: bool = False) -> Checkpoint:

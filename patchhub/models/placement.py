@@ -9,7 +9,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
@@ -23,6 +23,7 @@ from transformers.utils import logging
 from patchhub.errors import BaseError, SettingsError
 from patchhub.models.architectures import read_model
 from patchhub.models.checkpoint import Checkpoint
+from patchhub.models.streaming import load_streamed, streamed
 from patchhub.models.tracing import fast
 
 GROUPS: Final = Path("/sys/fs/cgroup")
@@ -81,6 +82,7 @@ def _pages(which: str) -> int:
 
 DTYPES: Final = ("auto", "float32", "bfloat16", "float16", "float64")
 QUANTIZATIONS: Final = ("none", "8bit", "4bit")
+STREAM: Final = "stream"
 
 
 @dataclass(frozen=True)
@@ -88,13 +90,13 @@ class Placement:
     """How a base is loaded.
 
     Args:
-        device: "auto" (one GPU if there is one, else the CPU), "spread" (the blocks over all GPUs), or a torch device such
-            as "cpu" or "cuda:1".
+        device: "auto" (one GPU if there is one, else the CPU), "spread" (the blocks over all GPUs), "stream" (the blocks are read from
+            the base's files as they are run, by one GPU if there is one, else the CPU), or a torch device such as "cpu" or "cuda:1".
         dtype: "float32", "bfloat16", "float16", or "auto": see `chosen_dtype`.
         quantization: "8bit" or "4bit" (bitsandbytes, NF4): the linear layers' weights take a quarter or an eighth of float32.
 
     Raises:
-        SettingsError: a value is none of these.
+        SettingsError: a value is none of these, or a quantised base is to be streamed.
     """
 
     device: str = "auto"
@@ -106,7 +108,12 @@ class Placement:
             value = getattr(self, name)
             if value not in known:
                 raise SettingsError(f"{name} cannot be {value!r}", remedy=f"Choose one of {', '.join(known)}.")
-        if self.device not in ("auto", "spread"):
+        if self.device == STREAM and self.quantization != "none":
+            raise SettingsError(
+                "a base whose blocks are streamed cannot be quantised",
+                remedy="Leave one of --device and --quantization out.",
+            )
+        if self.device not in ("auto", "spread", STREAM):
             _existing_device(self.device)
 
     @property
@@ -121,7 +128,7 @@ class Placement:
             if not gpus:
                 raise SettingsError("there is no GPU to spread the base over", remedy="Leave the device out.")
             return gpus
-        if self.device == "auto":
+        if self.device in ("auto", STREAM):
             return gpus[:1] or (torch.device("cpu"),)
         return (torch.device(self.device),)
 
@@ -139,25 +146,46 @@ def chosen_dtype(checkpoint: Checkpoint, placement: Placement) -> torch.dtype:
     if placement.dtype != "auto":
         named: torch.dtype = getattr(torch, placement.dtype)
         return named
-    counts: Counter[str] = Counter()
-    for name, entry in checkpoint.tensors.items():
-        dtype = checkpoint.dtype(name)
-        if dtype.is_floating_point:
-            counts[name_of(dtype)] += entry.size // dtype.itemsize
+    counts = _numbers(checkpoint)
     own: torch.dtype = getattr(torch, counts.most_common(1)[0][0]) if counts else torch.float32
     share = _SHARE_CPU if all(device.type == "cpu" for device in placement.devices) else _SHARE_GPU
     fits = 4 * counts.total() <= share * sum(map(memory_of, placement.devices))
     return torch.float32 if fits and placement.quantization == "none" else own
 
 
+def _numbers(checkpoint: Checkpoint) -> Counter[str]:
+    """How many numbers of each float type a checkpoint holds."""
+    counts: Counter[str] = Counter()
+    for name, entry in checkpoint.tensors.items():
+        dtype = checkpoint.dtype(name)
+        if dtype.is_floating_point:
+            counts[name_of(dtype)] += entry.size // dtype.itemsize
+    return counts
+
+
+def settled(checkpoint: Checkpoint, placement: Placement) -> Placement:
+    """The placement with "auto" as "stream" where the weights would take more than the memory that is free on the device now."""
+    if placement.device != "auto" or placement.quantization != "none" or find_spec("accelerate") is None:
+        return placement
+    [device] = placement.devices
+    free = free_memory() if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
+    needed = chosen_dtype(checkpoint, placement).itemsize * _numbers(checkpoint).total()
+    return replace(placement, device=STREAM) if needed > free else placement
+
+
 def load_base(checkpoint: Checkpoint, placement: Placement) -> Any:
-    """The unpatched model of a checkpoint, placed.
+    """The unpatched model of a checkpoint, placed; "auto" is not `settled` here.
 
     Raises:
         SettingsError: a library is missing that the placement needs.
         BaseError: it does not fit.
+        UnsupportedModelError: its blocks are to be streamed, and cannot be.
     """
     dtype = chosen_dtype(checkpoint, placement)
+    if placement.device == STREAM:
+        _require("accelerate", "to stream a base")
+        with _without_bars():
+            return load_streamed(checkpoint, dtype, placement.devices[0])
     arguments: dict[str, Any] = {"dtype": dtype, "local_files_only": True}
     if placement.quantization != "none":
         arguments["quantization_config"] = _quantization(placement.quantization, dtype)
@@ -174,7 +202,7 @@ def load_base(checkpoint: Checkpoint, placement: Placement) -> Any:
     except torch.OutOfMemoryError as error:
         raise BaseError(
             f"{checkpoint.name} does not fit into the memory of {', '.join(map(str, placement.devices))} in {name_of(dtype)}",
-            remedy="Choose --dtype bfloat16, --quantization 8bit or 4bit, --device spread, or --device cpu.",
+            remedy="Choose --dtype bfloat16, --quantization 8bit or 4bit, or --device spread, stream or cpu.",
             model=checkpoint.name,
         ) from error
     _refuse_offloaded(model, checkpoint)
@@ -205,8 +233,11 @@ def is_quantised(model: Any) -> bool:
 
 
 def runs_beside(model: Any) -> bool:
-    """Whether deltas run beside this model's weights for an edit: everywhere but in float32, which alone holds small changes."""
-    return is_quantised(model) or model.dtype != torch.float32
+    """Whether deltas run beside this model's weights for an edit: everywhere but in float32, which alone holds small changes.
+
+    And beside weights that are not in memory, whatever their type.
+    """
+    return is_quantised(model) or streamed(model) is not None or model.dtype != torch.float32
 
 
 def name_of(dtype: torch.dtype) -> str:
@@ -265,7 +296,7 @@ def _refuse_offloaded(model: Any, checkpoint: Checkpoint) -> None:
     if offloaded:
         raise BaseError(
             f"{checkpoint.name} does not fit on the devices: {len(offloaded)} tensors were left out of memory",
-            remedy="Choose --dtype bfloat16, --quantization 8bit or 4bit, or --device cpu.",
+            remedy="Choose --device stream, --dtype bfloat16, or --quantization 8bit or 4bit.",
             model=checkpoint.name,
         )
 
@@ -276,7 +307,7 @@ def quick_type(model: Any) -> torch.dtype:
     processor: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # PyTorch before 2.8 does not tell
     capable = model.device.type == "cpu" and any(processor.get(name) for name in ("avx512_bf16", "amx_bf16"))
     wider = dtype in (torch.float32, torch.float16) and all(p.dtype == dtype for p in model.parameters())
-    return torch.bfloat16 if capable and wider else dtype
+    return torch.bfloat16 if capable and wider and streamed(model) is None else dtype
 
 
 def optimised_in(model: Any, memory: int | None) -> torch.dtype:

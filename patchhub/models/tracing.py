@@ -25,6 +25,7 @@ from patchhub.delta import Delta, LowRank, add, to_dense
 from patchhub.errors import UnsupportedModelError
 from patchhub.models.architectures import Architecture, Behind, behind_of, gate_keys, hook_output
 from patchhub.models.experts import Routed, gated_keys, grouped_forwards, shape_of
+from patchhub.models.streaming import streamed
 
 _SHAPES = ((64, 64, 64), (96, 384, 512), (33, 640, 129))  # rows, inner, columns of the products that are tried
 _KEPT_KERNELS = "32"
@@ -302,6 +303,7 @@ class Stack:
         self.architecture = architecture
         self.blocks: list[nn.Module] = list(model.get_submodule(architecture.blocks))
         self.decoder: Any = model.get_submodule(architecture.blocks.rpartition(".")[0])
+        self.streamed = streamed(model)
         self.ffn_out: list[nn.Module] = [
             model.get_submodule(architecture.ffn_module(layer)) for layer in range(len(self.blocks))
         ]
@@ -322,8 +324,32 @@ class Stack:
         return int(self.model.get_output_embeddings().weight.shape[0])
 
     def device_of(self, index: int) -> torch.device:
-        """Where block ``index`` lives."""
+        """Where block ``index`` lives; of a streamed one, where it runs."""
+        if self.streamed is not None:
+            return self.device
         return next(self.blocks[index].parameters()).device
+
+    @contextmanager
+    def resident(self, *indices: int) -> Iterator[None]:
+        """While open, these blocks are in memory, also those of a model whose blocks are streamed."""
+        with ExitStack() as opened:
+            if self.streamed is not None:
+                for index in indices:
+                    opened.enter_context(self.streamed.resident(index))
+            yield
+
+    def stretches(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        """The blocks from ``start`` to before ``stop`` in parts through which many batches go one after the other.
+
+        That is all of them at once; of a model whose blocks are streamed one at a time, which is in memory until the next is asked for.
+        """
+        if not self.streamed:
+            if start < stop:
+                yield start, stop
+            return
+        for index in range(start, stop):
+            with self.resident(index):
+                yield index, index + 1
 
     def behind(self, layer: int) -> Behind:
         """What stands between the FFN output projection of a layer and the residual stream.
@@ -332,7 +358,8 @@ class Stack:
             UnsupportedModelError: a norm of another kind than y / rms(y) times a gain.
         """
         if layer not in self._behind:
-            self._behind[layer] = behind_of(self.model, self.architecture, layer)
+            with self.resident(layer):
+                self._behind[layer] = behind_of(self.model, self.architecture, layer)
         return self._behind[layer]
 
     @torch.no_grad()

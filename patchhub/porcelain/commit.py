@@ -269,8 +269,8 @@ def _open(
     tree = open_worktree(repository, progress, state, base=files, **options)
     if runs_beside(tree.model) and (wise or active_shards(repository, plan.kept)):
         raise SettingsError(
-            "WISE's side memories need a base in float32 while facts are written",
-            remedy="Say --dtype float32, and leave --quantization out.",
+            "WISE's side memories need a base in float32, and in memory, while facts are written",
+            remedy="Say --dtype float32, and leave --quantization and --device stream out.",
         )
     facts = encode_facts(tree.tokenizer, plan.requests, (SLOT,), chat=tree.chat, limit=context_length(tree.model))
     for fact, request in zip(facts, plan.requests, strict=True):

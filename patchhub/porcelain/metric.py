@@ -28,6 +28,7 @@ from patchhub.store.store import Store, refuse_store
 if TYPE_CHECKING:
     from patchhub.editing.metric import MetricCache
     from patchhub.models.architectures import Architecture
+    from patchhub.models.placement import Placement
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,7 @@ def compute(
     *,
     layers: Sequence[int] = (),
     text: Sequence[Path] = (),
+    placement: Placement | None = None,
     memory: int | None = None,
     workers: int | None = None,
     on: str | None = None,
@@ -109,6 +111,7 @@ def compute(
     Args:
         layers: for which layers; none: those that the repository's editor writes to.
         text: files to compute it from; none: the base writes it.
+        placement: where and in which type the base runs; None: as the repository's config says.
         memory: bytes that sums and factors may take.
         workers, on: how many processes do it, and the Ray cluster that they run on.
 
@@ -124,7 +127,7 @@ def compute(
     files = base_files(repository)
     chosen = tuple(layers) or edited_layers(repository, files.architecture)
     weights = [files.architecture.ffn_weight(layer) for layer in chosen]
-    tree = open_worktree(repository, progress, base=files, edits=weights)
+    tree = open_worktree(repository, progress, base=files, placement=placement, edits=weights)
     begin = start_recorder if text and not is_metric_used(repository) else open_recorder
     with workers_of(tree, workers, on, progress) as others:
         options: dict[str, Any] = {"memory": memory or MEMORY, "workers": others}

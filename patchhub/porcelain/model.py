@@ -18,7 +18,7 @@ from patchhub.delta import Delta, is_zero, section
 from patchhub.errors import SettingsError
 from patchhub.evaluation.metrics import score_targets
 from patchhub.models.architectures import Architecture, Site, describe, read_config
-from patchhub.models.checkpoint import Checkpoint, open_checkpoint
+from patchhub.models.checkpoint import Checkpoint, not_finite, open_checkpoint
 from patchhub.models.fingerprint import check_tensors, fingerprint, write_patched
 from patchhub.models.placement import Placement
 from patchhub.models.structure import Orientation, Projection
@@ -38,7 +38,6 @@ from patchhub.worktree.opening import (
     Worktree,
     chosen_mode,
     keep_digests,
-    not_finite,
     open_checked,
     open_worktree,
     state_at,

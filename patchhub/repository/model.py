@@ -272,6 +272,9 @@ class ModelVerbs(Opened):
         *,
         layers: str | Sequence[int] = (),
         text: Sequence[Place] = (),
+        device: str | None = None,
+        dtype: Type | None = None,
+        quantization: Quantization | None = None,
         memory: Count | None = None,
         workers: Count | None = None,
         on: str | None = None,
@@ -281,6 +284,7 @@ class ModelVerbs(Opened):
         Args:
             layers: for which; none: the edited ones.
             text: files to compute it from; none: the base writes it.
+            device, dtype, quantization: where and how the base runs; None: as the config says.
             memory: bytes that sums and factors may take.
             workers, on: as in `commit`.
         """
@@ -290,7 +294,8 @@ class ModelVerbs(Opened):
         from patchhub.porcelain.metric import compute
 
         with self._heard() as progress:
-            options: dict[str, Any] = {"memory": memory, "workers": workers, "on": on}
+            placement = self._placement(device, dtype, quantization)
+            options: dict[str, Any] = {"placement": placement, "memory": memory, "workers": workers, "on": on}
             return compute(self.store, progress, layers=chosen, text=read, **options)
 
     @verb

@@ -21,6 +21,7 @@ from patchhub.models.architectures import read_model
 from patchhub.models.checkpoint import Checkpoint
 from patchhub.models.fingerprint import check_tensors, not_the_base
 from patchhub.models.placement import is_quantised
+from patchhub.models.streaming import streamed
 from patchhub.models.structure import Orientation
 from patchhub.models.tracing import add_beside
 from patchhub.objects import Base
@@ -225,7 +226,7 @@ def attach(
         checkpoint: the base's files.
         state: what to attach.
         cache: as in `load_patched`.
-        side_path: as in `load_patched`; `switch` keeps to it.
+        side_path: as in `load_patched`; `switch` keeps to it. Of a model whose blocks are streamed it is always so.
         progress: called after each composed weight.
 
     Raises:
@@ -237,7 +238,7 @@ def attach(
         raise SettingsError(
             f"the model already has commit {attached(model)} attached", remedy="Use switch, or detach it first."
         )
-    beside = () if side_path or is_quantised(model) else None
+    beside = () if side_path or is_quantised(model) or streamed(model) else None
     nothing = PatchState(state.base, state.orientation, {})
     _change(model, Attachment(checkpoint, nothing, beside=beside), state, cache, progress)
 
@@ -366,7 +367,9 @@ def _reroute(model: PreTrainedModel, old: Routing, new: Routing) -> None:
 def _change_beside(model: PreTrainedModel, before: Attachment, state: PatchState, cache: Cache | None) -> None:
     """`_change` for deltas that run beside the weights, which stay the base's throughout."""
     names = list(state.weights.keys() - before.state.weights.keys())
-    if names and is_quantised(model):
+    if streamed(model):
+        names = []  # what is read from the checkpoint is the checkpoint's
+    elif names and is_quantised(model):
         names = [name for name, vector in model.named_parameters() if vector.ndim == 1 and _is_plain(vector)]
     check_tensors(state.base, before.checkpoint, {*state.weights, *state.routing.weights, *names}, cache=cache)
     differing = sorted(name for name in names if not _is_base(before.checkpoint, name, _parameter(model, name).data))

@@ -63,9 +63,11 @@ _HUB_MODEL: Final = Kind(
 )
 
 DEVICE: Final = Kind(
-    "auto, spread, or a device such as cpu, cuda:0 or mps",
+    "auto, spread, stream, or a device such as cpu, cuda:0 or mps",
     str,
-    lambda value: isinstance(value, str) and re.fullmatch(rf"auto|spread|(?:{_DEVICES})(?::\d+)?", value) is not None,
+    lambda value: (
+        isinstance(value, str) and re.fullmatch(rf"auto|spread|stream|(?:{_DEVICES})(?::\d+)?", value) is not None
+    ),
 )
 
 SETTINGS: Mapping[str, Setting] = {
@@ -78,7 +80,8 @@ SETTINGS: Mapping[str, Setting] = {
     "card.title": Setting(TEXT, "title of the model card; default: the repository's name"),
     "chat": Setting(TRUTH, "true: facts are written and asked as answers in the base's chat template; default: false"),
     "device": Setting(
-        DEVICE, "where the base is put: auto (a GPU if there is one), spread (over all GPUs), cpu, cuda:0, ..."
+        DEVICE,
+        "where the base is put: auto (a GPU if there is one), spread (over all GPUs), stream (blocks stay in its files), cpu, cuda:0, ...",
     ),
     "dtype": Setting(
         one_of("auto", "float32", "bfloat16", "float16"),

@@ -12,9 +12,10 @@ from typing import Any, Final
 
 from transformers import PreTrainedTokenizerBase
 
-from patchhub.cache import Kind
+from patchhub.cache import Kind, Slot
 from patchhub.editing.metric import (
     MEMORY,
+    SPILLED,
     Covariance,
     Documents,
     MetricCache,
@@ -24,8 +25,9 @@ from patchhub.editing.metric import (
     layer_groups,
     moment_sums,
     second_moments,
+    streamed_moments,
 )
-from patchhub.errors import RepositoryError, RequestError
+from patchhub.errors import RepositoryError, RequestError, SettingsError
 from patchhub.evaluation.drift import leading
 from patchhub.models.tracing import Stack
 from patchhub.objects import Metric, Text
@@ -306,6 +308,11 @@ def start_recorder(
     """
     if text:
         documents, source = read_documents(stack, tokenizer, text), _from_files(text)
+    elif stack.streamed is not None:
+        raise SettingsError(
+            "the base's blocks are streamed, and text that it writes by itself would read all of them for every token",
+            remedy="Give running text of some ten thousand words: --text FILE. Or import a metric of this base: `patchhub metric import`.",
+        )
     else:
         with unpatched(stack.model):
             documents, source = sampled_documents(repository, stack, tokenizer, progress, workers)
@@ -377,6 +384,9 @@ def _complete(
         return
     texts = documents or kept_documents(repository, metric, [weights[layer] for layer in missing])
     measured = measured_part(texts, metric)
+    if stack.streamed is not None:
+        _complete_streamed(repository, cache, stack, {layer: weights[layer] for layer in missing}, measured, progress)
+        return
     projections = [stack.architecture.feed_forward[layer] for layer in missing]
     experts = max(1, *(p.experts for p in projections))
     width = max(p.shape[1] // max(1, p.experts) for p in projections)
@@ -388,3 +398,26 @@ def _complete(
             moments = second_moments(stack, group, measured, elsewhere=elsewhere, progress=progress.advance)
         for layer in group:
             cache.store(weights[layer], moments.pop(layer))
+
+
+def _complete_streamed(
+    repository: Store,
+    cache: MetricCache,
+    stack: Stack,
+    weights: Mapping[int, str],
+    documents: Documents,
+    progress: Progress,
+) -> None:
+    """Compute what the cache lacks, in one pass over the blocks, whatever memory there is: one layer's sums are held at a time."""
+    text = {"base": repository.config.base_id, "text": text_of(documents).id}
+
+    def spilled(index: int) -> Slot:
+        return repository.cache.slot(
+            SPILLED, **text, dtype=str(stack.model.dtype), device=stack.device.type, block=index
+        )
+
+    layers = sorted(weights)
+    progress.stage("second moments, block by block", (layers[-1] + 1) * sum(map(len, documents)))
+    with unpatched(stack.model):
+        for layer, moment in streamed_moments(stack, layers, documents, spilled, progress=progress.advance):
+            cache.store(weights[layer], moment)

@@ -19,16 +19,17 @@ from patchhub.cache import Cache
 from patchhub.delta import Delta
 from patchhub.editing.steps import reading_positions
 from patchhub.editing.wise.texts import Shard
-from patchhub.errors import BaseError, CorruptStoreError, RepositoryError, SettingsError
+from patchhub.errors import CorruptStoreError, RepositoryError, SettingsError
 from patchhub.evaluation.metrics import BATCH_TOKENS
 from patchhub.fsio import make_directories, read_chunks, write_atomically
 from patchhub.models.architectures import Architecture, describe, read_config
-from patchhub.models.checkpoint import Checkpoint, open_checkpoint
+from patchhub.models.checkpoint import Checkpoint, not_finite, open_checkpoint
 from patchhub.models.fingerprint import check_tensors
-from patchhub.models.placement import DEFAULT, Placement, load_base, runs_beside
+from patchhub.models.placement import DEFAULT, Placement, load_base, runs_beside, settled
+from patchhub.models.streaming import all_finite
 from patchhub.models.tracing import Stack
 from patchhub.objects import Patch
-from patchhub.progress import Progress
+from patchhub.progress import Progress, note
 from patchhub.runtime.patched_model import UNROUTED, PatchState, Routing, attach, switch
 from patchhub.runtime.routing import Mode, SideMemory
 from patchhub.sets.columns import Shapes, read_shard_change, read_state, stacked_orientations, weight_shapes
@@ -37,6 +38,11 @@ from patchhub.store.store import Store
 from patchhub.text.tokens import Chat, chat_of, load_tokenizer, tokenise
 
 MODES: Final[tuple[Mode, ...]] = ("retrieve", "merge")
+
+_STREAMED: Final = (
+    "{} is larger than the memory at hand, so its blocks are read from its files as they are run, which is right and slow: every token "
+    "that is written reads all of them. --dtype, --quantization or --device spread may do without (docs/scale.md)."
+)
 
 
 class StoredDeltas(Mapping[str, Sequence[Delta]]):
@@ -166,15 +172,6 @@ def _merging(records: Iterable[ShardRecord]) -> tuple[Literal["ties", "linear"],
             remedy="Do not use it.",
         )
     return method, float(density)
-
-
-def not_finite(model: str, tensor: str) -> BaseError:
-    """The error that a base has NaN or infinity among its weights."""
-    return BaseError(
-        f"{model} has values in {tensor} that are not finite (NaN or infinity)",
-        remedy="Download or convert the model again.",
-        tensor=tensor,
-    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -358,11 +355,15 @@ def open_worktree(
     progress.stage("loading the base", 0)
     tokenizer = load_tokenizer(checkpoint)
     form = chat_form(repository, tokenizer, chat)
-    placement = placement or placement_of(repository)
+    asked = placement or placement_of(repository)
+    placement = settled(checkpoint, asked)
+    if placement != asked:
+        note(progress, _STREAMED.format(checkpoint.name))
     model = load_base(checkpoint, placement).eval()
     if edits is not None:
         for name, parameter in model.named_parameters():
-            if not bool(parameter.isfinite().all()):
+            # Streamed blocks are looked at when they are read.
+            if not parameter.is_meta and not all_finite(parameter):
                 raise not_finite(checkpoint.name, name)
     state = patch_state(repository, {}, None) if state is None else state
     beside = edits is not None and runs_beside(model)

@@ -131,7 +131,8 @@ def write_closed_form(
     """
     settings = replace(settings, chat=tree.chat)
     for layer in settings.layers:
-        additive_probe(tree.model, tree.architecture, layer)
+        with tree.stack.resident(layer):
+            additive_probe(tree.model, tree.architecture, layer)
     model, memory = (tree.stack, tree.tokenizer), min(MEMORY, step_budget(tree.stack.device, tree.memory))
     recorder = open_recorder(repository, *model, settings.layers, text, progress, memory=memory, workers=workers)
     fixed = read_additive(repository, plan.kept)

@@ -18,6 +18,7 @@ import torch
 
 import patchhub
 from patchhub.cache import Cache, Kind
+from patchhub.editing.metric import SPILLED, streamed_moments
 from patchhub.editing.requests import Batch, Origin
 from patchhub.errors import RepositoryError
 from patchhub.models.architectures import describe, read_config
@@ -127,9 +128,16 @@ def base_text(repository: Store) -> Any:
     return found
 
 
+def states(repository: Store) -> Any:
+    """Second moments block by block, of which the caller takes the last layer's and asks for no more, as if it were interrupted there."""
+    stack, documents = opened(repository).stack, [[5, 6, 7], [8, 9]]
+    passing = streamed_moments(stack, [2], documents, lambda block: repository.cache.slot(SPILLED, block=block))
+    return next(passing)[1].numpy().tobytes()
+
+
 MAKERS: Mapping[str, Callable[[Store], Any]] = {
     made.__name__: made
-    for made in (weights, values, metric, held, text, scores, digests, wise, spectrum, norms, sums, base_text)
+    for made in (weights, values, metric, held, text, scores, digests, wise, spectrum, norms, sums, base_text, states)
 }
 
 
@@ -223,7 +231,7 @@ def test_a_cache_that_cannot_be_written_costs_time_only(
     """But for what has to be read from a file: that is refused in words."""
     shutil.rmtree(repository.cache.folder)
     repository.cache.folder.write_bytes(b"in the way")
-    if kind in ("metric", "values", "base_text"):
+    if kind in ("metric", "values", "base_text", "states"):
         with pytest.raises(RepositoryError, match="cannot write"):
             MAKERS[kind](repository)
     else:
@@ -256,6 +264,7 @@ def test_collecting_knows_all_kinds_in_one_way(repository: Store) -> None:
         "values",
         "scores",
         "digests",
+        "states",
     }
 
 
