@@ -13,6 +13,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Final, Literal
 
+import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from patchhub.cache import Cache
@@ -329,6 +331,11 @@ def chat_form(repository: Store, tokenizer: PreTrainedTokenizerBase, asked: bool
     return chat_of(tokenizer) if in_chat(repository, asked) else None
 
 
+def _is_finite(tensor: Tensor) -> bool:
+    """Whether no value is NaN or infinite: then one of them would be in the sum, which is read off memory once."""
+    return bool(tensor.sum(dtype=torch.float32).isfinite()) or bool(tensor.isfinite().all())
+
+
 def open_worktree(
     repository: Store,
     progress: Progress,
@@ -366,7 +373,7 @@ def open_worktree(
     model = load_base(checkpoint, placement).eval()
     if edits is not None:
         for name, parameter in model.named_parameters():
-            if not bool(parameter.isfinite().all()):
+            if not _is_finite(parameter):
                 raise not_finite(checkpoint.name, name)
     state = patch_state(repository, {}, None) if state is None else state
     beside = edits is not None and runs_beside(model)
