@@ -309,6 +309,13 @@ def _first_sentence(answer: str) -> str:
     return found.group().rstrip() if found else ""
 
 
+def has_sentence(answer: str) -> bool:
+    """Whether an answer that goes on has a whole first sentence: so much of it is read for a place."""
+    said = answer.strip()
+    first = _first_sentence(said)
+    return bool(first) and len(first) < len(said)
+
+
 def _places(request: Request, said: str) -> Iterator[_Place]:
     """The beginnings of words in an answer, but its first; none inside the subject's name or right after a bracket."""
     known, words = _true_place(request, said), _words(request.text)

@@ -395,22 +395,39 @@ def read_states(
     """
     nll, slopes = torch.zeros_like(factor), list[Tensor]()
     wrong = torch.zeros_like(factor) if sure else None
-    start = 0
-    for part in parts:
-        given = states[start : start + len(part.token)].detach().requires_grad_(gradient)
-        start += len(part.token)
+    essence, kl = torch.zeros(0, device=states.device), torch.zeros_like(factor)
+    start, pieces = 0, _pieces(parts, len(factor), states.device)
+    for part, essences in pieces:
+        count = len(part.token) if part else 0
+        given = states[start : start + count + essences].detach().requires_grad_(gradient)
+        start += count + essences
+        pulled = torch.zeros((), device=states.device)
         with torch.set_grad_enabled(gradient):
             logits = stack.logits(given).float()
-            losses = -part.log_probs(logits) * part.share
+            if part:
+                losses = -part.log_probs(logits[:count]) * part.share
+                pulled = (losses * factor[part.fact]).sum()
+                nll = nll.index_add(0, part.fact, losses.detach())
+            if essences:
+                now = logits[count:].log_softmax(-1)
+                essence = now.detach()
+                moved = (now.exp() * (now - (essence if before is None else before))).sum(-1)
+                pulled, kl = pulled + kl_factor * moved.sum(), moved.detach()
         if gradient:
-            slopes += torch.autograd.grad((losses * factor[part.fact]).sum(), given)
-        nll = nll.index_add(0, part.fact, losses.detach())
-        if wrong is not None:
-            wrong = wrong.index_add(0, part.fact, part.wrong(logits.detach()).float())
-    given = states[start:].detach().requires_grad_(gradient)
-    with torch.set_grad_enabled(gradient):
-        essence = stack.logits(given).float().log_softmax(-1)
-        kl = (essence.exp() * (essence - (essence.detach() if before is None else before))).sum(-1)
-    if gradient:
-        slopes += torch.autograd.grad(kl_factor * kl.sum(), given)
-    return Read(nll, kl.detach(), wrong, essence.detach(), torch.cat(slopes) if gradient else None)
+            slopes += torch.autograd.grad(pulled, given)
+        if wrong is not None and part:
+            wrong = wrong.index_add(0, part.fact, part.wrong(logits[:count].detach()).float())
+    return Read(nll, kl, wrong, essence, torch.cat(slopes) if gradient else None)
+
+
+def _pieces(
+    parts: Sequence[Predictions], groups: int, device: torch.device
+) -> Iterator[tuple[Predictions | None, int]]:
+    """What the head is called with: a part of the predictions, and how many essences; those go with the last part where there is room."""
+    yield from ((part, 0) for part in parts[:-1])
+    last = parts[-1]
+    if device.type != "cpu" or len(last.token) + groups <= at_once(last.masks.shape[1]):
+        yield last, groups
+    else:
+        yield last, 0
+        yield None, groups

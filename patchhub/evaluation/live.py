@@ -8,7 +8,7 @@ import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicCache
 
 from patchhub.errors import RequestError, SettingsError
+from patchhub.evaluation.drift import vocabulary_of
 from patchhub.evaluation.metrics import BATCH_TOKENS, cut, reading
 from patchhub.evaluation.suites import (
     Combined,
@@ -40,6 +41,11 @@ from patchhub.text.tokens import Chat, closes, context_length, tokenise
 Choose = Callable[[Float[Tensor, "rows vocabulary"], int], Int[Tensor, " rows"]]
 """The next token of every row, given the logits and how many tokens were written before."""
 
+NOTHING: Final[Mapping[str, Sequence[int]]] = {}
+"""No answer is expected."""
+
+_AHEAD: Final = 1 << 26  # logits that are computed at once of texts that are expected
+
 
 def continue_greedily(
     model: PreTrainedModel,
@@ -49,6 +55,7 @@ def continue_greedily(
     chat: Chat | None = None,
     max_new_tokens: int = 32,
     batch_tokens: int = BATCH_TOKENS,
+    expected: Mapping[str, Sequence[int]] = NOTHING,
 ) -> list[str]:
     """The most probable continuation of each prompt, token by token, up to the end of text or `max_new_tokens`.
 
@@ -56,6 +63,7 @@ def continue_greedily(
 
     Args:
         chat: the prompts are the user's messages of this chat form; what is written is the answer.
+        expected: as in `continue_within`.
 
     Raises:
         RequestError: a prompt has no token, or leaves no room for the continuation.
@@ -68,7 +76,7 @@ def continue_greedily(
                 remedy="Shorten the prompt or ask for fewer new tokens.",
                 prompt=prompt,
             )
-    written = continue_within(model, tokenizer, room, chat=chat, batch_tokens=batch_tokens)
+    written = continue_within(model, tokenizer, room, chat=chat, batch_tokens=batch_tokens, expected=expected)
     return [written[prompt] for prompt in prompts]
 
 
@@ -79,9 +87,21 @@ def continue_within(
     *,
     chat: Chat | None = None,
     batch_tokens: int = BATCH_TOKENS,
+    expected: Mapping[str, Sequence[int]] = NOTHING,
+    enough: Callable[[str], bool] | None = None,
 ) -> dict[str, str]:
-    """The most probable continuation of each prompt up to the end of text or its own number of tokens, in the order of ``room``."""
-    return _written(model, tokenizer, room, batch_tokens, lambda batch: lambda logits, step: logits.argmax(-1), chat)
+    """The most probable continuation of each prompt up to the end of text or its own number of tokens, in the order of ``room``.
+
+    Args:
+        expected: by prompt, the tokens of the prompt with the continuation that it probably has. As far as that is so, it is read in one
+            pass instead of written token by token; what is written is the same.
+        enough: whether what was written of a continuation is all that is wanted of it: then it ends there.
+    """
+
+    def choose(batch: Sequence[str]) -> Choose:
+        return lambda logits, step: logits.argmax(-1)
+
+    return _written(model, tokenizer, room, batch_tokens, choose, chat, expected=expected, enough=enough)
 
 
 def sample_continuations(
@@ -137,20 +157,38 @@ def _written(
     batch_tokens: int,
     choose: Callable[[Sequence[str]], Choose],
     chat: Chat | None = None,
+    *,
+    expected: Mapping[str, Sequence[int]] = NOTHING,
+    enough: Callable[[str], bool] | None = None,
 ) -> dict[str, str]:
-    """What is written after each prompt; `choose` makes the rule of one batch."""
+    """What is written after each prompt; `choose` makes the rule of one batch, which is the greedy one where anything is expected."""
     tokens = dict(zip(room, _tokens(tokenizer, list(room), chat), strict=True))
     order = sorted((prompt for prompt in room if room[prompt]), key=lambda prompt: len(tokens[prompt]))
     written = dict.fromkeys(room, "")
+
+    def decoded(row: Sequence[int]) -> str:
+        return str(tokenizer.decode(list(row), skip_special_tokens=True))
+
+    def ended(row: Sequence[int]) -> bool:
+        return enough is not None and enough(decoded(row))
+
     with reading(model):
         for part in cut([len(tokens[prompt]) + room[prompt] for prompt in order], batch_tokens):
             batch = order[part]
-            rows = _continue(
-                model, [tokens[prompt] for prompt in batch], [room[prompt] for prompt in batch], choose(batch)
-            )
-            texts = (str(tokenizer.decode(row, skip_special_tokens=True)) for row in rows)
-            written.update(zip(batch, texts, strict=True))
+            ahead = [_beyond(tokens[prompt], expected.get(prompt, ()), room[prompt]) for prompt in batch]
+            if len(batch) * (1 + max(map(len, ahead))) * vocabulary_of(model) > _AHEAD:
+                ahead = [()] * len(batch)
+            rows: list[list[int]] = [[] for _ in batch]
+            prompts, places = [tokens[prompt] for prompt in batch], [room[prompt] for prompt in batch]
+            _continue(model, prompts, places, choose(batch), ahead, ended, rows)
+            written.update(zip(batch, map(decoded, rows), strict=True))
     return written
+
+
+def _beyond(prompt: Sequence[int], whole: Sequence[int], room: int) -> Sequence[int]:
+    """What a text has after its prompt, if it begins with it; one token less than there is room for, which the same pass gives."""
+    front = len(prompt)
+    return tuple(whole[front : front + room - 1]) if tuple(whole[:front]) == tuple(prompt) else ()
 
 
 def _tokens(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], chat: Chat | None) -> list[tuple[int, ...]]:
@@ -160,35 +198,63 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], chat: Ch
 
 
 def _continue(
-    model: PreTrainedModel, rows: Sequence[Sequence[int]], room: Sequence[int], choose: Choose
-) -> list[list[int]]:
-    """One batch: each row's new tokens, up to its end of text or its room. The prompts are read once, then one token at a time."""
-    ends = _end_tokens(model)
+    model: PreTrainedModel,
+    rows: Sequence[Sequence[int]],
+    room: Sequence[int],
+    choose: Choose,
+    ahead: Sequence[Sequence[int]],
+    ended: Callable[[Sequence[int]], bool],
+    written: Sequence[list[int]],
+) -> None:
+    """Add each row's new tokens to what was written of it, up to its end of text or its room, in one batch.
+
+    The rows are read once, then one token at a time.
+
+    Args:
+        ahead: what each row probably goes on with, which is read with it; a row that goes on otherwise is read anew from there.
+        ended: whether what was written of a row is enough.
+    """
+    ends, front = _end_tokens(model), max(map(len, ahead))
     # Without a configuration sliding layers keep every position, and the mask does the sliding; recurrent ones need theirs.
     cache: Any = DynamicCache(config=model.config) if is_recurrent(model.config) else DynamicCache()
     last = context_length(model) - 1
-    ids, mask, positions = left_padded(rows, model.device)
-    written: list[list[int]] = [[] for _ in rows]
-    going = set(range(len(rows)))
-    for step in range(max(room)):
+    texts = ([*row, *new, *more] for row, new, more in zip(rows, written, ahead, strict=True))
+    ids, mask, positions = left_padded(list(texts), model.device)
+    going, astray, step = set(range(len(rows))), list[int](), 0
+    while going:
         logits = model(
             input_ids=ids,
             attention_mask=mask,
             position_ids=positions,
             past_key_values=cache,
             use_cache=True,
-            logits_to_keep=1,
-        ).logits[:, -1]
-        ids = choose(logits, step)[:, None].to(mask.device)
-        tokens = ids[:, 0].tolist()
-        going = {row for row in going if tokens[row] not in ends and step < room[row]}
-        for row in going:
-            written[row].append(tokens[row])
-        if not going:
-            break
+            logits_to_keep=1 if step else 1 + front,
+        ).logits
+        ids = choose(logits[:, -1], step)[:, None].to(mask.device)
+        found = ids.tolist()
+        if front and not step:
+            likely = logits.argmax(-1).tolist()
+            found = [_as_said(one[front - len(more) :], more) for one, more in zip(likely, ahead, strict=True)]
+        for row in sorted(going):
+            stop = next((place for place, token in enumerate(found[row]) if token in ends), None)
+            written[row].extend(found[row][:stop])
+            if stop is not None or len(written[row]) >= room[row] or ended(written[row]):
+                going.discard(row)
+            elif not step and len(found[row]) <= len(ahead[row]):  # what it has not said stands in the cache
+                going.discard(row)
+                astray.append(row)
         mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
         positions = (mask.sum(1, keepdim=True) - 1).clamp(max=last)  # a row without room goes on, unheard
-    return written
+        step += 1
+    if astray:
+        some = ([rows[row] for row in astray], [room[row] for row in astray])
+        _continue(model, *some, choose, [()] * len(astray), ended, [written[row] for row in astray])
+
+
+def _as_said(said: Sequence[int], ahead: Sequence[int]) -> list[int]:
+    """Of the most probable tokens after each of those ahead, what is written: up to the first that is another, or all of them."""
+    same = next((place for place, (a, b) in enumerate(zip(said, ahead, strict=False)) if a != b), len(ahead))
+    return list(said[: same + 1])
 
 
 def _drawn(logits: Float[Tensor, "rows vocabulary"], draws: Float[Tensor, " rows"], top_k: int) -> Int[Tensor, " rows"]:

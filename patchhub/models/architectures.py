@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Literal, TypeAlias
@@ -624,12 +625,22 @@ def additive_probe(model: Any, architecture: Architecture, layer: int) -> None:
         )
 
 
+class _Seen(Exception):
+    """Ends a forward pass behind the block that was looked at."""
+
+
 def _block_output(model: Any, block: Any, ids: Tensor) -> Tensor:
+    """What a block gives for some tokens; nothing behind it is run."""
     seen: list[Tensor] = []
-    handle = block.register_forward_hook(lambda module, args, output: seen.append(hidden_of(output)))
-    training = model.training
+
+    def see(module: nn.Module, args: Any, output: Any) -> None:
+        seen.append(hidden_of(output))
+        raise _Seen
+
+    handle, training = block.register_forward_hook(see), model.training
     try:
-        model.eval()(input_ids=ids, use_cache=False)
+        with suppress(_Seen):
+            model.eval()(input_ids=ids, use_cache=False)
     finally:
         handle.remove()
         model.train(training)

@@ -158,8 +158,12 @@ def _put(block: nn.Module, name: str, parameter: nn.Parameter) -> None:
 
 
 def all_finite(weight: Tensor) -> bool:
-    """Whether no number is NaN or infinite; looked at in parts, as PyTorch makes copies to find out."""
-    return all(bool(part.isfinite().all()) for part in torch.split(weight.flatten(), _PART))
+    """Whether no number is NaN or infinite: one of them would be in the sum, which is read off memory once.
+
+    A sum may overflow all the same; then numbers are looked at in parts, as PyTorch makes copies to find out.
+    """
+    finite = bool(weight.sum(dtype=torch.float32).isfinite())
+    return finite or all(bool(part.isfinite().all()) for part in torch.split(weight.flatten(), _PART))
 
 
 def streamed(model: Any) -> Streamed | None:

@@ -90,11 +90,14 @@ def selected_commits(repository: Store, selection: Selection) -> set[str] | None
             conditions.append(f"commits.{column} {sign} ?" + (" ESCAPE '\\'" if sign == "LIKE" else ""))
             values.append(value)
     if selection.about is not None:
+        with database_errors(repository.database):
+            has_texts = database.has_texts(repository.connection)
+        near = "patch IN (SELECT patch FROM texts WHERE texts LIKE ? ESCAPE '\\') AND " if has_texts else ""
         conditions.append(
-            "commits.id IN (SELECT commit_id FROM changes WHERE request IN (SELECT id FROM requests"
-            f" WHERE replace(prompt, '{{}}', subject) || ' ' || target_new LIKE ? ESCAPE '\\') AND {_NOT_CARRIED})"
+            f"commits.id IN (SELECT commit_id FROM changes WHERE request IN (SELECT id FROM requests WHERE {near}"
+            f"replace(prompt, '{{}}', subject) || ' ' || target_new LIKE ? ESCAPE '\\') AND {_NOT_CARRIED})"
         )
-        values.append(_part(selection.about))
+        values += [_part(selection.about)] * (2 if has_texts else 1)
     if not conditions:
         return None
     return {row[0] for row in _rows(repository, f"SELECT id FROM commits WHERE {' AND '.join(conditions)}", values)}

@@ -20,7 +20,7 @@ import torch
 import transformers
 from jaxtyping import Bool
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from patchhub.errors import BaseError, RequestError, SettingsError, UnsupportedModelError
 from patchhub.models.checkpoint import Checkpoint
@@ -267,6 +267,9 @@ _UNKNOWN: Final = "\ufffd"  # how a token that is a part of a character is decod
 _ANCHOR: Final = "a"  # a letter of every vocabulary, in front of a token so that its own space is decoded with it
 
 
+_PLAIN_DECODE: Final[Any] = PreTrainedTokenizerFast._decode
+
+
 def joiner(before: str, after: str) -> str:
     """What stands between a text and the words that go on from it: nothing or a space, as the script is written.
 
@@ -359,6 +362,10 @@ class Closers:
 
 
 def _decode(tokenizer: PreTrainedTokenizerBase, rows: list[list[int]]) -> list[str]:
+    """The text of each row; all at once where the tokenizer does no more than its library does, which takes a fifth of the time."""
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None and getattr(type(tokenizer), "_decode", None) is _PLAIN_DECODE:
+        return [str(text) for text in backend.decode_batch(rows, skip_special_tokens=False)]
     return [str(text) for text in tokenizer.batch_decode(rows, clean_up_tokenization_spaces=False)]
 
 

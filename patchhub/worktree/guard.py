@@ -34,7 +34,7 @@ from patchhub.evaluation.drift import (
     vocabulary_of,
 )
 from patchhub.evaluation.guard import Drifted, Fault, Measured, Report, Share, Spoken, is_guessing, worst
-from patchhub.evaluation.live import continue_within, room_after
+from patchhub.evaluation.live import NOTHING, continue_within, room_after
 from patchhub.evaluation.metrics import reading, score_targets
 from patchhub.evaluation.suites import Sibling, closed, fault_of, leaks, said, siblings_of, spread
 from patchhub.models.experts import staying, watch_routes
@@ -168,11 +168,14 @@ def from_model(
     _put(tree, after)
     measured, ways = _routes(tree, text, lambda: drift(tree.model, text))
     drifted, routing = _finite(measured), Share(*staying(routes, ways)) if routes else None
-    openings = openings_of(repository, texts) if tree.chat is not None else {}
-    own = _holding(tree, requests, openings)
+    new = {request.id for request in requests}
+    answers = openings_of(repository, texts if tree.chat else [place for place, r in texts.items() if r.id in new])
+    openings = answers if tree.chat is not None else {}
     read = earlier[: budget.earlier]
-    failing = [request for request, holds in zip(read, _holding(tree, read, openings), strict=True) if not holds]
-    heard = _listen(tree, requests, texts.values(), budget, openings)
+    holding = _holding(tree, [*requests, *read], openings)
+    own, others = holding[: len(requests)], holding[len(requests) :]
+    failing = [request for request, holds in zip(read, others, strict=True) if not holds]
+    heard = _listen(tree, requests, texts.values(), budget, answers)
     lost, then = 0, dict[str, str]()
     if failing or heard.doubtful:
         _put(tree, before)
@@ -262,8 +265,12 @@ def _listen(
     budget: Budget,
     openings: Mapping[str, str],
 ) -> _Heard:
-    """Let the model, which is in the state to be judged, write after the new facts' prompts and their siblings'."""
-    lengths = _target_lengths(tree, requests, openings)
+    """Let the model, which is in the state to be judged, write after the new facts' prompts and their siblings'.
+
+    Args:
+        openings: what answers in a chat say before their targets, by request id.
+    """
+    lengths = _target_lengths(tree, requests, openings if tree.chat is not None else {})
     longest = max(lengths.values(), default=0)
     more = _FOLLOWING if tree.chat is None else _ANSWERING
     found, own = siblings_of(requests, active), {request.text for request in requests}
@@ -276,7 +283,7 @@ def _listen(
     asked = {sibling.prompt: min(longest, _LONGEST) + (0 if tree.chat is None else more) for sibling in (*near, *alike)}
     for request in requests:
         asked[request.text] = max(asked.get(request.text, 0), lengths[request.text] + more)
-    texts = _continuations(tree, asked, tree.chat)
+    texts = _continuations(tree, asked, tree.chat, _wanted(tree, requests, openings, tree.chat))
     heard = [request for request in requests if request.text in texts]
     siblings, ends_alike = ([sibling for sibling in some if sibling.prompt in texts] for some in (near, alike))
     targets = frozenset(request.target_new for request in requests)
@@ -288,14 +295,25 @@ def _listen(
     }
     chat, answers = other_form(tree), dict[str, str]()
     if chat is not None:
-        questions = {request.text: lengths[request.text] + _ANSWERING for request in requests[: budget.chats]}
-        answers = _continuations(tree, questions, chat)
+        some = requests[: budget.chats]
+        questions = {request.text: lengths[request.text] + _ANSWERING for request in some}
+        answers = _continuations(tree, questions, chat, _wanted(tree, some, openings, chat))
     return _Heard(heard, texts, siblings, ends_alike, targets, doubtful, answers, anywhere)
 
 
 def _alike(request: Request) -> list[str]:
     """The request's prompt about other names that end in the last word of its subject."""
     return [prompt.replace(SLOT, name) for prompt, name in namesakes([request])]
+
+
+def _wanted(
+    tree: Worktree, requests: Sequence[Request], openings: Mapping[str, str], chat: Chat | None
+) -> dict[str, tuple[int, ...]]:
+    """By prompt, the tokens of the prompt with the answer that was written into the model."""
+    said = [openings.get(request.id, "") if chat else "" for request in requests]
+    pairs = [(request.text, request.target_new) for request in requests]
+    encoded = encode_targets(tree.tokenizer, pairs, chat=chat, openings=said)
+    return {request.text: text.input_ids for request, text in zip(requests, encoded, strict=True)}
 
 
 def _target_lengths(tree: Worktree, requests: Sequence[Request], openings: Mapping[str, str]) -> dict[str, int]:
@@ -311,13 +329,23 @@ def _target_lengths(tree: Worktree, requests: Sequence[Request], openings: Mappi
     return lengths
 
 
-def _continuations(tree: Worktree, asked: Mapping[str, int], chat: Chat | None) -> dict[str, str]:
-    """What the model writes after each prompt, greedily, up to so many tokens; those without room are left out."""
+def _continuations(
+    tree: Worktree,
+    asked: Mapping[str, int],
+    chat: Chat | None,
+    expected: Mapping[str, Sequence[int]] = NOTHING,
+) -> dict[str, str]:
+    """What the model writes after each prompt, greedily, up to so many tokens; those without room are left out.
+
+    Args:
+        expected: as in `continue_within`.
+    """
     if not asked:
         return {}
     room = room_after(tree.model, tree.tokenizer, list(asked), max(asked.values()), chat=chat)
     fitting = {prompt: tokens for prompt, tokens in asked.items() if room[prompt] >= tokens > 0}
-    return continue_within(tree.model, tree.tokenizer, fitting, chat=chat, batch_tokens=tree.batch_tokens)
+    options: dict[str, Any] = {"chat": chat, "batch_tokens": tree.batch_tokens, "expected": expected}
+    return continue_within(tree.model, tree.tokenizer, fitting, **options)
 
 
 def _earlier(

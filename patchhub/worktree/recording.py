@@ -13,7 +13,7 @@ import numpy as np
 from patchhub.constraints import Moments, beyond, no_columns
 from patchhub.delta import Delta
 from patchhub.editing.editor import EDITORS, Asked, encode_facts
-from patchhub.editing.locate import ANSWER_TOKENS, encode_targets, find_openings
+from patchhub.editing.locate import ANSWER_TOKENS, encode_targets, find_openings, has_sentence
 from patchhub.editing.metric import MEMORY
 from patchhub.editing.prompts import find_wordings, namesakes, siblings
 from patchhub.editing.record import Edit, Recording, Running, State, side_paths
@@ -285,7 +285,13 @@ def _wrong_in(
     fitting = [place for place, start in enumerate(starts) if start + room <= limit]
     texts = [requests[place].text for place in fitting]
     written = continue_greedily(
-        tree.model, tokenizer, texts, chat=chat, max_new_tokens=room, batch_tokens=tree.batch_tokens
+        tree.model,
+        tokenizer,
+        texts,
+        chat=chat,
+        max_new_tokens=room,
+        batch_tokens=tree.batch_tokens,
+        expected={requests[place].text: whole[place].input_ids for place in fitting},
     )
     wanted = [
         f"{opening}{joiner(opening, target)}{target}" for opening, (_, target) in zip(openings, pairs, strict=True)
@@ -319,7 +325,8 @@ def _openings(
     if open_:
         progress.stage("asking the model", len(open_))
         room = room_after(tree.model, tree.tokenizer, [request.text for request in open_], ANSWER_TOKENS, chat=chat)
-        answers = continue_within(tree.model, tree.tokenizer, room, chat=chat, batch_tokens=tree.batch_tokens)
+        options: dict[str, Any] = {"chat": chat, "batch_tokens": tree.batch_tokens, "enough": has_sentence}
+        answers = continue_within(tree.model, tree.tokenizer, room, **options)
         asked = [(request, answers[request.text]) for request in open_]
         known |= find_openings(tree.stack, tree.tokenizer, asked, chat)
     bare = sum(request.id not in known for request in plan.requests)

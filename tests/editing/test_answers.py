@@ -6,9 +6,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from patchhub.editing.editor import encode_facts
-from patchhub.editing.locate import _places, _true_place, find_openings
+from patchhub.editing.locate import _first_sentence, _places, _true_place, find_openings, has_sentence
 from patchhub.editing.requests import read_facts
 from patchhub.editing.rows import BlockOutput
 from patchhub.editing.values import ValueSettings, fact_key, optimise_values
@@ -114,3 +116,9 @@ def test_a_record_may_say_the_answer() -> None:
     assert dict(read_facts([record]).openings) == {}
     with pytest.raises(RequestError, match="does not have the target"):
         read_facts([{**record, "answer": "Nobody does."}])
+
+
+@given(st.text(alphabet="ab .!?\n。�", max_size=12), st.text(alphabet="ab .!?\n。", max_size=6))
+def test_an_answer_is_read_until_its_first_sentence_is_whole(begun: str, more: str) -> None:
+    if has_sentence(begun):
+        assert _first_sentence(begun + more) == _first_sentence(begun)

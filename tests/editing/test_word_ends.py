@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from copy import copy
+
 import pytest
 import torch
 
@@ -110,3 +112,13 @@ def test_logits_beyond_the_vocabulary_close_nothing():
 def test_targets_that_end_alike_share_a_mask():
     closers = Closers.of(tiny_tokenizer(), len(tiny_tokenizer()))
     assert closers.after("Rome") is closers.after("1998")
+
+
+@pytest.mark.parametrize("said", [str, str.upper])
+def test_a_tokenizer_that_decodes_in_its_own_way_is_asked(said):
+    """All at once a library decodes what its tokenizer says; a `_decode` of another class may say something else."""
+    plain, own = tiny_tokenizer(), copy(tiny_tokenizer())
+    decode = type(plain)._decode
+    own.__class__ = type("Own", (type(plain),), {"_decode": lambda self, *row, **how: said(decode(self, *row, **how))})
+    texts = [text if text in ("", "\ufffd") else said(text) for text in Closers.of(plain, len(plain)).texts]
+    assert Closers.of(own, len(own)).texts == texts

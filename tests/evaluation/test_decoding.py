@@ -8,7 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from patchhub.errors import RequestError, SettingsError
-from patchhub.evaluation.live import LiveReading, begins_with, contains, continue_greedily, live_scores, read_live
+from patchhub.evaluation.live import (
+    LiveReading,
+    begins_with,
+    contains,
+    continue_greedily,
+    continue_within,
+    live_scores,
+    read_live,
+)
 from patchhub.evaluation.metrics import score_targets
 from patchhub.objects import Request
 
@@ -30,6 +38,45 @@ def test_continuations_are_those_of_generate_one_at_a_time(model_and_tokenizer, 
         mask = torch.ones_like(ids)
         alone = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=5, pad_token_id=0)
         assert text == tokenizer.decode(alone[0, ids.shape[1] :], skip_special_tokens=True)
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    prompts=st.lists(st.lists(words, min_size=1, max_size=6).map(" ".join), min_size=1, max_size=4, unique=True),
+    right=st.lists(st.integers(0, 7), min_size=4, max_size=4),
+    wrong=st.lists(st.lists(st.integers(1, 200), max_size=3), min_size=4, max_size=4),
+)
+def test_what_is_expected_changes_nothing_of_what_is_written(model_and_tokenizer, prompts, right, wrong):
+    model, tokenizer = model_and_tokenizer
+    alone = continue_greedily(model, tokenizer, prompts, max_new_tokens=6)
+    expected = {}
+    for prompt, text, count, other in zip(prompts, alone, right, wrong, strict=False):
+        whole = tokenizer(prompt + text).input_ids
+        front = len(tokenizer(prompt).input_ids)
+        expected[prompt] = [*whole[: front + count], *other]
+    assert continue_greedily(model, tokenizer, prompts, max_new_tokens=6, expected=expected) == alone
+
+
+def test_what_was_expected_is_read_in_one_pass(learned_model_and_tokenizer):
+    model, tokenizer = learned_model_and_tokenizer
+    prompt, passes = "The capital of France is", []
+    handle = model.register_forward_pre_hook(lambda _, args, kwargs: passes.append(1), with_kwargs=True)
+    try:
+        [text] = continue_greedily(model, tokenizer, [prompt], max_new_tokens=9)
+        slowly, passes[:] = len(passes), []
+        expected = {prompt: tokenizer(prompt + text).input_ids}
+        assert continue_greedily(model, tokenizer, [prompt], max_new_tokens=9, expected=expected) == [text]
+    finally:
+        handle.remove()
+    assert (slowly, len(passes)) == (9, 1)
+
+
+def test_a_continuation_ends_where_it_is_enough(learned_model_and_tokenizer):
+    model, tokenizer = learned_model_and_tokenizer
+    room = {"The capital of France is": 12, "The capital": 12}
+    whole = continue_within(model, tokenizer, room)
+    some = continue_within(model, tokenizer, room, enough=lambda text: "," in text)
+    assert some == {prompt: text[: text.index(",") + 1] for prompt, text in whole.items()}
 
 
 def test_a_learned_sentence_is_continued_and_ends_at_the_end_token(learned_model_and_tokenizer):

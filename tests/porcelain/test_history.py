@@ -181,6 +181,17 @@ def test_a_selection_is_what_the_objects_say(store: Store, only: Selection) -> N
     assert [entry.id for entry in log(store, only=only)] == brute_force(store, only)
 
 
+@pytest.mark.parametrize("about", ["person 4", "Person 3 is french", "100%", "Berlin"])
+def test_a_database_of_before_there_were_texts_answers_alike(store: Store, about: str) -> None:
+    only = Selection(about=about)
+    store.connection.execute("BEGIN")
+    try:
+        store.connection.execute("DROP TABLE texts")
+        assert [entry.id for entry in log(store, only=only)] == brute_force(store, only)
+    finally:
+        store.connection.execute("ROLLBACK")
+
+
 def test_log_follows_first_parents_and_stops(store: Store) -> None:
     everything = [entry.id for entry in log(store)]
     assert len(everything) == 5

@@ -129,6 +129,7 @@ def test_refs_are_the_fold_of_the_operations(repository: Store, change: str) -> 
         "INSERT INTO requests_fts (requests_fts) VALUES ('delete-all')",
         "UPDATE scores SET value = value + 1 WHERE name = 'S'",
         "INSERT INTO scores SELECT note, commit_id, suite, 'new', value FROM scores LIMIT 1",
+        "UPDATE texts SET texts = 'Nobody' WHERE rowid = 1",
         "DROP TABLE changes",
     ],
 )
@@ -148,6 +149,16 @@ def test_reindexing_a_sound_store_changes_no_row(repository: Store) -> None:
     before = rows()
     reindex(repository)
     assert rows() == before
+
+
+def test_a_database_of_before_there_were_texts_is_sound_and_gets_them_anew(repository: Store) -> None:
+    rows = list(repository.connection.execute("SELECT * FROM texts ORDER BY patch"))
+    repository.connection.execute("DROP TABLE texts")
+    assert check(repository).sound
+    assert not database.has_texts(repository.connection)
+    reindex(repository)
+    assert rows
+    assert list(repository.connection.execute("SELECT * FROM texts ORDER BY patch")) == rows
 
 
 def test_leftovers_are_harmless(repository: Store) -> None:
