@@ -304,12 +304,12 @@ def memit_settings(architecture: Architecture) -> EditSettings:
     narrow = is_narrow(architecture)
     settings = EditSettings(
         layers=default_layers(architecture),
-        ridge=inner_width(architecture) / 8,
+        ridge=inner_width(architecture) / (8 if narrow or architecture.norm is not None else 2),
         steps=20,
         learning_rate=1.0 if narrow else 0.5,
         weight_decay=0.5,
         kl_factor=0.0625,
-        clamp=2.0 if narrow else 0.75,
+        clamp=2.0 if narrow else 1.0,
         closing=0.5,
         opening=1.0,
         chat_weight=0.5,
@@ -331,7 +331,7 @@ def pmet_settings(architecture: Architecture) -> EditSettings:
     own = 8.0 if architecture.site is None else 2.0  # in a mixture of experts it is relative to the stream, as MEMIT's
     settings = EditSettings(
         layers=default_layers(architecture),
-        ridge=inner_width(architecture) / 16,
+        ridge=inner_width(architecture) / (16 if narrow or architecture.norm is not None else 4),
         steps=30,
         learning_rate=0.5 if narrow else 0.2,
         weight_decay=0.5,

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from patchhub.text.tokens import Chat
 
 
-_NARROW = 1024  # below this width hidden states are small against what an edit needs
+_NARROW = 512  # below this width hidden states are small against what an edit needs (docs/benchmarks.md)
+_NARROW_SHARDS = 1024  # likewise for shards, which were measured less
 
 NORMED_RATE: Final = 0.5
 """The learning rate behind a norm, in units of the output's root mean square, whatever the width."""
@@ -384,7 +385,7 @@ def default_wise_settings(architecture: Architecture) -> WiseSettings:
     projection: with more, edited prompts and other text come too close to one another. The mask leaves each output at least 1,600 entries
     where it has so many, and at least the published share.
     """
-    narrow = is_narrow(architecture)
+    narrow = architecture.d_model < _NARROW_SHARDS
     inner = inner_width(architecture)
     layer = min(max(1, round(architecture.n_layers / 8)), architecture.n_layers - 1)
     normed = architecture.norms[layer] is not None
