@@ -295,7 +295,7 @@ def status(repo: Path | None, as_json: bool) -> None:
         imports = found.head.active_imports
         imported = f" and {count(imports, 'imported change')}" if imports else ""
         say(
-            f"{count(found.head.active, 'active fact')}{imported}; the state is {found.delta_bytes / 1e6:.2f} MB of deltas"
+            f"{count(found.head.active, 'active fact')}{imported}; the state is read from {found.delta_bytes / 1e6:.2f} MB"
         )
     for shard in found.shards:
         say(
@@ -469,7 +469,8 @@ def _size(size: Size) -> str:
     keyframe = f" + {size.keyframe_bytes / 1000:,.1f} kB keyframe" if size.keyframe_bytes else ""
     largest = f", {size.weight} changes by {size.ratio:.2%}" if size.ratio is not None else ""
     shards = f" + {size.shard_bytes / 1000:,.1f} kB of shards" if size.shard_bytes else ""
-    return f"{size.delta_bytes / 1000:,.1f} kB{keyframe}{shards}{largest}"
+    kept = f"{size.delta_bytes / 1000:,.1f} kB" if size.delta_bytes or size.ratio is None else "no delta kept"
+    return f"{kept}{keyframe}{shards}{largest}"
 
 
 def _refs(entry: Entry) -> str:

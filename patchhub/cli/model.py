@@ -75,7 +75,7 @@ def _story(folder: Path, model: Path, facts: Path) -> None:
         _step(f"patchhub commit {facts.name} -m 'An alternative world'", f"{len(requests)} facts become a patch.")
         made = repository.commit(facts, message="An alternative world")
         say(
-            f"  commit {made.commit[:12]}: {made.held} of {len(made.written)} facts hold; {_size(repository)} of deltas"
+            f"  commit {made.commit[:12]}: {made.held} of {len(made.written)} facts hold; its change takes {_size(repository)}"
         )
 
         _step("patchhub ask ...", "What the model said, and what it says now.")

@@ -74,7 +74,8 @@ def test_undo_says_what_it_undid_and_that_a_push_stays(ours: Path) -> None:
 def test_a_damaged_object_is_fetched_again_as_the_error_says(ours: Path) -> None:
     run(ours, "push")
     with Store.open(ours) as store:
-        path = store.objects.path(str(store.commit(str(store.resolve("HEAD"))).tensors))
+        (patch,) = {patch for patch, _ in store.commit(str(store.resolve("HEAD"))).added}
+        path = store.objects.path(store.patch(patch).tensors)
     path.chmod(0o600)
     path.write_bytes(b"damaged")
     assert "fetch --repair" in run(ours, "fsck", code=7).stdout
