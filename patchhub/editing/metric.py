@@ -379,7 +379,7 @@ def streamed_moments(
     Args:
         layers: ascending.
         spilled: where the hidden states before a block are kept.
-        progress: called with the number of tokens that went through a block.
+        progress: called with the number of tokens that went through a block; first with those of the blocks that were done before.
 
     Raises:
         EditError: there is no text.
@@ -389,6 +389,7 @@ def streamed_moments(
     parts = [_batches(part, _at_once(stack)) for part in _parts(documents)]
     entries = ((index, spilled(index).path()) for index in range(layers[0], 0, -1))
     first, kept = next(((index, path) for index, path in entries if path is not None), (0, None))
+    progress(first * sum(map(len, documents)))
     for index in range(first, layers[-1] + 1):
         wanted, total = [index] if index in layers else [], MomentSums({}, {})
         with stack.resident(index):

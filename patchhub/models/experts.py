@@ -386,7 +386,10 @@ def grouped_forwards(model: nn.Module) -> Iterator[tuple[nn.Module, Callable[...
 
     PyTorch's grouped products make a kernel for each number of rows that an expert gets. Taken are only modules whose forward is
     transformers' own, which dispatches by the same few attributes that are read here, in float32 and without gradients of weights.
+    Weights on the meta device are in memory when their block runs (`streaming`).
     """
+    if any(weight.device.type not in ("cpu", "meta") for weight in model.parameters()):
+        return
     for module in model.modules():
         known = shape_of(module)
         if known is not None and _is_dispatched(module):
@@ -395,7 +398,7 @@ def grouped_forwards(model: nn.Module) -> Iterator[tuple[nn.Module, Callable[...
 
 def _is_dispatched(module: Any) -> bool:
     weights = module._parameters.values()
-    plain = all(w.device.type == "cpu" and w.dtype == torch.float32 and not w.requires_grad for w in weights)
+    plain = all(w.device.type in ("cpu", "meta") and w.dtype == torch.float32 and not w.requires_grad for w in weights)
     known = shape_of(module)
     if known is not None and known.apart:
         return plain and check_experts(module)

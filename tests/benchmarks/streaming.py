@@ -174,6 +174,7 @@ def run(arguments: argparse.Namespace, place: Path) -> dict[str, Any]:
     found |= {"limit_gb": arguments.limit, "parameters_run": block * depth, "threads": torch.get_num_threads()}
     dtype = getattr(torch, arguments.dtype)
     products = speed(1024, d, inner, dtype), speed(inner, 1024, inner, torch.float32)
+    found["gflop_s"] = [round(one / 1e9, 1) for one in products]
     with measured("init", found, limit):
         repository = Repository.init(place / "repository", arguments.folder)
     repository.config("dtype", arguments.dtype)
@@ -193,7 +194,6 @@ def run(arguments: argparse.Namespace, place: Path) -> dict[str, Any]:
     shown = repository.metric_compute(layers=layers, text=[text])
     floor = 2 * block * depth * shown.tokens / products[0] + len(layers) * 2 * inner**2 * shown.tokens / products[1]
     found |= {"tokens": shown.tokens, "floor_cpu_s": round(floor, 1)}
-    found |= {"gflop_s": [round(one / 1e9, 1) for one in products]}
     found["times_floor"] = round(found["metric"]["cpu_s"] / floor, 2)
     found["factors"] = sorted(path.stem[:12] for path in (place / "repository/.patchhub/cache/metric").rglob("*.npy"))
     if arguments.facts:

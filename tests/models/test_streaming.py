@@ -47,15 +47,16 @@ def said(model: Any) -> tuple[Tensor, Tensor]:
     return logits, gradient
 
 
-@pytest.mark.parametrize(("family", "dtype"), [("gpt2", "float32"), ("llama", "bfloat16"), ("mixtral", "bfloat16")])
+@pytest.mark.parametrize(("family", "dtype"), [("gpt2", "float32"), ("llama", "bfloat16"), ("mixtral", "float32")])
 def test_logits_and_gradients_are_those_of_the_base_in_memory_bit_for_bit(
     family: str, dtype: str, tmp_path: Path
 ) -> None:
     """Of experts too, which transformers makes of many tensors while it loads."""
     checkpoint = made(tmp_path, family)
     whole, parts = opened(checkpoint, "cpu", dtype), opened(checkpoint, dtype=dtype)
-    for expected, found in zip(said(whole.model), said(parts.model), strict=True):
-        assert torch.equal(expected, found)
+    with whole.fast(), parts.fast():
+        for expected, found in zip(said(whole.model), said(parts.model), strict=True):
+            assert torch.equal(expected, found)
     assert in_memory(whole) == [0, 1, 2, 3]
     assert in_memory(parts) == []
     assert parts.model.dtype == whole.model.dtype
