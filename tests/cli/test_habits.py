@@ -359,6 +359,9 @@ def test_no_colour_where_none_is_wanted(store: Path, monkeypatch: pytest.MonkeyP
         (["show", "HE"], "HEAD"),
         (["revert", "--subject", "Pe"], "Peru"),
         (["remote", "re"], "rename"),
+        (["log", "HEAD~1..ma"], "HEAD~1..main"),
+        (["show", "main:ken"], "main:Kenya"),
+        (["config", "memit.la"], "memit.layers"),
     ],
 )
 def test_the_shell_completes_verbs_refs_and_facts(
