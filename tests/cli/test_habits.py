@@ -326,6 +326,15 @@ def test_help_is_in_sections_and_names_every_command() -> None:
     assert CliRunner().invoke(main, ["help", "remote", "add"]).output.splitlines()[0].endswith("NAME ADDRESS")
 
 
+def test_every_help_fits_into_80_columns() -> None:
+    pages: list[tuple[str, ...]] = [()]
+    for name, command in main.commands.items():
+        pages += [(name,), *((name, below) for below in getattr(command, "commands", {}))]
+    for words in pages:
+        said = CliRunner().invoke(main, [*words, "--help"], terminal_width=80).output
+        assert [line for line in said.splitlines() if len(line) > 80] == [], words
+
+
 def test_quiet_says_only_what_was_asked_for(store: Path) -> None:
     assert done(store, "branch", "aside", "-q") is not None
     assert done(store, "-q", "revert", "HEAD") == ""
