@@ -93,7 +93,7 @@ SPOKEN: dict[str, tuple[str, ...]] = {
     "remote add origin hf://user/facts": ("remote add hub hf://user/facts",),
     "tag v1.1": ("tag v1.1",),
     "push origin main v1.1": ("tag v1.1", "push origin main v1.1"),
-    "bench memit memit:ridge=400 memit:layers=3-5:steps=30 --suite facts.json": (
+    "bench memit memit:ridge=400 memit:layers=3-5 --suite facts.json": (
         "bench memit memit:ridge=400 memit:layers=3-5:steps=2 --suite facts.json",
     ),
     "bisect base HEAD --metric locality --below 0.9 --chat": ("bisect base HEAD --metric locality --below 0.9 --chat",),

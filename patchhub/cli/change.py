@@ -285,7 +285,7 @@ def commit(repo: Path | None, as_json: bool, **options: Any) -> None:
     """Write the facts in FILE into the model: JSONL, JSON, CSV, TSV, YAML, Parquet; `-` is standard input.
 
     \b
-      {"prompt": "The capital of {} is", "subject": "France", "target_new": "Lyon"}
+      {"prompt": "{} is led by", "subject": "Acme Corp", "target_new": "Ada"}
 
     Records of CounterFact, zsRE, EasyEdit, KnowEdit, MQuAKE, RippleEdits and others are read too (docs/data.md), and FILE may be
     hf://datasets/user/name[/FILE]. The first commit also computes the metric: from text that is

@@ -58,7 +58,7 @@ def main(ctx: click.Context, repo: Path | None, no_pager: bool) -> None:
     Facts go in as commits, the base model never changes, and any commit can be taken back.
 
     \b
-      patchhub demo                              see it work, on a small model that is built in
+      patchhub demo                              see it work, on a built-in model
       patchhub init MODEL                        start in this folder
       patchhub commit facts.jsonl -m "Fixes"     write facts into the model
       patchhub ask "The capital of France is"    compare with the base

@@ -195,7 +195,7 @@ def bench(
 
     \b
       patchhub bench memit pmet --suite facts.json --limit 100
-      patchhub bench memit memit:ridge=400 memit:layers=3-5:steps=30 --suite facts.json
+      patchhub bench memit memit:ridge=400 memit:layers=3-5 --suite facts.json
 
     Scores are those of `eval`; times and sizes are per fact.
     """

@@ -16,6 +16,7 @@ import click
 
 from patchhub.cli.options import (
     Revision,
+    SettingKey,
     allowed_option,
     base_option,
     chat_option,
@@ -181,7 +182,7 @@ def init(base: str, repo: Path | None, as_json: bool, **options: Any) -> None:
 
 
 @click.command(context_settings={"ignore_unknown_options": True})  # a value may begin with a minus
-@click.argument("key", required=False)
+@click.argument("key", required=False, type=SettingKey())
 @click.argument("value", required=False)
 @click.option("--unset", is_flag=True, help="Go back to the default.")
 @store_options

@@ -39,12 +39,24 @@ class Size(click.ParamType[int]):
 
 
 class Revision(click.ParamType[str]):
-    """A revision; the shell completes names of branches, tags and remote branches."""
+    """A revision; the shell completes names of branches, tags and remote branches, also behind the dots of a range."""
 
     name = "text"
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-        return [CompletionItem(name) for name in _found(ctx, _ref_names) if name.startswith(incomplete)]
+        before, dots, typed = incomplete.rpartition("..")
+        return [CompletionItem(f"{before}{dots}{name}") for name in _found(ctx, _ref_names) if name.startswith(typed)]
+
+
+class SettingKey(click.ParamType[str]):
+    """The name of a setting, which the shell completes."""
+
+    name = "text"
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        from patchhub.sets.settings import SETTINGS
+
+        return [CompletionItem(name) for name in SETTINGS if name.startswith(incomplete)]
 
 
 class Subject(click.ParamType[str]):
@@ -57,9 +69,12 @@ class Subject(click.ParamType[str]):
 
 
 class Shown(Revision):
-    """A revision, or what a fact is called."""
+    """A revision, or what a fact is called, also behind the colon of REV:FACT."""
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        rev, colon, typed = incomplete.partition(":")
+        if colon:
+            return [CompletionItem(f"{rev}:{name}") for name in _found(ctx, lambda store: _subjects(store, typed))]
         names = [*_found(ctx, _ref_names), *_found(ctx, lambda store: _subjects(store, incomplete))]
         return [CompletionItem(name) for name in names if name.lower().startswith(incomplete.lower())]
 

@@ -326,6 +326,15 @@ def test_help_is_in_sections_and_names_every_command() -> None:
     assert CliRunner().invoke(main, ["help", "remote", "add"]).output.splitlines()[0].endswith("NAME ADDRESS")
 
 
+def test_every_help_fits_into_80_columns() -> None:
+    pages: list[tuple[str, ...]] = [()]
+    for name, command in main.commands.items():
+        pages += [(name,), *((name, below) for below in getattr(command, "commands", {}))]
+    for words in pages:
+        said = CliRunner().invoke(main, [*words, "--help"], terminal_width=80).output
+        assert [line for line in said.splitlines() if len(line) > 80] == [], words
+
+
 def test_quiet_says_only_what_was_asked_for(store: Path) -> None:
     assert done(store, "branch", "aside", "-q") is not None
     assert done(store, "-q", "revert", "HEAD") == ""
@@ -359,6 +368,9 @@ def test_no_colour_where_none_is_wanted(store: Path, monkeypatch: pytest.MonkeyP
         (["show", "HE"], "HEAD"),
         (["revert", "--subject", "Pe"], "Peru"),
         (["remote", "re"], "rename"),
+        (["log", "HEAD~1..ma"], "HEAD~1..main"),
+        (["show", "main:ken"], "main:Kenya"),
+        (["config", "memit.la"], "memit.layers"),
     ],
 )
 def test_the_shell_completes_verbs_refs_and_facts(

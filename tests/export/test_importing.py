@@ -105,6 +105,48 @@ def test_an_imported_lora_is_what_peft_loads(family: str, options: dict[str, Any
 
 
 @OLD_WAY
+def test_what_mergekit_extracts_is_what_peft_loads(tmp_path: Path) -> None:
+    """As mergekit-extract-lora writes it: factors of embedding, head and every linear weight, norms whole, ranks by full names."""
+    from peft import PeftModel
+
+    base = model_folder(tmp_path / "base", "llama")
+    generator = torch.Generator().manual_seed(0)
+    tensors, ranks, ends = {}, {}, {"factors": set[str](), "whole": set[str]()}
+    for name, module in load_base(base).named_modules():
+        if not isinstance(weight := getattr(module, "weight", None), torch.Tensor):
+            continue
+        whole = weight.dim() == 1
+        ends["whole" if whole else "factors"].add(name.rpartition(".")[2])
+        if whole:
+            tensors[f"base_model.model.{name}.weight"] = (weight.detach() * 1.25).numpy()
+            continue
+        ranks[name] = 2 if name.endswith("q_proj") else 3
+        table = isinstance(module, torch.nn.Embedding)
+        out, inner = weight.shape[::-1] if table else weight.shape
+        a = 0.1 * torch.randn((ranks[name], inner), generator=generator).numpy()
+        b = 0.1 * torch.randn((out, ranks[name]), generator=generator).numpy()
+        left, right = ("lora_embedding_A", "lora_embedding_B") if table else ("lora_A.weight", "lora_B.weight")
+        tensors |= {f"base_model.model.{name}.{left}": a, f"base_model.model.{name}.{right}": b}
+    pattern = {name: rank for name, rank in ranks.items() if rank != 3}
+    config = {
+        **{"alpha_pattern": pattern, "rank_pattern": pattern, "r": 3, "lora_alpha": 3, "peft_type": "LORA"},
+        **{"auto_mapping": None, "base_model_name_or_path": "base", "bias": "none", "fan_in_fan_out": False},
+        **{"inference_mode": True, "init_lora_weights": True, "layers_pattern": None, "layers_to_transform": None},
+        **{"loftq_config": {}, "lora_dropout": 0, "megatron_config": None, "megatron_core": "megatron.core"},
+        **{"modules_to_save": sorted(ends["whole"]), "target_modules": sorted(ends["factors"])},
+        **{"revision": None, "task_type": "CAUSAL_LM", "use_rslora": False},
+    }
+    folder = tmp_path / "extracted"
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
+    save_file(tensors, folder / "adapter_model.safetensors")
+    with model_store(tmp_path / "store", base) as store:
+        imported(store, folder)
+    adapted = PeftModel.from_pretrained(load_base(base), folder).eval()
+    assert distance(logits(patchhub.load(tmp_path / "store")), logits(adapted)) < 1e-5
+
+
+@OLD_WAY
 @BIASED
 @pytest.mark.filterwarnings("ignore:.lora_bias=True. was passed but the targeted layer:")
 @pytest.mark.parametrize(
