@@ -244,7 +244,10 @@ class Checkpoint:
         found = _EXPERTS.fullmatch(parameter)
         if found is None or parameter in self.tensors:
             return (self.resolve_name(parameter),)
-        block = re.escape(found["block"])
+        block, inner = re.escape(found["block"]), re.escape(found["block"].removeprefix("model."))
+        block = (
+            rf"(?:{block}|language_model\.{inner})"  # where a model that sees images is read as a language model alone
+        )
         one = re.compile(rf"(?:.+\.)?{block}\.\w+\.(?:output_linear\.weight|experts\.down_proj)")
         each = re.compile(rf"((?:.+\.)?{block}\.\w+\.experts)\.(\d+)\.(?:down_proj|w2)\.weight")
         stacked = [name for name, entry in self.tensors.items() if len(entry.shape) == 3 and one.fullmatch(name)]

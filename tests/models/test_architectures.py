@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ from transformers.models.llama import modeling_llama
 
 from patchhub.errors import BaseError, SettingsError, UnsupportedModelError
 from patchhub.models.architectures import FAMILIES, additive_probe, describe, read_config
+from tests.families.lesson import SIZES
 from tests.models.tiny_configs import REFUSED, SUPPORTED, make_config, random_model, tiny_config
 
 
@@ -21,6 +24,39 @@ def loaded(family: str, dtype: torch.dtype = torch.float32, **changes: Any) -> A
 
 def test_every_family_of_the_table_is_tested() -> None:
     assert set(SUPPORTED) == set(FAMILIES)
+
+
+def rows_of_the_page() -> dict[str, list[str]]:
+    """The cells of the table of families in docs/models.md, family by family; "as" another one's repeats its projections."""
+    page = (Path(__file__).parents[2] / "docs" / "models.md").read_text(encoding="utf-8")
+    lines = page.partition("| families |")[2].partition("\n\n")[0].splitlines()[2:]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    found = [(family, row) for family_cell, *row in cells for family in family_cell.split(", ")]
+    assert len({family for family, _ in found}) == len(found)
+    rows = dict(found)
+    for row in rows.values():
+        if named := re.match(r"as (\w+)", row[1]):
+            row[1] = rows[named[1]][1]
+    return rows
+
+
+def test_the_page_says_of_each_family_what_its_row_says_and_what_was_taught() -> None:
+    rows = rows_of_the_page()
+    assert rows.keys() == FAMILIES.keys()
+    for name, (blocks, feed_forward, behind, attention, stored, checked) in rows.items():
+        family = FAMILIES[name]
+        assert blocks == f"`{family.blocks}`", name
+        paths = set(re.findall(r"`([\w.]+)`", feed_forward + attention))
+        assert {family.ffn_out, family.attn_out} <= paths, name
+        assert {*family.also, family.ffn_out, family.attn_out} >= paths - {"mamba.out_proj"}, (
+            name
+        )  # Falcon-H1's stands beside
+        norms = set(re.findall(r"`([\w.]+)`", behind))
+        assert norms == {norm for norm in family.norms if norm is not None}, name
+        assert ("nothing in" in behind) == (norms != set() and None in family.norms), name
+        assert stored.startswith("E times") == (".experts" in feed_forward), name
+        assert ("(in, out), Conv1D" in stored) == (family.orientation == "in_out"), name
+        assert ("trained model" in checked or checked == "real weights") == (name in {*SIZES, "llama"}), name
 
 
 @pytest.mark.parametrize("family", SUPPORTED)
