@@ -167,7 +167,7 @@ def _written(
     written = dict.fromkeys(room, "")
 
     def decoded(row: Sequence[int]) -> str:
-        return str(tokenizer.decode(row, skip_special_tokens=True))
+        return str(tokenizer.decode(list(row), skip_special_tokens=True))
 
     def ended(row: Sequence[int]) -> bool:
         return enough is not None and enough(decoded(row))
