@@ -495,22 +495,12 @@ def refuse_unkept(keep: bool, harness: Harness | None = None) -> None:
         )
 
 
-def evaluate_all(
-    repository: Store,
-    revision: str,
-    facts: Facts,
-    progress: Progress,
-    *,
-    who: Who,
-    placement: Placement | None = None,
-    chat: bool | None = None,
-    judge: Judge | None = None,
-    workers: int | None = None,
-    on: str | None = None,
-) -> Evaluation:
-    """The evaluation of the newest commit that gives numbers, or of the base, with the history that `evaluate_history` gives."""
-    options: dict[str, Any] = {"who": who, "placement": placement, "chat": chat, "judge": judge}
-    options |= {"workers": workers, "on": on}
+def evaluate_all(repository: Store, revision: str, facts: Facts, progress: Progress, **options: Any) -> Evaluation:
+    """The evaluation of the newest commit that gives numbers, or of the base, with the history that `evaluate_history` gives.
+
+    Args:
+        options: those of `evaluate_history`.
+    """
     rows = evaluate_history(repository, revision, facts, progress, **options)
     newest = next((row.commit for row in rows if row.noted), BASE)
     done = evaluate(repository, newest, facts, progress, keep=False, **options)
