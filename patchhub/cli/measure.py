@@ -150,6 +150,7 @@ _file = click.Path(path_type=Path, dir_okay=False)
 @author_option
 @placement_options
 @chat_option
+@workers_options
 @repo_option
 @json_option
 @reports_errors

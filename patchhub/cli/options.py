@@ -186,7 +186,7 @@ def workers_options(command: Command) -> Command:
             "--workers",
             type=click.IntRange(min=1),
             metavar="N",
-            help="Optimise facts and read the base in N processes. Default: in this one, or with --on as many as there is room for.",
+            help="Optimise facts, read the base, ask the model in N processes. Default: in this one; with --on as there is room.",
         ),
         click.option(
             "--on",

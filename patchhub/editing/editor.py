@@ -304,7 +304,7 @@ def memit_settings(architecture: Architecture) -> EditSettings:
     narrow = is_narrow(architecture)
     settings = EditSettings(
         layers=default_layers(architecture),
-        ridge=inner_width(architecture) / (8 if narrow or architecture.norm is not None else 2),
+        ridge=inner_width(architecture) / (8 if narrow or architecture.normed else 2),
         steps=20,
         learning_rate=1.0 if narrow else 0.5,
         weight_decay=0.5,
@@ -331,7 +331,7 @@ def pmet_settings(architecture: Architecture) -> EditSettings:
     own = 8.0 if architecture.site is None else 2.0  # in a mixture of experts it is relative to the stream, as MEMIT's
     settings = EditSettings(
         layers=default_layers(architecture),
-        ridge=inner_width(architecture) / (16 if narrow or architecture.norm is not None else 4),
+        ridge=inner_width(architecture) / (16 if narrow or architecture.normed else 4),
         steps=30,
         learning_rate=0.5 if narrow else 0.2,
         weight_decay=0.5,

@@ -10,7 +10,7 @@ import math
 import random
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Final
@@ -228,6 +228,8 @@ class Evaluator:
         placement: Placement | None = None,
         chat: bool | None = None,
         judge: Judge | None = None,
+        workers: int | None = None,
+        on: str | None = None,
     ) -> None:
         if facts.metrics not in SUITES:
             raise SettingsError(
@@ -240,7 +242,8 @@ class Evaluator:
         self._bases: dict[str, Measured] = {}
         check_contexts(facts.contexts)
         questions = Questions(self.requests, seed=facts.seed or 0, text=facts.text, contexts=facts.contexts)
-        self.measurer = Measurer(repository, questions, progress, placement=placement, chat=chat)
+        options: dict[str, Any] = {"placement": placement, "chat": chat, "workers": workers, "on": on}
+        self.measurer = Measurer(repository, questions, progress, **options)
         self.settings = self._settings(questions)
         judged = {} if judge is None else {"judge": {"model": judge.model, "prompt": judging.PROMPT}}
         self._judged_settings = {**self.settings, **judged}
@@ -385,11 +388,13 @@ def evaluate(
     chat: bool | None = None,
     judge: Judge | None = None,
     harness: Harness | None = None,
+    workers: int | None = None,
+    on: str | None = None,
 ) -> Evaluation:
     """Evaluate one revision; the scores of a commit are kept as its note unless told otherwise.
 
     Args:
-        placement, chat: as in `Measurer`.
+        placement, chat, workers, on: as in `Measurer`.
         judge: asked whether the texts after the facts' prompts give the targets.
         harness: tasks that are run on the same model afterwards.
 
@@ -398,8 +403,10 @@ def evaluate(
     """
     if harness is not None:
         harness.check()
-    evaluator = Evaluator(repository, facts, progress, placement=placement, chat=chat, judge=judge)
-    done, noted = evaluator.evaluate_and_keep(revision, who, keep=keep)
+    options: dict[str, Any] = {"placement": placement, "chat": chat, "judge": judge, "workers": workers, "on": on}
+    evaluator = Evaluator(repository, facts, progress, **options)
+    with closing(evaluator.measurer):
+        done, noted = evaluator.evaluate_and_keep(revision, who, keep=keep)
     if harness is not None:
         done = replace(done, harness=_run(harness, evaluator.measurer, revision, progress))
     return done if noted is None else replace(done, note=noted.note)
@@ -448,27 +455,31 @@ def evaluate_history(
     placement: Placement | None = None,
     chat: bool | None = None,
     judge: Judge | None = None,
+    workers: int | None = None,
+    on: str | None = None,
 ) -> list[HistoryRow]:
     """Evaluate every commit below a revision that has no note of this suite yet; all of them, newest first.
 
     A commit whose model gives no numbers is warned about and left without scores.
 
     Args:
-        placement, chat: as in `Measurer`.
+        placement, chat, workers, on: as in `Measurer`.
         judge: as in `evaluate`.
     """
-    evaluator = Evaluator(repository, facts, progress, placement=placement, chat=chat, judge=judge)
+    options: dict[str, Any] = {"placement": placement, "chat": chat, "judge": judge, "workers": workers, "on": on}
+    evaluator = Evaluator(repository, facts, progress, **options)
     start = repository.resolve(revision)
     rows = []
-    for identity, found in repository.log(start) if start else ():
-        known = next((noted for noted in notes_of(repository, identity) if noted.suite == evaluator.suite), None)
-        noted = known
-        if known is None:
-            try:
-                noted = evaluator.evaluate_and_keep(identity, who)[1]
-            except EditError as error:
-                progress.warn(f"commit {identity[:12]} is left out: {error.message}")
-        rows.append(HistoryRow(identity, found.time, found.message, noted, known is None))
+    with closing(evaluator.measurer):
+        for identity, found in repository.log(start) if start else ():
+            known = next((noted for noted in notes_of(repository, identity) if noted.suite == evaluator.suite), None)
+            noted = known
+            if known is None:
+                try:
+                    noted = evaluator.evaluate_and_keep(identity, who)[1]
+                except EditError as error:
+                    progress.warn(f"commit {identity[:12]} is left out: {error.message}")
+            rows.append(HistoryRow(identity, found.time, found.message, noted, known is None))
     return rows
 
 
@@ -484,19 +495,12 @@ def refuse_unkept(keep: bool, harness: Harness | None = None) -> None:
         )
 
 
-def evaluate_all(
-    repository: Store,
-    revision: str,
-    facts: Facts,
-    progress: Progress,
-    *,
-    who: Who,
-    placement: Placement | None = None,
-    chat: bool | None = None,
-    judge: Judge | None = None,
-) -> Evaluation:
-    """The evaluation of the newest commit that gives numbers, or of the base, with the history that `evaluate_history` gives."""
-    options: dict[str, Any] = {"who": who, "placement": placement, "chat": chat, "judge": judge}
+def evaluate_all(repository: Store, revision: str, facts: Facts, progress: Progress, **options: Any) -> Evaluation:
+    """The evaluation of the newest commit that gives numbers, or of the base, with the history that `evaluate_history` gives.
+
+    Args:
+        options: those of `evaluate_history`.
+    """
     rows = evaluate_history(repository, revision, facts, progress, **options)
     newest = next((row.commit for row in rows if row.noted), BASE)
     done = evaluate(repository, newest, facts, progress, keep=False, **options)

@@ -140,6 +140,8 @@ class ModelVerbs(Opened):
         dtype: Type | None = None,
         quantization: Quantization | None = None,
         chat: bool | None = None,
+        workers: Count | None = None,
+        on: str | None = None,
     ) -> "Evaluation":
         """How well a revision holds facts, and what that costs elsewhere. The scores are kept as a note of the commit.
 
@@ -157,7 +159,7 @@ class ModelVerbs(Opened):
                 target. Its key is ``PATCHHUB_JUDGE_KEY`` or ``OPENAI_API_KEY`` of the environment.
             harness: tasks of lm-evaluation-harness, separated by commas, run on the revision and on the base (extra ``harness``).
             harness_path, harness_limit: a folder with further tasks; at most so many documents of each.
-            device, dtype, quantization, chat: as in `commit`.
+            device, dtype, quantization, chat, workers, on: as in `commit`. The harness runs in this process alone.
         """
         self._resolve(rev)
         if harness is not None and not all:
@@ -173,7 +175,12 @@ class ModelVerbs(Opened):
             return self._harness(rev, alone, self._placement(device, dtype, quantization))
         options: dict[str, Any] = {"who": self._who(author, time), "judge": judge_of(judge, judge_model, os.environ)}
         facts = self._suite(suite, metrics, limit=limit, seed=seed, text=text, contexts=tuple(context))
-        options |= {"placement": self._placement(device, dtype, quantization), "chat": chat}
+        options |= {
+            "placement": self._placement(device, dtype, quantization),
+            "chat": chat,
+            "workers": workers,
+            "on": on,
+        }
         from patchhub.porcelain import measure
         from patchhub.porcelain.report.charts import write_scores
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -33,6 +33,7 @@ from patchhub.text.tokens import Chat, load_tokenizer
 from patchhub.worktree.metric import held_documents, read_documents
 from patchhub.worktree.metric import kept_held_documents as kept_documents
 from patchhub.worktree.opening import Worktree, base_files, chat_form, check_base, open_worktree, placement_of, state_at
+from patchhub.worktree.workers import Machines, Opened, Opening, Workers, machines_of, refuse_without_ray
 
 KIND: Final = Kind("scores", ".json")
 
@@ -89,6 +90,10 @@ _KEPT_AT_ONCE: Final = 256
 """How many answers are found before they are kept: an interrupted evaluation goes on there, and a bar moves."""
 
 
+Ask = Callable[[PreTrainedModel, PreTrainedTokenizerBase, list[Any]], list[Any]]
+"""Asks a model and gives a JSON value for each item: a module-level function with `functools.partial`, which workers are sent."""
+
+
 @dataclass(frozen=True)
 class Questions:
     """What is asked of every state.
@@ -129,6 +134,8 @@ class Measurer:
 
     Args:
         placement: on which device, in which type or quantisation the model runs; None: as the repository's config says.
+        workers: how many processes answer what is asked; None: this one, or as many as ``on`` has room for. The answers are the same.
+        on: the address of the Ray cluster that has them; None: this machine.
         chat: ask the facts' prompts, contexts and neighbours in the base's chat form; None: as the repository's config says. Text is
             sampled and drift is measured outside it.
 
@@ -145,8 +152,15 @@ class Measurer:
         *,
         placement: Placement | None = None,
         chat: bool | None = None,
+        workers: int | None = None,
+        on: str | None = None,
     ) -> None:
+        if on is not None:
+            refuse_without_ray()
         self.repository, self.questions, self.progress = repository, questions, progress
+        self._elsewhere = workers, on
+        self._machines: Machines | None = None
+        self._workers: tuple[str, Workers] | None = None
         self._files, self._placement = base_files(repository), placement or placement_of(repository)
         check_base(repository, self._files.checkpoint)
         self.dtype = chosen_dtype(self._files.checkpoint, self._placement)
@@ -219,12 +233,8 @@ class Measurer:
             behind = {"opening": item[2]} if item[2] else {}  # without one the key is what it always was
             return item_key("target", prompt=item[0], target=item[1], **behind, **self.asking)
 
-        def ask(missing: list[tuple[str, str, str]]) -> list[Any]:
-            pairs, before = [(prompt, target) for prompt, target, _ in missing], [opening for *_, opening in missing]
-            scores = score_targets(self._model(revision), self.tokenizer, pairs, chat=self.chat, openings=before)
-            return [[score.tokens, score.logprob, score.argmax] for score in scores]
-
-        found = self._answers(f"reading {_short(revision)}", results, items, key, ask)
+        label, ask = f"reading {_short(revision)}", partial(_scores, self.chat)
+        found = self._answers(label, revision, results, items, key, ask)
         scores = (TargetScore(tuple(tokens), logprob, tuple(argmax)) for tokens, logprob, argmax in found)
         return suites.readings(requests, scores)
 
@@ -264,14 +274,8 @@ class Measurer:
         def key(prompt: str) -> str:
             return item_key("greedy", prompt=prompt, new_tokens=new_tokens, **self.asking)
 
-        def ask(missing: list[str]) -> list[Any]:
-            model = self._model(revision)
-            room = room_after(model, self.tokenizer, missing, new_tokens, chat=self.chat)
-            fitting = {prompt: new_tokens for prompt in missing if room[prompt] == new_tokens}
-            written = continue_within(model, self.tokenizer, fitting, chat=self.chat)
-            return [written.get(prompt) for prompt in missing]
-
-        return dict(zip(unique, self._answers(label, results, unique, key, ask), strict=True))
+        ask = partial(_continued, self.chat, new_tokens)
+        return dict(zip(unique, self._answers(label, revision, results, unique, key, ask), strict=True))
 
     def _texts(self, revision: str, results: StateResults) -> list[str | None]:
         asked = [request.text for request in self.questions.requests[: self.questions.fluency_facts]]
@@ -280,24 +284,22 @@ class Measurer:
         def key(prompt: str) -> str:
             return item_key("sampled", prompt=prompt, **settings)
 
-        def ask(missing: list[str]) -> list[Any]:
-            return sample_continuations(self._model(revision), self.tokenizer, missing, **settings)
-
-        found = self._answers(f"sampling text {_short(revision)}", results, asked, key, ask)
+        label, ask = f"sampling text {_short(revision)}", partial(_sampled, settings)
+        found = self._answers(label, revision, results, asked, key, ask)
         texts = [prompt + written if written else None for prompt, written in zip(asked, found, strict=True)]
         return texts + [None] * (len(self.questions.requests) - len(texts))
 
     def _drift(self, revision: str, results: StateResults) -> list[DocumentDrift]:
         digest = Text(self.documents).id
 
-        def ask(missing: list[None]) -> list[Any]:
+        key = item_key("drift", text=digest)
+        if key not in results:
+            self.progress.stage(f"drift {_short(revision)}", 0)
             if self._base_text is None:
                 self._base_text = drift.read_text(self._model(BASE), self.documents)
             parts = drift.document_drifts(self._model(revision), self._base_text)
-            return [[[part.growth, part.divergence, part.positions] for part in parts]]
-
-        label = f"drift {_short(revision)}"
-        [found] = self._answers(label, results, [None], lambda item: item_key("drift", text=digest), ask)
+            results.keep({key: [[part.growth, part.divergence, part.positions] for part in parts]})
+        found = results[key]
         return [DocumentDrift(growth, divergence, positions) for growth, divergence, positions in found]
 
     # --- the model and its cache ------------------------------------------------------------------------------------
@@ -305,22 +307,54 @@ class Measurer:
     def _answers(
         self,
         label: str,
+        revision: str,
         results: StateResults,
         items: Sequence[Any],
         key: Callable[[Any], str],
-        ask: Callable[[list[Any]], list[Any]],
+        ask: Ask,
     ) -> list[Any]:
-        """The answer to each item: those that are known, and those that `ask` finds now, which are kept."""
+        """A revision's answer to each item: those that are known, and those that `ask` finds now, which are kept."""
         keys = [key(item) for item in items]
         missing = {name: item for name, item in zip(keys, items, strict=True) if name not in results}
         if missing:
             self.progress.stage(label, len(missing) if len(missing) > 1 else 0)
             names = list(missing)
-            for begin in range(0, len(names), _KEPT_AT_ONCE):
-                some = names[begin : begin + _KEPT_AT_ONCE]
-                results.keep(dict(zip(some, ask([missing[name] for name in some]), strict=True)))
-                self.progress.advance(len(some))
+            parts = [names[begin : begin + _KEPT_AT_ONCE] for begin in range(0, len(names), _KEPT_AT_ONCE)]
+            asked = [[missing[name] for name in part] for part in parts]
+            for number, found in self._asked(revision, asked, ask):
+                results.keep(dict(zip(parts[number], found, strict=True)))
+                self.progress.advance(len(found))
         return [results[name] for name in keys]
+
+    def _asked(self, revision: str, parts: Sequence[list[Any]], ask: Ask) -> Iterator[tuple[int, list[Any]]]:
+        """The place of each part and what was answered, by the workers where there is more than one. The parts are the same either way."""
+        if self._elsewhere == (None, None) or len(parts) == 1:
+            for number, part in enumerate(parts):
+                yield number, ask(self._model(revision), self.tokenizer, part)
+        else:
+            yield from self._workers_at(revision).map([partial(_answered, ask, part) for part in parts])
+
+    def _workers_at(self, revision: str) -> Workers:
+        """The workers, in the state of a revision."""
+        if self._workers is None or self._workers[0] != revision:
+            opening = Opening.of(self.at(revision), asked=True)
+            if self._workers is not None:
+                workers = self._workers[1]
+                workers.move(opening)
+            else:
+                self._machines = machines_of(*self._elsewhere)
+                workers = Workers(self._machines, opening, self.progress)
+            self._workers = revision, workers
+        return self._workers[1]
+
+    def close(self) -> None:
+        """Stop the workers, if there are any."""
+        if self._workers is not None:
+            self._workers[1].close()
+            self._workers = None
+        if self._machines is not None:
+            self._machines.close()
+            self._machines = None
 
     def _model(self, revision: str) -> PreTrainedModel:
         """The model in the state of a revision."""
@@ -379,6 +413,41 @@ class Measurer:
         if kept is not None:
             return kept
         return held_documents(self.repository, metric, self.at(BASE).stack, self.tokenizer)
+
+
+def _scores(
+    chat: Chat | None, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, items: list[tuple[str, str, str]]
+) -> list[Any]:
+    """Tokens, log-probability and argmax of each (prompt, target, opening)."""
+    pairs, before = [(prompt, target) for prompt, target, _ in items], [opening for *_, opening in items]
+    scores = score_targets(model, tokenizer, pairs, chat=chat, openings=before)
+    return [[score.tokens, score.logprob, score.argmax] for score in scores]
+
+
+def _continued(
+    chat: Chat | None,
+    new_tokens: int,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[str],
+) -> list[Any]:
+    """What is written after each prompt; None where there is no room for so many tokens."""
+    room = room_after(model, tokenizer, prompts, new_tokens, chat=chat)
+    fitting = {prompt: new_tokens for prompt in prompts if room[prompt] == new_tokens}
+    written = continue_within(model, tokenizer, fitting, chat=chat)
+    return [written.get(prompt) for prompt in prompts]
+
+
+def _sampled(
+    settings: Mapping[str, int], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str]
+) -> list[Any]:
+    """What is sampled after each prompt."""
+    return list(sample_continuations(model, tokenizer, prompts, **settings))
+
+
+def _answered(ask: Ask, items: list[Any], opened: Opened) -> list[Any]:
+    """A worker's answers."""
+    return ask(opened.model, opened.tokenizer, items)
 
 
 def _longest_target(tokenizer: PreTrainedTokenizerBase, requests: Sequence[Request], chat: Chat | None) -> int:

@@ -14,7 +14,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from importlib import import_module, metadata
 from importlib.util import find_spec
 from multiprocessing.connection import Connection, wait
@@ -28,13 +28,13 @@ from transformers.utils.logging import disable_progress_bar
 
 from patchhub.cache import Cache
 from patchhub.errors import BaseError, EditError, PatchhubError, RemoteError, SettingsError
-from patchhub.models.architectures import describe, read_config
+from patchhub.models.architectures import Architecture, describe, read_config
 from patchhub.models.checkpoint import Checkpoint, open_checkpoint
 from patchhub.models.fingerprint import check_tensors
 from patchhub.models.placement import Placement, is_quantised, load_base, name_of, runs_beside
 from patchhub.models.tracing import Stack
 from patchhub.progress import Progress
-from patchhub.runtime.patched_model import PatchState, attach
+from patchhub.runtime.patched_model import PatchState, attach, switch
 from patchhub.text.tokens import load_tokenizer
 from patchhub.worktree.opening import Worktree
 
@@ -46,9 +46,16 @@ _PATIENCE: Final = 5.0  # seconds for a process to end
 class Opened:
     """The base in a worker: the driver's model as far as its numbers go."""
 
-    stack: Stack
+    checkpoint: Checkpoint
+    architecture: Architecture
+    model: Any
     tokenizer: PreTrainedTokenizerBase
     memory: int | None
+
+    @cached_property
+    def stack(self) -> Stack:
+        """The model as a stack of blocks."""
+        return Stack(self.model, self.architecture)
 
 
 Task = Callable[[Opened], Any]
@@ -78,8 +85,12 @@ class Opening:
     cache: str
 
     @classmethod
-    def of(cls, tree: Worktree) -> Opening:
-        """What makes a worker's model that of a worktree. The type of its numbers is told, since "auto" depends on the machine."""
+    def of(cls, tree: Worktree, *, asked: bool = False) -> Opening:
+        """What makes a worker's model that of a worktree. The type of its numbers is told, since "auto" depends on the machine.
+
+        Args:
+            asked: the model is only asked: it has the changes in its weights, whatever their type.
+        """
         config, checkpoint = tree.repository.config, tree.checkpoint
         same = {} if is_quantised(tree.model) else {"dtype": name_of(tree.model.dtype)}
         named = config.settings.get("base.name")
@@ -91,13 +102,16 @@ class Opening:
             experts=config.base.get("experts"),
             placement=replace(tree.placement, **same),
             state=replace(tree.state, weights={name: list(deltas) for name, deltas in tree.state.weights.items()}),
-            beside=runs_beside(tree.model),
+            beside=not asked and runs_beside(tree.model),
             memory=tree.memory,
             cache=str(tree.repository.cache.folder.resolve()),
         )
 
-    def open(self) -> Opened:
+    def open(self, before: Opened | None = None) -> Opened:
         """Load the base of this machine, every tensor of it checked, and put it into the driver's state.
+
+        Args:
+            before: what was opened of the same base in another state, which is put into this one.
 
         Raises:
             SettingsError: another patchhub is installed here.
@@ -107,13 +121,16 @@ class Opening:
             raise SettingsError(
                 f"patchhub {_installed()} is installed there, and {self.version} here", remedy="Install the same one."
             )
+        if before is not None:
+            switch(before.model, before.checkpoint, self.state)
+            return before
         checkpoint = self._checkpoint()
         cache = Cache(Path(self.cache)) if Path(self.cache).is_dir() else None
         check_tensors(self.state.base, checkpoint, None, cache=cache)
         model = load_base(checkpoint, self.placement).eval()
         attach(model, checkpoint, self.state, side_path=self.beside)
         architecture = describe(read_config(checkpoint.folder), self.experts)
-        return Opened(Stack(model, architecture), load_tokenizer(checkpoint), self.memory)
+        return Opened(checkpoint, architecture, model, load_tokenizer(checkpoint), self.memory)
 
     def _checkpoint(self) -> Checkpoint:
         if Path(self.folder).is_dir():
@@ -134,7 +151,7 @@ def _installed() -> str:
 
 
 class Serving:
-    """One worker's side: it is given an `Opening` first, and tasks then; whatever they raise is its answer."""
+    """One worker's side: it is given an `Opening` first, and tasks then, or one of another state; whatever they raise is its answer."""
 
     def __init__(self, threads: int) -> None:
         torch.set_num_threads(threads)
@@ -146,7 +163,7 @@ class Serving:
         try:
             task = pickle.loads(message)
             if isinstance(task, Opening):
-                self._opened = _opened_here(task)
+                self._opened = _opened_here(task, self._opened)
                 return pickle.dumps((None, None))
             return pickle.dumps((task(self._opened), None))
         except PatchhubError as error:
@@ -155,10 +172,10 @@ class Serving:
             return pickle.dumps((None, RuntimeError(f"in a worker on {platform.node()}:\n{format_exc()}")))
 
 
-def _opened_here(opening: Opening) -> Opened:
+def _opened_here(opening: Opening, before: Opened | None) -> Opened:
     """What is opened; an error says on which machine."""
     try:
-        return opening.open()
+        return opening.open(before)
     except PatchhubError as error:
         error.message = f"the worker on {platform.node()} cannot begin: {error.message}"
         error.args = (error.message,)
@@ -303,7 +320,8 @@ class OnRay(Machines):
     def __init__(self, address: str, count: int | None) -> None:
         refuse_without_ray()
         ray: Any = import_module("ray")
-        self._ray, self._opening = ray, None
+        self._ray = ray
+        self._sent: tuple[Opening | None, Any] = (None, None)
         self._joined = not ray.is_initialized()
         if self._joined:
             try:
@@ -321,11 +339,11 @@ class OnRay(Machines):
         self._gpus = {"num_gpus": min(1.0, gpus / self.count)} if gpus else {}
 
     def start(self, number: int, opening: Opening) -> Worker:
-        if self._opening is None:
-            self._opening = self._ray.put(pickle.dumps(opening))  # it travels once to each machine
+        if self._sent[0] is not opening:
+            self._sent = opening, self._ray.put(pickle.dumps(opening))  # it travels once to each machine
         remote = self._ray.remote(num_cpus=self._processors, scheduling_strategy="SPREAD", **self._gpus)(Serving)
         worker = _Actor(self._ray, remote.remote(self._processors))
-        worker.give(self._opening)
+        worker.give(self._sent[1])
         return worker
 
     def answered(self, workers: Sequence[Worker]) -> list[Worker]:
@@ -414,6 +432,14 @@ class Workers:
             self.close()
             raise
 
+    def move(self, opening: Opening) -> None:
+        """Put the workers, none of which has a task, into another state of the same base; those still to be started begin there."""
+        self._opening, message = opening, pickle.dumps(opening)
+        for worker in self._idle:
+            worker.give(message)
+        self._loading |= set(self._idle)
+        self._idle = []
+
     def _start(self, wanted: int) -> None:
         """See to it that so many workers are idle or on their way there."""
         for _ in range(wanted - len(self._idle) - len(self._loading)):
@@ -449,6 +475,11 @@ def _read(answer: bytes) -> Any:
     return found
 
 
+def machines_of(count: int | None, on: str | None) -> Machines:
+    """Where workers run; arguments as for `workers_of`, one of them given."""
+    return Here(count) if count is not None and on is None else OnRay(str(on), count)
+
+
 @contextmanager
 def workers_of(tree: Worktree, count: int | None, on: str | None, progress: Progress) -> Iterator[Workers | None]:
     """Workers that hold a worktree's model, stopped at the end; None where neither a number nor a cluster is given.
@@ -460,7 +491,7 @@ def workers_of(tree: Worktree, count: int | None, on: str | None, progress: Prog
     if count is None and on is None:
         yield None
         return
-    machines = Here(count) if count is not None and on is None else OnRay(str(on), count)
+    machines = machines_of(count, on)
     workers = Workers(machines, Opening.of(tree), progress)
     try:
         yield workers

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import pickle
 import shutil
 import signal
 import socket
@@ -12,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -31,9 +32,10 @@ from patchhub.progress import Silent
 from patchhub.repository import Repository
 from patchhub.store.store import Store
 from patchhub.who import Who
+from patchhub.worktree import measuring
 from patchhub.worktree.opening import open_worktree
-from patchhub.worktree.workers import Opened, Opening, workers_of
-from tests.porcelain.taught import AUTHOR, PLACES, TIME, TONGUES, fact
+from patchhub.worktree.workers import Machines, Opened, Opening, Serving, Worker, workers_of
+from tests.porcelain.taught import AUTHOR, PLACES, TIME, TONGUES, fact, make_store
 from tests.tiny_models import tiny_model, tiny_tokenizer
 
 FACTS = [fact(*pair) for pair in (*PLACES, *TONGUES)]
@@ -104,6 +106,76 @@ def test_without_ray_a_sentence_says_what_to_install(store: Store, monkeypatch: 
     with pytest.raises(SettingsError) as caught:
         Repository(store.root.parent).commit(FACTS, message="x", on="auto")
     assert "patchhub[ray]" in str(caught.value.remedy)
+
+
+# --- evaluation
+
+
+class Near(Machines):
+    """Workers in this process, which are sent the same bytes as others."""
+
+    def __init__(self, count: int) -> None:
+        self.count, self.opened = count, 0
+
+    def start(self, number: int, opening: Opening) -> Worker:
+        worker = NearWorker()
+        worker.give(pickle.dumps(opening))
+        self.opened += 1
+        return worker
+
+    def answered(self, workers: Sequence[Worker]) -> list[Worker]:
+        return list(workers)[:1]
+
+    def close(self) -> None:
+        pass
+
+
+class NearWorker(Worker):
+    def __init__(self) -> None:
+        self.serving, self.answers = Serving(torch.get_num_threads()), list[bytes]()
+
+    def give(self, message: bytes) -> None:
+        self.answers.append(self.serving.answer(message))
+
+    def take(self) -> bytes:
+        return self.answers.pop(0)
+
+    def stop(self) -> None:
+        pass
+
+
+def evaluated(folder: Path, **options: Any) -> tuple[Any, ...]:
+    done = Repository(folder, progress=Silent()).eval("HEAD", suite=FACTS, author=AUTHOR, time=TIME, **options)
+    return done.scores, done.base, list(done.records()), done.note
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_any_number_of_workers_gives_the_scores_that_one_process_gives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    make_store(tmp_path / "one").close()
+    shutil.copytree(tmp_path / "one", tmp_path / "more")
+    monkeypatch.setattr(measuring, "_KEPT_AT_ONCE", 5)  # the parts of an evaluation are the tasks
+    machines = Near(count)
+    alone = evaluated(tmp_path / "one")
+    monkeypatch.setattr(measuring, "machines_of", lambda count, on: machines)
+    assert evaluated(tmp_path / "more", workers=count) == alone
+    assert machines.opened == count  # for the revision and the base alike
+
+
+@pytest.mark.slow
+def test_processes_give_the_scores_that_one_process_gives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_store(tmp_path / "one").close()
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    monkeypatch.setattr(measuring, "_KEPT_AT_ONCE", 20)
+    assert evaluated(tmp_path / "two", workers=2) == evaluated(tmp_path / "one")
+    assert not multiprocessing.active_children()
+
+
+def test_without_ray_an_evaluation_says_what_to_install(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(SettingsError, match="Ray is not installed"):
+        Repository(store.root.parent).eval("base", suite=FACTS, on="auto")
 
 
 # --- processes
