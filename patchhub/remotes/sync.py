@@ -515,11 +515,10 @@ def _full_name(name: str, refs: Mapping[str, str]) -> str:
     for prefix in (BRANCHES, TAGS, ""):
         if (prefix + name).startswith((BRANCHES, TAGS)) and prefix + name in refs:
             return prefix + name
-    source, colon, there = name.removeprefix("+").partition(":")
     remedy = "`patchhub branch` lists them."
-    if colon or name.startswith("+"):  # git's refspecs
+    if ":" in name or name.startswith("+"):  # git's refspecs
         remedy = "A branch has one name here and there; `patchhub branch -m` renames, --force-with-lease overwrites."
-        remedy = f"`patchhub push REMOTE --delete {there}` removes it there." if there and not source else remedy
+        remedy = f"`patchhub push REMOTE --delete {name[1:]}` removes it there." if name[0] == ":" else remedy
     raise RevisionError(f"there is no branch or tag {name!r}", remedy=remedy, name=name)
 
 

@@ -47,6 +47,14 @@ def _refuse_unclear(amend: bool, amended: str | None, message: str) -> None:
         raise SettingsError("a commit needs a message", remedy="Say why: `patchhub commit FILE -m TEXT`.")
 
 
+def _refuse_unchanged(message: str, author: str | None, signed: object) -> None:
+    if not (message.strip() or author or signed):
+        raise SettingsError(
+            "there is nothing to amend: neither facts nor a message",
+            remedy="`patchhub commit --amend -m TEXT` says why in other words, `patchhub commit --amend FILE` adds facts.",
+        )
+
+
 def _renamed(store: Store, who: Who, progress: Progress, amended: str) -> "Committed":
     """The last commit with another message and author."""
     from patchhub.porcelain.change import amend
@@ -139,11 +147,7 @@ class WritingVerbs(Opened):
         if amended is not None:
             who = who.saying(self.store.commit(amended).message)
             if facts is None and not (prompt or subject or target):
-                if not (message.strip() or author or sign or key):
-                    raise SettingsError(
-                        "there is nothing to amend: neither facts nor a message",
-                        remedy="`patchhub commit --amend -m TEXT` says why in other words, `patchhub commit --amend FILE` adds facts.",
-                    )
+                _refuse_unchanged(message, author, sign or key)
                 with self._heard() as progress:
                     return _renamed(self.store, who, progress, amended)
         from patchhub.editing.requests import read_facts, read_keeps
