@@ -38,9 +38,11 @@ class Preimages(ABC):
 
     Attributes:
         keeps: what the kept matrix is called in file names.
+        exact: some directions get nothing at all of u, so it is recorded in float32.
     """
 
     keeps: ClassVar[str]
+    exact: ClassVar[bool] = False
 
     @abstractmethod
     def prepare(self, moment: Float[Tensor, "in in"], weight: str) -> Float[Tensor, "in kept"]:
@@ -107,6 +109,7 @@ class NullSpace(Preimages):
     l2: float
 
     keeps: ClassVar[str] = METRIC_MATRICES["null_space"]
+    exact: ClassVar[bool] = True
 
     def prepare(self, moment: Float[Tensor, "in in"], weight: str) -> Float[Tensor, "in kept"]:
         """V with P = I - V V^T.

@@ -182,7 +182,9 @@ def _extend(
     preimages = metric.preimages(weight, torch.from_numpy(stored_keys).to(keys.device)).cpu().numpy()
     residuals = residual.cpu().numpy() + image(add(state.deltas.get(weight, ()), shape), stored_keys)
     ridges = np.full(len(stored_keys), ridge, np.float32)
-    added = Columns(stored_keys, rounded(preimages), rounded(residuals), ridges)
+    # Float16 would bring a part of 1e-4 of u back into the directions that a null space leaves alone.
+    preimages = preimages.astype(np.float32) if metric.preimages_by.exact else rounded(preimages)
+    added = Columns(stored_keys, preimages, rounded(residuals), ridges)
     active = state.columns.get(weight, no_columns(shape))
     return added, difference(active, beyond(added, state.fixed.get(weight, ())), no_columns(shape))
 
