@@ -93,6 +93,10 @@ SPOKEN: dict[str, tuple[str, ...]] = {
     "remote add origin hf://user/facts": ("remote add hub hf://user/facts",),
     "tag v1.1": ("tag v1.1",),
     "push origin main v1.1": ("tag v1.1", "push origin main v1.1"),
+    "metric compute --device stream --text corpus.txt": (
+        "init model --repo fresh",
+        "metric compute --device stream --text corpus.txt --repo fresh",  # the store of this world has its metric
+    ),
     "bench memit memit:ridge=400 memit:layers=3-5 --suite facts.json": (
         "bench memit memit:ridge=400 memit:layers=3-5:steps=2 --suite facts.json",
     ),
@@ -161,6 +165,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         lines = "".join(f"{json.dumps(fact)}\n" for fact in facts)
         (here / name).with_suffix(".jsonl").write_text(lines, encoding="utf-8")
     shutil.copy(here / "facts.jsonl", here / "fixes.jsonl")
+    told = (f"{fact['prompt'].replace('{}', fact['subject'])} {fact['target_new']}." for fact in FACTS)
+    (here / "corpus.txt").write_text("\n\n".join(told), encoding="utf-8")
     (here / "check.py").write_text(
         "import os; raise SystemExit(os.environ['PATCHHUB_COMMIT'] != 'base')", encoding="utf-8"
     )

@@ -380,7 +380,8 @@ class Workers:
 
     def __init__(self, machines: Machines, opening: Opening, progress: Progress) -> None:
         self._machines, self._opening, self._progress = machines, opening, progress
-        self._alive, self._idle, self._loading = set[Worker](), list[Worker](), set[Worker]()
+        self._alive, self._idle = set[Worker](), list[Worker]()
+        self._loading = dict[Worker, int]()  # how many openings each has not answered
         self._started = 0
 
     def each(
@@ -412,14 +413,16 @@ class Workers:
                     worker.give(pickle.dumps(tasks[number]))
                 awaited = [worker for worker, number in given.items() if not in_order or number == turn]
                 for worker in self._machines.answered([*awaited, *self._loading]):
-                    place = given.pop(worker, None)
-                    self._loading.discard(worker)
+                    place, openings = given.pop(worker, None), self._loading.pop(worker, 0)
                     try:
                         found = _read(worker.take())
                     except Lost:
                         lost[place] += 1
                         self._lose(worker, place, lost[place])
                         waiting.extendleft([] if place is None else [place])
+                        continue
+                    if openings > 1:  # it was moved before it had loaded
+                        self._loading[worker] = openings - 1
                         continue
                     self._idle.append(worker)
                     lost[None] = (
@@ -435,9 +438,9 @@ class Workers:
     def move(self, opening: Opening) -> None:
         """Put the workers, none of which has a task, into another state of the same base; those still to be started begin there."""
         self._opening, message = opening, pickle.dumps(opening)
-        for worker in self._idle:
+        for worker in (*self._loading, *self._idle):
             worker.give(message)
-        self._loading |= set(self._idle)
+            self._loading[worker] = self._loading.get(worker, 0) + 1
         self._idle = []
 
     def _start(self, wanted: int) -> None:
@@ -445,7 +448,7 @@ class Workers:
         for _ in range(wanted - len(self._idle) - len(self._loading)):
             worker = self._machines.start(self._started, self._opening)
             self._alive.add(worker)
-            self._loading.add(worker)
+            self._loading[worker] = 1
             self._started += 1
 
     def _lose(self, worker: Worker, place: int | None, times: int) -> None:
@@ -465,7 +468,7 @@ class Workers:
         """Stop all, whatever they are doing."""
         for worker in self._alive:
             worker.stop()
-        self._alive, self._idle, self._loading = set(), [], set()
+        self._alive, self._idle, self._loading = set(), [], {}
 
 
 def _read(answer: bytes) -> Any:

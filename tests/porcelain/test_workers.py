@@ -144,6 +144,31 @@ class NearWorker(Worker):
         pass
 
 
+class Lagging(Near):
+    """All but the first worker load until the others are moved; from then on the last is heard first."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__(count)
+        self.messages: list[list[bytes]] = []
+
+    def start(self, number: int, opening: Opening) -> Worker:
+        worker = super().start(number, opening)
+        given: list[bytes] = []
+        self.messages.append(given)
+        give = worker.give
+
+        def noted(message: bytes) -> None:
+            given.append(message)
+            give(message)
+
+        worker.give = noted  # type: ignore[method-assign]
+        return worker
+
+    def answered(self, workers: Sequence[Worker]) -> list[Worker]:
+        moved = any(isinstance(pickle.loads(message), Opening) for given in self.messages for message in given)
+        return list(workers)[-1:] if moved else list(workers)[:1]
+
+
 def evaluated(folder: Path, **options: Any) -> tuple[Any, ...]:
     done = Repository(folder, progress=Silent()).eval("HEAD", suite=FACTS, author=AUTHOR, time=TIME, **options)
     return done.scores, done.base, list(done.records()), done.note
@@ -161,6 +186,20 @@ def test_any_number_of_workers_gives_the_scores_that_one_process_gives(
     monkeypatch.setattr(measuring, "machines_of", lambda count, on: machines)
     assert evaluated(tmp_path / "more", workers=count) == alone
     assert machines.opened == count  # for the revision and the base alike
+
+
+def test_a_worker_that_is_moved_before_it_has_loaded_is_moved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_store(tmp_path / "one").close()
+    shutil.copytree(tmp_path / "one", tmp_path / "more")
+    monkeypatch.setattr(measuring, "_KEPT_AT_ONCE", 5)
+    alone = evaluated(tmp_path / "one")
+    machines = Lagging(2)
+    monkeypatch.setattr(measuring, "machines_of", lambda count, on: machines)
+    assert evaluated(tmp_path / "more", workers=2) == alone
+    assert len(machines.messages) == 2
+    for given in machines.messages:  # each was moved, and was asked after that
+        places = [number for number, message in enumerate(given) if isinstance(pickle.loads(message), Opening)]
+        assert max(places) < len(given) - 1
 
 
 @pytest.mark.slow
