@@ -102,7 +102,14 @@ def test_facts_of_one_subject_are_found():
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 @pytest.mark.parametrize("groups", [APART, TOGETHER], ids=["apart", "together"])
-@pytest.mark.parametrize("settings", [SETTINGS, replace(SETTINGS, closing=3.0), replace(SETTINGS, clamp=0.2)])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        SETTINGS,
+        pytest.param(replace(SETTINGS, closing=3.0), marks=pytest.mark.slow),
+        pytest.param(replace(SETTINGS, clamp=0.2), marks=pytest.mark.slow),
+    ],
+)
 def test_it_is_the_plain_procedure(family, groups, settings):
     ours = optimise_values(BlockOutput(stack(family), LAYER), facts(family), settings, together=groups)
     theirs = plainly(family, settings, groups)

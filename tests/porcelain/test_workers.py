@@ -174,7 +174,7 @@ def evaluated(folder: Path, **options: Any) -> tuple[Any, ...]:
     return done.scores, done.base, list(done.records()), done.note
 
 
-@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("count", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_any_number_of_workers_gives_the_scores_that_one_process_gives(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int
 ) -> None:

@@ -33,6 +33,8 @@ FAULTS: dict[str, dict[str, Any]] = {
 }
 UNSEEN = ("429", "download cut", "a byte flipped", "late")
 """What nobody needs to hear about: the same command succeeds by itself."""
+ALIKE = ("403", "late")
+"""What takes the ways of 500 and of 429."""
 ONLY = {"upload cut": r"^\^(PUT|POST)", "download cut": "resolve|_cdn", "a byte flipped": "resolve|_cdn"}
 """The requests that a fault can meet at all."""
 
@@ -81,7 +83,9 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize(
+    "fault", [pytest.param(fault, marks=pytest.mark.long) if fault in ALIKE else fault for fault in FAULTS]
+)
 def test_every_request_may_fail_once(
     fault: str, hub: Any, template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

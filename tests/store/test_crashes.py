@@ -90,7 +90,7 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-@pytest.mark.parametrize("attempt", [_crash_here, _die_in_child])
+@pytest.mark.parametrize("attempt", [_crash_here, pytest.param(_die_in_child, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ACTIONS)
 def test_crash_at_every_step(
     template: Path, tmp_path: Path, name: str, attempt: Callable[[Callable[[Disk], None], int], bool]
@@ -119,7 +119,7 @@ def test_crash_at_every_step(
     assert all(view in (before, views[-1]) for view in views)
 
 
-@pytest.mark.parametrize("attempt", [_crash_here, _die_in_child])
+@pytest.mark.parametrize("attempt", [_crash_here, pytest.param(_die_in_child, marks=pytest.mark.slow)])
 def test_crash_at_every_step_of_init(tmp_path: Path, attempt: Callable[[Callable[[Disk], None], int], bool]) -> None:
     survived = False
     for number in range(MAX_STEPS):
