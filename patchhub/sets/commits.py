@@ -35,7 +35,7 @@ _ENDLESS: Final = (
     1 << 62
 )  # bytes: a state that is solved lists no blobs, so only the commits that its set is read from count
 
-WORTH_KEEPING: Final = 4096
+WORTH_KEEPING: Final = 1 << 18
 """A delta of so many bytes is kept in any case: reading it is cheaper than what it would save."""
 
 
