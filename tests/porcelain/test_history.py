@@ -324,10 +324,9 @@ def test_log_draws_and_says_how_much_changes(store: Store, repository: Store) ->
         "* " + lines[-1][2:4],
     ]
     (newest, oldest) = json.loads(run(repository, "log", "--stat", "--json"))
-    assert newest["size"]["delta_bytes"] == 0
+    assert newest["size"]["delta_bytes"] > 0
     assert oldest["size"]["weight"].endswith("mlp.c_proj.weight")
     assert oldest["size"]["ratio"] > 0
-    assert "no delta kept" in run(repository, "log", "--stat")
     assert run(repository, "log", "-S", "eiffel", "--oneline").count("\n") == 1
     run(repository, "log", "--since", "whenever", code=2)
 

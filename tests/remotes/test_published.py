@@ -49,6 +49,12 @@ def deltas_kept(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
+def deltas_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commits keep no delta however small it is."""
+    monkeypatch.setattr(commits, "WORTH_KEEPING", 0)
+
+
+@pytest.fixture
 def store(base: Path, tmp_path: Path, hub: Any, monkeypatch: pytest.MonkeyPatch) -> Store:
     """Three commits on two branches about a tiny model, pushed to ``tester/facts`` of the loopback Hub."""
     from huggingface_hub import constants, hf_api
@@ -133,6 +139,7 @@ def test_load_reads_no_columns_and_no_texts(deltas_kept: None, store: Store, bas
         assert not [entry for entry in hub.log if unneeded[2:] in entry["line"]]
 
 
+@pytest.mark.usefixtures("deltas_left_out")
 def test_load_solves_what_keeps_no_delta_from_the_columns_of_active_facts_alone(
     store: Store, base: Path, hub: Any
 ) -> None:
@@ -155,6 +162,7 @@ def test_load_solves_what_keeps_no_delta_from_the_columns_of_active_facts_alone(
     assert all(any(patch.tensors[2:] in line for line in asked) for patch in active)
 
 
+@pytest.mark.usefixtures("deltas_left_out")
 def test_columns_that_a_solved_state_is_made_of_are_checked(store: Store, base: Path, hub: Any) -> None:
     (patch,) = (store.patch(p) for p in {p for p, _ in store.commit(str(store.resolve("v1"))).added})
     hub.faults.append({"kind": "corrupt", "match": f"{patch.tensors[2:]}", "offset": 200, "times": -1})
