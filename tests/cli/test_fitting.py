@@ -303,6 +303,7 @@ def test_moments_of_the_published_editors_make_the_same_factors(empty: Path, tmp
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_tune_writes_what_is_better_and_only_then(empty: Path, tmp_path: Path) -> None:
     facts = tmp_path / "facts.json"
     facts.write_text(json.dumps(FACTS[:5]), encoding="utf-8")

@@ -55,7 +55,7 @@ def written(
         return commit(repository, batch, STAMP, Silent(), Writing(method), force=True)
 
 
-TAUGHT_OFTEN = ("gemma3_text", "gpt2", "olmo2")
+TAUGHT_OFTEN = ("gemma3_text", "olmo2")
 FAMILIES = [
     pytest.param(family, marks=() if family in TAUGHT_OFTEN else pytest.mark.long) for family in sorted(lesson.SIZES)
 ]
