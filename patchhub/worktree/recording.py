@@ -281,15 +281,13 @@ def _wrong_in(
     prompts = encode_targets(tokenizer, [(request.text, "") for request in requests], chat=chat)
     starts = [len(prompt.input_ids) for prompt in prompts]
     again = 2 * max(text.target[1] - text.target[0] for text in whole) + _GAPS if closed else 0
-    room = 1 + again + max(len(text.input_ids) - start for text, start in zip(whole, starts, strict=True))
-    fitting = [place for place, start in enumerate(starts) if start + room <= limit]
-    texts = [requests[place].text for place in fitting]
-    written = continue_greedily(
+    least = 1 + max(len(text.input_ids) - start for text, start in zip(whole, starts, strict=True))
+    fitting = [place for place, start in enumerate(starts) if start + least <= limit]
+    written = continue_within(
         tree.model,
         tokenizer,
-        texts,
+        {requests[place].text: min(least + again, limit - starts[place]) for place in fitting},
         chat=chat,
-        max_new_tokens=room,
         batch_tokens=tree.batch_tokens,
         expected={requests[place].text: whole[place].input_ids for place in fitting},
     )
@@ -297,7 +295,8 @@ def _wrong_in(
         f"{opening}{joiner(opening, target)}{target}" for opening, (_, target) in zip(openings, pairs, strict=True)
     ]
     found: dict[int, str] = {}
-    for place, text in zip(fitting, written, strict=True):
+    for place in fitting:
+        text = written[requests[place].text]
         gap = between(pairs[place][1], after_target(text, wanted[place]) or "") if closed else None
         if gap is not None or not reads_right(text, wanted[place], closed=closed):
             found[place] = gap or ""
