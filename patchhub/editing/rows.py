@@ -220,6 +220,7 @@ class Fact:
     ``closers`` are the tokens that may follow the target, the same tensor for targets that end alike; None: what follows is not optimised.
     The last ``others`` of the rows are in another form than the first; together they weigh ``weight``, and the rest what is left.
     Before those stand ``wordings`` rows that are of this fact alone, and so have no common beginnings with those of others.
+    ``sentences`` are what the base says of the subject by itself: their targets are its own words, which are to stay as likely as they are.
     """
 
     rows: tuple[Encoded, ...]
@@ -228,33 +229,49 @@ class Fact:
     wordings: int = 0
     others: int = 0
     weight: float = 0.0
+    sentences: tuple[Encoded, ...] = ()
 
     @property
     def shares(self) -> list[float]:
-        """What each row weighs; 1 in all."""
+        """What each row weighs, sentences aside; 1 in all."""
         own = len(self.rows) - self.others
         return [(1.0 - self.weight) / own] * own + ([self.weight / self.others] * self.others if self.others else [])
 
     @property
     def contexts(self) -> list[int]:
-        """The number of each row's context: all wordings are of one, which comes last but for the KL term's."""
+        """The number of each row's context: all wordings are of `alone`."""
         front = len(self.rows) - self.others - self.wordings
-        last = front + self.others
-        return [*range(front), *[last] * self.wordings, *range(front, last)]
+        return [*range(front), *[self.alone] * self.wordings, *range(front, self.alone)]
+
+    @property
+    def alone(self) -> int:
+        """The context of texts that are of this fact alone: it comes last but for the KL term's."""
+        return len(self.rows) - self.wordings
 
     def suffix(self, row: Encoded) -> int:
         """Positions from the subject's last token to the last that predicts: the last target token, or of what follows it."""
         return row.target[1] + row.after - row.subject_last - (self.closers is None)
 
+    @property
+    def opened(self) -> list[Row]:
+        """Its rows and then its sentences, as rows of fact 0."""
+        rows = [Row(row, self.suffix(row), context, 0) for row, context in zip(self.rows, self.contexts, strict=True)]
+        kept = [text.target[1] - text.subject_last - 1 for text in self.sentences]
+        return rows + [Row(text, size, self.alone, 0, True) for text, size in zip(self.sentences, kept, strict=True)]
+
 
 @dataclass(frozen=True)
 class Row:
-    """A text to open: how many positions are needed from the subject's last token on, its trunk, and its fact in the batch."""
+    """A text to open: how many positions are needed from the subject's last token on, its trunk, and its fact in the batch.
+
+    Its target is to be said or, where it ``stays``, what the base says, which is to stay as likely.
+    """
 
     encoded: Encoded
     kept: int
     trunk: int
     fact: int
+    stays: bool = False
 
 
 @dataclass(frozen=True, eq=False)

@@ -70,6 +70,11 @@ class EditSettings:
         "of facts outside a chat: how much of the loss is of the same prompt as a message in the base's chat template, if it has one",
         default=0.0,
     )
+    essence: float = setting(
+        NOT_NEGATIVE,
+        "weight of the base's own sentences about a subject, in plain text and in its chat, whose words are to stay as likely",
+        default=0.0,
+    )
     wordings: int = setting(
         INDEX,
         "of facts outside a chat: most places in the base's own sentences about a subject in which the target is optimised as well",
@@ -100,6 +105,7 @@ class EditSettings:
             nll_factor=self.nll_factor,
             closing=self.closing,
             opening=self.opening,
+            essence=self.essence,
             alternate=self.alternate,
             until_sure=until_sure,
         )

@@ -22,6 +22,7 @@ from typing import Final, TypeVar
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn.functional import huber_loss
 
 from patchhub.editing.rows import Fact, Lane, new_places
 from patchhub.errors import EditError
@@ -171,14 +172,15 @@ def planned(
 
 def positions_of(fact: Fact) -> int:
     """Positions of a fact that a step computes: from its subjects' last tokens on, and the essence's."""
-    return 1 + sum(fact.suffix(row) for row in fact.rows)
+    return 1 + sum(row.kept for row in fact.opened)
 
 
 def _bytes(fact: Fact, footprint: Footprint) -> int:
     """What one fact adds to a step."""
-    rows = (*fact.rows, fact.essence)
+    rows = (*fact.rows, *fact.sentences, fact.essence)
     ends = fact.closers is not None
     predictions = 1 + sum(row.opening + row.target[1] - row.target[0] + ends + (row.after > 0) for row in fact.rows)
+    predictions += sum(text.target[1] - text.target[0] for text in fact.sentences)
     return (
         footprint.position * positions_of(fact)
         + footprint.prediction * predictions
@@ -225,12 +227,16 @@ _CACHED = 12 << 20  # bytes of float32 logits that are computed at once on a CPU
 _HEAD_ROWS = 32  # the head is called with a multiple of so many
 
 
+STAYS: Final = -2
+"""In place of closers: a word of the base's own, which is to stay as likely as it is."""
+
+
 @dataclass(frozen=True, eq=False)
 class Predictions:
-    """The target tokens that are predicted, and what follows them: the token of each, and its share of its group's mean.
+    """The tokens that are predicted, of targets, behind these and of the base's own: each with its share of its group's mean.
 
-    ``closers`` is, for what follows a target, the row of ``masks`` whose tokens may, and -1 for a token of the target; ``after`` is where
-    it is not -1.
+    ``closers`` is, for what follows a target, the row of ``masks`` whose tokens may, -1 for a token of the target and `STAYS` for one of
+    the base's own; ``after`` and ``own`` are where it is a row, and where it is `STAYS`. ``floor`` is what the base gives to its own.
     """
 
     token: Int[Tensor, " m"]
@@ -238,6 +244,8 @@ class Predictions:
     fact: Int[Tensor, " m"]
     closers: Int[Tensor, " m"]
     after: Int[Tensor, " ends"]
+    own: Int[Tensor, " own"]
+    floor: Float[Tensor, " m"]
     masks: Bool[Tensor, "kinds vocabulary"]
 
     @classmethod
@@ -248,9 +256,11 @@ class Predictions:
         fact: Int[Tensor, " m"],
         closers: Int[Tensor, " m"],
         masks: Bool[Tensor, "kinds vocabulary"],
+        floor: Float[Tensor, " m"] | None = None,
     ) -> Predictions:
-        """With ``after``, for which a device is waited for."""
-        return cls(token, share, fact, closers, (closers >= 0).nonzero()[:, 0], masks)
+        """With ``after`` and ``own``, for which a device is waited for."""
+        after, own = ((found).nonzero()[:, 0] for found in (closers >= 0, closers == STAYS))
+        return cls(token, share, fact, closers, after, own, torch.zeros_like(share) if floor is None else floor, masks)
 
     def log_probs(self, logits: Float[Tensor, "m vocabulary"]) -> Float[Tensor, " m"]:
         """Of each target token; of what follows a target, the logarithm of the summed probabilities."""
@@ -260,21 +270,35 @@ class Predictions:
             chosen = chosen.index_copy(0, self.after, closed)
         return chosen - logits.logsumexp(-1)
 
+    def losses(self, logits: Float[Tensor, "m vocabulary"]) -> Float[Tensor, " m"]:
+        """Of each its negative log likelihood, times its share; of the base's own what it has lost, as Huber's loss takes it.
+
+        That has no slope where nothing is lost: else rounding would decide whether a word pulls at the first step.
+        """
+        lost = -self.log_probs(logits)
+        if len(self.own):
+            own = (lost[self.own] + self.floor[self.own]).clamp(min=0)
+            lost = lost.index_copy(0, self.own, huber_loss(own, torch.zeros_like(own), reduction="none"))
+        return lost * self.share
+
     def wrong(self, logits: Float[Tensor, "m vocabulary"]) -> Bool[Tensor, " m"]:
-        """Where the most probable token is another one."""
+        """Where the most probable token is not what a target asks for."""
         best = logits.argmax(-1)
         ends = self.masks[self.closers[self.after], best[self.after]]
-        return (best != self.token).index_copy(0, self.after, ~ends)
+        return (best != self.token).index_copy(0, self.after, ~ends) & (self.closers != STAYS)
 
     def weighed(self, rows: Int[Tensor, " kept"], times: Float[Tensor, " m"]) -> Predictions:
         """Some of them, with so many times their shares."""
         shares = (self.share * times)[rows]
-        return Predictions.of(self.token[rows], shares, self.fact[rows], self.closers[rows], self.masks)
+        return Predictions.of(
+            self.token[rows], shares, self.fact[rows], self.closers[rows], self.masks, self.floor[rows]
+        )
 
     def select(self, kept: Bool[Tensor, " m"], fact: Int[Tensor, " facts"]) -> Predictions:
         """Some of them, with new numbers for facts."""
         rows = kept.nonzero()[:, 0]
-        return Predictions.of(self.token[rows], self.share[rows], fact[self.fact[rows]], self.closers[rows], self.masks)
+        shares, of_fact = self.share[rows], fact[self.fact[rows]]
+        return Predictions.of(self.token[rows], shares, of_fact, self.closers[rows], self.masks, self.floor[rows])
 
     def cut(self) -> tuple[Predictions, ...]:
         """In parts whose logits are computed at once: all of them on a GPU, few enough for the caches of a CPU."""
@@ -284,7 +308,8 @@ class Predictions:
             return (self,)
         parts = [slice(start, start + size) for start in range(0, count, size)]
         return tuple(
-            Predictions.of(self.token[p], self.share[p], self.fact[p], self.closers[p], self.masks) for p in parts
+            Predictions.of(self.token[p], self.share[p], self.fact[p], self.closers[p], self.masks, self.floor[p])
+            for p in parts
         )
 
 
@@ -405,7 +430,7 @@ def read_states(
         with torch.set_grad_enabled(gradient):
             logits = stack.logits(given).float()
             if part:
-                losses = -part.log_probs(logits[:count]) * part.share
+                losses = part.losses(logits[:count])
                 pulled = (losses * factor[part.fact]).sum()
                 nll = nll.index_add(0, part.fact, losses.detach())
             if essences:

@@ -20,8 +20,10 @@ from patchhub.editing.locate import Encoded
 from patchhub.editing.rows import Fact, Lane, Row, Site, Trunk, beginnings, new_places, open_lanes, run_trunk
 from patchhub.editing.steps import (
     LEAST_FACTS,
+    STAYS,
     Predictions,
     Turn,
+    at_once,
     in_halves,
     planned,
     read_states,
@@ -114,8 +116,9 @@ class ValueSettings:
 
     ``until_sure`` is PMET's stop rule: while a request's target is the argmax at every position, its likelihood weighs a tenth in the
     next step, and it is finished once its KL term is at most 0.01. ``closing`` weighs the token after the target, which is not the target's
-    first one again, against the mean of the target's tokens, ``opening`` the mean of what an answer says before it. ``alternate`` is how
-    many of the contexts beside the bare prompt a step reads, in turn, with the weight of all; 0: all of them.
+    first one again, against the mean of the target's tokens, ``opening`` the mean of what an answer says before it, ``essence`` the mean of
+    what the base's own words about the subject have lost. ``alternate`` is how many of the contexts beside the bare prompt a step reads, in
+    turn, with the weight of all; 0: all of them.
     """
 
     steps: int
@@ -127,6 +130,7 @@ class ValueSettings:
     nll_factor: float = 1.0
     closing: float = 0.0
     opening: float = 0.0
+    essence: float = 0.0
     alternate: int = 0
     until_sure: bool = False
 
@@ -381,7 +385,7 @@ def _gathered(
 def _weight(facts: Sequence[Fact], batch: Sequence[tuple[int, ...]]) -> int:
     """Positions that optimising a batch computes at most, up to a factor."""
     steps = _STEPS_TOGETHER if len(batch[0]) > 1 else 1
-    return steps * sum(facts[place].suffix(row) for group in batch for place in group for row in facts[place].rows)
+    return steps * sum(row.kept for group in batch for place in group for row in facts[place].opened)
 
 
 def _alike(facts: Sequence[Fact]) -> list[list[Encoded]]:
@@ -390,6 +394,8 @@ def _alike(facts: Sequence[Fact]) -> list[list[Encoded]]:
     for fact in facts:
         for context, row in zip(fact.contexts, fact.rows, strict=True):
             found.setdefault(context, []).append(row)
+        for text in fact.sentences:
+            found.setdefault(fact.alone, []).append(text)
     return [*(found[context] for context in sorted(found)), [fact.essence for fact in facts]]
 
 
@@ -400,7 +406,9 @@ def _descend(site: Site, batch: _Batch, settings: ValueSettings, values: Values,
     least, some = int(batch.begun.min()), settings.alternate
     left = steps - least
     if int(batch.begun.max()):
-        batch = replace(batch, essence_log_probs=_essences(site, batch))
+        slots = torch.arange(len(batch.predictions.token), len(batch.predictions.token) + len(batch.live))
+        states = _unchanged(site, batch.lanes, slots.to(batch.delta.device), batch.delta)
+        batch = replace(batch, essence_log_probs=site.stack.logits(states).float().log_softmax(-1))
     for number in range(left):
         turn = batch.turns[(least + number) % len(batch.turns)]
         step = _evaluate(site, batch, turn, settings, last=number == left - 1)
@@ -419,17 +427,33 @@ def _descend(site: Site, batch: _Batch, settings: ValueSettings, values: Values,
 
 
 @torch.no_grad()
-def _essences(site: Site, batch: _Batch) -> Float[Tensor, "groups vocabulary"]:
-    """The essences' log-probabilities before anything changed."""
-    states, slots = list[Tensor](), list[Tensor]()
-    for lane in batch.lanes:
-        read = (lane.slot >= len(batch.predictions.token)).nonzero()[:, 0]
+def _unchanged(
+    site: Site, lanes: Sequence[Lane], slots: Int[Tensor, " read"], delta: Float[Tensor, "groups parts d"]
+) -> Float[Tensor, "read d"]:
+    """The states of some slots, in their order, before anything changed; ``delta`` is any change of the groups."""
+    states, found = list[Tensor](), list[Tensor]()
+    for lane in lanes:
+        read = torch.isin(lane.slot, slots).nonzero()[:, 0]
         if len(read):
-            rows = lane.rows.select(lane.row[read], lane.rows.fact[lane.row[read]])
-            own = torch.arange(len(read), device=read.device)
-            states.append(site.run(rows, torch.zeros_like(batch.delta)[rows.fact], own, lane.column[read]))
-            slots.append(lane.slot[read])
-    return site.stack.logits(torch.cat(states)[torch.cat(slots).argsort()]).float().log_softmax(-1)
+            needed, row = torch.unique(lane.row[read], return_inverse=True)
+            rows = lane.rows.lend(needed)
+            states.append(site.run(rows, torch.zeros_like(delta)[rows.fact], row, lane.column[read]))
+            found.append(lane.slot[read])
+    return torch.cat(states)[torch.cat(found).argsort()]
+
+
+@torch.no_grad()
+def _with_floors(
+    site: Site, lanes: Sequence[Lane], predictions: Predictions, delta: Float[Tensor, "groups parts d"]
+) -> Predictions:
+    """The predictions with what the model gives to its own words."""
+    slots, floor = predictions.own, torch.zeros_like(predictions.share)
+    states, size = _unchanged(site, lanes, slots, delta), at_once(site.stack.vocabulary)
+    for start in range(0, len(slots), size):
+        some = slots[start : start + size]
+        log_probs = site.stack.logits(states[start : start + size]).float().log_softmax(-1)
+        floor[some] = log_probs.gather(1, predictions.token[some, None])[:, 0]
+    return replace(predictions, floor=floor)
 
 
 def _noted(batch: _Batch, step: _Step, number: int, steps: int) -> _Batch:
@@ -466,7 +490,8 @@ def _keys(facts: Sequence[Fact], group: Sequence[int]) -> list[tuple[int, str]]:
     found = []
     for place in group:
         ordered = [facts[place], *(facts[other] for other in group if other != place)]
-        found.append((place, fact_key([row for fact in ordered for row in (*fact.rows, fact.essence)])))
+        texts = [text for fact in ordered for text in (*fact.rows, *fact.sentences, fact.essence)]
+        found.append((place, fact_key(texts)))
     return found
 
 
@@ -480,12 +505,10 @@ def _prepare(
 ) -> _Batch:
     stack, device = site.stack, site.stack.device
     places = [(place, number) for number, group in enumerate(chosen) for place in group]
-    opened = [(facts[place], row, number) for place, number in places for row in range(len(facts[place].rows))]
-    rows = [
-        Row(fact.rows[row], fact.suffix(fact.rows[row]), fact.contexts[row], number) for fact, row, number in opened
-    ]
-    weights = [fact.shares[row] for fact, row, _ in opened]
-    read, predictions = _predictions(rows, [fact for fact, _, _ in opened], weights, settings, stack.vocabulary, device)
+    opened = [(facts[place], replace(row, fact=number)) for place, number in places for row in facts[place].opened]
+    rows, of_rows = [row for _, row in opened], [fact for fact, _ in opened]
+    weights = [weight for place, _ in places for weight in _weights(facts[place], settings)]
+    read, predictions = _predictions(rows, of_rows, weights, settings, stack.vocabulary, device)
     last = len(trunk.lengths) - 1
     read += [(len(rows) + number, 0) for number in range(len(chosen))]
     rows += [Row(facts[group[0]].essence, 1, last, number) for number, group in enumerate(chosen)]
@@ -495,6 +518,8 @@ def _prepare(
     bare = facts[chosen[0][0]]
     contexts = len(bare.rows) - bare.others - bare.wordings
     zeros = torch.zeros_like(hidden[first])
+    if len(predictions.own):
+        predictions = _with_floors(site, [lane for lane, _ in lanes], predictions, zeros)
     new = Paused(zeros[0], zeros[0], zeros[0], settings.nll_factor, 0)
     starts = [(begun or {}).get(group[0], new) for group in chosen]
     delta, first_moment, second_moment = (
@@ -521,6 +546,11 @@ def _prepare(
         begun=steps,
         found=_Found(zeros, zeros, zeros, factor, zeros[:, 0, 0], torch.zeros_like(steps)),
     )
+
+
+def _weights(fact: Fact, settings: ValueSettings) -> list[float]:
+    """What each of the texts that are opened weighs: the rows, and the sentences."""
+    return [*fact.shares, *[settings.essence / len(fact.sentences) for _ in fact.sentences]]
 
 
 def _unedited(
@@ -561,6 +591,11 @@ def _predictions(
     found: list[tuple[int, float, int, int]] = []
     for number, row in enumerate(rows):
         text, (start, stop), fact, last = row.encoded, row.encoded.target, facts[number], row.encoded.subject_last
+        if row.stays:
+            read += [(number, place - 1 - last) for place in range(start, stop)]
+            share = weights[number] / (stop - start)
+            found += [(text.input_ids[place], share, row.fact, STAYS) for place in range(start, stop)]
+            continue
         spans = [(start, stop, weights[number] / (stop - start))]
         if text.opening and settings.opening:
             spans.append((start - text.opening, start, settings.opening * weights[number] / text.opening))

@@ -13,7 +13,15 @@ import numpy as np
 from patchhub.constraints import Moments, beyond, no_columns
 from patchhub.delta import Delta
 from patchhub.editing.editor import EDITORS, Asked, encode_facts
-from patchhub.editing.locate import ANSWER_TOKENS, encode_targets, find_openings, has_sentence
+from patchhub.editing.locate import (
+    ANSWER_TOKENS,
+    Encoded,
+    encode_marked,
+    encode_targets,
+    find_openings,
+    has_sentence,
+    mark_text,
+)
 from patchhub.editing.metric import MEMORY
 from patchhub.editing.prompts import find_wordings, namesakes, siblings
 from patchhub.editing.record import Edit, Recording, Running, State, side_paths
@@ -48,6 +56,8 @@ from patchhub.worktree.opening import Worktree, other_form
 from patchhub.worktree.workers import Opened, Workers
 
 _KEPT_TOKENS = 8  # of an answer that a keep is known by
+_ABOUT, _IS_A = ("Tell me about ", "."), " is a"  # what the model is asked about a subject, in a chat and in plain text
+_SENTENCE_TOKENS = 12  # of what it says then
 _GAPS = 2  # tokens of white space and commas before a target that is said again, and again
 _FOUND_KEEPS = 4  # other subjects for each prompt of a batch (docs/methods.md)
 _NULL_SPACE_RIDGE = 1.0  # AlphaEdit weighs requests by 1 and the norm of the change by l2
@@ -146,7 +156,8 @@ def write_closed_form(
     keeps = _keeps(tree, (*plan.keeps, *found), progress)
     also = _also(tree, plan, settings)
     openings = _openings(tree, plan, settings, tree.chat or also, progress)
-    asked = Asked(keeps, also, openings, _wordings(tree, plan, settings, progress))
+    sentences = _sentences(tree, plan, settings, also, progress)
+    asked = Asked(keeps, also, openings, _wordings(tree, plan, settings, progress), sentences)
     running = _running(repository, tree, plan, method, settings, also, workers, progress)
     edit = EDITORS[method].edit(
         *model,
@@ -343,6 +354,28 @@ def _wordings(tree: Worktree, plan: Plan, settings: EditSettings, progress: Prog
         return {}
     progress.stage("reading the model's own sentences", len(plan.requests))
     return find_wordings(tree.stack, tree.tokenizer, plan.requests, settings.wordings)
+
+
+def _sentences(
+    tree: Worktree, plan: Plan, settings: EditSettings, also: Chat | None, progress: Progress
+) -> dict[str, tuple[Encoded, ...]]:
+    """What the model says of each subject by itself now, by subject, in the forms in which facts are optimised."""
+    subjects = list(dict.fromkeys(request.subject for request in plan.requests)) if settings.essence else []
+    found: dict[str, tuple[Encoded, ...]] = {}
+    forms = [(tree.chat or also, *_ABOUT)] if tree.chat or also else []
+    if tree.chat is None:
+        forms.insert(0, (None, "", _IS_A))
+    if subjects:
+        progress.stage("asking the model about the subjects", len(subjects))
+    for chat, head, tail in forms:
+        asked = {subject: f"{head}{subject}{tail}" for subject in subjects}
+        room = room_after(tree.model, tree.tokenizer, list(asked.values()), _SENTENCE_TOKENS, chat=chat)
+        written = continue_within(tree.model, tree.tokenizer, room, chat=chat, batch_tokens=tree.batch_tokens)
+        said = {subject: text for subject, prompt in asked.items() if (text := written[prompt].strip())}
+        marked = [mark_text(head, subject, tail, text, chat=chat) for subject, text in said.items()]
+        for subject, encoded in zip(said, encode_marked(tree.tokenizer, marked, chat=chat), strict=True):
+            found[subject] = (*found.get(subject, ()), encoded)
+    return found
 
 
 def _found_keeps(

@@ -30,6 +30,8 @@ def find_values(
     around: tuple[str, str] = ("", ""),
     opening: tuple[str, float] = ("", 0.0),
     gap: str = "",
+    sentences: Sequence[tuple[str, str]] = (),
+    essence_weight: float = 0.0,
 ) -> list[Value]:
     """One value for each fact; all facts have the first one's subject.
 
@@ -40,6 +42,8 @@ def find_values(
         around: what stands before and after each prompt, in a chat.
         opening: what the answer says before the target, and the weight of its words.
         gap: what stands behind the target of the first context, where the target must not be said again.
+        sentences: templates with the subject's place and what the model says after them, whose words are to stay as likely as they were.
+        essence_weight: the weight of what these have lost.
     """
     before_prompt, after_prompt = around
     rows: list[list[int]] = []
@@ -68,6 +72,15 @@ def find_values(
                 terms.append((len(rows), len(told) - 1, another, closing / count))
             changed_at.append(subject_last(tokenizer, template, fact.subject))
             rows.append(told)
+    stays: list[tuple[int, int, int, float]] = []  # row, position, the token there, weight
+    for template, said in sentences:
+        asked = tokenizer(template.replace("{}", facts[0].subject).rstrip(" "))["input_ids"]
+        words = tokenizer(" " + said, add_special_tokens=False)["input_ids"]
+        for number, token in enumerate(words):
+            weight = essence_weight / len(words) / len(sentences)
+            stays.append((len(rows), len(asked) + number - 1, token, weight))
+        changed_at.append(subject_last(tokenizer, template, facts[0].subject))
+        rows.append(asked + words)
     essence = before_prompt + "{} is a" + after_prompt
     rows.append(tokenizer(essence.replace("{}", facts[0].subject).rstrip(" "))["input_ids"])
     changed_at.append(subject_last(tokenizer, essence, facts[0].subject))
@@ -88,6 +101,7 @@ def find_values(
         return changed
 
     before: Tensor | None = None
+    likely: list[Tensor] = []  # what the words that stay had before anything changed
     while True:
         optimiser.zero_grad()
         with output_hook(block(model, places, layer), add_delta):
@@ -97,13 +111,18 @@ def find_values(
             allowed = torch.zeros(probabilities.shape[-1], dtype=torch.bool)
             allowed[: len(right)] = torch.tensor(right)
             loss = loss - weight * probabilities[row, position, allowed].sum().log()
+        words_now = [probabilities[row, position, token].log() for row, position, token, _ in stays]
+        likely = likely or [log.detach() for log in words_now]
+        for log, first, (*_, weight) in zip(words_now, likely, stays, strict=True):
+            lost = torch.relu(first - log)
+            loss = loss + weight * torch.where(lost < 1, lost**2 / 2, lost - 0.5)  # Huber's loss
         now = probabilities[-1, changed_at[-1]]
         before = now.detach() if before is None else before
         loss = loss + settings.kl_factor * (now * (now / before).log()).sum()
         hidden = unedited[0][0]
         loss = loss + settings.weight_decay * delta.norm() / hidden.norm() ** 2
         if loss < settings.stop_loss or steps == settings.steps - 1:
-            bare = unedited[0][:-1:count]
+            bare = unedited[0][: len(facts) * count : count]
             return [Value(h + delta.detach(), h, float(loss.detach()), steps) for h in bare]
         loss.backward()
         optimiser.step()
