@@ -292,6 +292,9 @@ def _facts(found: Measured) -> Iterator[str]:
     if found.own and found.own.of:
         yield f"{_of(found.own, 'new fact')} {_verb(found.own, 'is', 'are')} the model's answer"
     yield from _spoken(found.spoken) if found.spoken else ()
+    if found.about and found.about.of:
+        kept = found.about.count / found.about.of
+        yield f"of what the model said of the subjects before, {kept:.0%} of the words are still what it would say next (not judged)"
     if found.earlier and found.earlier.of:
         lost = f"that {_verb(found.earlier, 'was read and held is', 'were read and held are')} lost"
         yield f"{_of(found.earlier, 'earlier fact')} {lost} ({found.active} active)"

@@ -214,6 +214,8 @@ class Measured:
         facts: how many facts it brings.
         own: new facts that are the model's answer (argmax, teacher forced).
         spoken: what the model writes by itself.
+        about: of the words that it said of the new facts' subjects before, in its chat where it has one, those that are still its most
+            probable next ones; it is not judged.
         earlier: of the earlier facts that were read and held before, those that hold no more.
         active: how many earlier facts there are; `earlier` reads those that the change moves most.
         unmet: of the new facts, and those that they contradict, those that get less than half of their change at some weight.
@@ -228,6 +230,7 @@ class Measured:
     facts: int = 0
     own: Share | None = None
     spoken: Spoken | None = None
+    about: Share | None = None
     earlier: Share | None = None
     active: int = 0
     unmet: Share | None = None
@@ -296,7 +299,7 @@ def _spectra(values: Mapping[str, Any]) -> dict[str, dict[str, float]]:
 
 _READERS: Final[Mapping[str, Callable[[Any], Any]]] = {
     **dict.fromkeys(("facts", "active", "first_token"), int),
-    **dict.fromkeys(("own", "earlier", "unmet", "crushed", "routing"), _share_of),
+    **dict.fromkeys(("own", "about", "earlier", "unmet", "crushed", "routing"), _share_of),
     "spoken": Spoken.from_json,
     "drift": _drifted,
     "spectrum": _spectra,

@@ -152,7 +152,8 @@ def commit(
     prepared = prepare(repository, draft, who, change=written.change)
     if writing.memory is not None:
         release_memory()  # what the edit left in pieces would come on top of what the guard reads
-    made = judge(repository, prepared, progress, Guarding(force, all=all_facts), tree=tree, written=plan.requests)
+    asked: dict[str, Any] = {"tree": tree, "written": plan.requests, "sentences": written.sentences}
+    made = judge(repository, prepared, progress, Guarding(force, all=all_facts), **asked)
     identity = record(repository, made, draft, who.signer)
     warn_of_losses(
         made.check.get("survival", {}),

@@ -11,7 +11,7 @@ import numpy as np
 from patchhub.constraints import no_columns, proof
 from patchhub.delta import Delta, LowRank, add, compact, negative, norm, to_dense, write_deltas
 from patchhub.errors import EditError
-from patchhub.objects import Commit, Element, Keyframe, Patch, Request, requests_json, set_digest, set_json
+from patchhub.objects import SLOT, Commit, Element, Keyframe, Patch, Request, requests_json, set_digest, set_json
 from patchhub.sets.columns import (
     Shapes,
     additive_patches,
@@ -29,6 +29,7 @@ from patchhub.sets.shards import without_shards
 from patchhub.sets.sums import asked_for, solve_change
 from patchhub.signing.statements import sign_commit
 from patchhub.store.store import Store
+from patchhub.text.tokens import Chat
 from patchhub.who import Signer, Who
 
 _ENDLESS: Final = (
@@ -301,6 +302,20 @@ def _measured(
 
 
 @dataclass(frozen=True, eq=False)
+class Sentence:
+    """What the model says of a subject by itself: asked by a text with its place, in plain text or as the user's message of a chat form."""
+
+    subject: str
+    chat: Chat | None
+    asking: str
+    said: str
+
+    @property
+    def prompt(self) -> str:
+        return self.asking.replace(SLOT, self.subject)
+
+
+@dataclass(frozen=True)
 class Written:
     """An edit that is finished and not committed.
 
@@ -311,6 +326,7 @@ class Written:
         change: the delta of each weight against HEAD; None: to be solved from the recorded columns.
         rivals: facts that compete for a key, found before anything was optimised.
         keeps: prompts that were recorded beside the facts, with the answers that must stay.
+        sentences: what the model said of the subjects before.
     """
 
     patches: tuple[str, ...]
@@ -319,3 +335,4 @@ class Written:
     change: Mapping[str, Delta] | None
     rivals: tuple[Rival, ...] = ()
     keeps: tuple[Request, ...] = ()
+    sentences: tuple[Sentence, ...] = ()

@@ -44,6 +44,7 @@ from patchhub.objects import SLOT, Metric, Request, Text
 from patchhub.progress import Progress
 from patchhub.runtime.patched_model import PatchState, switch
 from patchhub.sets.columns import weight_shapes
+from patchhub.sets.commits import Sentence
 from patchhub.sets.elements import Place, active_requests, openings_of
 from patchhub.sets.guard import Prepared, from_vectors, most_moved
 from patchhub.store.store import Store
@@ -113,6 +114,7 @@ def ask_model(
     tree: Worktree | None,
     written: Sequence[Request],
     facts: int | None = None,
+    sentences: Sequence[Sentence] = (),
 ) -> Measured:
     """All checks of a prepared commit, with the model that its facts were written with, or with one that is tree for them.
 
@@ -120,6 +122,7 @@ def ask_model(
         tree: the model, in any state.
         written: the new facts; without a ``tree``, those of the commit.
         facts: how many facts the work may be measured by; None: those that were written.
+        sentences: what the model said of their subjects before.
 
     Raises:
         EditError: the edited model's logits are not numbers.
@@ -135,17 +138,23 @@ def ask_model(
     progress.stage("checking", 0)
     number = len(written) if facts is None else facts
     budget = Budget.of_commit(number, tree.model.num_parameters(), len(tree.stack.blocks))
-    return from_model(repository, tree, found, written, budget)
+    return from_model(repository, tree, found, written, budget, sentences)
 
 
 def from_model(
-    repository: Store, tree: Worktree, found: Prepared, requests: Sequence[Request], budget: Budget
+    repository: Store,
+    tree: Worktree,
+    found: Prepared,
+    requests: Sequence[Request],
+    budget: Budget,
+    sentences: Sequence[Sentence] = (),
 ) -> Measured:
     """All checks of a prepared commit. The model is left in the commit's state.
 
     Args:
         tree: the base in memory, in any state.
         requests: the new facts.
+        sentences: what the model said of their subjects before.
 
     Raises:
         EditError: the edited model's logits are not numbers.
@@ -176,6 +185,7 @@ def from_model(
     own, others = holding[: len(requests)], holding[len(requests) :]
     failing = [request for request, holds in zip(read, others, strict=True) if not holds]
     heard = _listen(tree, requests, texts.values(), budget, answers)
+    about = _still_said(tree, sentences, budget)
     lost, then = 0, dict[str, str]()
     if failing or heard.doubtful:
         _put(tree, before)
@@ -188,6 +198,7 @@ def from_model(
         facts=len(requests),
         own=Share(sum(own), len(own)),
         spoken=heard.judged(then) if requests else None,
+        about=about,
         earlier=Share(lost, len(read) - len(failing) + lost),
         active=len(earlier),
         drift=Drifted(drifted_before, drifted.kl, drifted.perplexity_ratio, drifted.positions, guessing),
@@ -256,6 +267,18 @@ def _judged(requests: Sequence[Request], texts: Mapping[str, str], *, anywhere: 
         Share(sum(closed(text, request.target_new, anywhere=anywhere) for request, text in pairs), len(pairs)),
         faults=worst(fault for request, text in pairs if (fault := fault_of(request, text, anywhere=anywhere))),
     )
+
+
+def _still_said(tree: Worktree, sentences: Sequence[Sentence], budget: Budget) -> Share | None:
+    """Of the words of some sentences, in the chat where there are such, those that are still the most probable next ones."""
+    in_chat = [sentence for sentence in sentences if sentence.chat is not None]
+    read = (in_chat or sentences)[: budget.chats]
+    if not read:
+        return None
+    pairs = [(sentence.prompt, sentence.said) for sentence in read]
+    scores = score_targets(tree.model, tree.tokenizer, pairs, chat=read[0].chat, batch_tokens=tree.batch_tokens)
+    right = sum(a == b for score in scores for a, b in zip(score.argmax, score.tokens, strict=True))
+    return Share(right, sum(score.n_tokens for score in scores))
 
 
 def _listen(

@@ -12,6 +12,7 @@ from patchhub.sets.guard import decided, from_vectors, prepared
 from patchhub.store.store import Store
 
 if TYPE_CHECKING:
+    from patchhub.sets.commits import Sentence
     from patchhub.worktree.opening import Worktree
 
 
@@ -42,6 +43,7 @@ def judge(
     *,
     tree: Worktree | None = None,
     written: Sequence[Request] = (),
+    sentences: Sequence[Sentence] = (),
     facts: int | None = None,
     remedy: str | None = None,
 ) -> Commit:
@@ -51,6 +53,7 @@ def judge(
         tree: the model that the change was made with, which is asked; None: the model is asked only under ``guarding.check``, opened for
             that in the repository's chat form, device, type and quantisation.
         written: new facts, which the model must hold.
+        sentences: what it said of their subjects before.
         facts: the commit may drift as much as so many new facts; None: as those that it brings.
         remedy: what to do about a refusal, where that is not a matter of how facts are written.
 
@@ -64,7 +67,7 @@ def judge(
     else:
         from patchhub.worktree.guard import ask_model
 
-        measured = ask_model(repository, found, progress, tree, written, facts)
+        measured = ask_model(repository, found, progress, tree, written, facts, sentences)
         if measured.first_token:
             subjects = "1 subject ends" if measured.first_token == 1 else f"{measured.first_token} subjects end"
             progress.warn(

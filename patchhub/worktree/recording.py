@@ -43,7 +43,7 @@ from patchhub.sets.columns import (
     stacked_weights,
     write_columns,
 )
-from patchhub.sets.commits import Written, store_patch
+from patchhub.sets.commits import Sentence, Written, store_patch
 from patchhub.sets.elements import Plan, active_requests
 from patchhub.sets.rivals import Rival, competition, refuse, suspects, warnings
 from patchhub.sets.settings import metric_settings
@@ -56,7 +56,7 @@ from patchhub.worktree.opening import Worktree, other_form
 from patchhub.worktree.workers import Opened, Workers
 
 _KEPT_TOKENS = 8  # of an answer that a keep is known by
-_ABOUT, _IS_A = ("Tell me about ", "."), " is a"  # what the model is asked about a subject, in a chat and in plain text
+_ABOUT, _IS_A = "Tell me about {}.", "{} is a"  # what the model is asked about a subject, in a chat and in plain text
 _SENTENCE_TOKENS = 12  # of what it says then
 _GAPS = 2  # tokens of white space and commas before a target that is said again, and again
 _FOUND_KEEPS = 4  # other subjects for each prompt of a batch (docs/methods.md)
@@ -157,7 +157,8 @@ def write_closed_form(
     also = _also(tree, plan, settings)
     openings = _openings(tree, plan, settings, tree.chat or also, progress)
     sentences = _sentences(tree, plan, settings, also, progress)
-    asked = Asked(keeps, also, openings, _wordings(tree, plan, settings, progress), sentences)
+    said = _encoded(tree, sentences)
+    asked = Asked(keeps, also, openings, _wordings(tree, plan, settings, progress), said)
     running = _running(repository, tree, plan, method, settings, also, workers, progress)
     edit = EDITORS[method].edit(
         *model,
@@ -173,7 +174,8 @@ def write_closed_form(
     patch = _kept_as_patch(repository, plan, method, settings, recorder, asked, edit)
     running.release()
     change = None if plan.replaced or plan.again else edit.recording.change
-    return Written((patch.id,), plan.kept | patch.elements, recorder.metric, change, rivals, tuple(keeps))
+    elements = plan.kept | patch.elements
+    return Written((patch.id,), elements, recorder.metric, change, rivals, tuple(keeps), tuple(sentences))
 
 
 def _kept_as_patch(
@@ -358,23 +360,33 @@ def _wordings(tree: Worktree, plan: Plan, settings: EditSettings, progress: Prog
 
 def _sentences(
     tree: Worktree, plan: Plan, settings: EditSettings, also: Chat | None, progress: Progress
-) -> dict[str, tuple[Encoded, ...]]:
-    """What the model says of each subject by itself now, by subject, in the forms in which facts are optimised."""
-    subjects = list(dict.fromkeys(request.subject for request in plan.requests)) if settings.essence else []
-    found: dict[str, tuple[Encoded, ...]] = {}
-    forms = [(tree.chat or also, *_ABOUT)] if tree.chat or also else []
-    if tree.chat is None:
-        forms.insert(0, (None, "", _IS_A))
-    if subjects:
-        progress.stage("asking the model about the subjects", len(subjects))
-    for chat, head, tail in forms:
-        asked = {subject: f"{head}{subject}{tail}" for subject in subjects}
-        room = room_after(tree.model, tree.tokenizer, list(asked.values()), _SENTENCE_TOKENS, chat=chat)
+) -> list[Sentence]:
+    """What the model says of each subject by itself now, in the forms in which facts are optimised."""
+    if not settings.essence:
+        return []
+    subjects = list(dict.fromkeys(request.subject for request in plan.requests))
+    progress.stage("asking the model about the subjects", len(subjects))
+    forms: list[tuple[Chat | None, str]] = [] if tree.chat else [(None, _IS_A)]
+    if tree.chat or also:
+        forms.append((tree.chat or also, _ABOUT))
+    found: list[Sentence] = []
+    for chat, asking in forms:
+        prompts = [asking.replace(SLOT, subject) for subject in subjects]
+        room = room_after(tree.model, tree.tokenizer, prompts, _SENTENCE_TOKENS, chat=chat)
         written = continue_within(tree.model, tree.tokenizer, room, chat=chat, batch_tokens=tree.batch_tokens)
-        said = {subject: text for subject, prompt in asked.items() if (text := written[prompt].strip())}
-        marked = [mark_text(head, subject, tail, text, chat=chat) for subject, text in said.items()]
-        for subject, encoded in zip(said, encode_marked(tree.tokenizer, marked, chat=chat), strict=True):
-            found[subject] = (*found.get(subject, ()), encoded)
+        said = {subject: written[prompt].strip() for subject, prompt in zip(subjects, prompts, strict=True)}
+        found += [Sentence(subject, chat, asking, text) for subject, text in said.items() if text]
+    return found
+
+
+def _encoded(tree: Worktree, sentences: Sequence[Sentence]) -> dict[str, tuple[Encoded, ...]]:
+    """The tokens of what is said of each subject, by subject."""
+    found: dict[str, tuple[Encoded, ...]] = {}
+    for one in sentences:
+        head, tail = one.asking.split(SLOT)
+        marked = mark_text(head, one.subject, tail, one.said, chat=one.chat)
+        encoded = encode_marked(tree.tokenizer, [marked], chat=one.chat)
+        found[one.subject] = (*found.get(one.subject, ()), *encoded)
     return found
 
 

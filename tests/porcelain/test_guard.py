@@ -9,7 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoTokenizer, PreTrainedModel
 
+import patchhub
 from patchhub.editing.requests import Batch, Origin
 from patchhub.errors import GuardError
 from patchhub.evaluation.guard import Report, Share
@@ -238,3 +241,33 @@ def test_the_base_is_read_once_and_what_is_kept_of_it_gives_the_same_drift(repos
     shutil.rmtree(cache)
     write(repository, FACTS[6:8])
     assert report_at(repository).measured.drift == kept
+
+
+@torch.no_grad()
+def words_still_said(before: PreTrainedModel, after: PreTrainedModel, subjects: list[str]) -> Share:
+    """Of the twelve tokens that a model writes after "{} is a", those that another finds the most probable next ones."""
+    tokenizer, right, read = AutoTokenizer.from_pretrained(str(files("patchhub") / "demo_model")), 0, 0
+    for subject in subjects:
+        asked = tokenizer(f"{subject} is a", return_tensors="pt").input_ids
+        written = before.generate(asked, max_new_tokens=12, do_sample=False, pad_token_id=0)[0, asked.shape[1] :]
+        said = tokenizer.decode(written, skip_special_tokens=True).strip()
+        whole = tokenizer(f"{subject} is a {said}", return_tensors="pt").input_ids
+        start = asked.shape[1]
+        right += int((after(whole).logits[0, start - 1 : -1].argmax(-1) == whole[0, start:]).sum())
+        read += whole.shape[1] - start
+    return Share(right, read)
+
+
+def test_the_guard_counts_what_is_still_said_of_the_subjects(repository: Store, tmp_path: Path) -> None:
+    write(repository, FACTS[6:9], settings={"essence": 1e-6, **HUGE}, force=True)
+    counted = report_at(repository).measured.about
+    with patchhub.open(tmp_path / "store") as opened:
+        before, after = opened.load("HEAD~1", dtype=torch.float32), opened.load("HEAD", dtype=torch.float32)
+    assert counted == words_still_said(before, after, [fact.subject for fact in FACTS[6:9]])
+    assert counted is not None
+    assert 0 < counted.count < counted.of
+
+
+def test_where_such_sentences_weigh_nothing_they_are_not_read(repository: Store) -> None:
+    write(repository, FACTS[6:7], settings={"essence": 0.0})
+    assert report_at(repository).measured.about is None
