@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 
 _NARROW = 512  # below this width hidden states are small against what an edit needs (docs/benchmarks.md)
+_CROWDED: Final = 6.0
+"""Facts times this for each input of a projection are as many as make lambda grow."""
 _NARROW_SHARDS = 1024  # likewise for shards, which were measured less
 
 NORMED_RATE: Final = 0.5
@@ -131,6 +133,17 @@ def is_narrow(architecture: Architecture) -> bool:
 def inner_width(architecture: Architecture) -> int:
     """The number of inputs of the FFN output projection."""
     return architecture.shapes[-1][1]  # the first blocks of a mixture of experts may have none
+
+
+def crowding(architecture: Architecture, facts: int) -> float:
+    """Times which the default lambda grows: where there are more facts than a sixth of the projection's inputs, as their number does.
+
+    Keys of so many facts fill what the metric leaves free, and a lambda for few lets every one of them be met at any price
+    (docs/benchmarks.md). Not of narrow models and behind norms, where it has not been measured.
+    """
+    if is_narrow(architecture) or architecture.normed:
+        return 1.0
+    return max(1.0, _CROWDED * facts / inner_width(architecture))
 
 
 PUBLISHED: Final = "published"

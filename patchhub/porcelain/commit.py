@@ -143,7 +143,7 @@ def commit(
         by_subject = method in EDITORS
         plan = plan_batch(repository, batch, writing.on_conflict, by_subject=by_subject, keeps=writing.keep)
     files = base_files(repository)
-    editor = _editor(repository, files.architecture, method, writing.settings)
+    editor = _editor(repository, files.architecture, method, writing.settings, len(plan.kept) + len(plan.requests))
     tree = _open(repository, progress, plan, files, editor, placement, chat, writing.memory)
     written = _write(repository, tree, plan, method, editor, writing, progress)
     progress.stage("writing the commit", 0)
@@ -219,9 +219,9 @@ class SideMemories:
 
 
 def _editor(
-    repository: Store, architecture: Architecture, method: str, given: Mapping[str, Any]
+    repository: Store, architecture: Architecture, method: str, given: Mapping[str, Any], facts: int
 ) -> ClosedForm | SideMemories:
-    """The editor of that name in this repository.
+    """The editor of that name in this repository, for a set of so many facts.
 
     Raises:
         SettingsError: there is none, or a setting cannot be used.
@@ -243,7 +243,7 @@ def _editor(
         raise SettingsError(
             f"there is no editor {method!r}", remedy=f"The editors are {', '.join((*EDITORS, METHOD))}."
         )
-    chosen = chosen_settings(repository, method, architecture, given)
+    chosen = chosen_settings(repository, method, architecture, given, facts)
     return ClosedForm(chosen, tuple(architecture.ffn_weight(layer) for layer in chosen.layers))
 
 

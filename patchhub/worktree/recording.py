@@ -27,7 +27,7 @@ from patchhub.editing.prompts import find_wordings, namesakes, siblings
 from patchhub.editing.record import Edit, Recording, Running, State, side_paths
 from patchhub.editing.requests import Keep
 from patchhub.editing.rows import key_rows, mean_keys
-from patchhub.editing.settings import EditSettings, preset
+from patchhub.editing.settings import EditSettings, crowding, preset
 from patchhub.editing.steps import step_budget
 from patchhub.editing.values import KeptValues, Part, Values, ValueSettings
 from patchhub.evaluation.live import continue_greedily, continue_within, first_clause, reads_right, room_after
@@ -64,12 +64,13 @@ _NULL_SPACE_RIDGE = 1.0  # AlphaEdit weighs requests by 1 and the norm of the ch
 
 
 def chosen_settings(
-    repository: Store, method: str, architecture: Architecture, given: Mapping[str, Any]
+    repository: Store, method: str, architecture: Architecture, given: Mapping[str, Any], facts: int = 0
 ) -> EditSettings:
     """The settings of a closed-form editor in this repository.
 
     Args:
         given: values that replace all others, by field of `EditSettings`; ``preset`` names a preset.
+        facts: how many the set will have, by which the default lambda grows (`crowding`).
 
     Raises:
         SettingsError: a value cannot be used, or there is no such layer or preset.
@@ -77,6 +78,7 @@ def chosen_settings(
     values = {**_configured(repository, method), **given}
     name = values.pop("preset", None)
     settings = EDITORS[method].default_settings(architecture)
+    settings = replace(settings, ridge=settings.ridge * crowding(architecture, facts))
     if name is not None:
         settings = preset(str(name), method, architecture).settings
     if _kind(repository) == "null_space":

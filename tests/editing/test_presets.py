@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from patchhub.editing.settings import PRESETS, PUBLISHED, Preset, Shape, preset, shape_of
+from patchhub.editing.editor import memit_settings
+from patchhub.editing.settings import PRESETS, PUBLISHED, Preset, Shape, crowding, preset, shape_of
 from patchhub.errors import SettingsError
 from patchhub.models.architectures import Architecture
 from patchhub.models.structure import Projection
@@ -54,3 +55,11 @@ def test_what_is_not_published_is_said_so():
         preset("gpt2-xl", "pmet", tiny)
     with pytest.raises(SettingsError, match="edits layer 17, and this llama model has 4"):
         preset("gpt2-xl", "memit", tiny)
+
+
+def test_the_default_lambda_grows_with_the_facts_from_a_sixth_of_the_inputs_on():
+    wide = architecture(Shape("llama", 30, 576, 1536))
+    assert [crowding(wide, facts) for facts in (0, 100, 256, 512, 1024)] == [1.0, 1.0, 1.0, 2.0, 4.0]
+    assert memit_settings(wide).ridge * crowding(wide, 1024) == 3 * 1024
+    narrow = architecture(Shape("gpt2", 8, 384, 1536))
+    assert crowding(narrow, 10_000) == 1.0
