@@ -38,7 +38,7 @@ from patchhub.evaluation.suites import Sibling, closed, counterfact_scores, leak
 from patchhub.objects import SLOT, Request
 from patchhub.text.tokens import chat_of
 
-PUBLISHED: Final = ("closing=0", "chat_weight=0", "repairs=0")
+PUBLISHED: Final = ("closing=0", "chat_weight=0", "essence=0", "repairs=0")
 ON_A_GPU: Final = 8  # times the positions of a batch
 UNRELATED, SIBLINGS, OF_ONE_FACT = 40, 400, 2
 HELD_OUT: Final = 60
@@ -324,6 +324,7 @@ def _guarded(report: Report | None) -> dict[str, Any]:
     leak, drift = report.measured.spoken.leak, report.measured.drift
     return {
         "guard_leak": [leak.count, leak.of] if leak else None,
+        "about": [about.count, about.of] if (about := report.measured.about) else None,
         "perplexity_ratio": round(drift.perplexity_ratio, 4),
         "kl_held_text": round(drift.kl, 4),
         "guard_failed": list(report.failed),
