@@ -103,14 +103,14 @@ class Asked:
             keys are those of the facts' own form.
         openings: what answers in a chat say before their targets, by request id.
         wordings: texts that lead from a subject to its target, by request id, in which the target is optimised as well.
-        sentences: what the base says of a subject by itself, by subject, which is to stay as likely as it is.
+        sentences: what the model says of a subject by itself, by subject, which is to stay as likely as it is.
     """
 
     keeps: Sequence[Request] = ()
     also: Chat | None = None
     openings: Mapping[str, str] = field(default_factory=dict)
     wordings: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    sentences: Mapping[str, Sequence[Encoded]] = field(default_factory=dict)
+    sentences: Mapping[str, Encoded] = field(default_factory=dict)
 
 
 NOTHING_ELSE: Final = Asked()
@@ -217,8 +217,7 @@ def _encoded(
     keys = [fact.rows for fact in (*facts, *kept)]
     facts = [_worded(tokenizer, *pair, asked.wordings) for pair in zip(requests, facts, strict=True)]
     for group in of_one_subject(requests):
-        said = asked.sentences.get(requests[group[0]].subject, ())
-        facts[group[0]] = replace(facts[group[0]], sentences=tuple(said))
+        facts[group[0]] = replace(facts[group[0]], sentence=asked.sentences.get(requests[group[0]].subject))
     if asked.also is not None:
         others = encode_facts(tokenizer, requests, (SLOT,), chat=asked.also, **form)
         facts = _with_others(facts, others, settings.chat_weight)

@@ -220,7 +220,7 @@ class Fact:
     ``closers`` are the tokens that may follow the target, the same tensor for targets that end alike; None: what follows is not optimised.
     The last ``others`` of the rows are in another form than the first; together they weigh ``weight``, and the rest what is left.
     Before those stand ``wordings`` rows that are of this fact alone, and so have no common beginnings with those of others.
-    ``sentences`` are what the base says of the subject by itself: their targets are its own words, which are to stay as likely as they are.
+    The target of ``sentence`` is what the model says of the subject by itself, which is to stay as likely as it is; None: nothing is.
     """
 
     rows: tuple[Encoded, ...]
@@ -229,11 +229,11 @@ class Fact:
     wordings: int = 0
     others: int = 0
     weight: float = 0.0
-    sentences: tuple[Encoded, ...] = ()
+    sentence: Encoded | None = None
 
     @property
     def shares(self) -> list[float]:
-        """What each row weighs, sentences aside; 1 in all."""
+        """What each row weighs; 1 in all."""
         own = len(self.rows) - self.others
         return [(1.0 - self.weight) / own] * own + ([self.weight / self.others] * self.others if self.others else [])
 
@@ -254,10 +254,17 @@ class Fact:
 
     @property
     def opened(self) -> list[Row]:
-        """Its rows and then its sentences, as rows of fact 0."""
+        """Its rows and then its sentence, as rows of fact 0."""
         rows = [Row(row, self.suffix(row), context, 0) for row, context in zip(self.rows, self.contexts, strict=True)]
-        kept = [text.target[1] - text.subject_last - 1 for text in self.sentences]
-        return rows + [Row(text, size, self.alone, 0, True) for text, size in zip(self.sentences, kept, strict=True)]
+        if self.sentence is not None:
+            kept = self.sentence.target[1] - self.sentence.subject_last - 1
+            rows.append(Row(self.sentence, kept, self.alone, 0, stays=True))
+        return rows
+
+    @property
+    def texts(self) -> tuple[Encoded, ...]:
+        """All that is read of it."""
+        return (*self.rows, *([] if self.sentence is None else [self.sentence]), self.essence)
 
 
 @dataclass(frozen=True)

@@ -177,14 +177,13 @@ def positions_of(fact: Fact) -> int:
 
 def _bytes(fact: Fact, footprint: Footprint) -> int:
     """What one fact adds to a step."""
-    rows = (*fact.rows, *fact.sentences, fact.essence)
     ends = fact.closers is not None
     predictions = 1 + sum(row.opening + row.target[1] - row.target[0] + ends + (row.after > 0) for row in fact.rows)
-    predictions += sum(text.target[1] - text.target[0] for text in fact.sentences)
+    predictions += fact.sentence.target[1] - fact.sentence.target[0] if fact.sentence else 0
     return (
         footprint.position * positions_of(fact)
         + footprint.prediction * predictions
-        + footprint.prefix * sum(row.subject_last for row in rows)
+        + footprint.prefix * sum(text.subject_last for text in fact.texts)
     )
 
 

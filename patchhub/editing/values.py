@@ -394,8 +394,8 @@ def _alike(facts: Sequence[Fact]) -> list[list[Encoded]]:
     for fact in facts:
         for context, row in zip(fact.contexts, fact.rows, strict=True):
             found.setdefault(context, []).append(row)
-        for text in fact.sentences:
-            found.setdefault(fact.alone, []).append(text)
+        if fact.sentence is not None:
+            found.setdefault(fact.alone, []).append(fact.sentence)
     return [*(found[context] for context in sorted(found)), [fact.essence for fact in facts]]
 
 
@@ -490,8 +490,7 @@ def _keys(facts: Sequence[Fact], group: Sequence[int]) -> list[tuple[int, str]]:
     found = []
     for place in group:
         ordered = [facts[place], *(facts[other] for other in group if other != place)]
-        texts = [text for fact in ordered for text in (*fact.rows, *fact.sentences, fact.essence)]
-        found.append((place, fact_key(texts)))
+        found.append((place, fact_key([text for fact in ordered for text in fact.texts])))
     return found
 
 
@@ -549,8 +548,8 @@ def _prepare(
 
 
 def _weights(fact: Fact, settings: ValueSettings) -> list[float]:
-    """What each of the texts that are opened weighs: the rows, and the sentences."""
-    return [*fact.shares, *[settings.essence / len(fact.sentences) for _ in fact.sentences]]
+    """What each of the texts that are opened weighs: the rows, and the sentence."""
+    return fact.shares if fact.sentence is None else [*fact.shares, settings.essence]
 
 
 def _unedited(

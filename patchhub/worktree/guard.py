@@ -270,9 +270,8 @@ def _judged(requests: Sequence[Request], texts: Mapping[str, str], *, anywhere: 
 
 
 def _still_said(tree: Worktree, sentences: Sequence[Sentence], budget: Budget) -> Share | None:
-    """Of the words of some sentences, in the chat where there are such, those that are still the most probable next ones."""
-    in_chat = [sentence for sentence in sentences if sentence.chat is not None]
-    read = (in_chat or sentences)[: budget.chats]
+    """Of the words of some sentences those that are still the most probable next ones."""
+    read = sentences[: budget.chats]
     if not read:
         return None
     pairs = [(sentence.prompt, sentence.said) for sentence in read]

@@ -56,7 +56,10 @@ from patchhub.worktree.opening import Worktree, other_form
 from patchhub.worktree.workers import Opened, Workers
 
 _KEPT_TOKENS = 8  # of an answer that a keep is known by
-_ABOUT, _IS_A = "Tell me about {}.", "{} is a"  # what the model is asked about a subject, in a chat and in plain text
+_ABOUT, _IS_A = (
+    "Tell me about {}.",
+    "{} is a",
+)  # by which the model is asked about a subject, in a chat and in plain text
 _SENTENCE_TOKENS = 12  # of what it says then
 _GAPS = 2  # tokens of white space and commas before a target that is said again, and again
 _FOUND_KEEPS = 4  # other subjects for each prompt of a batch (docs/methods.md)
@@ -363,33 +366,28 @@ def _wordings(tree: Worktree, plan: Plan, settings: EditSettings, progress: Prog
 def _sentences(
     tree: Worktree, plan: Plan, settings: EditSettings, also: Chat | None, progress: Progress
 ) -> list[Sentence]:
-    """What the model says of each subject by itself now, in the forms in which facts are optimised."""
+    """What the model says of each subject by itself now: in the chat in which facts are optimised, where there is one."""
     if not settings.essence:
         return []
-    subjects = list(dict.fromkeys(request.subject for request in plan.requests))
+    chat = tree.chat or also
+    subjects, asking = list(dict.fromkeys(request.subject for request in plan.requests)), _ABOUT if chat else _IS_A
     progress.stage("asking the model about the subjects", len(subjects))
-    forms: list[tuple[Chat | None, str]] = [] if tree.chat else [(None, _IS_A)]
-    if tree.chat or also:
-        forms.append((tree.chat or also, _ABOUT))
-    found: list[Sentence] = []
-    for chat, asking in forms:
-        prompts = [asking.replace(SLOT, subject) for subject in subjects]
-        room = room_after(tree.model, tree.tokenizer, prompts, _SENTENCE_TOKENS, chat=chat)
-        written = continue_within(tree.model, tree.tokenizer, room, chat=chat, batch_tokens=tree.batch_tokens)
-        said = {subject: written[prompt].strip() for subject, prompt in zip(subjects, prompts, strict=True)}
-        found += [Sentence(subject, chat, asking, text) for subject, text in said.items() if text]
-    return found
+    prompts = [asking.replace(SLOT, subject) for subject in subjects]
+    room = room_after(tree.model, tree.tokenizer, prompts, _SENTENCE_TOKENS, chat=chat)
+    written = continue_within(tree.model, tree.tokenizer, room, chat=chat, batch_tokens=tree.batch_tokens)
+    said = {subject: written[prompt].strip() for subject, prompt in zip(subjects, prompts, strict=True)}
+    return [Sentence(subject, chat, asking, text) for subject, text in said.items() if text]
 
 
-def _encoded(tree: Worktree, sentences: Sequence[Sentence]) -> dict[str, tuple[Encoded, ...]]:
+def _encoded(tree: Worktree, sentences: Sequence[Sentence]) -> dict[str, Encoded]:
     """The tokens of what is said of each subject, by subject."""
-    found: dict[str, tuple[Encoded, ...]] = {}
-    for one in sentences:
-        head, tail = one.asking.split(SLOT)
-        marked = mark_text(head, one.subject, tail, one.said, chat=one.chat)
-        encoded = encode_marked(tree.tokenizer, [marked], chat=one.chat)
-        found[one.subject] = (*found.get(one.subject, ()), *encoded)
-    return found
+    if not sentences:
+        return {}
+    chat = sentences[0].chat
+    asked = [(one.asking.split(SLOT), one) for one in sentences]
+    marked = [mark_text(head, one.subject, tail, one.said, chat=chat) for (head, tail), one in asked]
+    encoded = encode_marked(tree.tokenizer, marked, chat=chat)
+    return {one.subject: text for one, text in zip(sentences, encoded, strict=True)}
 
 
 def _found_keeps(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from patchhub.cache import Cache
 from patchhub.editing.editor import NOTHING_ELSE, _saying_once, encode_facts, of_one_subject
-from patchhub.editing.locate import encode_marked, mark_text
+from patchhub.editing.locate import Encoded, encode_marked, mark_text
 from patchhub.editing.rows import BlockOutput, Fact
 from patchhub.editing.settings import EditSettings
 from patchhub.editing.values import KeptValues, Values, ValueSettings, fact_key, optimise_values
@@ -124,13 +124,13 @@ SENTENCES = (("{} is a", "city in the north of France"), ("Tell me about {}.", "
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_what_is_said_of_the_subject_stays_likely(family):
-    """The plain procedure with the same sentences; and the more they weigh, the less their words lose."""
-    asked, tokenizer = [REQUESTS[1], REQUESTS[3]], tiny_tokenizer()
-    around = [(template.split("{}"), said) for template, said in SENTENCES]
-    marked = [mark_text(head, "Lyon", tail, said) for (head, tail), said in around]
+@pytest.mark.parametrize(("asking", "said"), SENTENCES)
+def test_what_is_said_of_the_subject_stays_likely(family, asking, said):
+    """The plain procedure with the same sentence; and the more it weighs, the less its words lose."""
+    asked, tokenizer, (head, tail) = [REQUESTS[1], REQUESTS[3]], tiny_tokenizer(), asking.split("{}")
     encoded = facts(family, asked)
-    encoded[0] = replace(encoded[0], sentences=tuple(encode_marked(tokenizer, marked)))
+    [sentence] = encode_marked(tokenizer, [mark_text(head, "Lyon", tail, said)])
+    encoded[0] = replace(encoded[0], sentence=sentence)
     model, lost = tiny_model(family, seed=SEED).double(), []
     for essence in (0.0, 0.5, 8.0):
         settings = replace(SETTINGS, essence=essence, learning_rate=0.1)
@@ -145,34 +145,28 @@ def test_what_is_said_of_the_subject_stays_likely(family):
             replace(settings, steps=30),
             settings.closing,
             lambda target: closers(family).after(target)[: len(tokenizer)].tolist(),
-            sentences=SENTENCES,
+            sentence=(asking, said),
             essence_weight=essence,
         )
         assert float(distances(ours.targets, torch.stack([value.target for value in theirs])).max()) < 1e-4
         losses = torch.tensor([value.loss for value in theirs]).double()
         torch.testing.assert_close(ours.loss.double(), losses, rtol=1e-5, atol=1e-5)
-        lost.append(loss_of_words(family, encoded[0], ours))
+        lost.append(loss_of_words(family, sentence, ours))
     assert lost[0] > lost[1] > lost[2] >= 0
 
 
-def loss_of_words(family: str, fact: Fact, values: Values) -> float:
-    """What the words of a fact's sentences lose by its value, in nats a word."""
-    lost = []
-    for text in fact.sentences:
-        ids, (start, stop) = torch.tensor([text.input_ids]), text.target
-        found = []
-        for change in (torch.zeros(values.targets.shape[1]), values.targets[0] - values.hidden[0]):
-            place = torch.zeros(len(text.input_ids), 1).index_fill(0, torch.tensor(text.subject_last), 1.0)
-            added = partial(torch.add, place * change)
-            handle = (
-                stack(family).blocks[LAYER].register_forward_hook(lambda module, args, out, added=added: added(out))
-            )
-            with torch.no_grad():
-                log_probs = stack(family).model(input_ids=ids).logits[0].log_softmax(-1)
-            handle.remove()
-            found.append(log_probs[range(start - 1, stop - 1), ids[0, start:stop]])
-        lost += (found[0] - found[1]).clamp(min=0).tolist()
-    return sum(lost) / len(lost)
+def loss_of_words(family: str, text: Encoded, values: Values) -> float:
+    """What the words of a sentence lose by a value, in nats a word."""
+    ids, (start, stop) = torch.tensor([text.input_ids]), text.target
+    place, found = torch.zeros(len(text.input_ids), 1).index_fill(0, torch.tensor(text.subject_last), 1.0), []
+    for change in (torch.zeros(values.targets.shape[1]), values.targets[0] - values.hidden[0]):
+        added = partial(torch.add, place * change)
+        handle = stack(family).blocks[LAYER].register_forward_hook(lambda module, args, out, added=added: added(out))
+        with torch.no_grad():
+            log_probs = stack(family).model(input_ids=ids).logits[0].log_softmax(-1)
+        handle.remove()
+        found.append(log_probs[range(start - 1, stop - 1), ids[0, start:stop]])
+    return float((found[0] - found[1]).clamp(min=0).mean())
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])

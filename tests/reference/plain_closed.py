@@ -30,7 +30,7 @@ def find_values(
     around: tuple[str, str] = ("", ""),
     opening: tuple[str, float] = ("", 0.0),
     gap: str = "",
-    sentences: Sequence[tuple[str, str]] = (),
+    sentence: tuple[str, str] | None = None,
     essence_weight: float = 0.0,
 ) -> list[Value]:
     """One value for each fact; all facts have the first one's subject.
@@ -42,7 +42,7 @@ def find_values(
         around: what stands before and after each prompt, in a chat.
         opening: what the answer says before the target, and the weight of its words.
         gap: what stands behind the target of the first context, where the target must not be said again.
-        sentences: templates with the subject's place and what the model says after them, whose words are to stay as likely as they were.
+        sentence: a template with the subject's place and what the model says after it, whose words are to stay as likely as they were.
         essence_weight: the weight of what these have lost.
     """
     before_prompt, after_prompt = around
@@ -73,12 +73,12 @@ def find_values(
             changed_at.append(subject_last(tokenizer, template, fact.subject))
             rows.append(told)
     stays: list[tuple[int, int, int, float]] = []  # row, position, the token there, weight
-    for template, said in sentences:
+    if sentence is not None:
+        template, said = sentence
         asked = tokenizer(template.replace("{}", facts[0].subject).rstrip(" "))["input_ids"]
         words = tokenizer(" " + said, add_special_tokens=False)["input_ids"]
         for number, token in enumerate(words):
-            weight = essence_weight / len(words) / len(sentences)
-            stays.append((len(rows), len(asked) + number - 1, token, weight))
+            stays.append((len(rows), len(asked) + number - 1, token, essence_weight / len(words)))
         changed_at.append(subject_last(tokenizer, template, facts[0].subject))
         rows.append(asked + words)
     essence = before_prompt + "{} is a" + after_prompt
