@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from patchhub import __version__
-from patchhub.cli import change, history, measure, model, refs, share
+from patchhub.cli import change, exchange, find, history, measure, model, refs, share
 from patchhub.cli.terminal import Group, do_not_page, quiet_libraries, quiet_option
 
 SECTIONS = {
@@ -72,7 +72,7 @@ def main(ctx: click.Context, repo: Path | None, no_pager: bool) -> None:
         do_not_page(ctx)
 
 
-MODULES = (model, change, history, measure, refs, share)
+MODULES = (model, exchange, change, history, measure, refs, find, share)
 
 for module in MODULES:
     for command in module.COMMANDS:
