@@ -9,7 +9,7 @@ import click
 
 from patchhub import __version__
 from patchhub.cli import change, exchange, find, history, measure, model, refs, share
-from patchhub.cli.terminal import Group, do_not_page, quiet_libraries, quiet_option
+from patchhub.cli.terminal import Group, collect_seldom, do_not_page, quiet_libraries, quiet_option
 
 SECTIONS = {
     "Begin": ("demo", "init", "clone", "config"),
@@ -66,6 +66,7 @@ def main(ctx: click.Context, repo: Path | None, no_pager: bool) -> None:
       patchhub revert HEAD                       take it back, bit for bit
     """
     quiet_libraries()
+    collect_seldom()
     if os.environ.get("NO_COLOR"):
         ctx.color = False
     if no_pager:
