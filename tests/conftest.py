@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import os
 import shutil
 import tempfile
@@ -12,3 +13,6 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["PATCHHUB_CACHE"] = tempfile.mkdtemp(prefix="patchhub-tests-")
 atexit.register(shutil.rmtree, os.environ["PATCHHUB_CACHE"], ignore_errors=True)
+
+gc.set_threshold(10_000, *gc.get_threshold()[1:])  # as the command does: a twelfth of the tests' CPU time
+atexit.register(gc.freeze)

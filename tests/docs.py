@@ -16,6 +16,7 @@ from pathlib import Path
 import click
 
 from patchhub.cli.main import main
+from patchhub.repository.arguments import explained
 from tests.export.adapters import table
 
 ROOT = Path(__file__).parent.parent
@@ -104,7 +105,7 @@ def python_page() -> str:
     functions += [_function(node, "patchhub") for node in _named(loading, "load", "attach")]
     functions += [_function(node, "patchhub") for node in _named(runtime, "detach")]
     parts = [PYTHON, "\n## Functions\n", *functions, "\n## Repository\n"]
-    for file in ("__init__", "writing", "looking", "model"):
+    for file in ("__init__", "writing", "looking", "refs", "model"):
         tree = _tree(f"repository/{file}.py")
         for class_ in (node for node in tree.body if isinstance(node, ast.ClassDef)):
             parts.append(f"\n{_docstring(class_)}")
@@ -185,7 +186,10 @@ def _returns(node: ast.FunctionDef) -> str:
 def _docstring(node: ast.FunctionDef | ast.ClassDef) -> str:
     """The docstring as Markdown: each name of a section is an item of a list."""
     out, inside = [], False
-    for line in (ast.get_docstring(node) or "").split("\n"):
+    text = ast.get_docstring(node) or ""
+    if isinstance(node, ast.FunctionDef) and any(ast.unparse(mark) == "verb" for mark in node.decorator_list):
+        text = explained(text, [argument.arg for argument in (*node.args.args, *node.args.kwonlyargs)])
+    for line in text.split("\n"):
         if line.strip() in _SECTIONS and not line.startswith(" "):
             inside = True
             out.append(f"{line.strip()}\n")

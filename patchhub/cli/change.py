@@ -45,9 +45,8 @@ from patchhub.objects import EMPTY_SET
 
 if TYPE_CHECKING:
     from patchhub.porcelain.change import Changed
-    from patchhub.porcelain.commit import Committed
+    from patchhub.porcelain.commit import Committed, Refreshed
     from patchhub.porcelain.merge import Loss, Merged, Prediction, Stopped
-    from patchhub.porcelain.refresh import Refreshed
     from patchhub.porcelain.refs import Stepped
     from patchhub.repository import Repository
     from patchhub.sets.merging import Contradiction, Side

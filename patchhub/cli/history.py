@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
+from patchhub.cli.find import list_found
 from patchhub.cli.measure import measured_on, say_compared, say_scores, score_line, summary
 from patchhub.cli.options import (
     Revision,
@@ -23,7 +24,6 @@ from patchhub.cli.options import (
     short_signatures,
     signature_line,
 )
-from patchhub.cli.refs import list_found
 from patchhub.cli.terminal import (
     ago,
     count,
@@ -252,7 +252,7 @@ def show(rev: str, everything: bool, stat: bool, verbose: bool, repo: Path | Non
 
 
 def _shown(shown: ShownCommit, *, everything: bool, stat: bool, verbose: bool) -> None:
-    from patchhub.porcelain.history import measured_norms, numbers
+    from patchhub.porcelain.scores import measured_norms, numbers
 
     _header(replace(shown.entry, scores=()))
     say()

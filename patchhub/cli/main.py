@@ -8,8 +8,8 @@ from pathlib import Path
 import click
 
 from patchhub import __version__
-from patchhub.cli import change, history, measure, model, refs, share
-from patchhub.cli.terminal import Group, do_not_page, quiet_libraries, quiet_option
+from patchhub.cli import change, exchange, find, history, measure, model, refs, share
+from patchhub.cli.terminal import Group, collect_seldom, do_not_page, quiet_libraries, quiet_option
 
 SECTIONS = {
     "Begin": ("demo", "init", "clone", "config"),
@@ -66,13 +66,14 @@ def main(ctx: click.Context, repo: Path | None, no_pager: bool) -> None:
       patchhub revert HEAD                       take it back, bit for bit
     """
     quiet_libraries()
+    collect_seldom()
     if os.environ.get("NO_COLOR"):
         ctx.color = False
     if no_pager:
         do_not_page(ctx)
 
 
-MODULES = (model, change, history, measure, refs, share)
+MODULES = (model, exchange, change, history, measure, refs, find, share)
 
 for module in MODULES:
     for command in module.COMMANDS:

@@ -16,7 +16,7 @@ from patchhub.errors import PatchhubError
 from patchhub.evaluation.guard import Fault, Measured, Report, Share, Spoken
 
 if TYPE_CHECKING:
-    from patchhub.signing.checking import Vouched
+    from patchhub.porcelain.trust.signing import Vouched
     from patchhub.store.store import Store
 
 Command = TypeVar("Command", bound=Callable[..., Any])

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     from patchhub.porcelain.trust.audit import Audit, FactChange
     from patchhub.porcelain.trust.signing import Signed
-    from patchhub.remotes.sync import Fetched, Moved
+    from patchhub.remotes.receive import Fetched, Moved
     from patchhub.store.states import Proofs
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import difflib
 import errno
 import functools
+import gc
 import inspect
 import json
 import logging
@@ -46,6 +48,7 @@ repo_option = click.option(
 )
 author_option = click.option("--author", help='Who makes this change, "Ada <ada@example.org>".')
 _HUB_BARS: Final = "HF_HUB_DISABLE_PROGRESS_BARS"
+_MADE: Final = 10_000  # objects that are made and not let go before the collector looks at them
 _QUIET: Final = "patchhub.quiet"  # where a context keeps that -q was given
 _LINES: Final = "patchhub.lines"  # where a context gathers what is to be paged
 _UNPAGED: Final = "patchhub.unpaged"
@@ -345,6 +348,17 @@ def quiet_libraries() -> None:
     for name, value in (("TOKENIZERS_PARALLELISM", "false"), ("TRANSFORMERS_VERBOSITY", "error")):
         os.environ.setdefault(name, value)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it notes every product that it casts
+
+
+def collect_seldom() -> None:
+    """Look for garbage in cycles less often, and not when the process ends.
+
+    torch and transformers make a million objects that stay. By default Python goes through all of them again and again while they are
+    made: that was a fifth of the CPU time of a commit of one fact.
+    """
+    gc.set_threshold(_MADE, *gc.get_threshold()[1:])
+    atexit.unregister(gc.freeze)
+    atexit.register(gc.freeze)
 
 
 def reports_errors(command: Command) -> Command:

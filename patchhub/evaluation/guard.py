@@ -128,7 +128,7 @@ class Share:
 
 @dataclass(frozen=True)
 class Drifted:
-    """Drift on held text before and after the change, both against the base (`evaluation.drift`).
+    """Drift on held text before and after the change, both against the base (`evaluation.metrics`).
 
     Attributes:
         kl_before, kl: KL(p_base || p) in nats per token.

@@ -19,8 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicCache
 
 from patchhub.errors import RequestError, SettingsError
-from patchhub.evaluation.drift import vocabulary_of
-from patchhub.evaluation.metrics import BATCH_TOKENS, cut, reading
+from patchhub.evaluation.metrics import BATCH_TOKENS, cut, reading, vocabulary_of
 from patchhub.evaluation.suites import (
     Combined,
     Scores,

@@ -1,7 +1,8 @@
 """What answers are worth: suites of scores over facts (CounterFact, zsRE, WISE), and texts that a model wrote by itself, judged.
 
 Definitions and sources are in docs/evaluation.md. Means over records come with bootstrap intervals. Of a text: is the target said, does it
-end there, and do other subjects say it now.
+end there, and do other subjects say it now. Of many texts: what drift over documents amounts to, and fluency, which shows how varied the
+words are, as in ROME's evaluation; repetition, the sign of a broken model, scores low.
 
 A *sibling* of a fact is the same prompt about another subject, or a neighbourhood prompt of its record. It leaks where it now begins with
 a new target that is not its own answer and that it did not begin with before the change.
@@ -10,6 +11,8 @@ a new target that is not its own answer and that it did not begin with before th
 from __future__ import annotations
 
 import math
+import re
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice, zip_longest
@@ -23,7 +26,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from patchhub.canonical import nfc
 from patchhub.errors import SettingsError
 from patchhub.evaluation.guard import Fault, Why
-from patchhub.evaluation.metrics import BATCH_TOKENS, TargetScore, score_targets
+from patchhub.evaluation.metrics import BATCH_TOKENS, DocumentDrift, TargetScore, score_targets
 from patchhub.objects import SLOT, Request
 from patchhub.text.tokens import Chat, closes, joiner, stutters
 
@@ -597,3 +600,61 @@ def _after(subjects: Sequence[str], place: int) -> Iterator[str]:
 def _goes_on(left: str, right: str) -> bool:
     """The last word of `left` goes on in `right`; in a script without spaces none does."""
     return left[-1:].isalnum() and right[:1].isalnum() and joiner(left, right) == " "
+
+
+# --- drift and fluency ----------------------------------------------------------------------------------------------
+
+
+def drift_scores(documents: Sequence[DocumentDrift], *, resamples: int = 1000, seed: int = 0) -> Scores:
+    """perplexity_ratio and kl per token over all documents; the records of their intervals are the documents."""
+    columns = {
+        "growth": [document.growth for document in documents],
+        "divergence": [document.divergence for document in documents],
+        "positions": [float(document.positions) for document in documents],
+    }
+    combined = {
+        "perplexity_ratio": Combined(("growth", "positions"), _exp_of_ratio),
+        "kl": Combined(("divergence", "positions"), _ratio),
+    }
+    scores = scored("drift", {}, columns, combined, resamples=resamples, seed=seed)
+    shown = {name: found for name, found in scores.estimates.items() if name in combined}
+    return Scores(scores.suite, scores.settings, shown, {}, {})
+
+
+def _ratio(means: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(..., 2) to (...)."""
+    return np.asarray(means[..., 0] / means[..., 1])
+
+
+def _exp_of_ratio(means: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.asarray(np.exp(_ratio(means)))
+
+
+WEIGHTS: Final[Mapping[int, float]] = {2: 2 / 3, 3: 4 / 3}
+"""The weight of each n-gram length; their mean is 1."""
+
+_WORD = re.compile(r"\w+|[^\w\s]")
+
+
+def words(text: str) -> list[str]:
+    """Runs of letters and digits, and every other visible character by itself."""
+    return _WORD.findall(text)
+
+
+def entropy(items: Sequence[str], n: int) -> float:
+    """The entropy in bits of the n-grams of `items`, H = -sum_g p(g) log2 p(g); 0 where there is no n-gram."""
+    counts = Counter(tuple(items[start : start + n]) for start in range(len(items) - n + 1))
+    total = counts.total()
+    return -sum(count / total * math.log2(count / total) for count in counts.values()) + 0.0
+
+
+def fluency(text: str) -> float:
+    """The mean of 2/3 H(bigrams) and 4/3 H(trigrams) of a text, in bits."""
+    found = words(text)
+    return sum(weight * entropy(found, n) for n, weight in WEIGHTS.items()) / len(WEIGHTS)
+
+
+def fluency_scores(texts: Sequence[str | None], *, resamples: int = 1000, seed: int = 0) -> Scores:
+    """fluency, the mean over texts; None stands for a record that has no text."""
+    column = [None if text is None else fluency(text) for text in texts]
+    return scored("fluency", {}, {"fluency": column}, {}, resamples=resamples, seed=seed)

@@ -123,6 +123,9 @@ _LONG: Final = 8
 _SPARSE: Final = 0.5  # below this share of values that changed, a mask and values are smaller than the matrix
 
 
+_ONE_TENSOR: Final = "and the base's embedding and head are one tensor, or its configuration does not say"
+
+
 def read_adapter(
     folder: Path,
     shapes: Shapes,
@@ -162,8 +165,7 @@ def read_adapter(
         weight = f"{match['module']}.weight" if match else name.removeprefix(_WRAPPER).replace(_BELOW, ".")
         both = match is not None and match["tokens"] is not None and tied is True
         if _ENDS.search(weight.rpartition(".")[0]) and tied is not False and not both:
-            reason = f"it changes {weight} alone, and the base's embedding and head are one tensor, or its configuration does not say"
-            raise _refusal(folder, reason, remedy=MERGE, weight=weight)
+            raise _refusal(folder, f"it changes {weight} alone, {_ONE_TENSOR}", remedy=MERGE, weight=weight)
         if match and match["tokens"]:
             put(weight, _rows(folder, weight, array, config, shapes, of_base))
         elif match and match["bias"]:
@@ -179,18 +181,32 @@ def read_adapter(
             put(weight, _whole(folder, weight, array.T if transposed else array, _read(of_base, weight, transposed)))
         else:
             raise _refusal(folder, f"it holds {name}, which is no factor of a linear weight", remedy=MERGE, tensor=name)
+    before = None if of_base is None else lambda weight: _read(of_base, weight, transposed)
     for weight, parts in pairs.items():
-        size = parts.pop(_SIZE, None)
-        product = _product(folder, weight, parts, config, shapes[weight])
-        misplaced = config.resized and (of_base is None or weight in deltas)
-        if (size is not None) != config.resized or misplaced:
-            reason = f"its use_dora and its magnitudes of {weight} do not fit together"
-            raise _refusal(folder, reason, remedy=MERGE, field="use_dora")
-        if size is not None and of_base is not None:
-            before = _read(of_base, weight, transposed)
-            product = _resized(folder, weight, product, size, before, axis=0 if weight in tables else 1)
-        put(weight, product)
+        known = None if weight in deltas else before  # what else changes the weight leaves no magnitudes to speak of
+        put(weight, _paired(folder, weight, parts, config, shapes[weight], known, axis=0 if weight in tables else 1))
     return dict(sorted(deltas.items()))
+
+
+def _paired(
+    folder: Path,
+    weight: str,
+    parts: dict[str, np.ndarray],
+    config: _Lora,
+    shape: tuple[int, int],
+    before: Callable[[str], np.ndarray] | None,
+    *,
+    axis: int,
+) -> Delta:
+    """What two factors, and with DoRA their magnitudes along ``axis``, change of a weight, which ``before`` reads."""
+    size = parts.pop(_SIZE, None)
+    product = _product(folder, weight, parts, config, shape)
+    if (size is not None) != config.resized or (config.resized and before is None):
+        reason = f"its use_dora and its magnitudes of {weight} do not fit together"
+        raise _refusal(folder, reason, remedy=MERGE, field="use_dora")
+    if size is None or before is None:
+        return product
+    return _resized(folder, weight, product, size, before(weight), axis=axis)
 
 
 def _biased(folder: Path, module: str, array: np.ndarray, config: _Lora, shapes: Shapes) -> Delta:

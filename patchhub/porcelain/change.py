@@ -11,7 +11,7 @@ from typing import Any, Literal
 from patchhub.editing.requests import contradiction_error, find_contradictions
 from patchhub.errors import RequestError, RevisionError
 from patchhub.objects import Commit, Element, Request, set_digest
-from patchhub.porcelain.history import numbers
+from patchhub.porcelain.scores import numbers
 from patchhub.progress import Progress, Silent
 from patchhub.results import Result
 from patchhub.sets.commits import Draft, begin, prepare, record

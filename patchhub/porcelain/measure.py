@@ -10,7 +10,7 @@ import math
 import random
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Final
@@ -23,11 +23,10 @@ from patchhub.editing.shapes import ZSRE_FIELDS
 from patchhub.errors import EditError, RemoteError, RequestError, SettingsError
 from patchhub.evaluation import outside as judging
 from patchhub.evaluation import suites
-from patchhub.evaluation.drift import drift_scores, fluency_scores
 from patchhub.evaluation.guard import Fault
 from patchhub.evaluation.live import check_contexts, live_scores
 from patchhub.evaluation.outside import Harness, HarnessRow, Judge, Written, beside
-from patchhub.evaluation.suites import Scores, fault_of, scored
+from patchhub.evaluation.suites import Scores, drift_scores, fault_of, fluency_scores, scored
 from patchhub.fsio import write_atomically
 from patchhub.models.placement import Placement
 from patchhub.objects import Metric, Note, Request, Text, requests_json
@@ -208,7 +207,11 @@ class HistoryRow(Result):
 
 
 class Evaluator:
-    """Evaluates revisions on one list of facts. The base is measured once; see `Measurer` for what is cached.
+    """Evaluates revisions on one list of facts. The base is measured once; see `Measurer` for what is cached. Use it as a context manager.
+
+    Args:
+        judge: asked whether the texts after the facts' prompts give the targets.
+        placement, chat, workers, on: as in `Measurer`.
 
     Attributes:
         measurer: the model in memory, and what it answered.
@@ -225,9 +228,9 @@ class Evaluator:
         facts: Facts,
         progress: Progress,
         *,
+        judge: Judge | None = None,
         placement: Placement | None = None,
         chat: bool | None = None,
-        judge: Judge | None = None,
         workers: int | None = None,
         on: str | None = None,
     ) -> None:
@@ -238,7 +241,7 @@ class Evaluator:
         self.requests = facts.chosen
         if not self.requests:
             raise RequestError("there are no facts to evaluate", remedy="Give --suite FILE with at least one record.")
-        self._repository, self._facts, self._progress, self._judge = repository, facts, progress, judge
+        self.repository, self._facts, self.progress, self._judge = repository, facts, progress, judge
         self._bases: dict[str, Measured] = {}
         check_contexts(facts.contexts)
         questions = Questions(self.requests, seed=facts.seed or 0, text=facts.text, contexts=facts.contexts)
@@ -248,6 +251,12 @@ class Evaluator:
         judged = {} if judge is None else {"judge": {"model": judge.model, "prompt": judging.PROMPT}}
         self._judged_settings = {**self.settings, **judged}
         self.suite = self._named(self._judged_settings)
+
+    def __enter__(self) -> Evaluator:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.measurer.close()
 
     def _base(self, commit: str | None) -> Measured:
         """What the base answers; in a chat to facts that are read behind the openings with which a commit holds them."""
@@ -286,23 +295,23 @@ class Evaluator:
         return done, self.keep(commit, done, who=who) if keep and commit else None
 
     def _measured(self, revision: str) -> tuple[str | None, Measured]:
-        commit = self._repository.resolve(revision)
+        commit = self.repository.resolve(revision)
         return commit, self._base(None) if commit is None else self.measurer.measure(commit)
 
     def _scored(self, commit: str | None, after: Measured) -> Evaluation:
         before = self._base(commit)
         groups, base = self._groups(after, before, RESAMPLES), self._groups(before, before, 1)
         values = {name: found.value for group in base for name, found in group.estimates.items()}
-        self._progress.close()
+        self.progress.close()
         suite, faults = self._named(self.settings), self._faults(after)
         return Evaluation(commit, self.requests, suite, self.settings, groups, values, faults)
 
     def _judged(self, judge: Judge, done: Evaluation, after: Measured) -> Evaluation:
         """The same with what the judge says of the texts after the facts' prompts, the base's too."""
         texts, before = self._written(after), self._written(self._base(done.commit))
-        self._progress.stage(f"asking {judge.model}", judge.unsaid([*texts, *before]))
-        columns = [judge.column(part, self._progress.advance) for part in (texts, before)]
-        self._progress.close()
+        self.progress.stage(f"asking {judge.model}", judge.unsaid([*texts, *before]))
+        columns = [judge.column(part, self.progress.advance) for part in (texts, before)]
+        self.progress.close()
         settings = {"model": judge.model}
         options = {"resamples": RESAMPLES, "seed": self._facts.seed or 0}
         now, base = (scored("judge", settings, {"judged": column}, {}, **options) for column in columns)
@@ -342,7 +351,7 @@ class Evaluator:
         """
         scores = {name: score.to_json() for name, score in done.scores.items() if math.isfinite(score.value)}
         note = Note(commit=commit, made_by=who.author, scores=scores, settings=done.settings, suite=done.suite)
-        identity = self._repository.add_note(
+        identity = self.repository.add_note(
             note, command="eval", arguments={"suite": done.suite}, author=who.author, time=who.time
         )
         return read_note(identity, note)
@@ -377,38 +386,21 @@ class Evaluator:
 
 
 def evaluate(
-    repository: Store,
-    revision: str,
-    facts: Facts,
-    progress: Progress,
-    *,
-    who: Who,
-    keep: bool = True,
-    placement: Placement | None = None,
-    chat: bool | None = None,
-    judge: Judge | None = None,
-    harness: Harness | None = None,
-    workers: int | None = None,
-    on: str | None = None,
+    evaluator: Evaluator, revision: str, who: Who, *, keep: bool = True, harness: Harness | None = None
 ) -> Evaluation:
     """Evaluate one revision; the scores of a commit are kept as its note unless told otherwise.
 
     Args:
-        placement, chat, workers, on: as in `Measurer`.
-        judge: asked whether the texts after the facts' prompts give the targets.
         harness: tasks that are run on the same model afterwards.
 
     Raises:
-        SettingsError, RequestError, RevisionError, BaseError, EditError, RemoteError: as in `Evaluator`.
+        SettingsError, RevisionError, BaseError, EditError, RemoteError: as in `Evaluator.evaluate_and_keep`.
     """
     if harness is not None:
         harness.check()
-    options: dict[str, Any] = {"placement": placement, "chat": chat, "judge": judge, "workers": workers, "on": on}
-    evaluator = Evaluator(repository, facts, progress, **options)
-    with closing(evaluator.measurer):
-        done, noted = evaluator.evaluate_and_keep(revision, who, keep=keep)
+    done, noted = evaluator.evaluate_and_keep(revision, who, keep=keep)
     if harness is not None:
-        done = replace(done, harness=_run(harness, evaluator.measurer, revision, progress))
+        done = replace(done, harness=_run(harness, evaluator.measurer, revision, evaluator.progress))
     return done if noted is None else replace(done, note=noted.note)
 
 
@@ -445,41 +437,22 @@ def _run(harness: Harness, measurer: Measurer, revision: str, progress: Progress
     return beside(base[0] if base else now, now)
 
 
-def evaluate_history(
-    repository: Store,
-    revision: str,
-    facts: Facts,
-    progress: Progress,
-    *,
-    who: Who,
-    placement: Placement | None = None,
-    chat: bool | None = None,
-    judge: Judge | None = None,
-    workers: int | None = None,
-    on: str | None = None,
-) -> list[HistoryRow]:
+def evaluate_history(evaluator: Evaluator, revision: str, who: Who) -> list[HistoryRow]:
     """Evaluate every commit below a revision that has no note of this suite yet; all of them, newest first.
 
     A commit whose model gives no numbers is warned about and left without scores.
-
-    Args:
-        placement, chat, workers, on: as in `Measurer`.
-        judge: as in `evaluate`.
     """
-    options: dict[str, Any] = {"placement": placement, "chat": chat, "judge": judge, "workers": workers, "on": on}
-    evaluator = Evaluator(repository, facts, progress, **options)
+    repository, rows = evaluator.repository, []
     start = repository.resolve(revision)
-    rows = []
-    with closing(evaluator.measurer):
-        for identity, found in repository.log(start) if start else ():
-            known = next((noted for noted in notes_of(repository, identity) if noted.suite == evaluator.suite), None)
-            noted = known
-            if known is None:
-                try:
-                    noted = evaluator.evaluate_and_keep(identity, who)[1]
-                except EditError as error:
-                    progress.warn(f"commit {identity[:12]} is left out: {error.message}")
-            rows.append(HistoryRow(identity, found.time, found.message, noted, known is None))
+    for identity, found in repository.log(start) if start else ():
+        known = next((noted for noted in notes_of(repository, identity) if noted.suite == evaluator.suite), None)
+        noted = known
+        if known is None:
+            try:
+                noted = evaluator.evaluate_and_keep(identity, who)[1]
+            except EditError as error:
+                evaluator.progress.warn(f"commit {identity[:12]} is left out: {error.message}")
+        rows.append(HistoryRow(identity, found.time, found.message, noted, known is None))
     return rows
 
 
@@ -495,16 +468,11 @@ def refuse_unkept(keep: bool, harness: Harness | None = None) -> None:
         )
 
 
-def evaluate_all(repository: Store, revision: str, facts: Facts, progress: Progress, **options: Any) -> Evaluation:
-    """The evaluation of the newest commit that gives numbers, or of the base, with the history that `evaluate_history` gives.
-
-    Args:
-        options: those of `evaluate_history`.
-    """
-    rows = evaluate_history(repository, revision, facts, progress, **options)
+def evaluate_all(evaluator: Evaluator, revision: str, who: Who) -> Evaluation:
+    """The evaluation of the newest commit that gives numbers, or of the base, with the history that `evaluate_history` gives."""
+    rows = evaluate_history(evaluator, revision, who)
     newest = next((row.commit for row in rows if row.noted), BASE)
-    done = evaluate(repository, newest, facts, progress, keep=False, **options)
-    return replace(done, history=Rows(rows))
+    return replace(evaluate(evaluator, newest, who, keep=False), history=Rows(rows))
 
 
 def _bounds(low: float, high: float) -> tuple[float | None, float | None]:

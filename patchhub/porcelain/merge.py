@@ -47,7 +47,7 @@ from patchhub.who import Who
 from patchhub.worktree.judging import GUARDED, Guarding, judge
 
 if TYPE_CHECKING:
-    from patchhub.porcelain.refresh import Refreshed
+    from patchhub.porcelain.commit import Refreshed
 
 Outcome = Literal["up to date", "fast-forward", "merged"]
 
@@ -202,7 +202,7 @@ def then_refreshed(
     """
     if isinstance(merged, Stopped) or merged.outcome != "merged":
         return merged
-    from patchhub.porcelain.refresh import refresh
+    from patchhub.porcelain.commit import refresh
 
     try:
         return replace(merged, refreshed=refresh(repository, replace(who, message=""), progress, force=force))

@@ -127,15 +127,8 @@ def init(
             "weights": _weights(checkpoint, architecture.chosen, progress),
             **_experts(checkpoint, architecture, progress),
         }
-        with Store.init(
-            folder,
-            identity.to_json(),
-            base_info=info,
-            settings=settings or {},
-            author=who.author,
-            time=who.time,
-            shared=shared,
-        ) as repository:
+        made: dict[str, Any] = {"author": who.author, "time": who.time, "shared": shared, "settings": settings or {}}
+        with Store.init(folder, identity.to_json(), base_info=info, **made) as repository:
             keep_digests(repository, Path(kept))
     progress.close()
     seconds = perf_counter() - begun

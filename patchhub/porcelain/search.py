@@ -12,8 +12,8 @@ from typing import Any, ClassVar, Final
 
 from patchhub.errors import RequestError, RevisionError, SettingsError
 from patchhub.objects import Element, Request
-from patchhub.porcelain.history import Shown, measured_norms, show
-from patchhub.porcelain.scores import Compared, compare
+from patchhub.porcelain.history import Shown, show
+from patchhub.porcelain.scores import Compared, compare, measured_norms
 from patchhub.progress import Progress
 from patchhub.results import Result, in_full, told
 from patchhub.sets.elements import Place, active_requests, distinct, places_of

@@ -13,14 +13,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 from patchhub.errors import PatchhubError, RemoteError, RepositoryError, SettingsError
 from patchhub.fsio import is_shared
 from patchhub.objects import block_of
-from patchhub.porcelain.trust.signing import admission, refuse_left_out, refuse_unapproved
+from patchhub.porcelain.trust.signing import admission, allowed_signers, refuse_left_out, refuse_unapproved
 from patchhub.progress import Progress
-from patchhub.remotes import sync
-from patchhub.remotes.receive import Intake, Limits
+from patchhub.remotes import receive, sync
+from patchhub.remotes.receive import Fetched, Intake, Limits
 from patchhub.remotes.remote import Remote, Source
-from patchhub.remotes.sync import FORWARD, Fetched, Manner, Pushed, hub_id, normalised, open_remote
+from patchhub.remotes.sync import FORWARD, Manner, Pushed, hub_id, normalised, open_remote
 from patchhub.results import Result, told
-from patchhub.signing.checking import allowed_signers
 from patchhub.store.config import Config, Recording
 from patchhub.store.database import FETCH, INIT
 from patchhub.store.revisions import BRANCHES, HEAD, REMOTES, SYMBOLIC
@@ -309,8 +308,8 @@ def _fetch(
     weights, linear = weight_shapes(repository), tensor_shapes(repository)
     intake = Intake(Limits(max_bytes, weights, linear), tensor_check(weights, linear), repair)
     admit = admission(repository, remote.address, require_signed, progress)
-    entry = sync.Entry(lambda commits, tips: prove(repository, commits, tips=tips), trust, admit)
-    fetched = sync.fetch(repository, remote, name, intake, who=who, entry=entry, prune=prune, progress=progress)
+    entry = receive.Entry(lambda commits, tips: prove(repository, commits, tips=tips), trust, admit)
+    fetched = receive.fetch(repository, remote, name, intake, who=who, entry=entry, prune=prune, progress=progress)
     for warning in fetched.warnings:
         progress.warn(warning)
     progress.close()
@@ -447,7 +446,7 @@ def _refuse_unsigned(remote: Remote, fetched: Fetched) -> None:
     there = [ref for ref in remote.view().tips if ref.startswith(BRANCHES)] if fetched.left_out else []
     if there:
         first = BRANCHES + "main" if BRANCHES + "main" in there else min(there)
-        refuse_left_out(sync.local_name(first, ORIGIN), fetched.left_out)
+        refuse_left_out(receive.local_name(first, ORIGIN), fetched.left_out)
 
 
 def _follow_experts(repository: Store) -> None:

@@ -1,4 +1,4 @@
-"""`push` and `fetch` without a terminal: from a store to a remote and back, and from an address to its remote."""
+"""From an address to its remote; and `push` without a terminal: from a store to a remote."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Final, Literal
 
 from patchhub.canonical import one_line
 from patchhub.errors import CorruptStoreError, RemoteError, RepositoryError, RevisionError, SettingsError
@@ -15,7 +15,7 @@ from patchhub.fsio import Span
 from patchhub.objects import Commit
 from patchhub.progress import Progress, Silent, stage_bytes
 from patchhub.remotes import parcels
-from patchhub.remotes.receive import Intake, Received, Receiver, receiving
+from patchhub.remotes.receive import Moved, check_base, local_name, short_name
 from patchhub.remotes.remote import (
     FileRemote,
     FsspecFiles,
@@ -29,10 +29,9 @@ from patchhub.remotes.remote import (
 )
 from patchhub.results import Result, told
 from patchhub.store import states
-from patchhub.store.database import FETCH, PROVEN, TRUSTED
 from patchhub.store.object_store import LARGEST_OBJECT
-from patchhub.store.revisions import BRANCHES, NOTES, REMOTES, SYMBOLIC, TAGS, check_ref, twins
-from patchhub.store.states import NOTHING_PROVEN, Proofs, Reference, closure, references
+from patchhub.store.revisions import BRANCHES, NOTES, SYMBOLIC, TAGS
+from patchhub.store.states import Reference, closure, references
 from patchhub.store.store import Store
 from patchhub.who import Who
 
@@ -101,242 +100,6 @@ def open_remote(address: str, *, endpoint: str | None = None, token: str | None 
     return FileRemote(address, LocalFiles(Path(address)))
 
 
-@dataclass(frozen=True)
-class Moved(Result):
-    """A ref that moved, or would: where it was and where it is; None where it is not."""
-
-    ref: str
-    old: str | None
-    new: str | None
-
-
-def local_name(ref: str, remote: str) -> str:
-    """What a branch or tag of a remote is called here."""
-    return f"{REMOTES}{remote}/{ref[len(BRANCHES) :]}" if ref.startswith(BRANCHES) else ref
-
-
-def check_base(repository: Store, remote: Remote, view: View) -> None:
-    """Refuse a remote that is about another base.
-
-    Raises:
-        RemoteError: it is.
-    """
-    if view.source is not None and view.source.base != repository.config.base_id:
-        raise RemoteError(
-            f"{remote.address} is about another base ({view.source.base[:12]}, not {repository.config.base_id[:12]})",
-            remedy="Use a remote of its own for each base; `patchhub clone` makes a store for this one.",
-            base=view.source.base,
-        )
-
-
-@dataclass(frozen=True)
-class Fetched(Result):
-    """What `fetch` brought.
-
-    Attributes:
-        moved: refs of this store: ``refs/remotes/...``, tags, notes.
-        received: objects and bytes that travelled.
-        warnings: refs that were left out, and what was trusted, in words.
-        proofs: of the commits that are new here: whether their weights are those of their facts.
-        left_out: refs here that were not let in, and why.
-    """
-
-    moved: tuple[Moved, ...]
-    received: Received = field(metadata=told(inline=True))
-    warnings: tuple[str, ...]
-    proofs: Proofs = NOTHING_PROVEN
-    left_out: Mapping[str, str] = field(default_factory=dict, metadata=told(optional=True))
-
-
-Prove = Callable[[Sequence[str], Collection[str]], Proofs]
-"""Proves commits that are new here, each after its parents; also told which commits refs will lead to."""
-
-Admit = Callable[[Mapping[str, str]], Mapping[str, str]]
-"""Of the refs that are to come and their targets, which are here by then, those that may not, each with the reason."""
-
-
-@dataclass(frozen=True)
-class Entry:
-    """What a fetch lets in.
-
-    Attributes:
-        prove: called with the commits that are new here, and where refs will lead, before any ref moves.
-        trust: accept commits that are not proven; the operation names them.
-        admit: which refs may come.
-    """
-
-    prove: Prove = lambda commits, tips: NOTHING_PROVEN
-    trust: bool = False
-    admit: Admit = lambda wanted: {}
-
-
-_OPEN: Final = Entry()
-
-
-class _Judge:
-    """What a fetch asks of the commits that it brings; `proofs` is what was found."""
-
-    def __init__(self, address: str, prove: Prove, *, trust: bool) -> None:
-        self._address = address
-        self._prove = prove
-        self._trust = trust
-        self.proofs = NOTHING_PROVEN
-
-    def __call__(self, commits: Sequence[str], tips: Collection[str]) -> Mapping[str, Any]:
-        try:
-            self.proofs = self._prove(commits, tips)
-        except CorruptStoreError as error:
-            raise RemoteError(
-                f"{self._address} is refused: {error.message}", remedy="Nothing was changed here.", remote=self._address
-            ) from error
-        unproven = self.proofs.unproven
-        if unproven and not self._trust:
-            raise RemoteError(
-                f"{self._address} is refused: {unproven[0].words()}{f', and {len(unproven) - 1} more' if unproven[1:] else ''}",
-                remedy="Nothing was changed here. Ask who pushed it; if you trust the weights as they are, say so with --trust.",
-                unproven=[found.to_json() for found in unproven],
-                remote=self._address,
-            )
-        return {PROVEN: self.proofs.commits, **({TRUSTED: [found.commit for found in unproven]} if unproven else {})}
-
-
-def fetch(
-    repository: Store,
-    remote: Remote,
-    name: str,
-    intake: Intake,
-    *,
-    who: Who,
-    entry: Entry = _OPEN,
-    prune: bool = False,
-    progress: Progress | None = None,
-) -> Fetched:
-    """Bring all branches, tags and notes of a remote here: branches as ``refs/remotes/<name>/*``.
-
-    Args:
-        intake: what is asked of all that is downloaded, whatever branch it belongs to.
-        entry: what is asked of commits, and of where refs will lead, before any ref moves.
-        prune: forget branches that the remote does not have any more.
-
-    Raises:
-        RemoteError: unreachable, about another base, it holds something the format does not allow, or weights that are not those of
-            their facts.
-    """
-    view = remote.view()
-    check_base(repository, remote, view)
-    judge = _Judge(remote.address, entry.prove, trust=entry.trust)
-    warnings = [f"{ref} of {remote.address} is left out: {reason}" for ref, reason in view.skipped.items()]
-    _refuse_twins(remote, view)
-    with receiving(repository, remote, intake, progress or Silent()) as receiver:
-        wanted = _fetch_branches(remote, name, view, receiver, warnings)
-        wanted |= _fetch_notes(repository, remote, view, receiver)
-    left_out = entry.admit(wanted)
-    if left_out:
-        warnings += [f"{ref} is left out: {reason}" for ref, reason in left_out.items()]
-        wanted = _let_in(repository, wanted, left_out)
-    moved = list(_changes(repository.refs(), wanted, warnings))
-    moved += _gone(repository.refs(), view, name) if prune else []
-    if moved:
-        changes = {move.ref: (move.old, move.new) for move in moved}
-        arguments = {"remote": name}
-        repository.move_refs(
-            changes,
-            command=FETCH,
-            arguments=arguments,
-            author=who.author,
-            time=who.time,
-            accept=lambda fresh: judge(fresh, wanted.values()),
-        )
-    warnings += [f"{found.words()}; it was trusted" for found in judge.proofs.unproven]
-    warnings += _moved_aside(repository, remote, moved)
-    return Fetched(tuple(moved), receiver.received, tuple(warnings), judge.proofs, left_out)
-
-
-def _refuse_twins(remote: Remote, view: View) -> None:
-    alike = twins(view.tips)
-    if alike is not None:
-        raise RemoteError(
-            f"{remote.address} is refused: {alike[0]} and {alike[1]} differ in the case of letters alone",
-            remedy="Rename or delete one of them there.",
-            refs=list(alike),
-        )
-
-
-def _fetch_branches(remote: Remote, name: str, view: View, receiver: Receiver, warnings: list[str]) -> dict[str, str]:
-    """Bring all branches and tags that can have a name here; returns where each will lead, and adds what is left out to ``warnings``."""
-    wanted: dict[str, str] = {}
-    for ref, tip in sorted(view.tips.items()):
-        local = local_name(ref, name)
-        try:
-            check_ref(local)
-        except RevisionError as error:
-            warnings.append(f"{ref} of {remote.address} is left out: {error.message}")
-            continue
-        receiver.take(tip, Reference("commit", tip.commit), label=f"fetching {one_line(_short(ref))}")
-        wanted[local] = tip.commit
-    return wanted
-
-
-def _let_in(repository: Store, wanted: Mapping[str, str], left_out: Mapping[str, str]) -> dict[str, str]:
-    """What may come: refs that are not left out, and notes about commits that are here then."""
-    refs = {ref: target for ref, target in wanted.items() if not ref.startswith(NOTES) and ref not in left_out}
-    below = states.ancestors(refs.values(), lambda commit: repository.commit(commit).parents)
-    notes = {ref: ref[len(NOTES) :].partition("/")[0] for ref in wanted if ref.startswith(NOTES)}
-    kept = {ref for ref, commit in notes.items() if commit in below or repository.commits(commit)}
-    return {**refs, **{ref: target for ref, target in wanted.items() if ref in kept}}
-
-
-def _fetch_notes(repository: Store, remote: Remote, view: View, receiver: Receiver) -> dict[str, str]:
-    """Notes that are not set here: about commits that are here by now. Notes set here stay."""
-    refs = repository.refs()
-    wanted: dict[str, str] = {}
-    for key, note in view.notes.items():
-        commit, _, suite = key.partition("/")
-        if NOTES + key in refs or commit not in repository.objects:
-            continue
-        holder = next(
-            (tip for tip in view.tips.values() if note in repository.objects or note in remote.sizes(tip)), None
-        )
-        if holder is None:
-            continue
-        receiver.take(holder, Reference("note", note))
-        found = repository.note(note)
-        if (found.commit, found.suite) != (commit, suite):
-            raise RemoteError(f"note {note[:12]} of {remote.address} is not about {key}", remedy="Push it again.")
-        wanted[NOTES + key] = note
-    return wanted
-
-
-def _changes(refs: Mapping[str, str], wanted: Mapping[str, str], warnings: list[str]) -> Iterator[Moved]:
-    for ref, target in wanted.items():
-        old = refs.get(ref)
-        if old == target:
-            continue
-        if ref.startswith(TAGS) and old is not None:
-            warnings.append(f"the tag {ref[len(TAGS) :]} is at {old[:12]} here and at {target[:12]} there; it stays")
-            continue
-        yield Moved(ref, old, target)
-
-
-def _moved_aside(repository: Store, remote: Remote, moved: Iterable[Moved]) -> Iterator[str]:
-    """In words, which branches of a remote do not lead to where they were any more."""
-    for move in moved:
-        if move.ref.startswith(REMOTES) and move.old is not None and move.new is not None:
-            _, lost = states.apart([move.new], [move.old], repository.parents, repository.rank)
-            if lost:
-                yield (
-                    f"{move.ref[len(REMOTES) :]} was moved back or aside at {remote.address}: {lost} of the commits that it had at "
-                    f"{move.old[:12]} are not below {move.new[:12]}; they stay here"
-                )
-
-
-def _gone(refs: Mapping[str, str], view: View, name: str) -> Sequence[Moved]:
-    """The branches of a remote that are known here and that it does not have any more."""
-    there = {local_name(ref, name) for ref in (*view.tips, *view.skipped)}
-    prefix = f"{REMOTES}{name}/"
-    return [Moved(ref, target, None) for ref, target in refs.items() if ref.startswith(prefix) and ref not in there]
-
-
 Group = Literal["history", "texts", "states", "columns"]
 """What lies in packs of its own in a remote: texts can be withdrawn, and who wants a state needs neither texts nor columns."""
 
@@ -360,9 +123,6 @@ class Pushed(Result):
     objects: int
     size: int = field(metadata=told(name="bytes"))
     withdrawn: int
-
-
-# --- push -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -437,7 +197,7 @@ def push(
             continue
         if not manner.dry_run:
             publication = replace(plan.publication, pages=shown.pages(plan.publication.commit, withheld))
-            stage_bytes(heard, f"pushing {one_line(_short(ref))}", plan.pushed.size)
+            stage_bytes(heard, f"pushing {one_line(short_name(ref))}", plan.pushed.size)
             remote.publish(publication, heard.advance)
             _remember(repository, name, ref, publication.commit, who=who)
             view = remote.view() if len(refs) > 1 else view  # what was just sent need not be sent again
@@ -466,7 +226,7 @@ def delete(
         seen = repository.refs().get(local_name(ref, name))
         if seen != view.tips[ref].commit:
             raise RemoteMovedError(
-                f"{_short(ref)} of {remote.address} is not where it was seen last",
+                f"{short_name(ref)} of {remote.address} is not where it was seen last",
                 remedy="Run `patchhub fetch`, look at what is there, then delete it.",
                 ref=ref,
                 seen=seen,
@@ -485,14 +245,10 @@ def _there(remote: Remote, view: View, name: str) -> str:
     for ref in (BRANCHES + name, TAGS + name, name):
         if ref in view.tips:
             return ref
-    listed = ", ".join(map(_short, view.tips))
+    listed = ", ".join(map(short_name, view.tips))
     raise RevisionError(
         f"{remote.address} has no branch or tag {name!r}", remedy=f"It has {listed or 'none at all'}.", name=name
     )
-
-
-def _short(ref: str) -> str:
-    return ref.removeprefix(BRANCHES).removeprefix(TAGS)
 
 
 def refs_to_push(repository: Store, names: Iterable[str], *, everything: bool, tags: bool) -> list[str]:

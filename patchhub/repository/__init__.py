@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any, Literal, Union
 from patchhub.cache import user_folder
 from patchhub.progress import Progress
 from patchhub.repository.arguments import Amount, Mode, Place, check, in_bytes, listener, place_of, who_of
-from patchhub.repository.looking import LookingVerbs, RefVerbs
+from patchhub.repository.looking import LookingVerbs
 from patchhub.repository.model import ModelVerbs
+from patchhub.repository.refs import RefVerbs
 from patchhub.repository.writing import WritingVerbs
 from patchhub.sets.settings import read_setting
 from patchhub.store.store import DIRECTORY, Store, refuse_existing

@@ -9,9 +9,10 @@ import functools
 import importlib.util
 import inspect
 import os
+import re
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from math import ceil, prod
@@ -48,12 +49,41 @@ Quantization = Literal["none", "8bit", "4bit"]
 SigningMethod = Literal["ssh", "model-signing", "certificate", "sigstore"]
 Mode = Literal["retrieve", "merge"]
 Settings = Mapping[str, Any] | Sequence[str]
+Placed = tuple[str | None, str | None, str | None]
+"""Device, type and quantisation, as they are given: what they amount to torch alone says."""
 
 
 _WIDTHS: Mapping[str, int] = {"F64": 8, "I64": 8, "F16": 2, "BF16": 2, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 """Bytes of a number, of those types that do not take 4."""
 
 Method = TypeVar("Method", bound=Callable[..., Any])
+
+SHARED: Final[Mapping[tuple[str, ...], str]] = {
+    ("method",): "the editor: memit, pmet or wise; None: the config's.",
+    (
+        "set",
+    ): """settings of the editor for this commit alone: ``{"layers": [3, 4], "ridge": 200}`` or ``["layers=3-4", "ridge=200"]``.""",
+    ("strict",): "refuse facts that compete with others for a key, before anything is optimised.",
+    ("all_facts",): "refuse as soon as one fact does not hold, runs on, or is said of another subject.",
+    ("check",): "let the guard run the model too.",
+    ("force",): "write what the guard refuses all the same; the commit says so.",
+    ("base",): "where the base model is, if it moved.",
+    ("device", "dtype", "quantization"): "where and in which type the base is held; None: as the config says.",
+    ("chat",): "read prompts as the user's messages of the base's chat template; None: as the config says.",
+    ("memory",): "bytes that may be held in memory, the model included.",
+    (
+        "workers",
+    ): "how many processes share the work; None: this one alone, or what ``on`` has room for. A script that says so does it "
+    'under ``if __name__ == "__main__":``.',
+    (
+        "on",
+    ): """the Ray cluster that the workers run on, ``ray://HOST:10001``, ``HOST:6379`` or "auto"; None: this machine.""",
+    ("sign",): "sign the commit; None: as the config says.",
+    ("key",): "the file of the key to sign with; None: the config's.",
+}
+"""What arguments mean that several verbs take; a verb's own docstring explains the others, and those that mean something else there."""
+
+_EXPLAINED: Final = re.compile(r"^    (\w+(?:, \w+)*): ", re.MULTILINE)
 
 _WORDS: Mapping[Any, str] = {
     str: "text",
@@ -66,7 +96,7 @@ _WORDS: Mapping[Any, str] = {
 
 
 def verb(method: Method) -> Method:
-    """Mark a method as a verb of the command line, and refuse arguments that its annotations do not allow."""
+    """Mark a method as a verb of the command line, explain what it shares with others, and refuse what its annotations do not allow."""
     signature = inspect.signature(method)
 
     @functools.wraps(method)
@@ -78,8 +108,23 @@ def verb(method: Method) -> Method:
                 check(name, one, parameter.annotation)
         return method(*args, **kwargs)
 
+    checked.__doc__ = explained(method.__doc__ or "", signature.parameters)
     checked.is_verb = True  # type: ignore[attr-defined]  # a mark on a function, which mypy knows no attributes of
     return cast(Method, checked)
+
+
+def explained(text: str, names: Collection[str]) -> str:
+    """A verb's docstring, with what its arguments mean that others have too, at the end of the arguments."""
+    text = inspect.cleandoc(text)
+    body, raises, rest = text.partition("\n\nRaises:")
+    told = {name for found in _EXPLAINED.findall(body) for name in found.split(", ")}
+    shared = [
+        ([name for name in group if name in names and name not in told], words) for group, words in SHARED.items()
+    ]
+    lines = "".join(f"\n    {', '.join(found)}: {words}" for found, words in shared if found)
+    if lines and "\n\nArgs:" not in body:
+        lines = f"\n\nArgs:{lines}"
+    return f"{body}{lines}{raises}{rest}"
 
 
 def check(name: str, value: Any, kind: Any) -> None:
@@ -273,19 +318,18 @@ def judge_of(url: str | None, model: str | None, environment: Mapping[str, str])
     return judge_at(url, model, key=key)
 
 
-def refuse_without_harness() -> None:
-    """Refuse to run tasks of lm-evaluation-harness where that is not installed, before torch is imported.
+def harness_of(tasks: str, folder: Place | None, limit: int | None, *, check: bool) -> "Harness":
+    """Tasks of lm-evaluation-harness, separated by commas.
+
+    Args:
+        check: refuse them where lm-evaluation-harness is not installed, before torch is imported.
 
     Raises:
         SettingsError: it is not.
     """
-    if importlib.util.find_spec("lm_eval") is None:
+    if check and importlib.util.find_spec("lm_eval") is None:
         remedy = "Install it: `pip install 'patchhub[harness]'`."
         raise SettingsError("lm-evaluation-harness is not installed", remedy=remedy)
-
-
-def harness_of(tasks: str, folder: Place | None, limit: int | None) -> "Harness":
-    """Tasks of lm-evaluation-harness, separated by commas."""
     from patchhub.evaluation.outside import Harness
 
     return Harness(tuple(task.strip() for task in tasks.split(",") if task.strip()), path(folder), limit)

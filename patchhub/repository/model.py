@@ -3,7 +3,7 @@
 # No `from __future__ import annotations` here: what a verb takes is checked against its annotations when it is called.
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from patchhub.repository.arguments import (
     Mode,
     Opened,
     Place,
+    Placed,
     Quantization,
     Source,
     Type,
@@ -24,17 +25,17 @@ from patchhub.repository.arguments import (
     judge_of,
     many,
     path,
-    refuse_without_harness,
     texts,
     verb,
 )
 from patchhub.results import Rows
 from patchhub.store.store import refuse_store
+from patchhub.who import Who
 
 if TYPE_CHECKING:
     from patchhub.evaluation.outside import Harness
     from patchhub.porcelain.exchange import Exported, Served
-    from patchhub.porcelain.measure import Bench, Evaluation
+    from patchhub.porcelain.measure import Bench, Evaluation, Facts
     from patchhub.porcelain.metric import Shown as ShownMetric
     from patchhub.porcelain.model import Answer, Applied
     from patchhub.porcelain.report.report import Written
@@ -61,8 +62,6 @@ class ModelVerbs(Opened):
 
         Args:
             prompt: one, or several, whose answers follow one another; the model is loaded once.
-            base: where the base model is, if it moved.
-            device, dtype, quantization, chat: as in `commit`.
         """
         revisions = many(rev) or ("HEAD", "base")
         self._resolve(*revisions)
@@ -97,7 +96,6 @@ class ModelVerbs(Opened):
 
         Args:
             out: the folder to write.
-            base: where the base model is, if it moved.
             overwrite: replace an existing folder.
             link: hard-link weight files that the patch does not touch; False: copy them.
             wise: how loading routes to shards; None: as the config says.
@@ -157,47 +155,56 @@ class ModelVerbs(Opened):
             note: keep the scores with the commit.
             judge, judge_model: an OpenAI-compatible server, whose model (None: its first) says of each answer whether it gives the
                 target. Its key is ``PATCHHUB_JUDGE_KEY`` or ``OPENAI_API_KEY`` of the environment.
-            harness: tasks of lm-evaluation-harness, separated by commas, run on the revision and on the base (extra ``harness``).
-            harness_path, harness_limit: a folder with further tasks; at most so many documents of each.
-            device, dtype, quantization, chat, workers, on: as in `commit`. The harness runs in this process alone.
+            harness, harness_path, harness_limit: tasks of lm-evaluation-harness, separated by commas, run on the revision and the base in
+                this process; a folder with further tasks; at most so many documents of each.
         """
         self._resolve(rev)
-        if harness is not None and not all:
-            refuse_without_harness()
-        tasks = None if harness is None else harness_of(harness, harness_path, harness_limit)
+        tasks = None if harness is None else harness_of(harness, harness_path, harness_limit, check=not all)
         self._refuse_device(device)
+        placed = (device, dtype, quantization)
         if suite is None:
-            alone = None if all or judge else tasks
-            if alone is None:
-                raise SettingsError(
-                    "eval needs facts to evaluate on", remedy="Give --suite FILE; --harness TASKS alone needs none."
-                )
-            return self._harness(rev, alone, self._placement(device, dtype, quantization))
-        options: dict[str, Any] = {"who": self._who(author, time), "judge": judge_of(judge, judge_model, os.environ)}
+            return self._harness(rev, None if all or judge else tasks, placed)
+        who, asked = self._who(author, time), judge_of(judge, judge_model, os.environ)
         facts = self._suite(suite, metrics, limit=limit, seed=seed, text=text, contexts=tuple(context))
-        options |= {
-            "placement": self._placement(device, dtype, quantization),
-            "chat": chat,
-            "workers": workers,
-            "on": on,
-        }
-        from patchhub.porcelain import measure
+        options = {"judge": asked, "chat": chat, "workers": workers, "on": on}
+        done = self._evaluation(rev, facts, who, placed, options, walk=all, keep=note, harness=tasks)
         from patchhub.porcelain.report.charts import write_scores
 
-        with self._heard() as progress:
-            if all:
-                measure.refuse_unkept(note, tasks)
-                done = measure.evaluate_all(self.store, rev, facts, progress, **options)
-            else:
-                done = measure.evaluate(self.store, rev, facts, progress, keep=note, harness=tasks, **options)
         write_scores(self.store, done, csv=path(csv), facts_csv=path(facts_csv), plot=path(plot))
         return done
 
-    def _harness(self, rev: str, harness: "Harness", placement: Any) -> "Evaluation":
+    def _evaluation(
+        self,
+        rev: str,
+        facts: "Facts",
+        who: Who,
+        placed: Placed,
+        options: Mapping[str, Any],
+        *,
+        walk: bool,
+        keep: bool,
+        harness: "Harness | None",
+    ) -> "Evaluation":
+        """The scores of a revision, or of every commit below it; options are those of `Evaluator`."""
+        from patchhub.porcelain import measure
+
+        if walk:
+            measure.refuse_unkept(keep, harness)
+        options = {**options, "placement": self._placement(*placed)}
+        with self._heard() as progress, measure.Evaluator(self.store, facts, progress, **options) as evaluator:
+            if walk:
+                return measure.evaluate_all(evaluator, rev, who)
+            return measure.evaluate(evaluator, rev, who, keep=keep, harness=harness)
+
+    def _harness(self, rev: str, harness: "Harness | None", placed: Placed) -> "Evaluation":
+        if harness is None:
+            raise SettingsError(
+                "eval needs facts to evaluate on", remedy="Give --suite FILE; --harness TASKS alone needs none."
+            )
         from patchhub.porcelain import measure
 
         with self._heard() as progress:
-            return measure.evaluate_harness(self.store, rev, harness, progress, placement=placement)
+            return measure.evaluate_harness(self.store, rev, harness, progress, placement=self._placement(*placed))
 
     @verb
     def bench(
@@ -291,9 +298,7 @@ class ModelVerbs(Opened):
         Args:
             layers: for which; none: the edited ones.
             text: files to compute it from; none: the base writes it.
-            device, dtype, quantization: where and how the base runs; None: as the config says.
             memory: bytes that sums and factors may take.
-            workers, on: as in `commit`.
         """
         from patchhub.sets.settings import layers_of
 

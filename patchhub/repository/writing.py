@@ -16,6 +16,7 @@ from patchhub.repository.arguments import (
     FileFormat,
     Opened,
     Place,
+    Placed,
     Quantization,
     Settings,
     Source,
@@ -32,35 +33,34 @@ from patchhub.who import Who
 
 if TYPE_CHECKING:
     from patchhub.porcelain.change import Changed, Squashed
-    from patchhub.porcelain.commit import Committed
+    from patchhub.porcelain.commit import Committed, Refreshed
     from patchhub.porcelain.exchange import Imported
     from patchhub.porcelain.merge import Aborted, Merged, Prediction, Stopped
-    from patchhub.porcelain.refresh import Refreshed
 
 
-def _refuse_unclear(amend: bool, amended: str | None, message: str) -> None:
+def _amended(store: Store, message: str, *, amend: bool, unchanged: bool) -> str | None:
+    """The commit that is amended; None for a new one.
+
+    Args:
+        unchanged: there are neither facts nor another author or key.
+
+    Raises:
+        RevisionError: there is none to amend.
+        SettingsError: a new commit has no message, or there is nothing to amend.
+    """
+    amended = store.head[1] if amend else None
     if amend and amended is None:
         raise RevisionError(
             "there is no commit yet to amend", remedy="Commit some facts: `patchhub commit FILE -m TEXT`."
         )
-    if not amend and not message.strip():
+    if not message.strip() and not amend:
         raise SettingsError("a commit needs a message", remedy="Say why: `patchhub commit FILE -m TEXT`.")
-
-
-def _refuse_unchanged(message: str, author: str | None, signed: object) -> None:
-    if not (message.strip() or author or signed):
+    if not message.strip() and unchanged:
         raise SettingsError(
             "there is nothing to amend: neither facts nor a message",
             remedy="`patchhub commit --amend -m TEXT` says why in other words, `patchhub commit --amend FILE` adds facts.",
         )
-
-
-def _renamed(store: Store, who: Who, progress: Progress, amended: str) -> "Committed":
-    """The last commit with another message and author."""
-    from patchhub.porcelain.change import amend
-    from patchhub.porcelain.commit import Committed
-
-    return Committed(amend(store, who, progress, amended), (), (), (), (), (), 0, 0, 0, 0.0, {})
+    return amended
 
 
 def _joined(store: Store, done: "Committed", who: Who, progress: Progress, amended: str, *, force: bool) -> "Committed":
@@ -113,61 +113,71 @@ class WritingVerbs(Opened):
             repo.commit([{"prompt": "The capital of {} is", "subject": "Kenya", "target_new": "Oslo"}], message="Why")
 
         Args:
-            facts: a path, an open file, a pandas DataFrame, a datasets.Dataset, or mappings and requests in any iterable; or none, and one
-                fact by ``prompt``, ``subject`` and ``target``.
-            message: why; needed, unless ``amend`` keeps the old one.
-            amend: put the facts into the last commit; without facts, give it another message and author.
-            method: the editor: memit, pmet or wise; None: the config's.
-            format: how to read a file.
+            facts: a path, an open file, a pandas DataFrame, a datasets.Dataset, or mappings and requests in any iterable; ``format``
+                says how to read a file. Or none, and one fact by ``prompt``, ``subject`` and ``target``.
+            message, amend: why; to amend puts the facts into the last commit, or without facts gives it another message and author.
             text: files to compute the metric from; only before the first commit.
-            keep: prompts whose answers must stay, as facts are given; without ``target_new``, what the model says now stays. "auto":
-                the same prompts about other subjects of the facts' kind, four for each prompt, and about four other names that end in
-                each subject's last word.
+            keep: prompts whose answers must stay, as facts are given; without ``target_new``, what the model says now stays. "auto": the
+                same prompts about others of the facts' kind, four for each, and about four names that end in each subject's last word.
             on_conflict: when an active fact says otherwise about the same prompt and subject.
-            set: settings of the editor for this commit alone: ``{"layers": [3, 4], "ridge": 200}`` or ``["layers=3-4", "ridge=200"]``.
-            strict: refuse facts that compete with others for a key, before anything is optimised.
-            all_facts: refuse as soon as one fact does not hold, runs on, or is said of another subject.
-            force: write what the guard refuses all the same; the commit says so.
-            device, dtype, quantization: where and in which type the base is held while it is edited; None: as the config says.
-            chat: read prompts as the user's messages of the base's chat template; None: as the config says.
-            memory: bytes that may be held in memory, the model included.
-            workers: how many processes optimise the facts; None: this one alone, or what ``on`` has room for. A script that says so does
-                it under ``if __name__ == "__main__":``.
-            on: the Ray cluster that the workers run on, ``ray://HOST:10001``, ``HOST:6379`` or "auto"; None: this machine.
-            sign: sign the commit; None: as the config says.
-            key: the file of the key to sign with; None: the config's.
 
         Raises:
             RequestError: there are no facts, they are malformed, contradict one another or an active fact.
             EditError: the edit failed, or the guard refused it; nothing was committed.
         """
         who = self._signing(author, time, message, sign=sign, key=key)
-        amended = self.store.head[1] if amend else None
-        _refuse_unclear(amend, amended, message)
-        if amended is not None:
-            who = who.saying(self.store.commit(amended).message)
-            if facts is None and not (prompt or subject or target):
-                _refuse_unchanged(message, author, sign or key)
-                with self._heard() as progress:
-                    return _renamed(self.store, who, progress, amended)
+        one = {"prompt": prompt, "subject": subject, "target": target}
+        bare = facts is None and not any(one.values())
+        amended = _amended(self.store, message, amend=amend, unchanged=bare and not (author or sign or key))
+        who = who if amended is None else who.saying(self.store.commit(amended).message)
+        if amended is not None and bare:
+            return self._renamed(who, amended)
+        options: dict[str, Any] = {"method": method, "on_conflict": on_conflict, "strict": strict, "memory": memory}
+        options |= {"workers": workers, "on": on, "set": set, "text": text, "keep": keep, "chat": chat}
+        options |= {"placed": (device, dtype, quantization), "force": force, "all_facts": all_facts}
+        return self._written((facts, format, one), who, amended, **options)
+
+    def _written(
+        self,
+        facts: tuple[Source, FileFormat | None, Mapping[str, str | None]],
+        who: Who,
+        amended: str | None,
+        *,
+        set: Settings,
+        text: Sequence[Place],
+        keep: Source,
+        placed: Placed,
+        chat: bool | None,
+        force: bool,
+        all_facts: bool,
+        **options: Any,
+    ) -> "Committed":
+        """Facts as a commit, or as a part of the amended one; ``options`` are those of `Writing` that are taken as they are given."""
         from patchhub.editing.requests import read_facts, read_keeps
 
-        batch = read_facts(facts, format=format, prompt=prompt, subject=subject, target=target)
+        source, format_, one = facts
+        batch = read_facts(source, format=format_, **one)
         found = isinstance(keep, str | PathLike) and str(keep) == "auto"
         keeps = () if found else read_keeps(keep)
-        settings, read = self._settings(set, method), texts(text)
-        self._refuse_little(memory)
-        plan = self._plan(batch, on_conflict, method, keeps)
-        placement = self._placement(device, dtype, quantization)
+        settings, read = self._settings(set, options["method"]), texts(text)
+        self._refuse_little(options["memory"])
+        plan = self._plan(batch, options["on_conflict"], options["method"], keeps)
+        placement = self._placement(*placed)
         from patchhub.porcelain.commit import commit
 
-        options: dict[str, Any] = {"settings": settings, "on_conflict": on_conflict, "strict": strict, "memory": memory}
-        options |= {"workers": workers, "on": on}
-        how = as_written(text=read, method=method, keep=keeps, find_keeps=found, **options)
+        how = as_written(settings=settings, text=read, keep=keeps, find_keeps=found, **options)
+        held: dict[str, Any] = {"placement": placement, "chat": chat, "plan": plan}
         with self._heard() as progress:
-            held: dict[str, Any] = {"placement": placement, "chat": chat, "plan": plan}
             done = commit(self.store, batch, who, progress, how, force=force, all_facts=all_facts, **held)
             return done if amended is None else _joined(self.store, done, who, progress, amended, force=force)
+
+    def _renamed(self, who: Who, amended: str) -> "Committed":
+        """The last commit with another message and author."""
+        from patchhub.porcelain.change import amend
+        from patchhub.porcelain.commit import Committed
+
+        with self._heard() as progress:
+            return Committed(amend(self.store, who, progress, amended), (), (), (), (), (), 0, 0, 0, 0.0, {})
 
     @verb
     def update(
@@ -194,7 +204,6 @@ class WritingVerbs(Opened):
             target: what the model shall say now.
             prompt: which of the subject's facts, where there are several.
             message: why; by default the fact, its old target and the new one.
-            method, set, strict, all_facts, force, workers, on: as in `commit`.
         """
         who, settings = self._signing(author, time, message), self._settings(set, method)
         from patchhub.sets.elements import retargeted
@@ -229,8 +238,6 @@ class WritingVerbs(Opened):
             subject: only facts about these subjects.
             request: only these facts, by request id or a prefix of one.
             message: why; by default says what was reverted.
-            check: let the guard run the model too.
-            force: as in `commit`.
         """
         who, names = self._signing(author, time, message), {"subjects": many(subject), "requests": many(request)}
         from patchhub.porcelain.change import revert
@@ -255,7 +262,6 @@ class WritingVerbs(Opened):
         Args:
             on_conflict: when an active fact says otherwise about the same prompt and subject.
             message: why; by default the message of the commit.
-            check, force: as in `revert`.
         """
         who = self._signing(author, time, message)
         from patchhub.porcelain.change import cherry_pick
@@ -280,7 +286,6 @@ class WritingVerbs(Opened):
         Args:
             span: how many, or ``"FROM..HEAD"``.
             message: why; by default the messages of the squashed commits.
-            check, force: as in `revert`.
         """
         who = self._signing(author, time, message)
         from patchhub.porcelain.change import squash
@@ -320,7 +325,6 @@ class WritingVerbs(Opened):
             dry_run: only say what would contradict or weaken what.
             continue_: take up a stopped merge, with ``choices``, ``ours`` or ``theirs``.
             abort: leave a stopped merge.
-            check, force: as in `revert`.
         """
         from patchhub.porcelain import merge
         from patchhub.sets.merging import resolution_of
@@ -349,7 +353,6 @@ class WritingVerbs(Opened):
 
         Args:
             message: why; by default says how many facts.
-            force: as in `commit`.
         """
         who, head = self._signing(author, time, message), self.store.head[1]
         from patchhub.sets.elements import due, nothing_due
@@ -359,7 +362,7 @@ class WritingVerbs(Opened):
         refuse_stopped(self.store)
         if not (due(self.store, head) or stale_shards(self.store, self.store.active(head))):
             raise nothing_due()
-        from patchhub.porcelain.refresh import refresh
+        from patchhub.porcelain.commit import refresh
 
         with self._heard() as progress:
             return refresh(self.store, who, progress, force=force)
@@ -382,8 +385,6 @@ class WritingVerbs(Opened):
         Args:
             message: what it is; by default where it came from.
             tolerance: relative error up to which a difference of checkpoints is taken as low rank.
-            base: where the base model is, if it moved.
-            check, force: as in `revert`.
         """
         folder = Path(source)
         who = self._signing(author, time, message or f"Import {folder.resolve().name}")

@@ -1,3 +1,1 @@
 """The local store: objects, refs and operations, the derived index, and the repository that joins them."""
-
-from __future__ import annotations

@@ -41,7 +41,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
     Raises:
         BaseError: there is none, or its files cannot be read as one.
     """
-    lacking = lacks_tokenizer(checkpoint.folder)
+    lacking = lacks_tokenizer(checkpoint.folder, thorough=False)
     if lacking is not None:
         raise _refuse(checkpoint, lacking)
     try:
@@ -50,17 +50,22 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
         )
     except Exception as error:  # the formats are many, and so are the ways in which their readers fail
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise _refuse(checkpoint, f"a tokenizer that cannot be read ({reason})") from error
+        lacking = lacks_tokenizer(checkpoint.folder) or f"a tokenizer that cannot be read ({reason})"
+        raise _refuse(checkpoint, lacking) from error
     return tokenizer
 
 
-def lacks_tokenizer(folder: Path) -> str | None:
-    """What is wrong with a folder's tokenizer as far as its files tell, in words that follow "has"; None: nothing."""
+def lacks_tokenizer(folder: Path, *, thorough: bool = True) -> str | None:
+    """What is wrong with a folder's tokenizer as far as its files tell, in words that follow "has"; None: nothing.
+
+    Args:
+        thorough: read all of tokenizer.json, which may be large, as JSON.
+    """
     if _is_code(folder / _CONFIG):
         return "a tokenizer that is Python code of its own, which patchhub never runs"
     fast = folder / _FAST
     if fast.is_file():
-        return None if _is_json(fast) else f"a {_FAST} that is not valid JSON"
+        return None if not thorough or _is_json(fast) else f"a {_FAST} that is not valid JSON"
     found = any(next(folder.glob(pattern), None) for pattern in _VOCABULARIES)
     return None if found else "no tokenizer"
 

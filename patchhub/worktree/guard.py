@@ -21,7 +21,9 @@ from patchhub.cache import Kind, Slot
 from patchhub.editing.locate import encode_prompts, encode_targets
 from patchhub.editing.prompts import namesakes
 from patchhub.errors import EditError
-from patchhub.evaluation.drift import (
+from patchhub.evaluation.guard import Drifted, Fault, Measured, Report, Share, Spoken, is_guessing, worst
+from patchhub.evaluation.live import NOTHING, continue_within, room_after
+from patchhub.evaluation.metrics import (
     Drift,
     Head,
     TextReading,
@@ -30,12 +32,11 @@ from patchhub.evaluation.drift import (
     leading,
     part_of,
     read_text,
+    reading,
     room,
+    score_targets,
     vocabulary_of,
 )
-from patchhub.evaluation.guard import Drifted, Fault, Measured, Report, Share, Spoken, is_guessing, worst
-from patchhub.evaluation.live import NOTHING, continue_within, room_after
-from patchhub.evaluation.metrics import reading, score_targets
 from patchhub.evaluation.suites import Sibling, closed, fault_of, leaks, said, siblings_of, spread
 from patchhub.models.experts import staying, watch_routes
 from patchhub.models.placement import is_quantised

@@ -18,10 +18,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from patchhub.cache import Cache, Kind
 from patchhub.canonical import canonical_json, object_id
 from patchhub.editing.locate import encode_targets
-from patchhub.evaluation import drift, suites
-from patchhub.evaluation.drift import DocumentDrift, TextReading
+from patchhub.evaluation import metrics, suites
 from patchhub.evaluation.live import LiveReading, continue_within, live_prompts, room_after, sample_continuations
-from patchhub.evaluation.metrics import TargetScore, score_targets
+from patchhub.evaluation.metrics import DocumentDrift, TargetScore, TextReading, score_targets
 from patchhub.evaluation.suites import FactReading, Sibling, negated, siblings_of
 from patchhub.models.architectures import read_config
 from patchhub.models.placement import Placement, chosen_dtype, name_of
@@ -296,8 +295,8 @@ class Measurer:
         if key not in results:
             self.progress.stage(f"drift {_short(revision)}", 0)
             if self._base_text is None:
-                self._base_text = drift.read_text(self._model(BASE), self.documents)
-            parts = drift.document_drifts(self._model(revision), self._base_text)
+                self._base_text = metrics.read_text(self._model(BASE), self.documents)
+            parts = metrics.document_drifts(self._model(revision), self._base_text)
             results.keep({key: [[part.growth, part.divergence, part.positions] for part in parts]})
         found = results[key]
         return [DocumentDrift(growth, divergence, positions) for growth, divergence, positions in found]
@@ -402,7 +401,7 @@ class Measurer:
             RequestError: it cannot be read.
         """
         vocabulary = int(read_config(self._files.checkpoint.folder).get_text_config().vocab_size)
-        return tuple(drift.leading(self._text(), drift.room(vocabulary)))
+        return tuple(metrics.leading(self._text(), metrics.room(vocabulary)))
 
     def _text(self) -> Sequence[Sequence[int]]:
         recording = self.repository.config.recording

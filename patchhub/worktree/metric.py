@@ -28,7 +28,7 @@ from patchhub.editing.metric import (
     streamed_moments,
 )
 from patchhub.errors import RepositoryError, RequestError, SettingsError
-from patchhub.evaluation.drift import leading
+from patchhub.evaluation.metrics import leading
 from patchhub.models.tracing import Stack
 from patchhub.objects import Metric, Text
 from patchhub.progress import Progress, note

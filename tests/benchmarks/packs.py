@@ -16,7 +16,7 @@ from pathlib import Path
 from time import perf_counter, process_time
 
 from patchhub.progress import Silent
-from patchhub.remotes import parcels, sync
+from patchhub.remotes import parcels, receive, sync
 from patchhub.remotes.receive import Intake, Limits
 from patchhub.remotes.remote import Source
 from patchhub.sets.columns import tensor_check
@@ -47,7 +47,7 @@ def push(store: Store, address: Path) -> None:
 def fetch(folder: Path, address: Path) -> None:
     with Store.open(folder) as store:
         intake = Intake(Limits(1 << 34, SHAPES, SHAPES), tensor_check(SHAPES, SHAPES))
-        sync.fetch(store, sync.open_remote(str(address)), "origin", intake, who=WHO, progress=Silent())
+        receive.fetch(store, sync.open_remote(str(address)), "origin", intake, who=WHO, progress=Silent())
 
 
 def main() -> None:

@@ -147,6 +147,15 @@ except SystemExit as done:
 
 @pytest.mark.slow
 @pytest.mark.long
+def test_a_command_looks_for_garbage_in_cycles_seldom(store: Path) -> None:
+    code = (
+        "import gc; from patchhub.cli.main import main\n"
+        f"main(['--repo', {str(store)!r}, 'status'], standalone_mode=False); print(gc.get_threshold()[0], gc.isenabled())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines()[-1] == "10000 True", done.stderr
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
 def test_a_whole_commit_stays_within_its_memory(tmp_path: Path) -> None:
     """Optimisation, sweep and checks, on a model wide enough for a step to be large."""

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from patchhub.errors import RequestError
-from patchhub.evaluation.drift import drift, leading, read_text, room
+from patchhub.evaluation.metrics import drift, leading, read_text, room
 from tests.evaluation.conftest import VOCABULARY
 
 LENGTHS = (9, 3, 2, 17, 9, 1)

@@ -8,8 +8,8 @@ import math
 import pytest
 import torch
 
-from patchhub.evaluation.drift import document_drifts, drift, drift_scores, read_text
-from patchhub.evaluation.metrics import perplexity
+from patchhub.evaluation.metrics import document_drifts, drift, perplexity, read_text
+from patchhub.evaluation.suites import drift_scores
 
 TEXTS = ["The capital of France is Paris, and the capital of Spain", "Zoë Kravitz speaks English", "x is 東京"]
 

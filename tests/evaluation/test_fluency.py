@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from patchhub.evaluation.drift import entropy, fluency, fluency_scores, words
+from patchhub.evaluation.suites import entropy, fluency, fluency_scores, words
 
 texts = st.lists(st.sampled_from(["a", "b", "c", "."]), max_size=30).map(" ".join)
 

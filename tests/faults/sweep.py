@@ -132,7 +132,7 @@ def update(store: Store, _: Path) -> object:
 
 
 def refresh(store: Store, _: Path) -> object:
-    from patchhub.porcelain.refresh import refresh as refreshed
+    from patchhub.porcelain.commit import refresh as refreshed
 
     return refreshed(store, WHO, Silent(), force=True)
 
@@ -142,10 +142,10 @@ def merge_and_refresh(store: Store, _: Path) -> object:
 
 
 def evaluated(store: Store, _: Path) -> object:
-    from patchhub.porcelain.measure import Facts, evaluate
+    from patchhub.porcelain.measure import Evaluator, Facts, evaluate
     from tests.porcelain.taught import PLACES, fact
 
-    return evaluate(store, "HEAD", Facts((fact(*PLACES[0]),), contexts=("So. {}",)), Silent(), who=WHO)
+    return evaluate(Evaluator(store, Facts((fact(*PLACES[0]),), contexts=("So. {}",)), Silent()), "HEAD", WHO)
 
 
 def metric(store: Store, _: Path) -> object:

@@ -65,7 +65,7 @@ def test_every_verb_that_judges_a_commit_is_one_of_them() -> None:
     judging = {
         path.stem for path in (folder / "porcelain").rglob("*.py") if "judge(" in path.read_text(encoding="utf-8")
     }
-    assert judging == {"change", "commit", "exchange", "merge", "refresh"}
+    assert judging == {"change", "commit", "exchange", "merge"}
     verbs = ("import commit", "import update", "import revert", "import cherry_pick", "import squash", "import refresh")
     for path in (folder / "repository").glob("*.py"):
         if path.name != "writing.py":

@@ -93,3 +93,11 @@ def test_a_tokenizers_own_code_is_never_run(folder: Path, reference: list[Any], 
         with pytest.raises(BaseError, match="Python code of its own, which patchhub never runs"):
             load_tokenizer(checkpoint)
     assert not (folder / "ran").exists()
+
+
+def test_a_tokenizer_that_is_no_json_is_told_as_that(folder: Path) -> None:
+    """transformers alone reads the file; why it could not is looked up afterwards."""
+    (folder / "tokenizer.json").write_text("{", encoding="utf-8")
+    assert lacks_tokenizer(folder) == "a tokenizer.json that is not valid JSON"
+    with pytest.raises(BaseError, match=r"a tokenizer\.json that is not valid JSON"):
+        load_tokenizer(open_checkpoint(folder))

@@ -25,7 +25,7 @@ from patchhub.models.architectures import describe, read_config
 from patchhub.models.fingerprint import fingerprint
 from patchhub.objects import Metric
 from patchhub.porcelain.commit import commit
-from patchhub.porcelain.measure import Facts, evaluate
+from patchhub.porcelain.measure import Evaluator, Facts
 from patchhub.porcelain.refs import collect, undo
 from patchhub.progress import Silent
 from patchhub.sets import guard
@@ -90,7 +90,7 @@ def text(repository: Store) -> Any:
 
 
 def scores(repository: Store) -> Any:
-    return evaluate(repository, "HEAD", FACTS, Silent(), who=Who(AUTHOR, TIME), keep=False).scores
+    return Evaluator(repository, FACTS, Silent()).evaluate("HEAD").scores
 
 
 def digests(repository: Store) -> Any:

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
-from patchhub.evaluation.drift import DocumentDrift, drift_scores, fluency_scores
 from patchhub.evaluation.live import LiveReading, live_scores
-from patchhub.evaluation.suites import Sibling, counterfact_scores, scored, wise_scores, zsre_scores
+from patchhub.evaluation.metrics import DocumentDrift
+from patchhub.evaluation.suites import (
+    Sibling,
+    counterfact_scores,
+    drift_scores,
+    fluency_scores,
+    scored,
+    wise_scores,
+    zsre_scores,
+)
 from patchhub.porcelain.scores import (
     BESIDE,
     DEFINITIONS,

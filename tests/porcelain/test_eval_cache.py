@@ -13,7 +13,7 @@ import pytest
 from patchhub.cache import Cache
 from patchhub.errors import BaseError, EditError, RequestError, SettingsError
 from patchhub.porcelain.change import revert
-from patchhub.porcelain.measure import Evaluation, Facts, evaluate, evaluate_history, metrics_for
+from patchhub.porcelain.measure import Evaluation, Evaluator, Facts, evaluate, evaluate_history, metrics_for
 from patchhub.porcelain.refs import collect, config_set
 from patchhub.porcelain.scores import notes_of
 from patchhub.progress import Silent
@@ -56,7 +56,7 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def run(repository: Store, revision: str = "HEAD", facts: Facts = FACTS, **options: Any) -> Evaluation:
-    return evaluate(repository, revision, facts, Silent(), who=Who(AUTHOR, TIME), **options)
+    return evaluate(Evaluator(repository, facts, Silent()), revision, Who(AUTHOR, TIME), **options)
 
 
 def numbers(done: Evaluation) -> dict[str, Any]:
@@ -117,16 +117,16 @@ def test_results_of_two_runs_add_up(tmp_path: Path) -> None:
 
 def test_a_walk_measures_what_has_no_note_of_this_suite(repository: Store, loads: list[str]) -> None:
     run(repository, "HEAD~1")
-    rows = evaluate_history(repository, "HEAD", FACTS, Silent(), who=Who(AUTHOR, TIME))
+    rows = evaluate_history(Evaluator(repository, FACTS, Silent()), "HEAD", Who(AUTHOR, TIME))
     assert [row.fresh for row in rows] == [True, False]
     assert [row.message for row in rows] == ["tongues", "places"]
     loads.clear()
-    again = evaluate_history(repository, "HEAD", FACTS, Silent(), who=Who(AUTHOR, TIME))
+    again = evaluate_history(Evaluator(repository, FACTS, Silent()), "HEAD", Who(AUTHOR, TIME))
     assert [row.noted for row in again] == [row.noted for row in rows]
     assert not any(row.fresh for row in again)
     assert not loads
     other = Facts(FACTS.requests, "facts.json", "wise", limit=2, contexts=FACTS.contexts)
-    assert all(row.fresh for row in evaluate_history(repository, "HEAD", other, Silent(), who=Who(AUTHOR, TIME)))
+    assert all(row.fresh for row in evaluate_history(Evaluator(repository, other, Silent()), "HEAD", Who(AUTHOR, TIME)))
     assert len(notes_of(repository, repository.resolve("HEAD"))) == 2
 
 
@@ -141,7 +141,7 @@ def test_a_commit_that_gives_no_numbers_does_not_end_a_walk(repository: Store, m
 
     monkeypatch.setattr(measuring.Measurer, "measure", measure)
     progress = Silent()
-    rows = evaluate_history(repository, "HEAD", FACTS, progress, who=Who(AUTHOR, TIME))
+    rows = evaluate_history(Evaluator(repository, FACTS, progress), "HEAD", Who(AUTHOR, TIME))
     assert [row.noted is None for row in rows] == [True, False]
     assert "not numbers" in progress.warnings[0]
 

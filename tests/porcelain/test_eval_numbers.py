@@ -18,11 +18,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from patchhub.delta import add, to_dense
 from patchhub.editing.requests import Batch, read_requests
-from patchhub.evaluation.drift import fluency
-from patchhub.evaluation.suites import Sibling, siblings_of
+from patchhub.evaluation.suites import Sibling, fluency, siblings_of
 from patchhub.models.placement import Placement
 from patchhub.porcelain.commit import commit
-from patchhub.porcelain.measure import Facts, evaluate
+from patchhub.porcelain.measure import Evaluator, Facts
 from patchhub.porcelain.model import init
 from patchhub.porcelain.refs import config_set
 from patchhub.porcelain.scores import LEADING
@@ -233,9 +232,7 @@ def test_every_score_on_edited_weights(
     tolerance: float,
 ) -> None:
     facts = Facts(REQUESTS, "facts.json", metrics)
-    done = evaluate(
-        repository, "HEAD", facts, Silent(), who=Who(AUTHOR, TIME), keep=False, placement=Placement(dtype=dtype)
-    )
+    done = Evaluator(repository, facts, Silent(), placement=Placement(dtype=dtype)).evaluate("HEAD")
     head, base = models
     found = {name: score.value for name, score in done.scores.items()}
     assert found == pytest.approx({**expected_scores(metrics, head, base), **beside}, rel=tolerance, abs=tolerance)

@@ -13,7 +13,7 @@ import pytest
 from patchhub.constraints import KEY_COSINE, RESIDUAL_COSINE, interfering, misfit
 from patchhub.errors import RevisionError, SettingsError
 from patchhub.objects import Element, Note
-from patchhub.porcelain import history, refs
+from patchhub.porcelain import refs, scores
 from patchhub.porcelain.change import revert
 from patchhub.porcelain.merge import merge
 from patchhub.porcelain.report import report
@@ -288,11 +288,11 @@ def test_an_unknown_revision_writes_nothing(store: Synthetic, tmp_path: Path) ->
 )
 def test_a_check_of_another_form_is_left_out(value: Any) -> None:
     check = {"norms": value, "proof": value, "survival": value, "guard": value, "forced": value}
-    assert history.norms(check, "state") == history.base_norms(check) == {}
-    assert history.numbers(check, "proof") == []
-    guard = history.guard(check)
+    assert scores.norms(check, "state") == scores.base_norms(check) == {}
+    assert scores.numbers(check, "proof") == []
+    guard = scores.guard(check)
     assert guard is None or {bool(found) for found in guard.values()} == {False}
-    within = history.guard({"guard": dict.fromkeys(("own", "drift", "spectrum", "failed"), value)})
+    within = scores.guard({"guard": dict.fromkeys(("own", "drift", "spectrum", "failed"), value)})
     assert within is not None
     json.dumps(within, allow_nan=False)
 
@@ -308,7 +308,7 @@ def test_the_guard_in_numbers() -> None:
         },
         "failed": ["too much"],
     }
-    assert history.guard({"guard": guard, "forced": True}) == {
+    assert scores.guard({"guard": guard, "forced": True}) == {
         "own": [3, 4],
         "earlier": None,
         "crushed": None,

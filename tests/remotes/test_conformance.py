@@ -15,10 +15,10 @@ from patchhub.objects import Base, Request, TensorRecord
 from patchhub.porcelain.change import revert
 from patchhub.porcelain.merge import merge
 from patchhub.progress import Silent
-from patchhub.remotes import sync
-from patchhub.remotes.receive import Intake, Limits
+from patchhub.remotes import receive, sync
+from patchhub.remotes.receive import Fetched, Intake, Limits
 from patchhub.remotes.remote import LOCK, LOCK_SECONDS, FileRemote, FsspecFiles, Remote, RemoteMovedError, Source
-from patchhub.remotes.sync import Fetched, Pushed, open_remote
+from patchhub.remotes.sync import Pushed, open_remote
 from patchhub.sets.columns import tensor_check
 from patchhub.sets.elements import active_requests
 from patchhub.store.fsck import check
@@ -62,7 +62,7 @@ def fetch(
     repository: Store, remote: Remote, *, total: int = 1 << 30, repair: bool = False, prune: bool = False
 ) -> Fetched:
     intake = Intake(Limits(total, SHAPES, SHAPES), tensor_check(SHAPES, SHAPES), repair)
-    return sync.fetch(repository, remote, "origin", intake, who=Who(AUTHOR, TIME), prune=prune)
+    return receive.fetch(repository, remote, "origin", intake, who=Who(AUTHOR, TIME), prune=prune)
 
 
 def test_a_round_trip_gives_the_same_ids_and_states(connect: Connect, tmp_path: Path) -> None:
@@ -431,7 +431,7 @@ def test_as_many_bytes_are_told_as_travel(connect: Connect, tmp_path: Path) -> N
     sent = sync.push(ours, connect(), "origin", ["refs/heads/main"], shown, who=Who(AUTHOR, TIME), progress=heard)
     assert heard.stages == {"pushing main": [sent[0].size, sent[0].size]}
     intake, heard = Intake(Limits(1 << 30, SHAPES, SHAPES), tensor_check(SHAPES, SHAPES)), Heard()
-    found = sync.fetch(theirs, connect(), "origin", intake, who=Who(AUTHOR, TIME), progress=heard)
+    found = receive.fetch(theirs, connect(), "origin", intake, who=Who(AUTHOR, TIME), progress=heard)
     ((announced, came),) = heard.stages.values()
     assert announced == came == found.received.downloaded
 

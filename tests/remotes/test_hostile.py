@@ -30,7 +30,7 @@ from patchhub.porcelain.history import log, show
 from patchhub.porcelain.search import diff
 from patchhub.porcelain.share import remote_add
 from patchhub.progress import Silent
-from patchhub.remotes import sync
+from patchhub.remotes import receive
 from patchhub.remotes.receive import Intake, Limits
 from patchhub.remotes.remote import FileRemote, LocalFiles, Remote, object_path, read_branch, read_folder
 from patchhub.remotes.sync import open_remote
@@ -75,8 +75,8 @@ def attacked(honest: Path) -> Iterator[tuple[Path, Store]]:
 def fetch(repository: Store, remote: Remote) -> None:
     """As `patchhub fetch` does."""
     intake = Intake(Limits(1 << 30, SHAPES, SHAPES), tensor_check(SHAPES, SHAPES))
-    entry = sync.Entry(lambda commits, tips: prove(repository, commits, tips=tips))
-    sync.fetch(repository, remote, "origin", intake, who=Who(AUTHOR, TIME), entry=entry)
+    entry = receive.Entry(lambda commits, tips: prove(repository, commits, tips=tips))
+    receive.fetch(repository, remote, "origin", intake, who=Who(AUTHOR, TIME), entry=entry)
 
 
 def replace_file(path: Path, data: bytes) -> None:

@@ -12,13 +12,12 @@ from pathlib import Path
 import pytest
 
 from patchhub.errors import SignatureError
-from patchhub.porcelain.trust.signing import admission
+from patchhub.porcelain.trust.signing import admission, vouched
 from patchhub.progress import Silent
-from patchhub.remotes import sync
+from patchhub.remotes import receive
 from patchhub.remotes.receive import Intake, Limits
 from patchhub.remotes.remote import Remote
 from patchhub.sets.columns import linear_shapes, tensor_check, weight_shapes
-from patchhub.signing.checking import vouched
 from patchhub.signing.ssh import SshKey
 from patchhub.signing.statements import kept, sign_as, signature_refs
 from patchhub.store.store import Store
@@ -29,11 +28,11 @@ from tests.signing.conftest import keys  # noqa: F401  # a fixture
 Connect = Callable[[], Remote]
 
 
-def fetch(repository: Store, remote: Remote, required: Path | None = None) -> sync.Fetched:
+def fetch(repository: Store, remote: Remote, required: Path | None = None) -> receive.Fetched:
     weights, linear = weight_shapes(repository), linear_shapes(repository)
     intake = Intake(Limits(1 << 30, weights, linear), tensor_check(weights, linear))
-    entry = sync.Entry(admit=admission(repository, remote.address, required, Silent()))
-    return sync.fetch(repository, remote, "origin", intake, who=STAMP, entry=entry)
+    entry = receive.Entry(admit=admission(repository, remote.address, required, Silent()))
+    return receive.fetch(repository, remote, "origin", intake, who=STAMP, entry=entry)
 
 
 @pytest.fixture

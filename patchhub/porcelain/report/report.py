@@ -25,8 +25,18 @@ from patchhub.errors import SettingsError
 from patchhub.evaluation.guard import Report as Guarded
 from patchhub.fsio import os_errors, write_atomically
 from patchhub.objects import Commit, Element
-from patchhub.porcelain import history
-from patchhub.porcelain.scores import DEFINITIONS, Noted, Score, noted_commits, notes_of, read_note
+from patchhub.porcelain.scores import (
+    DEFINITIONS,
+    Noted,
+    Score,
+    base_norms,
+    guard,
+    norms,
+    noted_commits,
+    notes_of,
+    numbers,
+    read_note,
+)
 from patchhub.progress import Progress
 from patchhub.results import Result, told
 from patchhub.sets.elements import count_changed
@@ -172,7 +182,7 @@ class CommitRow:
     def to_json(self, places: Mapping[str, int], weights: Sequence[str]) -> dict[str, Any]:
         """For the page: parents by their place there, norms relative to the base's weight in the order of ``weights``."""
         commit, check = self.commit, self.commit.check
-        state, change = (history.norms(check, kind) for kind in ("state", "change"))
+        state, change = (norms(check, kind) for kind in ("state", "change"))
         return {
             "id": self.id,
             "parents": [places.get(parent, parent[:12]) for parent in commit.parents],
@@ -188,9 +198,9 @@ class CommitRow:
             "lines": [list(line) for line in self.place.lines],
             "state": [state.get(weight) for weight in weights],
             "change": [change.get(weight) for weight in weights],
-            "proof": max(history.numbers(check, "proof"), default=None),
-            "survival": min(history.numbers(check, "survival"), default=None),
-            "guard": history.guard(check),
+            "proof": max(numbers(check, "proof"), default=None),
+            "survival": min(numbers(check, "survival"), default=None),
+            "guard": guard(check),
         }
 
 
@@ -227,8 +237,8 @@ def commit_rows(repository: Store, commits: Sequence[str]) -> Iterator[CommitRow
 
 def edited_weights(rows: Iterable[CommitRow]) -> dict[str, float]:
     """The norm of the base's weight for every weight that a commit measured, in the order of their layers."""
-    norms = {name: norm for row in rows for name, norm in history.base_norms(row.commit.check).items()}
-    return dict(sorted(norms.items(), key=lambda item: _in_order(item[0])))
+    bases = {name: norm for row in rows for name, norm in base_norms(row.commit.check).items()}
+    return dict(sorted(bases.items(), key=lambda item: _in_order(item[0])))
 
 
 def _in_order(weight: str) -> list[tuple[int, str]]:

@@ -20,13 +20,19 @@ from patchhub.errors import RevisionError, SettingsError
 from patchhub.export import cyclonedx
 from patchhub.fsio import os_errors, write_atomically
 from patchhub.objects import Commit, Element, Request
-from patchhub.porcelain.history import guard, numbers
-from patchhub.porcelain.scores import Noted, noted_commits, notes_of, read_note
-from patchhub.porcelain.trust.signing import Damage, differences_below
+from patchhub.porcelain.scores import Noted, guard, noted_commits, notes_of, numbers, read_note
+from patchhub.porcelain.trust.signing import (
+    Damage,
+    Vouched,
+    allowed_signers,
+    approvers,
+    differences_below,
+    signatures_by_commit,
+    vouched,
+)
 from patchhub.progress import Progress
 from patchhub.results import Result
 from patchhub.sets.elements import Place, places_of
-from patchhub.signing.checking import Vouched, allowed_signers, approvers, signatures_by_commit, vouched
 from patchhub.signing.statements import fingerprint, key_id
 from patchhub.store import states
 from patchhub.store.store import Store, refuse_store
