@@ -128,6 +128,17 @@ def _unstacked(weight: Float[Tensor, "stacked d"], known: ExpertsShape) -> Float
     return weight.view(known.experts, known.inner, known.out)
 
 
+def module_of(model: nn.Module, weight: str) -> nn.Module:
+    """The linear module, or the experts of a layer, that a weight is of.
+
+    Raises:
+        AttributeError: there is none of that name.
+    """
+    path = weight.rpartition(".")[0]
+    module, around = model.get_submodule(path), model.get_submodule(path.rpartition(".")[0])
+    return module if shape_of(around) is None else around
+
+
 def on_output(module: nn.Module, function: Callable[[Tensor], Tensor | None]) -> RemovableHandle:
     """Give what a linear map, or the experts of a layer together, put into the stream to a function; what that returns takes its place."""
     known = shape_of(module)

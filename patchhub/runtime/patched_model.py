@@ -19,7 +19,7 @@ from patchhub.delta import Delta
 from patchhub.errors import BaseError, SettingsError, UnsupportedModelError
 from patchhub.models.architectures import read_model
 from patchhub.models.checkpoint import Checkpoint
-from patchhub.models.experts import shape_of
+from patchhub.models.experts import module_of
 from patchhub.models.fingerprint import check_tensors, not_the_base
 from patchhub.models.placement import is_quantised
 from patchhub.models.streaming import streamed
@@ -63,11 +63,8 @@ def _is_linear(module: nn.Module, name: str) -> bool:
 
 
 def _module(model: nn.Module, weight: str) -> nn.Module:
-    """The linear module, or the experts of a layer, that a weight is of."""
-    path = weight.rpartition(".")[0]
     try:
-        around = model.get_submodule(path.rpartition(".")[0])
-        return model.get_submodule(path) if shape_of(around) is None else around
+        return module_of(model, weight)
     except AttributeError as error:
         raise not_the_base("the model in memory", missing=[weight]) from error
 

@@ -32,6 +32,7 @@ from patchhub.models.checkpoint import open_checkpoint
 from patchhub.models.experts import Groups, Routed, check_experts, grouped_forwards, shape_of, watch_routes
 from patchhub.models.tracing import Stack, add_beside, fast, right_padded
 from patchhub.repository import Repository
+from patchhub.runtime import routing
 from patchhub.sets.columns import read_columns, read_state, write_columns
 from patchhub.store.store import Store
 from tests.models.tiny_configs import SUPPORTED, make_config, random_model, tiny_config
@@ -458,11 +459,36 @@ def test_the_share_of_experts_that_stay_is_the_same_whether_the_bases_are_kept_o
 def test_what_experts_do_not_have_is_refused_by_name(tmp_path: Path) -> None:
     moment = tmp_path / "moment.npz"
     np.savez(moment, **{"mom2.mom2": np.eye(24, dtype=np.float32), "mom2.count": np.array(5)})
-    with made(tmp_path, "mixtral") as repository:
-        with pytest.raises(SettingsError, match="stack of 4 experts"):
-            repository.metric_import(f"1={moment}")
-        with pytest.raises(UnsupportedModelError, match="mixture of experts, which has no side memory"):
-            repository.commit([fact("Ada", "Dutch")], message="one", method="wise")
+    with made(tmp_path, "mixtral") as repository, pytest.raises(SettingsError, match="stack of 4 experts"):
+        repository.metric_import(f"1={moment}")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:none of these facts")
+@pytest.mark.parametrize(
+    ("family", "experts"), [("mixtral", None), ("dbrx", None), ("afmoe", "routed"), ("qwen2_moe", "shared")]
+)
+def test_a_history_of_side_memories_of_experts(family: str, experts: str | None, tmp_path: Path) -> None:
+    """A shard that is continued, the model with it from the store and from a checkpoint, and its revert: the base byte for byte."""
+    base = tmp_path / "base"
+    options: Mapping[str, Any] = {"experts": experts} if experts else {}
+    with made(tmp_path, family, **options) as repository:
+        repository.config("wise.steps", "3")
+        repository.commit([fact("Ada", "Dutch")], message="one", method="wise", force=True)
+        first = said(patchhub.load(tmp_path))
+        repository.commit([fact("Bob", "Greek")], message="two", method="wise", force=True)
+        routed = patchhub.load(tmp_path)
+        (memory,) = routing.routed(routed)
+        assert memory.change.shape == tuple(repository.store.config.base["weights"][memory.weight]["shape"])
+        assert np.any(to_dense(memory.change))
+        repository.apply("HEAD", out=tmp_path / "out")
+        assert torch.equal(said(patchhub.load(tmp_path / "out")), said(routed))
+        repository.revert("HEAD", force=True)
+        assert torch.equal(said(patchhub.load(tmp_path)), first)
+        repository.revert(subject="Ada", force=True)
+        repository.apply("HEAD", out=tmp_path / "back")
+    assert torch.equal(said(patchhub.load(tmp_path)), said(AutoModelForCausalLM.from_pretrained(base)))
+    assert (tmp_path / "back" / "model.safetensors").read_bytes() == (base / "model.safetensors").read_bytes()
 
 
 @pytest.mark.slow
