@@ -383,8 +383,8 @@ def default_wise_settings(architecture: Architecture) -> WiseSettings:
 
     The layer is the first that the closed-form editors write, but never block 0. A shard holds one request for 15 inputs of the
     projection: with more, edited prompts and other text come too close to one another. The mask leaves each output at least 1,600 entries
-    where it has so many, and at least the published share; of experts those count that a token passes. The published limit of an entry is for
-    projections of some 1,500 inputs: where the experts have fewer, each entry of theirs must be larger for as much of an output.
+    where it has so many, and at least the published share; of experts those count that a token passes. The published limit of an entry is
+    for projections of some 1,500 inputs: where experts have fewer, each entry of theirs must be larger for as much of an output.
     """
     narrow = architecture.d_model < _NARROW_SHARDS
     layer = min(max(1, round(architecture.n_layers / 8)), architecture.n_layers - 1)
