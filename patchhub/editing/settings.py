@@ -402,18 +402,20 @@ def default_wise_settings(architecture: Architecture) -> WiseSettings:
 
     The layer is the first that the closed-form editors write, but never block 0. A shard holds one request for 15 inputs of the
     projection: with more, edited prompts and other text come too close to one another. The mask leaves each output at least 1,600 entries
-    where it has so many, and at least the published share.
+    where it has so many, and at least the published share; of experts those count that a token passes. The published limit of an entry is
+    for projections of some 1,500 inputs: where experts have fewer, each entry of theirs must be larger for as much of an output.
     """
     narrow = architecture.d_model < _NARROW_SHARDS
-    inner = inner_width(architecture)
     layer = min(max(1, round(architecture.n_layers / 8)), architecture.n_layers - 1)
+    projection = architecture.feed_forward[layer]
+    inner = projection.shape[1]
     normed = architecture.norms[layer] is not None
     clamp = NORMED_CLAMP if normed else 2.0 if narrow else 0.75
     beta = 1.0 if normed else 0.75 * clamp
     return WiseSettings(
         layer=layer,
         shard_size=max(1, min(500, inner // 15)),
-        mask_ratio=min(1.0, max(0.2, 1600 / inner)),
+        mask_ratio=min(1.0, max(0.2, 1600 / projection.passed)),
         alpha=beta / 4,
         beta=beta,
         gamma=beta / 2,
@@ -421,4 +423,5 @@ def default_wise_settings(architecture: Architecture) -> WiseSettings:
         learning_rate=NORMED_RATE if normed else 1.0 if narrow else 0.5,
         clamp=clamp,
         ridge=inner / 16,
+        norm_constraint=1.0 if architecture.site is None else max(1.0, 1536 * max(1, projection.experts) / inner),
     )

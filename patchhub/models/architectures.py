@@ -245,6 +245,7 @@ FAMILIES: Final[Mapping[str, Family]] = {
     "olmo2": _POST_NORM,
     "olmo3": _POST_NORM,
     "glm4": replace(_LLAMA_LIKE, norms=("post_mlp_layernorm",)),
+    "dbrx": Family("transformer.blocks", "ffn.experts", "norm_attn_norm.attn.out_proj"),
     "flex_olmo": replace(_EXPERTS, norms=("post_feedforward_layernorm",)),
     "gpt_oss": _EXPERTS,
     "granitemoe": replace(_EXPERTS, ffn_out="block_sparse_moe.experts"),

@@ -7,8 +7,9 @@ not routed (decision 8).
 transformers keeps the experts of a layer in one module, called with hidden states (tokens, d), the experts of each token
 (tokens, slots) and their gates; or with the states of all tokens for each expert, (E tokens, d), which its gate has multiplied already
 and which are zero where a token is not routed (Llama 4). There gates enter the expert, so w_e is 1 and the key is of a gated input; what
-is given is (E tokens, out), and the sum over the experts is left to the caller. Keys are computed here once more from what a module is
-called with; `check_experts` compares what follows from them with what it gives."""
+is given is (E tokens, out), and the sum over the experts is left to the caller. DBRX keeps the experts one below the other in matrices,
+(E in, d), of a part of that module, and calls it with states in rows, (batch, time, d). Keys are computed here once more from what a
+module is called with; `check_experts` compares what follows from them with what it gives."""
 
 from __future__ import annotations
 
@@ -30,6 +31,7 @@ OUTPUT: Final = "down_proj"
 """The parameter of an experts' module that is the output projections of all of them, (E, out, in) or (E, in, out)."""
 
 _INPUTS: Final = ("gate_up_proj", "up_proj")
+_PART, _GATE, _UP, _DOWN = "mlp", "w1", "v1", "w2"  # of DBRX: the part that holds the matrices, and those
 _ARGUMENTS: Final = 4  # self, hidden states, experts of each token, their gates
 _STATES_ALONE: Final = 2  # self, the states of all tokens for each expert
 _TOKENS, _SLOTS = 6, 2  # of the check
@@ -40,7 +42,8 @@ _UNITS: Final = 64  # in the last place, that sums in another order may differ b
 class ExpertsShape:
     """Of one experts' module: how many there are, (out, in) of each output projection, and whether they are stored (in, out).
 
-    ``apart`` says that it is called with the states of all tokens for each expert, and gives what each of them gives.
+    ``apart`` says that it is called with the states of all tokens for each expert, and gives what each of them gives; ``flat`` that the
+    experts lie one below the other in matrices of a part of the module.
     """
 
     experts: int
@@ -48,6 +51,12 @@ class ExpertsShape:
     inner: int
     transposed: bool
     apart: bool = False
+    flat: bool = False
+
+    @property
+    def parameter(self) -> str:
+        """The path of the output projections in the module."""
+        return f"{_PART}.{_DOWN}" if self.flat else OUTPUT
 
     def together(self, output: Float[Tensor, "rows out"]) -> Float[Tensor, "tokens out"]:
         """The sum over the experts of what a module gave."""
@@ -61,6 +70,8 @@ class ExpertsShape:
 def shape_of(module: nn.Module) -> ExpertsShape | None:
     """The shape of an experts' module whose keys can be computed here; None of any other module."""
     weights = dict(module.named_parameters(recurse=False))
+    if not weights:
+        return _flat_shape_of(module)
     output, entry = weights.get(OUTPUT), next((weights[name] for name in _INPUTS if name in weights), None)
     if output is None or entry is None or output.ndim != 3 or entry.ndim != 3:
         return None
@@ -77,6 +88,55 @@ def shape_of(module: nn.Module) -> ExpertsShape | None:
         return None
     transposed = bool(getattr(module, "is_transposed", False))
     return ExpertsShape(experts, other, one, True) if transposed else ExpertsShape(experts, one, other, False)
+
+
+def _flat_shape_of(module: Any) -> ExpertsShape | None:
+    """The shape where the experts lie one below the other in three matrices of a part of the module."""
+    part: Any = module._modules.get(_PART)
+    weights = {} if part is None else dict(part.named_parameters())
+    experts = getattr(module, "num_experts", 0)
+    if weights.keys() != {_GATE, _UP, _DOWN} or len(inspect.signature(type(module).forward).parameters) != _ARGUMENTS:
+        return None
+    rows, out = weights[_DOWN].shape
+    alike = {weight.shape for weight in weights.values()} == {(rows, out)}
+    return (
+        ExpertsShape(experts, out, rows // experts, True, flat=True)
+        if alike and experts and not rows % experts
+        else None
+    )
+
+
+def outputs_of(module: Any, known: ExpertsShape) -> Float[Tensor, "experts out inner"]:
+    """The output projections of a module's experts; those numbers, not a copy."""
+    if known.flat:
+        return _unstacked(module._modules[_PART]._parameters[_DOWN], known).mT
+    weight: Tensor = module._parameters[OUTPUT]
+    return weight.mT if known.transposed else weight
+
+
+def _inputs_of(module: Any, known: ExpertsShape) -> list[tuple[Float[Tensor, "experts some d"], Tensor | None]]:
+    """The linear maps of a module's experts that the states enter, side by side, and their biases."""
+    if known.flat:
+        part = module._modules[_PART]._parameters
+        return [(_unstacked(part[name], known), None) for name in (_GATE, _UP)]
+    name = next(name for name in _INPUTS if name in module._parameters)
+    weights, bias = module._parameters[name], module._parameters.get(f"{name}_bias")
+    return [(weights.mT if known.transposed else weights, bias)]
+
+
+def _unstacked(weight: Float[Tensor, "stacked d"], known: ExpertsShape) -> Float[Tensor, "experts inner d"]:
+    return weight.view(known.experts, known.inner, known.out)
+
+
+def module_of(model: nn.Module, weight: str) -> nn.Module:
+    """The linear module, or the experts of a layer, that a weight is of.
+
+    Raises:
+        AttributeError: there is none of that name.
+    """
+    path = weight.rpartition(".")[0]
+    module, around = model.get_submodule(path), model.get_submodule(path.rpartition(".")[0])
+    return module if shape_of(around) is None else around
 
 
 def on_output(module: nn.Module, function: Callable[[Tensor], Tensor | None]) -> RemovableHandle:
@@ -111,7 +171,7 @@ class _Call:
     @classmethod
     def of(cls, known: ExpertsShape, args: tuple[Any, ...], kwargs: Mapping[str, Any] = MappingProxyType({})) -> _Call:
         given = (*args, *kwargs.values())
-        hidden: Tensor = given[0]
+        hidden: Tensor = given[0].flatten(0, -2)
         if not known.apart:
             tokens, slots = given[1].shape
             return cls(hidden, torch.arange(tokens, device=hidden.device).repeat_interleave(slots), given[1], given[2])
@@ -296,11 +356,9 @@ def _multiplied(
 
 def _entered(module: Any, known: ExpertsShape, groups: Groups, call: _Call) -> Float[Tensor, "rows inner"]:
     """The inputs of the experts' output projections, by rows."""
-    name = next(name for name in _INPUTS if name in module._parameters)
-    weights, bias = module._parameters[name], module._parameters.get(f"{name}_bias")
-    entered = groups.linear(
-        call.hidden.index_select(0, call.row[groups.pair]), weights.mT if known.transposed else weights, bias
-    )
+    states = call.hidden.index_select(0, call.row[groups.pair])
+    found = [groups.linear(states, weights, bias) for weights, bias in _inputs_of(module, known)]
+    entered = found[0] if len(found) == 1 else torch.cat(found, dim=-1)
     activation = _activation(module)
     assert activation is not None  # `check_experts`
     return activation(entered)
@@ -308,6 +366,8 @@ def _entered(module: Any, known: ExpertsShape, groups: Groups, call: _Call) -> F
 
 def _activation(module: Any) -> Callable[[Tensor], Tensor] | None:
     """What stands between the two linear maps of an expert; None: it is not known."""
+    if _PART in module._modules:
+        return partial(_gated_half, module._modules[_PART].activation_fn)
     activation: Callable[[Tensor], Tensor] | None = getattr(module, "act_fn", None)
     if "gate_up_proj" not in module._parameters:
         return activation
@@ -343,7 +403,7 @@ def check_experts(module: Any) -> bool:
     known = shape_of(module)
     if known is None or not callable(_activation(module)):
         return False
-    weight = module._parameters[OUTPUT]
+    weight = outputs_of(module, known)
     generator = torch.Generator().manual_seed(0)
     slots = min(_SLOTS, known.experts)
     hidden = torch.randn(_TOKENS, known.out, generator=generator)
@@ -353,12 +413,10 @@ def check_experts(module: Any) -> bool:
     if known.apart:
         scores = torch.zeros(_TOKENS, known.experts).scatter(1, experts, gates)
         args = ((hidden * scores.T[..., None]).flatten(0, 1).to(weight),)
-    given = known.together(
-        module.forward(*args).double()
-    )  # no hooks: earlier commits' changes may run beside the module
+    given = module.forward(*args).double()  # no hooks: earlier commits' changes may run beside the module
+    given = known.together(given).view(_TOKENS, -1)
     routed = gated_keys(module, args, {}, None)
-    stacked = weight.mT if known.transposed else weight  # (E, out, in)
-    expected = routed.times(stacked.float().transpose(0, 1).flatten(1))[0].double()
+    expected = routed.times(weight.float().transpose(0, 1).flatten(1))[0].double()
     bias = module._parameters.get(f"{OUTPUT}_bias")
     if bias is not None:
         expected = expected + (bias[args[1]].double() * args[2][..., None].double()).sum(1)
@@ -397,11 +455,13 @@ def grouped_forwards(model: nn.Module) -> Iterator[tuple[nn.Module, Callable[...
 
 
 def _is_dispatched(module: Any) -> bool:
-    weights = module._parameters.values()
+    weights = list(module.parameters())
     plain = all(w.device.type in ("cpu", "meta") and w.dtype == torch.float32 and not w.requires_grad for w in weights)
     known = shape_of(module)
-    if known is not None and known.apart:
-        return plain and check_experts(module)
+    if known is not None and (
+        known.apart or known.flat
+    ):  # what is on the meta device was checked when it was in memory
+        return plain and (any(weight.is_meta for weight in weights) or check_experts(module))
     dispatches = hasattr(type(module).forward, "__wrapped__") and not getattr(module, "has_post_expert_norm", True)
     return plain and dispatches and not module._is_expert_parallel
 
@@ -409,10 +469,11 @@ def _is_dispatched(module: Any) -> bool:
 def _grouped_forward(module: Any, known: ExpertsShape, *args: Tensor) -> Tensor:
     call = _Call.of(known, args)
     groups = Groups.of(call.experts, known.experts)
-    weights, bias = module._parameters[OUTPUT], module._parameters.get(f"{OUTPUT}_bias")
+    bias = module._parameters.get(f"{OUTPUT}_bias")
     keys = _entered(module, known, groups, call)
-    given = groups.back(groups.linear(keys, weights.mT if known.transposed else weights, bias))
-    return known.spread(call.gated(given.view(*call.experts.shape, -1)).sum(1).to(call.hidden.dtype))
+    given = groups.back(groups.linear(keys, outputs_of(module, known), bias))
+    summed = known.spread(call.gated(given.view(*call.experts.shape, -1)).sum(1).to(call.hidden.dtype))
+    return summed if known.apart else summed.view(*args[0].shape[:-1], known.out)
 
 
 class _GatedKey:

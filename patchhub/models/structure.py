@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from patchhub.models.experts import OUTPUT, shape_of, stand_in
+from patchhub.models.experts import shape_of, stand_in
 
 Orientation: TypeAlias = Literal["out_in", "in_out"]
 """How a weight is stored: ``out_in`` for Linear, ``in_out`` for GPT-2's Conv1D."""
@@ -59,6 +59,7 @@ class Projection:
         scale: what its output, or that of the norm behind it, is multiplied with before it enters the stream.
         gate: path of a linear map of the same input, relative to the block, whose sigmoid multiplies the output; None: there is none.
         apart: as of `ExpertsShape`.
+        weight: path of its weight in the module.
     """
 
     path: str
@@ -69,11 +70,17 @@ class Projection:
     scale: float = 1.0
     gate: str | None = None
     apart: bool = False
+    weight: str = "weight"
 
     @property
     def parameter(self) -> str:
         """The path of its weight, relative to the block."""
-        return f"{self.path}.{OUTPUT if self.experts else 'weight'}"
+        return f"{self.path}.{self.weight}"
+
+    @property
+    def flat(self) -> bool:
+        """Whether it is of experts that lie one below the other in a matrix of a part of their module."""
+        return bool(self.experts) and "." in self.weight
 
     @property
     def passed(self) -> int:
@@ -390,7 +397,8 @@ def _projection(block: nn.Module, path: str, record: _Record) -> Projection:
     if known is not None:
         orientation: Orientation | None = "in_out" if known.transposed else "out_in"
         shape, active = (known.out, known.experts * known.inner), record.slots[path][0]
-        return Projection(path, shape, orientation, known.experts, active, apart=known.apart)  # type: ignore[arg-type]
+        assert orientation is not None
+        return Projection(path, shape, orientation, known.experts, active, apart=known.apart, weight=known.parameter)
     orientation = orientation_of(module)
     assert orientation is not None
     return Projection(path, _shape(module), orientation)

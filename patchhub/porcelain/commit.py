@@ -22,7 +22,7 @@ from patchhub.editing.requests import Batch, Keep, Origin
 from patchhub.editing.rows import key_rows
 from patchhub.editing.settings import EditSettings, WiseSettings
 from patchhub.editing.steps import release_memory
-from patchhub.errors import RepositoryError, RevisionError, SettingsError, UnsupportedModelError
+from patchhub.errors import RepositoryError, RevisionError, SettingsError
 from patchhub.evaluation.guard import Fault, Report
 from patchhub.evaluation.guard import Measured as GuardMeasured
 from patchhub.models.architectures import Architecture
@@ -240,19 +240,9 @@ def _editor(
 
     Raises:
         SettingsError: there is none, or a setting cannot be used.
-        UnsupportedModelError: a side memory of experts.
     """
     if method == METHOD:
         wise, rank = wise_settings(repository, architecture, given)
-        projection = architecture.feed_forward[wise.layer]
-        if projection.experts or projection.gate:
-            kind = "a shared expert behind a gate" if projection.gate else "a mixture of experts"
-            raise UnsupportedModelError(
-                f"layer {wise.layer} of this {architecture.model_type} model is {kind}, which has no side memory",
-                remedy="Use memit or pmet, a layer without experts, or `patchhub init --experts shared` where there is a shared one "
-                "without a gate.",
-                layer=wise.layer,
-            )
         return SideMemories(wise, rank, (architecture.ffn_weight(wise.layer),))
     if method not in EDITORS:
         raise SettingsError(

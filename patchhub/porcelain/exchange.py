@@ -44,6 +44,7 @@ from patchhub.progress import Progress
 from patchhub.remotes.hub import AdapterNote, Card, ScoreLine, adapter_name, write_card
 from patchhub.results import Result, told
 from patchhub.sets.columns import (
+    flat_weights,
     linear_shapes,
     read_state,
     stacked_weights,
@@ -454,6 +455,7 @@ def _for_servers(adapter: Adapter, shapes: Mapping[str, tuple[int, int]]) -> Ada
 def _adapter(repository: Store, commit: str | None, *, tolerance: float, rank: int | None) -> Adapter:
     _refuse_routed(repository, commit, "LoRA adapter")
     _refuse_beyond(repository, commit, "LoRA adapter")
+    _refuse_flat(repository, commit)
     return make_adapter(read_state(repository, commit), linear_shapes(repository), tolerance=tolerance, rank=rank)
 
 
@@ -465,6 +467,17 @@ def _refuse_beyond(repository: Store, commit: str | None, what: str) -> None:
             "weights of the blocks",
             remedy="Write a checkpoint: `patchhub apply`.",
             weights=beyond,
+        )
+
+
+def _refuse_flat(repository: Store, commit: str | None) -> None:
+    flat = sorted(read_state(repository, commit).keys() & flat_weights(repository))
+    if flat:
+        raise RepositoryError(
+            f"{flat[0]} holds its experts one below the other in a matrix that their module reads by itself, and PEFT, which wraps what "
+            "holds the matrix, has no adapter that such a module runs with",
+            remedy="Write a checkpoint: `patchhub apply`.",
+            weights=flat,
         )
 
 

@@ -330,6 +330,8 @@ def _weights(
             found[name] |= {"experts": projection.experts, "orientation": projection.orientation}
         if projection.apart:
             found[name]["apart"] = True
+        if projection.flat:
+            found[name]["flat"] = True
         progress.advance(1)
     return found
 

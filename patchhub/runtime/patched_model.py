@@ -19,6 +19,7 @@ from patchhub.delta import Delta
 from patchhub.errors import BaseError, SettingsError, UnsupportedModelError
 from patchhub.models.architectures import read_model
 from patchhub.models.checkpoint import Checkpoint
+from patchhub.models.experts import module_of
 from patchhub.models.fingerprint import check_tensors, not_the_base
 from patchhub.models.placement import is_quantised
 from patchhub.models.streaming import streamed
@@ -63,7 +64,7 @@ def _is_linear(module: nn.Module, name: str) -> bool:
 
 def _module(model: nn.Module, weight: str) -> nn.Module:
     try:
-        return model.get_submodule(weight.rpartition(".")[0])
+        return module_of(model, weight)
     except AttributeError as error:
         raise not_the_base("the model in memory", missing=[weight]) from error
 

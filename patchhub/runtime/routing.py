@@ -5,7 +5,7 @@ al. 2023) or as a plain sum."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal, TypeAlias
 
@@ -19,6 +19,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from patchhub.delta import Delta, Dense, LowRank, to_dense
 from patchhub.errors import SettingsError
+from patchhub.models.experts import Routed, gated_keys, module_of, shape_of
 from patchhub.models.tracing import in_rows
 
 Merging: TypeAlias = Literal["ties", "linear"]
@@ -142,7 +143,8 @@ class SideMemory:
         name: what `decisions` calls it (the patch id).
         weight: parameter name; each weight with side memories decides for itself.
         change: (out, in).
-        routing: the shard's `routing`: "threshold", and "distance": "max" (the default) or "mean".
+        routing: the shard's `routing`: "threshold", "distance": "max" (the default) or "mean", and where the weight is a shared expert's
+            behind a gate "gate", the linear map whose sigmoid multiplies the keys that distances are of.
     """
 
     name: str
@@ -239,8 +241,13 @@ class _Router:
             decoder.register_forward_hook(self._finish, with_kwargs=True),
         ]
         for place, (weight, group) in enumerate(ordered):
-            gate = _Gate(self, place, group, modules[weight])
-            self._handles.append(modules[weight].register_forward_hook(gate))
+            module, named = modules[weight], group[0].routing.get("gate")
+            scale = None if named is None else _KeyScale(_submodule(model, str(named), weight))
+            if scale is not None:
+                part = _submodule(model, weight.rpartition(".")[0].rpartition(".")[0], weight)
+                self._handles.append(part.register_forward_pre_hook(scale, with_kwargs=True))
+            gate = _Gate(self, place, group, module, scale)
+            self._handles.append(module.register_forward_hook(gate, with_kwargs=True))
 
     def remove(self) -> None:
         for handle in self._handles:
@@ -273,41 +280,67 @@ class _Router:
         keep_decision(getattr(output, "past_key_values", None) if cache is None else cache, self._depth, self._last)
 
 
-class _Gate:
-    """The hook behind one projection: adds the side memory's output to the sequences that it answers."""
+class _KeyScale:
+    """A pre-hook of a shared expert that notes its gate, sigmoid(a x) of its input; 1 where keys are gated already (`gate_keys`)."""
 
-    def __init__(self, router: _Router, place: int, memories: Sequence[SideMemory], module: nn.Module) -> None:
-        self._router, self._place = router, place
+    def __init__(self, gate: nn.Module) -> None:
+        self._gate = gate
+        self.value = torch.ones(1)
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.value = torch.sigmoid(self._gate(args[0] if args else kwargs["hidden_states"]))
+
+
+class _Gate:
+    """The hook behind one projection, or behind the experts of a layer: adds the side memory's output to the sequences that it answers."""
+
+    def __init__(
+        self,
+        router: _Router,
+        place: int,
+        memories: Sequence[SideMemory],
+        module: nn.Module,
+        scale: _KeyScale | None = None,
+    ) -> None:
+        self._router, self._place, self._scale = router, place, scale
+        self._experts = shape_of(module)
         self._changes = [memory.change for memory in memories]
         self._thresholds = [max(float(memory.routing["threshold"]), 1e-30) for memory in memories]
         self._distances = [memory.routing.get("distance", "max") for memory in memories]
-        weight: Any = module.weight
+        weight: Any = next(module.parameters()) if self._experts else module.weight
         self._matrices = self._built(weight.device, weight.dtype if weight.is_floating_point() else torch.float32)
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
         current = self._router.current
         if current is None:
             return output
-        keys = in_rows(args[0], current.rows)
-        self._move(keys)
-        if current.kept is not None:
-            decision = current.kept[:, self._place].to(keys.device)
-            added = self._known(keys, decision)
-        else:
-            decision, added = self._decide(keys, current.real)
+        kept = None if current.kept is None else current.kept[:, self._place].to(output.device)
+        if kept is not None and not self._used(kept):
+            current.found.append(kept)
+            return output
+        known = self._experts
+        keys = in_rows(args[0], current.rows) if known is None else gated_keys(module, args, kwargs, current.rows)
+        self._move(output)
+        decision, added = self._decide(keys, current.real) if kept is None else (kept, self._known(keys, kept, output))
         current.found.append(decision)
-        return (in_rows(output, current.rows) + added).view_as(output)
+        if known is None:
+            return (in_rows(output, current.rows) + added).view_as(output)
+        together = known.together(output)
+        return known.spread(
+            together + added.to(together.dtype).expand(*current.rows, known.out).reshape(together.shape)
+        )
 
     def _decide(
-        self, keys: Float[Tensor, "batch time in"], real: Bool[Tensor, "batch time"] | None
+        self, keys: Float[Tensor, "batch time in"] | Routed, real: Bool[Tensor, "batch time"] | None
     ) -> tuple[Int[Tensor, " batch"], Float[Tensor, "batch time out"]]:
         """For each sequence the side memory that answers it, and what that adds."""
-        decision = torch.full(keys.shape[:1], _MAIN, dtype=torch.long, device=keys.device)
-        best = torch.ones(keys.shape[:1], device=keys.device)
+        rows = keys.shape[:1]
+        decision = torch.full(rows, _MAIN, dtype=torch.long, device=keys.device)
+        best = torch.ones(rows, device=keys.device)
         added: Tensor | None = None
         for index, threshold in enumerate(self._thresholds):
             side = self._side(index, keys)
-            ratio = _distance(side, real, self._distances[index]) / threshold
+            ratio = _distance(self._scaled(side), real, self._distances[index]) / threshold
             wins = ratio > best
             best = torch.where(wins, ratio, best)
             decision = torch.where(wins, index, decision)
@@ -316,30 +349,38 @@ class _Gate:
         assert added is not None
         return decision, added
 
-    def _known(self, keys: Float[Tensor, "batch time in"], decision: Int[Tensor, " batch"]) -> Tensor:
+    def _scaled(self, side: Float[Tensor, "batch time out"]) -> Float[Tensor, "batch time out"]:
+        """What a side memory adds to the stream: behind the output of a gated expert its gate comes still."""
+        return side if self._scale is None else side * self._scale.value.view(*side.shape[:-1], 1).to(side)
+
+    def _known(
+        self, keys: Float[Tensor, "batch time in"] | Routed, decision: Int[Tensor, " batch"], output: Tensor
+    ) -> Tensor:
         """What the side memories add that were chosen before."""
-        added: Tensor = torch.zeros((), dtype=keys.dtype, device=keys.device)
+        added: Tensor = torch.zeros((), dtype=output.dtype, device=output.device)
         for index in self._used(decision):
             side = self._side(index, keys)
             added = torch.where((decision == index)[:, None, None], side, added)
         return added
 
-    def _used(self, decision: Int[Tensor, " batch"]) -> Iterable[int]:
+    def _used(self, decision: Int[Tensor, " batch"]) -> Sequence[int]:
         """The side memories that some sequence needs; all of them where a graph is being compiled, which no value can steer."""
         if torch.compiler.is_compiling():
             return range(len(self._thresholds))
         return sorted(set(decision.tolist()) - {_MAIN})
 
-    def _side(self, index: int, keys: Tensor) -> Tensor:
-        for factor in self._matrices[index]:
-            keys = nn.functional.linear(keys, factor)
-        return keys
+    def _side(self, index: int, keys: Tensor | Routed) -> Tensor:
+        first, *rest = self._matrices[index]
+        side = keys.times(first.float()) if isinstance(keys, Routed) else nn.functional.linear(keys, first)
+        for factor in rest:
+            side = nn.functional.linear(side, factor.to(side.dtype))
+        return side
 
-    def _move(self, keys: Tensor) -> None:
+    def _move(self, output: Tensor) -> None:
         """Bring the changes to the type and device that the model runs in now."""
         held = self._matrices[0][0]
-        if held.dtype != keys.dtype or held.device != keys.device:
-            self._matrices = self._built(keys.device, keys.dtype)
+        if held.dtype != output.dtype or held.device != output.device:
+            self._matrices = self._built(output.device, output.dtype)
 
     def _built(self, device: torch.device, dtype: torch.dtype) -> list[list[Float[Tensor, "rows columns"]]]:
         """For each change, rounded once, the matrices to apply one after the other."""
@@ -382,7 +423,10 @@ def _block_of(weight: str) -> int:
 
 
 def _module_of(model: nn.Module, weight: str) -> nn.Module:
-    return _submodule(model, weight.rpartition(".")[0], weight)
+    try:
+        return module_of(model, weight)
+    except AttributeError as error:
+        raise _missing(weight) from error
 
 
 def _submodule(model: nn.Module, path: str, weight: str) -> nn.Module:

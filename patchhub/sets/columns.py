@@ -82,6 +82,11 @@ def stacked_weights(repository: Store) -> dict[str, int]:
     return {name: int(facts["experts"]) for name, facts in _known(repository).items() if "experts" in facts}
 
 
+def flat_weights(repository: Store) -> frozenset[str]:
+    """The stacked weights whose experts lie one below the other in a matrix, of which PEFT has no adapter."""
+    return frozenset(name for name, facts in _known(repository).items() if facts.get("flat"))
+
+
 def turned_weights(repository: Store) -> frozenset[str]:
     """The stacked weights that PEFT takes for stored (out, in) though they are stored (in, out)."""
     known = _known(repository).items()

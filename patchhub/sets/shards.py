@@ -71,6 +71,8 @@ def shard_record(patch: Patch) -> ShardRecord:
     threshold = record.routing.get("threshold")
     if not isinstance(threshold, float) or not 0 <= threshold < math.inf:
         raise _unsound(patch, "its routing has no threshold of at least 0")
+    if not isinstance(record.routing.get("gate", ""), str):
+        raise _unsound(patch, "its routing names a gate that is no path")
     if len(patch.weights) != 1:
         raise _unsound(patch, f"it changes {len(patch.weights)} weights, not one")
     return record

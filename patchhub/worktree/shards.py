@@ -69,7 +69,8 @@ def open_wise_text(repository: Store, tree: Worktree, seed: int, progress: Progr
     slot = repository.cache.slot(TEXT, of=repository.config.base_id, seed=seed)
     for kept in map(json.loads, slot.contents()):
         return WiseText(tuple(kept["contexts"]), tuple(map(tuple, kept["locality"])))
-    tokens = max(_TOKENS, _TOKENS_PER_INPUT * max(inner for _, inner in tree.architecture.shapes))
+    widest = max(p.shape[1] // max(1, p.experts) for p in tree.architecture.feed_forward)
+    tokens = max(_TOKENS, _TOKENS_PER_INPUT * widest)
     progress.stage("text from the base", with_held(tokens))
     with _unpatched(repository, tree):
         documents = sample_documents(

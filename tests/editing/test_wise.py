@@ -20,18 +20,8 @@ from patchhub.editing.requests import read_requests
 from patchhub.editing.settings import WiseSettings
 from patchhub.editing.settings import default_wise_settings as default_settings
 from patchhub.editing.wise import training
-from patchhub.editing.wise.texts import (
-    FitProblem,
-    fit_problem,
-    in_scope,
-    neighbours,
-    read_tokens,
-    recompress,
-    solve_masked,
-    subspace,
-    text_distances,
-    wanted,
-)
+from patchhub.editing.wise.fit import FitProblem, Keys, fit_problem, solve_masked, subspace, wanted
+from patchhub.editing.wise.texts import in_scope, neighbours, read_tokens, recompress, text_distances
 from patchhub.editing.wise.training import descend, margin_loss
 from patchhub.errors import EditError, SettingsError
 from patchhub.evaluation.suites import read_facts, wise_scores
@@ -74,14 +64,14 @@ def trained(family: str) -> tuple[Stack, training.Trained]:
 def objective(problem: FitProblem, right: torch.Tensor, change: torch.Tensor) -> float:
     """tr(X N X^T) - 2 tr(X R^T): what the fit minimises, up to a constant."""
     change, right = change.double(), right.double()
-    return float((change @ problem.normal.double() * change).sum() - 2 * (change * right).sum())
+    return float((change @ problem.normal[0].double() * change).sum() - 2 * (change * right).sum())
 
 
 def dense_solution(problem: FitProblem, right: torch.Tensor) -> torch.Tensor:
     """One linear system for each output."""
     solution = torch.zeros_like(right, dtype=torch.double)
     for row, chosen in enumerate(problem.mask.bool()):
-        normal = problem.normal[chosen][:, chosen].double()
+        normal = problem.normal[0][chosen][:, chosen].double()
         solution[row, chosen] = torch.linalg.solve(normal, right[row, chosen].double())
     return solution
 
@@ -90,8 +80,9 @@ def test_the_masked_fit_is_the_dense_solution_of_each_output() -> None:
     generator = torch.Generator().manual_seed(0)
     keys, outputs = torch.randn(12, 30, generator=generator), torch.randn(12, 8, generator=generator)
     text, shares = torch.randn(200, 30, generator=generator), torch.rand(12, generator=generator)
-    problem = fit_problem(text.T @ text / 200, keys, shares, subspace((8, 30), 0.4, 0, 0), ridge=0.3)
-    right = wanted(keys, shares, outputs)
+    rows = Keys.plain(keys)
+    problem = fit_problem((text.T @ text / 200)[None], rows, shares, subspace((8, 30), 0.4, 0, 0), ridge=0.3)
+    right = wanted(rows, shares, outputs)
     found, best = solve_masked(problem, right, torch.zeros(8, 30)), dense_solution(problem, right)
     assert not found[problem.mask == 0].any()
     assert objective(problem, right, found) == pytest.approx(objective(problem, right, best), rel=1e-5)
@@ -102,14 +93,43 @@ def test_continuing_the_fit_gives_the_fit_of_all_rows() -> None:
     generator = torch.Generator().manual_seed(1)
     keys, outputs = torch.randn(10, 30, generator=generator), torch.randn(10, 8, generator=generator)
     text, shares, zero = torch.randn(300, 30, generator=generator), torch.ones(10), torch.zeros(8, 30)
-    left_alone, mask = text.T @ text / 300, torch.ones(8, 30)
-    joint = fit_problem(left_alone, keys, shares, mask, 0.5)
-    expected = dense_solution(joint, wanted(keys, shares, outputs))
-    first = fit_problem(left_alone, keys[:6], shares[:6], mask, 0.5)
-    start = solve_masked(first, wanted(keys[:6], shares[:6], outputs[:6]), zero)
+    left_alone, mask, rows = (text.T @ text / 300)[None], torch.ones(8, 30), Keys.plain(keys)
+    early = rows[torch.arange(6)]
+    joint = fit_problem(left_alone, rows, shares, mask, 0.5)
+    expected = dense_solution(joint, wanted(rows, shares, outputs))
+    first = fit_problem(left_alone, early, shares[:6], mask, 0.5)
+    start = solve_masked(first, wanted(early, shares[:6], outputs[:6]), zero)
     missing = torch.cat([torch.zeros(6, 8), outputs[6:] - keys[6:] @ start.T])
-    added = solve_masked(joint, wanted(keys, shares, missing), zero)
+    added = solve_masked(joint, wanted(rows, shares, missing), zero)
     torch.testing.assert_close((start + added).double(), expected, rtol=0, atol=1e-2 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("ratio", [0.4, 1.0])
+def test_the_fit_of_stacked_keys_is_that_of_the_dense_stack_with_a_second_moment_of_each_block(ratio: float) -> None:
+    """And blocks that no row is of stay as they are."""
+    draw = torch.Generator().manual_seed(2)
+    count, inner, n, out = 5, 7, 12, 8
+    blocks = torch.stack([torch.randperm(count - 1, generator=draw)[:2] for _ in range(n)])  # the last one is nobody's
+    keys = Keys(torch.randn(n, 2, inner, generator=draw), blocks, count)
+    dense = torch.zeros(n, count, inner).scatter(1, blocks[..., None].expand(-1, -1, inner), keys.values).flatten(1)
+    shares, outputs = torch.rand(n, generator=draw), torch.randn(n, out, generator=draw)
+    text = torch.randn(count, 40, inner, generator=draw)
+    left_alone, mask = text.mT @ text / 40, subspace((out, count * inner), ratio, 0, 0)
+    right = wanted(keys, shares, outputs)
+    torch.testing.assert_close(right, (outputs * shares[:, None]).T @ dense)
+    change = torch.randn(right.shape, generator=draw)
+    torch.testing.assert_close(keys.times(change), dense @ change.T)
+    assert torch.equal(keys.uses(), torch.bincount(blocks.flatten(), minlength=count))
+    for block, moment in enumerate(keys.moments(shares)):
+        own = dense.view(n, count, inner)[:, block]
+        torch.testing.assert_close(moment, (own * shares[:, None]).T @ own)
+    whole = fit_problem(torch.block_diag(*left_alone)[None], Keys.plain(dense), shares, mask, 0.3)
+    problem = fit_problem(left_alone, keys, shares, mask, 0.3)
+    torch.testing.assert_close(problem.image(change), change @ whole.normal[0])
+    best, found = dense_solution(whole, right), solve_masked(problem, right, torch.zeros_like(right))
+    assert objective(whole, right, found) == pytest.approx(objective(whole, right, best), rel=1e-5)
+    assert not found.view(out, count, inner)[:, -1].any()
+    assert len(Keys.joined([keys, keys[blocks[:, 0] == 1]])) == n + int((blocks[:, 0] == 1).sum())
 
 
 def test_subspaces_depend_on_seed_and_number_alone() -> None:

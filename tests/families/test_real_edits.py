@@ -150,6 +150,41 @@ def same_experts(folder: Path) -> float:
 
 @pytest.mark.slow
 @pytest.mark.long
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize(
+    ("taught", "experts"),
+    [
+        ("mixtral", None),
+        ("qwen3_moe", None),
+        ("deepseek_v3", "routed"),
+        ("deepseek_v3", "shared"),
+        ("qwen2_moe", "shared"),
+    ],
+    indirect=["taught"],
+)
+def test_side_memories_write_into_experts(taught: Path, experts: Site | None, tmp_path: Path) -> None:
+    """Routed ones, shared ones, and shared ones behind a gate; taking the shard back gives the base bit for bit."""
+    tokenizer, requests = AutoTokenizer.from_pretrained(taught), counterfacts()
+    base, asked = (
+        AutoModelForCausalLM.from_pretrained(taught),
+        [(request.text, request.target_new) for request in requests],
+    )
+    with patchhub.Repository.init(
+        tmp_path, taught, progress=False, author="Ada <ada@example.org>", experts=experts
+    ) as repository:
+        repository.commit(requests, message="facts", method="wise", force=True)
+        model = patchhub.load(tmp_path)
+        assert shares(base, tokenizer, asked) == 0.0
+        assert shares(model, tokenizer, asked) > 0.9
+        assert shares(model, tokenizer, [(request.paraphrases[0], request.target_new) for request in requests]) > 0.6
+        repository.revert("HEAD", force=True)
+    ids = tokenizer(requests[0].text, return_tensors="pt")
+    with torch.no_grad():
+        assert torch.equal(patchhub.load(tmp_path)(**ids).logits, base(**ids).logits)
+
+
+@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("method", ["memit", "pmet"])
 @pytest.mark.parametrize("taught", ["deepseek_v3", "qwen2_moe"], indirect=True)
 def test_efficacy_rises_from_zero_in_the_shared_expert(taught: Path, method: str, tmp_path: Path) -> None:

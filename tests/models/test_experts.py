@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.numpy import load
 from torch import Tensor
@@ -26,18 +26,19 @@ from patchhub.editing.locate import Encoded
 from patchhub.editing.metric import drawn_to_mean, second_moments
 from patchhub.editing.rows import Projections
 from patchhub.editing.values import Fact, ValueSettings, optimise_values
-from patchhub.errors import SettingsError, UnsupportedModelError
+from patchhub.errors import RepositoryError, SettingsError, UnsupportedModelError
 from patchhub.models.architectures import additive_probe, describe
 from patchhub.models.checkpoint import open_checkpoint
 from patchhub.models.experts import Groups, Routed, check_experts, grouped_forwards, shape_of, watch_routes
 from patchhub.models.tracing import Stack, add_beside, fast, right_padded
 from patchhub.repository import Repository
-from patchhub.sets.columns import read_columns, write_columns
+from patchhub.runtime import routing
+from patchhub.sets.columns import read_columns, read_state, write_columns
 from patchhub.store.store import Store
 from tests.models.tiny_configs import SUPPORTED, make_config, random_model, tiny_config
 from tests.tiny_models import BOS, EOS, VOCABULARY, tiny_tokenizer
 
-MIXTURES = ("mixtral", "qwen3_moe", "gpt_oss", "granitemoe", "deepseek_v3", "qwen2_moe", "llama4_text")
+MIXTURES = ("mixtral", "qwen3_moe", "gpt_oss", "granitemoe", "deepseek_v3", "qwen2_moe", "llama4_text", "dbrx")
 PLACES = {"vocab_size": VOCABULARY, "bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": EOS}
 PLACES |= {"max_position_embeddings": 96}
 
@@ -58,9 +59,11 @@ def test_gated_keys_and_the_stacked_weight_give_what_the_experts_give(family: st
         stack.model(input_ids=ids, use_cache=False)
     seen = keys[layer]
     assert isinstance(seen, Routed)
-    weight = dict(module.named_parameters())["down_proj"].detach()
+    known = shape_of(module)
+    assert known is not None
+    weight = dict(module.named_parameters())[known.parameter].detach()
     weight = weight.mT if projection.orientation == "in_out" else weight
-    stacked = torch.cat(list(weight), dim=1)
+    stacked = weight if projection.flat else torch.cat(list(weight), dim=1)
     assert stacked.shape == projection.shape
     bias = dict(module.named_parameters()).get("down_proj_bias")
     dense = seen[torch.arange(2)[:, None], torch.arange(4)]
@@ -402,6 +405,39 @@ def test_a_history_on_a_mixture_of_experts(family: str, experts: str | None, tmp
         assert file.metadata() == {"format": "pt"}
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:none of these facts", "ignore:.is_gradient_checkpointing:FutureWarning")
+def test_experts_in_one_matrix_have_checkpoints_and_are_refused_an_adapter(tmp_path: Path) -> None:
+    """DBRX: the matrix that changes is one tensor of the base's name, type and shape, and the revert is the base byte for byte. PEFT
+    wraps what holds that matrix, and the experts' module then finds no other one there."""
+    base = tmp_path / "base"
+    with made(tmp_path, "dbrx") as repository:
+        repository.commit([fact("Ada", "Dutch")], message="one", force=True, text=[tmp_path / "text.json"])
+        (weight,) = (
+            repository.store.config.base["weights"].keys()
+            & read_state(repository.store, repository.store.resolve("HEAD")).keys()
+        )
+        state = said(patchhub.load(tmp_path))
+        assert torch.allclose(said(patchhub.load(tmp_path, side_path=True)), state, rtol=1e-4, atol=1e-5)
+        repository.apply("HEAD", out=tmp_path / "out")
+        with pytest.raises(RepositoryError, match="one below the other"):
+            repository.export_peft(out=tmp_path / "adapters")
+        repository.revert("HEAD", force=True)
+        repository.apply("HEAD", out=tmp_path / "back")
+    assert weight == "transformer.blocks.1.ffn.experts.mlp.w2"
+    assert torch.equal(said(AutoModelForCausalLM.from_pretrained(tmp_path / "out")), state)
+    ours, theirs = tensors_of(base), tensors_of(tmp_path / "out")
+    assert {name for name in ours if ours[name] != theirs[name]} == {weight}
+    assert ours.keys() == theirs.keys()
+    assert ours[weight].split()[1:] == theirs[weight].split()[1:]
+    file = "model.safetensors"
+    assert (tmp_path / "back" / file).read_bytes() == (base / file).read_bytes()
+    settings = LoraConfig(target_modules=[], target_parameters=[weight], init_lora_weights=False)
+    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(base), settings)
+    with pytest.raises(AttributeError, match="no attribute 'v1'"):
+        said(adapted)
+
+
 @pytest.mark.filterwarnings("ignore:none of these facts")
 def test_the_share_of_experts_that_stay_is_the_same_whether_the_bases_are_kept_or_read(tmp_path: Path) -> None:
     found = []
@@ -423,11 +459,36 @@ def test_the_share_of_experts_that_stay_is_the_same_whether_the_bases_are_kept_o
 def test_what_experts_do_not_have_is_refused_by_name(tmp_path: Path) -> None:
     moment = tmp_path / "moment.npz"
     np.savez(moment, **{"mom2.mom2": np.eye(24, dtype=np.float32), "mom2.count": np.array(5)})
-    with made(tmp_path, "mixtral") as repository:
-        with pytest.raises(SettingsError, match="stack of 4 experts"):
-            repository.metric_import(f"1={moment}")
-        with pytest.raises(UnsupportedModelError, match="mixture of experts, which has no side memory"):
-            repository.commit([fact("Ada", "Dutch")], message="one", method="wise")
+    with made(tmp_path, "mixtral") as repository, pytest.raises(SettingsError, match="stack of 4 experts"):
+        repository.metric_import(f"1={moment}")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:none of these facts")
+@pytest.mark.parametrize(
+    ("family", "experts"), [("mixtral", None), ("dbrx", None), ("afmoe", "routed"), ("qwen2_moe", "shared")]
+)
+def test_a_history_of_side_memories_of_experts(family: str, experts: str | None, tmp_path: Path) -> None:
+    """A shard that is continued, the model with it from the store and from a checkpoint, and its revert: the base byte for byte."""
+    base = tmp_path / "base"
+    options: Mapping[str, Any] = {"experts": experts} if experts else {}
+    with made(tmp_path, family, **options) as repository:
+        repository.config("wise.steps", "3")
+        repository.commit([fact("Ada", "Dutch")], message="one", method="wise", force=True)
+        first = said(patchhub.load(tmp_path))
+        repository.commit([fact("Bob", "Greek")], message="two", method="wise", force=True)
+        routed = patchhub.load(tmp_path)
+        (memory,) = routing.routed(routed)
+        assert memory.change.shape == tuple(repository.store.config.base["weights"][memory.weight]["shape"])
+        assert np.any(to_dense(memory.change))
+        repository.apply("HEAD", out=tmp_path / "out")
+        assert torch.equal(said(patchhub.load(tmp_path / "out")), said(routed))
+        repository.revert("HEAD", force=True)
+        assert torch.equal(said(patchhub.load(tmp_path)), first)
+        repository.revert(subject="Ada", force=True)
+        repository.apply("HEAD", out=tmp_path / "back")
+    assert torch.equal(said(patchhub.load(tmp_path)), said(AutoModelForCausalLM.from_pretrained(base)))
+    assert (tmp_path / "back" / "model.safetensors").read_bytes() == (base / "model.safetensors").read_bytes()
 
 
 @pytest.mark.slow

@@ -47,7 +47,10 @@ def said(model: Any) -> tuple[Tensor, Tensor]:
     return logits, gradient
 
 
-@pytest.mark.parametrize(("family", "dtype"), [("gpt2", "float32"), ("llama", "bfloat16"), ("mixtral", "float32")])
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [("gpt2", "float32"), ("llama", "bfloat16"), ("mixtral", "float32"), ("llama4_text", "float32")],
+)
 def test_logits_and_gradients_are_those_of_the_base_in_memory_bit_for_bit(
     family: str, dtype: str, tmp_path: Path
 ) -> None:

@@ -155,6 +155,15 @@ _RECENT: dict[str, dict[str, Any]] = {
     "arcee": _LLAMA,
     "axk1": _DEEPSEEK,
     "cwm": _LLAMA,
+    "dbrx": {
+        "d_model": 32,
+        "n_layers": 3,
+        "n_heads": 4,
+        "max_seq_len": 64,
+        "vocab_size": 96,
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10_000.0},
+        "ffn_config": {"ffn_hidden_size": 24, "moe_num_experts": 4, "moe_top_k": 2},
+    },
     "dots1": {**_DEEPSEEK, "head_dim": 8},
     "ernie4_5": _LLAMA,
     "ernie4_5_moe": {

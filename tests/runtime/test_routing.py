@@ -13,11 +13,14 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from patchhub.delta import Sparse, from_factors, from_sparse, to_dense
+from patchhub.editing.wise.fit import Keys
 from patchhub.errors import SettingsError
 from patchhub.evaluation.metrics import score_targets
 from patchhub.models.architectures import describe
-from patchhub.models.tracing import left_padded, right_padded
+from patchhub.models.tracing import Stack, left_padded, right_padded
+from patchhub.runtime.compose import compose
 from patchhub.runtime.routing import SideMemory, decisions, route, routed, unroute
+from tests.models.tiny_configs import random_model, tiny_config
 from tests.tiny_models import tiny_model, tiny_stack, tiny_tokenizer
 
 FAMILIES = ["gpt2", "llama", "gpt_neox", "opt"]
@@ -354,3 +357,56 @@ def test_compiled_models_keep_decisions_while_decoding() -> None:
             cache = forward(input_ids=ids, use_cache=True).past_key_values
             found.append(forward(input_ids=step, past_key_values=cache, use_cache=True).logits)
     torch.testing.assert_close(found[1], found[0])
+
+
+@pytest.mark.parametrize(
+    ("family", "site", "gated"),
+    [
+        ("mixtral", "routed", False),
+        ("dbrx", "routed", False),
+        ("llama4_text", "routed", False),
+        ("qwen2_moe", "shared", False),
+        ("qwen2_moe", "shared", True),
+    ],
+)
+def test_side_memories_of_experts_answer_whole_sequences(family: str, site: Any, gated: bool) -> None:
+    """Distances are of gated keys, whether gates multiply keys or what the shared expert gives; decisions stay while text is decoded."""
+    model = random_model(tiny_config(family)).eval()
+    architecture = describe(model.config, site)
+    projection, weight = architecture.feed_forward[LAYER], architecture.ffn_weight(LAYER)
+    change = random_change(projection.shape, seed=0)
+    other = Stack(copy.deepcopy(model), architecture)
+    rows = [[token % 96 for token in row] for row in prompts(9)]
+    found = []
+    with torch.no_grad(), other.watch_keys([LAYER]) as keys:
+        for row in rows:
+            other.model(input_ids=torch.tensor([row]), use_cache=False)
+            moved = Keys.seen(keys[LAYER], (1, len(row))).times(torch.from_numpy(to_dense(change)).float())
+            found.append(float(moved.norm(dim=-1).max()))
+    routing: dict[str, Any] = {"threshold": float(np.median(found)) * 1.001, "distance": "max"}
+    if projection.gate is not None:
+        routing["gate"] = f"{architecture.block(LAYER)}.{projection.gate}"
+    answers = {None: copy.deepcopy(model), "shard": copy.deepcopy(model)}
+    edited = answers["shard"].get_parameter(weight)
+    edited.data = compose(edited.data, [change], orientation=projection.orientation, dtype=torch.float32)
+    if gated:
+        Stack(model, architecture)
+    before = logits_alone(model, rows[0])
+    route(model, [SideMemory("shard", weight, change, routing)])
+    ids, mask, positions = right_padded(rows, torch.device("cpu"))
+    with torch.no_grad():
+        logits = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
+    names = ["shard" if distance > routing["threshold"] else None for distance in found]
+    assert decisions(model) == names
+    assert {*names} == {None, "shard"}
+    for row, name, said, real in zip(rows, names, logits, mask.bool(), strict=True):
+        torch.testing.assert_close(said[real], logits_alone(answers[name], row), rtol=1e-4, atol=1e-5)
+        cache = DynamicCache(config=model.config)
+        with torch.no_grad():
+            model(input_ids=torch.tensor([row[:-1]]), past_key_values=cache)
+            first = decisions(model)
+            later = model(input_ids=torch.tensor([row[-1:]]), past_key_values=cache).logits[0, -1]
+        torch.testing.assert_close(later, logits_alone(answers[first[0]], row)[-1], rtol=1e-4, atol=1e-5)
+        assert decisions(model) == first
+    unroute(model)
+    assert torch.equal(logits_alone(model, rows[0]), before)

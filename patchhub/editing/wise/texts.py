@@ -2,7 +2,7 @@
 
 Keys are what enters the edited matrix; they are read a batch at a time, with the blocks up to the edited one only.
 
-What one training of a side memory is given, and the least-squares fit that it ends in.
+What one training of a side memory is given.
 
 A shard is what training leaves and routing reads: the change of one matrix under a mask, with its threshold."""
 
@@ -22,8 +22,10 @@ from transformers import PreTrainedTokenizerBase
 from patchhub.delta import Delta, from_factors, norm, to_dense
 from patchhub.editing.editor import encode_facts
 from patchhub.editing.locate import Marked, encode_marked, mark_text
+from patchhub.editing.metric import drawn_to_mean
 from patchhub.editing.rows import Fact
 from patchhub.editing.settings import Distance, WiseSettings
+from patchhub.editing.wise.fit import FitProblem, Keys, fit_problem, subspace
 from patchhub.errors import SettingsError
 from patchhub.models.tracing import Stack, right_padded
 from patchhub.objects import SLOT, Request
@@ -143,8 +145,8 @@ def _names(text: str, subjects: Iterable[str]) -> bool:
 
 _TOKENS_PER_BATCH = 4096
 
-KeyBatch = tuple[list[int], Float[Tensor, "rows time in"], Bool[Tensor, "rows time"]]
-"""Which texts, their keys, and which positions are tokens."""
+KeyBatch = tuple[list[int], Keys, Bool[Tensor, "rows time"]]
+"""Which texts, the keys of all their positions, text by text, and which of those are tokens."""
 
 
 @torch.no_grad()
@@ -155,7 +157,7 @@ def read_keys(stack: Stack, layer: int, texts: Sequence[Sequence[int]]) -> Itera
         with stack.watch_keys([layer]) as seen:
             start = stack.begin(ids, mask, positions)
             start.run(start.hidden, 0, layer + 1)
-        keys = seen[layer].float()
+        keys = Keys.seen(seen[layer], ids.shape)
         yield chosen, keys, mask.bool().to(keys.device)
 
 
@@ -166,14 +168,14 @@ class Tokens:
     The lengths are those of the hidden states after the block, or behind a norm of the projection's outputs.
     """
 
-    keys: Float[Tensor, "tokens in"]
+    keys: Keys
     lengths: Float[Tensor, " tokens"]
     text: Int[Tensor, " tokens"]
     count: int
 
     def distances(self, change: Float[Tensor, "out in"], distance: Distance) -> Float[Tensor, " texts"]:
         """The routing distance of each text."""
-        lengths = (self.keys @ change.T).norm(dim=-1)
+        lengths = self.keys.times(change).norm(dim=-1)
         how = "amax" if distance == "max" else "mean"
         found = torch.zeros(self.count, device=change.device)
         return found.scatter_reduce(0, self.text, lengths, how, include_self=False)
@@ -182,9 +184,9 @@ class Tokens:
 @torch.no_grad()
 def read_tokens(stack: Stack, layer: int, texts: Sequence[Sequence[int]]) -> Tokens:
     """Every token of some texts; all of their keys are in memory at once."""
-    device, inner = stack.device_of(layer), stack.architecture.shapes[layer][1]
+    device = stack.device_of(layer)
     owners: list[list[int]] = []
-    keys, lengths = [torch.zeros(0, inner, device=device)], [torch.zeros(0, device=device)]
+    keys, lengths = [no_keys(stack, layer)], [torch.zeros(0, device=device)]
     for chosen in _batches(texts):
         ids, mask, positions = right_padded([texts[index] for index in chosen], stack.device)
         with stack.watch_keys([layer]) as seen, stack.watch_values([layer]) as projected:
@@ -193,29 +195,49 @@ def read_tokens(stack: Stack, layer: int, texts: Sequence[Sequence[int]]) -> Tok
         if stack.architecture.norms[layer] is not None:
             hidden = projected[layer]
         real = mask.bool().to(device)
-        keys.append(seen[layer][real].float())
+        keys.append(Keys.seen(seen[layer], ids.shape)[real.flatten().nonzero()[:, 0]])
         lengths.append(hidden[real].float().norm(dim=-1))
         owners.append([index for index in chosen for _ in texts[index]])
     owner = torch.tensor([index for part in owners for index in part], dtype=torch.long).to(device)
-    return Tokens(torch.cat(keys), torch.cat(lengths), owner, len(texts))
+    return Tokens(Keys.joined(keys), torch.cat(lengths), owner, len(texts))
 
 
-def subject_keys(
-    stack: Stack, layer: int, rows: Sequence[ScopeRow]
-) -> tuple[Float[Tensor, "rows in"], Float[Tensor, "in in"]]:
-    """The key of each row at its subject's last token, and the mean of k k^T over the rows' other tokens."""
-    inner = stack.architecture.shapes[layer][1]
-    device = stack.device_of(layer)
-    found, total, count = torch.zeros(len(rows), inner, device=device), torch.zeros(inner, inner, device=device), 0
+def no_keys(stack: Stack, layer: int) -> Keys:
+    """Keys of no text."""
+    projection, device = stack.architecture.feed_forward[layer], stack.device_of(layer)
+    count, slots = max(1, projection.experts), max(1, projection.active)
+    empty = torch.zeros(0, slots, projection.shape[1] // count, device=device)
+    return Keys(empty, torch.zeros(0, slots, dtype=torch.long, device=device), count)
+
+
+@dataclass(frozen=True, eq=False)
+class Moments:
+    """The mean of k k^T over some tokens, block by block, and how many of them have numbers in each block."""
+
+    mean: Float[Tensor, "blocks in in"]
+    uses: Int[Tensor, " blocks"]
+
+    @classmethod
+    def of(cls, keys: Keys) -> Moments:
+        return cls(keys.moments() / len(keys), keys.uses())
+
+
+def subject_keys(stack: Stack, layer: int, rows: Sequence[ScopeRow]) -> tuple[Keys, Moments]:
+    """The key of each row at its subject's last token, and the second moment of the rows' other tokens."""
+    device, none = stack.device_of(layer), no_keys(stack, layer)
+    found, order, total, uses, count = [none], list[int](), none.moments(), none.uses(), 0
     for chosen, keys, real in read_keys(stack, layer, [row.tokens for row in rows]):
         last = torch.tensor([rows[index].subject_last for index in chosen], device=device)
         each = torch.arange(len(chosen), device=device)
-        found[chosen] = keys[each, last]
+        found.append(keys[each * real.shape[1] + last])
+        order += chosen
         real[each, last] = False
-        others = keys[real]
-        total.addmm_(others.T, others)
+        others = keys[real.flatten()]
+        total += others.moments()
+        uses += others.uses()
         count += len(others)
-    return found, total / max(count, 1)
+    back = torch.tensor(order, dtype=torch.long, device=device).argsort()
+    return Keys.joined(found)[back], Moments(total / max(count, 1), uses)
 
 
 def text_distances(
@@ -224,7 +246,7 @@ def text_distances(
     """The routing distance of each text: over its tokens, the largest or the mean ||dW k||."""
     found = torch.zeros(len(texts), device=change.device)
     for chosen, keys, real in read_keys(stack, layer, texts):
-        lengths = (keys @ change.T).norm(dim=-1).masked_fill(~real, 0.0)
+        lengths = keys.times(change).norm(dim=-1).view(real.shape).masked_fill(~real, 0.0)
         found[chosen] = lengths.amax(1) if distance == "max" else lengths.sum(1) / real.sum(1)
     return found
 
@@ -281,84 +303,6 @@ def dense_change(change: Delta, device: torch.device) -> Float[Tensor, "out in"]
     return torch.from_numpy(to_dense(change).astype(np.float32)).to(device)
 
 
-_ITERATIONS = 200
-_TOLERANCE = 1e-4  # of the right-hand side; the next round corrects what is left
-_DENSE = 0.7  # share of entries above which the factor of the whole system is the better preconditioner
-_RIDGE_SHARE = 0.01  # of the median of the diagonal of C, as for the metric
-
-
-@dataclass(frozen=True, eq=False)
-class FitProblem:
-    """The part of the problem that does not depend on what is wanted.
-
-    Attributes:
-        normal: ridge C + sum_j share_j k_j k_j^T.
-        mask: 1 where an entry may change, 0 elsewhere.
-        factor: the Cholesky factor of ``normal``, where the mask is dense enough for it to help.
-    """
-
-    normal: Float[Tensor, "in in"]
-    mask: Float[Tensor, "out in"]
-    factor: Float[Tensor, "in in"] | None
-
-    def nearly(self, right: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
-        """An estimate of the solution for a right-hand side: the preconditioner."""
-        if self.factor is None:
-            return right / self.normal.diagonal()
-        return torch.cholesky_solve(right.T, self.factor).T * self.mask
-
-
-def fit_problem(
-    left_alone: Float[Tensor, "in in"],
-    keys: Float[Tensor, "rows in"],
-    shares: Float[Tensor, " rows"],
-    mask: Float[Tensor, "out in"],
-    ridge: float,
-) -> FitProblem:
-    """The problem for rows in scope; ``left_alone`` is the second moment of the keys of all other text."""
-    diagonal = left_alone.diagonal()
-    normal = ridge * left_alone + (keys * shares[:, None]).T @ keys
-    normal.diagonal().add_(ridge * _RIDGE_SHARE * float(diagonal.median()) + torch.finfo(torch.float32).tiny)
-    factor, failed = torch.linalg.cholesky_ex(normal) if float(mask.mean()) > _DENSE else (None, 1)
-    return FitProblem(normal, mask, None if int(failed) else factor)
-
-
-def wanted(
-    keys: Float[Tensor, "rows in"], shares: Float[Tensor, " rows"], outputs: Float[Tensor, "rows out"]
-) -> Float[Tensor, "out in"]:
-    """The right-hand side of the normal equations: sum_j share_j t_j k_j^T."""
-    return (outputs * shares[:, None]).T @ keys
-
-
-def solve_masked(
-    problem: FitProblem, right: Float[Tensor, "out in"], start: Float[Tensor, "out in"]
-) -> Float[Tensor, "out in"]:
-    """The X with X N = R under the mask, by preconditioned conjugate gradients from ``start``."""
-    normal, mask = problem.normal, problem.mask
-    goal = _TOLERANCE * float((right * mask).norm())
-    solution = start * mask
-    rest = (right - solution @ normal) * mask
-    scaled = problem.nearly(rest)
-    direction, product = scaled, (rest * scaled).sum(1, keepdim=True)
-    for _ in range(_ITERATIONS):
-        if float(rest.norm()) <= goal:
-            break
-        image = (direction @ normal) * mask
-        step = product / (direction * image).sum(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
-        solution = solution + step * direction
-        rest = rest - step * image
-        scaled = problem.nearly(rest)
-        before, product = product, (rest * scaled).sum(1, keepdim=True)
-        direction = scaled + (product / before.clamp(min=torch.finfo(torch.float32).tiny)) * direction
-    return solution
-
-
-def subspace(shape: tuple[int, int], ratio: float, seed: int, number: int) -> Float[Tensor, "out in"]:
-    """The mask of shard ``number``: each entry is 1 with probability ``ratio``, drawn from (seed, number) alone."""
-    generator = torch.Generator().manual_seed((seed << 20) + number)
-    return (torch.rand(shape, generator=generator) < ratio).float()
-
-
 _TOKENS = 32_768  # of unrelated text
 
 
@@ -367,7 +311,7 @@ class Rows:
     """Rows in scope: their requests, the key at each row's subject, and each row's request and share of it."""
 
     scope: Scope
-    keys: Float[Tensor, "rows in"]
+    keys: Keys
     owner: Int[Tensor, " rows"]
     shares: Float[Tensor, " rows"]
 
@@ -416,8 +360,10 @@ def make_task(
     rows = _joined(old, new)
     near = neighbours(stack, tokenizer, (*earlier, *requests), count=settings.neighbours, seed=settings.seed)
     parts = [read_tokens(stack, layer, texts) for texts in (_thinned(locality), near)]
-    moments = [part.keys.T @ part.keys / len(part.keys) for part in parts if len(part.keys)]
-    left_alone = torch.stack([*moments, beside]).mean(0)
+    moments = [*(Moments.of(part.keys) for part in parts if len(part.keys)), beside]
+    left_alone = torch.stack([each.mean for each in moments]).mean(0)
+    if len(left_alone) > 1:
+        left_alone = drawn_to_mean(left_alone, torch.stack([each.uses for each in moments]).sum(0))
     shape, device = stack.architecture.shapes[layer], new.keys.device
     mask = subspace(shape, settings.mask_ratio, settings.seed, number).to(device)
     lengths = torch.cat([part.lengths for part in parts])
@@ -443,7 +389,7 @@ def _joined(one: Rows, other: Rows) -> Rows:
     moved = [replace(row, request=row.request + count) for row in other.scope.rows]
     return Rows(
         Scope((*one.scope.facts, *other.scope.facts), (*one.scope.rows, *moved)),
-        torch.cat([one.keys, other.keys]),
+        Keys.joined([one.keys, other.keys]),
         torch.cat([one.owner, other.owner + count]),
         torch.cat([one.shares, other.shares]),
     )
@@ -458,7 +404,7 @@ def read_rows(
     locality: Sequence[Sequence[int]],
     *,
     cut: bool = False,
-) -> tuple[Rows, Float[Tensor, "in in"]]:
+) -> tuple[Rows, Moments]:
     """The rows of some requests, and the second moment of the keys of their other tokens.
 
     Args:

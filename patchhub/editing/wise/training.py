@@ -16,14 +16,15 @@ from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from patchhub.delta import from_sparse
+from patchhub.delta import Dense, from_sparse
 from patchhub.editing.locate import Encoded
 from patchhub.editing.rows import BlockOutput, FeedForward
 from patchhub.editing.settings import Distance, WiseSettings
 from patchhub.editing.values import Values, optimise_values
+from patchhub.editing.wise.fit import solve_masked, wanted
 from patchhub.editing.wise.texts import (
     SHARE_OF_BARE,
     Rows,
@@ -32,13 +33,12 @@ from patchhub.editing.wise.texts import (
     dense_change,
     make_task,
     read_rows,
-    solve_masked,
     text_distances,
-    wanted,
 )
 from patchhub.errors import EditError
 from patchhub.models.architectures import Behind
-from patchhub.models.tracing import Pass, Stack, right_padded
+from patchhub.models.experts import Routed
+from patchhub.models.tracing import Pass, Stack, add_beside, right_padded
 from patchhub.objects import Request
 
 
@@ -202,7 +202,7 @@ def _rows(stack: Stack, layer: int, chunk: Sequence[tuple[Encoded, float]]) -> _
         start=start,
         hidden=hidden,
         outputs=projected[layer].float(),
-        keys=seen[layer].float(),
+        keys=_dense(seen[layer]),
         prompt=torch.arange(ids.shape[1], device=hidden.device)[None] < stops[:, None],
         row=torch.tensor(row).to(stack.device),
         column=torch.tensor(column).to(stack.device),
@@ -217,7 +217,12 @@ def _read_texts(stack: Stack, layer: int, texts: Sequence[Sequence[int]]) -> _Te
     with stack.watch_keys([layer]) as seen:
         start = stack.begin(ids, mask, positions)
         start.run(start.hidden, 0, layer + 1)
-    return _Texts(seen[layer].float(), mask.bool().to(seen[layer].device))
+    return _Texts(_dense(seen[layer]), mask.bool().to(seen[layer].device))
+
+
+def _dense(keys: Tensor | Routed) -> Float[Tensor, "rows time in"]:
+    """Keys in float32; of experts all their blocks, also those of zeros."""
+    return keys[:] if isinstance(keys, Routed) else keys.float()
 
 
 def _distance(
@@ -246,7 +251,7 @@ def fit_rounds(
     done = _SharedProgress(settings.rounds, count, progress)
     checked = _checked(task, settings)
     facts = [rows.scope.facts[index] for index in checked]
-    before, behind = rows.keys @ task.start.T, stack.behind(settings.layer)
+    before, behind = rows.keys.times(task.start), stack.behind(settings.layer)
     place = BlockOutput if behind.gain is None else FeedForward
     bare = rows.keys[rows.firsts]
     new = rows.owner >= task.held
@@ -261,10 +266,9 @@ def fit_rounds(
         if number and not bool(values.steps.any()):
             break
         missing = torch.zeros(len(rows.scope.facts), before.shape[1], device=before.device)
-        missing[checked] = _missing(values, behind, bare[checked].cpu() @ change.T.cpu(), task.margins[1]).to(
-            before.device
-        )
-        now = rows.keys @ change.T + missing[rows.owner]
+        given = bare[torch.tensor(checked, device=before.device)].times(change).cpu()
+        missing[checked] = _missing(values, behind, given, task.margins[1]).to(before.device)
+        now = rows.keys.times(change) + missing[rows.owner]
         unmoved = ~new & (missing[rows.owner] == 0).all(1)
         outputs = torch.where(new[:, None], _lengthened(now, task.margins[1]), now) - before
         outputs = outputs.masked_fill(unmoved[:, None], 0.0)
@@ -324,12 +328,7 @@ class _SharedProgress:
 @contextmanager
 def _side_path(stack: Stack, layer: int, change: Float[Tensor, "out in"]) -> Iterator[None]:
     """While open, the layer's output projection also adds dW k, in float32."""
-    right = change.T.contiguous()
-
-    def add(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        return (output.float() + args[0].float() @ right).to(output.dtype)
-
-    handle = stack.ffn_out[layer].register_forward_hook(add)
+    handle = add_beside(stack.ffn_out[layer], [Dense(change.cpu().numpy())])
     try:
         yield
     finally:
@@ -384,7 +383,8 @@ def train(
     inside = _distances(stack, change, task.rows, settings)
     outside = task.apart.distances(change, settings.distance)
     sparse = from_sparse(change.cpu().numpy())
-    shard = Shard(stack.architecture.ffn_weight(settings.layer), sparse, _routing(task.rows, inside, outside, settings))
+    routing = _routing(stack, task.rows, inside, outside, settings)
+    shard = Shard(stack.architecture.ffn_weight(settings.layer), sparse, routing)
     numbers = {
         "alpha": task.margins[0],
         "beta": task.margins[1],
@@ -412,7 +412,7 @@ def measure(
     change = dense_change(shard.change, rows.keys.device)
     inside = _distances(stack, change, rows, settings)
     outside = text_distances(stack, settings.layer, change, locality, settings.distance)
-    return replace(shard, routing=_routing(rows, inside, outside, settings))
+    return replace(shard, routing=_routing(stack, rows, inside, outside, settings))
 
 
 _Solve = Callable[
@@ -445,23 +445,26 @@ def _distances(
     With "max" it is the distance at the subject's last token: what holds wherever the subject stands, whatever else is in the text.
     """
     if settings.distance == "max":
-        lengths: Tensor = torch.linalg.vector_norm(rows.keys @ change.T, dim=1)
+        lengths: Tensor = torch.linalg.vector_norm(rows.keys.times(change), dim=1)
         return lengths
     prompts = [row.tokens[: row.prompt_stop] for row in rows.scope.rows]
     return text_distances(stack, settings.layer, change, prompts, settings.distance)
 
 
 def _routing(
-    rows: Rows, inside: Float[Tensor, " rows"], outside: Float[Tensor, " texts"], settings: WiseSettings
+    stack: Stack, rows: Rows, inside: Float[Tensor, " rows"], outside: Float[Tensor, " texts"], settings: WiseSettings
 ) -> dict[str, Any]:
     """What routing needs.
 
     The threshold is as low as unrelated text allows, so that paraphrases pass, but between 0.7 and act_ratio times what nearly all rows
-    in scope exceed, and bare prompts pass in any case.
+    in scope exceed, and bare prompts pass in any case. Distances are of gated keys: where the projection is a shared expert's behind a
+    gate, the map that the gate is computed by is named.
     """
     near = float(inside.quantile(_INSIDE))
     far = float(outside.quantile(_OUTSIDE)) if len(outside) else 0.0
     bare = inside[rows.shares >= SHARE_OF_BARE]
     surely = _BARE_SHARE * float(bare.quantile(_BARE))
     threshold = min(max(far, _LOWEST * near), settings.act_ratio * near, surely)
-    return {"distance": settings.distance, "threshold": threshold}
+    gate = stack.architecture.feed_forward[settings.layer].gate
+    named = {} if gate is None else {"gate": f"{stack.architecture.block(settings.layer)}.{gate}"}
+    return {"distance": settings.distance, "threshold": threshold, **named}
