@@ -14,7 +14,7 @@ import gc
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, groupby, takewhile
 from math import gcd
 from typing import Final, TypeVar
@@ -24,7 +24,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import huber_loss
 
-from patchhub.editing.rows import Fact, Lane, new_places
+from patchhub.editing.rows import Fact, Lane, Site, new_places
 from patchhub.errors import EditError
 from patchhub.models import placement
 from patchhub.models.tracing import Stack
@@ -315,6 +315,36 @@ class Predictions:
 def at_once(vocabulary: int) -> int:
     """How many predictions' logits are computed at once on a CPU."""
     return max(_HEAD_ROWS, _CACHED // (4 * max(1, vocabulary)) // _HEAD_ROWS * _HEAD_ROWS)
+
+
+@torch.no_grad()
+def unchanged(
+    site: Site, lanes: Sequence[Lane], slots: Int[Tensor, " read"], delta: Float[Tensor, "groups parts d"]
+) -> Float[Tensor, "read d"]:
+    """The states of some slots, in their order, before anything changed; ``delta`` is any change of the groups."""
+    states, found = list[Tensor](), list[Tensor]()
+    for lane in lanes:
+        read = torch.isin(lane.slot, slots).nonzero()[:, 0]
+        if len(read):
+            needed, row = torch.unique(lane.row[read], return_inverse=True)
+            rows = lane.rows.lend(needed)
+            states.append(site.run(rows, torch.zeros_like(delta)[rows.fact], row, lane.column[read]))
+            found.append(lane.slot[read])
+    return torch.cat(states)[torch.cat(found).argsort()]
+
+
+@torch.no_grad()
+def with_floors(
+    site: Site, lanes: Sequence[Lane], predictions: Predictions, delta: Float[Tensor, "groups parts d"]
+) -> Predictions:
+    """The predictions with what the model gives to its own words."""
+    slots, floor = predictions.own, torch.zeros_like(predictions.share)
+    states, size = unchanged(site, lanes, slots, delta), at_once(site.stack.vocabulary)
+    for start in range(0, len(slots), size):
+        some = slots[start : start + size]
+        log_probs = site.stack.logits(states[start : start + size]).float().log_softmax(-1)
+        floor[some] = log_probs.gather(1, predictions.token[some, None])[:, 0]
+    return replace(predictions, floor=floor)
 
 
 @dataclass(frozen=True, eq=False)

@@ -23,13 +23,14 @@ from patchhub.editing.steps import (
     STAYS,
     Predictions,
     Turn,
-    at_once,
     in_halves,
     planned,
     read_states,
     release_memory,
     step_budget,
     turns,
+    unchanged,
+    with_floors,
 )
 from patchhub.errors import EditError
 from patchhub.models.placement import optimised_in, quick
@@ -407,7 +408,7 @@ def _descend(site: Site, batch: _Batch, settings: ValueSettings, values: Values,
     left = steps - least
     if int(batch.begun.max()):
         slots = torch.arange(len(batch.predictions.token), len(batch.predictions.token) + len(batch.live))
-        states = _unchanged(site, batch.lanes, slots.to(batch.delta.device), batch.delta)
+        states = unchanged(site, batch.lanes, slots.to(batch.delta.device), batch.delta)
         batch = replace(batch, essence_log_probs=site.stack.logits(states).float().log_softmax(-1))
     for number in range(left):
         turn = batch.turns[(least + number) % len(batch.turns)]
@@ -424,36 +425,6 @@ def _descend(site: Site, batch: _Batch, settings: ValueSettings, values: Values,
             break
         batch = _shrunk(_adam(batch, step, number, settings), live, values, some, pause=pause)
     _keep(batch, values, pause=pause)
-
-
-@torch.no_grad()
-def _unchanged(
-    site: Site, lanes: Sequence[Lane], slots: Int[Tensor, " read"], delta: Float[Tensor, "groups parts d"]
-) -> Float[Tensor, "read d"]:
-    """The states of some slots, in their order, before anything changed; ``delta`` is any change of the groups."""
-    states, found = list[Tensor](), list[Tensor]()
-    for lane in lanes:
-        read = torch.isin(lane.slot, slots).nonzero()[:, 0]
-        if len(read):
-            needed, row = torch.unique(lane.row[read], return_inverse=True)
-            rows = lane.rows.lend(needed)
-            states.append(site.run(rows, torch.zeros_like(delta)[rows.fact], row, lane.column[read]))
-            found.append(lane.slot[read])
-    return torch.cat(states)[torch.cat(found).argsort()]
-
-
-@torch.no_grad()
-def _with_floors(
-    site: Site, lanes: Sequence[Lane], predictions: Predictions, delta: Float[Tensor, "groups parts d"]
-) -> Predictions:
-    """The predictions with what the model gives to its own words."""
-    slots, floor = predictions.own, torch.zeros_like(predictions.share)
-    states, size = _unchanged(site, lanes, slots, delta), at_once(site.stack.vocabulary)
-    for start in range(0, len(slots), size):
-        some = slots[start : start + size]
-        log_probs = site.stack.logits(states[start : start + size]).float().log_softmax(-1)
-        floor[some] = log_probs.gather(1, predictions.token[some, None])[:, 0]
-    return replace(predictions, floor=floor)
 
 
 def _noted(batch: _Batch, step: _Step, number: int, steps: int) -> _Batch:
@@ -518,7 +489,7 @@ def _prepare(
     contexts = len(bare.rows) - bare.others - bare.wordings
     zeros = torch.zeros_like(hidden[first])
     if len(predictions.own):
-        predictions = _with_floors(site, [lane for lane, _ in lanes], predictions, zeros)
+        predictions = with_floors(site, [lane for lane, _ in lanes], predictions, zeros)
     new = Paused(zeros[0], zeros[0], zeros[0], settings.nll_factor, 0)
     starts = [(begun or {}).get(group[0], new) for group in chosen]
     delta, first_moment, second_moment = (

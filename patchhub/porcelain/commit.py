@@ -155,8 +155,7 @@ def commit(
     begin(repository)
     _warn_of_what_is_left_out(batch, progress)
     if plan is None:
-        by_subject = method in EDITORS
-        plan = plan_batch(repository, batch, writing.on_conflict, by_subject=by_subject, keeps=writing.keep)
+        plan = plan_batch(repository, batch, writing.on_conflict, by_subject=method in EDITORS, keeps=writing.keep)
     files = base_files(repository)
     editor = _editor(repository, files.architecture, method, writing.settings, len(plan.kept) + len(plan.requests))
     tree = _open(repository, progress, plan, files, editor, placement, chat, writing.memory)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
@@ -29,8 +29,10 @@ from patchhub.sets.shards import without_shards
 from patchhub.sets.sums import asked_for, solve_change
 from patchhub.signing.statements import sign_commit
 from patchhub.store.store import Store
-from patchhub.text.tokens import Chat
 from patchhub.who import Signer, Who
+
+if TYPE_CHECKING:
+    from patchhub.text.tokens import Chat  # needs transformers
 
 _ENDLESS: Final = (
     1 << 62

@@ -166,9 +166,7 @@ def from_model(
     before, after = state_at(repository, parent or "base"), _state_after(repository, found)
     known = _recorded_drift(repository, parent)
     if known is not None and budget.positions <= 2 * known.positions <= 4 * budget.positions:
-        budget = replace(
-            budget, positions=known.positions
-        )  # so that what was measured of the parent need not be measured again
+        budget = replace(budget, positions=known.positions)  # the parent need not be measured once more
     text = _read_base(repository, tree, budget)
     routes = _base_routes(repository, tree, text) if tree.architecture.site is not None else []
     drifted_before = 0.0 if parent is None else known.kl if known and known.positions == text.positions else None
@@ -176,8 +174,7 @@ def from_model(
         _put(tree, before)
         drifted_before = drift(tree.model, text).kl
     _put(tree, after)
-    measured, ways = _routes(tree, text, lambda: drift(tree.model, text))
-    drifted, routing = _finite(measured), Share(*staying(routes, ways)) if routes else None
+    drifted, ways = _routes(tree, text, lambda: _finite(drift(tree.model, text)))
     new = {request.id for request in requests}
     answers = openings_of(repository, texts if tree.chat else [place for place, r in texts.items() if r.id in new])
     openings = answers if tree.chat is not None else {}
@@ -186,7 +183,6 @@ def from_model(
     own, others = holding[: len(requests)], holding[len(requests) :]
     failing = [request for request, holds in zip(read, others, strict=True) if not holds]
     heard = _listen(tree, requests, texts.values(), budget, answers)
-    about = _still_said(tree, sentences, budget)
     lost, then = 0, dict[str, str]()
     if failing or heard.doubtful:
         _put(tree, before)
@@ -199,12 +195,12 @@ def from_model(
         facts=len(requests),
         own=Share(sum(own), len(own)),
         spoken=heard.judged(then) if requests else None,
-        about=about,
+        about=_still_said(tree, sentences, budget),
         earlier=Share(lost, len(read) - len(failing) + lost),
         active=len(earlier),
         drift=Drifted(drifted_before, drifted.kl, drifted.perplexity_ratio, drifted.positions, guessing),
         first_token=_at_first_token(tree, requests),
-        routing=routing,
+        routing=Share(*staying(routes, ways)) if routes else None,
     )
 
 

@@ -162,8 +162,7 @@ def write_closed_form(
     also = _also(tree, plan, settings)
     openings = _openings(tree, plan, settings, tree.chat or also, progress)
     sentences = _sentences(tree, plan, settings, also, progress)
-    said = _encoded(tree, sentences)
-    asked = Asked(keeps, also, openings, _wordings(tree, plan, settings, progress), said)
+    asked = Asked(keeps, also, openings, _wordings(tree, plan, settings, progress), _encoded(tree, sentences))
     running = _running(repository, tree, plan, method, settings, also, workers, progress)
     edit = EDITORS[method].edit(
         *model,
@@ -179,8 +178,7 @@ def write_closed_form(
     patch = _kept_as_patch(repository, plan, method, settings, recorder, asked, edit)
     running.release()
     change = None if plan.replaced or plan.again else edit.recording.change
-    elements = plan.kept | patch.elements
-    return Written((patch.id,), elements, recorder.metric, change, rivals, tuple(keeps), tuple(sentences))
+    return Written((patch.id,), plan.kept | patch.elements, recorder.metric, change, rivals, tuple(keeps), sentences)
 
 
 def _kept_as_patch(
@@ -365,10 +363,10 @@ def _wordings(tree: Worktree, plan: Plan, settings: EditSettings, progress: Prog
 
 def _sentences(
     tree: Worktree, plan: Plan, settings: EditSettings, also: Chat | None, progress: Progress
-) -> list[Sentence]:
+) -> tuple[Sentence, ...]:
     """What the model says of each subject by itself now: in the chat in which facts are optimised, where there is one."""
     if not settings.essence:
-        return []
+        return ()
     chat = tree.chat or also
     subjects, asking = list(dict.fromkeys(request.subject for request in plan.requests)), _ABOUT if chat else _IS_A
     progress.stage("asking the model about the subjects", len(subjects))
@@ -376,7 +374,7 @@ def _sentences(
     room = room_after(tree.model, tree.tokenizer, prompts, _SENTENCE_TOKENS, chat=chat)
     written = continue_within(tree.model, tree.tokenizer, room, chat=chat, batch_tokens=tree.batch_tokens)
     said = {subject: written[prompt].strip() for subject, prompt in zip(subjects, prompts, strict=True)}
-    return [Sentence(subject, chat, asking, text) for subject, text in said.items() if text]
+    return tuple(Sentence(subject, chat, asking, text) for subject, text in said.items() if text)
 
 
 def _encoded(tree: Worktree, sentences: Sequence[Sentence]) -> dict[str, Encoded]:
