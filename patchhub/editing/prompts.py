@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 
 from patchhub.delta import Delta
 from patchhub.editing.locate import encode_prompts, encode_targets
-from patchhub.editing.rows import KeyRow, at, key_rows, mean_keys
+from patchhub.editing.rows import key_rows, mean_keys
 from patchhub.models.tracing import SidePath, Stack, right_padded
 from patchhub.objects import SLOT, Request
 from patchhub.text.sampling import continue_rows
@@ -56,30 +56,6 @@ NAMES: Final = (
     *("Christianity", "Buddhism", "English", "Latin", "Python", "piano", "gold", "tiger"),
 )
 """Subjects that a base is likely to know, of many kinds: those are kept that are of a fact's kind, as their keys tell."""
-
-
-def keep_rows(texts: Sequence[Sequence[int]], first: int) -> list[KeyRow]:
-    """Texts, each cut after the place that is kept, as the rows of requests ``first``, ``first + 1``, ..."""
-    return [KeyRow(tuple(text), request, 0, 1.0) for request, text in enumerate(texts, first)]
-
-
-@torch.no_grad()
-def present_states(stack: Stack, texts: Sequence[Sequence[int]], layer: int) -> Float[Tensor, "n d"]:
-    """What is there at the last token of each text, where the targets of facts are: float32 on the CPU.
-
-    The hidden state after block ``layer``; where a norm comes behind the feed-forward projection, the output of that.
-    """
-    found = torch.zeros(len(texts), stack.architecture.d_model)
-    for places in _batches(texts):
-        ids, mask, positions = right_padded([texts[place] for place in places], stack.device)
-        with stack.fast(), stack.watch_values([layer]) as projected:
-            start = stack.begin(ids, mask, positions)
-            hidden = start.run(start.hidden, 0, layer + 1)
-        if stack.architecture.normed:
-            hidden = projected[layer]
-        last = torch.tensor([len(texts[place]) - 1 for place in places])
-        found[places] = at(hidden, torch.arange(len(places)), last).float().cpu()
-    return found
 
 
 @torch.no_grad()

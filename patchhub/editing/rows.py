@@ -290,11 +290,6 @@ class Trunk:
     prefix: Prefix | None
 
 
-def read_trunk(stack: Stack, groups: Sequence[Sequence[Encoded]]) -> Trunk:
-    """Run what the texts of each group have in common before their subjects' last tokens."""
-    return run_trunk(stack, beginnings(stack, groups))
-
-
 def beginnings(stack: Stack, groups: Sequence[Sequence[Encoded]]) -> tuple[tuple[int, ...], ...]:
     """What the texts of each group have in common before their subjects' last tokens; nothing where no state can be kept."""
     if stack.architecture.recurrent:

@@ -526,32 +526,6 @@ class ObjectStore:
         write_atomically(self._made(identity), chunks, mode=READ_ONLY, disk=self._disk)
 
 
-class MemoryObjects:
-    """Objects in a dictionary: the twin of `ObjectStore` without a disk."""
-
-    def __init__(self) -> None:
-        self._objects: dict[str, bytes] = {}
-
-    def put(self, data: bytes) -> str:
-        identity = object_id(data)
-        self._objects[identity] = data
-        return identity
-
-    def put_file(self, source: Path) -> str:
-        return self.put(source.read_bytes())
-
-    def get(self, identity: str) -> bytes:
-        if identity not in self._objects:
-            raise _damaged(identity, None, "is missing")
-        return self._objects[identity]
-
-    def __contains__(self, identity: object) -> bool:
-        return identity in self._objects
-
-    def ids(self, prefix: str = "") -> Iterator[str]:
-        return (identity for identity in sorted(self._objects) if identity.startswith(prefix))
-
-
 def file_digest(path: Path) -> str:
     """SHA-256 of a file's content, streamed."""
     digest = hashlib.sha256()

@@ -14,9 +14,7 @@ import torch
 from click.testing import Result
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from patchhub.editing.locate import encode_prompt
 from patchhub.editing.requests import read_requests
-from patchhub.evaluation.live import read_live
 from patchhub.evaluation.metrics import score_targets
 from patchhub.evaluation.suites import read_facts
 from patchhub.objects import Request
@@ -28,6 +26,10 @@ from patchhub.text.tokens import Chat, chat_of
 from patchhub.worktree import measuring
 from patchhub.worktree.measuring import CONTEXTS, Measurer, Questions
 from tests.cli.conftest import FACTS, MODEL, invoke
+from tests.editing.encoded import encode_prompt
+from tests.evaluation.readings import read_live
+
+pytestmark = pytest.mark.usefixtures("short_texts")
 
 AUTHOR = "Ada <ada@example.org>"
 TEMPLATE = "{% for m in messages %}{{ ('<|endoftext|>The question is here. ' if m.role == 'user' else ' ') + m.content }}{% endfor %}"
@@ -67,6 +69,23 @@ def blunt(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(taught: Path, tmp_path: Path) -> Asked:
     """The command line on a copy that the test may change."""
     shutil.copytree(taught / ".patchhub", tmp_path / ".patchhub")
+    return lambda *arguments, **options: invoke(tmp_path, *arguments, **options)
+
+
+@pytest.fixture(scope="module")
+def measured(taught: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with all answers to its facts in the cache, outside the chat and in it."""
+    folder = tmp_path_factory.mktemp("measured")
+    shutil.copytree(taught / ".patchhub", folder / ".patchhub")
+    for form in ("--no-chat", "--chat"):
+        invoke(folder, "eval", "--suite", str(taught / "facts.json"), "--no-note", form)
+    return folder
+
+
+@pytest.fixture
+def again(measured: Path, tmp_path: Path) -> Asked:
+    """The command line on a copy in which everything was asked before."""
+    shutil.copytree(measured / ".patchhub", tmp_path / ".patchhub")
     return lambda *arguments, **options: invoke(tmp_path, *arguments, **options)
 
 
@@ -157,7 +176,8 @@ def test_there_is_room_for_the_longest_target_as_the_template_joins_it(run: Aske
     assert chat.new_tokens == 1 + length - begin > plain.new_tokens > measuring.NEW_TOKENS
 
 
-def test_the_repositorys_config_decides_where_nothing_is_said(run: Asked, suite: tuple[str, str]) -> None:
+def test_the_repositorys_config_decides_where_nothing_is_said(again: Asked, suite: tuple[str, str]) -> None:
+    run = again
     plain, chat = report(run, "eval", *suite), report(run, "eval", *suite, "--chat")
     run("config", "chat", "true")
     assert report(run, "eval", *suite) == chat
@@ -168,8 +188,11 @@ def test_the_repositorys_config_decides_where_nothing_is_said(run: Asked, suite:
     assert report(run, "blame", prompt, "--no-chat")["chat"] is None
 
 
-def test_the_verbs_that_look_say_which_scores_are_of_a_chat(run: Asked, suite: tuple[str, str], tmp_path: Path) -> None:
+def test_the_verbs_that_look_say_which_scores_are_of_a_chat(
+    again: Asked, suite: tuple[str, str], tmp_path: Path
+) -> None:
     """And a walk in the chat measures what is noted outside it only."""
+    run = again
     run("eval", *suite, "--all")
     assert " chat" not in run("log").stdout + run("show").stdout + run("log", "--oneline").stdout
     plot = tmp_path / "plot.svg"
@@ -227,7 +250,7 @@ def test_blame_reads_the_keys_where_facts_are_written_in_a_chat(run: Asked, taug
 
 def test_editors_are_compared_in_a_chat(run: Asked, suite: tuple[str, str]) -> None:
     """One that does not write there is a row with the reason, and the others are still measured."""
-    arguments = ("bench", "memit:steps=12", "wise", *suite, "--limit", "2", "--chat")
+    arguments = ("bench", "memit:steps=8:repairs=0", "wise", *suite, "--limit", "1", "--chat")
     found = report(run, *arguments)
     assert found["settings"]["chat"] == FORM
     base, memit, wise = found["rows"]

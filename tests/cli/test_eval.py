@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -12,12 +13,26 @@ import pytest
 
 from tests.cli.conftest import FACTS, MODEL, Run, invoke
 
+pytestmark = pytest.mark.usefixtures("short_texts")
+
+
+@pytest.fixture(scope="module")
+def measured(first_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store with a suite of twelve facts, and in its cache all answers to them of HEAD and of the base."""
+    folder = Path(shutil.copytree(first_store, tmp_path_factory.mktemp("measured") / "store"))
+    (folder / "suite.json").write_text(json.dumps(FACTS[:12]), encoding="utf-8")
+    invoke(folder, "eval", "--suite", str(folder / "suite.json"), "--no-note")
+    return folder
+
+
+@pytest.fixture
+def store(measured: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(measured, tmp_path / "store"))
+
 
 @pytest.fixture
 def suite(store: Path) -> str:
-    file = store / "suite.json"
-    file.write_text(json.dumps(FACTS[:12]), encoding="utf-8")
-    return str(file)
+    return str(store / "suite.json")
 
 
 def report(run: Run, *arguments: str) -> dict[str, Any]:
@@ -74,7 +89,7 @@ def test_the_notes_are_shown_by_the_verbs_that_look(run: Run, suite: str) -> Non
 def test_a_walk_measures_each_commit_once_and_draws_it(run: Run, suite: str, store: Path) -> None:
     facts = store / "more.json"
     facts.write_text(json.dumps(FACTS[10:12]), encoding="utf-8")
-    run("commit", str(facts), "-m", "two more")
+    run("commit", str(facts), "-m", "two more", "--set", "steps=4", "--set", "repairs=0", "--force")
     files = {name: store / f"scores.{name}" for name in ("csv", "svg")}
     arguments = ("--suite", suite, "--limit", "4", "--seed", "3", "--all")
     screen = run("eval", *arguments, "--csv", str(files["csv"]), "--plot", str(files["svg"])).stdout
@@ -148,7 +163,7 @@ def test_scores_travel_with_a_push(run: Run, suite: str, store: Path, tmp_path: 
 def test_editors_are_compared(run: Run, suite: str, store: Path) -> None:
     before = run("log").stdout
     file = store / "bench.csv"
-    methods = ("memit:steps=12", "memit:steps=2")
+    methods = ("memit:steps=8:repairs=0", "memit:steps=2:repairs=0")
     found = json.loads(run("bench", *methods, "--suite", suite, "--limit", "2", "--csv", str(file), "--json").stdout)
     assert [row["name"] for row in found["rows"]] == ["base", *methods]
     base, good, poor = (row["scores"]["EM"]["value"] for row in found["rows"])

@@ -70,6 +70,10 @@ def commit_of(folder: Path, *options: str) -> dict[str, Any]:
     return document
 
 
+QUICK = ("--set", "steps=2", "--set", "repairs=0")
+"""Of commits whose facts need not hold."""
+
+
 def moments_of(folder: Path) -> tuple[dict[int, torch.Tensor], int]:
     """The second moments of the shipped model on the text that a store's metric was sampled from."""
     with Store.open(folder) as repository:
@@ -102,7 +106,7 @@ def test_the_first_commit_uses_what_was_computed(empty: Path) -> None:
     assert list(before["weights"]) == [WEIGHT.format(layer) for layer in (1, 2, 3)]
     assert not before["used"]
     assert "can still be replaced" in invoke(empty, "metric").stdout
-    commit_of(empty)
+    commit_of(empty, *QUICK)
     after = shown(empty)
     assert (after["id"], after["weights"], after["used"]) == (before["id"], before["weights"], True)
 
@@ -124,7 +128,7 @@ def test_settings_make_another_metric_until_facts_are_recorded(empty: Path) -> N
     second = shown(empty)
     assert second["id"] != first
     assert second["settings"] == {"epsilon": 0.1}
-    commit_of(empty)
+    commit_of(empty, *QUICK)
     assert "fixed" in invoke(empty, "config", "metric.epsilon", "0.2", code=6).stderr
     assert "fixed" in invoke(empty, "config", "metric.kind", "null_space", code=6).stderr
     invoke(empty, "undo")
@@ -138,7 +142,7 @@ def test_text_of_ones_own_replaces_the_metric_until_facts_are_recorded(empty: Pa
     invoke(empty, "metric", "compute", "--text", str(text))
     assert shown(empty)["source"]["kind"] == "file"
     assert shown(empty)["id"] != before
-    commit_of(empty)
+    commit_of(empty, *QUICK)
     invoke(empty, "metric", "compute", "--text", str(text))
     text.write_text("Something else.\n", encoding="utf-8")
     assert "one metric" in invoke(empty, "metric", "compute", "--text", str(text), code=6).stderr
@@ -159,11 +163,11 @@ def test_layers_that_are_added_later_are_those_of_the_unpatched_base(empty: Path
     other = tmp_path / "other"
     shutil.copytree(empty, other)
     invoke(other, "metric", "compute", "--layers", "4,5")
-    commit_of(empty)
+    commit_of(empty, *QUICK)
     invoke(empty, "metric", "compute", "--layers", "4")
     assert np.array_equal(factor(empty, 4), factor(other, 4))
     fact = json.dumps(FACTS[12])
-    invoke(empty, "commit", "-", "-m", "x", "--force", "--set", "layers=3-5", stdin=fact)
+    invoke(empty, "commit", "-", "-m", "x", "--force", "--set", "layers=3-5", *QUICK, stdin=fact)
     assert np.array_equal(factor(empty, 5), factor(other, 5))
 
 
@@ -209,7 +213,7 @@ def test_a_metric_travels_between_stores_of_one_base(empty: Path, tmp_path: Path
     assert shown(other) == shown(empty)
     for layer in (1, 2, 3):
         assert np.array_equal(factor(other, layer), factor(empty, layer))
-    assert commit_of(other)["patches"] == commit_of(empty)["patches"]
+    assert commit_of(other, *QUICK)["patches"] == commit_of(empty, *QUICK)["patches"]
     invoke(other, "metric", "compute", "--layers", "4")  # the text travelled too
 
 

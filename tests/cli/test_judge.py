@@ -16,6 +16,8 @@ from patchhub.repository.arguments import judge_of
 from tests.cli.conftest import FACTS, Run, invoke
 from tests.served import server
 
+pytestmark = pytest.mark.usefixtures("short_texts")
+
 KEY = "secret-key-of-the-judge"
 DOCS = Path(__file__).parents[2] / "docs" / "evaluation.md"
 

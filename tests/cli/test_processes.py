@@ -145,8 +145,6 @@ except SystemExit as done:
 """
 
 
-@pytest.mark.slow
-@pytest.mark.long
 def test_a_command_looks_for_garbage_in_cycles_seldom(store: Path) -> None:
     code = (
         "import gc; from patchhub.cli.main import main\n"
@@ -156,6 +154,8 @@ def test_a_command_looks_for_garbage_in_cycles_seldom(store: Path) -> None:
     assert done.stdout.splitlines()[-1] == "10000 True", done.stderr
 
 
+@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
 def test_a_whole_commit_stays_within_its_memory(tmp_path: Path) -> None:
     """Optimisation, sweep and checks, on a model wide enough for a step to be large."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -77,13 +78,22 @@ def test_what_a_merge_brought_is_recorded_on_the_other_side_and_back_again(run: 
 # --- the guard ------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def branches(run: Run, store: Path) -> Run:
+@pytest.fixture(scope="module")
+def branched(first_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """On main, with three other facts on the branch side; none of the two has the other's."""
+    folder = Path(shutil.copytree(first_store, tmp_path_factory.mktemp("branched") / "store"))
+    run: Run = partial(invoke, folder)
     run("switch", "-c", "side", "base")
     commit(run, FACTS[10:13], "on the base")
     run("switch", "main")
-    return run
+    return folder
+
+
+@pytest.fixture
+def branches(branched: Path, store: Path) -> Run:
+    shutil.rmtree(store)
+    shutil.copytree(branched, store)
+    return partial(invoke, store)
 
 
 def report_at(folder: Path) -> Report:

@@ -48,7 +48,8 @@ def test_which_fact_is_meant_must_be_clear(run: Run, store: Path) -> None:
     assert "already" in run("update", "--subject", "Australia", "--target", "Sydney", code=3).stderr
     assert "commit" in run("update", "--subject", "Zanzibar", "--target", "Rome", code=3).stderr
     second = {"prompt": "People in {} speak", "subject": "Australia", "target_new": "Polish"}
-    run("config", "memit.repairs", "0")  # which fact is meant does not depend on whether it holds
+    for key, value in (("repairs", "0"), ("steps", "2")):  # which fact is meant does not depend on whether it holds
+        run("config", f"memit.{key}", value)
     run("commit", "-", "-m", "x", "--force", stdin=json.dumps(second))
     refused = run("update", "--subject", "Australia", "--target", "Rome", code=3).stderr
     assert "People in {} speak; The capital of {} is" in refused
@@ -61,10 +62,12 @@ def test_which_fact_is_meant_must_be_clear(run: Run, store: Path) -> None:
 
 def test_facts_kept_side_by_side_are_all_replaced(run: Run, store: Path) -> None:
     before = facts(store)
+    for key, value in (("repairs", "0"), ("steps", "2")):
+        run("config", f"memit.{key}", value)
     other = json.dumps({**FACTS[0], "target_new": "Rome"})
     run("commit", "-", "-m", "x", "--on-conflict", "keep", "--force", stdin=other)
     assert "already" in run("update", "--subject", "Australia", "--target", "Rome", code=3).stderr
-    done = json.loads(run("update", "--subject", "Australia", "--target", "Paris", "--json").stdout)
+    done = json.loads(run("update", "--subject", "Australia", "--target", "Paris", "--force", "--json").stdout)
     assert len(done["replaced"]) == 2
     assert facts(store) == {**before, AUSTRALIA: "Paris"}
 
@@ -72,7 +75,8 @@ def test_facts_kept_side_by_side_are_all_replaced(run: Run, store: Path) -> None
 def test_two_answers_to_one_question_are_told_by_what_the_model_says(run: Run, store: Path) -> None:
     """The same fact in other words with another target: they share a value, which cannot say both, and the loser is named."""
     rival = {"prompt": "The capital city of {} is", "subject": "Australia", "target_new": "Rome"}
-    run("config", "memit.repairs", "1")
+    for key, value in (("repairs", "1"), ("steps", "10")):
+        run("config", f"memit.{key}", value)
     done = json.loads(run("commit", "-", "-m", "x", "--json", "--force", stdin=json.dumps(rival)).stdout)
     assert len(done["again"]) == 1
     assert done["rivals"] == []
@@ -81,7 +85,8 @@ def test_two_answers_to_one_question_are_told_by_what_the_model_says(run: Run, s
 
 def test_facts_of_one_target_do_not_compete(run: Run) -> None:
     same = {"prompt": "The capital city of {} is", "subject": "Australia", "target_new": "Sydney"}
-    run("commit", "-", "-m", "x", "--strict", stdin=json.dumps(same))
+    quick = ("--set", "steps=2", "--set", "repairs=0", "--force")
+    run("commit", "-", "-m", "x", "--strict", *quick, stdin=json.dumps(same))
 
 
 def test_settings_for_one_commit(run: Run, store: Path) -> None:

@@ -14,10 +14,11 @@ from patchhub.delta import from_factors, to_dense
 from patchhub.editing.editor import EQUAL_SHARES
 from patchhub.editing.locate import encode_prompts
 from patchhub.editing.metric import MetricCache
-from patchhub.editing.prompts import keep_rows, most_moved, namesakes, present_states, siblings
+from patchhub.editing.prompts import most_moved, namesakes, siblings
 from patchhub.editing.record import Recording, State, record
 from patchhub.editing.rows import key_rows, mean_keys
 from patchhub.objects import Request
+from tests.editing.encoded import keep_rows, present_states
 from tests.tiny_models import tiny_stack, tiny_tokenizer
 
 LAYERS = (0, 1)

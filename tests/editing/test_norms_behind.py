@@ -15,12 +15,13 @@ from patchhub.cache import Cache
 from patchhub.delta import to_dense
 from patchhub.editing.editor import EQUAL_SHARES, MEMIT, REPLAYED, ROOT_SHARES, Way, encode_facts
 from patchhub.editing.metric import MetricCache
-from patchhub.editing.prompts import keep_rows, most_moved, present_states
+from patchhub.editing.prompts import most_moved
 from patchhub.editing.record import Recording, Spread, State, record, side_paths
 from patchhub.editing.rows import FeedForward, key_rows
 from patchhub.editing.values import ValueSettings, optimise_values
 from patchhub.models.tracing import Stack
 from patchhub.objects import Request
+from tests.editing.encoded import keep_rows, present_states
 from tests.tiny_models import tiny_stack, tiny_tokenizer
 
 NORMED = ("gemma3_text", "olmo2")

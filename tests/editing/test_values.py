@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from patchhub.cache import Cache
 from patchhub.editing.editor import encode_facts
 from patchhub.editing.locate import Encoded
-from patchhub.editing.rows import BlockOutput, Fact, Projections, Row, open_rows, read_trunk
+from patchhub.editing.rows import BlockOutput, Fact, Projections, Row, beginnings, open_rows, run_trunk
 from patchhub.editing.values import KeptValues, Values, ValueSettings, fact_key, optimise_values
 from patchhub.errors import EditError
 from patchhub.models import placement
@@ -422,7 +422,7 @@ def test_hidden_states_over_a_frozen_prefix_are_those_of_a_full_forward(family):
         for context, text in enumerate(contexts)
     ]
     site = BlockOutput(stack(family), LAYER)
-    batch = open_rows(site, rows, read_trunk(site.stack, list(zip(*texts, strict=True))))
+    batch = open_rows(site, rows, run_trunk(site.stack, beginnings(site.stack, list(zip(*texts, strict=True)))))
     deltas = torch.randn(len(rows), 32, generator=torch.Generator().manual_seed(0))
     for number, row in enumerate(rows):
         text, columns = row.encoded, torch.arange(row.kept)

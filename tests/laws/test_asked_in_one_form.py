@@ -20,6 +20,8 @@ from patchhub.repository import Repository
 from tests.cli.conftest import FACTS, first_store  # noqa: F401  # a fixture
 from tests.laws.verbs import commands
 
+pytestmark = pytest.mark.usefixtures("short_texts")
+
 AUTHOR = "Ada <ada@example.org>"
 FACT = FACTS[10]
 

@@ -9,6 +9,8 @@ import pytest
 
 from tests.pins.verbs import SIGNED, STORED, Pinned, file_of, run_all, verbs_of, verbs_with_json
 
+pytestmark = pytest.mark.usefixtures("short_texts")
+
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pinned]:

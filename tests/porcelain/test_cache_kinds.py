@@ -39,6 +39,8 @@ from patchhub.worktree.opening import Worktree, open_base, open_worktree
 from patchhub.worktree.shards import open_wise_text
 from tests.porcelain.taught import AUTHOR, PLACES, TIME, fact, make_store
 
+pytestmark = pytest.mark.usefixtures("short_texts")
+
 FACTS = Facts(tuple(fact(*pair) for pair in PLACES[:2]), contexts=("So. {}",))
 NEW = tuple(fact(*pair) for pair in [("Paris", "Lyon"), ("Rome is where the city", "Milan")])
 

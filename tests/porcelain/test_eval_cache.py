@@ -23,6 +23,8 @@ from patchhub.worktree import measuring
 from patchhub.worktree.measuring import StateResults, item_key, state_key
 from tests.porcelain.taught import AUTHOR, PLACES, TIME, TONGUES, fact, make_store, teach
 
+pytestmark = pytest.mark.usefixtures("short_texts")
+
 FACTS = Facts(tuple(fact(*pair) for pair in [*PLACES, *TONGUES]), "facts.json", "wise", contexts=("So. {}",))
 
 

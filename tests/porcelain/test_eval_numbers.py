@@ -32,6 +32,8 @@ from patchhub.who import Who
 from patchhub.worktree.measuring import CONTEXTS, Measurer, Questions
 from tests.porcelain.taught import AUTHOR, TIME
 
+pytestmark = pytest.mark.usefixtures("short_texts")
+
 FACTS = Path(str(files("patchhub") / "demo_facts.json"))
 MODEL = Path(str(files("patchhub") / "demo_model"))
 BATCH = read_requests(FACTS)

@@ -90,7 +90,7 @@ def grow(store: Synthetic, rng: random.Random, commits: int) -> list[str]:
     return tips
 
 
-@pytest.mark.parametrize("block", range(4))
+@pytest.mark.parametrize("block", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2, 3))])
 def test_merging_is_commutative_and_is_the_joint_solution_in_random_histories(block: int, tmp_path: Path) -> None:
     several = 0
     for seed in range(40 * block, 40 * block + 40):

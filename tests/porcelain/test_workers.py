@@ -38,6 +38,8 @@ from patchhub.worktree.workers import Machines, Opened, Opening, Serving, Worker
 from tests.porcelain.taught import AUTHOR, PLACES, TIME, TONGUES, fact, make_store
 from tests.tiny_models import tiny_model, tiny_tokenizer
 
+pytestmark = pytest.mark.usefixtures("short_texts")
+
 FACTS = [fact(*pair) for pair in (*PLACES, *TONGUES)]
 DEMO = Path(str(files("patchhub") / "demo_model"))
 DEMO_FACTS: list[dict[str, Any]] = json.loads((files("patchhub") / "demo_facts.json").read_text(encoding="utf-8"))
@@ -170,29 +172,40 @@ class Lagging(Near):
 
 
 def evaluated(folder: Path, **options: Any) -> tuple[Any, ...]:
-    done = Repository(folder, progress=Silent()).eval("HEAD", suite=FACTS, author=AUTHOR, time=TIME, **options)
+    done = Repository(folder, progress=Silent()).eval("HEAD", suite=FACTS[1:4], author=AUTHOR, time=TIME, **options)
     return done.scores, done.base, list(done.records()), done.note
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, tuple[Any, ...]]:
+    """A store, and what one process says of it; copied before it was asked."""
+    folder = tmp_path_factory.mktemp("taught")
+    make_store(folder / "one").close()
+    shutil.copytree(folder / "one", folder / "unasked")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(measuring, "_KEPT_AT_ONCE", 2)
+        return folder / "unasked", evaluated(folder / "one")
 
 
 @pytest.mark.parametrize("count", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_any_number_of_workers_gives_the_scores_that_one_process_gives(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int
+    one: tuple[Path, tuple[Any, ...]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int
 ) -> None:
-    make_store(tmp_path / "one").close()
-    shutil.copytree(tmp_path / "one", tmp_path / "more")
-    monkeypatch.setattr(measuring, "_KEPT_AT_ONCE", 5)  # the parts of an evaluation are the tasks
+    unasked, alone = one
+    shutil.copytree(unasked, tmp_path / "more")
+    monkeypatch.setattr(measuring, "_KEPT_AT_ONCE", 2)  # the parts of an evaluation are the tasks
     machines = Near(count)
-    alone = evaluated(tmp_path / "one")
     monkeypatch.setattr(measuring, "machines_of", lambda count, on: machines)
     assert evaluated(tmp_path / "more", workers=count) == alone
     assert machines.opened == count  # for the revision and the base alike
 
 
-def test_a_worker_that_is_moved_before_it_has_loaded_is_moved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    make_store(tmp_path / "one").close()
-    shutil.copytree(tmp_path / "one", tmp_path / "more")
-    monkeypatch.setattr(measuring, "_KEPT_AT_ONCE", 5)
-    alone = evaluated(tmp_path / "one")
+def test_a_worker_that_is_moved_before_it_has_loaded_is_moved(
+    one: tuple[Path, tuple[Any, ...]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unasked, alone = one
+    shutil.copytree(unasked, tmp_path / "more")
+    monkeypatch.setattr(measuring, "_KEPT_AT_ONCE", 2)
     machines = Lagging(2)
     monkeypatch.setattr(measuring, "machines_of", lambda count, on: machines)
     assert evaluated(tmp_path / "more", workers=2) == alone
@@ -203,11 +216,13 @@ def test_a_worker_that_is_moved_before_it_has_loaded_is_moved(tmp_path: Path, mo
 
 
 @pytest.mark.slow
-def test_processes_give_the_scores_that_one_process_gives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    make_store(tmp_path / "one").close()
-    shutil.copytree(tmp_path / "one", tmp_path / "two")
-    monkeypatch.setattr(measuring, "_KEPT_AT_ONCE", 20)
-    assert evaluated(tmp_path / "two", workers=2) == evaluated(tmp_path / "one")
+def test_processes_give_the_scores_that_one_process_gives(
+    one: tuple[Path, tuple[Any, ...]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unasked, alone = one
+    shutil.copytree(unasked, tmp_path / "two")
+    monkeypatch.setattr(measuring, "_KEPT_AT_ONCE", 10)
+    assert evaluated(tmp_path / "two", workers=2) == alone
     assert not multiprocessing.active_children()
 
 

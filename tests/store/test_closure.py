@@ -9,8 +9,8 @@ import pytest
 from patchhub.errors import CorruptStoreError
 from patchhub.objects import EMPTY_SET, Base, Commit, Element, Keyframe, Metric, Note, Patch, Text, set_digest, set_json
 from patchhub.store.database import Changes
-from patchhub.store.object_store import MemoryObjects
 from patchhub.store.states import Reference, closure, missing, recorded, references
+from tests.store.memory import MemoryObjects
 
 TIME = "2026-11-21T09:30:00Z"
 OBJECTS = MemoryObjects()

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from patchhub.canonical import object_id
 from patchhub.errors import CorruptStoreError, RepositoryError
-from patchhub.store.object_store import MemoryObjects, Objects, ObjectStore
+from patchhub.store.object_store import Objects, ObjectStore
+from tests.store.memory import MemoryObjects
 
 
 @pytest.fixture
