@@ -25,8 +25,8 @@ def test_they_are_the_linear_modules_of_the_blocks(family: str, bare: bool, tmp_
     expected, orientations = {}, set()
     for name, module in model.named_modules():
         orientation = orientation_of(module)
-        # Llama 4's router is a linear module, but gives more than a product; Trinity's is told from its name as others are.
-        router = name.endswith((".router", ".router.gate"))
+        # Llama 4's router is a linear module, but gives more than a product; Trinity's and DBRX's are told from their names as others are.
+        router = name.endswith((".router", ".router.gate", ".router.layer"))
         if orientation and name.startswith(architecture.blocks + ".") and not router:
             rows, columns = module.weight.shape
             expected[f"{name}.weight"] = (rows, columns) if orientation == "out_in" else (columns, rows)
