@@ -317,7 +317,6 @@ def memit_settings(architecture: Architecture) -> EditSettings:
         closing=0.5,
         opening=1.0,
         chat_weight=0.5,
-        essence=0.0 if narrow else 0.1,
         repairs=2,
     )
     return _behind_a_norm(settings) if architecture.normed else settings
@@ -345,7 +344,6 @@ def pmet_settings(architecture: Architecture) -> EditSettings:
         closing=0.5,
         opening=1.0,
         chat_weight=0.5,
-        essence=0.0 if narrow else 0.1,
         repairs=2,
     )
     return _behind_a_norm(settings) if architecture.normed else settings

@@ -27,7 +27,7 @@ from patchhub.editing.prompts import find_wordings, namesakes, siblings
 from patchhub.editing.record import Edit, Recording, Running, State, side_paths
 from patchhub.editing.requests import Keep
 from patchhub.editing.rows import key_rows, mean_keys
-from patchhub.editing.settings import EditSettings, crowding, preset
+from patchhub.editing.settings import EditSettings, crowding, is_narrow, preset
 from patchhub.editing.steps import step_budget
 from patchhub.editing.values import KeptValues, Part, Values, ValueSettings
 from patchhub.evaluation.live import continue_greedily, continue_within, first_clause, reads_right, room_after
@@ -61,6 +61,7 @@ _ABOUT, _IS_A = (
     "{} is a",
 )  # by which the model is asked about a subject, in a chat and in plain text
 _SENTENCE_TOKENS = 12  # of what it says then
+_SUBJECTS = 100  # about which it is asked where only the guard wants to know
 _GAPS = 2  # tokens of white space and commas before a target that is said again, and again
 _FOUND_KEEPS = 4  # other subjects for each prompt of a batch (docs/methods.md)
 _NULL_SPACE_RIDGE = 1.0  # AlphaEdit weighs requests by 1 and the norm of the change by l2
@@ -161,8 +162,8 @@ def write_closed_form(
     keeps = _keeps(tree, (*plan.keeps, *found), progress)
     also = _also(tree, plan, settings)
     openings = _openings(tree, plan, settings, tree.chat or also, progress)
-    sentences = _sentences(tree, plan, settings, also, progress)
-    asked = Asked(keeps, also, openings, _wordings(tree, plan, settings, progress), _encoded(tree, sentences))
+    wordings, sentences = _wordings(tree, plan, settings, progress), _sentences(tree, plan, settings, also, progress)
+    asked = Asked(keeps, also, openings, wordings, _staying(tree, settings, sentences))
     running = _running(repository, tree, plan, method, settings, also, workers, progress)
     edit = EDITORS[method].edit(
         *model,
@@ -364,11 +365,16 @@ def _wordings(tree: Worktree, plan: Plan, settings: EditSettings, progress: Prog
 def _sentences(
     tree: Worktree, plan: Plan, settings: EditSettings, also: Chat | None, progress: Progress
 ) -> tuple[Sentence, ...]:
-    """What the model says of each subject by itself now: in the chat in which facts are optimised, where there is one."""
+    """What the model says of each subject by itself now: in the chat in which facts are optimised, where there is one.
+
+    Where it is not to stay, so much of it as the guard reads; nothing of narrow models, which hardly write sentences.
+    """
+    chat, subjects = tree.chat or also, list(dict.fromkeys(request.subject for request in plan.requests))
     if not settings.essence:
+        subjects = [] if is_narrow(tree.architecture) else subjects[:_SUBJECTS]
+    if not subjects:
         return ()
-    chat = tree.chat or also
-    subjects, asking = list(dict.fromkeys(request.subject for request in plan.requests)), _ABOUT if chat else _IS_A
+    asking = _ABOUT if chat else _IS_A
     progress.stage("asking the model about the subjects", len(subjects))
     prompts = [asking.replace(SLOT, subject) for subject in subjects]
     room = room_after(tree.model, tree.tokenizer, prompts, _SENTENCE_TOKENS, chat=chat)
@@ -377,9 +383,9 @@ def _sentences(
     return tuple(Sentence(subject, chat, asking, text) for subject, text in said.items() if text)
 
 
-def _encoded(tree: Worktree, sentences: Sequence[Sentence]) -> dict[str, Encoded]:
-    """The tokens of what is said of each subject, by subject."""
-    if not sentences:
+def _staying(tree: Worktree, settings: EditSettings, sentences: Sequence[Sentence]) -> dict[str, Encoded]:
+    """The tokens of what is said of each subject and is to stay, by subject."""
+    if not sentences or not settings.essence:
         return {}
     chat = sentences[0].chat
     asked = [(one.asking.split(SLOT), one) for one in sentences]
