@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -213,6 +215,7 @@ def test_it_runs(line: str, world: Path, tmp_path: Path, monkeypatch: pytest.Mon
     shutil.copytree(world, tmp_path / "world")
     here = tmp_path / "world" / "here"
     monkeypatch.chdir(here)
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)  # pages say `python`
     for config in (["base.path", "model"], ["sign.allowed", "allowed_signers"]):
         invoke(here, "config", *config)
     invoke(here, "remote", "remove", "origin")

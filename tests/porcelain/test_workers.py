@@ -40,6 +40,7 @@ from tests.tiny_models import tiny_model, tiny_tokenizer
 
 pytestmark = pytest.mark.usefixtures("short_texts")
 
+LONG_TEXTS = measuring.FLUENCY_TOKENS
 FACTS = [fact(*pair) for pair in (*PLACES, *TONGUES)]
 DEMO = Path(str(files("patchhub") / "demo_model"))
 DEMO_FACTS: list[dict[str, Any]] = json.loads((files("patchhub") / "demo_facts.json").read_text(encoding="utf-8"))
@@ -219,10 +220,11 @@ def test_a_worker_that_is_moved_before_it_has_loaded_is_moved(
 def test_processes_give_the_scores_that_one_process_gives(
     one: tuple[Path, tuple[Any, ...]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    unasked, alone = one
-    shutil.copytree(unasked, tmp_path / "two")
+    for name in ("one", "two"):
+        shutil.copytree(one[0], tmp_path / name)
     monkeypatch.setattr(measuring, "_KEPT_AT_ONCE", 10)
-    assert evaluated(tmp_path / "two", workers=2) == alone
+    monkeypatch.setattr(measuring, "FLUENCY_TOKENS", LONG_TEXTS)  # other processes know of no shorter ones
+    assert evaluated(tmp_path / "two", workers=2) == evaluated(tmp_path / "one")
     assert not multiprocessing.active_children()
 
 
