@@ -139,6 +139,18 @@ def encode_prompts(
     return encode_marked(tokenizer, marked, chat=chat)
 
 
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase,
+    context: str,
+    request: Request,
+    *,
+    with_target: bool = True,
+    chat: Chat | None = None,
+) -> Encoded:
+    """`encode_prompts` for one pair."""
+    return encode_prompts(tokenizer, [(context, request)], with_target=with_target, chat=chat)[0]
+
+
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str, subject: Span, *, chat: Chat | None = None) -> Encoded:
     """Encode any text with a subject at the given characters and no target, such as "{} is a" filled in.
 

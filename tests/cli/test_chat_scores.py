@@ -14,7 +14,9 @@ import torch
 from click.testing import Result
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from patchhub.editing.locate import encode_prompt
 from patchhub.editing.requests import read_requests
+from patchhub.evaluation.live import read_live
 from patchhub.evaluation.metrics import score_targets
 from patchhub.evaluation.suites import read_facts
 from patchhub.objects import Request
@@ -26,8 +28,6 @@ from patchhub.text.tokens import Chat, chat_of
 from patchhub.worktree import measuring
 from patchhub.worktree.measuring import CONTEXTS, Measurer, Questions
 from tests.cli.conftest import FACTS, MODEL, invoke
-from tests.editing.encoded import encode_prompt
-from tests.evaluation.readings import read_live
 
 pytestmark = pytest.mark.usefixtures("short_texts")
 

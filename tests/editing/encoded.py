@@ -1,4 +1,4 @@
-"""One prompt encoded, and texts whose present states are kept: what editors do for batches."""
+"""Texts whose present states are kept: what editors do for batches."""
 
 from __future__ import annotations
 
@@ -7,25 +7,9 @@ from collections.abc import Sequence
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
-from patchhub.editing.locate import Encoded, encode_prompts
 from patchhub.editing.rows import KeyRow
 from patchhub.models.tracing import Stack, right_padded
-from patchhub.objects import Request
-from patchhub.text.tokens import Chat
-
-
-def encode_prompt(
-    tokenizer: PreTrainedTokenizerBase,
-    context: str,
-    request: Request,
-    *,
-    with_target: bool = True,
-    chat: Chat | None = None,
-) -> Encoded:
-    """`encode_prompts` for one pair."""
-    return encode_prompts(tokenizer, [(context, request)], with_target=with_target, chat=chat)[0]
 
 
 def keep_rows(texts: Sequence[Sequence[int]], first: int) -> list[KeyRow]:

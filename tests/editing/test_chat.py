@@ -10,11 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from patchhub.editing.editor import encode_facts
-from patchhub.editing.locate import encode_targets
+from patchhub.editing.locate import encode_prompt, encode_targets
 from patchhub.errors import SettingsError
 from patchhub.objects import Request
 from patchhub.text.tokens import Chat, chat_of
-from tests.editing.encoded import encode_prompt
 from tests.tiny_models import tiny_tokenizer
 
 TEMPLATES = {

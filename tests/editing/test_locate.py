@@ -11,11 +11,10 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
-from patchhub.editing.locate import encode_prompts, encode_targets, encode_text, mark
+from patchhub.editing.locate import encode_prompt, encode_prompts, encode_targets, encode_text, mark
 from patchhub.errors import RequestError, SettingsError, UnsupportedModelError
 from patchhub.objects import Request
 from patchhub.text.tokens import joiner
-from tests.editing.encoded import encode_prompt
 
 CORPUS = [
     "The mother tongue of Danielle Darrieux is French, and that of Zoë Kravitz is English.",

@@ -9,11 +9,10 @@ import pytest
 import torch
 
 from patchhub.errors import RequestError
-from patchhub.evaluation.live import continue_greedily, room_after
+from patchhub.evaluation.live import continue_greedily, read_live, room_after
 from patchhub.evaluation.suites import read_facts
 from patchhub.objects import Request
 from patchhub.text.tokens import chat_of
-from tests.evaluation.readings import read_live
 
 TEMPLATE = (
     "<s>{% for m in messages %}<{{ m.role[0] }}>{{ ' ' + m.content }}\n{% endfor %}"

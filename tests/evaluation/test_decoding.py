@@ -15,10 +15,10 @@ from patchhub.evaluation.live import (
     continue_greedily,
     continue_within,
     live_scores,
+    read_live,
 )
 from patchhub.evaluation.metrics import score_targets
 from patchhub.objects import Request
-from tests.evaluation.readings import read_live
 
 words = st.sampled_from(["The", "capital", "of", "France", "is", "Paris", "Madrid", "Zoë", "東京", "x"])
 FRANCE = Request.make(prompt="The capital of {} is", subject="France", target_new="Paris")
