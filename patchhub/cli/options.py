@@ -297,7 +297,7 @@ def _facts(found: Measured) -> Iterator[str]:
         said = (
             f"of what the model said of the subjects before, {kept:.0%} of the words are still what it would say next"
         )
-        yield f"{said} (not judged; `--set essence=0.5` keeps more)"
+        yield f"{said} (not judged; the setting `essence` keeps more)"
     if found.earlier and found.earlier.of:
         lost = f"that {_verb(found.earlier, 'was read and held is', 'were read and held are')} lost"
         yield f"{_of(found.earlier, 'earlier fact')} {lost} ({found.active} active)"

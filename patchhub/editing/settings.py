@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 _NARROW = 512  # below this width hidden states are small against what an edit needs (docs/benchmarks.md)
 _CROWDED: Final = 6.0
-"""Facts times this for each input of a projection are as many as make lambda grow."""
+"""Lambda grows where a projection has fewer than so many inputs for each fact."""
 _NARROW_SHARDS = 1024  # likewise for shards, which were measured less
 
 NORMED_RATE: Final = 0.5
@@ -52,7 +52,10 @@ class EditSettings:
     layers: tuple[int, ...] = setting(
         LAYERS, "edited layers, such as 3,4,5 or 3-5; values are optimised at the last; default: from the model's depth"
     )
-    ridge: float = setting(POSITIVE, "lambda, the weight of what is preserved; default: from the FFN's width")
+    ridge: float = setting(
+        POSITIVE,
+        "lambda, the weight of what is preserved; default: from the FFN's width and, of many facts, their number",
+    )
     steps: int = setting(COUNT, "most steps of the value optimisation")
     learning_rate: float = setting(POSITIVE, "Adam step of the value optimisation")
     weight_decay: float = setting(NOT_NEGATIVE, "weight of the change's norm in the loss")
@@ -74,7 +77,7 @@ class EditSettings:
     )
     essence: float = setting(
         NOT_NEGATIVE,
-        "weight of the base's own sentences about a subject, in plain text and in its chat, whose words are to stay as likely",
+        "weight of what the base says of a subject by itself, in its chat or where it has none in plain text: its words stay as likely",
         default=0.0,
     )
     wordings: int = setting(

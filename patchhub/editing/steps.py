@@ -258,7 +258,7 @@ class Predictions:
         floor: Float[Tensor, " m"] | None = None,
     ) -> Predictions:
         """With ``after`` and ``own``, for which a device is waited for."""
-        after, own = ((found).nonzero()[:, 0] for found in (closers >= 0, closers == STAYS))
+        after, own = (found.nonzero()[:, 0] for found in (closers >= 0, closers == STAYS))
         return cls(token, share, fact, closers, after, own, torch.zeros_like(share) if floor is None else floor, masks)
 
     def log_probs(self, logits: Float[Tensor, "m vocabulary"]) -> Float[Tensor, " m"]:

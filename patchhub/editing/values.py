@@ -477,7 +477,7 @@ def _prepare(
     places = [(place, number) for number, group in enumerate(chosen) for place in group]
     opened = [(facts[place], replace(row, fact=number)) for place, number in places for row in facts[place].opened]
     rows, of_rows = [row for _, row in opened], [fact for fact, _ in opened]
-    weights = [weight for place, _ in places for weight in _weights(facts[place], settings)]
+    weights = [weight for place, _ in places for weight in _shares(facts[place], settings)]
     read, predictions = _predictions(rows, of_rows, weights, settings, stack.vocabulary, device)
     last = len(trunk.lengths) - 1
     read += [(len(rows) + number, 0) for number in range(len(chosen))]
@@ -518,7 +518,7 @@ def _prepare(
     )
 
 
-def _weights(fact: Fact, settings: ValueSettings) -> list[float]:
+def _shares(fact: Fact, settings: ValueSettings) -> list[float]:
     """What each of the texts that are opened weighs: the rows, and the sentence."""
     return fact.shares if fact.sentence is None else [*fact.shares, settings.essence]
 

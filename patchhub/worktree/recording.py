@@ -56,11 +56,12 @@ from patchhub.worktree.opening import Worktree, other_form
 from patchhub.worktree.workers import Opened, Workers
 
 _KEPT_TOKENS = 8  # of an answer that a keep is known by
-_ABOUT, _IS_A = (
-    "Tell me about {}.",
-    "{} is a",
-)  # by which the model is asked about a subject, in a chat and in plain text
+_ABOUT = "Tell me about {}."  # by which the model is asked about a subject in a chat
+_IS_A = "{} is a"  # the same in plain text
 _SENTENCE_TOKENS = 12  # of what it says then
+_SENTENCE_ROOM = (
+    2 * _SENTENCE_TOKENS
+)  # in which these are read again: what was written token by token may have more tokens as a text
 _SUBJECTS = 100  # about which it is asked where only the guard wants to know
 _GAPS = 2  # tokens of white space and commas before a target that is said again, and again
 _FOUND_KEEPS = 4  # other subjects for each prompt of a batch (docs/methods.md)
@@ -377,10 +378,12 @@ def _sentences(
     asking = _ABOUT if chat else _IS_A
     progress.stage("asking the model about the subjects", len(subjects))
     prompts = [asking.replace(SLOT, subject) for subject in subjects]
-    room = room_after(tree.model, tree.tokenizer, prompts, _SENTENCE_TOKENS, chat=chat)
-    written = continue_within(tree.model, tree.tokenizer, room, chat=chat, batch_tokens=tree.batch_tokens)
-    said = {subject: written[prompt].strip() for subject, prompt in zip(subjects, prompts, strict=True)}
-    return tuple(Sentence(subject, chat, asking, text) for subject, text in said.items() if text)
+    room = room_after(tree.model, tree.tokenizer, prompts, _SENTENCE_ROOM, chat=chat)
+    asked = {prompt: _SENTENCE_TOKENS for prompt, left in room.items() if left == _SENTENCE_ROOM}
+    written = continue_within(tree.model, tree.tokenizer, asked, chat=chat, batch_tokens=tree.batch_tokens)
+    said = {subject: written.get(prompt, "").strip() for subject, prompt in zip(subjects, prompts, strict=True)}
+    words = {subject: text for subject, text in said.items() if any(map(str.isalnum, text))}
+    return tuple(Sentence(subject, chat, asking, text) for subject, text in words.items())
 
 
 def _staying(tree: Worktree, settings: EditSettings, sentences: Sequence[Sentence]) -> dict[str, Encoded]:

@@ -22,11 +22,15 @@ from patchhub.porcelain.commit import Committed, Writing, commit
 from patchhub.porcelain.model import init
 from patchhub.porcelain.refs import config_set, fsck
 from patchhub.progress import Silent
+from patchhub.sets.elements import plan_batch
 from patchhub.sets.guard import limits_of
 from patchhub.store.store import Store
+from patchhub.text.tokens import context_length
 from patchhub.who import Who
 from patchhub.worktree.guard import Budget
 from patchhub.worktree.judging import Guarding
+from patchhub.worktree.opening import open_worktree
+from patchhub.worktree.recording import _SENTENCE_ROOM, _sentences, chosen_settings
 from tests.porcelain.taught import AUTHOR, TIME
 
 FACTS = [
@@ -266,6 +270,23 @@ def test_the_guard_counts_what_is_still_said_of_the_subjects(repository: Store, 
     assert counted == words_still_said(before, after, [fact.subject for fact in FACTS[6:9]])
     assert counted is not None
     assert 0 < counted.count < counted.of
+
+
+def test_a_subject_near_the_end_of_the_context_is_not_asked_about(repository: Store) -> None:
+    """What was written is read again as a text, which may have more tokens: there must be room for twice as many."""
+    tree = open_worktree(repository, Silent())
+    limit, facts = context_length(tree.model), []
+    for left in (_SENTENCE_ROOM - 1, _SENTENCE_ROOM):
+        subject = "Rome"
+        while limit - len(tree.tokenizer(f"{subject} Rome is a")["input_ids"]) >= left:
+            subject += " Rome"
+        facts.append(Request.make("{} is", subject, "Paris"))
+    rooms = [limit - len(tree.tokenizer(f"{fact.subject} is a")["input_ids"]) for fact in facts]
+    plan = plan_batch(repository, Batch(tuple(facts), tuple(Origin("a test") for _ in facts), 0), "replace")
+    settings = chosen_settings(repository, "memit", tree.architecture, {"essence": 1.0})
+    found = {sentence.subject for sentence in _sentences(tree, plan, settings, None, Silent())}
+    assert rooms == [_SENTENCE_ROOM - 1, _SENTENCE_ROOM]
+    assert found == {facts[1].subject}
 
 
 def test_where_such_sentences_weigh_nothing_they_are_not_read(repository: Store) -> None:
