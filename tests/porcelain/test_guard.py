@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from copy import deepcopy
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -167,7 +168,7 @@ def test_in_a_chat_the_template_stands_before_a_subject(tmp_path: Path) -> None:
     from tests.tiny_models import tiny_model, tiny_tokenizer
 
     tiny_model("gpt2").save_pretrained(tmp_path / "model")
-    tokenizer = tiny_tokenizer()
+    tokenizer = deepcopy(tiny_tokenizer())  # the same one is given to all tests
     tokenizer.chat_template = "{% for m in messages %}Q: {{ m.content }} A: {% endfor %}"
     tokenizer.save_pretrained(tmp_path / "model")
     init(tmp_path, str(tmp_path / "model"), Silent(), who=Who(AUTHOR, TIME))

@@ -333,11 +333,10 @@ def test_log_draws_and_says_how_much_changes(store: Store, repository: Store) ->
 
 def test_diff_prints_weights_and_answers(repository: Store, tmp_path: Path) -> None:
     asked = tmp_path / "prompts.txt"
-    asked.write_text("\n".join(fact(*pair).text for pair in TONGUES) + "\n\n", encoding="utf-8")
+    asked.write_text(fact(*TONGUES[1]).text + "\n\n", encoding="utf-8")
     document = json.loads(run(repository, "diff", "HEAD~1", "HEAD", "--weights", "--ask", str(asked), "--json"))
-    changed = len(document["answers"])  # which of them a random model is moved by depends on the last bits
-    assert 1 <= changed <= len(TONGUES)
+    assert len(document["answers"]) == 1
     assert all(step["step_rank"] == 3 for step in document["weights"].values())
     text = run(repository, "diff", "HEAD~1", "HEAD", "--weights", "--ask", str(asked))
     assert "°" in text
-    assert f"{changed} answer{'' if changed == 1 else 's'} changed" in text
+    assert "1 answer changed" in text
