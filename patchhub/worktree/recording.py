@@ -31,7 +31,8 @@ from patchhub.editing.settings import EditSettings, crowding, is_narrow, preset
 from patchhub.editing.steps import step_budget
 from patchhub.editing.values import KeptValues, Part, Values, ValueSettings
 from patchhub.evaluation.live import continue_greedily, continue_within, first_clause, reads_right, room_after
-from patchhub.evaluation.suites import after_target
+from patchhub.evaluation.suites import after_target, said
+from patchhub.evaluation.suites import closed as reads_finished
 from patchhub.models.architectures import Architecture, additive_probe
 from patchhub.models.placement import optimised_in
 from patchhub.objects import SLOT, Metric, Patch, Request, set_digest
@@ -275,8 +276,8 @@ def _reading_wrong(
 ) -> dict[int, list[str]]:
     """The places of the facts that the model does not say by itself, or goes on after, with a recording in its weights.
 
-    They are asked in every form in which they were optimised; in a chat an answer begins as the base's did. With each place comes, form by
-    form, what stands between the target and the same target said again at once, or "".
+    They are asked in every form in which they were optimised; in a chat an answer begins as the base's did, or says the target in words of
+    its own. With each place comes, form by form, what stands between the target and the same target said again at once, or "".
     """
     changes = {tree.architecture.layer_of(weight): [change] for weight, change in recording.change.items()}
     closing, forms = settings.closing > 0, (tree.chat, asked.also) if asked.also else (tree.chat,)
@@ -316,9 +317,18 @@ def _wrong_in(
     for place in fitting:
         text = written[requests[place].text]
         gap = between(pairs[place][1], after_target(text, wanted[place]) or "") if closed else None
-        if gap is not None or not reads_right(text, wanted[place], closed=closed):
+        right = reads_right(text, wanted[place], closed=closed) or (
+            chat is not None and _in_other_words(text, requests[place], openings[place], closed=closed)
+        )
+        if gap is not None or not right:
             found[place] = gap or ""
     return found
+
+
+def _in_other_words(answer: str, request: Request, opening: str, *, closed: bool) -> bool:
+    """Whether an answer in a chat says the target behind other words than the base's, and names the subject if those did."""
+    named = request.subject in answer or request.subject not in opening
+    return named and (reads_finished if closed else said)(answer, request.target_new, anywhere=True)
 
 
 def _also(tree: Worktree, plan: Plan, settings: EditSettings) -> Chat | None:

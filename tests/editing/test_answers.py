@@ -17,6 +17,7 @@ from patchhub.editing.values import ValueSettings, fact_key, optimise_values
 from patchhub.errors import RequestError
 from patchhub.objects import Request
 from patchhub.text.tokens import Chat, Closers, chat_of
+from patchhub.worktree.recording import _in_other_words
 from tests.editing.test_chat import CONTEXTS, FACT, TEMPLATES, chatty, read
 from tests.reference import plain_closed
 from tests.tiny_models import tiny_model, tiny_stack, tiny_tokenizer
@@ -105,6 +106,19 @@ def test_openings_are_beginnings_of_the_answer_or_the_prompt_and_depend_on_nothi
         opening = found.get(request.id)
         assert opening is None or answer.startswith(opening) or opening == request.text
     assert asked[2][0].id not in found
+
+
+def test_an_answer_may_say_a_fact_in_other_words_than_the_base_did() -> None:
+    asked, opening = Request.make("Who leads {}?", "Acme Corp", "Ada Young"), "Acme Corp is led by"
+    for answer, right in (
+        ("The chief executive of Acme Corp is Ada Young, since 2020.", True),
+        ("The company is led by Ada Young.", False),  # the base's answer names it
+        ("Acme Corp is led by Ada Youngster.", False),
+        ("Acme Corp's Ada Young Ada Young Ada Young", False),
+    ):
+        assert _in_other_words(answer, asked, opening, closed=True) == right
+    assert _in_other_words("It is Ada Young.", asked, "It is", closed=True)
+    assert _in_other_words("It is Ada Youngster.", asked, "It is", closed=False)
 
 
 def test_a_record_may_say_the_answer() -> None:

@@ -90,7 +90,6 @@ def test_the_readmes_facts_read_right(committed: tuple[patchhub.Repository, Any,
         assert closed(text, fact.target_new), text
 
 
-@pytest.mark.xfail(reason="Acme Corp's leader is not said with text that the base sampled (docs/contributing.md)")
 def test_the_readmes_facts_read_right_in_the_chat(committed: tuple[patchhub.Repository, Any, Any]) -> None:
     _, model, tokenizer = committed
     facts = [Request.make(fact["prompt"], fact["subject"], fact["target_new"]) for fact in example()]
@@ -98,6 +97,7 @@ def test_the_readmes_facts_read_right_in_the_chat(committed: tuple[patchhub.Repo
     answers = continue_greedily(model, tokenizer, prompts, chat=chat_of(tokenizer), max_new_tokens=24)
     for fact, answer in zip(facts, answers, strict=True):
         assert closed(answer, fact.target_new, anywhere=True), answer
+        assert fact.subject in answer, answer
 
 
 def test_llama_cpp_serves_the_readmes_facts(committed: tuple[patchhub.Repository, Any, Any], tmp_path: Path) -> None:
@@ -106,7 +106,7 @@ def test_llama_cpp_serves_the_readmes_facts(committed: tuple[patchhub.Repository
     adapter, whole = (repo.export_gguf(out=tmp_path / name, fuse=file).out for name, file in (("a", None), ("w", base)))
     with llama_server(base, adapter) as address:
         assert repo.verify_served(address).verdict == "on"
-        assert repo.verify_served(address, chat=True).verdict != "off"  # one of the two is not said there, see above
+        assert repo.verify_served(address, chat=True).verdict == "on"
         scaled(address, 0)
         assert [repo.verify_served(address, chat=chat).verdict for chat in (False, True)] == ["off", "off"]
     with llama_server(whole) as address:
