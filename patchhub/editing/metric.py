@@ -16,7 +16,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import IO, Any, ClassVar, Final, NamedTuple
+from typing import Any, ClassVar, Final, NamedTuple
 
 import numpy as np
 import torch
@@ -440,10 +440,10 @@ def _through(
             total.add(found)
 
 
-def _states(file: IO[bytes], index: int, like: Float[Tensor, "batch time d"]) -> Float[Tensor, "batch time d"]:
+def _states(file: io.BufferedReader, index: int, like: Float[Tensor, "batch time d"]) -> Float[Tensor, "batch time d"]:
     """The next batch's hidden states of a file; of the shape, type and device of others."""
     found = torch.empty(like.shape, dtype=like.dtype)
-    if file.readinto(found.view(torch.uint8).numpy().data) != found.nbytes:  # type: ignore[attr-defined]  # typeshed has no readinto of IO
+    if file.readinto(found.view(torch.uint8).numpy().data) != found.nbytes:
         raise _lost(index)
     return found.to(like.device)
 

@@ -29,6 +29,14 @@ def invoke(folder: Path, *arguments: str, code: int = 0, stdin: str | None = Non
     return result
 
 
+def measured_store(first_store: Path, folder: Path, facts: int) -> Path:
+    """A copy of a store with a suite of so many facts, and in its cache all answers to them of HEAD and of the base."""
+    store = Path(shutil.copytree(first_store, folder / "store"))
+    (store / "suite.json").write_text(json.dumps(FACTS[:facts]), encoding="utf-8")
+    invoke(store, "eval", "--suite", str(store / "suite.json"), "--no-note")
+    return store
+
+
 @pytest.fixture(scope="session")
 def first_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """init, and one commit of the first ten facts of the demo."""

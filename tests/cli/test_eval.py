@@ -11,18 +11,15 @@ from xml.etree import ElementTree
 
 import pytest
 
-from tests.cli.conftest import FACTS, MODEL, Run, invoke
+from tests.cli.conftest import FACTS, MODEL, Run, invoke, measured_store
 
 pytestmark = pytest.mark.usefixtures("short_texts")
 
 
 @pytest.fixture(scope="module")
 def measured(first_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store with a suite of twelve facts, and in its cache all answers to them of HEAD and of the base."""
-    folder = Path(shutil.copytree(first_store, tmp_path_factory.mktemp("measured") / "store"))
-    (folder / "suite.json").write_text(json.dumps(FACTS[:12]), encoding="utf-8")
-    invoke(folder, "eval", "--suite", str(folder / "suite.json"), "--no-note")
-    return folder
+    """The store with a suite of twelve facts that has been measured."""
+    return measured_store(first_store, tmp_path_factory.mktemp("measured"), 12)
 
 
 @pytest.fixture

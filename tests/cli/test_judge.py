@@ -13,7 +13,7 @@ import pytest
 from patchhub.errors import RemoteError, SettingsError
 from patchhub.evaluation.outside import PROMPT, Judge, Server, root_of
 from patchhub.repository.arguments import judge_of
-from tests.cli.conftest import FACTS, Run, invoke
+from tests.cli.conftest import FACTS, Run, measured_store
 from tests.served import server
 
 pytestmark = pytest.mark.usefixtures("short_texts")
@@ -37,12 +37,8 @@ def lenient(question: str) -> str:
 
 @pytest.fixture(scope="module")
 def measured(first_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store with a suite of two facts, all answers to which are in the cache."""
-    folder = tmp_path_factory.mktemp("measured") / "store"
-    shutil.copytree(first_store, folder)
-    (folder / "suite.json").write_text(json.dumps(FACTS[:2]), encoding="utf-8")
-    invoke(folder, "eval", "--suite", str(folder / "suite.json"), "--no-note")
-    return folder
+    """The store with a suite of two facts that has been measured."""
+    return measured_store(first_store, tmp_path_factory.mktemp("measured"), 2)
 
 
 @pytest.fixture
