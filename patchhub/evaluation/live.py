@@ -8,7 +8,7 @@ import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import torch
@@ -18,8 +18,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicCache
 
+from patchhub.canonical import nfc
 from patchhub.errors import RequestError, SettingsError
-from patchhub.evaluation.metrics import BATCH_TOKENS, cut, reading, vocabulary_of
+from patchhub.evaluation.metrics import BATCH_TOKENS, cut, opened, reading, vocabulary_of
 from patchhub.evaluation.suites import (
     Combined,
     Scores,
@@ -32,18 +33,18 @@ from patchhub.evaluation.suites import (
     scored,
     stopped,
 )
-from patchhub.models.structure import is_recurrent
-from patchhub.models.tracing import left_padded
+from patchhub.models.structure import is_recurrent, takes_gaps
 from patchhub.objects import SLOT, Request
-from patchhub.text.tokens import Chat, closes, context_length, tokenise
+from patchhub.text.tokens import Chat, between, closes, context_length, joiner, tells, tokenise
 
-Choose = Callable[[Float[Tensor, "rows vocabulary"], int], Int[Tensor, " rows"]]
-"""The next token of every row, given the logits and how many tokens were written before."""
+Choose = Callable[[Float[Tensor, "rows vocabulary"], int, Sequence[int]], Int[Tensor, " rows"]]
+"""The next token of every row, given the logits, how many tokens were written before, and which rows of the batch these are."""
 
 NOTHING: Final[Mapping[str, Sequence[int]]] = {}
 """No answer is expected."""
 
 _AHEAD: Final = 1 << 26  # logits that are computed at once of texts that are expected
+_FEWER: Final = 0.75  # of a batch's rows that go on: it goes on with these alone
 
 
 def continue_greedily(
@@ -87,18 +88,18 @@ def continue_within(
     chat: Chat | None = None,
     batch_tokens: int = BATCH_TOKENS,
     expected: Mapping[str, Sequence[int]] = NOTHING,
-    enough: Callable[[str], bool] | None = None,
+    enough: Callable[[str, str], bool] | None = None,
 ) -> dict[str, str]:
     """The most probable continuation of each prompt up to the end of text or its own number of tokens, in the order of ``room``.
 
     Args:
         expected: by prompt, the tokens of the prompt with the continuation that it probably has. As far as that is so, it is read in one
             pass instead of written token by token; what is written is the same.
-        enough: whether what was written of a continuation is all that is wanted of it: then it ends there.
+        enough: whether what was written after a prompt is all that is wanted of it: then it ends there.
     """
 
     def choose(batch: Sequence[str]) -> Choose:
-        return lambda logits, step: logits.argmax(-1)
+        return lambda logits, step, rows: logits.argmax(-1)
 
     return _written(model, tokenizer, room, batch_tokens, choose, chat, expected=expected, enough=enough)
 
@@ -124,7 +125,7 @@ def sample_continuations(
 
     def choose(batch: Sequence[str]) -> Choose:
         draws = torch.stack([_draws(prompt, seed, total_tokens) for prompt in batch])
-        return lambda logits, step: _drawn(logits, draws[:, step], top_k)
+        return lambda logits, step, rows: _drawn(logits, draws[rows, step], top_k)
 
     written = _written(model, tokenizer, room, batch_tokens, choose)
     return [written[prompt] for prompt in prompts]
@@ -158,30 +159,43 @@ def _written(
     chat: Chat | None = None,
     *,
     expected: Mapping[str, Sequence[int]] = NOTHING,
-    enough: Callable[[str], bool] | None = None,
+    enough: Callable[[str, str], bool] | None = None,
 ) -> dict[str, str]:
     """What is written after each prompt; `choose` makes the rule of one batch, which is the greedy one where anything is expected."""
     tokens = dict(zip(room, _tokens(tokenizer, list(room), chat), strict=True))
-    order = sorted((prompt for prompt in room if room[prompt]), key=lambda prompt: len(tokens[prompt]))
     written = dict.fromkeys(room, "")
 
     def decoded(row: Sequence[int]) -> str:
         return str(tokenizer.decode(list(row), skip_special_tokens=True))
 
-    def ended(row: Sequence[int]) -> bool:
-        return enough is not None and enough(decoded(row))
-
     with reading(model):
-        for part in cut([len(tokens[prompt]) + room[prompt] for prompt in order], batch_tokens):
-            batch = order[part]
+        for batch in _batches(tokens, room, batch_tokens):
             ahead = [_beyond(tokens[prompt], expected.get(prompt, ()), room[prompt]) for prompt in batch]
             if len(batch) * (1 + max(map(len, ahead))) * vocabulary_of(model) > _AHEAD:
                 ahead = [()] * len(batch)
             rows: list[list[int]] = [[] for _ in batch]
+
+            def ended(row: int, batch: Sequence[str] = batch, rows: Sequence[Sequence[int]] = rows) -> bool:
+                return enough is not None and enough(batch[row], decoded(rows[row]))
+
             prompts, places = [tokens[prompt] for prompt in batch], [room[prompt] for prompt in batch]
             _continue(model, prompts, places, choose(batch), ahead, ended, rows)
             written.update(zip(batch, map(decoded, rows), strict=True))
     return written
+
+
+def read_together(
+    tokenizer: PreTrainedTokenizerBase, room: Mapping[str, int], *, chat: Chat | None = None, batch_tokens: int
+) -> list[list[str]]:
+    """The prompts that `continue_within` continues in one batch each; one of these asked alone is continued as it is there."""
+    return _batches(dict(zip(room, _tokens(tokenizer, list(room), chat), strict=True)), room, batch_tokens)
+
+
+def _batches(tokens: Mapping[str, Sequence[int]], room: Mapping[str, int], batch_tokens: int) -> list[list[str]]:
+    """The prompts that have room, the shortest first, in batches."""
+    order = sorted((prompt for prompt in room if room[prompt]), key=lambda prompt: len(tokens[prompt]))
+    parts = cut([len(tokens[prompt]) + room[prompt] for prompt in order], batch_tokens)
+    return [order[part] for part in parts]
 
 
 def _beyond(prompt: Sequence[int], whole: Sequence[int], room: int) -> Sequence[int]:
@@ -202,24 +216,27 @@ def _continue(
     room: Sequence[int],
     choose: Choose,
     ahead: Sequence[Sequence[int]],
-    ended: Callable[[Sequence[int]], bool],
+    ended: Callable[[int], bool],
     written: Sequence[list[int]],
 ) -> None:
-    """Add each row's new tokens to what was written of it, up to its end of text or its room, in one batch.
+    """Add what is written after each row, up to its end of text or its room, in one batch.
 
-    The rows are read once, then one token at a time.
+    The rows are read once, then one token at a time; those that have ended leave the batch.
 
     Args:
-        ahead: what each row probably goes on with, which is read with it; a row that goes on otherwise is read anew from there.
-        ended: whether what was written of a row is enough.
+        ahead: what each row probably goes on with, which is read with it.
+        ended: whether what was written of a row, by its place, is enough.
     """
-    ends, front = _end_tokens(model), max(map(len, ahead))
+    ends, recurrent = _end_tokens(model), is_recurrent(model.config)
+    longest = 2 * (max(map(len, rows)) + max(room))  # with what is masked behind a beginning, and what is not said
+    if not takes_gaps(model, longest):
+        ahead = [()] * len(rows)
     # Without a configuration sliding layers keep every position, and the mask does the sliding; recurrent ones need theirs.
-    cache: Any = DynamicCache(config=model.config) if is_recurrent(model.config) else DynamicCache()
-    last = context_length(model) - 1
-    texts = ([*row, *new, *more] for row, new, more in zip(rows, written, ahead, strict=True))
-    ids, mask, positions = left_padded(list(texts), model.device)
-    going, astray, step = set(range(len(rows))), list[int](), 0
+    empty = DynamicCache(config=model.config) if recurrent else DynamicCache()
+    texts = [(*row, *more) for row, more in zip(rows, ahead, strict=True)]
+    cache, ids, mask, positions = opened(model, texts, longest, empty)
+    there, step, last = list(range(len(rows))), 0, context_length(model) - 1
+    going = set(there)
     while going:
         logits = model(
             input_ids=ids,
@@ -227,27 +244,30 @@ def _continue(
             position_ids=positions,
             past_key_values=cache,
             use_cache=True,
-            logits_to_keep=1 if step else 1 + front,
+            logits_to_keep=1 if step else 1 + max(map(len, ahead)),
         ).logits
-        ids = choose(logits[:, -1], step)[:, None].to(mask.device)
-        found = ids.tolist()
-        if front and not step:
+        found = choose(logits[:, -1], step, there)[:, None].tolist()
+        if not step and any(ahead):
             likely = logits.argmax(-1).tolist()
-            found = [_as_said(one[front - len(more) :], more) for one, more in zip(likely, ahead, strict=True)]
-        for row in sorted(going):
-            stop = next((place for place, token in enumerate(found[row]) if token in ends), None)
-            written[row].extend(found[row][:stop])
-            if stop is not None or len(written[row]) >= room[row] or ended(written[row]):
+            found = [_as_said(one[-1 - len(more) :], more) for one, more in zip(likely, ahead, strict=True)]
+            for row, (new, more) in enumerate(zip(found, ahead, strict=True)):
+                mask[row, mask.shape[1] - len(more) + len(new) - 1 :] = 0  # what stands in the cache and is not said
+        for row, new in zip(there, found, strict=True):
+            if row not in going:
+                continue
+            stop = next((place for place, token in enumerate(new) if token in ends), None)
+            written[row].extend(new[:stop])
+            if stop is not None or len(written[row]) >= room[row] or ended(row):
                 going.discard(row)
-            elif not step and len(found[row]) <= len(ahead[row]):  # what it has not said stands in the cache
-                going.discard(row)
-                astray.append(row)
-        mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
+        ids = torch.tensor([new[-1:] for new in found], device=mask.device)
+        mask = torch.cat([mask, mask.new_ones(len(there), 1)], dim=1)
+        if going and len(going) <= _FEWER * len(there) and not recurrent:
+            kept = torch.tensor([place for place, row in enumerate(there) if row in going])
+            there = [row for row in there if row in going]
+            cache.batch_select_indices(kept)
+            ids, mask = ids[kept], mask[kept]
         positions = (mask.sum(1, keepdim=True) - 1).clamp(max=last)  # a row without room goes on, unheard
         step += 1
-    if astray:
-        some = ([rows[row] for row in astray], [room[row] for row in astray])
-        _continue(model, *some, choose, [()] * len(astray), ended, [written[row] for row in astray])
 
 
 def _as_said(said: Sequence[int], ahead: Sequence[int]) -> list[int]:
@@ -424,6 +444,49 @@ def reads_right(text: str, target: str, *, closed: bool) -> bool:
     """Whether a continuation begins with a target and, under ``closed``, goes on as if the target had ended (`text.tokens.closes`)."""
     rest = after_target(text, target)
     return rest is not None and (not closed or closes(target, rest))
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """How a fact is to read after its prompt, in one form.
+
+    Attributes:
+        opening: in a chat, what the answer says before the target.
+        closed: the target is to read as finished, and not to be said again at once.
+        subject: in a chat, where an answer may also say the target in words of its own, if it names the subject or ``opening`` does not;
+            None outside of one.
+    """
+
+    target: str
+    opening: str = ""
+    closed: bool = True
+    subject: str | None = None
+
+    @property
+    def text(self) -> str:
+        """The opening and the target."""
+        return f"{self.opening}{joiner(self.opening, self.target)}{self.target}"
+
+    def fault(self, written: str) -> str | None:
+        """What stands between the target and the same target said again at once, or "", of a text that does not read right; else None."""
+        gap = between(self.target, after_target(written, self.text) or "") if self.closed else None
+        right = reads_right(written, self.text, closed=self.closed) or self._in_other_words(written)
+        return gap or "" if gap is not None or not right else None
+
+    def decided(self, written: str) -> bool:
+        """Whether `fault` is known, whatever is written after this much."""
+        rest = after_target(written, self.text)
+        if rest is not None:
+            return tells(self.target, rest) if self.closed else bool(rest)
+        if self.subject is None:  # the last character may be half of one
+            return not nfc(self.text).strip().startswith(nfc(written).lstrip()[:-1])
+        after = after_target(written, self.target, anywhere=True) or ""
+        known = tells(self.target, after) and between(self.target, after) is None
+        return known and self._in_other_words(written)
+
+    def _in_other_words(self, answer: str) -> bool:
+        named = self.subject is not None and (self.subject in answer or self.subject not in self.opening)
+        return named and (closed if self.closed else said)(answer, self.target, anywhere=True)
 
 
 def first_clause(text: str) -> str:

@@ -22,8 +22,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicCache
 
 from patchhub.editing.locate import encode_targets
+from patchhub.editing.rows import common_beginning
 from patchhub.errors import EditError, RequestError, SettingsError
-from patchhub.models.structure import is_recurrent
+from patchhub.models.structure import is_recurrent, takes_gaps
 from patchhub.models.tracing import Prefix, fast, left_padded, right_padded
 from patchhub.text.tokens import Chat, beginning, context_length, tokenise, too_long
 
@@ -33,6 +34,8 @@ BATCH_TOKENS = 2048
 _BUSY_TOKENS = 512
 _PADDING_SHARE = 1 / 8
 _LONG_TARGETS_PER_ROW = 2
+
+_SHARED: Final = 64  # positions by which a batch is smaller where what its rows begin with is read once
 
 ENTRIES: Final = 1 << 25
 """Log-probabilities that are held at once: 128 MiB in float32."""
@@ -192,6 +195,35 @@ def reading(model: PreTrainedModel) -> Iterator[None]:
         model.train(training)
 
 
+def opened(
+    model: PreTrainedModel, rows: Sequence[TokenIds], longest: int, cache: Any = None
+) -> tuple[Any, Int[Tensor, "rows time"], Int[Tensor, "rows cached+time"], Int[Tensor, "rows time"]]:
+    """A cache, and what is left to read of some rows: token ids, mask and positions, padded on the left.
+
+    What all rows begin with, the template of a chat for one, is read once, where the model can go on from there.
+
+    Args:
+        longest: how many positions the cache will have at most.
+        cache: an empty one; None: where nothing is read here, none is needed.
+    """
+    shared = common_beginning([row[:-1] for row in rows])
+    if len(shared) * (len(rows) - 1) < _SHARED or not takes_gaps(model, longest):
+        return cache, *left_padded(rows, model.device)
+    cache = DynamicCache() if cache is None else cache
+    ids, mask, positions = left_padded([shared], model.device)
+    model(
+        input_ids=ids,
+        attention_mask=mask,
+        position_ids=positions,
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    )
+    cache.batch_repeat_interleave(len(rows))
+    ids, mask, positions = left_padded([row[len(shared) :] for row in rows], model.device)
+    return cache, ids, torch.cat([mask.new_ones(len(rows), len(shared)), mask], dim=1), positions + len(shared)
+
+
 def _rows(pairs: Iterable[tuple[TokenIds, TokenIds]]) -> list[_Row]:
     """Each distinct prompt with its distinct targets, on as many rows as its longer targets need."""
     targets: dict[TokenIds, dict[TokenIds, None]] = {}
@@ -222,8 +254,9 @@ def _score_batch(
         yield from _score_whole(model, rows)
         return
     rounds = len(rows[0].long)
-    ids, mask, positions = left_padded([row.prompt for row in rows], model.device)
-    cache = DynamicCache() if rounds else None
+    prompts, empty = [row.prompt for row in rows], DynamicCache() if rounds else None
+    longest = max(map(len, prompts)) + max(row.width for row in rows)  # with what is masked behind a beginning
+    cache, ids, mask, positions = opened(model, prompts, longest, empty)
     logits = model(
         input_ids=ids,
         attention_mask=mask,
@@ -236,7 +269,7 @@ def _score_batch(
     for index, row in enumerate(rows):
         for target in row.short:
             yield (row.prompt, target), _score(target, [first[index, target[0]]])
-    if cache is None:
+    if not rounds:
         return
     layers: list[Any] = cache.layers
     prefix = Prefix([(layer.keys, layer.values) for layer in layers])

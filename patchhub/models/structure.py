@@ -15,7 +15,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, TypeAlias
+from typing import Any, Final, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +40,11 @@ _MIXING = ("softmax", "bmm", "convolution")  # of positions; attention has one o
 
 
 _SOFTMAX_ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
+_BY_PLACE = {"mpt"}  # attention goes by where a token stands in the cache
+_WINDOWS = ("sliding_window", "attention_chunk_size", "window_size")
+
+ROUTER: Final = "_patchhub_router"
+"""The attribute of a model that decides something for each text when it first reads it (`runtime.routing`)."""
 
 
 class StructureError(Exception):
@@ -121,6 +126,19 @@ def is_recurrent(config: Any) -> bool:
     """
     text = config.get_text_config()
     return bool(set(getattr(text, "layer_types", None) or ()) - _SOFTMAX_ATTENTION)
+
+
+def takes_gaps(model: nn.Module, length: int) -> bool:
+    """Whether a text of so many tokens may be read in parts, with positions between them in the cache that are masked.
+
+    So it is where attention goes by the positions that are told, no window is narrower than the text, and what was read is nothing but keys
+    and values.
+    """
+    config: Any = model.config
+    text = config.get_text_config()
+    windows = [getattr(text, name, None) or length for name in _WINDOWS]
+    whole = is_recurrent(config) or getattr(model, ROUTER, None) is not None
+    return not (whole or text.model_type in _BY_PLACE or getattr(text, "alibi", False)) and length <= min(windows)
 
 
 def find_structure(model: nn.Module, n_layers: int, d_model: int) -> tuple[str, tuple[BlockStructure, ...]]:

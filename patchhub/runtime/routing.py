@@ -20,6 +20,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 from patchhub.delta import Delta, Dense, LowRank, to_dense
 from patchhub.errors import SettingsError
 from patchhub.models.experts import Routed, gated_keys, module_of, shape_of
+from patchhub.models.structure import ROUTER
 from patchhub.models.tracing import in_rows
 
 Merging: TypeAlias = Literal["ties", "linear"]
@@ -128,7 +129,6 @@ def keep_decision(cache: Any, depth: int, decision: Int[Tensor, "batch weights"]
 
 Mode: TypeAlias = Literal["merge", "retrieve"]
 
-ATTRIBUTE: Final = "_patchhub_router"
 MERGED: Final = "merged"
 """What the one side memory of "merge" is called."""
 
@@ -170,7 +170,7 @@ def route(
     Raises:
         SettingsError: the model has side memories already, or lacks a weight; an unknown mode.
     """
-    if getattr(model, ATTRIBUTE, None) is not None:
+    if getattr(model, ROUTER, None) is not None:
         raise SettingsError("the model has side memories already", remedy="Call unroute first.")
     if mode not in ("merge", "retrieve"):
         raise SettingsError(f"there is no way {mode!r} to route to side memories", remedy="Use merge or retrieve.")
@@ -181,26 +181,26 @@ def route(
         return
     if mode == "merge":
         grouped = {weight: [_merged(group, merge_method, merge_density)] for weight, group in grouped.items()}
-    setattr(model, ATTRIBUTE, _Router(model, tuple(memories), grouped))
+    setattr(model, ROUTER, _Router(model, tuple(memories), grouped))
 
 
 def unroute(model: PreTrainedModel) -> None:
     """Take the side memories away; the model is bit for bit what it was. Does nothing without any."""
-    router: _Router | None = getattr(model, ATTRIBUTE, None)
+    router: _Router | None = getattr(model, ROUTER, None)
     if router is not None:
         router.remove()
-        delattr(model, ATTRIBUTE)
+        delattr(model, ROUTER)
 
 
 def routed(model: PreTrainedModel) -> tuple[SideMemory, ...]:
     """The side memories that were attached; none: ()."""
-    router: _Router | None = getattr(model, ATTRIBUTE, None)
+    router: _Router | None = getattr(model, ROUTER, None)
     return router.memories if router is not None else ()
 
 
 def decisions(model: PreTrainedModel) -> list[str | None]:
     """For each sequence of the last pass, the name of the side memory that answered, None for the main memory."""
-    router: _Router | None = getattr(model, ATTRIBUTE, None)
+    router: _Router | None = getattr(model, ROUTER, None)
     return router.names() if router is not None else []
 
 

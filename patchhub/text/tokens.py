@@ -319,6 +319,13 @@ def between(target: str, after: str) -> str | None:
     return gap.rstrip() if target and len(rest) < len(after) - len(gap) and closes(target, rest) else None
 
 
+def tells(target: str, after: str) -> bool:
+    """Whether ``after`` is long enough for `closes` and `between` to stay as they are, whatever follows it."""
+    rest = after.lstrip(_GAP)
+    again = target.startswith(rest[:-1]) or rest.startswith(target)  # the last character may be half of one
+    return len(after) > 1 and (not again or len(rest) > len(target) + 1)
+
+
 def stutters(target: str, after: str) -> bool:
     """Whether ``after`` says the target again and again: once more with nothing but white space in front, or twice more.
 

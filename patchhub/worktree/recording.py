@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -24,15 +24,13 @@ from patchhub.editing.locate import (
 )
 from patchhub.editing.metric import MEMORY
 from patchhub.editing.prompts import find_wordings, namesakes, siblings
-from patchhub.editing.record import Edit, Recording, Running, State, side_paths
+from patchhub.editing.record import Edit, Recording, Running, State
 from patchhub.editing.requests import Keep
 from patchhub.editing.rows import key_rows, mean_keys
 from patchhub.editing.settings import EditSettings, crowding, is_narrow, preset
 from patchhub.editing.steps import step_budget
 from patchhub.editing.values import KeptValues, Part, Values, ValueSettings
-from patchhub.evaluation.live import continue_greedily, continue_within, first_clause, reads_right, room_after
-from patchhub.evaluation.suites import after_target, said
-from patchhub.evaluation.suites import closed as reads_finished
+from patchhub.evaluation.live import Wanted, continue_greedily, first_clause, room_after
 from patchhub.models.architectures import Architecture, additive_probe
 from patchhub.models.placement import optimised_in
 from patchhub.objects import SLOT, Metric, Patch, Request, set_digest
@@ -51,10 +49,10 @@ from patchhub.sets.settings import metric_settings
 from patchhub.sets.shards import without_shards
 from patchhub.sets.sums import asked_for, solve_change
 from patchhub.store.store import Store
-from patchhub.text.tokens import Chat, between, context_length, joiner
+from patchhub.text.tokens import Chat, context_length
 from patchhub.worktree.metric import Recorder, open_recorder
 from patchhub.worktree.opening import Worktree, other_form
-from patchhub.worktree.workers import Opened, Workers
+from patchhub.worktree.workers import Opened, Workers, written_by
 
 _KEPT_TOKENS = 8  # of an answer that a keep is known by
 _ABOUT = "Tell me about {}."  # by which the model is asked about a subject in a chat
@@ -65,6 +63,7 @@ _SENTENCE_ROOM = (
 )  # in which these are read again: what was written token by token may have more tokens as a text
 _SUBJECTS = 100  # about which it is asked where only the guard wants to know
 _GAPS = 2  # tokens of white space and commas before a target that is said again, and again
+_OTHER_WORDS = 12  # tokens by which an answer in other words may be longer than the base's
 _FOUND_KEEPS = 4  # other subjects for each prompt of a batch (docs/methods.md)
 _NULL_SPACE_RIDGE = 1.0  # AlphaEdit weighs requests by 1 and the norm of the change by l2
 
@@ -140,7 +139,7 @@ def write_closed_form(
     Args:
         strict: refuse facts that compete with others for a key, before anything is optimised.
         find_keeps: keep the same prompts about other subjects as well (`editing.prompts.siblings`).
-        workers: who optimises values, and makes a metric where there is none; None: the model at hand.
+        workers: who asks the model and optimises values, and makes a metric where there is none; None: the model at hand.
 
     Raises:
         InterferenceError: there are such facts, under ``strict``.
@@ -163,8 +162,9 @@ def write_closed_form(
     found = _found_keeps(repository, tree, plan, recorder, settings) if find_keeps else ()
     keeps = _keeps(tree, (*plan.keeps, *found), progress)
     also = _also(tree, plan, settings)
-    openings = _openings(tree, plan, settings, tree.chat or also, progress)
-    wordings, sentences = _wordings(tree, plan, settings, progress), _sentences(tree, plan, settings, also, progress)
+    openings = _openings(tree, plan, settings, tree.chat or also, progress, workers)
+    wordings = _wordings(tree, plan, settings, progress)
+    sentences = _sentences(tree, plan, settings, also, progress, workers)
     asked = Asked(keeps, also, openings, wordings, _staying(tree, settings, sentences))
     running = _running(repository, tree, plan, method, settings, also, workers, progress)
     edit = EDITORS[method].edit(
@@ -175,7 +175,7 @@ def write_closed_form(
         recorder.cache,
         below,
         asked=asked,
-        failing=partial(_reading_wrong, tree, plan.requests, settings, asked),
+        failing=partial(_reading_wrong, tree, plan.requests, settings, asked, workers),
         running=running,
     )
     patch = _kept_as_patch(repository, plan, method, settings, recorder, asked, edit)
@@ -272,7 +272,12 @@ def _optimised(method: str, layers: Sequence[int], part: Part, opened: Opened) -
 
 
 def _reading_wrong(
-    tree: Worktree, requests: Sequence[Request], settings: EditSettings, asked: Asked, recording: Recording
+    tree: Worktree,
+    requests: Sequence[Request],
+    settings: EditSettings,
+    asked: Asked,
+    workers: Workers | None,
+    recording: Recording,
 ) -> dict[int, list[str]]:
     """The places of the facts that the model does not say by itself, or goes on after, with a recording in its weights.
 
@@ -281,54 +286,56 @@ def _reading_wrong(
     """
     changes = {tree.architecture.layer_of(weight): [change] for weight, change in recording.change.items()}
     closing, forms = settings.closing > 0, (tree.chat, asked.also) if asked.also else (tree.chat,)
+    write = partial(written_by, workers, tree, changes=changes)
     found: dict[int, list[str]] = {}
-    with side_paths(tree.stack, changes):
-        for number, form in enumerate(forms):
-            said = [asked.openings.get(request.id, "") if form else "" for request in requests]
-            for place, gap in _wrong_in(tree, requests, form, said, closed=closing).items():
-                found.setdefault(place, [""] * len(forms))[number] = gap
+    for number, form in enumerate(forms):
+        said = [asked.openings.get(request.id, "") if form else "" for request in requests]
+        for place, gap in _wrong_in(tree, requests, form, said, write, closed=closing).items():
+            found.setdefault(place, [""] * len(forms))[number] = gap
     return dict(sorted(found.items()))
 
 
 def _wrong_in(
-    tree: Worktree, requests: Sequence[Request], chat: Chat | None, openings: Sequence[str], *, closed: bool
+    tree: Worktree,
+    requests: Sequence[Request],
+    chat: Chat | None,
+    openings: Sequence[str],
+    write: Callable[..., Mapping[str, str]],
+    *,
+    closed: bool,
 ) -> dict[int, str]:
-    """The places of the facts that do not read right in one form, each with what stands before the target said again, or ""."""
+    """The places of the facts that do not read right in one form, each with what stands before the target said again, or "".
+
+    Args:
+        write: `written_by` of the model to be judged.
+    """
     tokenizer, limit = tree.tokenizer, context_length(tree.model)
     pairs = [(request.text, request.target_new) for request in requests]
     whole = encode_targets(tokenizer, pairs, chat=chat, openings=openings)
     prompts = encode_targets(tokenizer, [(request.text, "") for request in requests], chat=chat)
-    starts = [len(prompt.input_ids) for prompt in prompts]
-    again = 2 * max(text.target[1] - text.target[0] for text in whole) + _GAPS if closed else 0
-    least = 1 + max(len(text.input_ids) - start for text, start in zip(whole, starts, strict=True))
-    fitting = [place for place, start in enumerate(starts) if start + least <= limit]
-    written = continue_within(
-        tree.model,
-        tokenizer,
-        {requests[place].text: min(least + again, limit - starts[place]) for place in fitting},
-        chat=chat,
-        batch_tokens=tree.batch_tokens,
-        expected={requests[place].text: whole[place].input_ids for place in fitting},
-    )
     wanted = [
-        f"{opening}{joiner(opening, target)}{target}" for opening, (_, target) in zip(openings, pairs, strict=True)
+        Wanted(request.target_new, opening, closed, request.subject if chat else None)
+        for request, opening in zip(requests, openings, strict=True)
     ]
-    found: dict[int, str] = {}
-    for place in fitting:
-        text = written[requests[place].text]
-        gap = between(pairs[place][1], after_target(text, wanted[place]) or "") if closed else None
-        right = reads_right(text, wanted[place], closed=closed) or (
-            chat is not None and _in_other_words(text, requests[place], openings[place], closed=closed)
-        )
-        if gap is not None or not right:
-            found[place] = gap or ""
-    return found
+    room: dict[str, int] = {}
+    judges: dict[str, list[Wanted]] = {}
+    places: list[int] = []
+    for place, (request, prompt, text) in enumerate(zip(requests, prompts, whole, strict=True)):
+        start, target = len(prompt.input_ids), text.target[1] - text.target[0]
+        least = 1 + len(text.input_ids) - start
+        if start + least <= limit:
+            more = (2 * target + _GAPS if closed else 0) + (_OTHER_WORDS if chat else 0)
+            room[request.text] = max(room.get(request.text, 0), min(least + more, limit - start))
+            judges.setdefault(request.text, []).append(wanted[place])
+            places.append(place)
+    expected = {requests[place].text: whole[place].input_ids for place in places}
+    written = write(room, chat=chat, expected=expected, enough=partial(_decided, judges))
+    faults = {place: wanted[place].fault(written[requests[place].text]) for place in places}
+    return {place: fault for place, fault in faults.items() if fault is not None}
 
 
-def _in_other_words(answer: str, request: Request, opening: str, *, closed: bool) -> bool:
-    """Whether an answer in a chat says the target behind other words than the base's, and names the subject if those did."""
-    named = request.subject in answer or request.subject not in opening
-    return named and (reads_finished if closed else said)(answer, request.target_new, anywhere=True)
+def _decided(judges: Mapping[str, Sequence[Wanted]], prompt: str, written: str) -> bool:
+    return all(wanted.decided(written) for wanted in judges[prompt])
 
 
 def _also(tree: Worktree, plan: Plan, settings: EditSettings) -> Chat | None:
@@ -342,7 +349,12 @@ def _also(tree: Worktree, plan: Plan, settings: EditSettings) -> Chat | None:
 
 
 def _openings(
-    tree: Worktree, plan: Plan, settings: EditSettings, chat: Chat | None, progress: Progress
+    tree: Worktree,
+    plan: Plan,
+    settings: EditSettings,
+    chat: Chat | None,
+    progress: Progress,
+    workers: Workers | None,
 ) -> dict[str, str]:
     """What the answers in a chat say before their targets: as records or earlier commits have it, else as the model answers now."""
     if chat is None or not settings.opening:
@@ -352,8 +364,7 @@ def _openings(
     if open_:
         progress.stage("asking the model", len(open_))
         room = room_after(tree.model, tree.tokenizer, [request.text for request in open_], ANSWER_TOKENS, chat=chat)
-        options: dict[str, Any] = {"chat": chat, "batch_tokens": tree.batch_tokens, "enough": has_sentence}
-        answers = continue_within(tree.model, tree.tokenizer, room, **options)
+        answers = written_by(workers, tree, room, chat=chat, enough=_answered)
         asked = [(request, answers[request.text]) for request in open_]
         known |= find_openings(tree.stack, tree.tokenizer, asked, chat)
     bare = sum(request.id not in known for request in plan.requests)
@@ -365,6 +376,10 @@ def _openings(
     return {request: opening for request, opening in known.items() if opening}
 
 
+def _answered(prompt: str, answer: str) -> bool:
+    return has_sentence(answer)
+
+
 def _wordings(tree: Worktree, plan: Plan, settings: EditSettings, progress: Progress) -> Mapping[str, Sequence[str]]:
     """Where else the target of each fact is optimised; nowhere in a chat."""
     if tree.chat is not None or not settings.wordings:
@@ -374,7 +389,12 @@ def _wordings(tree: Worktree, plan: Plan, settings: EditSettings, progress: Prog
 
 
 def _sentences(
-    tree: Worktree, plan: Plan, settings: EditSettings, also: Chat | None, progress: Progress
+    tree: Worktree,
+    plan: Plan,
+    settings: EditSettings,
+    also: Chat | None,
+    progress: Progress,
+    workers: Workers | None,
 ) -> tuple[Sentence, ...]:
     """What the model says of each subject by itself now: in the chat in which facts are optimised, where there is one.
 
@@ -390,7 +410,7 @@ def _sentences(
     prompts = [asking.replace(SLOT, subject) for subject in subjects]
     room = room_after(tree.model, tree.tokenizer, prompts, _SENTENCE_ROOM, chat=chat)
     asked = {prompt: _SENTENCE_TOKENS for prompt, left in room.items() if left == _SENTENCE_ROOM}
-    written = continue_within(tree.model, tree.tokenizer, asked, chat=chat, batch_tokens=tree.batch_tokens)
+    written = written_by(workers, tree, asked, chat=chat)
     said = {subject: written.get(prompt, "").strip() for subject, prompt in zip(subjects, prompts, strict=True)}
     words = {subject: text for subject, text in said.items() if any(map(str.isalnum, text))}
     return tuple(Sentence(subject, chat, asking, text) for subject, text in words.items())

@@ -11,7 +11,7 @@ import platform
 import signal
 from abc import ABC, abstractmethod
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -27,7 +27,10 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 from patchhub.cache import Cache
+from patchhub.delta import Delta
+from patchhub.editing.record import side_paths
 from patchhub.errors import BaseError, EditError, PatchhubError, RemoteError, SettingsError
+from patchhub.evaluation.live import NOTHING, continue_within, read_together
 from patchhub.models.architectures import Architecture, describe, read_config
 from patchhub.models.checkpoint import Checkpoint, open_checkpoint
 from patchhub.models.fingerprint import check_tensors
@@ -35,11 +38,14 @@ from patchhub.models.placement import Placement, is_quantised, load_base, name_o
 from patchhub.models.tracing import Stack
 from patchhub.progress import Progress
 from patchhub.runtime.patched_model import PatchState, attach, switch
-from patchhub.text.tokens import load_tokenizer
+from patchhub.text.tokens import Chat, load_tokenizer
 from patchhub.worktree.opening import Worktree
 
 _TRIES: Final = 3  # workers that one task, or the loading of the base, may lose
 _PATIENCE: Final = 5.0  # seconds for a process to end
+
+NO_CHANGES: Final[Mapping[int, Sequence[Delta]]] = {}
+"""The model as it is."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -476,6 +482,49 @@ def _read(answer: bytes) -> Any:
     if error is not None:
         raise error
     return found
+
+
+def written_by(
+    workers: Workers | None,
+    tree: Worktree,
+    room: Mapping[str, int],
+    *,
+    changes: Mapping[int, Sequence[Delta]] = NO_CHANGES,
+    chat: Chat | None = None,
+    expected: Mapping[str, Sequence[int]] = NOTHING,
+    enough: Callable[[str, str], bool] | None = None,
+) -> dict[str, str]:
+    """What a worktree's model writes after each prompt (`continue_within`), by its workers where there are some.
+
+    The batches, and so what is written, are the same either way.
+
+    Args:
+        changes: what the FFN output projection of each layer adds besides.
+        enough: can be pickled.
+    """
+    size = tree.batch_tokens
+    how: dict[str, Any] = {"chat": chat, "batch_tokens": size, "enough": enough}
+    batches = read_together(tree.tokenizer, room, chat=chat, batch_tokens=size) if workers else []
+    if workers is None or len(batches) < 2:
+        with side_paths(tree.stack, changes):
+            return continue_within(tree.model, tree.tokenizer, room, expected=expected, **how)
+    written = dict.fromkeys(room, "")
+    parts = [({p: room[p] for p in batch}, {p: expected[p] for p in batch if p in expected}) for batch in batches]
+    for _, found in workers.each(_written, changes, how)(parts):
+        written.update(found)
+    return written
+
+
+def _written(
+    changes: Mapping[int, Sequence[Delta]],
+    how: Mapping[str, Any],
+    part: tuple[Mapping[str, int], Mapping[str, Sequence[int]]],
+    opened: Opened,
+) -> dict[str, str]:
+    """A worker's batch."""
+    room, expected = part
+    with side_paths(opened.stack, changes):
+        return continue_within(opened.model, opened.tokenizer, room, expected=expected, **how)
 
 
 def machines_of(count: int | None, on: str | None) -> Machines:

@@ -15,9 +15,9 @@ from patchhub.editing.requests import read_facts
 from patchhub.editing.rows import BlockOutput
 from patchhub.editing.values import ValueSettings, fact_key, optimise_values
 from patchhub.errors import RequestError
+from patchhub.evaluation.live import Wanted
 from patchhub.objects import Request
 from patchhub.text.tokens import Chat, Closers, chat_of
-from patchhub.worktree.recording import _in_other_words
 from tests.editing.test_chat import CONTEXTS, FACT, TEMPLATES, chatty, read
 from tests.reference import plain_closed
 from tests.tiny_models import tiny_model, tiny_stack, tiny_tokenizer
@@ -109,16 +109,17 @@ def test_openings_are_beginnings_of_the_answer_or_the_prompt_and_depend_on_nothi
 
 
 def test_an_answer_may_say_a_fact_in_other_words_than_the_base_did() -> None:
-    asked, opening = Request.make("Who leads {}?", "Acme Corp", "Ada Young"), "Acme Corp is led by"
+    wanted = Wanted("Ada Young", "Acme Corp is led by", subject="Acme Corp")
     for answer, right in (
         ("The chief executive of Acme Corp is Ada Young, since 2020.", True),
         ("The company is led by Ada Young.", False),  # the base's answer names it
         ("Acme Corp is led by Ada Youngster.", False),
         ("Acme Corp's Ada Young Ada Young Ada Young", False),
     ):
-        assert _in_other_words(answer, asked, opening, closed=True) == right
-    assert _in_other_words("It is Ada Young.", asked, "It is", closed=True)
-    assert _in_other_words("It is Ada Youngster.", asked, "It is", closed=False)
+        assert (wanted.fault(answer) is None) == right
+    assert Wanted("Ada Young", "It is", subject="Acme Corp").fault("She is Ada Young.") is None
+    assert Wanted("Ada Young", "It is", closed=False, subject="Acme Corp").fault("She is Ada Youngster.") is None
+    assert Wanted("Ada Young", "It is").fault("She is Ada Young.") == ""  # outside of a chat
 
 
 def test_a_record_may_say_the_answer() -> None:

@@ -10,12 +10,14 @@ from hypothesis import strategies as st
 from patchhub.errors import RequestError, SettingsError
 from patchhub.evaluation.live import (
     LiveReading,
+    Wanted,
     begins_with,
     contains,
     continue_greedily,
     continue_within,
     live_scores,
     read_live,
+    sample_continuations,
 )
 from patchhub.evaluation.metrics import score_targets
 from patchhub.objects import Request
@@ -75,8 +77,61 @@ def test_a_continuation_ends_where_it_is_enough(learned_model_and_tokenizer):
     model, tokenizer = learned_model_and_tokenizer
     room = {"The capital of France is": 12, "The capital": 12}
     whole = continue_within(model, tokenizer, room)
-    some = continue_within(model, tokenizer, room, enough=lambda text: "," in text)
+    some = continue_within(model, tokenizer, room, enough=lambda prompt, text: "," in text)
     assert some == {prompt: text[: text.index(",") + 1] for prompt, text in whole.items()}
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    prompts=st.lists(st.lists(words, min_size=1, max_size=6).map(" ".join), min_size=1, max_size=6, unique=True),
+    lengths=st.lists(st.integers(1, 9), min_size=6, max_size=6),
+)
+def test_rows_that_leave_a_batch_change_nothing_of_the_others(model_and_tokenizer, prompts, lengths):
+    model, tokenizer = model_and_tokenizer
+    room = dict(zip(prompts, lengths, strict=False))
+    rows = []
+    handle = model.register_forward_pre_hook(
+        lambda _, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    try:
+        written = continue_within(model, tokenizer, room)
+    finally:
+        handle.remove()
+    assert written == {prompt: continue_within(model, tokenizer, {prompt: room[prompt]})[prompt] for prompt in room}
+    assert rows == sorted(rows, reverse=True)
+    assert all(count * 0.75 < sum(n > step for n in room.values()) for step, count in enumerate(rows) if step)
+
+
+def test_samples_are_the_same_when_rows_have_left(model_and_tokenizer):
+    model, tokenizer = model_and_tokenizer
+    prompts = ["The", "The capital of France is Paris x", "x Madrid", "東京 x Zoë is Paris x x"]
+    together = sample_continuations(model, tokenizer, prompts, total_tokens=14)
+    assert together == [sample_continuations(model, tokenizer, [one], total_tokens=14)[0] for one in prompts]
+
+
+pieces = st.sampled_from(
+    [*"aA .,;:'1", "Rome", "Rom", "is", " Rome", ", Rome", "It is", "Italy", "e\u0301", "ä", "。", "\ufffd", "\n"]
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    texts=st.lists(pieces, max_size=14),
+    target=st.sampled_from(["Rome", "Rome is", "1", "Romé", "ローマ"]),
+    opening=st.sampled_from(["", "It is", "Italy is in"]),
+    closed=st.booleans(),
+    subject=st.sampled_from([None, "Italy"]),
+)
+def test_what_is_decided_of_a_fact_stays_so_whatever_follows(texts, target, opening, closed, subject):
+    wanted = Wanted(target, opening, closed, subject)
+    begun = ["".join(texts[:stop]) for stop in range(len(texts) + 1)]
+    for text in begun + [wanted.text + text for text in begun]:
+        if wanted.decided(text):
+            verdicts = {wanted.fault(text + more) for more in ("", *pieces_after)}
+            assert len(verdicts) == 1
+
+
+pieces_after = [".", " ", "a", "1", " Rome", "Rome", ", Rome", "e", " is", " Italy", " 1", " 1 1", "\u0301"]
 
 
 def test_a_learned_sentence_is_continued_and_ends_at_the_end_token(learned_model_and_tokenizer):

@@ -81,3 +81,11 @@ def test_the_decision_stays_while_the_model_writes(routed_model):
             ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=6, pad_token_id=0
         )
         assert text == tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_what_is_expected_of_a_text_has_no_part_in_its_decision(routed_model, target):
+    model, tokenizer = routed_model
+    expected = {prompt: tokenizer(f"{prompt} {target}").input_ids for prompt in PROMPTS}
+    alone = continue_greedily(model, tokenizer, PROMPTS, max_new_tokens=6)
+    assert continue_greedily(model, tokenizer, PROMPTS, max_new_tokens=6, expected=expected) == alone

@@ -285,7 +285,7 @@ def test_a_subject_near_the_end_of_the_context_is_not_asked_about(repository: St
     rooms = [limit - len(tree.tokenizer(f"{fact.subject} is a")["input_ids"]) for fact in facts]
     plan = plan_batch(repository, Batch(tuple(facts), tuple(Origin("a test") for _ in facts), 0), "replace")
     settings = chosen_settings(repository, "memit", tree.architecture, {"essence": 1.0})
-    found = {sentence.subject for sentence in _sentences(tree, plan, settings, None, Silent())}
+    found = {sentence.subject for sentence in _sentences(tree, plan, settings, None, Silent(), None)}
     assert rooms == [_SENTENCE_ROOM - 1, _SENTENCE_ROOM]
     assert found == {facts[1].subject}
 

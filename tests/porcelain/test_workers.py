@@ -22,19 +22,23 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from patchhub.delta import Delta, LowRank
 from patchhub.editing import steps
 from patchhub.errors import BaseError, EditError, SettingsError
+from patchhub.evaluation.live import read_together
 from patchhub.porcelain.model import init
 from patchhub.progress import Silent
 from patchhub.repository import Repository
 from patchhub.store.store import Store
 from patchhub.who import Who
 from patchhub.worktree import measuring
+from patchhub.worktree import opening as worktree
 from patchhub.worktree.opening import open_worktree
-from patchhub.worktree.workers import Machines, Opened, Opening, Serving, Worker, workers_of
+from patchhub.worktree.workers import Machines, Opened, Opening, Serving, Worker, Workers, workers_of, written_by
 from tests.porcelain.taught import AUTHOR, PLACES, TIME, TONGUES, fact, make_store
 from tests.tiny_models import tiny_model, tiny_tokenizer
 
@@ -111,7 +115,7 @@ def test_without_ray_a_sentence_says_what_to_install(store: Store, monkeypatch: 
     assert "patchhub[ray]" in str(caught.value.remedy)
 
 
-# --- evaluation
+# --- workers in this process
 
 
 class Near(Machines):
@@ -170,6 +174,31 @@ class Lagging(Near):
     def answered(self, workers: Sequence[Worker]) -> list[Worker]:
         moved = any(isinstance(pickle.loads(message), Opening) for given in self.messages for message in given)
         return list(workers)[-1:] if moved else list(workers)[:1]
+
+
+def enough(prompt: str, text: str) -> bool:
+    return len(text) > 8
+
+
+def test_workers_write_what_one_model_writes_batch_by_batch(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worktree, "BATCH_TOKENS", 40)
+    tree, progress, machines = open_worktree(store, Silent()), Silent(), Near(2)
+    width, height = tree.architecture.shapes[1]
+    random = np.random.default_rng(0)
+    change: Delta = LowRank(B=random.normal(size=(width, 1)), A=random.normal(size=(1, height)))
+    prompts = [request.text for request in FACTS]
+    room = {prompt: 1 + 3 * number for number, prompt in enumerate(prompts)}
+    batches = read_together(tree.tokenizer, room, batch_tokens=tree.batch_tokens)
+    assert sorted(prompt for batch in batches for prompt in batch) == sorted(room)
+    found = []
+    for workers in (None, Workers(machines, Opening.of(tree), progress)):
+        for changes in ({}, {1: [change]}):
+            for end in (None, enough):
+                found.append(written_by(workers, tree, room, changes=changes, enough=end))
+    half = len(found) // 2
+    assert found[:half] == found[half:]
+    assert found[0] != found[2]  # the change is heard
+    assert machines.opened == 2 <= len(batches)
 
 
 def evaluated(folder: Path, **options: Any) -> tuple[Any, ...]:
