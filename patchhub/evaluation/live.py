@@ -234,7 +234,7 @@ def _continue(
     # Without a configuration sliding layers keep every position, and the mask does the sliding; recurrent ones need theirs.
     empty = DynamicCache(config=model.config) if recurrent else DynamicCache()
     texts = [(*row, *more) for row, more in zip(rows, ahead, strict=True)]
-    cache, ids, mask, positions = opened(model, texts, longest, empty)
+    cache, ids, mask, positions = opened(model, texts, longest, empty, least=1 + max(map(len, ahead)))
     there, step, last = list(range(len(rows))), 0, context_length(model) - 1
     going = set(there)
     while going:

@@ -196,7 +196,7 @@ def reading(model: PreTrainedModel) -> Iterator[None]:
 
 
 def opened(
-    model: PreTrainedModel, rows: Sequence[TokenIds], longest: int, cache: Any = None
+    model: PreTrainedModel, rows: Sequence[TokenIds], longest: int, cache: Any = None, least: int = 1
 ) -> tuple[Any, Int[Tensor, "rows time"], Int[Tensor, "rows cached+time"], Int[Tensor, "rows time"]]:
     """A cache, and what is left to read of some rows: token ids, mask and positions, padded on the left.
 
@@ -205,8 +205,9 @@ def opened(
     Args:
         longest: how many positions the cache will have at most.
         cache: an empty one; None: where nothing is read here, none is needed.
+        least: tokens of every row that are left to read.
     """
-    shared = common_beginning([row[:-1] for row in rows])
+    shared = common_beginning([row[:-least] for row in rows])
     if len(shared) * (len(rows) - 1) < _SHARED or not takes_gaps(model, longest):
         return cache, *left_padded(rows, model.device)
     cache = DynamicCache() if cache is None else cache

@@ -41,7 +41,7 @@ _MIXING = ("softmax", "bmm", "convolution")  # of positions; attention has one o
 
 _SOFTMAX_ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
 _BY_PLACE = {"mpt"}  # attention goes by where a token stands in the cache
-_WINDOWS = ("sliding_window", "attention_chunk_size", "window_size")
+_WINDOWS = ("sliding_window", "attention_chunk_size", "window_size", "max_position_embeddings")
 
 ROUTER: Final = "_patchhub_router"
 """The attribute of a model that decides something for each text when it first reads it (`runtime.routing`)."""
@@ -133,6 +133,9 @@ def takes_gaps(model: nn.Module, length: int) -> bool:
 
     So it is where attention goes by the positions that are told, no window is narrower than the text, and what was read is nothing but keys
     and values.
+
+    Args:
+        length: with the masked positions.
     """
     config: Any = model.config
     text = config.get_text_config()

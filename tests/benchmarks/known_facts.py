@@ -12,6 +12,7 @@ commits that share the largest size; `--published` adds the same with the publis
 instead, as JSON lines {"name", "facts", "commits", "set", "keep", "method"}. `--held-out` is text of which each row says the
 perplexity beside the base's. `--store DIR` keeps the repository, or takes one that has a metric;
 values are found again in it unless `--fresh`. Rows are added to `--out` as JSON lines, and all that was written to `--texts`.
+A row's "edited" is a checkpoint into which something else has written these facts (`published`): it is asked as the others are.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from time import perf_counter, process_time, time_ns
 from typing import Any, Final
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoTokenizer
 
@@ -102,7 +104,7 @@ class Bench:
 
 @dataclass(frozen=True)
 class Plan:
-    """A row: the first so many facts, in so many commits, with these settings."""
+    """A row: the first so many facts, in so many commits, with these settings; or a checkpoint that has them."""
 
     name: str
     facts: int
@@ -110,6 +112,7 @@ class Plan:
     set: Sequence[str] = ()
     keep: str | None = None
     method: str | None = None
+    edited: str | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -175,12 +178,16 @@ def _opened(options: argparse.Namespace, store: Path) -> Bench:
         if options.facts:
             options.facts.write_text(json.dumps(records))
     stop = options.skip + max([plan.facts for plan in _plans(options, len(records))])
-    chosen = [record for record in records if record["known"]][options.skip : stop]
-    taken = {record["subject"] for record in chosen}
+    facts = chosen_facts(records, stop, options.skip)
+    taken = {fact.subject for fact in facts}
     rest = [record for record in records if record["subject"] not in taken]
-    facts = [_request(record) for record in chosen]
     unrelated = [record["prompt"] for record in rest[-UNRELATED:]]
     return Bench(repo, model, tokenizer, facts, unrelated, _siblings(facts, rest[:-UNRELATED]), options)
+
+
+def chosen_facts(records: Sequence[Record], stop: int, start: int = 0) -> list[Request]:
+    """The facts from ``start`` to ``stop`` of those that the model knows."""
+    return [_request(record) for record in [record for record in records if record["known"]][start:stop]]
 
 
 def _siblings(facts: Sequence[Request], rest: Sequence[Record]) -> list[tuple[str, Sibling]]:
@@ -285,6 +292,8 @@ def _next(bench: Bench, prompt: str) -> Tensor:
 
 def _row(bench: Bench, before: Look, plan: Plan) -> dict[str, Any]:
     """Edit the base and ask it."""
+    if plan.edited:
+        return _of_checkpoint(bench, before, plan, Path(plan.edited))
     repo, options, facts = bench.repo, bench.options, bench.facts[: plan.facts]
     if options.fresh:
         for kept in repo.store.cache.folder.rglob("*.values"):
@@ -315,6 +324,22 @@ def _row(bench: Bench, before: Look, plan: Plan) -> dict[str, Any]:
         with options.texts.open("a") as out:
             out.write(json.dumps({**row, "texts": _texts(bench, before, after, facts)}) + "\n")
     return row | _guarded(report) | _compared(bench, before, after, facts)
+
+
+def _of_checkpoint(bench: Bench, before: Look, plan: Plan, folder: Path) -> dict[str, Any]:
+    """Ask a checkpoint that something else has edited."""
+    facts, weights = bench.facts[: plan.facts], load_file(folder / "model.safetensors")
+    here = {name: weight for name, weight in bench.model.state_dict().items() if name in weights}
+    changed = {name: weight for name, weight in here.items() if not weight.equal(weights[name])}
+    kept = {name: weight.clone() for name, weight in changed.items()}
+    bench.model.load_state_dict({name: weights[name] for name in changed}, strict=False)
+    after = _look(bench, facts)
+    bench.model.load_state_dict(kept, strict=False)
+    row = {"row": plan.name, **json.loads((folder / "edited.json").read_bytes()), "weights": sorted(changed)}
+    if bench.options.texts:
+        with bench.options.texts.open("a") as out:
+            out.write(json.dumps({**row, "texts": _texts(bench, before, after, facts)}) + "\n")
+    return row | _compared(bench, before, after, facts)
 
 
 def _guarded(report: Report | None) -> dict[str, Any]:

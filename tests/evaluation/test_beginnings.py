@@ -38,6 +38,8 @@ def scored(model: Any, keys: Sequence[Any]) -> list[float]:
 )
 def test_many_texts_that_begin_alike_are_read_as_each_is_alone(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metrics, "_SHARED", 8)
+    seen = []
+    monkeypatch.setattr(metrics, "takes_gaps", lambda *given: seen.append(takes_gaps(*given)) or seen[-1])
     model, drawn = louder(random_model(tiny_config(family))), random.Random(0)
     model.generation_config.eos_token_id = None
     head = tuple(drawn.choices(TOKENS, k=12))
@@ -46,12 +48,18 @@ def test_many_texts_that_begin_alike_are_read_as_each_is_alone(family: str, monk
     right, partly, wrong = alone[0][:4], [alone[1][0], 1 + alone[1][1] % 50], [7, 8]
     assert written(model, rows, room) == alone
     assert written(model, rows, room, [right, partly, wrong, ()]) == alone
+    longer = [(*row, *right) for row in rows[:1]]  # begins as the first goes on
+    assert written(model, [*rows, *longer], [*room, 2], [right, partly, wrong, (), ()]) == [*alone, alone[0][4:6]]
     keys = [(row, tuple(new[:count])) for row, new in zip(rows, alone, strict=True) for count in (1, 3)]
     assert scored(model, keys) == pytest.approx([scored(model, [key])[0] for key in keys], abs=1e-4)
+    assert any(seen) == takes_gaps(model, 40)
 
 
 def test_a_window_that_is_narrower_than_a_text_takes_no_gaps() -> None:
-    assert takes_gaps(random_model(tiny_config("llama")), 50)
+    model = random_model(tiny_config("llama"))
+    limit = model.config.max_position_embeddings
+    assert takes_gaps(model, limit)
+    assert not takes_gaps(model, limit + 1)
     narrow = random_model(tiny_config("gemma3_text", sliding_window=32))
     assert takes_gaps(narrow, 32)
     assert not takes_gaps(narrow, 33)
