@@ -63,10 +63,11 @@ def encode_facts(
         check_lengths(zip(texts, (len(row.input_ids) for row in rows), strict=True), limit)
         subjects = [request.subject + _ESSENCE for request in requests]
         check_lengths(zip(subjects, (len(text.input_ids) for text in encoded), strict=True), limit)
-    return [
-        Fact(tuple(rows[i * count : (i + 1) * count]), essence, closers.after(request.target_new) if closers else None)
-        for i, (request, essence) in enumerate(zip(requests, encoded, strict=True))
+    follow = [
+        (closers.after(request.target_new), closers.behind(request.target_new)) if closers else (None, None)
+        for request in requests
     ]
+    return [Fact(tuple(rows[i * count : (i + 1) * count]), essence, *follow[i]) for i, essence in enumerate(encoded)]
 
 
 def of_one_subject(requests: Sequence[Request]) -> list[list[int]]:
@@ -156,8 +157,8 @@ class Editor:
             contexts: templates with one ``{}``; the first is the bare prompt.
             asked: what else is asked.
             failing: the places of the requests that do not read right with a recording on top of the present weights, and for each, form by
-                form, what stands between its target and the same target said again at once ("" where it is not). With
-                ``settings.repairs``, they are optimised further, there as well, and all is recorded again.
+                form, what stands between its target and the same target said again at once, or the punctuation behind which it goes on
+                ("" where neither is so). With ``settings.repairs``, they are optimised further, there as well, and all is recorded again.
             running: how.
 
         Raises:

@@ -218,6 +218,7 @@ class Fact:
     """One request as the optimiser sees it: ``rows[0]`` is the bare prompt; ``essence`` is "{subject} is a".
 
     ``closers`` are the tokens that may follow the target, the same tensor for targets that end alike; None: what follows is not optimised.
+    ``behind`` are those that may follow what stands behind it (`Encoded.after`), but the target's first; None: all.
     The last ``others`` of the rows are in another form than the first; together they weigh ``weight``, and the rest what is left.
     Before those stand ``wordings`` rows that are of this fact alone, and so have no common beginnings with those of others.
     The target of ``sentence`` is what the model says of the subject by itself, which is to stay as likely as it is; None: nothing is.
@@ -226,6 +227,7 @@ class Fact:
     rows: tuple[Encoded, ...]
     essence: Encoded
     closers: Bool[Tensor, " vocabulary"] | None = None
+    behind: Bool[Tensor, " vocabulary"] | None = None
     wordings: int = 0
     others: int = 0
     weight: float = 0.0

@@ -577,7 +577,7 @@ def _predictions(
             found.append((0, settings.closing * weights[number], row.fact, but(text.input_ids[start], fact.closers)))
         if text.after:
             read.append((number, stop + text.after - 1 - last))
-            found.append((0, settings.closing * weights[number], row.fact, but(text.input_ids[start], None)))
+            found.append((0, settings.closing * weights[number], row.fact, but(text.input_ids[start], fact.behind)))
     token, shares, fact_, closers = zip(*found, strict=True)
     tokens, of_fact, ends = (torch.tensor(numbers, device=device) for numbers in (token, fact_, closers))
     follow = [mask for _, mask in masks.values()]

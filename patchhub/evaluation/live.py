@@ -35,7 +35,7 @@ from patchhub.evaluation.suites import (
 )
 from patchhub.models.structure import is_recurrent, takes_gaps
 from patchhub.objects import SLOT, Request
-from patchhub.text.tokens import Chat, between, closes, context_length, joiner, tells, tokenise
+from patchhub.text.tokens import Chat, between, carries_on, closes, context_length, joiner, tells, tokenise
 
 Choose = Callable[[Float[Tensor, "rows vocabulary"], int, Sequence[int]], Int[Tensor, " rows"]]
 """The next token of every row, given the logits, how many tokens were written before, and which rows of the batch these are."""
@@ -468,8 +468,11 @@ class Wanted:
         return f"{self.opening}{joiner(self.opening, self.target)}{self.target}"
 
     def fault(self, written: str) -> str | None:
-        """What stands between the target and the same target said again at once, or "", of a text that does not read right; else None."""
-        gap = between(self.target, after_target(written, self.text) or "") if self.closed else None
+        """None for a text that reads right; else what stands between the target and the same target said again at once, or the
+        punctuation behind which it goes on; "" where neither is so."""
+        after = after_target(written, self.text) or "" if self.closed else ""
+        again, further = between(self.target, after), carries_on(self.target, after)
+        gap = further if again is None else again
         right = reads_right(written, self.text, closed=self.closed) or self._in_other_words(written)
         return gap or "" if gap is not None or not right else None
 

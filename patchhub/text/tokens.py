@@ -319,6 +319,11 @@ def between(target: str, after: str) -> str | None:
     return gap.rstrip() if target and len(rest) < len(after) - len(gap) and closes(target, rest) else None
 
 
+def carries_on(target: str, after: str) -> str | None:
+    """The punctuation behind which ``target`` goes on where ``after`` follows it ("." of "$49.99" after "$49"); None where it does not."""
+    return after[0] if after[1:2].isalnum() and closes(target, after[0]) and not closes(target, after) else None
+
+
 def tells(target: str, after: str) -> bool:
     """Whether ``after`` is long enough for `closes` and `between` to stay as they are, whatever follows it."""
     rest = after.lstrip(_GAP)
@@ -363,6 +368,10 @@ class Closers:
             if token is not None and token < count:
                 texts[token] = ""
         return cls([*texts, *[_UNKNOWN] * (size - count)])
+
+    def behind(self, target: str) -> Bool[Tensor, " vocabulary"] | None:
+        """Which tokens may follow punctuation behind ``target``; None in scripts without spaces, where all may."""
+        return None if _script(target[-1:]) in _UNSPACED else self.after(target)
 
     def after(self, target: str) -> Bool[Tensor, " vocabulary"]:
         """Which tokens may follow ``target``; the same tensor for all targets that end alike."""

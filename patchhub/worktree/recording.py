@@ -493,7 +493,9 @@ def _kept_values(
         "quantization": str(getattr(config, "quantization_config", None)),
         "settings": asdict(values),
         "state": set_digest(without_shards(repository, plan.kept)),
-        **({"following": "another word"} if values.closing else {}),  # than the target's own: once it could be that
+        **(
+            {"following": "another word", "behind": "another word"} if values.closing else {}
+        ),  # once it could be the target's
         **({"chat_weight": settings.chat_weight} if also else {}),
     }
     return KeptValues(repository.cache, inputs, tree.architecture.d_model)

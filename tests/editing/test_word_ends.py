@@ -7,8 +7,9 @@ from copy import copy
 import pytest
 import torch
 
+from patchhub.evaluation.live import Wanted
 from patchhub.evaluation.suites import closed
-from patchhub.text.tokens import Closers, between, closes, joiner, stutters
+from patchhub.text.tokens import Closers, between, carries_on, closes, joiner, stutters
 from tests.tiny_models import tiny_tokenizer
 
 JOINS = [
@@ -64,6 +65,26 @@ def test_words_are_joined_as_the_script_is_written(before, after, joint):
 @pytest.mark.parametrize(("target", "after", "ends"), ENDS)
 def test_what_follows_a_target_closes_it_or_goes_on(target, after, ends):
     assert closes(target, after) is ends
+
+
+@pytest.mark.parametrize(
+    ("target", "after", "behind"),
+    [
+        ("$49", ".99 a month", "."),
+        ("10", ":30", ":"),
+        ("1,000", ",000", ","),
+        ("help@contoso.example", ".co", "."),
+        ("$49", ". The", None),
+        ("$49", ".", None),
+        ("Rome", "r.x", None),
+        ("Rome", "'s", None),
+        ("Rome", " 3.5", None),
+        ("Rome", "", None),
+    ],
+)
+def test_a_target_goes_on_behind_punctuation(target, after, behind):
+    assert carries_on(target, after) == behind
+    assert Wanted(target).fault(f" {target}{after}") == (behind or (None if closes(target, after) else ""))
 
 
 AGAIN = [

@@ -41,7 +41,7 @@ def find_values(
         wordings: what stands between the subject and the target in further rows, which weigh as those of the contexts.
         around: what stands before and after each prompt, in a chat.
         opening: what the answer says before the target, and the weight of its words.
-        gap: what stands behind the target of the first context, where the target must not be said again.
+        gap: what stands behind the target of the first context, where a word must end too, and the target not be said again.
         sentence: a template with the subject's place and what the model says after it, whose words are to stay as likely as they were.
         essence_weight: the weight of what these have lost.
     """
@@ -69,7 +69,7 @@ def find_values(
             told = prompt + target
             if gap and template == asked_in[0]:
                 told += tokenizer(gap, add_special_tokens=False)["input_ids"]
-                terms.append((len(rows), len(told) - 1, another, closing / count))
+                terms.append((len(rows), len(told) - 1, after, closing / count))
             changed_at.append(subject_last(tokenizer, template, fact.subject))
             rows.append(told)
     stays: list[tuple[int, int, int, float]] = []  # row, position, the token there, weight
