@@ -25,8 +25,10 @@ atexit.register(gc.freeze)
 @pytest.fixture(scope="module")
 def short_texts() -> Iterator[None]:
     """Texts whose fluency is measured have 32 tokens, not 100: they are written token by token, and no test here depends on how long."""
+    from patchhub.porcelain import measure  # says its own number, whichever test imports it first
     from patchhub.worktree import measuring
 
+    assert measure.FLUENCY_TOKENS >= measuring.FLUENCY_TOKENS
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(measuring, "FLUENCY_TOKENS", 32)
         yield
