@@ -24,6 +24,7 @@ from transformers.cache_utils import DynamicCache
 from patchhub.editing.locate import encode_targets
 from patchhub.editing.rows import common_beginning
 from patchhub.errors import EditError, RequestError, SettingsError
+from patchhub.models.streaming import streamed
 from patchhub.models.structure import is_recurrent, takes_gaps
 from patchhub.models.tracing import Prefix, fast, left_padded, right_padded
 from patchhub.text.tokens import Chat, beginning, context_length, tokenise, too_long
@@ -200,7 +201,8 @@ def opened(
 ) -> tuple[Any, Int[Tensor, "rows time"], Int[Tensor, "rows cached+time"], Int[Tensor, "rows time"]]:
     """A cache, and what is left to read of some rows: token ids, mask and positions, padded on the left.
 
-    What all rows begin with, the template of a chat for one, is read once, where the model can go on from there.
+    What all rows begin with, the template of a chat for one, is read once, where the model can go on from there and does not read its
+    blocks from the disk for each pass.
 
     Args:
         longest: how many positions the cache will have at most.
@@ -208,7 +210,8 @@ def opened(
         least: tokens of every row that are left to read.
     """
     shared = common_beginning([row[:-least] for row in rows])
-    if len(shared) * (len(rows) - 1) < _SHARED or not takes_gaps(model, longest):
+    worthwhile = len(shared) * (len(rows) - 1) >= _SHARED and streamed(model) is None
+    if not worthwhile or not takes_gaps(model, longest):
         return cache, *left_padded(rows, model.device)
     cache = DynamicCache() if cache is None else cache
     ids, mask, positions = left_padded([shared], model.device)

@@ -55,6 +55,20 @@ def test_many_texts_that_begin_alike_are_read_as_each_is_alone(family: str, monk
     assert any(seen) == takes_gaps(model, 40)
 
 
+def test_a_model_that_reads_its_blocks_for_each_pass_has_no_further_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, passes = random_model(tiny_config("llama")), []
+    model.generation_config.eos_token_id = None
+    model.register_forward_pre_hook(lambda _, args, kwargs: passes.append(1), with_kwargs=True)
+    rows = [(*range(3, 23), last) for last in range(50, 55)]
+    found = []
+    for disk in (None, model):
+        monkeypatch.setattr(metrics, "streamed", lambda _, disk=disk: disk)
+        passes.clear()
+        found.append((written(model, rows, [3] * len(rows)), len(passes)))
+    assert [text for text, _ in found] == [found[0][0]] * 2
+    assert [number for _, number in found] == [4, 3]
+
+
 def test_a_window_that_is_narrower_than_a_text_takes_no_gaps() -> None:
     model = random_model(tiny_config("llama"))
     limit = model.config.max_position_embeddings
