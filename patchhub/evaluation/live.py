@@ -35,7 +35,7 @@ from patchhub.evaluation.suites import (
 )
 from patchhub.models.structure import is_recurrent, takes_gaps
 from patchhub.objects import SLOT, Request
-from patchhub.text.tokens import Chat, between, carries_on, closes, context_length, joiner, tells, tokenise
+from patchhub.text.tokens import Chat, between, carries_on, closes, context_length, joiner, settled, tokenise
 
 Choose = Callable[[Float[Tensor, "rows vocabulary"], int, Sequence[int]], Int[Tensor, " rows"]]
 """The next token of every row, given the logits, how many tokens were written before, and which rows of the batch these are."""
@@ -480,11 +480,11 @@ class Wanted:
         """Whether `fault` is known, whatever is written after this much."""
         rest = after_target(written, self.text)
         if rest is not None:
-            return tells(self.target, rest) if self.closed else bool(rest)
+            return settled(self.target, rest) if self.closed else bool(rest)
         if self.subject is None:  # the last character may be half of one
             return not nfc(self.text).strip().startswith(nfc(written).lstrip()[:-1])
         after = after_target(written, self.target, anywhere=True) or ""
-        known = tells(self.target, after) and between(self.target, after) is None
+        known = settled(self.target, after) and between(self.target, after) is None
         return known and self._in_other_words(written)
 
     def _in_other_words(self, answer: str) -> bool:

@@ -324,7 +324,7 @@ def carries_on(target: str, after: str) -> str | None:
     return after[0] if after[1:2].isalnum() and closes(target, after[0]) and not closes(target, after) else None
 
 
-def tells(target: str, after: str) -> bool:
+def settled(target: str, after: str) -> bool:
     """Whether ``after`` is long enough for `closes` and `between` to stay as they are, whatever follows it."""
     rest = after.lstrip(_GAP)
     again = target.startswith(rest[:-1]) or rest.startswith(target)  # the last character may be half of one

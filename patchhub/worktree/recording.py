@@ -161,12 +161,8 @@ def write_closed_form(
         progress.warn(warning)
     found = _found_keeps(repository, tree, plan, recorder, settings) if find_keeps else ()
     keeps = _keeps(tree, (*plan.keeps, *found), progress)
-    also = _also(tree, plan, settings)
-    openings = _openings(tree, plan, settings, tree.chat or also, progress, workers)
-    wordings = _wordings(tree, plan, settings, progress)
-    sentences = _sentences(tree, plan, settings, also, progress, workers)
-    asked = Asked(keeps, also, openings, wordings, _staying(tree, settings, sentences))
-    running = _running(repository, tree, plan, method, settings, also, workers, progress)
+    asked, sentences = _asked(tree, plan, settings, keeps, progress, workers)
+    running = _running(repository, tree, plan, method, settings, asked.also, workers, progress)
     edit = EDITORS[method].edit(
         *model,
         plan.requests,
@@ -182,6 +178,22 @@ def write_closed_form(
     running.release()
     change = None if plan.replaced or plan.again else edit.recording.change
     return Written((patch.id,), plan.kept | patch.elements, recorder.metric, change, rivals, tuple(keeps), sentences)
+
+
+def _asked(
+    tree: Worktree,
+    plan: Plan,
+    settings: EditSettings,
+    keeps: Sequence[Request],
+    progress: Progress,
+    workers: Workers | None,
+) -> tuple[Asked, tuple[Sentence, ...]]:
+    """What a batch asks besides its requests, and what the model says of their subjects now."""
+    also = _also(tree, plan, settings)
+    openings = _openings(tree, plan, settings, tree.chat or also, progress, workers)
+    wordings = _wordings(tree, plan, settings, progress)
+    sentences = _sentences(tree, plan, settings, also, progress, workers)
+    return Asked(keeps, also, openings, wordings, _staying(tree, settings, sentences)), sentences
 
 
 def _kept_as_patch(

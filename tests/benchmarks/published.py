@@ -69,7 +69,8 @@ def edit(method: str, model: Any, tokenizer: Any, facts: Sequence[Request], opti
         str(options.hparams or options.easyedit / "hparams" / f"{file}.yaml")
     )
     changes = {key: json.loads(value) for key, _, value in (one.partition("=") for one in options.set)}
-    changes |= {"device": "cpu", "model_name": str(options.model), "lm_head_module": "model.embed_tokens"}
+    head = "model.embed_tokens" if model.config.tie_word_embeddings else "lm_head"
+    changes |= {"device": "cpu", "model_name": str(options.model), "lm_head_module": head}
     hparams = replace(hparams, **{"v_loss_layer": model.config.num_hidden_layers - 1, **changes})
     moments = _moments(model, tokenizer, hparams.layers, options.text)
     module.layer_stats = lambda *given, **named: _Statistic(moments[given[2]])
